@@ -1,0 +1,33 @@
+"""The two kinds of failure: a user's mistake ends the command, a bad item becomes a row.
+
+Broken invariants are neither: they are asserts.
+"""
+
+
+class UserError(Exception):
+    """The user's mistake (exit code 2). The message names the setting or argument and says what is allowed."""
+
+
+class ItemError(Exception):
+    """One item (video, clip) cannot be processed: it becomes a `failures` row and nothing else is touched.
+
+    error_class  one short kebab-case word for `GROUP BY`, e.g. "not-found", "timeout", "not-a-video"
+    message      the raw message of whatever failed, kept as it is (cut to 2,000 characters)
+    transient    True when trying again later can heal it (network, rate limit); a next build retries those only
+    """
+
+    def __init__(self, error_class: str, message: str, *, transient: bool = False):
+        super().__init__(error_class, message)
+        self.error_class = error_class
+        self.message = str(message)[:2000]
+        self.transient = transient
+
+    def __str__(self) -> str:
+        return f"{self.error_class}: {self.message}"
+
+    def __reduce__(self):  # keyword-only arguments do not survive the default pickling
+        return _rebuild, (self.error_class, self.message, self.transient)
+
+
+def _rebuild(error_class: str, message: str, transient: bool) -> ItemError:
+    return ItemError(error_class, message, transient=transient)
