@@ -202,8 +202,80 @@ INDEX = _schema(
     language=STRING,
 )
 
+# The published manifest: what people query. `videos` joins sources, downloads and transcripts; `clips` takes its text from
+# the current spans; `captions` keeps every captioner's rows and marks the one that is served; `scores` adds the group.
+MANIFEST: dict[str, pa.Schema] = {
+    "videos": _schema(
+        video_id=STRING,
+        unit=STRING,
+        url=STRING,
+        kind=STRING,
+        source_id=STRING,
+        title=STRING,
+        category=STRING,
+        language=STRING,
+        licence=STRING,
+        channel=STRING,
+        upload_date=STRING,
+        path=STRING,  # null: not downloaded
+        num_bytes=INT64,
+        sha256=STRING,
+        duplicate_of=STRING,  # video_id of the earlier video with the same bytes, else null
+        container=STRING,
+        duration_s=DOUBLE,
+        width=INT32,
+        height=INT32,
+        fps=DOUBLE,
+        video_codec=STRING,
+        audio_codec=STRING,
+        extractor=STRING,
+        transcript_origin=STRING,
+        word_times=STRING,
+        num_words=INT32,
+        ordinal=INT64,
+        extra=STRING,
+        meta=STRING,
+    ),
+    "sentences": TABLES["sentences"],
+    "spans": TABLES["spans"],
+    "clips": _schema(
+        **{field.name: field.type for field in TABLES["clips"]},
+        text=STRING,  # the subtitle, "" where nothing is said
+        num_words=INT32,
+        num_sentences=INT32,
+        align_cost=DOUBLE,
+        origin=STRING,
+        language=STRING,
+        unit=STRING,
+    ),
+    "captions": _schema(**{field.name: field.type for field in TABLES["captions"]}, current=BOOL),
+    "scores": _schema(
+        **{field.name: field.type for field in TABLES["scores"]},
+        duplicate_group=STRING,  # clip_id of the group's first clip; null for a clip without near-duplicates
+    ),
+    "samples": INDEX,
+    "failures": _schema(
+        stage=STRING,
+        item_id=STRING,
+        error_class=STRING,
+        message=STRING,
+        transient=BOOL,
+        attempts=INT32,
+        at=pa.timestamp("us", tz="UTC"),
+        unit=STRING,
+    ),
+    "runs": _schema(
+        run_id=STRING,
+        command=STRING,
+        started_at=pa.timestamp("us", tz="UTC"),
+        ended_at=pa.timestamp("us", tz="UTC"),  # null: still running or killed
+        settings=STRING,  # the resolved settings as JSON
+        versions=STRING,  # of clipmill and of the libraries that shape its output, as JSON
+    ),
+}
+
 
 def sample_key(clip_id: str) -> str:
-    """"VIDEO_ID.3" → "VIDEO_ID_0003": the name of the sample's members inside a tar."""
+    """ "VIDEO_ID.3" → "VIDEO_ID_0003": the name of the sample's members inside a tar."""
     video_id, n = clip_id.rsplit(".", 1)
     return f"{video_id}_{int(n):04d}"
