@@ -1,7 +1,7 @@
 """The tables of a corpus: what each fragment holds, column by column. Everything else is derived from these.
 
-Every fragment table also carries the four ledger columns (`LEDGER_COLUMNS`) that the engine adds. Times are seconds from
-the first frame of the video as doubles. Ids: `video_id` is [A-Za-z0-9_-]{1,64}; `clip_id` is VIDEO_ID.N; the key of a
+Every fragment table also carries the columns of `LEDGER_COLUMNS`, which say which work wrote the row. Times are seconds
+from the first frame of the video as doubles. Ids: `video_id` is [A-Za-z0-9_-]{1,64}; `clip_id` is VIDEO_ID.N; the key of a
 sample inside a tar is VIDEO_ID_NNNN, because WebDataset cuts a member's name at its first dot.
 """
 
@@ -92,6 +92,7 @@ TABLES: dict[str, pa.Schema] = {
         word_times=STRING,  # tags | cues | asr | none: where the words' times come from
         words=pa.list_(WORD),  # de-overlapped, in time order
         num_words=INT32,
+        digest=STRING,  # of language and words: segmenting again is needed only when this changes
     ),
     # segment: the sentences …
     "sentences": _schema(
@@ -202,8 +203,9 @@ INDEX = _schema(
     language=STRING,
 )
 
-# The published manifest: what people query. `videos` joins sources, downloads and transcripts; `clips` takes its text from
-# the current spans; `captions` keeps every captioner's rows and marks the one that is served; `scores` adds the group.
+# The published manifest: what people query. `videos` joins sources, downloads and transcripts; `clips` takes its text
+# from the current spans; `captions` keeps every captioner's rows and marks the one that is served; `scores` adds the
+# near-duplicate group.
 MANIFEST: dict[str, pa.Schema] = {
     "videos": _schema(
         video_id=STRING,

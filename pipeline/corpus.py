@@ -1,0 +1,123 @@
+"""A corpus on disk: where its parts are, its saved settings, and the lock that makes one process its writer."""
+
+import fcntl
+import json
+import os
+import socket
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from pipeline.errors import UserError
+
+FORMAT = 1  # of the folder; a corpus of a newer format is refused
+
+README = """A clipmill corpus.
+  corpus.yaml                 the settings it is built with
+  manifest.duckdb             what is in it: open it with any DuckDB client, read-only
+  fragments/TABLE/*.parquet   what workers wrote: the source of truth, the manifest can be rebuilt from it
+  sources/                    downloaded videos and subtitles
+  clips/*.tar                 cut clips, before packing
+  shards/NNNNNN.tar           WebDataset shards, with their index NNNNNN.parquet beside them
+"""
+
+
+class Corpus:
+    def __init__(self, root: str | Path):
+        self.root = Path(root).expanduser().absolute()
+        self.settings_path = self.root / "corpus.yaml"
+        self.private = self.root / ".clipmill"  # lock, progress and caches: never part of the corpus
+
+    @property
+    def exists(self) -> bool:
+        return self.settings_path.is_file()
+
+    def require(self) -> "Corpus":
+        """Raises UserError unless there is a corpus here."""
+        if not self.exists:
+            raise UserError(
+                f"{self.root} is not a corpus (no corpus.yaml). `clipmill build SOURCES --corpus {self.root}` makes one."
+            )
+        return self
+
+    def create(self) -> None:
+        """Make the folders. Raises UserError for a folder that cannot be written or holds something else."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not self.exists and any(not entry.name.startswith(".") for entry in self.root.iterdir()):
+                raise UserError(f"{self.root} is not empty and not a corpus: give --corpus a new or an empty folder.")
+            for name in ("fragments", "sources", "clips", "shards", ".clipmill"):
+                (self.root / name).mkdir(exist_ok=True)
+            (self.root / "README.txt").write_text(README)
+        except OSError as error:
+            raise UserError(f"--corpus {self.root} cannot be written: {error.strerror}.") from error
+
+    # -- settings -------------------------------------------------------------------------------------------------
+
+    def load_settings(self) -> dict:
+        """The saved settings as plain data. Raises UserError for an unreadable or newer corpus.yaml."""
+        try:
+            saved = yaml.safe_load(self.settings_path.read_text())
+            version, settings = saved["format"], saved["settings"]
+        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise UserError(f"{self.settings_path} cannot be read as a corpus's settings: {error}") from error
+        if version != FORMAT:
+            raise UserError(f"{self.root} has corpus format {version}; this clipmill reads format {FORMAT}.")
+        return settings
+
+    def save_settings(self, settings: dict) -> None:
+        text = "# Settings of this corpus, resolved. Change them with `clipmill build|run … --set stage.key=value`.\n"
+        text += yaml.safe_dump({"format": FORMAT, "settings": settings}, sort_keys=False, allow_unicode=True)
+        write_text_atomically(self.settings_path, text)
+
+    # -- one writer -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def writer(self):
+        """Hold the corpus lock. Raises UserError when another process has it; a dead holder's lock is simply free."""
+        path = self.private / "lock"
+        with open(path, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(
+                    f"{self.root} is being written by {holder}. Wait for it or stop it; reading is fine."
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    def is_being_written(self) -> bool:
+        path = self.private / "lock"
+        if not path.exists():
+            return False
+        with open(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    # -- progress of the running process, for `clipmill status` ----------------------------------------------------
+
+    def write_progress(self, progress: dict) -> None:
+        write_text_atomically(self.private / "progress.json", json.dumps(progress))
+
+    def read_progress(self) -> dict | None:
+        """What the running build last said, None when nothing runs."""
+        if not self.is_being_written():
+            return None
+        try:
+            return json.loads((self.private / "progress.json").read_text())
+        except (OSError, ValueError):
+            return None  # it has only just begun
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,320 @@
+"""The driver: asks the ledger what is missing, gives it to Ray in pieces, loads what comes back, publishes.
+
+One loop, one thread, one writer. A unit moves through the stages by itself: when nothing of it is in flight the ledger is
+asked again what it lacks, so downloads, cutting and captioning of different units overlap, and nothing but unit names
+is kept in memory. Ray's own retries are off: a task that dies is given again here, alone if it dies again, and
+becomes a failure row of the items in it at last.
+"""
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pipeline.corpus import Corpus
+from pipeline.errors import ItemError, UserError
+from pipeline.settings import CorpusSettings
+from pipeline.stage_queries import QUERIES
+from pipeline.stages import STAGES, Stage, fingerprints
+from pipeline.worker import Outcome, Work, commit
+from shards.fragments import Commit
+from shards.ledger import Ledger
+from shards.manifest import publish
+
+MAX_DEATHS = 3  # a piece of work whose worker died this often is split, and failed when it is a single item
+
+
+@dataclass
+class StageProgress:
+    """Numbers of one stage in this run, as `status` and the progress display show them."""
+
+    done: int = 0
+    failed: int = 0
+    in_flight: int = 0
+    seconds: float = 0.0  # wall seconds of its finished tasks
+
+
+@dataclass
+class Flight:
+    work: Work
+    deaths: int = 0
+    actor: object | None = None
+
+
+@dataclass
+class EngineReport:
+    num_done: int = 0
+    num_failed: int = 0
+    by_stage: dict[str, StageProgress] = field(default_factory=dict)
+    loop_s: float = 0.0  # of the driver's own work: ledger, publishing
+
+
+class Engine:
+    """Runs stages over a corpus whose lock the caller holds."""
+
+    def __init__(self, corpus: Corpus, settings: CorpusSettings, ledger: Ledger, run_id: str, stages: Sequence[str]):
+        self.corpus, self.settings, self.ledger, self.run_id = corpus, settings, ledger, run_id
+        self.stages = [stage for stage in STAGES if stage.name in stages]
+        self.fingerprints = fingerprints(settings)
+        self.report = EngineReport(by_stage={stage.name: StageProgress() for stage in self.stages})
+        self.flights: dict[object, Flight] = {}
+        self.queues: dict[str, list] = {"io": [], "cpu": [], "model": []}  # heaps: later stages first, then longest
+        self.busy: dict[str, int] = {}  # unit → pieces queued or in flight
+        self.order = 0
+        self.published_at, self.publish_cost_s = 0.0, 0.0
+
+    def derive(self, units: Sequence[str] | None = None) -> None:
+        self.ledger.derive(
+            self.fingerprints, units=units, run_id=self.run_id, max_attempts=self.settings.engine.max_attempts
+        )
+
+    def publish(self) -> None:
+        started = time.perf_counter()
+        self.derive()
+        publish(self.ledger)
+        self.publish_cost_s = time.perf_counter() - started
+        self.published_at = time.perf_counter()
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self, on_tick: Callable[["Engine"], None]) -> EngineReport:
+        """Work until nothing is pending. The ledger must have been derived for all units just before."""
+        waiting = deque(self.ledger.units_with_work(stage.name for stage in self.stages))
+        if not waiting:
+            return self.report
+        self.pools = Pools(self.settings)
+        try:
+            examine: list[str] = []
+            while waiting or examine or self.flights or any(self.queues.values()):
+                room = self.pools.active_units - len(self.busy) - len(examine)
+                examine += [waiting.popleft() for _ in range(min(max(room, 0), len(waiting)))]
+                self._examine(examine)
+                self._submit()
+                examine = self._collect()
+                self._publish_when_due()
+                on_tick(self)
+        finally:
+            self.pools.close()
+        return self.report
+
+    def _examine(self, units: list[str]) -> None:
+        """Ask what these units lack; queue the first stage of each that lacks something."""
+        if not units:
+            return
+        started = time.perf_counter()
+        self.derive(units)
+        taken: set[str] = set()
+        for stage in self.stages:
+            by_unit: dict[str, list[dict]] = {}
+            for item in self._work_of(stage, taken):
+                by_unit.setdefault(item.pop("unit"), []).append(item)
+            for unit, items in by_unit.items():
+                taken.add(unit)
+                for batch in self._batches(stage, items):
+                    self._enqueue(stage, self._piece(stage, unit, batch))
+        self.report.loop_s += time.perf_counter() - started
+
+    def _work_of(self, stage: Stage, taken: set[str]) -> Iterator[dict]:
+        """Items of a stage in the derived units that are not busy with a stage before it."""
+        if not self.ledger.has_work(stage.name):
+            return
+        units = self.ledger.unit_of_work(stage.name)
+        for item in self.ledger.work(stage.name):
+            unit = units[item["item_id"]]
+            if unit not in taken:
+                yield {**item, "unit": unit}
+
+    def _batches(self, stage: Stage, items: list[dict]) -> Iterator[list[dict]]:
+        """Pieces of bounded cost, in item order, so that the same pending items make the same pieces."""
+        engine = self.settings.engine
+        limit = {"io": float("inf"), "cpu": engine.batch_video_s, "model": engine.batch_clips}[stage.pool]
+        batch, cost = [], 0.0
+        for item in items:
+            if batch and cost + item["cost"] > limit:
+                yield batch
+                batch, cost = [], 0.0
+            batch.append(item)
+            cost += item["cost"]
+        if batch:
+            yield batch
+
+    def _piece(self, stage: Stage, unit: str, items: list[dict]) -> Work:
+        return Work(
+            stage=stage.name,
+            unit=unit,
+            items=items,
+            settings=stage.settings(self.settings),
+            fingerprint=self.fingerprints[stage.name],
+            root=str(self.corpus.root),
+            run_id=self.run_id,
+        )
+
+    def _enqueue(self, stage: Stage, work: Work, deaths: int = 0) -> None:
+        self.order += 1
+        rank = -next(i for i, candidate in enumerate(STAGES) if candidate.name == stage.name)
+        heapq.heappush(self.queues[stage.pool], (rank, -work.cost, self.order, Flight(work, deaths)))
+        self.busy[work.unit] = self.busy.get(work.unit, 0) + 1
+
+    def _submit(self) -> None:
+        for pool, queue in self.queues.items():
+            while queue and self.pools.has_room(pool):
+                flight = heapq.heappop(queue)[-1]
+                self.flights[self.pools.start(pool, flight)] = flight
+                self.report.by_stage[flight.work.stage].in_flight += len(flight.work.items)
+
+    def _collect(self) -> list[str]:
+        """Wait for something to finish, load it, and return the units that have nothing in flight any more."""
+        commits, free = [], []
+        for reference in self.pools.wait(list(self.flights)):
+            flight = self.flights.pop(reference)
+            self.report.by_stage[flight.work.stage].in_flight -= len(flight.work.items)
+            result = self.pools.result(reference, flight)
+            if isinstance(result, Commit):
+                commits.append(result)
+            else:
+                commits += self._after_death(flight, result)
+            self.busy[flight.work.unit] -= 1
+            if not self.busy[flight.work.unit]:
+                del self.busy[flight.work.unit]
+                free.append(flight.work.unit)
+        self._load(commits)
+        return free
+
+    def _after_death(self, flight: Flight, message: str) -> list[Commit]:
+        """The worker died under this work: give it again, in halves, and at last as failures."""
+        work, deaths = flight.work, flight.deaths + 1
+        stage = next(stage for stage in self.stages if stage.name == work.stage)
+        if len(work.items) > 1 and deaths >= MAX_DEATHS - 1:
+            for item in work.items:
+                self._enqueue(stage, self._piece(stage, work.unit, [item]), deaths)
+        elif deaths < MAX_DEATHS:
+            self._enqueue(stage, work, deaths)
+        else:
+            error = ItemError("worker-died", message, transient=True)
+            return [commit(work, [Outcome(item["item_id"], failure=error) for item in work.items], [])]
+        return []
+
+    def _load(self, commits: list[Commit]) -> None:
+        started = time.perf_counter()
+        self.ledger.load([result.name for result in commits])
+        for result in commits:
+            progress = self.report.by_stage[result.stage]
+            progress.done += result.num_done
+            progress.failed += result.num_failed
+            progress.seconds += result.wall_s
+            self.report.num_done += result.num_done
+            self.report.num_failed += result.num_failed
+        self.report.loop_s += time.perf_counter() - started
+
+    def _publish_when_due(self) -> None:
+        wait_s = max(self.settings.engine.publish_every_s, 20 * self.publish_cost_s)
+        if time.perf_counter() - self.published_at >= wait_s:
+            self.publish()
+            self.report.loop_s += self.publish_cost_s
+
+
+class Pools:
+    """Ray: one pool of small tasks that wait, one task per core, and actors that hold models, started when needed."""
+
+    def __init__(self, settings: CorpusSettings):
+        import ray
+
+        self.ray, self.settings = ray, settings.engine
+        self.started_ray = start_ray(settings)
+        resources = ray.cluster_resources()
+        nodes = sum(key.startswith("node:") and key != "node:__internal_head__" for key in resources)
+        self.cpus = max(1, int(resources.get("CPU", 1)))
+        self.gpus = int(resources.get("GPU", 0))
+        self.limits = {
+            "io": self.settings.downloads_per_node * max(1, nodes),
+            "cpu": self.cpus + max(1, self.cpus // 4),  # a little more than runs, so that no core waits for the driver
+        }
+        self.running = {"io": 0, "cpu": 0}
+        self.active_units = self.settings.active_units or 4 * self.cpus + self.limits["io"]
+        self.actors: dict[object, int] = {}  # actor → pieces it has
+        self.task = ray.remote(max_retries=0)(_execute)
+
+    def has_room(self, pool: str) -> bool:
+        if pool != "model":
+            return self.running[pool] < self.limits[pool]
+        self._start_actors()
+        return min(self.actors.values()) < 2  # one running, one waiting beside it
+
+    def start(self, pool: str, flight: Flight):
+        if pool == "model":
+            actor = min(self.actors, key=self.actors.get)
+            self.actors[actor] += 1
+            flight.actor = actor
+            return actor.execute.remote(flight.work)
+        self.running[pool] += 1
+        options = {"num_cpus": 1} if pool == "cpu" else {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
+        return self.task.options(**options, name=f"{flight.work.stage} {flight.work.unit}").remote(flight.work)
+
+    def wait(self, references: list) -> list:
+        if not references:
+            return []
+        ready, _ = self.ray.wait(references, num_returns=len(references), timeout=0.05)
+        if ready:
+            return ready
+        ready, _ = self.ray.wait(references, num_returns=1, timeout=0.5)
+        return ready
+
+    def result(self, reference, flight: Flight) -> Commit | str:
+        """The commit, or what killed the worker."""
+        pool = "model" if flight.actor is not None else next(s.pool for s in STAGES if s.name == flight.work.stage)
+        if pool == "model":
+            self.actors[flight.actor] = self.actors.get(flight.actor, 1) - 1
+        else:
+            self.running[pool] -= 1
+        try:
+            return self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:
+            if isinstance(error, self.ray.exceptions.RayActorError):
+                self.actors.pop(flight.actor, None)
+            if isinstance(error, self.ray.exceptions.RayTaskError) and isinstance(error.cause, UserError):
+                raise error.cause from None  # a setting that only the worker could check, such as a model's name
+            return str(error)
+
+    def _start_actors(self) -> None:
+        count = self.settings.model_workers or self.gpus or max(1, self.cpus // 8)
+        options = {"num_cpus": self.settings.model_cpus, "num_gpus": 1 if self.gpus else 0, "max_restarts": 0}
+        while len(self.actors) < count:
+            self.actors[self.ray.remote(**options)(ModelWorker).remote()] = 0
+
+    def close(self) -> None:
+        for actor in self.actors:
+            self.ray.kill(actor)
+        if self.started_ray:
+            self.ray.shutdown()
+
+
+class ModelWorker:
+    """An actor: keeps its models between pieces of work (`captioning` caches them per process)."""
+
+    def execute(self, work: Work) -> Commit:
+        return _execute(work)
+
+
+def _execute(work: Work) -> Commit:
+    from pipeline.worker import execute, limit_threads
+
+    limit_threads()
+    return execute(work)
+
+
+def start_ray(settings: CorpusSettings) -> bool:
+    """Join the cluster that the settings or the environment name, else start Ray here. True when we started it."""
+    import ray
+
+    if ray.is_initialized():
+        return False
+    quiet = {"logging_level": "ERROR", "log_to_driver": False, "ignore_reinit_error": True}
+    import os
+
+    address = settings.engine.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, **quiet)
+        return True
+    ray.init(num_cpus=settings.engine.cpus, include_dashboard=False, **quiet)
+    return True

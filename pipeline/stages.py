@@ -1,0 +1,48 @@
+"""The stages, in order: their settings, their code version, where they run. Their SQL is in `pipeline.stage_queries`."""
+
+from dataclasses import dataclass
+
+from pipeline.config import Settings, digest
+from pipeline.settings import CorpusSettings
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    pool: str  # io: many at a time, waiting mostly · cpu: one per core · model: actors that hold models
+    code_version: int  # raised when the code writes something else for the same input and settings
+    help: str
+
+    def settings(self, settings: CorpusSettings) -> Settings:
+        return getattr(settings, self.name)
+
+    def fingerprint(self, settings: CorpusSettings) -> str:
+        """Hash of everything but the input that shapes what the stage writes: settings, models, code version."""
+        return digest([self.name, self.code_version, self._identity(settings)])
+
+    def _identity(self, settings: CorpusSettings) -> str:
+        own = self.settings(settings)
+        if self.name == "caption":
+            from captioning.captioner import fingerprint_of
+
+            return fingerprint_of(own)
+        if self.name == "score":
+            from captioning.scorer import fingerprint_of
+
+            return fingerprint_of(own)
+        return own.fingerprint()
+
+
+STAGES = (
+    Stage("download", "io", 1, "URL → file, subtitles, metadata"),
+    Stage("transcribe", "cpu", 1, "subtitles or speech → words with times"),
+    Stage("segment", "cpu", 1, "words → sentences → spans"),
+    Stage("cut", "cpu", 1, "spans → clips, caption frames, motion, hashes"),
+    Stage("caption", "model", 1, "caption frames → captions"),
+    Stage("score", "model", 1, "frames and texts → similarities"),
+)
+STAGE_NAMES = ("ingest", *(stage.name for stage in STAGES), "pack")
+
+
+def fingerprints(settings: CorpusSettings) -> dict[str, str]:
+    return {stage.name: stage.fingerprint(settings) for stage in STAGES}

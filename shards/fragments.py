@@ -1,0 +1,93 @@
+"""Fragments: the immutable Parquet files that workers write and that everything else can be rebuilt from.
+
+One piece of work makes one *commit*: a fragment per table it wrote, media files if any, and last of all a ledger
+fragment that names them. A commit without its ledger fragment never happened; its files are overwritten or swept.
+Names come from the work (stage, unit, items and their keys), so doing it twice lands in the same place.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.schema import LEDGER, LEDGER_COLUMNS, TABLES
+
+TEMPORARY = ".tmp-"  # prefix of every file that is being written; the owner of the corpus lock may delete them
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a worker tells the driver: enough to load the fragments, and nothing that grows with the media."""
+
+    name: str
+    stage: str
+    unit: str
+    num_done: int
+    num_failed: int
+    num_rows: int
+    cpu_s: float
+    wall_s: float
+
+
+def commit_name(stage: str, unit: str, items: Iterable[tuple[str, str]]) -> str:
+    """Name of the commit that treats exactly these (item_id, key) pairs."""
+    text = "\n".join(sorted(f"{item}\t{key}" for item, key in items))
+    return f"{stage}-{unit}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def fragment_path(root: Path, table: str, name: str) -> Path:
+    return root / "fragments" / table / f"{name}.parquet"
+
+
+def table_schema(table: str) -> pa.Schema:
+    """The columns of a table as they stand in its fragments."""
+    return pa.schema([*LEDGER_COLUMNS, *TABLES[table]])
+
+
+def write_atomically(path: Path, table: pa.Table) -> None:
+    """Parquet file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        pq.write_table(table, temporary, compression="zstd")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_commit(root: Path, name: str, rows: dict[str, pa.Table], ledger: pa.Table, media: list[str]) -> None:
+    """Write the fragments of one commit, the ledger last. `media`: paths under root that the rows point into."""
+    outputs = {}
+    for table, data in sorted(rows.items()):
+        path = fragment_path(root, table, name)
+        write_atomically(path, data)
+        outputs[str(path.relative_to(root))] = path.stat().st_size
+    for relative in media:
+        outputs[relative] = (root / relative).stat().st_size
+    metadata = {"clipmill.outputs": json.dumps(outputs, sort_keys=True)}
+    write_atomically(fragment_path(root, "ledger", name), ledger.cast(LEDGER).replace_schema_metadata(metadata))
+
+
+def outputs_of(ledger_fragment: Path) -> dict[str, int]:
+    """Path → size of everything the commit wrote. Raises pa.ArrowInvalid for a torn file."""
+    metadata = pq.read_schema(ledger_fragment).metadata or {}
+    return json.loads(metadata.get(b"clipmill.outputs", b"{}"))
+
+
+def sweep_temporaries(root: Path) -> int:
+    """Remove what killed writers left; only for the holder of the corpus lock. Returns how many files went."""
+    leftovers = [p for folder in ("fragments", "clips", "shards") for p in (root / folder).glob(f"**/{TEMPORARY}*")]
+    for path in leftovers:
+        path.unlink() if path.is_file() else _remove_folder(path)
+    return len(leftovers)
+
+
+def _remove_folder(path: Path) -> None:
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,306 @@
+"""The working database: every fragment loaded, and what is current, pending and failed derived from it by SQL.
+
+It is private to the process that holds the corpus lock (`.clipmill/ledger.duckdb`), a cache of the fragments that can be
+deleted at any time. Readers get the published `manifest.duckdb` instead (`shards.manifest`).
+
+A stage is described to the ledger by its `StageQuery`: an SQL statement giving the items that ought to exist, each with a
+key that hashes the stage's fingerprint and the item's inputs. Done is the row whose key is the item's present key. So a
+changed setting, a changed input, a lost fragment and a new source are all the same thing: a key nobody has done yet.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from shards.fragments import Commit, fragment_path, outputs_of, table_schema
+from shards.schema import LEDGER, TABLES
+
+LEDGER_VERSION = 1  # of the working database's own layout; another version is rebuilt from the fragments
+
+
+@dataclass(frozen=True)
+class StageQuery:
+    """What the ledger must know of a stage. Its SQL may use the temp tables of the stages before it.
+
+    depends  the stages whose rows `inputs` reads
+    inputs   SELECT item_id, unit, key, cost: what ought to exist (`$fingerprint` is replaced by the stage's)
+    current  statements run once the stage's done rows are chosen: they make the `current_…` tables for later stages
+    payload  SELECT item_id, … : what the worker gets for each item of `work` (item_id, key, attempts, cost)
+    """
+
+    name: str
+    depends: tuple[str, ...]
+    inputs: str
+    current: tuple[str, ...]
+    payload: str
+
+
+@dataclass(frozen=True)
+class FragmentFile:
+    name: str
+    num_bytes: int
+    mtime_ns: int
+
+
+class Ledger:
+    """Holds the connection. `memory_limit` bounds DuckDB; nothing here keeps rows in Python."""
+
+    def __init__(self, root: Path, stages: Sequence[StageQuery], *, memory_limit: str = "1GB", threads: int = 1):
+        self.root = root
+        self.stages = {stage.name: stage for stage in stages}
+        self.path = root / ".clipmill" / "ledger.duckdb"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.connection = _connect(self.path, memory_limit, threads)
+        self._create_tables()
+
+    def close(self) -> None:
+        self.connection.close()
+
+    # -- fragments ------------------------------------------------------------------------------------------------
+
+    def synchronise(self) -> tuple[int, int]:
+        """Load fragments that appeared, forget those that went or lost an output. Returns (loaded, forgotten)."""
+        present = {file.name: file for file in _scan(self.root / "fragments" / "ledger")}
+        known = {
+            name: (size, mtime) for name, size, mtime in self._rows("SELECT name, num_bytes, mtime_ns FROM fragments")
+        }
+        listing = _Listing(self.root)
+        whole, outputs = {}, dict(self._rows("SELECT name, outputs FROM fragments"))
+        for name, file in present.items():
+            unchanged = known.get(name) == (file.num_bytes, file.mtime_ns)
+            named = outputs[name] if unchanged else _outputs_or_none(self.root, name)
+            if named is not None and listing.has_all(named):
+                whole[name] = (file, named, unchanged)
+        gone = [name for name in known if name not in whole]
+        new = [name for name, (_, _, unchanged) in whole.items() if not unchanged]
+        for name in set(present) - set(whole):  # a commit that lost a part never happened
+            fragment_path(self.root, "ledger", name).unlink(missing_ok=True)
+        self.forget(gone)
+        self.load(new)
+        return len(new), len(gone)
+
+    def forget(self, names: Sequence[str]) -> None:
+        if not names:
+            return
+        self.connection.register("gone", pa.table({"name": list(names)}))
+        for table in ["ledger", *TABLES]:
+            self.connection.execute(f"DELETE FROM {table} WHERE fragment IN (SELECT name FROM gone)")
+        self.connection.execute("DELETE FROM fragments WHERE name IN (SELECT name FROM gone)")
+        self.connection.unregister("gone")
+
+    def load(self, names: Sequence[str]) -> None:
+        """Load whole commits (again, if they were loaded before)."""
+        if not names:
+            return
+        self.forget(names)
+        files, by_table = [], {table: [] for table in TABLES}
+        for name in names:
+            path = fragment_path(self.root, "ledger", name)
+            named, stat = outputs_of(path), path.stat()
+            files.append((name, stat.st_size, stat.st_mtime_ns, named))
+            for relative in named:
+                parts = Path(relative).parts
+                if parts[0] == "fragments":
+                    by_table[parts[1]].append(str(self.root / relative))
+        self.connection.execute("BEGIN")
+        ledger_files = [str(fragment_path(self.root, "ledger", name)) for name in names]
+        self._insert("ledger", ledger_files)
+        for table, paths in by_table.items():
+            if paths:
+                self._insert(table, paths)
+        self.connection.executemany("INSERT INTO fragments VALUES (?, ?, ?, ?)", files)
+        self.connection.execute("COMMIT")
+
+    def _insert(self, table: str, paths: list[str]) -> None:
+        self.connection.execute(
+            f"INSERT INTO {table} BY NAME SELECT * EXCLUDE (filename), parse_filename(filename, true) AS fragment "
+            "FROM read_parquet(?, filename = true, hive_partitioning = false, union_by_name = true)",
+            [paths],
+        )
+
+    # -- deriving -------------------------------------------------------------------------------------------------
+
+    def derive(
+        self, fingerprints: dict[str, str], *, units: Iterable[str] | None, run_id: str, max_attempts: int
+    ) -> None:
+        """Fill the temp tables `input_S`, `chosen_S`, `state_S` and `current_…` for the given units (None: all)."""
+        if units is None:
+            self.connection.execute("CREATE OR REPLACE TEMP TABLE scope AS SELECT DISTINCT unit FROM sources")
+        else:
+            self.connection.register("wanted", pa.table({"unit": pa.array(list(units), pa.string())}))
+            self.connection.execute("CREATE OR REPLACE TEMP TABLE scope AS SELECT unit FROM wanted")
+            self.connection.unregister("wanted")
+        for stage in self.stages.values():
+            inputs = stage.inputs.replace("$fingerprint", _quoted(fingerprints[stage.name]))
+            self.connection.execute(f"CREATE OR REPLACE TEMP TABLE input_{stage.name} AS {inputs}")
+            self.connection.execute(_CHOOSE.replace("$stage", stage.name))
+            self.connection.execute(
+                _STATE.replace("$stage", stage.name)
+                .replace("$run_id", _quoted(run_id))
+                .replace("$max_attempts", str(int(max_attempts)))
+            )
+            for statement in stage.current:
+                self.connection.execute(statement)
+
+    def force(self, stage: str, item_ids: Sequence[str]) -> None:
+        """Make these items pending once in this run although they are done or failed."""
+        self.connection.register("named", pa.table({"item_id": pa.array(list(item_ids), pa.string())}))
+        self.connection.execute(f"INSERT INTO forced SELECT '{stage}', item_id FROM named")
+        self.connection.unregister("named")
+
+    def work(self, stage: str) -> list[dict]:
+        """What the worker needs for every item to be done of a stage, for the units derived last, in item order."""
+        self.connection.execute(
+            f"CREATE OR REPLACE TEMP TABLE work AS SELECT * FROM state_{stage} WHERE status IN ('pending', 'retry')"
+        )
+        return self.connection.execute(self.stages[stage].payload).to_arrow_table().to_pylist()
+
+    def has_work(self, stage: str) -> bool:
+        return bool(self._rows(f"SELECT 1 FROM state_{stage} WHERE status IN ('pending', 'retry') LIMIT 1"))
+
+    def unit_of_work(self, stage: str) -> dict[str, str]:
+        """Item → unit, of the items that `work` gives."""
+        return dict(self._rows(f"SELECT item_id, unit FROM state_{stage} WHERE status IN ('pending', 'retry')"))
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Stage → status → number of items, for the units derived last.
+
+        Besides pending, retry, done and failed: `waiting`, done items whose video has work left in a stage before, and
+        which that work may make pending.
+        """
+        return {name: dict(self._rows(self._count_sql(name))) for name in self.stages}
+
+    def _count_sql(self, stage: str) -> str:
+        before = [
+            f"SELECT split_part(item_id, '.', 1) FROM state_{name} WHERE status IN ('pending', 'retry')"
+            for name in self._ancestors(stage)
+        ] or ["SELECT NULL WHERE false"]
+        return (
+            f"WITH unsettled(video_id) AS ({' UNION '.join(before)}) "
+            "SELECT CASE WHEN status = 'done' AND split_part(item_id, '.', 1) IN (SELECT video_id FROM unsettled) "
+            f"THEN 'waiting' ELSE status END AS status, count(*) FROM state_{stage} GROUP BY 1 ORDER BY 1"
+        )
+
+    def _ancestors(self, stage: str) -> list[str]:
+        direct = self.stages[stage].depends
+        return sorted({*direct, *(a for name in direct for a in self._ancestors(name))})
+
+    def units_with_work(self, stages: Iterable[str]) -> list[str]:
+        union = " UNION ALL ".join(
+            f"SELECT unit FROM state_{stage} WHERE status IN ('pending', 'retry')" for stage in stages
+        )
+        return [unit for (unit,) in self._rows(f"SELECT DISTINCT unit FROM ({union}) ORDER BY unit")]
+
+    # -- plumbing -------------------------------------------------------------------------------------------------
+
+    def _rows(self, sql: str, parameters: Sequence = ()) -> list[tuple]:
+        return self.connection.execute(sql, list(parameters)).fetchall()
+
+    def _create_tables(self) -> None:
+        empty = {"ledger": LEDGER, **{table: table_schema(table) for table in TABLES}}
+        for table, schema in empty.items():
+            columns = schema.append(pa.field("fragment", pa.string())).empty_table()
+            self.connection.register("columns", columns)
+            self.connection.execute(f"CREATE TABLE IF NOT EXISTS {table} AS SELECT * FROM columns")
+            self.connection.unregister("columns")
+        self.connection.execute(
+            "CREATE TABLE IF NOT EXISTS fragments (name VARCHAR, num_bytes BIGINT, mtime_ns BIGINT, outputs MAP(VARCHAR, BIGINT))"
+        )
+        self.connection.execute("CREATE TEMP TABLE forced (stage VARCHAR, item_id VARCHAR)")
+
+
+# The row that counts for an item: the one made with the item's present key, else the newest of another key.
+_CHOOSE = """
+CREATE OR REPLACE TEMP TABLE chosen_$stage AS
+SELECT l.item_id, i.unit, l.key, l.fragment, l.key = i.key AS fresh
+FROM ledger l JOIN input_$stage i USING (item_id)
+WHERE l.stage = '$stage' AND l.status = 'done'
+QUALIFY row_number() OVER (PARTITION BY l.item_id ORDER BY l.key = i.key DESC, l.at DESC, l.fragment) = 1
+"""
+
+_STATE = """
+CREATE OR REPLACE TEMP TABLE state_$stage AS
+WITH tried AS (
+    SELECT item_id, key, max(attempts) FILTER (status = 'failed') AS attempts,
+           arg_max(transient, at) FILTER (status = 'failed') AS transient,
+           bool_or(run_id = $run_id) AS in_this_run
+    FROM ledger WHERE stage = '$stage' GROUP BY ALL
+)
+SELECT i.item_id, i.unit, i.key, i.cost, coalesce(t.attempts, 0) AS attempts,
+       CASE WHEN f.item_id IS NOT NULL AND NOT coalesce(t.in_this_run, false) THEN 'pending'
+            WHEN c.fresh THEN 'done'
+            WHEN t.attempts IS NULL THEN 'pending'
+            WHEN t.transient AND t.attempts < $max_attempts AND NOT t.in_this_run THEN 'retry'
+            ELSE 'failed' END AS status
+FROM input_$stage i
+LEFT JOIN chosen_$stage c ON c.item_id = i.item_id AND c.fresh
+LEFT JOIN tried t ON t.item_id = i.item_id AND t.key = i.key
+LEFT JOIN (SELECT DISTINCT item_id FROM forced WHERE stage = '$stage') f ON f.item_id = i.item_id
+"""
+
+
+class _Listing:
+    """Which outputs exist with which size, one directory listing per folder instead of one stat per file."""
+
+    def __init__(self, root: Path):
+        self.root, self.folders = root, {}
+
+    def has_all(self, outputs: dict[str, int]) -> bool:
+        return all(self._size(relative) == num_bytes for relative, num_bytes in outputs.items())
+
+    def _size(self, relative: str) -> int | None:
+        folder, _, name = relative.rpartition("/")
+        if folder not in self.folders:
+            self.folders[folder] = {file.name: file.num_bytes for file in _scan(self.root / folder, strip=False)}
+        return self.folders[folder].get(name)
+
+
+def _scan(folder: Path, *, strip: bool = True) -> list[FragmentFile]:
+    if not folder.is_dir():
+        return []
+    files = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or not entry.is_file():
+                continue
+            stat = entry.stat()
+            name = entry.name.removesuffix(".parquet") if strip else entry.name
+            files.append(FragmentFile(name, stat.st_size, stat.st_mtime_ns))
+    return sorted(files, key=lambda file: file.name)
+
+
+def _outputs_or_none(root: Path, name: str) -> dict[str, int] | None:
+    try:
+        return outputs_of(fragment_path(root, "ledger", name))
+    except (pa.ArrowInvalid, OSError):
+        return None  # torn by a crash: counted by synchronise as a commit that never happened
+
+
+def _connect(path: Path, memory_limit: str, threads: int) -> duckdb.DuckDBPyConnection:
+    config = {"memory_limit": memory_limit, "threads": threads, "preserve_insertion_order": False}
+    for attempt in (1, 2):
+        try:
+            connection = duckdb.connect(str(path), config=config)
+            connection.execute("CREATE TABLE IF NOT EXISTS layout AS SELECT ? AS version", [LEDGER_VERSION])
+            version = connection.execute("SELECT version FROM layout").fetchone()[0]
+            if version == LEDGER_VERSION:
+                connection.execute("SET TimeZone = 'UTC'")
+                return connection
+            connection.close()
+        except (duckdb.IOException, duckdb.SerializationException, duckdb.CatalogException):
+            if attempt == 2:
+                raise
+        path.unlink(missing_ok=True)  # a cache: of another layout or torn, it is rebuilt from the fragments
+        path.with_name(path.name + ".wal").unlink(missing_ok=True)
+    raise AssertionError("unreachable")
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+__all__ = ["Commit", "Ledger", "StageQuery"]

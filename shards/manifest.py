@@ -1,0 +1,107 @@
+"""Publishing `manifest.duckdb`: the snapshot that everybody else reads.
+
+The file is written beside the old one and renamed over it, so a reader always opens a whole, consistent manifest, keeps
+the one it opened for as long as it likes, and never meets a lock. It holds the tables of `shards.schema.MANIFEST` and the
+views of `shards/views.sql`.
+"""
+
+import os
+from importlib import resources
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from shards.duplicates import duplicate_groups
+from shards.fragments import TEMPORARY
+from shards.ledger import Ledger
+from shards.schema import INDEX, MANIFEST
+
+MANIFEST_NAME = "manifest.duckdb"
+
+
+def publish(ledger: Ledger) -> None:
+    """Write the manifest from what the ledger derived last, which must have been for all units."""
+    connection = ledger.connection
+    path = ledger.root / MANIFEST_NAME
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{MANIFEST_NAME}")
+    temporary.unlink(missing_ok=True)
+    _prepare(ledger)
+    connection.execute(f"ATTACH '{_sql_text(temporary)}' AS manifest")
+    try:
+        for table, schema in MANIFEST.items():
+            columns = ", ".join(schema.names)
+            connection.execute(f"CREATE TABLE manifest.{table} AS {_SELECT[table].replace('$columns', columns)}")
+    finally:
+        connection.execute("DETACH manifest")
+    with duckdb.connect(str(temporary)) as fresh:
+        fresh.execute(resources.files("shards").joinpath("views.sql").read_text())
+    os.replace(temporary, path)
+
+
+def _prepare(ledger: Ledger) -> None:
+    """The inputs of the manifest that are not in the ledger: near-duplicate groups, shard indexes, runs."""
+    connection = ledger.connection
+    hashes = connection.execute("SELECT clip_id, phash FROM current_clips ORDER BY clip_id").to_arrow_table()
+    connection.register("groups", duplicate_groups(hashes))
+    connection.execute("CREATE OR REPLACE TEMP TABLE duplicate_groups AS SELECT * FROM groups")
+    connection.unregister("groups")
+    _load_parquet(connection, "indexed_samples", ledger.root / "shards", INDEX)
+    _load_parquet(connection, "recorded_runs", ledger.root / "fragments" / "runs", MANIFEST["runs"])
+    inputs = " UNION ALL ".join(
+        f"SELECT '{name}' AS stage, key, split_part(item_id, '.', 1) AS video_id FROM input_{name}"
+        for name in ledger.stages
+    )
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE present_inputs AS {inputs}")
+
+
+def _load_parquet(connection: duckdb.DuckDBPyConnection, table: str, folder: Path, schema: pa.Schema) -> None:
+    connection.register("empty", schema.empty_table())
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE {table} AS SELECT * FROM empty")
+    connection.unregister("empty")
+    files = sorted(str(path) for path in folder.glob("[!.]*.parquet"))
+    if files:
+        connection.execute(
+            f"INSERT INTO {table} BY NAME SELECT {', '.join(schema.names)} FROM read_parquet(?)", [files]
+        )
+
+
+def _sql_text(path: Path) -> str:
+    return str(path).replace("'", "''")
+
+
+_SELECT = {
+    "videos": """
+        SELECT s.video_id, s.unit, s.url, s.kind, s.source_id, coalesce(s.title, v.title) AS title,
+               coalesce(s.category, v.categories[1]) AS category,
+               coalesce(s.language, t.language, v.language) AS language, coalesce(s.licence, v.licence) AS licence,
+               v.channel, v.upload_date, v.path, v.num_bytes, v.sha256, v.duplicate_of, v.container, v.duration_s,
+               v.width, v.height, v.fps, v.video_codec, v.audio_codec, v.extractor, t.origin AS transcript_origin,
+               t.word_times, t.num_words, s.ordinal, s.extra, v.meta
+        FROM sources s LEFT JOIN current_videos v USING (video_id) LEFT JOIN current_transcripts t USING (video_id)
+        ORDER BY s.ordinal
+    """,
+    "sentences": "SELECT $columns FROM current_sentences ORDER BY video_id, n",
+    "spans": "SELECT $columns FROM current_spans ORDER BY video_id, n",
+    "clips": "SELECT $columns FROM current_clips ORDER BY video_id, n",
+    "captions": "SELECT $columns FROM current_captions ORDER BY clip_id, frame_index, fingerprint",
+    "scores": """
+        SELECT s.* EXCLUDE (item_id, unit, key, fragment, fresh), g.duplicate_group
+        FROM current_scores s LEFT JOIN duplicate_groups g USING (clip_id) ORDER BY s.clip_id
+    """,
+    "samples": "SELECT $columns FROM indexed_samples ORDER BY shard, position",
+    # A failure stands as long as the item still has the inputs it failed with and was not done since.
+    "failures": """
+        SELECT l.stage, l.item_id, l.error_class, l.message, l.transient, l.attempts, l.at, l.unit
+        FROM ledger l
+        WHERE l.status = 'failed'
+          AND (l.stage IN ('ingest', 'pack') OR EXISTS (
+                  SELECT 1 FROM present_inputs i
+                  WHERE i.stage = l.stage AND i.key = l.key AND i.video_id = split_part(l.item_id, '.', 1)))
+          AND NOT EXISTS (SELECT 1 FROM ledger d WHERE d.stage = l.stage AND d.item_id = l.item_id AND d.key = l.key
+                          AND d.status = 'done' AND d.at >= l.at)
+        QUALIFY row_number() OVER (PARTITION BY l.stage, l.item_id ORDER BY l.at DESC, l.attempts DESC) = 1
+        ORDER BY l.stage, l.item_id
+    """,
+    "runs": "SELECT $columns FROM recorded_runs ORDER BY started_at",
+}
