@@ -157,7 +157,30 @@ class Ledger:
         self.connection.execute(
             f"CREATE OR REPLACE TEMP TABLE work AS SELECT * FROM state_{stage} WHERE status IN ('pending', 'retry')"
         )
-        return self.connection.execute(self.stages[stage].payload).to_arrow_table().to_pylist()
+        return self.connection.sql(self.stages[stage].payload).to_arrow_table().to_pylist()
+
+    def items_of(self, stage: str) -> list[str]:
+        return [item_id for (item_id,) in self._rows(f"SELECT item_id FROM state_{stage} ORDER BY 1")]
+
+    def standing_failures(self) -> list[tuple[str, str, int, str]]:
+        """(stage, error class, count, an example) of what failed with its present inputs and was not done since."""
+        return self._rows(
+            f"SELECT stage, error_class, count(*), min(failed_id || ': ' || message) FROM ({self.failures_sql()}) "
+            "GROUP BY ALL ORDER BY ALL"
+        )
+
+    def failures_sql(self) -> str:
+        """One row per item that failed and stands failed, from what was derived last for all units."""
+        present = " UNION ALL ".join(
+            f"SELECT '{name}', key, split_part(item_id, '.', 1) FROM input_{name}" for name in self.stages
+        )
+        return f"""
+            SELECT * FROM ({_LAST_FAILURE}) l
+            WHERE stage IN ('ingest', 'pack')
+               OR ((stage, failed_key, split_part(failed_id, '.', 1)) IN (FROM ({present}))
+                   AND NOT EXISTS (SELECT 1 FROM ledger d WHERE d.status = 'done' AND d.stage = l.stage
+                                   AND d.item_id = l.failed_id AND d.key = l.failed_key))
+        """
 
     def has_work(self, stage: str) -> bool:
         return bool(self._rows(f"SELECT 1 FROM state_{stage} WHERE status IN ('pending', 'retry') LIMIT 1"))
@@ -226,7 +249,7 @@ _STATE = """
 CREATE OR REPLACE TEMP TABLE state_$stage AS
 WITH tried AS (
     SELECT item_id, key, max(attempts) FILTER (status = 'failed') AS attempts,
-           arg_max(transient, at) FILTER (status = 'failed') AS transient,
+           arg_max(transient, "at") FILTER (status = 'failed') AS transient,
            bool_or(run_id = $run_id) AS in_this_run
     FROM ledger WHERE stage = '$stage' GROUP BY ALL
 )
@@ -240,6 +263,13 @@ FROM input_$stage i
 LEFT JOIN chosen_$stage c ON c.item_id = i.item_id AND c.fresh
 LEFT JOIN tried t ON t.item_id = i.item_id AND t.key = i.key
 LEFT JOIN (SELECT DISTINCT item_id FROM forced WHERE stage = '$stage') f ON f.item_id = i.item_id
+"""
+
+
+_LAST_FAILURE = """
+SELECT stage, item_id AS failed_id, key AS failed_key, unit, error_class, message, transient, attempts, "at"
+FROM ledger WHERE status = 'failed'
+QUALIFY row_number() OVER (PARTITION BY stage, item_id, key ORDER BY "at" DESC, attempts DESC) = 1
 """
 
 
@@ -286,7 +316,7 @@ def _connect(path: Path, memory_limit: str, threads: int) -> duckdb.DuckDBPyConn
         try:
             connection = duckdb.connect(str(path), config=config)
             connection.execute("CREATE TABLE IF NOT EXISTS layout AS SELECT ? AS version", [LEDGER_VERSION])
-            version = connection.execute("SELECT version FROM layout").fetchone()[0]
+            version = connection.execute("SELECT version FROM layout").fetchall()[0][0]
             if version == LEDGER_VERSION:
                 connection.execute("SET TimeZone = 'UTC'")
                 return connection

@@ -42,17 +42,13 @@ def publish(ledger: Ledger) -> None:
 def _prepare(ledger: Ledger) -> None:
     """The inputs of the manifest that are not in the ledger: near-duplicate groups, shard indexes, runs."""
     connection = ledger.connection
-    hashes = connection.execute("SELECT clip_id, phash FROM current_clips ORDER BY clip_id").to_arrow_table()
+    hashes = connection.sql("SELECT clip_id, phash FROM current_clips ORDER BY clip_id").to_arrow_table()
     connection.register("groups", duplicate_groups(hashes))
     connection.execute("CREATE OR REPLACE TEMP TABLE duplicate_groups AS SELECT * FROM groups")
     connection.unregister("groups")
     _load_parquet(connection, "indexed_samples", ledger.root / "shards", INDEX)
     _load_parquet(connection, "recorded_runs", ledger.root / "fragments" / "runs", MANIFEST["runs"])
-    inputs = " UNION ALL ".join(
-        f"SELECT '{name}' AS stage, key, split_part(item_id, '.', 1) AS video_id FROM input_{name}"
-        for name in ledger.stages
-    )
-    connection.execute(f"CREATE OR REPLACE TEMP TABLE present_inputs AS {inputs}")
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE standing_failures AS {ledger.failures_sql()}")
 
 
 def _load_parquet(connection: duckdb.DuckDBPyConnection, table: str, folder: Path, schema: pa.Schema) -> None:
@@ -90,18 +86,9 @@ _SELECT = {
         FROM current_scores s LEFT JOIN duplicate_groups g USING (clip_id) ORDER BY s.clip_id
     """,
     "samples": "SELECT $columns FROM indexed_samples ORDER BY shard, position",
-    # A failure stands as long as the item still has the inputs it failed with and was not done since.
     "failures": """
-        SELECT l.stage, l.item_id, l.error_class, l.message, l.transient, l.attempts, l.at, l.unit
-        FROM ledger l
-        WHERE l.status = 'failed'
-          AND (l.stage IN ('ingest', 'pack') OR EXISTS (
-                  SELECT 1 FROM present_inputs i
-                  WHERE i.stage = l.stage AND i.key = l.key AND i.video_id = split_part(l.item_id, '.', 1)))
-          AND NOT EXISTS (SELECT 1 FROM ledger d WHERE d.stage = l.stage AND d.item_id = l.item_id AND d.key = l.key
-                          AND d.status = 'done' AND d.at >= l.at)
-        QUALIFY row_number() OVER (PARTITION BY l.stage, l.item_id ORDER BY l.at DESC, l.attempts DESC) = 1
-        ORDER BY l.stage, l.item_id
+        SELECT stage, failed_id AS item_id, error_class, message, transient, attempts, "at", unit
+        FROM standing_failures ORDER BY stage, item_id
     """,
     "runs": "SELECT $columns FROM recorded_runs ORDER BY started_at",
 }

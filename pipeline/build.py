@@ -1,0 +1,248 @@
+"""`build`, `run` and what `status` knows: a session that owns the corpus, and the steps it takes.
+
+build = ingest + every stage + pack          run STAGE = one of them
+"""
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.corpus import Corpus
+from pipeline.engine import Engine, EngineReport
+from pipeline.errors import UserError
+from pipeline.ingest_stage import IngestReport, ingest_sources
+from pipeline.pack_stage import PackReport, pack_corpus, pack_state
+from pipeline.settings import CorpusSettings, resolve
+from pipeline.stage_queries import QUERIES
+from pipeline.stages import STAGES, Stage, fingerprints
+from shards.fragments import fragment_path, sweep_temporaries, write_atomically
+from shards.ledger import Ledger
+from shards.manifest import publish
+from shards.schema import MANIFEST
+
+
+@dataclass
+class BuildReport:
+    ingest: IngestReport | None = None
+    engine: EngineReport = field(default_factory=EngineReport)
+    pack: PackReport | None = None
+    changed: list[str] = field(default_factory=list)  # settings that differ from the corpus's last ones
+    pending_before: dict[str, dict[str, int]] = field(default_factory=dict)
+    failures: list[tuple[str, str, int, str]] = field(default_factory=list)  # stage, class, count, an example
+
+    @property
+    def did_something(self) -> bool:
+        new_sources = self.ingest.num_new if self.ingest else 0
+        packed = self.pack.num_written + self.pack.num_refreshed if self.pack else 0
+        return bool(new_sources or packed or self.engine.num_done or self.engine.num_failed)
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.failures else 0
+
+
+class Session:
+    """A corpus opened for writing: settings saved, leftovers swept, every fragment loaded."""
+
+    def __init__(self, corpus: Corpus, settings: CorpusSettings, ledger: Ledger, command: str):
+        self.corpus, self.settings, self.ledger, self.command = corpus, settings, ledger, command
+        self.started_at = datetime.now(UTC)
+        self.run_id = f"{self.started_at:%Y%m%dT%H%M%S}-{os.getpid()}"
+
+    def engine(self, stages: Sequence[str]) -> Engine:
+        return Engine(self.corpus, self.settings, self.ledger, self.run_id, stages)
+
+    def derive_all(self) -> None:
+        self.ledger.derive(
+            fingerprints(self.settings),
+            units=None,
+            run_id=self.run_id,
+            max_attempts=self.settings.engine.max_attempts,
+        )
+
+    def record_run(self, *, ended: bool) -> None:
+        """The row of this run: written when it first does something, completed when it ends."""
+        row = {
+            "run_id": self.run_id,
+            "command": self.command,
+            "started_at": self.started_at,
+            "ended_at": datetime.now(UTC) if ended else None,
+            "settings": json.dumps(self.settings.model_dump(mode="json"), sort_keys=True),
+            "versions": json.dumps(versions(), sort_keys=True),
+        }
+        table = pa.Table.from_pylist([row], MANIFEST["runs"])
+        write_atomically(fragment_path(self.corpus.root, "runs", self.run_id), table)
+
+    def publish(self) -> None:
+        self.derive_all()
+        publish(self.ledger)
+
+    def failures(self) -> list[tuple[str, str, int, str]]:
+        return self.ledger.standing_failures()
+
+
+@contextmanager
+def session(
+    root: str | Path, recipe: str | None, assignments: list[str], command: str, *, create: bool
+) -> Iterator[tuple[Session, list[str]]]:
+    """Open a corpus for writing; yields it with the settings that changed. Raises UserError."""
+    corpus = Corpus(root)
+    if not create:
+        corpus.require()
+    saved = corpus.load_settings() if corpus.exists else None
+    settings = resolve(saved, recipe, assignments)
+    resolved = settings.model_dump(mode="json")
+    corpus.create()
+    with corpus.writer():
+        if resolved != saved:
+            corpus.save_settings(resolved)
+        sweep_temporaries(corpus.root)
+        ledger = Ledger(corpus.root, QUERIES, memory_limit=settings.engine.driver_memory)
+        try:
+            ledger.synchronise()
+            yield Session(corpus, settings, ledger, command), difference(saved, resolved) if saved else []
+        finally:
+            ledger.close()
+
+
+def build(
+    root: str | Path,
+    sources: list[str],
+    *,
+    stages: Sequence[str],
+    recipe: str | None,
+    assignments: list[str],
+    command: str,
+    redo: bool = False,
+    where: str | None = None,
+    display=None,
+) -> BuildReport:
+    """Ingest `sources` where there are any, run the stages, pack where "pack" is among them, publish."""
+    display = display or Silent()
+    report = BuildReport()
+    with session(root, recipe, assignments, command, create="ingest" in stages) as (current, report.changed):
+        display.settings_changed(report.changed)
+        if "ingest" in stages and sources:
+            report.ingest = ingest_sources(current, sources)
+            display.ingested(report.ingest)
+        current.derive_all()
+        if redo or where:
+            _force(current, stages, where)
+            current.derive_all()
+        report.pending_before = current.ledger.counts()
+        display.plan(report.pending_before, stages)
+        _run_stages(current, stages, report, display)
+        current.derive_all()
+        if "pack" in stages or report.engine.num_done:
+            report.pack = pack_corpus(current, display, write="pack" in stages, redo=redo and "pack" in stages)
+        if report.did_something:
+            current.record_run(ended=True)
+        if report.did_something or not (current.corpus.root / "manifest.duckdb").exists():
+            current.publish()
+        report.failures = current.failures()
+    return report
+
+
+def _run_stages(current: Session, stages: Sequence[str], report: BuildReport, display) -> None:
+    names = [stage.name for stage in STAGES if stage.name in stages]
+    if not current.ledger.units_with_work(names):
+        return
+    current.record_run(ended=False)
+    engine = current.engine(names)
+    with display.progress(engine, report.pending_before):
+        report.engine = engine.run(lambda engine: display.tick(engine))
+
+
+def _force(current: Session, stages: Sequence[str], where: str | None) -> None:
+    """Make what `--redo` or `--where` names pending again."""
+    for stage in STAGES:
+        if stage.name in stages:
+            named = _items_named(current.corpus, stage, where) if where else current.ledger.items_of(stage.name)
+            current.ledger.force(stage.name, named)
+
+
+def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
+    """Items of a stage for which an SQL condition over the manifest holds.
+
+    It may use the columns of `catalog` for stages that work on clips and of `videos` for the others, and error_class,
+    message and attempts of the item's failure in this stage. Raises UserError for bad SQL.
+    """
+    from shards.sql import open_manifest, rows_of
+
+    table, item = ("catalog", "clip_id") if stage.pool == "model" else ("videos", "video_id")
+    failures = f"SELECT item_id, error_class, message, attempts FROM failures WHERE stage = '{stage.name}'"
+    with open_manifest(corpus.root) as connection:
+        return rows_of(
+            connection,
+            f"SELECT DISTINCT {item} FROM (SELECT t.*, f.* EXCLUDE (item_id) FROM {table} t LEFT JOIN ({failures}) f "
+            f"ON split_part(f.item_id, '.', 1) = t.video_id) WHERE ({where}) ORDER BY 1",
+        )
+
+
+def difference(before: dict, after: dict, prefix: str = "") -> list[str]:
+    """ "cut.fps: 3.0 → 2.0" for every setting that differs."""
+    lines = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += difference(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old} → {new}")
+    return lines
+
+
+@dataclass(frozen=True)
+class Status:
+    counts: dict[str, dict[str, int]]
+    failures: list[tuple[str, str, int, str]]
+    pack: dict[str, int]
+    changed: list[str]
+
+
+def status(root: str | Path, assignments: list[str]) -> Status:
+    """What each stage has done, has to do and could not do, with the settings as they are or as `--set` would make them."""
+    corpus = Corpus(root).require()
+    saved = corpus.load_settings()
+    settings = resolve(saved, None, assignments)
+    with corpus.writer():
+        ledger = Ledger(corpus.root, QUERIES, memory_limit=settings.engine.driver_memory)
+        try:
+            ledger.synchronise()
+            current = Session(corpus, settings, ledger, "status")
+            current.derive_all()
+            changed = difference(saved, settings.model_dump(mode="json"))
+            return Status(ledger.counts(), current.failures(), pack_state(current), changed)
+        finally:
+            ledger.close()
+
+
+def versions() -> dict[str, str]:
+    names = ("clipmill", "av", "duckdb", "open_clip_torch", "pyarrow", "ray", "torch", "webdataset", "yt-dlp")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+class Silent:
+    """A display that shows nothing: what tests and library callers get. `pipeline.display` has the one people see."""
+
+    def settings_changed(self, changed: list[str]) -> None: ...
+    def ingested(self, report: IngestReport) -> None: ...
+    def plan(self, counts: dict, stages: Sequence[str]) -> None: ...
+    def tick(self, engine: Engine) -> None: ...
+    def packing(self, done: int, total: int) -> None: ...
+
+    @contextmanager
+    def progress(self, engine: Engine, counts: dict) -> Iterator[None]:
+        yield
+
+
+def require_stage(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise UserError(f"there is no stage {name!r}; the stages are {', '.join(known)}.")

@@ -1,0 +1,175 @@
+"""The command line. Only what `--help` needs is imported at the top; each command imports its own part.
+
+Exit codes: 0 all done · 1 some items failed (said, counted, recorded) · 2 the user's mistake.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="From a list of video URLs to a queryable clip-text corpus.",
+)
+
+CorpusOption = Annotated[Path, typer.Option("--corpus", help="The corpus folder.", show_default=False)]
+CorpusArgument = Annotated[Path, typer.Argument(help="The corpus folder.", metavar="DIR", show_default=False)]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", help="Change a setting and keep it, e.g. --set cut.fps=2.", metavar="STAGE.KEY=VALUE"),
+]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A recipe's name or a YAML file of settings.")]
+
+
+@app.command()
+def build(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Lists (.txt .csv .tsv .jsonl .parquet), folders, globs, files, URLs, or - for standard input; none: go on with "
+            "what the corpus knows.",
+            show_default=False,
+        ),
+    ] = None,
+    corpus: CorpusOption = Path("corpus"),
+    recipe: RecipeOption = None,
+    set_: SetOption = [],
+) -> None:
+    """Every stage, from sources to shards. Resumes; appends what is new in SOURCES."""
+    from pipeline.build import build as build_corpus
+    from pipeline.display import Terminal
+    from pipeline.stages import STAGE_NAMES
+
+    report = build_corpus(
+        corpus,
+        sources or [],
+        stages=STAGE_NAMES,
+        recipe=recipe,
+        assignments=set_,
+        command=_command(),
+        display=(display := Terminal()),
+    )
+    display.finished(report, corpus)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def run(
+    stage: Annotated[
+        str, typer.Argument(help="download, transcribe, segment, cut, caption, score or pack.", show_default=False)
+    ],
+    corpus: CorpusOption = Path("corpus"),
+    redo: Annotated[bool, typer.Option("--redo", help="Do all of it again, not only what is pending.")] = False,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Do again what this SQL condition names, e.g. \"error_class = 'timeout'\".", metavar="SQL"),
+    ] = None,
+    set_: SetOption = [],
+) -> None:
+    """One stage, and only what is pending in it."""
+    from pipeline.build import build as build_corpus
+    from pipeline.build import require_stage
+    from pipeline.display import Terminal
+    from pipeline.stages import STAGE_NAMES
+
+    require_stage(stage, STAGE_NAMES[1:])
+    report = build_corpus(
+        corpus,
+        [],
+        stages=[stage],
+        recipe=None,
+        assignments=set_,
+        command=_command(),
+        redo=redo,
+        where=where,
+        display=(display := Terminal()),
+    )
+    display.finished(report, corpus)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def status(corpus: CorpusArgument, set_: SetOption = []) -> None:
+    """What each stage has done, has to do and could not do; with --set, what a change would make pending."""
+    from pipeline.display import show_status
+
+    show_status(corpus, set_)
+
+
+@app.command()
+def sql(
+    corpus: CorpusArgument,
+    query: Annotated[
+        str | None, typer.Argument(help="A query; none: an interactive prompt.", show_default=False)
+    ] = None,
+    format: Annotated[str, typer.Option(help="table, csv, json or parquet.")] = "table",
+) -> None:
+    """Ask the manifest. Read-only, also while a build is running."""
+    from shards.sql import open_manifest, prompt, run_query
+
+    with open_manifest(corpus) as connection:
+        if query is None:
+            prompt(connection)
+        else:
+            run_query(connection, query, format)
+
+
+@app.command()
+def stats(corpus: CorpusArgument) -> None:
+    """The corpus in numbers: what HD-VILA reports, the funnel from source to sample, histograms."""
+    from rich.console import Console
+
+    from shards.sql import open_manifest
+    from shards.statistics import render, report
+
+    with open_manifest(corpus) as connection:
+        render(report(connection), Console())
+
+
+@app.command()
+def verify(
+    corpus: CorpusArgument,
+    decode: Annotated[bool, typer.Option(help="Also decode every clip and count its frames.")] = True,
+) -> None:
+    """Check every shard against the manifest; exit 1 and a list when anything is off."""
+    from pipeline.display import verify_corpus
+
+    raise typer.Exit(verify_corpus(corpus, decode))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where to make it.", metavar="[DIR]")] = Path("demo"),
+    videos: Annotated[int, typer.Option(help="How many videos the demo world has.")] = 24,
+) -> None:
+    """The whole job on a small made-up world of videos, served on this machine."""
+    from pipeline.demo.demo import run_demo
+
+    raise typer.Exit(run_demo(folder, videos))
+
+
+def _command() -> str:
+    return shlex.join(["clipmill", *sys.argv[1:]])
+
+
+def main() -> None:
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"clipmill: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("\nclipmill: stopped. The same command goes on from here.", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

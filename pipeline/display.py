@@ -1,0 +1,230 @@
+"""What people see: progress while a build runs, the summary after it, `status`, `verify`."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pipeline.build import BuildReport, Status, status
+from pipeline.corpus import Corpus
+from pipeline.engine import Engine
+from pipeline.ingest_stage import IngestReport
+from pipeline.stages import STAGES
+
+ON_PLAIN_OUTPUT_EVERY_S = 10.0  # a line this often where there is no terminal to redraw
+OPEN = ("pending", "retry")
+
+
+class Terminal:
+    """Shows a build on a terminal, or as plain lines where output goes elsewhere."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console()
+        self.bars: Progress | None = None
+        self.rows: dict[str, object] = {}
+        self.known: dict[str, int] = {}
+        self.said_at = self.saved_at = 0.0
+        self.started = time.perf_counter()
+
+    # -- what build calls, in this order ----------------------------------------------------------------------------
+
+    def settings_changed(self, changed: list[str]) -> None:
+        for line in changed:
+            self.console.print(f"[yellow]setting changed[/] {escape(line)}")
+
+    def ingested(self, report: IngestReport) -> None:
+        self.console.print(
+            f"[bold]ingest[/] {report.num_seen:,} sources read: {report.num_new:,} new, "
+            f"{report.num_duplicates:,} known or repeated, {report.num_problems:,} unreadable"
+        )
+
+    def plan(self, counts: dict[str, dict[str, int]], stages: Sequence[str]) -> None:
+        parts = []
+        for stage, by_status in counts.items():
+            num_open, waiting = sum(by_status.get(status, 0) for status in OPEN), by_status.get("waiting", 0)
+            if stage in stages and (num_open or waiting):
+                parts.append(f"{stage} {num_open:,}" + (f" (+{waiting:,} depend on that)" if waiting else ""))
+        self.console.print("[bold]to do[/] " + (" · ".join(parts) if parts else "nothing is pending in the stages"))
+
+    @contextmanager
+    def progress(self, engine: Engine, counts: dict[str, dict[str, int]]) -> Iterator[None]:
+        self.known = {stage: sum(n for status, n in by.items() if status in OPEN) for stage, by in counts.items()}
+        if not self.console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("[bold]{task.description:10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console) as self.bars:
+            self.rows = {stage.name: self.bars.add_task(stage.name, total=None, note="") for stage in engine.stages}
+            yield
+            self.tick(engine)
+        self.bars = None
+
+    def tick(self, engine: Engine) -> None:
+        now = time.perf_counter()
+        totals = self._totals(engine)
+        if now - self.saved_at > 1:
+            self.saved_at = now
+            engine.corpus.write_progress(progress_row(engine, totals, now - self.started))
+        if self.bars is not None:
+            for name, row in self.rows.items():
+                state = engine.report.by_stage[name]
+                note = f"[red]{state.failed} failed[/]" if state.failed else ""
+                self.bars.update(row, completed=state.done + state.failed, total=totals[name], note=note)
+        elif now - self.said_at > ON_PLAIN_OUTPUT_EVERY_S:
+            self.said_at = now
+            self.console.print(" · ".join(_progress_text(name, engine, totals) for name in totals), highlight=False)
+
+    def packing(self, done: int, total: int) -> None:
+        if done == total:
+            self.console.print(f"[bold]pack[/] {total:,} shards written")
+
+    def finished(self, report: BuildReport, corpus: Path) -> None:
+        if not report.did_something:
+            self.console.print("Nothing to do: everything that can be done is done.")
+        else:
+            self._summary(report)
+        print_failures(self.console, report.failures)
+        corpus_text = escape(str(corpus))
+        self.console.print(
+            f'[dim]next:[/] clipmill stats {corpus_text} · clipmill sql {corpus_text} "SELECT * FROM funnel" · '
+            f"clipmill verify {corpus_text}",
+            soft_wrap=True,
+        )
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _totals(self, engine: Engine) -> dict[str, int]:
+        """How many items each stage will have at least: what was pending, and what has appeared since."""
+        return {
+            name: max(self.known.get(name, 0), state.done + state.failed + state.in_flight)
+            for name, state in engine.report.by_stage.items()
+        }
+
+    def _summary(self, report: BuildReport) -> None:
+        table = Table(box=None, pad_edge=False)
+        for column in ("stage", "done", "failed", "task seconds"):
+            table.add_column(column, justify="left" if column == "stage" else "right")
+        for name, state in report.engine.by_stage.items():
+            if state.done or state.failed:
+                table.add_row(
+                    name, f"{state.done:,}", f"{state.failed:,}" if state.failed else "", f"{state.seconds:,.1f}"
+                )
+        if report.pack and (report.pack.num_written or report.pack.num_refreshed):
+            note = f"{report.pack.num_refreshed} indexes renewed" if report.pack.num_refreshed else ""
+            table.add_row("pack", f"{report.pack.num_samples:,}", "", f"{report.pack.seconds:,.1f}", note)
+        self.console.print(table)
+        self.console.print(f"[dim]{time.perf_counter() - self.started:,.1f} s in all[/]")
+
+
+def progress_row(engine: Engine, totals: dict[str, int], elapsed_s: float) -> dict:
+    """What `status` of another process shows of a running build."""
+    stages = {}
+    for name, state in engine.report.by_stage.items():
+        num_finished = state.done + state.failed
+        rate = num_finished / elapsed_s if elapsed_s else 0.0
+        left = totals[name] - num_finished
+        stages[name] = {
+            "done": state.done,
+            "failed": state.failed,
+            "in_flight": state.in_flight,
+            "left": left,
+            "per_s": rate,
+            "time_left_s": left / rate if rate else None,
+        }
+    return {"run_id": engine.run_id, "elapsed_s": elapsed_s, "stages": stages}
+
+
+def _progress_text(name: str, engine: Engine, totals: dict[str, int]) -> str:
+    state = engine.report.by_stage[name]
+    failed = f" ({state.failed} failed)" if state.failed else ""
+    return f"{name} {state.done + state.failed}/{totals[name]}{failed}"
+
+
+def print_failures(console: Console, failures: list[tuple[str, str, int, str]]) -> None:
+    if not failures:
+        return
+    table = Table(
+        box=None, pad_edge=False, title=f"[red]{sum(f[2] for f in failures):,} failed[/]", title_justify="left"
+    )
+    for column in ("stage", "error class", "count", "for example"):
+        table.add_column(column, justify="right" if column == "count" else "left", no_wrap=column == "for example")
+    for stage, error_class, count, example in failures:
+        table.add_row(stage, error_class, f"{count:,}", escape(_printable(example)))
+    console.print(table)
+
+
+def _printable(text: str) -> str:
+    """One line without control characters: messages come from the open internet."""
+    return "".join(c if c.isprintable() else " " for c in text)[:200]
+
+
+def show_status(root: Path, assignments: list[str]) -> None:
+    console = Console()
+    running = Corpus(root).require().read_progress()
+    if running and not assignments:
+        _show_running(console, running)
+        return
+    _show_idle(console, status(root, assignments))
+
+
+def _show_running(console: Console, progress: dict) -> None:
+    console.print(f"A build is running since {progress['elapsed_s']:,.0f} s (run {progress['run_id']}).")
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "done", "failed", "in flight", "known left", "per s", "time left"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for name, row in progress["stages"].items():
+        left = f"{row['time_left_s']:,.0f} s" if row["time_left_s"] is not None else "?"
+        numbers = (row["done"], row["failed"], row["in_flight"], row["left"])
+        table.add_row(name, *(f"{n:,}" for n in numbers), f"{row['per_s']:.2f}", left if row["left"] else "")
+    console.print(table)
+
+
+def _show_idle(console: Console, current: Status) -> None:
+    for line in current.changed:
+        console.print(f"[yellow]if set[/] {escape(line)}")
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "done", "pending", "waiting", "failed", ""):
+        table.add_column(column, justify="left" if column in ("stage", "") else "right")
+    for stage in STAGES:
+        row = current.counts[stage.name]
+        num_open = sum(row.get(status, 0) for status in OPEN)
+        cells = (row.get("done", 0), num_open, row.get("waiting", 0), row.get("failed", 0))
+        table.add_row(stage.name, *(f"{n:,}" if n else "" for n in cells), f"[dim]{stage.help}[/]")
+    pack = current.pack
+    table.add_row(
+        "pack",
+        f"{pack['packed']:,}",
+        f"{pack['to_pack']:,}" if pack["to_pack"] else "",
+        "",
+        "",
+        "[dim]clips → shards[/]",
+    )
+    console.print(table)
+    if any(row.get("waiting") for row in current.counts.values()):
+        console.print("[dim]waiting: done, but what it was made from is pending, so it may have to be done again[/]")
+    print_failures(console, current.failures)
+
+
+def verify_corpus(root: Path, decode: bool) -> int:
+    """Print what is wrong with the shards; the exit code."""
+    from pipeline.verify_stage import verify_with_sandbox
+
+    console = Console()
+    problems, checked = verify_with_sandbox(root, decode, console)
+    for problem in problems:
+        console.print(
+            f"[red]{problem.kind}[/] {escape(_printable(f'{problem.path} {problem.item}: {problem.message}'))}"
+        )
+    console.print(f"{checked}: {'all as the manifest says' if not problems else f'{len(problems):,} problems'}")
+    return 1 if problems else 0

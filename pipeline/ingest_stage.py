@@ -1,0 +1,97 @@
+"""The ingest stage: new sources become one commit; what could not be read of the lists becomes failure rows.
+
+It runs in the driver: a list is read once, and units must be given out by one hand.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.config import digest
+from pipeline.ingest import Ingested, Problem, ingest
+from shards.fragments import commit_name, fragment_path, table_schema, write_commit
+from shards.schema import LEDGER
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    num_seen: int
+    num_new: int
+    num_duplicates: int
+    num_problems: int
+
+
+def ingest_sources(session, arguments: list[str]) -> IngestReport:
+    """Read the lists, commit the sources that are new and the lines that are bad."""
+    known = session.ledger.connection.sql("SELECT video_id, url, unit, ordinal FROM sources").to_arrow_table()
+    found = ingest(arguments, session.settings.ingest, known)
+    root, names = session.corpus.root, []
+    if found.table.num_rows:
+        names.append(_commit_sources(session, found))
+    names += _commit_problems(session, arguments, found.problems)
+    session.ledger.load(names)
+    assert (root / "fragments").is_dir()
+    return IngestReport(found.num_seen, found.table.num_rows, found.num_duplicates, len(found.problems))
+
+
+def _commit_sources(session, found: Ingested) -> str:
+    table = found.table
+    ids, units = table["video_id"].combine_chunks(), table["unit"].combine_chunks()
+    keys = pa.array(["ingested"] * len(ids), pa.string())
+    columns = {"item_id": ids, "unit": units, "key": keys}
+    schema = table_schema("sources")
+    data = pa.table(
+        [columns.get(f.name, table[f.name] if f.name in table.column_names else None) for f in schema], schema
+    )
+    name = commit_name("ingest", units[0].as_py(), zip(ids.to_pylist(), ["ingested"] * len(ids), strict=True))
+    row = {**_ledger_row(session, name, "ingested"), "status": "done", "num_rows": len(ids)}
+    write_commit(session.corpus.root, name, {"sources": data}, pa.Table.from_pylist([row], LEDGER), [])
+    return name
+
+
+def _commit_problems(session, arguments: list[str], problems: list[Problem]) -> list[str]:
+    """Problems of these arguments, in place of those that the same arguments had before."""
+    name = f"ingest-problems-{digest([_absolute(argument) for argument in arguments])}"
+    rows = [
+        {
+            **_ledger_row(session, problem.location, name),
+            "status": "failed",
+            "error_class": problem.error_class,
+            "message": problem.message,
+            "transient": False,
+        }
+        for problem in problems
+    ]
+    known = session.ledger.connection.execute(
+        "SELECT item_id, error_class, message FROM ledger WHERE fragment = ? ORDER BY ALL", [name]
+    ).fetchall()
+    if known == sorted((row["item_id"], row["error_class"], row["message"]) for row in rows):
+        return []
+    if rows:
+        write_commit(session.corpus.root, name, {}, pa.Table.from_pylist(rows, LEDGER), [])
+        return [name]
+    fragment_path(session.corpus.root, "ledger", name).unlink()
+    session.ledger.forget([name])
+    return []
+
+
+def _ledger_row(session, item_id: str, key: str) -> dict:
+    return {
+        "stage": "ingest",
+        "item_id": item_id,
+        "unit": "",
+        "key": key,
+        "fingerprint": "",
+        "attempts": 1,
+        "wall_s": 0.0,
+        "cpu_s": 0.0,
+        "num_rows": 0,
+        "at": datetime.now(UTC),
+        "run_id": session.run_id,
+    }
+
+
+def _absolute(argument: str) -> str:
+    return argument if "://" in argument or argument == "-" else str(Path(argument).absolute())
