@@ -1,0 +1,72 @@
+"""Small models and reference files for the tests of the trainer's numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from training.model import ClipVip, ModelConfig, TowerConfig
+
+REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+
+
+def reference(*parts: str) -> Path:
+    path = REFERENCE.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"reference numbers are not beside the checkout: {'/'.join(parts)}")
+    return path
+
+
+def tensors(*parts: str) -> dict[str, Tensor]:
+    return load_file(reference(*parts))
+
+
+def numbers(*parts: str) -> Any:
+    return json.loads(reference(*parts).read_text())
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    """Two layers, 4 patches a frame: small enough for every test, large enough to be wrong in."""
+    settings: dict[str, Any] = {
+        "vision": TowerConfig(width=32, num_layers=2, num_heads=2, mlp_width=64),
+        "text": TowerConfig(width=24, num_layers=2, num_heads=2, mlp_width=48),
+        "embed_dim": 16,
+        "image_size": 32,
+        "patch_size": 16,
+        "vocab_size": 50,
+        "context_length": 12,
+        "num_times": 4,
+    }
+    return ModelConfig(**settings | changes)
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> ClipVip:
+    """Random weights everywhere, temporal table and biases included, so that no path is silent."""
+    model = ClipVip(tiny_config(**changes))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.empty(parameter.shape).normal_(0, 0.3, generator=generator)
+            parameter.copy_(noise + 1 if "norm" in name and name.endswith("weight") else noise)
+        model.logit_scale.fill_(2.0)
+    return model
+
+
+def random_pixels(batch: int, num_frames: int, size: int = 32, seed: int = 1) -> Tensor:
+    return torch.empty(batch, num_frames, 3, size, size).normal_(generator=torch.Generator().manual_seed(seed))
+
+
+def random_texts(batch: int, length: int = 10, vocab: int = 50, seed: int = 2) -> Tensor:
+    """Start, words, end, padding with 0; the texts' lengths differ and row 0 has no padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, vocab - 2, (batch, length), generator=generator)
+    ids[:, 0] = vocab - 2
+    for row in range(batch):
+        end = length - 1 - (row * 3) % (length - 2)
+        ids[row, end] = vocab - 1
+        ids[row, end + 1 :] = 0
+    return ids

@@ -1,0 +1,73 @@
+"""The attention patterns of the two towers, each as fused scaled-dot-product calls. Tensors only: no parameters here.
+
+Shape letters, used as suffixes here and in `training.model`:
+    B clips   T frames   L patches of a frame   M proxies, the class token among them   S = M + T·L tokens
+    D width   H heads    E width of a head      3 query, key, value
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def proxy_attention(qkv_BS3HE: Tensor, num_proxies: int, num_frames: int) -> Tensor:
+    """[B, S, D]. Proxies see every token, a patch sees the proxies and the patches of its own frame (spec 2.2).
+
+    Two calls without a mask: the patches of a frame are one batch entry whose keys are [proxies, its patches]. Splits
+    and unbinds rather than slices: their gradient is one concatenation, a slice's is a zero tensor of full size.
+    """
+    if num_frames == 1:
+        return full_attention(qkv_BS3HE)
+    parts = [num_proxies, qkv_BS3HE.shape[1] - num_proxies]
+    q_BS1HE, kv_BS2HE = qkv_BS3HE.split([1, 2], dim=2)
+    q_proxies_BMHE, q_patches = q_BS1HE.squeeze(2).split(parts, dim=1)
+    k_BSHE, v_BSHE = kv_BS2HE.unbind(2)
+    proxies = _attend(q_proxies_BMHE, k_BSHE, v_BSHE)
+    k_frames, v_frames = _keys_by_frame(kv_BS2HE, parts, num_frames).unbind(2)
+    patches = _attend(_by_frame(q_patches, num_frames).flatten(0, 1), k_frames, v_frames)
+    return torch.cat([proxies, patches.reshape(len(proxies), parts[1], -1)], dim=1)
+
+
+def full_attention(qkv_BS3HE: Tensor) -> Tensor:
+    """[B, S, D]: every token sees every token."""
+    return _attend(*qkv_BS3HE.unbind(2))
+
+
+def first_token_attention(q_B1HE: Tensor, kv_BS2HE: Tensor) -> Tensor:
+    """[B, 1, D]: what the class token gathers from all tokens."""
+    return _attend(q_B1HE, *kv_BS2HE.unbind(2))
+
+
+def causal_attention(qkv_BS3HE: Tensor, bias_B1SS: Tensor | None = None) -> Tensor:
+    """[B, S, D]: each token sees itself and those before it, or what `bias` (see `causal_bias`) leaves it."""
+    return _attend(*qkv_BS3HE.unbind(2), bias=bias_B1SS, causal=bias_B1SS is None)
+
+
+def causal_bias(mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, S, S] to be added to the scores: the future and the positions where `mask` is 0 are shut out.
+
+    The dtype's lowest value rather than -inf, and added twice where both reasons hold, as the published model does: a
+    row with nothing left to see then gets a defined average instead of NaN.
+    """
+    lowest = torch.finfo(dtype).min
+    num_tokens = mask_BS.shape[1]
+    future_SS = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=mask_BS.device).triu(1)
+    hidden_B11S = mask_BS[:, None, None, :] == 0
+    zero = torch.zeros((), dtype=dtype, device=mask_BS.device)
+    return zero.masked_fill(future_SS, lowest) + zero.masked_fill(hidden_B11S, lowest)
+
+
+def _attend(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, bias: Tensor | None = None, causal: bool = False) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHE, k_BSHE, v_BSHE))
+    return scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal).transpose(1, 2).flatten(2)
+
+
+def _by_frame(patches: Tensor, num_frames: int) -> Tensor:
+    return patches.unflatten(1, (num_frames, -1))
+
+
+def _keys_by_frame(kv_BS2HE: Tensor, parts: list[int], num_frames: int) -> Tensor:
+    """[B·T, M+L, 2, H, E]: the proxies' keys and values in front of those of each frame."""
+    proxies, patches = kv_BS2HE.split(parts, dim=1)
+    proxies = proxies.unsqueeze(1).expand(-1, num_frames, -1, -1, -1, -1)
+    return torch.cat([proxies, _by_frame(patches, num_frames)], dim=2).flatten(0, 1)

@@ -1,0 +1,275 @@
+"""Reading and writing model weights: published CLIP-ViP files, HF CLIP folders, open_clip names, tags and files.
+
+Whatever the source, the result is a `ClipVip` whose every tensor was either read or is one of the two that a plain
+image CLIP lacks (`model.new_tensors`); anything else missing or left over is an error. Files we write carry published
+names and their configuration, in the safetensors header and as JSON beside it. Pickles are read without running code.
+"""
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.errors import UserError
+from training.configs import config_from_dict, config_from_open_clip, config_from_shapes, config_to_dict
+from training.model import MAX_LOG_SCALE, ClipVip, ModelConfig, initialise_tensor
+from training.names import NEW_TENSORS, from_open_clip, from_published, open_clip_name, published_names, to_published
+
+OPENAI_NAMES = {
+    "ViT-B/32": "ViT-B-32-quickgelu",
+    "ViT-B/16": "ViT-B-16-quickgelu",
+    "ViT-L/14": "ViT-L-14-quickgelu",
+    "ViT-L/14@336px": "ViT-L-14-336-quickgelu",
+}
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+def load_clip_vip(
+    weights: str | Path, config: str | Path | Mapping[str, Any] | ModelConfig | None = None, *, seed: int = 0
+) -> ClipVip:
+    """A model from one .safetensors or .pt file in published names, with or without the `clipmodel.` prefix.
+
+    config  a JSON path or dict: HF's CLIP configuration, alone or as `reference_config`, and its
+            `vision_additional_config`. None: the file's own header, a JSON of the same name, or what its shapes say.
+    seed    for the added tokens of a file that has none: a plain CLIP becomes a CLIP-ViP.
+    """
+    weights = Path(weights)
+    tensors = read_tensors(weights)
+    resolved = _resolve_config(weights, config, tensors)
+    return _assemble(resolved, "published", tensors, seed, source=str(weights))
+
+
+def load_model(
+    source: str | Path,
+    *,
+    num_added: int | None = None,
+    num_times: int | None = None,
+    pooling: str | None = None,
+    seed: int = 0,
+) -> ClipVip:
+    """A model from whatever the settings name.
+
+    source  a folder (ours, or HF's CLIP layout) · a file as for `load_clip_vip` · `open_clip:NAME/TAG` or
+            `open_clip:NAME/PATH` · `open_clip:local-dir:FOLDER` · OpenAI's names such as `ViT-B/32`
+    The three sizes are for a plain CLIP that is to become a CLIP-ViP (default: 3 added tokens, 12 times, proxies);
+    a file that already is one knows them, and asking for others is an error.
+    """
+    shape = {"num_added": num_added, "num_times": num_times, "pooling": pooling}
+    shape = {name: value for name, value in shape.items() if value is not None}
+    source = str(source)
+    if source in OPENAI_NAMES:
+        return _load_open_clip(OPENAI_NAMES[source], "openai", shape, seed)
+    if source.startswith("open_clip:"):
+        name, tag = _split_open_clip(source.removeprefix("open_clip:"))
+        return _load_open_clip(name, tag, shape, seed)
+    path = Path(source)
+    if not path.exists():
+        raise UserError(
+            f"model {source!r} is neither a file nor a folder; also allowed: open_clip:NAME/TAG, "
+            + ", ".join(OPENAI_NAMES)
+        )
+    weights = _weights_in(path) if path.is_dir() else path
+    tensors = read_tensors(weights)
+    config = _resolve_config(weights, path / "config.json" if path.is_dir() else None, tensors)
+    return _assemble(_reshaped(config, tensors, shape, source), "published", tensors, seed, source=source)
+
+
+def from_open_clip_model(
+    model: torch.nn.Module, model_cfg: Mapping[str, Any], *, seed: int = 0, **shape: Any
+) -> ClipVip:
+    """A `ClipVip` with the weights of an open_clip model in memory and its `get_model_config` dict."""
+    tensors = {key.removeprefix("text."): tensor for key, tensor in model.state_dict().items()}
+    config = config_from_open_clip(model, model_cfg)
+    return _assemble(_with_shape(config, shape), "open_clip", tensors, seed, source="the open_clip model")
+
+
+def save(model: ClipVip, path: str | Path, *, prefix: str = "") -> Path:
+    """Writes published names to PATH.safetensors with PATH.json, or to a folder as model.safetensors and config.json.
+
+    Each file is renamed into place, whole or not at all, and the weights' header repeats the configuration, so that a
+    kill between the two leaves nothing inconsistent. A folder without proxies opens in `transformers.CLIPModel`.
+    prefix  `clipmodel.` for readers of the released files. Returns the weights' path.
+    """
+    path = Path(path)
+    is_file = path.suffix == ".safetensors"
+    weights = path if is_file else path / "model.safetensors"
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(config_to_dict(model.config), indent=1, sort_keys=True)
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    tensors["logit_scale"] = tensors["logit_scale"].clamp(0, MAX_LOG_SCALE)
+    published = to_published(tensors, prefix)
+    _replace(weights, lambda file: save_file(published, file, metadata={"format": "pt", "config": config}))
+    _replace(path.with_suffix(".json") if is_file else path / "config.json", lambda file: file.write_text(config))
+    return weights
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The flat state dict of a file, in published names without prefixes; `position_ids` buffers are left out."""
+    if path.name.endswith(".index.json"):
+        files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        return {key: tensor for file in files for key, tensor in read_tensors(path.parent / file).items()}
+    if not path.is_file():
+        raise UserError(f"weights {str(path)!r}: no such file")
+    state = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
+    state = {key.removeprefix("module.").removeprefix("clipmodel."): tensor for key, tensor in state.items()}
+    return {key: tensor for key, tensor in state.items() if not key.endswith("position_ids")}
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"weights {str(path)!r} cannot be read as plain tensors: {str(error)[:500]}") from error
+    for wrapper in ("state_dict", "model", "module"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(f"weights {str(path)!r} hold no flat dict of tensors")
+    return state
+
+
+def _resolve_config(
+    weights: Path, config: str | Path | Mapping[str, Any] | ModelConfig | None, tensors: dict[str, Tensor]
+) -> ModelConfig:
+    if isinstance(config, ModelConfig):
+        return config
+    if isinstance(config, Mapping):
+        return config_from_dict(config)
+    if config is not None:
+        if not Path(config).is_file():
+            raise UserError(f"config {str(config)!r}: no such file")
+        return config_from_dict(json.loads(Path(config).read_text()))
+    if embedded := _embedded_config(weights):
+        return config_from_dict(embedded)
+    beside = weights.with_name(weights.stem.removesuffix(".weights") + ".json")
+    return config_from_dict(json.loads(beside.read_text())) if beside.is_file() else config_from_shapes(tensors)
+
+
+def _embedded_config(weights: Path) -> dict[str, Any] | None:
+    if weights.suffix != ".safetensors":
+        return None
+    with safe_open(weights, "pt") as file:
+        text = (file.metadata() or {}).get("config")
+    return json.loads(text) if text else None
+
+
+def _reshaped(config: ModelConfig, tensors: dict[str, Tensor], shape: dict[str, Any], source: str) -> ModelConfig:
+    """The configuration as read, unless the file is a plain CLIP: then with the proxies that the settings ask for."""
+    if not any(key in tensors for name in NEW_TENSORS for key in published_names(name)):
+        return _with_shape(config, shape)
+    for name, value in shape.items():
+        if getattr(config, name) != value:
+            raise UserError(f"model.{name} is {value!r}, but {source} is a CLIP-ViP with {getattr(config, name)!r}")
+    return config
+
+
+def _with_shape(config: ModelConfig, shape: dict[str, Any]) -> ModelConfig:
+    if shape.get("pooling") == "mean":
+        shape = {"num_added": 0, "num_times": 0} | shape
+    return replace(config, **shape)
+
+
+def _assemble(config: ModelConfig, layout: str, theirs: dict[str, Tensor], seed: int, source: str) -> ClipVip:
+    with torch.device("meta"):
+        model = ClipVip(config)
+    names = list(model.state_dict())
+    if layout == "published":
+        expected = {key for name in names for key in published_names(name)}
+        ours = from_published(names, theirs)
+    else:
+        expected = {key for name in names if (key := open_clip_name(name))} | {"attn_mask"}
+        ours = from_open_clip(names, theirs)
+    missing = [name for name in names if name not in ours]
+    new = tuple(name for name in NEW_TENSORS if name in names)
+    if missing and tuple(sorted(missing)) != tuple(sorted(new)):
+        raise UserError(
+            f"{source} lacks {_listed(missing)}; only {', '.join(new) or 'nothing'} may be missing, together"
+        )
+    if unexpected := sorted(set(theirs) - expected):
+        raise UserError(f"{source} holds tensors that this model does not have: {_listed(unexpected)}")
+    _check_shapes(model, ours, source)
+    ours |= {name: _initialised(config, name, model.get_parameter(name), seed) for name in missing}
+    ours["logit_scale"] = ours["logit_scale"].reshape(()).clamp(0, MAX_LOG_SCALE)
+    # half-precision files are widened: what trains is float32, and float64 stays what it is
+    dtype = torch.promote_types(ours["logit_scale"].dtype, torch.float32)
+    model.load_state_dict({name: tensor.to(dtype).contiguous().clone() for name, tensor in ours.items()}, assign=True)
+    model.new_tensors = tuple(missing)
+    return model.requires_grad_(True).train()
+
+
+def _initialised(config: ModelConfig, name: str, like: Tensor, seed: int) -> Tensor:
+    tensor = torch.empty(like.shape)
+    initialise_tensor(config, name, tensor, torch.Generator().manual_seed(seed))
+    return tensor
+
+
+def _check_shapes(model: ClipVip, ours: dict[str, Tensor], source: str) -> None:
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, tensor in ours.items():
+        if tensor.shape != shapes[name] and not (name == "logit_scale" and tensor.numel() == 1):
+            raise UserError(f"{source}: {name} is {list(tensor.shape)}, the configuration says {list(shapes[name])}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _weights_in(folder: Path) -> Path:
+    for name in _WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"model folder {str(folder)!r} holds none of {', '.join(_WEIGHT_FILES)}")
+
+
+def _split_open_clip(text: str) -> tuple[str, str | None]:
+    if text.startswith(("local-dir:", "hf-hub:")):
+        return text, None
+    name, _, tag = text.partition("/")
+    if not tag:
+        raise UserError(
+            f"model open_clip:{text}: allowed: open_clip:NAME/TAG or open_clip:NAME/PATH, e.g. ViT-B-32/openai"
+        )
+    return name, tag
+
+
+def _load_open_clip(name: str, tag: str | None, shape: dict[str, Any], seed: int) -> ClipVip:
+    import open_clip
+
+    model_cfg = open_clip.get_model_config(name)
+    if model_cfg is None:
+        raise UserError(f"open_clip knows no model {name!r}; `open_clip.list_models()` names those it has")
+    try:
+        model = open_clip.create_model(name, pretrained=tag, precision="fp32", require_pretrained=True)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"open_clip cannot load {name!r} with weights {tag!r}: {error}") from error
+    return from_open_clip_model(model, model_cfg, seed=seed, **shape)
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Writes beside `path`, flushes to disk and renames: readers see the old file or the whole new one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

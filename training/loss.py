@@ -1,0 +1,238 @@
+"""Omnisource contrastive losses: videos and frames against subtitles and captions (spec section 5).
+
+Everything here takes unit vectors; no model, no files. With a group, each process scores its own rows against the rows
+of all, and the result is that of one process on the whole batch.
+
+What counts when something is missing. A row exists in a source when its mask is true (`video_mask` false: the clip
+could not be read, so all four are gone). A term "query to key" has one row for each index where both exist, and is the
+mean over these rows. The keys of every row are all that exist, whether or not their own pair does: a video without
+subtitle asks nothing of the subtitles and its absent subtitle is nobody's negative, but the video still is one for the
+other subtitles. A term none of whose rows exist is 0. With every row present this is the published loss.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.errors import UserError
+from training.gather import gather_counts, gather_rows
+
+Variant = Literal["vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc", "joint"]
+Features = Tensor | tuple[Tensor, Tensor] | None
+
+
+class Term(NamedTuple):
+    """Mean cross entropy of picking each query's own key among all keys and the others' rows of `other`."""
+
+    query: str
+    key: str
+    other: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.query}_to_{self.key}"
+
+
+_VS = (Term("video", "subtitle"), Term("subtitle", "video"))
+_VC = (Term("video", "caption"), Term("caption", "video"))
+_FC = (Term("frame", "caption"), Term("caption", "frame"))
+_VSC = (_VS[1], _VC[1], Term("video", "subtitle", other="caption"), Term("video", "caption", other="subtitle"))
+TERMS: dict[str, tuple[Term, ...]] = {
+    "vs": _VS,
+    "vs_fc": _VS + _FC,
+    "vs_vc": _VS + _VC,
+    "vs_vc_fc": _VS + _VC + _FC,
+    "vsc": _VSC,
+    "vsc_fc": _VSC + _FC,
+    "joint": (Term("visual", "text"), Term("text", "visual")),
+}
+
+
+class OmnisourceLoss(NamedTuple):
+    """`total` carries the gradient; `terms` are the detached means it is the sum of, by name (`video_to_subtitle`)."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One kind of feature: this process's N rows, all processes' K rows, and where the former are among the latter."""
+
+    local_ND: Tensor
+    local_mask_N: Tensor
+    all_KD: Tensor
+    all_mask_K: Tensor
+    index_N: Tensor
+
+
+def omnisource_loss(
+    video: Features,
+    subtitle: Features,
+    frame: Features,
+    caption: Features,
+    log_scale: Tensor,
+    variant: Variant = "vsc_fc",
+    *,
+    video_mask: Tensor | None = None,
+    subtitle_mask: Tensor | None = None,
+    frame_mask: Tensor | None = None,
+    caption_mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    mean_gradients: bool = True,
+) -> OmnisourceLoss:
+    """The sum of the variant's terms, each a mean of cross entropies with logits exp(log_scale)·a·b.
+
+    video … caption   unit vectors [B, D], or (features, mask), or None where a source is absent altogether, on every
+                      process alike; terms with it fall away. frame and caption may have another number of rows than
+                      video and subtitle in the variants that never compare the two (vs_fc, joint).
+    *_mask            bool [B], true where the row exists; see the module's text.
+    group             the processes that share the batch, each with its own rows, not necessarily equally many. `total`
+                      and `terms` are the whole batch's on every process.
+    mean_gradients    True for wrappers that average gradients over the group (DDP, FSDP): their average is then exactly
+                      one process's gradient. False where gradients are summed.
+    """
+    if variant not in TERMS:
+        raise UserError(f"loss variant is {variant!r}; allowed: {', '.join(get_args(Variant))}")
+    given = {
+        "video": _with_mask("video", video, video_mask),
+        "subtitle": _with_mask("subtitle", subtitle, subtitle_mask),
+        "frame": _with_mask("frame", frame, frame_mask),
+        "caption": _with_mask("caption", caption, caption_mask),
+    }
+    with torch.autocast(log_scale.device.type, enabled=False):
+        rows = _aligned(given)
+        _check_rows(rows, variant)
+        sources = _pack("video", "subtitle", rows, group) | _pack("frame", "caption", rows, group)
+        absent = {name for name, pair in given.items() if pair is None}
+        if variant == "joint":
+            sources["visual"] = _stack(sources["video"], sources["frame"])
+            sources["text"] = _stack(sources["subtitle"], sources["caption"])
+        terms = [term for term in TERMS[variant] if not absent & {term.query, term.key}]
+        return _sum_of_terms(terms, sources, _wide(log_scale).exp(), group, mean_gradients)
+
+
+def _with_mask(name: str, features: Features, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    if features is None:
+        return None
+    if isinstance(features, tuple):
+        features, mask = features
+    if mask is None:
+        mask = torch.ones(len(features), device=features.device)
+    if len(features) != len(mask):
+        raise UserError(f"{name}: {len(features)} rows of features but a mask of {len(mask)}")
+    return features, mask.to(features.device, torch.bool)
+
+
+def _aligned(given: dict[str, tuple[Tensor, Tensor] | None]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every source as (features, mask) of one dtype: absent ones as masked rows beside the one they pair with."""
+    if given["video"] is None:
+        raise UserError("the loss needs video features; only subtitle, frame and caption may be None")
+    dtype = torch.float32
+    for pair in given.values():
+        dtype = dtype if pair is None else torch.promote_types(dtype, pair[0].dtype)
+    video_mask = given["video"][1]
+    partners = {"subtitle": "video", "frame": "caption", "caption": "frame"}
+    rows = {}
+    for name, pair in given.items():
+        features, mask = pair or _nothing_like(given[partners[name]] or given["video"])
+        if len(mask) == len(video_mask):
+            mask = mask & video_mask  # a clip that could not be read has nothing
+        # a masked row may hold anything, NaN included: zeros keep it out of every value and gradient
+        rows[name] = torch.where(mask[:, None], features.to(dtype), 0), mask
+    return rows
+
+
+def _nothing_like(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(pair[0]), torch.zeros_like(pair[1])
+
+
+def _check_rows(rows: dict[str, tuple[Tensor, Tensor]], variant: str) -> None:
+    count = {name: len(mask) for name, (_, mask) in rows.items()}
+    compares_both = variant not in ("vs", "vs_fc", "joint")
+    if count["video"] != count["subtitle"] or count["frame"] != count["caption"]:
+        raise UserError(f"rows that belong together differ in number: {count}")
+    if compares_both and count["video"] != count["caption"]:
+        raise UserError(f"variant {variant} compares videos with captions, but their numbers differ: {count}")
+
+
+def _pack(
+    first: str, second: str, rows: dict[str, tuple[Tensor, Tensor]], group: dist.ProcessGroup | None
+) -> dict[str, _Source]:
+    """Two sources of equally many rows, gathered in one exchange."""
+    local = [rows[first], rows[second]]
+    num_rows, dim = local[0][0].shape
+    if group is None:
+        index = torch.arange(num_rows, device=local[0][0].device)
+        return {name: _Source(*pair, *pair, index) for name, pair in zip((first, second), local, strict=True)}
+    (counts,) = gather_counts([num_rows], group, local[0][0].device)
+    packed = torch.cat([features for features, _ in local] + [mask[:, None] for _, mask in local], dim=1)
+    gathered = gather_rows(packed, group, counts)
+    index = sum(counts[: dist.get_rank(group)]) + torch.arange(num_rows, device=packed.device)
+    everyone = zip(gathered[:, : 2 * dim].split(dim, dim=1), gathered[:, 2 * dim :].detach().unbind(1), strict=True)
+    return {
+        name: _Source(*pair, features, mask > 0, index)
+        for name, pair, (features, mask) in zip((first, second), local, everyone, strict=True)
+    }
+
+
+def _stack(first: _Source, second: _Source) -> _Source:
+    """The joint variant's view: one source of both kinds of rows."""
+    return _Source(
+        torch.cat([first.local_ND, second.local_ND]),
+        torch.cat([first.local_mask_N, second.local_mask_N]),
+        torch.cat([first.all_KD, second.all_KD]),
+        torch.cat([first.all_mask_K, second.all_mask_K]),
+        torch.cat([first.index_N, len(first.all_KD) + second.index_N]),
+    )
+
+
+def _sum_of_terms(
+    terms: list[Term],
+    sources: dict[str, _Source],
+    scale: Tensor,
+    group: dist.ProcessGroup | None,
+    mean_gradients: bool,
+) -> OmnisourceLoss:
+    # starts from the scale so that a batch without any row still has a (zero) gradient on every process
+    nothing = scale.sum() * 0
+    means = torch.stack([nothing] + [_mean_over_rows(term, sources, scale) for term in terms])
+    share = means.sum()
+    if group is None:
+        return OmnisourceLoss(share, _by_name(terms, means))
+    whole = means.detach().clone()
+    dist.all_reduce(whole, group=group)
+    share = share * dist.get_world_size(group) if mean_gradients else share
+    # the value is the batch's, the gradient this process's part of it
+    return OmnisourceLoss(share + (whole.sum() - share).detach(), _by_name(terms, whole))
+
+
+def _by_name(terms: list[Term], means: Tensor) -> dict[str, Tensor]:
+    return {term.name: mean for term, mean in zip(terms, means.detach()[1:], strict=True)}
+
+
+def _mean_over_rows(term: Term, sources: dict[str, _Source], scale: Tensor) -> Tensor:
+    """This process's part of a term: the sum over its rows, divided by the number of rows of all processes."""
+    query, key = sources[term.query], sources[term.key]
+    rows = torch.arange(len(query.index_N), device=scale.device)
+    logits_NK = scale * (query.local_ND @ key.all_KD.T)
+    blocked_NK = (~key.all_mask_K).repeat(len(rows), 1)
+    blocked_NK[rows, query.index_N] = False  # the own key counts; where it is absent the row is dropped below
+    positive_N = logits_NK[rows, query.index_N]
+    if term.other is not None:
+        other = sources[term.other]
+        blocked_other_NK = (~other.all_mask_K).repeat(len(rows), 1)
+        blocked_other_NK[rows, query.index_N] = True  # the clip's other text is neither positive nor negative
+        logits_NK = torch.cat([logits_NK, scale * (query.local_ND @ other.all_KD.T)], dim=1)
+        blocked_NK = torch.cat([blocked_NK, blocked_other_NK], dim=1)
+    losses_N = logits_NK.masked_fill(blocked_NK, -torch.inf).logsumexp(dim=1) - positive_N
+    counted_N = query.local_mask_N & key.local_mask_N
+    num_rows = (query.all_mask_K & key.all_mask_K).sum().clamp(min=1)
+    return torch.where(counted_N, losses_N, 0).sum() / num_rows
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
