@@ -1,0 +1,341 @@
+"""Packing: from a selection of clips to WebDataset shards that any reader of the format takes as they are.
+
+1. `select_samples` asks the manifest which clips, how big they are, and for a digest of what their members hold.
+2. `plan_shards` orders them by a hash of (seed, clip_id) and fills shards up to a size. It is a pure function: the same
+   clips and seed give the same shards whatever was packed before. A plan's key covers every byte that is to be in the
+   tar except the columns that come late (captions, scores, groups), which KEY.json holds as of packing and the index
+   serves as they are: recaptioning never makes a shard pending.
+3. `write_shard`, one task per pending shard, writes tar and index under `shards/.next/` with the plan's key in the name.
+4. `commit_shards` runs when all are there: it renames them into place and removes what no plan names any more. Killed
+   anywhere, the next run reuses what is complete and ends in the same bytes.
+
+Clips come in as rows of the manifest's `catalog`, media by byte range from `clips/*.tar`.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, field_validator
+
+from pipeline.config import Settings, digest, operational
+from pipeline.errors import ItemError
+from shards.index import FORMAT, Stamp, read_stamp, write_index
+from shards.schema import INDEX, sample_key
+from shards.tar import Member, Sample, member_bytes, read_member, sync_folder, write_tar
+
+Extension = Literal["mp4", "jpg", "txt", "json"]
+EXTENSIONS: tuple[Extension, ...] = ("mp4", "jpg", "txt", "json")
+NEXT = ".next"  # folder inside shards/ for what is complete but not yet in place
+JSON_BYTES = 1500  # what a KEY.json is taken to need when shards are planned
+
+# What KEY.json says of a clip besides its hashes. FIXED is part of a plan's key, LATE is not.
+FIXED = (
+    "clip_id", "video_id", "url", "title", "category", "channel", "licence", "language", "upload_date", "text",
+    "num_words", "num_sentences", "align_cost", "origin", "transcript_origin", "word_times", "span_start_s",
+    "span_end_s", "start_s", "end_s", "duration_s", "num_frames", "fps", "width", "height", "codec", "has_audio",
+    "frame_time_s", "motion", "brightness", "shot_score", "source_sha256",
+)  # fmt: skip
+LATE = (
+    "caption", "captioner", "caption_score", "subtitle_similarity", "caption_similarity", "text_similarity",
+    "words_per_s", "repeated_word_ratio", "duplicate_group",
+)  # fmt: skip
+ROW_COLUMNS = (*FIXED, *LATE, "kind", "sha256", "frame_sha256", "phash", "num_bytes", "frames", "tar", "mp4_offset")
+
+
+class PackSettings(Settings):
+    where: str = ""  # SQL condition on the view `catalog` (or a SELECT of clip_id); empty: every clip
+
+    shard_bytes: int = Field(256_000_000, ge=1_000_000)  # aimed at; big enough to stream well, small enough to shuffle
+    max_samples: int = Field(10_000, ge=1)  # per shard, for clips so small that the size alone would let in too many
+    seed: int = 0  # of the shuffle over all shards; readers may then read shards in order
+
+    # What a sample consists of. KEY.txt is there for every clip, empty where nothing is said: readers that infer the
+    # columns from the first samples want them alike. Leave such clips out with `where: num_words > 0`.
+    members: tuple[Extension, ...] = EXTENSIONS
+
+    fsync: bool = operational(False)  # True: survives a power cut, not only a kill; costs time on slow disks
+
+    @field_validator("members")
+    @classmethod
+    def _in_one_order(cls, members: tuple[Extension, ...]) -> tuple[Extension, ...]:
+        if not members:
+            raise ValueError(f"name at least one of {', '.join(EXTENSIONS)}")
+        return tuple(extension for extension in EXTENSIONS if extension in members)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardPlan:
+    """One shard that ought to exist. `clip_ids`: a string array in the tar's order; `key`: digest of its content."""
+
+    name: str  # "000000.tar"
+    clip_ids: pa.Array
+    members: tuple[Extension, ...]
+    key: str
+
+    @property
+    def index_name(self) -> str:
+        return Path(self.name).with_suffix(".parquet").name
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_shard` did: the index's rows, and the clips that are not in the shard, with the reason."""
+
+    index: pa.Table
+    failures: list[tuple[str, ItemError]] = field(default_factory=list)
+
+
+# -- planning -------------------------------------------------------------------------------------------------------
+
+
+def select_samples(connection, settings: PackSettings) -> pa.Table:
+    """(clip_id, mp4_bytes, jpg_bytes, txt_bytes, content) of every clip that `pack.where` picks, in order of clip_id.
+
+    Raises UserError when the condition is not one.
+    """
+    from shards.sql import check_selection, selection
+
+    check_selection(connection, settings.where, "pack.where")
+    hashed = ", ".join(f"'{name}': {name}" for name in (*FIXED, "sha256", "frame_sha256", "phash", "kind"))
+    return connection.execute(f"""
+        SELECT clip_id, num_bytes AS mp4_bytes, coalesce(frames[1].num_bytes, 0) AS jpg_bytes,
+               strlen(text) AS txt_bytes, md5(to_json({{{hashed}}})::VARCHAR) AS content
+        FROM ({selection(settings.where)}) ORDER BY clip_id
+    """).to_arrow_table()
+
+
+def plan_shards(samples: pa.Table, settings: PackSettings) -> list[ShardPlan]:
+    """Which clips go into which shard, in which order. Pure: depends on the samples (not their order) and settings."""
+    samples = samples.take(_shuffled(samples["clip_id"], settings.seed))
+    bounds = _bounds(_tar_bytes(samples, settings.members), settings)
+    plans = []
+    for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        piece = samples.slice(start, end - start)
+        name = f"{number:06d}.tar"
+        clip_ids = piece["clip_id"].combine_chunks()
+        plans.append(ShardPlan(name, clip_ids, settings.members, _plan_key(name, piece, settings.members)))
+    return plans
+
+
+def _shuffled(clip_ids: pa.ChunkedArray, seed: int) -> np.ndarray:
+    """Positions in order of the hash of (seed, clip_id); the id itself settles a tie."""
+    by_id = pc.sort_indices(clip_ids).to_numpy()
+    hashes = np.fromiter(
+        (_order(seed, clip_id) for clip_id in clip_ids.take(by_id).to_pylist()), dtype=np.uint64, count=len(by_id)
+    )
+    return by_id[np.argsort(hashes, kind="stable")]
+
+
+def _order(seed: int, clip_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {clip_id}".encode(), digest_size=8).digest(), "big")
+
+
+def _tar_bytes(samples: pa.Table, members: Iterable[Extension]) -> np.ndarray:
+    """[N] what each sample adds to a tar, KEY.json estimated (its text may change, the plan must not)."""
+    total = np.zeros(samples.num_rows, np.int64)
+    for extension in members:
+        size = JSON_BYTES if extension == "json" else samples[f"{extension}_bytes"].to_numpy()
+        total += member_bytes(size)
+    return total
+
+
+def _bounds(sizes: np.ndarray, settings: PackSettings) -> list[int]:
+    """Shard k holds samples bounds[k] … bounds[k+1]: filled until the next would pass either limit; never empty."""
+    ends = np.cumsum(sizes)
+    bounds = [0]
+    while bounds[-1] < len(sizes):
+        start = bounds[-1]
+        before = ends[start] - sizes[start]
+        full = int(np.searchsorted(ends, before + settings.shard_bytes, side="right"))
+        bounds.append(min(max(full, start + 1), start + settings.max_samples))
+    return bounds
+
+
+def _plan_key(name: str, samples: pa.Table, members: tuple[Extension, ...]) -> str:
+    rows = list(zip(samples["clip_id"].to_pylist(), samples["content"].to_pylist(), strict=True))
+    return digest({"format": FORMAT, "name": name, "members": members, "samples": rows})
+
+
+def pending_shards(root: Path, plans: Iterable[ShardPlan], *, retry_missing: bool = False) -> list[ShardPlan]:
+    """Plans that have to be written: neither in place nor complete under `.next`.
+
+    retry_missing: also those that were written without some of their clips, which may be readable by now.
+    """
+    return [plan for plan in plans if not _is_there(root, plan, retry_missing)]
+
+
+def _is_there(root: Path, plan: ShardPlan, retry_missing: bool) -> bool:
+    stamp = _stamp_of(root, plan)
+    return stamp is not None and not (retry_missing and stamp.missing)
+
+
+def _stamp_of(root: Path, plan: ShardPlan) -> Stamp | None:
+    """The stamp of a complete shard of this plan, wherever tar and index are at the moment.
+
+    `commit_shards` moves the index first. So an index in place whose tar still waits under `.next` is a shard between
+    the two renames, and one without is finished.
+    """
+    next_tar, next_index = _next_paths(root, plan)
+    tar, index = root / "shards" / plan.name, root / "shards" / plan.index_name
+    stamp = read_stamp(next_index)
+    if stamp and stamp.plan_key == plan.key and _has_size(next_tar, stamp.tar_bytes):
+        return stamp
+    stamp = read_stamp(index)
+    if stamp and stamp.plan_key == plan.key:
+        if _has_size(next_tar, stamp.tar_bytes) or _has_size(tar, stamp.tar_bytes):
+            return stamp
+    return None
+
+
+def _has_size(path: Path, num_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == num_bytes
+
+
+def _next_paths(root: Path, plan: ShardPlan) -> tuple[Path, Path]:
+    stem = root / "shards" / NEXT / f"{Path(plan.name).stem}-{plan.key}"
+    return stem.with_suffix(".tar"), stem.with_suffix(".parquet")
+
+
+# -- writing --------------------------------------------------------------------------------------------------------
+
+
+def shard_rows(connection, plan: ShardPlan) -> pa.Table:
+    """The catalog's rows (ROW_COLUMNS) of a plan's clips, in the tar's order."""
+    wanted = pa.table({"clip_id": plan.clip_ids, "rank": np.arange(len(plan.clip_ids))})
+    connection.register("wanted_clips", wanted)
+    try:
+        columns = ", ".join(f"c.{name}" for name in ROW_COLUMNS)
+        return connection.execute(
+            f"SELECT {columns} FROM wanted_clips w JOIN catalog c USING (clip_id) ORDER BY w.rank"
+        ).to_arrow_table()
+    finally:
+        connection.unregister("wanted_clips")
+
+
+def write_shard(plan: ShardPlan, rows: pa.Table, root: Path, *, fsync: bool = False) -> Written:
+    """Writes one planned shard under `shards/.next`; `rows` as `shard_rows` gives them.
+
+    A clip whose media are not what the manifest says (missing, truncated, another hash) is left out and reported.
+    """
+    assert rows["clip_id"].to_pylist() == plan.clip_ids.to_pylist(), f"{plan.name}: rows are not the plan's"
+    packed: list[dict[str, Any]] = []
+    failures: list[tuple[str, ItemError]] = []
+
+    def samples() -> Iterator[Sample]:
+        for row in _pylist(rows):
+            try:
+                sample = _sample(row, plan.members, root)
+            except ItemError as error:
+                failures.append((row["clip_id"], error))
+                continue
+            packed.append(row)
+            yield sample
+
+    tar, index = _next_paths(root, plan)
+    members = {member.name: member for member in write_tar(tar, samples(), fsync=fsync)}
+    lines = [_index_line(row, plan, position, members) for position, row in enumerate(packed)]
+    table = pa.Table.from_pylist(lines, INDEX)
+    stamp = Stamp(plan.key, tar.stat().st_size, tuple(clip_id for clip_id, _ in failures))
+    write_index(index, table, stamp, fsync=fsync)
+    return Written(table, failures)
+
+
+def commit_shards(root: Path, plans: list[ShardPlan], *, fsync: bool = False) -> tuple[int, int]:
+    """Puts every complete shard in place, then removes what no plan names; returns (placed, removed).
+
+    All plans must be complete (see `pending_shards`). Call it again after a kill: it goes on where it was.
+    """
+    folder = root / "shards"
+    for plan in plans:
+        assert _stamp_of(root, plan), f"{plan.name} was not written"
+    placed = sum(_place(root, plan) for plan in plans)
+    if fsync and placed:
+        sync_folder(folder)
+    wanted = {plan.name for plan in plans} | {plan.index_name for plan in plans}
+    stale = [path for path in folder.glob("*") if _is_shard_file(path) and path.name not in wanted]
+    for path in stale:
+        path.unlink()
+    if (folder / NEXT).exists():
+        shutil.rmtree(folder / NEXT)
+    return placed, len(stale)
+
+
+def _place(root: Path, plan: ShardPlan) -> bool:
+    """Moves index, then tar; `_stamp_of` knows the state between the two."""
+    next_tar, next_index = _next_paths(root, plan)
+    stamp = read_stamp(next_index)
+    if stamp and _has_size(next_tar, stamp.tar_bytes):
+        next_index.replace(root / "shards" / plan.index_name)
+    if not next_tar.exists():
+        return False
+    next_tar.replace(root / "shards" / plan.name)
+    return True
+
+
+def _is_shard_file(path: Path) -> bool:
+    return re.fullmatch(r"\d{6,}\.(tar|parquet)", path.name) is not None
+
+
+def _pylist(rows: pa.Table) -> Iterator[dict[str, Any]]:
+    for batch in rows.to_batches(max_chunksize=256):
+        yield from batch.to_pylist()
+
+
+# -- one sample -----------------------------------------------------------------------------------------------------
+
+
+def _sample(row: dict[str, Any], members: tuple[Extension, ...], root: Path) -> Sample:
+    """Raises ItemError: hash-mismatch, truncated-tar, tar-missing."""
+    content: dict[str, bytes] = {}
+    if "mp4" in members:
+        content["mp4"] = _checked(row, "mp4", root, row["mp4_offset"], row["num_bytes"], row["sha256"])
+    if "jpg" in members and row["frames"]:
+        frame = row["frames"][0]
+        content["jpg"] = _checked(row, "jpg", root, frame["offset"], frame["num_bytes"], frame["sha256"])
+    if "txt" in members:
+        content["txt"] = row["text"].encode()
+    if "json" in members:
+        content["json"] = sample_json(row)
+    return Sample(sample_key(row["clip_id"]), content)
+
+
+def _checked(row: dict[str, Any], extension: str, root: Path, offset: int, num_bytes: int, sha256: str) -> bytes:
+    data = read_member(root / row["tar"], offset, num_bytes)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ItemError("hash-mismatch", f"{row['tar']}: the {extension} at {offset} is not the clip's")
+    return data
+
+
+def sample_json(row: dict[str, Any]) -> bytes:
+    """KEY.json: sorted keys, unknown ones left out, because readers that infer types from the first samples (Hugging
+    Face `datasets`) take a key that may appear later but not a null that turns into text. Hashes of 64 bits are hex:
+    JSON readers lose the low bits of such integers. Local sources are named without their folder.
+    """
+    values = {name: row[name] for name in (*FIXED, *LATE)}
+    values["url"] = Path(row["url"]).name if row["kind"] == "file" and row["url"] else row["url"]
+    values["key"] = sample_key(row["clip_id"])
+    values["subtitle"] = values.pop("text")
+    values["mp4_sha256"], values["jpg_sha256"] = row["sha256"], row["frame_sha256"]
+    values["phash"] = [f"{value:016x}" for value in row["phash"] or ()] or None
+    known = {name: value for name, value in values.items() if value is not None}
+    return json.dumps(known, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+
+
+def _index_line(row: dict[str, Any], plan: ShardPlan, position: int, members: dict[str, Member]) -> dict[str, Any]:
+    key = sample_key(row["clip_id"])
+    line = {name: row[name] for name in INDEX.names if name in row}
+    line |= {"key": key, "shard": plan.name, "position": position, "subtitle": row["text"]}
+    for extension in EXTENSIONS:
+        if member := members.get(f"{key}.{extension}"):
+            line |= {f"{extension}_offset": member.offset, f"{extension}_bytes": member.num_bytes}
+            line |= {f"{extension}_sha256": member.sha256} if extension in ("mp4", "jpg") else {}
+    return line

@@ -1,0 +1,377 @@
+"""Asking a corpus: the manifest opened read-only and shut in, one statement run, its answer written in four formats.
+
+The SQL may come from anybody and the values from any video's title: a statement can neither read another file, write
+one, load code nor change a setting, and no value can move a terminal's cursor or start a spreadsheet's formula.
+"""
+
+import csv
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import duckdb
+import pyarrow as pa
+
+from pipeline.errors import UserError
+
+Format = Literal["table", "csv", "json", "parquet"]
+FORMATS = ("table", "csv", "json", "parquet")
+MAX_TABLE_ROWS = 50  # what a terminal shows; the other formats write all
+BATCH_ROWS = 10_000
+
+_ALLOWED = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI}  # MULTI: PIVOT
+# C0, DEL, C1, line and paragraph separators, and the marks that turn the direction of what follows.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def open_manifest(corpus: str | Path) -> duckdb.DuckDBPyConnection:
+    """The manifest as it is now, for reading. A build may publish a newer one meanwhile: this keeps what it opened.
+
+    `corpus` is the corpus's folder or the manifest itself. Raises UserError where there is none.
+    """
+    path = Path(corpus)
+    path = path / "manifest.duckdb" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{corpus} has no manifest.duckdb: is it a corpus, and has its build got that far?")
+    settings = {
+        "enable_external_access": "false",  # no other file, no network, no ATTACH, COPY, INSTALL, LOAD
+        "allow_community_extensions": "false",
+        "autoload_known_extensions": "false",
+        "temp_directory": "",  # DuckDB would let SQL read and write there
+        "python_enable_replacements": "false",  # SQL must not see this program's variables
+        "memory_limit": f"{_memory_limit_bytes()}B",
+        "lock_configuration": "true",
+    }
+    try:
+        return duckdb.connect(str(path), read_only=True, config=settings)
+    except duckdb.Error as error:
+        raise UserError(f"{path} cannot be opened: {error}") from error
+
+
+def run_query(
+    connection: duckdb.DuckDBPyConnection, sql: str, format: Format = "table", out: TextIO | None = None
+) -> int:
+    """Runs one statement and writes its answer; returns its number of rows.
+
+    table    for people: at most MAX_TABLE_ROWS rows, then how many more there are; control characters made visible
+    csv      as a spreadsheet reads it: text that begins like a formula gets a ' before it; NULL is an empty field
+    json     an array of one object a row, exact
+    parquet  exact, types kept; refuses to write to a terminal
+    Raises UserError with DuckDB's message for SQL that does not run.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format {format}: choose one of {', '.join(FORMATS)}.")
+    out = out or sys.stdout
+    if format == "parquet" and out.isatty():
+        raise UserError("--format parquet writes binary data: send it to a file with `> rows.parquet`.")
+    reader = _execute(connection, sql)
+    try:
+        return {"table": _write_table, "csv": _write_csv, "json": _write_json, "parquet": _write_parquet}[format](
+            reader, out
+        )
+    except duckdb.Error as error:  # found while rows were being made
+        raise UserError(str(error)) from error
+    except BrokenPipeError:  # the reader, `head` for one, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        return 0
+
+
+def selection(where: str) -> str:
+    """SQL for the rows of `catalog` that a condition, or a whole SELECT with a clip_id column, picks."""
+    where = where.strip().rstrip(";").strip()
+    if not where:
+        return "SELECT * FROM catalog"
+    if re.match(r"(select|with|from)\b", where, re.IGNORECASE):
+        return f"SELECT * FROM catalog WHERE clip_id IN (SELECT clip_id FROM (\n{where}\n))"
+    return f"SELECT * FROM catalog WHERE (\n{where}\n)"
+
+
+def check_selection(connection: duckdb.DuckDBPyConnection, where: str, setting: str) -> None:
+    """Raises UserError that names the setting when its SQL does not select clips."""
+    try:
+        statement = _single_statement(connection, selection(where))
+        connection.execute(f"EXPLAIN {statement.query}")
+    except (duckdb.Error, UserError) as error:
+        columns = [row[0] for row in connection.execute("DESCRIBE catalog").fetchall()]
+        raise UserError(
+            f"{setting}: {error}\nGive a condition on the columns of `catalog` ({', '.join(columns)}) or a SELECT "
+            "that returns clip_id."
+        ) from error
+
+
+def visible(value: str) -> str:
+    """Text that cannot steer a terminal: every control or direction character as \\xNN or \\uNNNN."""
+    return _CONTROL.sub(lambda found: _escaped(found.group()), value)
+
+
+def interactive(connection: duckdb.DuckDBPyConnection) -> None:
+    """Reads statements (ended by `;` or an empty line) until Ctrl-D; .help tells the rest. The snapshot stays."""
+    _start_history()
+    print("Statements end with ; or an empty line. .tables  .schema [NAME]  .help  .quit or Ctrl-D")
+    for statement in _statements():
+        try:
+            if statement.startswith("."):
+                if statement.split()[0] in (".quit", ".exit"):
+                    return
+                _command(connection, statement)
+            else:
+                run_query(connection, statement)
+        except UserError as error:
+            print(visible(str(error)).replace("\\x0a", "\n"), file=sys.stderr)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+
+
+def hint(corpus: str | Path) -> str:
+    """What to type when no query came and nobody is there to be asked."""
+    return (
+        "Give a query, for instance\n"
+        f'  clipmill sql {corpus} "SELECT * FROM funnel"\n'
+        f'  clipmill sql {corpus} "SELECT clip_id, caption, text FROM catalog LIMIT 10" --format csv\n'
+        f'  clipmill sql {corpus} "SHOW TABLES"'
+    )
+
+
+# -- running --------------------------------------------------------------------------------------------------------
+
+
+def _execute(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader:
+    statement = _single_statement(connection, sql)
+    try:
+        return connection.execute(statement).to_arrow_reader(BATCH_ROWS)
+    except (duckdb.Error, pa.ArrowException) as error:
+        raise UserError(str(error)) from error
+
+
+def _single_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
+    try:
+        statements = connection.extract_statements(sql)
+    except duckdb.Error as error:
+        raise UserError(str(error)) from error
+    if len(statements) != 1:
+        raise UserError(f"One statement at a time: this has {len(statements)}.")
+    if statements[0].type not in _ALLOWED:
+        raise UserError(
+            f"A corpus is read-only: {statements[0].type.name} is not allowed, SELECT, SHOW, DESCRIBE, SUMMARIZE and "
+            "EXPLAIN are."
+        )
+    return statements[0]
+
+
+def _memory_limit_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+# -- writing --------------------------------------------------------------------------------------------------------
+
+
+def _write_table(reader: pa.RecordBatchReader, out: TextIO) -> int:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    rows, num_rows = _first_rows(reader)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for field in reader.schema:
+        number = _is_number(field.type)
+        table.add_column(Text(visible(field.name)), justify="right" if number else "left", no_wrap=number)
+    for row in rows:
+        table.add_row(*(Text(_cell(value), style="" if value is not None else "dim") for value in row))
+    console = Console(file=out, highlight=False)
+    console.print(table)
+    shown = f"first {len(rows):,} of {num_rows:,} rows" if num_rows > len(rows) else _counted(num_rows)
+    console.print(Text(shown, style="dim"))
+    return num_rows
+
+
+def _first_rows(reader: pa.RecordBatchReader) -> tuple[list[tuple], int]:
+    """The rows that a table shows, and how many there are; the rest streams by unseen."""
+    rows: list[tuple] = []
+    num_rows = 0
+    for batch in reader:
+        head = batch.slice(0, MAX_TABLE_ROWS - len(rows))
+        rows += zip(*(column.to_pylist() for column in head.columns), strict=True)
+        num_rows += batch.num_rows
+    return rows, num_rows
+
+
+def _write_csv(reader: pa.RecordBatchReader, out: TextIO) -> int:
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([_csv_text(name) for name in reader.schema.names])
+    num_rows = 0
+    for row in _rows(reader):
+        writer.writerow([_csv_field(value) for value in row])
+        num_rows += 1
+    return num_rows
+
+
+def _write_json(reader: pa.RecordBatchReader, out: TextIO) -> int:
+    names = _distinct(reader.schema.names)
+    num_rows = 0
+    for row in _rows(reader):
+        out.write(",\n" if num_rows else "[\n")
+        out.write(_json_text(dict(zip(names, row, strict=True))))
+        num_rows += 1
+    out.write("\n]\n" if num_rows else "[]\n")
+    return num_rows
+
+
+def _write_parquet(reader: pa.RecordBatchReader, out: TextIO) -> int:
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [field.with_name(name) for field, name in zip(reader.schema, _distinct(reader.schema.names), strict=True)]
+    )
+    num_rows = 0
+    with pq.ParquetWriter(out.buffer, schema, compression="zstd") as writer:
+        for batch in reader:
+            writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=schema))
+            num_rows += batch.num_rows
+    out.buffer.flush()
+    return num_rows
+
+
+def _rows(reader: pa.RecordBatchReader) -> Iterator[tuple]:
+    for batch in reader:
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | Decimal) and value == int(value):
+        return f"{int(value):,}"
+    if isinstance(value, float | Decimal):
+        value = float(value)
+        return f"{value:,.1f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return visible(value if isinstance(value, str) else _json_text(value, plain=True))
+
+
+def _csv_field(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | Decimal):
+        return value
+    return _csv_text(value if isinstance(value, str) else _json_text(value, plain=True))
+
+
+def _csv_text(value: str) -> str:
+    text = _CONTROL.sub(lambda found: found.group() if found.group() in "\t\n\r" else _escaped(found.group()), value)
+    return "'" + text if text.startswith(_FORMULA) else text
+
+
+def _json_text(value: Any, plain: bool = False) -> str:
+    """One value as JSON; with `plain`, times and the like bare, as they stand in a table or a CSV field."""
+    value = _jsonable(value)
+    if plain and isinstance(value, str):
+        return value
+    return _CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", json.dumps(value, ensure_ascii=False))
+
+
+def _jsonable(value: Any) -> Any:
+    match value:
+        case dict():
+            return {str(key): _jsonable(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_jsonable(item) for item in value]
+        case Decimal():
+            return int(value) if value == value.to_integral_value() else float(value)
+        case float():
+            return value if math.isfinite(value) else None
+        case datetime() | date() | time():
+            return value.isoformat()
+        case timedelta():
+            return value.total_seconds()
+        case bytes():
+            return value.hex()
+        case None | str() | bool() | int():
+            return value
+        case _:
+            return str(value)  # uuid and whatever types DuckDB learns
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Column names made different where a query gave the same one twice: n, n_1, n_2."""
+    distinct: dict[str, None] = {}
+    for name in names:
+        candidate, count = name, 0
+        while candidate in distinct:
+            count += 1
+            candidate = f"{name}_{count}"
+        distinct[candidate] = None
+    return list(distinct)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def _counted(num_rows: int) -> str:
+    return "1 row" if num_rows == 1 else f"{num_rows:,} rows"
+
+
+# -- the prompt -----------------------------------------------------------------------------------------------------
+
+
+def _start_history() -> None:
+    """Line editing with a history that lasts, where Python has readline and the home folder can be written."""
+    import atexit
+    from contextlib import suppress
+
+    with suppress(ImportError):
+        import readline
+
+        path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "clipmill" / "sql_history"
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            readline.read_history_file(path)
+            readline.set_history_length(1000)
+            atexit.register(readline.write_history_file, path)
+
+
+def _statements() -> Iterator[str]:
+    """Whole statements as they are typed; Ctrl-C drops what was begun, Ctrl-D ends."""
+    lines: list[str] = []
+    while True:
+        try:
+            line = input("clipmill> " if not lines else "     ...> ").rstrip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            lines = []
+            continue
+        if line:
+            lines.append(line)
+        if lines and (not line or line.endswith(";") or lines[0].startswith(".")):
+            yield "\n".join(lines).strip()
+            lines = []
+
+
+def _command(connection: duckdb.DuckDBPyConnection, line: str) -> None:
+    name, _, argument = line.partition(" ")
+    if name == ".tables":
+        run_query(connection, "SHOW TABLES")
+    elif name == ".schema":
+        wanted = argument.strip().replace('"', '""')
+        run_query(connection, f'DESCRIBE "{wanted}"' if wanted else "SHOW ALL TABLES")
+    elif name == ".help":
+        print(".tables        the tables and views\n.schema NAME   columns of one\n.quit          leave (or Ctrl-D)")
+    else:
+        raise UserError(f"{name} is not a command: .tables, .schema [NAME], .help, .quit are.")

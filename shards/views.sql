@@ -1,0 +1,160 @@
+-- The views of a manifest, made over the tables of `MANIFEST` in shards/schema.py. One row of `catalog` is one clip with
+-- everything known of it: `pack.where` and training's selections are conditions on it.
+
+-- One row per clip: the clip, its text (what is said in it), its served caption, its scores, its video, its shard.
+CREATE OR REPLACE VIEW catalog AS
+SELECT
+    c.* EXCLUDE (language),
+    coalesce(c.language, v.language) AS language,
+    t.text AS caption,
+    t.captioner,
+    t.score AS caption_score,
+    s.subtitle_similarity,
+    s.caption_similarity,
+    s.text_similarity,
+    s.words_per_s,
+    s.repeated_word_ratio,
+    s.duplicate_group,
+    v.title,
+    v.category,
+    v.channel,
+    v.licence,
+    v.url,
+    v.kind,
+    v.upload_date,
+    v.transcript_origin,
+    v.word_times,
+    v.height AS video_height,
+    p.shard,
+    p.position
+FROM clips c
+LEFT JOIN videos v ON v.video_id = c.video_id
+LEFT JOIN (SELECT * FROM captions WHERE current AND frame_index = 0) t ON t.clip_id = c.clip_id
+LEFT JOIN scores s ON s.clip_id = c.clip_id
+LEFT JOIN samples p ON p.clip_id = c.clip_id;
+
+-- One row: the sums that a corpus is described by. A sentence counts when a clip holds it.
+CREATE OR REPLACE VIEW totals AS
+SELECT
+    (SELECT count(*) FROM videos) AS num_sources,
+    (SELECT count(*) FROM videos WHERE path IS NOT NULL AND duplicate_of IS NULL) AS num_videos,
+    k.num_clips,
+    n.num_sentences,
+    (SELECT count(*) FROM captions WHERE current) AS num_captions,
+    p.num_samples,
+    p.num_shards,
+    k.clip_hours,
+    k.mean_clip_s,
+    n.words_per_sentence,
+    k.words_per_clip,
+    k.clip_bytes,
+    p.sample_bytes
+FROM
+    (SELECT count(*) AS num_clips, coalesce(sum(duration_s), 0) / 3600 AS clip_hours, avg(duration_s) AS mean_clip_s,
+            avg(num_words) AS words_per_clip, coalesce(sum(num_bytes), 0)::BIGINT AS clip_bytes FROM clips) k,
+    (SELECT count(*) AS num_sentences, avg(num_words) AS words_per_sentence
+     FROM sentences WHERE clip_id IS NOT NULL) n,
+    (SELECT count(*) AS num_samples, count(DISTINCT shard) AS num_shards,
+            coalesce(sum(mp4_bytes + coalesce(jpg_bytes, 0) + coalesce(txt_bytes, 0) + coalesce(json_bytes, 0)), 0)::BIGINT
+                AS sample_bytes FROM samples) p;
+
+-- The yield, step by step. `kept` is the share of the step before: of its items, but for spans of the videos' time.
+CREATE OR REPLACE VIEW funnel AS
+WITH steps(step, ordinal, num_items, hours) AS (
+    SELECT 'source', 1, count(*), NULL::DOUBLE FROM videos
+    UNION ALL SELECT 'video', 2, count(*), coalesce(sum(duration_s), 0) / 3600 FROM videos
+        WHERE path IS NOT NULL AND duplicate_of IS NULL
+    UNION ALL SELECT 'span', 3, count(*), coalesce(sum(end_s - start_s), 0) / 3600 FROM spans
+    UNION ALL SELECT 'clip', 4, count(*), coalesce(sum(duration_s), 0) / 3600 FROM clips
+    UNION ALL SELECT 'caption', 5, count(*), coalesce(sum(duration_s), 0) / 3600 FROM clips
+        WHERE clip_id IN (SELECT clip_id FROM captions WHERE current AND frame_index = 0)
+    UNION ALL SELECT 'sample', 6, count(*), coalesce(sum(duration_s), 0) / 3600 FROM samples
+)
+SELECT
+    step,
+    num_items,
+    CASE WHEN step = 'span' THEN hours / nullif(lag(hours) OVER (ORDER BY ordinal), 0)
+         WHEN step = 'sample' THEN num_items / nullif(max(num_items) FILTER (step = 'clip') OVER (), 0)
+         ELSE num_items / nullif(lag(num_items) OVER (ORDER BY ordinal), 0) END AS kept,
+    hours
+FROM steps
+ORDER BY ordinal;
+
+-- Histogram of the clips' lengths, two seconds a bin: [from_s, to_s).
+CREATE OR REPLACE VIEW clip_lengths AS
+SELECT bin * 2.0 AS from_s, bin * 2.0 + 2 AS to_s, count(*) AS num_clips, sum(duration_s) / 3600 AS hours
+FROM (SELECT floor(duration_s / 2)::INT AS bin, duration_s FROM clips)
+GROUP BY bin
+ORDER BY bin;
+
+-- Histogram of the words said in a clip, five a bin; a bin of its own where nothing is said.
+CREATE OR REPLACE VIEW words_per_clip AS
+SELECT from_words, from_words + CASE WHEN from_words = 0 THEN 0 ELSE 4 END AS to_words, count(*) AS num_clips
+FROM (SELECT CASE WHEN num_words = 0 THEN 0 ELSE (num_words - 1) // 5 * 5 + 1 END AS from_words FROM clips)
+GROUP BY from_words
+ORDER BY from_words;
+
+-- The same of sentences.
+CREATE OR REPLACE VIEW words_per_sentence AS
+SELECT from_words, from_words + 4 AS to_words, count(*) AS num_sentences
+FROM (SELECT (num_words - 1) // 5 * 5 + 1 AS from_words FROM sentences WHERE clip_id IS NOT NULL AND num_words > 0)
+GROUP BY from_words
+ORDER BY from_words;
+
+-- Shares of videos and of clips by category, the largest first; NULL: the source named none.
+CREATE OR REPLACE VIEW categories AS
+WITH v AS (
+    SELECT category, count(*) AS num_videos FROM videos WHERE path IS NOT NULL AND duplicate_of IS NULL GROUP BY ALL
+), c AS (
+    SELECT v.category, sum(k.num_clips)::BIGINT AS num_clips, sum(k.hours) AS hours
+    FROM (SELECT video_id, count(*) AS num_clips, sum(duration_s) / 3600 AS hours FROM clips GROUP BY video_id) k
+    LEFT JOIN videos v USING (video_id)
+    GROUP BY ALL
+)
+SELECT
+    coalesce(v.category, c.category) AS category,
+    coalesce(num_videos, 0) AS num_videos,
+    num_videos / sum(num_videos) OVER () AS video_share,
+    coalesce(num_clips, 0) AS num_clips,
+    coalesce(num_clips, 0) / sum(num_clips) OVER () AS clip_share,
+    coalesce(hours, 0) AS hours
+FROM v FULL JOIN c ON v.category IS NOT DISTINCT FROM c.category
+ORDER BY num_clips DESC, category;
+
+-- Why things are not there: failures counted by stage and class, the most frequent first.
+CREATE OR REPLACE VIEW failures_by_reason AS
+SELECT stage, error_class, count(*) AS num_items, count(*) FILTER (transient) AS num_transient,
+       max(attempts) AS max_attempts, min(message) AS example
+FROM failures
+GROUP BY stage, error_class
+ORDER BY num_items DESC, stage, error_class;
+
+-- Sizes of the downloaded videos and what became of them.
+CREATE OR REPLACE VIEW resolutions AS
+SELECT v.width, v.height, count(*) AS num_videos, coalesce(sum(c.num_clips), 0)::BIGINT AS num_clips,
+       sum(v.duration_s) / 3600 AS hours
+FROM (SELECT * FROM videos WHERE path IS NOT NULL AND duplicate_of IS NULL) v
+LEFT JOIN (SELECT video_id, count(*) AS num_clips FROM clips GROUP BY video_id) c USING (video_id)
+GROUP BY v.width, v.height
+ORDER BY num_videos DESC, v.height, v.width;
+
+CREATE OR REPLACE VIEW languages AS
+SELECT language, count(*) AS num_clips, sum(duration_s) / 3600 AS hours FROM clips GROUP BY language
+ORDER BY num_clips DESC, language;
+
+-- Who wrote captions, with which settings, and how many of theirs are served.
+CREATE OR REPLACE VIEW captioners AS
+SELECT captioner, fingerprint, count(*) AS num_captions, count(*) FILTER (current) AS num_served,
+       count(*) FILTER (text = '') AS num_empty, avg(score) AS mean_score
+FROM captions
+GROUP BY captioner, fingerprint
+ORDER BY num_served DESC, captioner, fingerprint;
+
+-- Groups of clips that look alike, the largest first.
+CREATE OR REPLACE VIEW duplicates AS
+SELECT s.duplicate_group, count(*) AS num_clips, count(DISTINCT c.video_id) AS num_videos,
+       list(c.clip_id ORDER BY c.clip_id)[:20] AS first_clips
+FROM (SELECT clip_id, duplicate_group FROM scores WHERE duplicate_group IS NOT NULL) s
+JOIN clips c USING (clip_id)
+GROUP BY s.duplicate_group
+ORDER BY num_clips DESC, s.duplicate_group;
