@@ -1,0 +1,133 @@
+"""Who a source is: the canonical form of its URL and the `video_id` made from it.
+
+Two lines of a list are the same source when their canonical URLs are equal. An id ends up in file names, tar members
+and SQL, so nothing but [A-Za-z0-9_-]{1,64} is ever one. Every rule comes for one string and, in the functions on Arrow
+arrays, as a vectorised pass over the ordinary cases that leaves only the unusual URLs to the rule for one string.
+"""
+
+import hashlib
+import re
+from pathlib import PurePath
+from urllib.parse import urlsplit, urlunsplit
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+ID_PATTERN = r"[A-Za-z0-9_-]{1,64}"
+SCHEME_PATTERN = r"[A-Za-z][A-Za-z0-9+.-]*://"
+
+# Valid for Python's re and for RE2 alike. Two eleven-letter words stand in an id's place without being one.
+YOUTUBE_PATTERN = (
+    r"(?i:https?://(?:(?:www|m|music|gaming)\.)?(?:youtube(?:-nocookie)?\.com/"
+    r"(?:watch/?\?(?:[^#]*?&)?v=|watch/|shorts/|embed/|live/|v/|e/)|youtu\.be/))"
+    r"(?P<id>[A-Za-z0-9_-]{11})(?:[?&/#].*)?"
+)
+NOT_YOUTUBE_IDS = ("videoseries", "live_stream")
+
+# A URL of this shape without tracking parameters is its own canonical form; ports of 4 or 5 digits are no defaults.
+_PLAIN_PATTERN = r"^https?://[a-z0-9_-]+(?:\.[a-z0-9_-]+)*(?::[1-5]?[1-9][0-9]{3})?/[^#\s]*$"
+_TRACKING = r"(?:utm_[^=&]*|fbclid|gclid|igshid|mc_cid|mc_eid)"
+_TRACKING_PATTERN = rf"[?&]{_TRACKING}(?:=|&|$)"
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+_YOUTUBE = re.compile(YOUTUBE_PATTERN)
+_ID = re.compile(ID_PATTERN)
+_SCHEME = re.compile(SCHEME_PATTERN)
+_TRACKING_NAME = re.compile(_TRACKING)
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_-]+")
+
+
+def youtube_id(url: str) -> str | None:
+    """The eleven characters of a YouTube video from any usual form of its URL, else None."""
+    match = _YOUTUBE.fullmatch(url)
+    return match["id"] if match and match["id"] not in NOT_YOUTUBE_IDS else None
+
+
+def canonical_url(url: str) -> str:
+    """One spelling per address: what duplicates are found by. A local path comes back as it is.
+
+    Scheme and host in lower case, no default port, no fragment (but "#!" and "#/" routes, which are part of the
+    address), no utm_* and click-id parameters, order of the others kept; all YouTube forms become the watch URL.
+    Raises ValueError for what is no URL at all (a broken IPv6 literal, a port that is no number, no host).
+    """
+    if not _SCHEME.match(url):
+        return url
+    youtube = youtube_id(url)
+    if youtube:
+        return f"https://www.youtube.com/watch?v={youtube}"
+    parts = urlsplit(url)
+    scheme = parts.scheme.lower()
+    if not parts.netloc:
+        raise ValueError(f"no host in {url!r}")
+    fragment = parts.fragment if parts.fragment.startswith(("!", "/")) else ""
+    if scheme not in _DEFAULT_PORTS:  # buckets and paths of stores are case sensitive
+        return urlunsplit((scheme, parts.netloc, parts.path, parts.query, fragment))
+    query = "&".join(part for part in parts.query.split("&") if not _TRACKING_NAME.fullmatch(part.partition("=")[0]))
+    return urlunsplit((scheme, _canonical_netloc(parts, scheme), parts.path or "/", query, fragment))
+
+
+def _canonical_netloc(parts, scheme: str) -> str:
+    if not parts.hostname:
+        raise ValueError(f"no host in {parts.geturl()!r}")
+    host = parts.hostname.rstrip(".")
+    host = f"[{host}]" if ":" in host else host
+    userinfo = parts.netloc.rpartition("@")[0]
+    port = parts.port
+    shown_port = "" if port in (None, _DEFAULT_PORTS[scheme]) else f":{port}"
+    return f"{userinfo}@{host}{shown_port}" if userinfo else f"{host}{shown_port}"
+
+
+def video_id_for(url: str, given_id: str | None = None) -> str:
+    """The id of a source: the given one where it is safe in a path, else YouTube's, else a hash of the canonical URL.
+
+    A hash id is "v" and 20 hex digits; a local file's is its name (what is safe of it) and 10 hex digits of its path.
+    """
+    if given_id and _ID.fullmatch(given_id):
+        return given_id
+    return youtube_id(url) or _hash_id(canonical_url(url))
+
+
+def _hash_id(canonical: str) -> str:
+    digits = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+    if _SCHEME.match(canonical):
+        return "v" + digits[:20]
+    name = _NOT_IN_A_NAME.sub("_", PurePath(canonical).stem).strip("_-")[:40]
+    return f"{name}-{digits[:10]}" if name else "v" + digits[:20]
+
+
+def canonical_urls(urls: pa.Array) -> pa.Array:
+    """`canonical_url` of every element; null where it raises and where there is none."""
+    youtube = _youtube_ids(urls)
+    plain = pc.and_not(
+        pc.match_substring_regex(urls, _PLAIN_PATTERN), pc.match_substring_regex(urls, _TRACKING_PATTERN)
+    )
+    watch = pc.binary_join_element_wise("https://www.youtube.com/watch?v=", youtube, "")
+    known = pc.coalesce(watch, pc.if_else(plain, urls, pa.scalar(None, pa.string())))
+    return _fill(known, urls, _canonical_or_none)
+
+
+def video_ids(canonical: pa.Array, given: pa.Array) -> pa.Array:
+    """`video_id_for` of every (canonical URL, given id); no canonical URL may be null."""
+    safe = pc.match_substring_regex(pc.fill_null(given, ""), f"^{ID_PATTERN}$")
+    known = pc.coalesce(pc.if_else(safe, given, pa.scalar(None, pa.string())), _youtube_ids(canonical))
+    return _fill(known, canonical, _hash_id)
+
+
+def _youtube_ids(urls: pa.Array) -> pa.Array:
+    ids = pc.struct_field(pc.extract_regex(urls, f"^{YOUTUBE_PATTERN}$"), "id")
+    words = pc.is_in(ids, value_set=pa.array(NOT_YOUTUBE_IDS))
+    return pc.if_else(words, pa.scalar(None, pa.string()), ids)
+
+
+def _canonical_or_none(url: str | None) -> str | None:
+    try:
+        return url and canonical_url(url)
+    except ValueError:  # the caller reports every null with its line
+        return None
+
+
+def _fill(known: pa.Array, values: pa.Array, rule) -> pa.Array:
+    """`known` with its nulls replaced by rule(value)."""
+    unknown = pc.is_null(known)
+    filled = [rule(value) for value in values.filter(unknown).to_pylist()]
+    return pc.replace_with_mask(known, unknown, pa.array(filled, pa.string()))

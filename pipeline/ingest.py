@@ -1,0 +1,103 @@
+"""The ingest stage: lists of sources → rows of `sources`, each with the unit it belongs to for ever.
+
+Pure: the result is a function of what the lists say and of the sources that the corpus already knows.
+"""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from pipeline.config import Settings
+from pipeline.identity import canonical_urls, video_ids
+from pipeline.source_lists import Problem, SourceList, read_sources
+from shards.schema import TABLES
+
+__all__ = ["IngestSettings", "Ingested", "Problem", "SourceList", "ingest", "read_sources"]
+
+UNIT = pa.string()
+
+
+class IngestSettings(Settings):
+    """How lists are read and sources grouped."""
+
+    # Videos per unit, the piece that is cut and committed as one. Small units spread better over workers and lose less
+    # when one is killed; large ones make fewer files. Units that exist keep their size.
+    unit_videos: int = Field(8, ge=1, le=10_000)
+    # The column (key) of a list that holds the URL; by default the first of url, video_url, webpage_url, link, …
+    url_column: str | None = None
+    # The column that holds the id; by default the first of id, video_id, videoid, source_id, …
+    id_column: str | None = None
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """`table` has the columns of `sources` and `unit`: the new sources only, in the order of first sight."""
+
+    table: pa.Table
+    problems: list[Problem]
+    num_seen: int  # usable rows of the lists
+    num_duplicates: int  # of them, rows whose source was there before (in the corpus or earlier in the lists)
+
+
+def ingest(arguments: list[str], settings: IngestSettings, known: pa.Table) -> Ingested:
+    """The sources that the arguments name and `known` (video_id, url, unit, ordinal; all so far) lacks.
+
+    Rows with the same canonical URL are one source, the first wins. The same id for another URL is a problem
+    "duplicate-id", the first wins too. Raises UserError as `read_sources` does.
+    """
+    listed = read_sources(arguments, settings)
+    table = listed.table.combine_chunks()
+    canonical = _array(table, "canonical")
+    ids = video_ids(canonical, _array(table, "source_id"))
+    new, clashes = _new_rows(canonical.to_pylist(), ids.to_pylist(), known)
+    problems = listed.problems + [
+        Problem(
+            table["location"][row].as_py(),
+            "duplicate-id",
+            f"id {ids[row]} is taken by another URL; {table['url'][row]} left out",
+        )
+        for row in clashes
+    ]
+    picked = table.take(pa.array(new, pa.int64())).append_column("video_id", [ids.take(pa.array(new, pa.int64()))])
+    sources = _with_units(picked, settings.unit_videos, known)
+    return Ingested(sources, problems, table.num_rows, table.num_rows - len(new) - len(clashes))
+
+
+def _array(table: pa.Table, name: str) -> pa.Array:
+    column = table[name].combine_chunks()
+    return column if isinstance(column, pa.Array) else pa.array([], column.type)
+
+
+def _new_rows(canonical: list[str], ids: list[str], known: pa.Table) -> tuple[list[int], list[int]]:
+    """(rows to take, rows whose id another URL has), in order."""
+    has_known = known.num_rows > 0
+    seen_urls = set(canonical_urls(_array(known, "url")).to_pylist()) if has_known else set()
+    seen_ids = set(known["video_id"].to_pylist()) if has_known else set()
+    new, clashes = [], []
+    for row, (url, video_id) in enumerate(zip(canonical, ids, strict=True)):
+        if url in seen_urls:
+            continue
+        seen_urls.add(url)
+        if video_id in seen_ids:
+            clashes.append(row)
+            continue
+        seen_ids.add(video_id)
+        new.append(row)
+    return new, clashes
+
+
+def _with_units(picked: pa.Table, unit_videos: int, known: pa.Table) -> pa.Table:
+    """Columns of `sources`, ordinals after the largest known one, units in fresh groups after the last known unit."""
+    next_ordinal, next_unit = 0, 0
+    if known.num_rows:
+        next_ordinal = pc.max(known["ordinal"]).as_py() + 1
+        numbers = pc.cast(pc.utf8_slice_codeunits(known["unit"], 1), pa.int64())
+        next_unit = pc.max(numbers).as_py() + 1
+    count = picked.num_rows
+    units = [f"u{next_unit + row // unit_videos:06d}" for row in range(count)]
+    picked = picked.append_column("ordinal", [pa.array(range(next_ordinal, next_ordinal + count), pa.int64())])
+    schema = TABLES["sources"].append(pa.field("unit", UNIT))
+    picked = picked.append_column("unit", [pa.array(units, UNIT)])
+    return picked.select(schema.names).cast(schema)

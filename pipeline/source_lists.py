@@ -1,0 +1,478 @@
+"""Reading lists of sources: txt, csv/tsv, json/jsonl, Parquet, HD-VILA jsonl, folders, globs, single files, URLs, "-".
+
+Everything becomes one Arrow table (`LISTED`), read column-wise by pyarrow and DuckDB; a line that cannot be used
+becomes a `Problem` with its place and stops nothing else. What comes in is untrusted text; no URL and no video is
+opened here.
+"""
+
+import glob
+import gzip
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import UserError
+from pipeline.given_spans import SPANS, spans_from_json
+from pipeline.identity import SCHEME_PATTERN, canonical_urls
+from pipeline.sidecars import SUBTITLE_EXTENSIONS, leads_out, sidecars
+
+if TYPE_CHECKING:
+    from pipeline.ingest import IngestSettings
+
+VIDEO_EXTENSIONS = frozenset(
+    ".mp4 .m4v .mov .mkv .webm .avi .flv .f4v .wmv .asf .ts .m2ts .mts .mpg .mpeg .vob .ogv .3gp .3g2 .mxf .ivf".split()
+)
+LIST_EXTENSIONS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")  # all but Parquet also with .gz
+
+# Column names of the field that mean the same, best first, compared without case.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "url": ("url", "video_url", "webpage_url", "link", "video_link", "contenturl", "source_url", "path", "video_path"),
+    "source_id": ("id", "video_id", "videoid", "source_id", "youtube_id", "ytid"),
+    "title": ("title",),
+    "category": ("category", "genre"),
+    "language": ("language", "lang"),
+    "licence": ("licence", "license"),
+    "subtitle": ("subtitle", "subtitles", "subtitle_url", "subtitle_path"),
+    "spans": ("clip", "clips", "spans"),
+}
+TEXT_FIELDS = [name for name in SYNONYMS if name != "spans"]
+
+LISTED = pa.schema(
+    [("location", pa.string()), ("canonical", pa.string()), ("kind", pa.string())]
+    + [(name, pa.string()) for name in TEXT_FIELDS]
+    + [("spans", SPANS), ("extra", pa.string())]
+)
+
+_CHUNK_LINES = 200_000  # JSON lines handed to DuckDB at once: bounds memory for lists of many gigabytes
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A line of a list, or a file of a folder, that gives no source."""
+
+    location: str  # FILE:LINE (a row's number in tables, the header being 1), or a path
+    error_class: str  # bad-line | missing-url | bad-url | bad-span | duplicate-id | bad-encoding | unsafe-symlink
+    message: str
+
+
+@dataclass(frozen=True)
+class SourceList:
+    """What the arguments list, in their order, and what could not be used. `table` has the columns of `LISTED`."""
+
+    table: pa.Table
+    problems: list[Problem]
+
+
+@dataclass
+class _Rows:
+    """One list file as read: `table` has `line` (int64) and any of the fields as strings (`spans` as JSON text)."""
+
+    name: str  # for locations
+    folder: Path  # what relative paths in it are relative to
+    table: pa.Table
+    problems: list[Problem] = field(default_factory=list)
+
+    def problem(self, line: int, error_class: str, message: str) -> None:
+        self.problems.append(Problem(f"{self.name}:{line}", error_class, message[:500]))
+
+
+def read_sources(arguments: list[str], settings: "IngestSettings") -> SourceList:
+    """Every source that the arguments name, in order, duplicates and all.
+
+    Raises UserError for an argument that is not there, cannot be read, or is a table without a URL column.
+    """
+    tables, problems = [], []
+    for argument in _expand(arguments):
+        for rows in _read(argument, settings):
+            tables.append(_listed(rows))
+            problems.extend(rows.problems)
+    return SourceList(pa.concat_tables(tables) if tables else LISTED.empty_table(), problems)
+
+
+def _expand(arguments: list[str]) -> Iterator[str]:
+    """Globs become the paths they match, in sorted order; everything else stays as it is."""
+    for argument in arguments:
+        is_glob = glob.has_magic(argument) and not re.match(SCHEME_PATTERN, argument) and not os.path.exists(argument)
+        if not is_glob:
+            yield argument
+            continue
+        matches = sorted(glob.glob(argument, recursive=True))
+        if not matches:
+            raise UserError(f"SOURCES: nothing matches {argument!r}")
+        yield from matches
+
+
+def _read(argument: str, settings: "IngestSettings") -> Iterator[_Rows]:
+    if argument == "-":
+        yield from _read_lines("stdin", Path.cwd(), sys.stdin.buffer.read(), settings)
+        return
+    if re.match(SCHEME_PATTERN, argument) and not argument.lower().startswith("file://"):
+        yield _Rows(argument, Path.cwd(), pa.table({"line": [1], "url": [argument]}))
+        return
+    path = Path(_path_of_file_url(argument) if argument.lower().startswith("file://") else argument)
+    if path.is_dir():
+        yield _read_folder(path)
+    elif not path.exists():
+        raise UserError(f"SOURCES: {argument!r} is not there (a file, folder, glob, URL, or - for standard input)")
+    elif path.suffix.lower() in VIDEO_EXTENSIONS:
+        yield _Rows(str(path), path.parent, _table_of_videos([Path(os.path.abspath(path))]))
+    else:
+        yield from _read_list(path, settings)
+
+
+def _read_list(path: Path, settings: "IngestSettings") -> Iterator[_Rows]:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = bool(suffixes) and suffixes[-1] == ".gz"
+    extension = suffixes[-2] if packed and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
+    if extension not in LIST_EXTENSIONS or (packed and extension == ".parquet"):
+        raise UserError(
+            f"SOURCES: {path} is neither a list ({' '.join(LIST_EXTENSIONS)}, text also .gz) "
+            f"nor a video ({' '.join(sorted(VIDEO_EXTENSIONS))})"
+        )
+    try:
+        if extension == ".parquet":
+            yield _read_parquet(path, settings)
+            return
+        data = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
+    except (OSError, EOFError, pa.ArrowInvalid) as error:
+        raise UserError(f"SOURCES: {path} cannot be read: {error}") from error
+    if extension in (".csv", ".tsv"):
+        yield _read_csv(path, data, "\t" if extension == ".tsv" else None, settings)
+    elif extension == ".json":
+        yield from _read_json(path, data, settings)
+    else:
+        yield from _read_lines(str(path), path.parent.absolute(), data, settings)
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def _read_parquet(path: Path, settings: "IngestSettings") -> _Rows:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    line = pa.array(range(1, table.num_rows + 1), pa.int64())
+    return _Rows(str(path), path.parent.absolute(), _fields_of_table(path, table, line, settings))
+
+
+def _read_csv(path: Path, data: bytes, delimiter: str | None, settings: "IngestSettings") -> _Rows:
+    """A table with a header line; rows with another number of columns are problems."""
+    from csv import reader as csv_rows
+
+    from pyarrow import csv
+
+    text, problem = _decode(str(path), data)
+    header = text.partition("\n")[0]
+    if delimiter is None:  # spreadsheets of half the world write semicolons into .csv
+        delimiter = max(",;\t", key=header.count)
+    invalid: list[tuple[int, str]] = []
+
+    def skip(row) -> str:
+        message = f"{row.actual_columns} columns where the header has {row.expected_columns}: {row.text}"
+        invalid.append((row.number or 0, message))
+        return "skip"
+
+    names = _distinct(next(csv_rows([header.rstrip("\r")], delimiter=delimiter), []))
+    strings = {name: pa.string() for name in names}
+    try:
+        table = csv.read_csv(
+            pa.py_buffer(text.encode("utf-8", "replace")),
+            csv.ReadOptions(use_threads=False, skip_rows=1, column_names=names, block_size=1 << 24),
+            csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip),
+            csv.ConvertOptions(column_types=strings, strings_can_be_null=True, null_values=[""]),
+        )
+    except pa.ArrowInvalid as error:
+        raise UserError(f"SOURCES: {path} is no table: {error}") from error
+    bad_lines = {number for number, _ in invalid}
+    line = [number for number in range(2, table.num_rows + len(bad_lines) + 2) if number not in bad_lines]
+    fields = _fields_of_table(path, table, pa.array(line, pa.int64()), settings)
+    rows = _Rows(str(path), path.parent.absolute(), fields, problem)
+    for number, message in invalid:
+        rows.problem(number, "bad-line", message)
+    return rows
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Column names made different: a header may repeat one."""
+    return [name if name not in names[:i] else f"{name}.{i}" for i, name in enumerate(names)]
+
+
+def _fields_of_table(path: Path, table: pa.Table, line: pa.Array, settings: "IngestSettings") -> pa.Table:
+    """The known columns as strings, the other ones as one JSON object per row without its nulls."""
+    import duckdb
+
+    columns = _columns(table.column_names, settings)
+    if "url" not in columns:
+        raise UserError(
+            f"SOURCES: {path} has no URL column (its columns: {', '.join(table.column_names) or 'none'}); "
+            f"allowed: {', '.join(SYNONYMS['url'])}, or name it with ingest.url_column"
+        )
+    known = {name: names[0] for name, names in columns.items()}
+    others = [name for name in table.column_names if name not in known.values()]
+    picks = [f'CAST("{_quoted(known[name])}" AS VARCHAR) AS {name}' for name in TEXT_FIELDS if name in known]
+    if "spans" in known:
+        column = f'"{_quoted(known["spans"])}"'
+        is_text = pa.types.is_string(table.schema.field(known["spans"]).type)
+        picks.append(f"{column} AS spans" if is_text else f"CAST(to_json({column}) AS VARCHAR) AS spans")
+    if others:
+        pairs = ", ".join(f'"{_quoted(name)}" := "{_quoted(name)}"' for name in others)
+        picks.append(f"nullif(json_merge_patch('{{}}', to_json(struct_pack({pairs}))), '{{}}') AS extra")
+    with duckdb.connect() as connection:
+        result = connection.from_arrow(table).query("listed", f"SELECT {', '.join(picks)} FROM listed").to_arrow_table()
+    return result.append_column("line", pa.chunked_array([line]))
+
+
+def _quoted(name: str) -> str:
+    return name.replace('"', '""')
+
+
+def _columns(names: list[str], settings: "IngestSettings") -> dict[str, list[str]]:
+    """Field → the names among `names` that stand for it, best first. A column named by a setting is the only one."""
+    lowered: dict[str, list[str]] = {}
+    for name in names:
+        lowered.setdefault(name.strip().lower(), []).append(name)
+    found = {}
+    for wanted, synonyms in SYNONYMS.items():
+        named = {"url": settings.url_column, "source_id": settings.id_column}.get(wanted)
+        candidates = [named] if named else [name for synonym in synonyms for name in lowered.get(synonym, [])]
+        candidates = [name for name in candidates if name in names]
+        if candidates:
+            found[wanted] = candidates
+    return found
+
+
+# --- lines ----------------------------------------------------------------------------------------------------------
+
+
+def _decode(name: str, data: bytes) -> tuple[str, list[Problem]]:
+    """Text of a list: UTF-8 or UTF-16 with a mark; anything else is read as Latin-1 and said to be so."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", "replace"), []
+    try:
+        return data.decode("utf-8-sig"), []
+    except UnicodeDecodeError as error:
+        return data.decode("latin-1"), [Problem(name, "bad-encoding", f"not UTF-8, read as Latin-1: {error}")]
+
+
+def _read_lines(name: str, folder: Path, data: bytes, settings: "IngestSettings") -> Iterator[_Rows]:
+    """One source per line: an address or a path, or a JSON object where the first line is one.
+
+    In plain lists empty lines and lines that start with # say nothing.
+    """
+    text, problems = _decode(name, data)
+    lines = text.split("\n")
+    first = next((line for line in lines if line.strip()), "")
+    is_json = first.lstrip().startswith("{")
+    for start in range(0, len(lines), _CHUNK_LINES):
+        values = pa.array(lines[start : start + _CHUNK_LINES], pa.string())
+        numbers = pa.array(range(start + 1, start + 1 + len(values)), pa.int64())
+        values = pc.utf8_trim_whitespace(values)
+        silent = pc.equal(values, "") if is_json else pc.match_substring_regex(values, "^(?:#.*)?$")
+        kept = pa.table({"line": numbers, "text": values}).filter(pc.invert(silent))
+        if is_json:
+            yield _read_json_lines(_Rows(name, folder, kept, problems), settings)
+        else:
+            yield _Rows(name, folder, kept.rename_columns(["line", "url"]), problems)
+        problems = []
+
+
+def _read_json(path: Path, data: bytes, settings: "IngestSettings") -> Iterator[_Rows]:
+    """A JSON array of objects or addresses; JSON lines under this name are taken too."""
+    text, problems = _decode(str(path), data)
+    try:
+        values = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        if not text.lstrip().startswith("{"):
+            raise UserError(f"SOURCES: {path} is not JSON: {error}") from error
+        yield from _read_lines(str(path), path.parent.absolute(), data, settings)
+        return
+    values = values if isinstance(values, list) else [values]
+    text_column = pa.array([json.dumps(value) for value in values], pa.string())
+    table = pa.table({"line": pa.array(range(1, len(values) + 1), pa.int64()), "text": text_column})
+    yield _read_json_lines(_Rows(str(path), path.parent.absolute(), table, problems), settings)
+
+
+def _read_json_lines(rows: _Rows, settings: "IngestSettings") -> _Rows:
+    """JSON values, one per row of `text`, to fields; a line that is no object and no string is a problem."""
+    import duckdb
+
+    with duckdb.connect() as connection:
+        connection.register("lines", rows.table)
+        connection.execute(
+            "CREATE TABLE parsed AS SELECT line, text, "
+            "CASE WHEN json_valid(text) THEN json_type(text) END AS type FROM lines"
+        )
+        bad = "SELECT line, text FROM parsed WHERE type IS NULL OR type NOT IN ('OBJECT', 'VARCHAR') ORDER BY line"
+        for line, text in connection.execute(bad).fetchall():
+            rows.problem(line, "bad-line", f"neither a JSON object nor a string: {text[:200]}")
+        keys = "SELECT DISTINCT unnest(json_keys(text)) AS key FROM parsed WHERE type = 'OBJECT' ORDER BY key"
+        names = [key for (key,) in connection.execute(keys).fetchall()]
+        picks = _json_picks(names, _columns(names, settings))
+        good = f"SELECT line, {picks} FROM parsed WHERE type IN ('OBJECT', 'VARCHAR') ORDER BY line"
+        rows.table = connection.sql(good).to_arrow_table()
+    return rows
+
+
+def _json_picks(names: list[str], columns: dict[str, list[str]]) -> str:
+    def pick(name: str) -> str:
+        values = [f"text->>'{_pointer(key)}'" for key in columns.get(name, [])]
+        if name == "url":
+            values.append("CASE WHEN type = 'VARCHAR' THEN text->>'$' END")
+        return f"coalesce({', '.join(values)}, NULL) AS {name}"
+
+    picks = [pick(name) for name in SYNONYMS if name in columns or name == "url"]
+    used = {key for keys in columns.values() for key in keys}
+    if set(names) - used:
+        nothing = json.dumps(dict.fromkeys(sorted(used))).replace("'", "''")
+        rest = f"json_merge_patch('{{}}', json_merge_patch(text, '{nothing}'))"
+        picks.append(f"CASE WHEN type = 'OBJECT' THEN nullif({rest}, '{{}}') END AS extra")
+    return ", ".join(picks)
+
+
+def _pointer(key: str) -> str:
+    """An object's key as a JSON pointer inside an SQL string."""
+    return "/" + key.replace("~", "~0").replace("/", "~1").replace("'", "''")
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def _read_folder(folder: Path) -> _Rows:
+    """Every video below the folder, in the order of its relative path; linked folders are not entered."""
+    root = Path(os.path.abspath(folder))
+    rows = _Rows(str(folder), root, LISTED.empty_table())
+    videos: list[Path] = []
+    for base, folders, files in os.walk(root):
+        folders.sort()
+        links = [name for name in folders if Path(base, name).is_symlink()]
+        media = [name for name in files if _extension(name) in VIDEO_EXTENSIONS.union(SUBTITLE_EXTENSIONS)]
+        for name in [*links, *media]:
+            path = Path(base, name)
+            if leads_out(path, root):
+                rows.problems.append(Problem(str(path), "unsafe-symlink", f"leads out of {folder}, not followed"))
+            elif _extension(name) in VIDEO_EXTENSIONS and name not in links and not name.startswith("."):
+                videos.append(path)
+    if not videos and not rows.problems:
+        raise UserError(f"SOURCES: no video below {folder} ({' '.join(sorted(VIDEO_EXTENSIONS))})")
+    videos.sort(key=lambda path: path.relative_to(root).parts)
+    rows.table = _table_of_videos(videos)
+    return rows
+
+
+def _table_of_videos(videos: list[Path]) -> pa.Table:
+    subtitles = [next((str(found) for found, _ in sidecars(path)), None) for path in videos]
+    return pa.table(
+        {
+            "line": pa.array(range(1, len(videos) + 1), pa.int64()),
+            "url": pa.array([str(path) for path in videos], pa.string()),
+            "subtitle": pa.array(subtitles, pa.string()),
+        }
+    )
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+# --- from fields to sources -----------------------------------------------------------------------------------------
+
+
+def _listed(rows: _Rows) -> pa.Table:
+    """Rows with a usable address as `LISTED`; every other row becomes a problem."""
+    table = rows.table
+    count = table.num_rows
+    fields = {name: _text(table, name) for name in TEXT_FIELDS}
+    kind, url, refusals = _addresses(fields["url"], rows.folder)
+    canonical = canonical_urls(url)
+    spans, bad_spans = spans_from_json(_text(table, "spans"))
+    line = table["line"].combine_chunks() if count else pa.array([], pa.int64())
+    columns = {
+        "location": pc.binary_join_element_wise(rows.name, pc.cast(line, pa.string()), ":"),
+        "canonical": canonical,
+        "kind": kind,
+        **fields,
+        "url": url,
+        "subtitle": _located(fields["subtitle"], rows.folder),
+        "spans": spans,
+        "extra": _text(table, "extra"),
+    }
+    for index in pc.indices_nonzero(pc.is_null(canonical)).to_pylist():
+        error_class, message = refusals.get(index) or ("bad-url", f"not a URL: {fields['url'][index]}")
+        rows.problem(line[index].as_py(), error_class, message)
+    for index, message in bad_spans:
+        rows.problem(line[index].as_py(), "bad-span", message)
+    spoilt = pa.array([index for index, _ in bad_spans], pa.int64())  # of these, rows with no span left give no source
+    empty = pc.fill_null(pc.equal(pc.list_value_length(spans), 0), False)
+    lost = pc.and_(empty, pc.is_in(pa.array(range(count), pa.int64()), value_set=spoilt))
+    listed = pa.table([columns[name] for name in LISTED.names], schema=LISTED)
+    return listed.filter(pc.and_not(pc.is_valid(canonical), lost))
+
+
+def _text(table: pa.Table, name: str) -> pa.Array:
+    """A column as trimmed strings, null where it says nothing or is not there."""
+    if name not in table.column_names:
+        return pa.nulls(table.num_rows, pa.string())
+    values = pc.utf8_trim_whitespace(pc.cast(table[name].combine_chunks(), pa.string()))
+    return pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
+
+
+def _addresses(values: pa.Array, folder: Path) -> tuple[pa.Array, pa.Array, dict[int, tuple[str, str]]]:
+    """(kind, URL or absolute path, {index: why not}) of the addresses of a list; null where there is no usable one."""
+    is_url = pc.fill_null(pc.match_substring_regex(values, f"^{SCHEME_PATTERN}[^/?#]"), False)
+    clean = pc.invert(pc.match_substring_regex(values, r"[\x00-\x20\x7f]"))
+    usable = pc.and_(is_url, pc.fill_null(clean, False))
+    url = pc.if_else(usable, values, pa.scalar(None, pa.string()))
+    refusals: dict[int, tuple[str, str]] = {}
+    paths: dict[int, str] = {}
+    for index in pc.indices_nonzero(pc.invert(usable)).to_pylist():
+        path, refusal = _local_path(values[index].as_py(), folder)
+        if refusal:
+            refusals[index] = refusal
+        else:
+            paths[index] = path
+    is_path = pa.array([index in paths for index in range(len(values))] if paths else [False] * len(values), pa.bool_())
+    url = pc.replace_with_mask(url, is_path, pa.array(list(paths.values()), pa.string()))
+    return pc.if_else(is_path, "file", "url"), url, refusals
+
+
+def _local_path(value: str | None, folder: Path) -> tuple[str, tuple[str, str] | None]:
+    """The absolute path of what is no clean URL, or why it is nothing."""
+    if value is None:
+        return "", ("missing-url", "no URL in this row")
+    if value.lower().startswith("file://"):
+        path = _path_of_file_url(value)
+    elif re.match(SCHEME_PATTERN, value):
+        return "", ("bad-url", f"not a URL (no host, or spaces and control characters in it): {value!r}")
+    else:
+        path = value
+    if "\0" in path:
+        return "", ("bad-url", f"a path cannot hold NUL: {value!r}")
+    path = os.path.abspath(folder / path)
+    if not os.path.lexists(path):
+        return "", ("bad-url", f"neither a URL nor a file that is there: {value!r}")
+    return path, None
+
+
+def _path_of_file_url(url: str) -> str:
+    return unquote(urlsplit(url).path)
+
+
+def _located(values: pa.Array, folder: Path) -> pa.Array:
+    """Subtitle addresses: URLs as they are, paths made absolute from the list's folder."""
+    if values.null_count == len(values):
+        return values
+    resolve: Callable[[str], str] = lambda value: (  # noqa: E731
+        value
+        if re.match(SCHEME_PATTERN, value) and not value.lower().startswith("file://")
+        else os.path.abspath(folder / (_path_of_file_url(value) if value.lower().startswith("file://") else value))
+    )
+    return pa.array([value if value is None else resolve(value) for value in values.to_pylist()], pa.string())
