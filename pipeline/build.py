@@ -140,12 +140,12 @@ def build(
         report.pending_before = current.ledger.counts()
         display.plan(report.pending_before, stages)
         _run_stages(current, stages, report, display)
-        current.derive_all()
+        if report.did_something or not (current.corpus.root / "manifest.duckdb").exists():
+            current.publish()
         if "pack" in stages or report.engine.num_done:
             report.pack = pack_corpus(current, display, write="pack" in stages, redo=redo and "pack" in stages)
         if report.did_something:
             current.record_run(ended=True)
-        if report.did_something or not (current.corpus.root / "manifest.duckdb").exists():
             current.publish()
         report.failures = current.failures()
     return report
@@ -175,16 +175,21 @@ def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
     It may use the columns of `catalog` for stages that work on clips and of `videos` for the others, and error_class,
     message and attempts of the item's failure in this stage. Raises UserError for bad SQL.
     """
-    from shards.sql import open_manifest, rows_of
+    import duckdb
+
+    from shards.sql import open_manifest
 
     table, item = ("catalog", "clip_id") if stage.pool == "model" else ("videos", "video_id")
     failures = f"SELECT item_id, error_class, message, attempts FROM failures WHERE stage = '{stage.name}'"
+    sql = (
+        f"SELECT DISTINCT {item} FROM (SELECT t.*, f.* EXCLUDE (item_id) FROM {table} t LEFT JOIN ({failures}) f "
+        f"ON f.item_id = t.{item} OR split_part(f.item_id, '.', 1) = t.{item}) WHERE ({where}) ORDER BY 1"
+    )
     with open_manifest(corpus.root) as connection:
-        return rows_of(
-            connection,
-            f"SELECT DISTINCT {item} FROM (SELECT t.*, f.* EXCLUDE (item_id) FROM {table} t LEFT JOIN ({failures}) f "
-            f"ON split_part(f.item_id, '.', 1) = t.video_id) WHERE ({where}) ORDER BY 1",
-        )
+        try:
+            return [row[0] for row in connection.execute(sql).fetchall()]
+        except duckdb.Error as error:
+            raise UserError(f"--where {where}: {error}") from error
 
 
 def difference(before: dict, after: dict, prefix: str = "") -> list[str]:

@@ -107,7 +107,7 @@ def save(model: ClipVip, path: str | Path, *, prefix: str = "") -> Path:
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     tensors["logit_scale"] = tensors["logit_scale"].clamp(0, MAX_LOG_SCALE)
     published = to_published(tensors, prefix)
-    _replace(weights, lambda file: save_file(published, file, metadata={"format": "pt", "config": config}))
+    _replace(weights, lambda file: _write_weights(published, config, file))
     _replace(path.with_suffix(".json") if is_file else path / "config.json", lambda file: file.write_text(config))
     return weights
 
@@ -252,6 +252,19 @@ def _load_open_clip(name: str, tag: str | None, shape: dict[str, Any], seed: int
     except (RuntimeError, OSError) as error:
         raise UserError(f"open_clip cannot load {name!r} with weights {tag!r}: {error}") from error
     return from_open_clip_model(model, model_cfg, seed=seed, **shape)
+
+
+def _write_weights(tensors: dict[str, Tensor], config: str, file: Path) -> None:
+    """safetensors writes its metadata in random order; sorting them in place makes the same model the same bytes."""
+    save_file(tensors, file, metadata={"format": "pt", "config": config})
+    with open(file, "r+b") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size, "the header's length must not change"
+        handle.seek(8)
+        handle.write(text)
 
 
 def _replace(path: Path, write: Any) -> None:

@@ -242,6 +242,10 @@ class ClipVip(nn.Module):
         """
         if cut:
             ids, mask = cut_texts(ids, mask)
+        if ids.shape[1] > self.config.context_length:
+            raise UserError(
+                f"texts of {ids.shape[1]} tokens; the model's context_length is {self.config.context_length}"
+            )
         return F.normalize(self.text_projection(self.text(ids, mask)), dim=-1)
 
     def forward(self, pixels: Tensor | None = None, ids: Tensor | None = None, mask: Tensor | None = None) -> Any:

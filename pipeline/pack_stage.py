@@ -1,0 +1,167 @@
+"""The pack stage: selected clips → shards, written by Ray tasks, put in place by the driver; and fresh index texts.
+
+It asks the published manifest, like any reader, so the caller publishes before and after.
+"""
+
+import time
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.errors import ItemError
+from shards.fragments import fragment_path, write_commit
+from shards.index import read_index, refresh_index
+from shards.pack import ShardPlan, commit_shards, pending_shards, plan_shards, select_samples, shard_rows, write_shard
+from shards.schema import LEDGER
+from shards.sql import open_manifest
+
+FEW_SHARDS = 2  # so many are written here: starting Ray for them would take longer
+FAILURES = "pack"  # name of the one commit that holds the clips of the last packing that could not be packed
+
+
+@dataclass
+class PackReport:
+    num_shards: int = 0
+    num_samples: int = 0
+    num_written: int = 0  # shards written or put in place now
+    num_refreshed: int = 0  # indexes that got new texts
+    seconds: float = 0.0
+    failures: list[tuple[str, ItemError]] = field(default_factory=list)
+
+
+def pack_corpus(session, display, *, write: bool, redo: bool) -> PackReport:
+    """Bring shards/ up to date with the manifest; without `write` only the texts of the indexes."""
+    root, settings, started = session.corpus.root, session.settings.pack, time.perf_counter()
+    report = PackReport()
+    with open_manifest(root) as connection:
+        if write:
+            plans = plan_shards(select_samples(connection, settings), settings)
+            todo = plans if redo else pending_shards(root, plans)
+            report.failures = _write_all(session, connection, todo, display)
+            report.num_written, num_removed = commit_shards(root, plans, fsync=settings.fsync)
+            report.num_written += num_removed
+            report.num_shards, report.num_samples = len(plans), sum(len(plan.clip_ids) for plan in plans)
+            if todo:
+                _record_failures(session, report.failures)
+        report.num_refreshed = _refresh(root, connection)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def pack_state(session) -> dict[str, int]:
+    """How many samples are packed as planned, and how many are in shards that are still to be written or removed."""
+    root = session.corpus.root
+    if not (root / "manifest.duckdb").exists():
+        return {"packed": 0, "to_pack": 0}
+    with open_manifest(root) as connection:
+        plans = plan_shards(select_samples(connection, session.settings.pack), session.settings.pack)
+    todo = {plan.name for plan in pending_shards(root, plans)}
+    sizes = {plan.name: len(plan.clip_ids) for plan in plans}
+    return {
+        "packed": sum(size for name, size in sizes.items() if name not in todo),
+        "to_pack": sum(sizes[name] for name in todo),
+    }
+
+
+def _write_all(session, connection, plans: list[ShardPlan], display) -> list[tuple[str, ItemError]]:
+    """Write the shards, by Ray where there are many. Rows travel to the tasks, media never do."""
+    root, fsync = session.corpus.root, session.settings.pack.fsync
+    failures: list[tuple[str, ItemError]] = []
+    with _pool(session, len(plans)) as submit:
+        waiting, num_done = deque(), 0
+        for plan in [*plans, None]:
+            if plan is not None:
+                waiting.append(submit(plan, shard_rows(connection, plan), root, fsync))
+            while waiting and (plan is None or len(waiting) > 2 * submit.width):
+                failures += waiting.popleft()()
+                num_done += 1
+                display.packing(num_done, len(plans))
+    return failures
+
+
+def _pool(session, num_shards: int):
+    return nullcontext(_Here()) if num_shards <= FEW_SHARDS else _RayTasks(session.settings)
+
+
+class _Here:
+    width = 0
+
+    def __call__(self, *arguments):
+        failures = _write(*arguments)
+        return lambda: failures
+
+
+class _RayTasks:
+    def __init__(self, settings):
+        self.settings = settings
+
+    def __enter__(self):
+        import ray
+
+        from pipeline.engine import start_ray
+
+        self.ray, self.started = ray, start_ray(self.settings)
+        self.width = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        self.task = ray.remote(num_cpus=1)(_write)  # writing again gives the same bytes, so Ray may retry
+        return self
+
+    def __call__(self, *arguments):
+        reference = self.task.remote(*arguments)
+        return lambda: self.ray.get(reference)
+
+    def __exit__(self, *_):
+        if self.started:
+            self.ray.shutdown()
+
+
+def _write(plan: ShardPlan, rows: pa.Table, root: Path, fsync: bool) -> list[tuple[str, ItemError]]:
+    return write_shard(plan, rows, root, fsync=fsync).failures
+
+
+def _record_failures(session, failures: list[tuple[str, ItemError]]) -> None:
+    """The clips this packing had to leave out, in place of those of the one before."""
+    rows = [
+        {
+            "stage": "pack",
+            "item_id": clip_id,
+            "unit": "",
+            "key": FAILURES,
+            "fingerprint": "",
+            "status": "failed",
+            "error_class": error.error_class,
+            "message": error.message,
+            "transient": error.transient,
+            "attempts": 1,
+            "num_rows": 0,
+            "wall_s": 0.0,
+            "cpu_s": 0.0,
+            "at": datetime.now(UTC),
+            "run_id": session.run_id,
+        }
+        for clip_id, error in failures
+    ]
+    root = session.corpus.root
+    if rows:
+        write_commit(root, FAILURES, {}, pa.Table.from_pylist(rows, LEDGER), [])
+        session.ledger.load([FAILURES])
+    elif fragment_path(root, "ledger", FAILURES).exists():
+        fragment_path(root, "ledger", FAILURES).unlink()
+        session.ledger.forget([FAILURES])
+
+
+def _refresh(root: Path, connection) -> int:
+    """Give every index the texts that the manifest serves now; returns how many changed."""
+    num_changed = 0
+    for path in sorted((root / "shards").glob("[0-9]*.parquet")):
+        connection.register("packed", read_index(path).select(["clip_id"]))
+        texts = connection.sql(
+            "SELECT c.clip_id, c.text AS subtitle, c.caption, c.captioner, c.caption_score, c.language "
+            "FROM catalog c SEMI JOIN packed USING (clip_id)"
+        ).to_arrow_table()
+        connection.unregister("packed")
+        num_changed += refresh_index(path, texts)
+    return num_changed

@@ -1,0 +1,218 @@
+"""The stages as a worker runs them: from the ledger's items to rows, calling the stage's own module for each item.
+
+Each runner takes a `Work` and returns (an Outcome per item, the media files it wrote relative to the corpus). Decoding of
+source videos happens in this process's sandbox, so that a crash, a hang or a balloon costs one video.
+"""
+
+import hashlib
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+from captioning.captioner import Caption, load_captioner
+from captioning.scorer import ScoreInput, load_scorer
+from pipeline.cut import CutSettings, SpanRequest, cut_in_sandbox
+from pipeline.download import fetch
+from pipeline.errors import ItemError
+from pipeline.media import probe
+from pipeline.sandbox import Sandbox
+from pipeline.segment import segment_video
+from pipeline.shots import detect_shots
+from pipeline.transcribe import transcribe_video
+from pipeline.worker import Outcome, Stopwatch, Work
+from shards.fragments import TEMPORARY
+from shards.tar import Blob, read_member, write_clips_tar
+
+PROBE_TIMEOUT_S = 60.0
+SHOTS_TIMEOUT_PER_VIDEO_S = 5.0  # wall seconds per second of video, and never under a minute
+
+Result = tuple[list[Outcome], list[str]]
+
+
+@lru_cache(maxsize=1)
+def sandbox() -> Sandbox:
+    """This process's one sandbox: its child is started once and used for every video after."""
+    return Sandbox()
+
+
+def run_download(work: Work) -> Result:
+    """The unit's sources side by side: this is waiting for the network, and each host has its own cap."""
+    root = Path(work.root)
+    folder = root / "sources" / work.unit
+    governor = _governor(work)
+
+    def one(item: dict) -> Outcome:
+        with Stopwatch(item["item_id"]) as outcome:
+            row = fetch(item, folder, work.settings, governor, corpus_root=root, probe=_probe_in_sandbox)
+            outcome.rows["downloads"] = [row]
+        return outcome
+
+    with ThreadPoolExecutor(max_workers=len(work.items), thread_name_prefix="download") as pool:
+        return list(pool.map(one, work.items)), []
+
+
+def _probe_in_sandbox(path: Path):
+    return sandbox().call(probe, path, timeout_s=PROBE_TIMEOUT_S)
+
+
+def _governor(work: Work):
+    from pipeline.governor import ray_governor
+
+    return ray_governor(work.settings)
+
+
+def run_transcribe(work: Work) -> Result:
+    root, outcomes = Path(work.root), []
+    for item in work.items:
+        with Stopwatch(item["item_id"]) as outcome:
+            files = [{**file, "path": str(root / file["path"])} for file in item["subtitles"] or []]
+            row = transcribe_video(files, root / item["path"], work.settings)
+            outcome.rows["transcripts"] = [{"video_id": item["video_id"], **row}]
+        outcomes.append(outcome)
+    return outcomes, []
+
+
+def run_segment(work: Work) -> Result:
+    outcomes = []
+    for item in work.items:
+        with Stopwatch(item["item_id"]) as outcome:
+            shots = _shots(work, item) if work.settings.needs_shots(item) else None
+            segmented = segment_video(
+                item["video_id"], item["words"], item["duration_s"], item["given_spans"], shots, work.settings
+            )
+            outcome.rows.update(sentences=segmented.sentences, spans=segmented.spans)
+        outcomes.append(outcome)
+    return outcomes, []
+
+
+def _shots(work: Work, item: dict) -> list[tuple[float, float]]:
+    limit_s = max(60.0, SHOTS_TIMEOUT_PER_VIDEO_S * (item["duration_s"] or 0))
+    return sandbox().call(detect_shots, Path(work.root) / item["path"], work.settings.shots, timeout_s=limit_s)
+
+
+def run_cut(work: Work) -> Result:
+    """Each video is cut into a blob file by the sandbox; the blobs then become one tar of the work's name."""
+    root, name = Path(work.root), f"clips/{work.name}.tar"
+    folder = root / "clips" / f"{TEMPORARY}{work.name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        outcomes = [_cut_video(work, item, folder) for item in work.items]
+        rows = [row for outcome in outcomes for row in outcome.rows.get("clips", [])]
+        if rows:
+            _write_tar(root / name, folder, rows)
+            for row in rows:
+                row["tar"] = name
+        return outcomes, [name] if rows else []
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cut_video(work: Work, item: dict, folder: Path) -> Outcome:
+    settings: CutSettings = work.settings
+    with Stopwatch(item["item_id"]) as outcome:
+        spans = [SpanRequest(**span) for span in item["spans"]]
+        result = cut_in_sandbox(
+            sandbox(), Path(work.root) / item["path"], spans, settings, folder / item["video_id"], item["duration_s"]
+        )
+        stamp = {"video_id": item["video_id"], "source_sha256": item["sha256"]}
+        outcome.rows["clips"] = [{**row, **stamp} for row in result.rows]
+        outcome.parts = list(result.failures)
+    return outcome
+
+
+def _write_tar(path: Path, folder: Path, rows: list[dict]) -> None:
+    """Copy every clip's mp4 and caption frames into one tar and point the rows at them."""
+    blobs = []
+    for row in rows:
+        source = folder / row["video_id"]
+        blobs.append(Blob(f"{row['clip_id']}.mp4", source, row["mp4_offset"], row["num_bytes"]))
+        for index, frame in enumerate(row["frames"]):
+            blobs.append(Blob(f"{row['clip_id']}.{index}.jpg", source, frame["offset"], frame["num_bytes"]))
+    offsets = {member.name: member.offset for member in write_clips_tar(path, blobs)}
+    for row in rows:
+        row["mp4_offset"] = offsets[f"{row['clip_id']}.mp4"]
+        for index, frame in enumerate(row["frames"]):
+            frame["offset"] = offsets[f"{row['clip_id']}.{index}.jpg"]
+
+
+def run_caption(work: Work) -> Result:
+    captioner = load_captioner(work.settings)
+    frames = [(item, index, frame) for item in work.items for index, frame in enumerate(item["frames"])]
+    images, unreadable = _read_frames(work, [(item["tar"], frame) for item, _, frame in frames])
+    answers = iter(captioner.caption([image for image in images if image is not None]))
+    outcomes = {item["item_id"]: Outcome(item["item_id"]) for item in work.items}
+    for (item, index, frame), image, problem in zip(frames, images, unreadable, strict=True):
+        outcome, answer = outcomes[item["item_id"]], problem if image is None else next(answers)
+        if isinstance(answer, ItemError):
+            outcome.failure = answer
+            continue
+        outcome.rows.setdefault("captions", []).append(_caption_row(work, captioner.name, item, index, frame, answer))
+    for outcome in outcomes.values():
+        if outcome.failure:
+            outcome.rows.clear()
+    return list(outcomes.values()), []
+
+
+def _caption_row(work: Work, captioner: str, item: dict, index: int, frame: dict, caption: Caption) -> dict:
+    return {
+        "clip_id": item["clip_id"],
+        "frame_index": index,
+        "frame_sha256": frame["sha256"],
+        "frame_time_s": frame["time_s"],
+        "captioner": captioner,
+        "fingerprint": work.fingerprint,
+        "text": caption.text,
+        "score": caption.score,
+        "num_tokens": caption.num_tokens,
+    }
+
+
+def run_score(work: Work) -> Result:
+    scorer = load_scorer(work.settings)
+    images, unreadable = _read_frames(work, [(item["tar"], item["frame"]) for item in work.items])
+    inputs = [
+        ScoreInput(item["clip_id"], image, item["subtitle"], item["caption"], item["duration_s"])
+        for item, image in zip(work.items, images, strict=True)
+        if image is not None
+    ]
+    answers, outcomes = iter(scorer.score(inputs)), []
+    for item, image, problem in zip(work.items, images, unreadable, strict=True):
+        answer = problem if image is None else next(answers)
+        if isinstance(answer, ItemError):
+            outcomes.append(Outcome(item["item_id"], failure=answer))
+            continue
+        stamp = {"clip_id": item["clip_id"], "frame_sha256": item["frame_sha256"], "fingerprint": work.fingerprint}
+        outcomes.append(Outcome(item["item_id"], rows={"scores": [{**answer, **stamp}]}))
+    return outcomes, []
+
+
+def _read_frames(work: Work, frames: list[tuple[str, dict]]) -> tuple[list[bytes | None], list[ItemError | None]]:
+    """The JPEGs of caption frames by byte range; one that is not what its row says is an error, never a picture."""
+    images, problems = [], []
+    for tar, frame in frames:
+        try:
+            images.append(_read_frame(Path(work.root) / tar, frame))
+            problems.append(None)
+        except ItemError as error:
+            images.append(None)
+            problems.append(error)
+    return images, problems
+
+
+def _read_frame(tar: Path, frame: dict) -> bytes:
+    data = read_member(tar, frame["offset"], frame["num_bytes"])
+    if hashlib.sha256(data).hexdigest() != frame["sha256"]:
+        raise ItemError("corrupt-frame", f"{tar.name} at {frame['offset']}: not the frame that was cut")
+    return data
+
+
+RUNNERS = {
+    "download": run_download,
+    "transcribe": run_transcribe,
+    "segment": run_segment,
+    "cut": run_cut,
+    "caption": run_caption,
+    "score": run_score,
+}
