@@ -5,7 +5,7 @@
    clips and seed give the same shards whatever was packed before. A plan's key covers every byte that is to be in the
    tar except the columns that come late (captions, scores, groups), which KEY.json holds as of packing and the index
    serves as they are: recaptioning never makes a shard pending.
-3. `write_shard`, one task per pending shard, writes tar and index under `shards/.next/` with the plan's key in the name.
+3. `write_shard`, one task per pending shard, writes tar and index under `shards/.next/`, the plan's key in their names.
 4. `commit_shards` runs when all are there: it renames them into place and removes what no plan names any more. Killed
    anywhere, the next run reuses what is complete and ends in the same bytes.
 
@@ -106,7 +106,7 @@ def select_samples(connection, settings: PackSettings) -> pa.Table:
 
     check_selection(connection, settings.where, "pack.where")
     hashed = ", ".join(f"'{name}': {name}" for name in (*FIXED, "sha256", "frame_sha256", "phash", "kind"))
-    return connection.execute(f"""
+    return connection.sql(f"""
         SELECT clip_id, num_bytes AS mp4_bytes, coalesce(frames[1].num_bytes, 0) AS jpg_bytes,
                strlen(text) AS txt_bytes, md5(to_json({{{hashed}}})::VARCHAR) AS content
         FROM ({selection(settings.where)}) ORDER BY clip_id
@@ -181,18 +181,20 @@ def _is_there(root: Path, plan: ShardPlan, retry_missing: bool) -> bool:
 def _stamp_of(root: Path, plan: ShardPlan) -> Stamp | None:
     """The stamp of a complete shard of this plan, wherever tar and index are at the moment.
 
-    `commit_shards` moves the index first. So an index in place whose tar still waits under `.next` is a shard between
-    the two renames, and one without is finished.
+    Under `.next` the index is written after the tar, and `_place` removes the old pair before it moves the new tar and
+    then its index. So a pair in place always belongs together, and an index that waits under `.next` without its tar
+    belongs to the tar that is in place without an index.
     """
     next_tar, next_index = _next_paths(root, plan)
     tar, index = root / "shards" / plan.name, root / "shards" / plan.index_name
-    stamp = read_stamp(next_index)
-    if stamp and stamp.plan_key == plan.key and _has_size(next_tar, stamp.tar_bytes):
-        return stamp
-    stamp = read_stamp(index)
-    if stamp and stamp.plan_key == plan.key:
-        if _has_size(next_tar, stamp.tar_bytes) or _has_size(tar, stamp.tar_bytes):
-            return stamp
+    waiting, placed = read_stamp(next_index), read_stamp(index)
+    if waiting and waiting.plan_key == plan.key:
+        if _has_size(next_tar, waiting.tar_bytes):
+            return waiting
+        if not next_tar.exists() and not index.exists() and _has_size(tar, waiting.tar_bytes):
+            return waiting
+    if placed and placed.plan_key == plan.key and _has_size(tar, placed.tar_bytes):
+        return placed
     return None
 
 
@@ -214,7 +216,7 @@ def shard_rows(connection, plan: ShardPlan) -> pa.Table:
     connection.register("wanted_clips", wanted)
     try:
         columns = ", ".join(f"c.{name}" for name in ROW_COLUMNS)
-        return connection.execute(
+        return connection.sql(
             f"SELECT {columns} FROM wanted_clips w JOIN catalog c USING (clip_id) ORDER BY w.rank"
         ).to_arrow_table()
     finally:
@@ -241,6 +243,7 @@ def write_shard(plan: ShardPlan, rows: pa.Table, root: Path, *, fsync: bool = Fa
             yield sample
 
     tar, index = _next_paths(root, plan)
+    index.unlink(missing_ok=True)  # an index under `.next` says that its tar is complete
     members = {member.name: member for member in write_tar(tar, samples(), fsync=fsync)}
     lines = [_index_line(row, plan, position, members) for position, row in enumerate(packed)]
     table = pa.Table.from_pylist(lines, INDEX)
@@ -270,14 +273,16 @@ def commit_shards(root: Path, plans: list[ShardPlan], *, fsync: bool = False) ->
 
 
 def _place(root: Path, plan: ShardPlan) -> bool:
-    """Moves index, then tar; `_stamp_of` knows the state between the two."""
+    """Moves a shard from `.next` into place, the index last (see `_stamp_of`); False when it is there already."""
     next_tar, next_index = _next_paths(root, plan)
-    stamp = read_stamp(next_index)
-    if stamp and _has_size(next_tar, stamp.tar_bytes):
-        next_index.replace(root / "shards" / plan.index_name)
-    if not next_tar.exists():
+    tar, index = root / "shards" / plan.name, root / "shards" / plan.index_name
+    if not next_index.exists():
         return False
-    next_tar.replace(root / "shards" / plan.name)
+    if next_tar.exists():
+        tar.unlink(missing_ok=True)
+        index.unlink(missing_ok=True)
+        next_tar.replace(tar)
+    next_index.replace(index)
     return True
 
 
@@ -326,7 +331,7 @@ def sample_json(row: dict[str, Any]) -> bytes:
     values["subtitle"] = values.pop("text")
     values["mp4_sha256"], values["jpg_sha256"] = row["sha256"], row["frame_sha256"]
     values["phash"] = [f"{value:016x}" for value in row["phash"] or ()] or None
-    known = {name: value for name, value in values.items() if value is not None}
+    known = {name: value for name, value in values.items() if value is not None and value == value}  # nor NaN
     return json.dumps(known, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
 
 

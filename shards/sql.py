@@ -25,6 +25,13 @@ Format = Literal["table", "csv", "json", "parquet"]
 FORMATS = ("table", "csv", "json", "parquet")
 MAX_TABLE_ROWS = 50  # what a terminal shows; the other formats write all
 BATCH_ROWS = 10_000
+WRAPPED = 16  # a text column of a table may be made this narrow before its rows are shown one value a line
+
+HINT = """Give a query, for instance
+  clipmill sql DIR "SELECT * FROM funnel"
+  clipmill sql DIR "SELECT clip_id, caption, text FROM catalog LIMIT 10" --format csv
+  clipmill sql DIR "SHOW TABLES"
+or run `clipmill sql DIR` on a terminal for a prompt."""
 
 _ALLOWED = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI}  # MULTI: PIVOT
 # C0, DEL, C1, line and paragraph separators, and the marks that turn the direction of what follows.
@@ -42,18 +49,25 @@ def open_manifest(corpus: str | Path) -> duckdb.DuckDBPyConnection:
     if not path.is_file():
         raise UserError(f"{corpus} has no manifest.duckdb: is it a corpus, and has its build got that far?")
     settings = {
-        "enable_external_access": "false",  # no other file, no network, no ATTACH, COPY, INSTALL, LOAD
         "allow_community_extensions": "false",
         "autoload_known_extensions": "false",
         "temp_directory": "",  # DuckDB would let SQL read and write there
         "python_enable_replacements": "false",  # SQL must not see this program's variables
         "memory_limit": f"{_memory_limit_bytes()}B",
-        "lock_configuration": "true",
     }
+    connection = duckdb.connect(":memory:", config=settings)
     try:
-        return duckdb.connect(str(path), read_only=True, config=settings)
+        # Attached, not opened: opening a path twice in one process gives the file that was there the first time.
+        connection.execute(f"ATTACH {_literal(str(path))} AS manifest (READ_ONLY)")
+        connection.execute("USE manifest")
     except duckdb.Error as error:
+        connection.close()
         raise UserError(f"{path} cannot be opened: {error}") from error
+    connection.execute(
+        "SET enable_external_access = false"
+    )  # no other file, no network, no ATTACH, COPY, INSTALL, LOAD
+    connection.execute("SET lock_configuration = true")
+    return connection
 
 
 def run_query(
@@ -84,6 +98,14 @@ def run_query(
         return 0
 
 
+def rows_of(connection: duckdb.DuckDBPyConnection, sql: str) -> list[Any]:
+    """The first column of an answer. Raises UserError with DuckDB's message for SQL that does not run."""
+    try:
+        return [row[0] for row in connection.execute(_single_statement(connection, sql)).fetchall()]
+    except duckdb.Error as error:
+        raise UserError(str(error)) from error
+
+
 def selection(where: str) -> str:
     """SQL for the rows of `catalog` that a condition, or a whole SELECT with a clip_id column, picks."""
     where = where.strip().rstrip(";").strip()
@@ -112,8 +134,13 @@ def visible(value: str) -> str:
     return _CONTROL.sub(lambda found: _escaped(found.group()), value)
 
 
-def interactive(connection: duckdb.DuckDBPyConnection) -> None:
-    """Reads statements (ended by `;` or an empty line) until Ctrl-D; .help tells the rest. The snapshot stays."""
+def prompt(connection: duckdb.DuckDBPyConnection) -> None:
+    """Reads statements (ended by `;` or an empty line) until Ctrl-D; it sees the corpus as it was at the start.
+
+    Raises UserError that says what to type where nobody sits at the terminal.
+    """
+    if not sys.stdin.isatty():
+        raise UserError(HINT)
     _start_history()
     print("Statements end with ; or an empty line. .tables  .schema [NAME]  .help  .quit or Ctrl-D")
     for statement in _statements():
@@ -130,23 +157,13 @@ def interactive(connection: duckdb.DuckDBPyConnection) -> None:
             print("interrupted", file=sys.stderr)
 
 
-def hint(corpus: str | Path) -> str:
-    """What to type when no query came and nobody is there to be asked."""
-    return (
-        "Give a query, for instance\n"
-        f'  clipmill sql {corpus} "SELECT * FROM funnel"\n'
-        f'  clipmill sql {corpus} "SELECT clip_id, caption, text FROM catalog LIMIT 10" --format csv\n'
-        f'  clipmill sql {corpus} "SHOW TABLES"'
-    )
-
-
 # -- running --------------------------------------------------------------------------------------------------------
 
 
 def _execute(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader:
     statement = _single_statement(connection, sql)
     try:
-        return connection.execute(statement).to_arrow_reader(BATCH_ROWS)
+        return connection.sql(statement).to_arrow_reader(BATCH_ROWS)
     except (duckdb.Error, pa.ArrowException) as error:
         raise UserError(str(error)) from error
 
@@ -166,6 +183,10 @@ def _single_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb
     return statements[0]
 
 
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
 def _memory_limit_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
@@ -180,17 +201,45 @@ def _write_table(reader: pa.RecordBatchReader, out: TextIO) -> int:
     from rich.text import Text
 
     rows, num_rows = _first_rows(reader)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for field in reader.schema:
-        number = _is_number(field.type)
-        table.add_column(Text(visible(field.name)), justify="right" if number else "left", no_wrap=number)
-    for row in rows:
-        table.add_row(*(Text(_cell(value), style="" if value is not None else "dim") for value in row))
+    cells = [[_cell(value) for value in row] for row in rows]
+    names = [visible(name) for name in reader.schema.names]
     console = Console(file=out, highlight=False)
+    if names == ["explain_key", "explain_value"]:
+        table = Text("\n".join(row[1].replace("\\x0a", "\n") for row in cells))
+    elif _needed_width(names, cells) > console.width:
+        table = _records(names, cells)
+    else:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name, field in zip(names, reader.schema, strict=True):
+            number = _is_number(field.type)
+            table.add_column(Text(name), justify="right" if number else "left", no_wrap=number, overflow="fold")
+        for row in cells:
+            table.add_row(*(Text(cell) for cell in row))
     console.print(table)
     shown = f"first {len(rows):,} of {num_rows:,} rows" if num_rows > len(rows) else _counted(num_rows)
     console.print(Text(shown, style="dim"))
     return num_rows
+
+
+def _needed_width(names: list[str], cells: list[list[str]]) -> int:
+    """Characters for all columns side by side, if long texts are wrapped to WRAPPED characters."""
+    columns = zip(*([names, *cells]), strict=True)
+    return sum(min(max(map(len, column)), max(WRAPPED, len(column[0]))) + 3 for column in columns)
+
+
+def _records(names: list[str], cells: list[list[str]]):
+    """One line per value: for rows that are too wide to stand side by side."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for number, row in enumerate(cells, 1):
+        table.add_row("", Text(f"── row {number} ──", style="dim"))
+        for name, cell in zip(names, row, strict=True):
+            table.add_row(Text(name), Text(cell))
+    return table
 
 
 def _first_rows(reader: pa.RecordBatchReader) -> tuple[list[tuple], int]:

@@ -31,7 +31,7 @@ _FILL = {
         SELECT vid(i) AS video_id, printf('u%05d', i // 32) AS unit,
                'https://video.example/watch?v=' || vid(i) AS url, 'url' AS kind, sentence(i, 5) AS title,
                pick(i, 'category', ['Music','Gaming','Education','Sports','News & Politics','Entertainment',
-                                    'People & Blogs', 'Howto & Style','Film & Animation','Autos & Vehicles']) AS category,
+                                    'People & Blogs', 'Film & Animation', 'Autos & Vehicles']) AS category,
                pick(i, 'language', ['en','en','en','de','es']) AS language,
                pick(i, 'licence', ['youtube','creativeCommon']) AS licence,
                concat('channel ', (u(i, 'channel') * 1000)::INT) AS channel, '2024-05-01' AS upload_date,
@@ -44,7 +44,8 @@ _FILL = {
     """,
     "spans": """
         SELECT vid(i // $per_video) AS video_id, cid(i) AS clip_id, i % $per_video AS n,
-               (i % $per_video) * 14.0 AS start_s, (i % $per_video) * 14.0 + seconds(i) AS end_s, 'sentences' AS origin, sentence(i, words(i)) AS text,
+               (i % $per_video) * 14.0 AS start_s, (i % $per_video) * 14.0 + seconds(i) AS end_s,
+               'sentences' AS origin, sentence(i, words(i)) AS text,
                words(i) AS num_words, 1 AS num_sentences, u(i, 'align') * 0.2 AS align_cost
         FROM range($num_clips) r(i)
     """,
