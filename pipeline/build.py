@@ -213,7 +213,7 @@ class Status:
 
 
 def status(root: str | Path, assignments: list[str]) -> Status:
-    """What each stage has done, has to do and could not do, with the settings as they are or as `--set` would make them."""
+    """What each stage has done, has to do and could not do, with the settings as they are or as `--set` makes them."""
     corpus = Corpus(root).require()
     saved = corpus.load_settings()
     settings = resolve(saved, None, assignments)

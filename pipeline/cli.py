@@ -23,7 +23,7 @@ app = typer.Typer(
 CorpusOption = Annotated[Path, typer.Option("--corpus", help="The corpus folder.", show_default=False)]
 CorpusArgument = Annotated[Path, typer.Argument(help="The corpus folder.", metavar="DIR", show_default=False)]
 SetOption = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option("--set", help="Change a setting and keep it, e.g. --set cut.fps=2.", metavar="STAGE.KEY=VALUE"),
 ]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A recipe's name or a YAML file of settings.")]
@@ -34,14 +34,14 @@ def build(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Lists (.txt .csv .tsv .jsonl .parquet), folders, globs, files, URLs, or - for standard input; none: go on with "
-            "what the corpus knows.",
+            help="Lists (.txt .csv .tsv .jsonl .parquet), folders, globs, files, URLs, or - for standard input; "
+            "none: go on with what the corpus knows.",
             show_default=False,
         ),
     ] = None,
     corpus: CorpusOption = Path("corpus"),
     recipe: RecipeOption = None,
-    set_: SetOption = [],
+    set_: SetOption = None,
 ) -> None:
     """Every stage, from sources to shards. Resumes; appends what is new in SOURCES."""
     from pipeline.build import build as build_corpus
@@ -53,7 +53,7 @@ def build(
         sources or [],
         stages=STAGE_NAMES,
         recipe=recipe,
-        assignments=set_,
+        assignments=set_ or [],
         command=_command(),
         display=(display := Terminal()),
     )
@@ -72,7 +72,7 @@ def run(
         str | None,
         typer.Option(help="Do again what this SQL condition names, e.g. \"error_class = 'timeout'\".", metavar="SQL"),
     ] = None,
-    set_: SetOption = [],
+    set_: SetOption = None,
 ) -> None:
     """One stage, and only what is pending in it."""
     from pipeline.build import build as build_corpus
@@ -86,7 +86,7 @@ def run(
         [],
         stages=[stage],
         recipe=None,
-        assignments=set_,
+        assignments=set_ or [],
         command=_command(),
         redo=redo,
         where=where,
@@ -97,11 +97,11 @@ def run(
 
 
 @app.command()
-def status(corpus: CorpusArgument, set_: SetOption = []) -> None:
+def status(corpus: CorpusArgument, set_: SetOption = None) -> None:
     """What each stage has done, has to do and could not do; with --set, what a change would make pending."""
     from pipeline.display import show_status
 
-    show_status(corpus, set_)
+    show_status(corpus, set_ or [])
 
 
 @app.command()

@@ -37,7 +37,7 @@ class Corpus:
         """Raises UserError unless there is a corpus here."""
         if not self.exists:
             raise UserError(
-                f"{self.root} is not a corpus (no corpus.yaml). `clipmill build SOURCES --corpus {self.root}` makes one."
+                f"{self.root} is no corpus (no corpus.yaml). Make one with `clipmill build SOURCES --corpus DIR`."
             )
         return self
 

@@ -1,9 +1,9 @@
 """The driver: asks the ledger what is missing, gives it to Ray in pieces, loads what comes back, publishes.
 
-One loop, one thread, one writer. A unit moves through the stages by itself: when nothing of it is in flight the ledger is
-asked again what it lacks, so downloads, cutting and captioning of different units overlap, and nothing but unit names
-is kept in memory. Ray's own retries are off: a task that dies is given again here, alone if it dies again, and
-becomes a failure row of the items in it at last.
+One loop, one thread, one writer. A unit moves through the stages by itself: when nothing of it is in flight the ledger
+is asked again what it lacks, so downloads, cutting and captioning of different units overlap, and nothing but unit
+names is kept in memory. Ray's own retries are off: work whose worker dies is given again here, in single items if it
+dies again, and becomes a failure row of the item at last.
 """
 
 import heapq
@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pipeline.corpus import Corpus
 from pipeline.errors import ItemError, UserError
 from pipeline.settings import CorpusSettings
-from pipeline.stage_queries import QUERIES
 from pipeline.stages import STAGES, Stage, fingerprints
 from pipeline.worker import Outcome, Work, commit
 from shards.fragments import Commit

@@ -1,7 +1,7 @@
 """What is to be done in each stage, as SQL over the ledger's tables (see `shards.ledger.StageQuery`).
 
-The chain reads top to bottom. Each stage's key hashes its fingerprint and the *content* of its inputs, so work that comes
-out the same stops the wave: a re-segmented video whose spans did not move is not cut again.
+The chain reads top to bottom. Each stage's key hashes its fingerprint and the *content* of its inputs, so work that
+comes out the same stops the wave: a re-segmented video whose spans did not move is not cut again.
 """
 
 from shards.ledger import StageQuery

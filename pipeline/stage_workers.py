@@ -1,7 +1,7 @@
 """The stages as a worker runs them: from the ledger's items to rows, calling the stage's own module for each item.
 
-Each runner takes a `Work` and returns (an Outcome per item, the media files it wrote relative to the corpus). Decoding of
-source videos happens in this process's sandbox, so that a crash, a hang or a balloon costs one video.
+Each runner takes a `Work` and returns an Outcome per item and the media files it wrote, relative to the corpus. Source
+videos are decoded in this process's sandbox, so that a crash, a hang or a balloon costs one video.
 """
 
 import hashlib

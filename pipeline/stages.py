@@ -1,4 +1,4 @@
-"""The stages, in order: their settings, their code version, where they run. Their SQL is in `pipeline.stage_queries`."""
+"""The stages in order: settings, code version, where they run. Their SQL is in `pipeline.stage_queries`."""
 
 from dataclasses import dataclass
 

@@ -1,11 +1,11 @@
 """The working database: every fragment loaded, and what is current, pending and failed derived from it by SQL.
 
-It is private to the process that holds the corpus lock (`.clipmill/ledger.duckdb`), a cache of the fragments that can be
-deleted at any time. Readers get the published `manifest.duckdb` instead (`shards.manifest`).
+It is private to the process that holds the corpus lock (`.clipmill/ledger.duckdb`), a cache of the fragments that can
+be deleted at any time. Readers get the published `manifest.duckdb` instead (`shards.manifest`).
 
-A stage is described to the ledger by its `StageQuery`: an SQL statement giving the items that ought to exist, each with a
-key that hashes the stage's fingerprint and the item's inputs. Done is the row whose key is the item's present key. So a
-changed setting, a changed input, a lost fragment and a new source are all the same thing: a key nobody has done yet.
+A stage is described to the ledger by its `StageQuery`: an SQL statement giving the items that ought to exist, each with
+a key that hashes the stage's fingerprint and the item's inputs. Done is the row whose key is the item's present key. So
+a changed setting, a changed input, a lost fragment and a new source are one thing: a key nobody has done yet.
 """
 
 import os
@@ -231,7 +231,8 @@ class Ledger:
             self.connection.execute(f"CREATE TABLE IF NOT EXISTS {table} AS SELECT * FROM columns")
             self.connection.unregister("columns")
         self.connection.execute(
-            "CREATE TABLE IF NOT EXISTS fragments (name VARCHAR, num_bytes BIGINT, mtime_ns BIGINT, outputs MAP(VARCHAR, BIGINT))"
+            "CREATE TABLE IF NOT EXISTS fragments "
+            "(name VARCHAR, num_bytes BIGINT, mtime_ns BIGINT, outputs MAP(VARCHAR, BIGINT))"
         )
         self.connection.execute("CREATE TEMP TABLE forced (stage VARCHAR, item_id VARCHAR)")
 

@@ -1,8 +1,8 @@
 """Publishing `manifest.duckdb`: the snapshot that everybody else reads.
 
-The file is written beside the old one and renamed over it, so a reader always opens a whole, consistent manifest, keeps
-the one it opened for as long as it likes, and never meets a lock. It holds the tables of `shards.schema.MANIFEST` and the
-views of `shards/views.sql`.
+The file is written beside the old one and renamed over it, so a reader always opens a whole, consistent manifest,
+keeps the one it opened for as long as it likes, and never meets a lock. It holds the tables of
+`shards.schema.MANIFEST` and the views of `shards/views.sql`.
 """
 
 import os

@@ -1,8 +1,8 @@
 """The tables of a corpus: what each fragment holds, column by column. Everything else is derived from these.
 
 Every fragment table also carries the columns of `LEDGER_COLUMNS`, which say which work wrote the row. Times are seconds
-from the first frame of the video as doubles. Ids: `video_id` is [A-Za-z0-9_-]{1,64}; `clip_id` is VIDEO_ID.N; the key of a
-sample inside a tar is VIDEO_ID_NNNN, because WebDataset cuts a member's name at its first dot.
+from the first frame of the video as doubles. Ids: `video_id` is [A-Za-z0-9_-]{1,64}; `clip_id` is VIDEO_ID.N; the key
+of a sample inside a tar is VIDEO_ID_NNNN, because WebDataset cuts a member's name at its first dot.
 """
 
 import pyarrow as pa
