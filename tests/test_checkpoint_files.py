@@ -160,17 +160,21 @@ def test_log_scale_is_clamped_when_read_and_when_written(tmp_path: Path) -> None
 
 
 class Mischief:
+    def __init__(self, trace: Path):
+        self.trace = trace
+
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.system, ("touch /tmp/clipmill_should_not_exist",)
+        return os.mkdir, (str(self.trace),)
 
 
 def test_pickled_code_is_never_run(tmp_path: Path) -> None:
-    torch.save({"logit_scale": Mischief()}, tmp_path / "evil.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"logit_scale": Mischief()}))
+    trace = tmp_path / "ran"
+    torch.save({"logit_scale": Mischief(trace)}, tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"logit_scale": Mischief(trace)}, protocol=2))
     for name in ("evil.pt", "plain.pt"):
         with pytest.raises(UserError, match="cannot be read as plain tensors"):
             load_clip_vip(tmp_path / name, config_to_dict(tiny_config()))
-    assert not Path("/tmp/clipmill_should_not_exist").exists()
+    assert not trace.exists()
 
 
 def hf_clip(folder: Path, **save_options: Any) -> Any:
