@@ -1,0 +1,432 @@
+"""The download stage: one source → its file, its subtitle files and what is known about it.
+
+A source is a local file (used where it lies), an object of a store, a direct link, or a page of a site; each way ends
+in the same row of `downloads`. What comes in is hostile until probed: whatever is wrong with one source is one
+ItemError of the classes in `pipeline.download_errors`. While a download runs its files lie in FOLDER/VIDEO_ID.part/,
+which a later attempt continues; final names (FOLDER/VIDEO_ID.EXT, FOLDER/VIDEO_ID.LANG.EXT) appear complete, by a
+rename, or not at all.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field
+
+from pipeline.address_guard import Gate
+from pipeline.config import Settings, operational
+from pipeline.download_errors import RETRIED, DownloadError, from_os_error
+from pipeline.errors import ItemError, UserError
+from pipeline.file_kinds import (
+    SNIFF_BYTES,
+    check_boxes,
+    check_regular,
+    container_extension,
+    hash_file,
+    is_text,
+    subtitle_format,
+)
+from pipeline.governor import HostGovernor, hold, host_of
+from pipeline.http_fetch import CHUNK_BYTES, download_http
+from pipeline.sidecars import sidecars
+
+MEDIA_EXTENSIONS = frozenset(
+    "mp4 m4v mov mkv webm avi flv f4v wmv asf ts m2ts mts mpg mpeg vob ogv ogg 3gp 3g2 mxf ivf gif".split()
+)
+PLAYLIST_EXTENSIONS = frozenset("m3u8 mpd ism f4m".split())  # of these only an extractor makes a file
+MAX_SUBTITLE_BYTES = 50_000_000
+
+
+class DownloadSettings(Settings):
+    """How videos are fetched. What only changes speed, patience or access is no part of the stage's fingerprint."""
+
+    # Sites: the best format whose shorter side is at most this, else the smallest there is. HD-VILA took 720.
+    max_height: int = Field(720, ge=16, le=4320)
+    # Subtitles to fetch, in order; "en" takes "en-GB" too. [] fetches none.
+    subtitle_languages: list[str] = ["en"]
+    # What a site offers is looked through in this order, one track per language.
+    subtitle_kinds: list[Literal["manual", "auto"]] = ["manual", "auto"]
+    # The first of these that a site has. vtt and json3 carry word times on YouTube.
+    subtitle_formats: list[Literal["vtt", "srt", "ttml", "json3", "srv3", "ass"]] = ["vtt", "json3", "ttml", "srt"]
+    # Any further option of yt-dlp by its long name: {"sleep-requests": 1, "extractor-args": "youtube:lang=en"}.
+    ytdlp_options: dict[str, Any] = {}
+    # Look for a video in a page that is neither a media file nor of a known site.
+    generic_pages: bool = True
+    # Local files are used where they lie; false copies them into the corpus.
+    reference_local_files: bool = True
+
+    # Netscape cookie file for sites that want an account.
+    cookies_file: str | None = operational(None)
+    # BROWSER[:PROFILE] to read cookies from, as yt-dlp names them (firefox, chrome …).
+    cookies_from_browser: str | None = operational(None)
+    # http://, https:// or socks5:// proxy; the environment's is not used, so that a build depends on its settings
+    # alone.
+    proxy: str | None = operational(None, pattern=r"^(https?|socks[45][ah]?)://.+")
+    # Bytes per second of one download of a site; None: as fast as it comes.
+    rate_limit_bytes_per_s: int | None = operational(None, ge=1)
+    user_agent: str = operational("Mozilla/5.0 (compatible; clipmill/0.1)", min_length=1)
+    # Loopback, private, link-local and reserved addresses are refused, redirects to them too: a list of URLs must not
+    # reach into the network that it is downloaded in.
+    allow_private_addresses: bool = operational(False)
+    # Schemes read through fsspec; others than these and http(s) are refused.
+    object_store_schemes: list[str] = operational(
+        ["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hdfs", "oss"]
+    )
+
+    # Seconds one source may take, waiting for its host's turn left out; 2 h hold a long video on a slow line.
+    timeout_s: float = operational(7200, gt=0)
+    # Seconds without a byte before a connection counts as dead.
+    stall_timeout_s: float = operational(30, gt=0)
+    # Larger files are refused, by their header where it says so, else when they get there.
+    max_bytes: int = operational(20_000_000_000, ge=1)
+    # Tries after the first one, for failures that can heal.
+    retries: int = operational(3, ge=0, le=100)
+    # First pause before trying again; doubles each time up to a minute, jittered by the URL.
+    backoff_s: float = operational(1.0, ge=0)
+    # Downloads from one host at a time, over all workers that share the governor.
+    per_host: int = operational(4, ge=1)
+    # Seconds between two starts on one host. YouTube wants 5-10 for a guest.
+    min_interval_s: float = operational(0.0, ge=0)
+    # Pause of a whole host after HTTP 429 or a lockout that names none; doubles while it goes on.
+    cooldown_s: float = operational(60.0, gt=0)
+    # How long a host may stay locked before what waits for it is given up (a later build tries again).
+    lockout_patience_s: float = operational(7200.0, ge=0)
+    # Times one source may meet a lockout before it is given up itself.
+    lockout_retries: int = operational(8, ge=0)
+    # Keep downloaded files after their clips are cut.
+    keep_sources: bool = operational(True)
+
+
+@dataclass
+class _Fetched:
+    """A complete file, not yet under its final name unless `in_place`."""
+
+    path: Path
+    num_bytes: int
+    sha256: str
+    extractor: str
+    in_place: bool = False
+    subtitles: list[tuple[Path, str | None, str]] = field(default_factory=list)  # (file in work, language, kind)
+    columns: dict[str, Any] = field(default_factory=dict)  # title, categories, … where the way of fetching knows them
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def new_governor(settings: DownloadSettings) -> HostGovernor:
+    """A HostGovernor as the settings want it."""
+    return HostGovernor(settings.per_host, settings.min_interval_s, patience_s=settings.lockout_patience_s)
+
+
+def fetch(
+    source: dict[str, Any],
+    folder: Path,
+    settings: DownloadSettings,
+    *,
+    corpus_root: Path | None = None,
+    governor=None,
+    probe: Callable[[Path], Any] | None = None,
+) -> dict[str, Any]:
+    """The row of `downloads` (its own columns) for a row of `sources`; files end up in `folder`.
+
+    Paths in the row are relative to `corpus_root` (default: `folder`'s parent) where they lie below it. `governor` is
+    a HostGovernor or a Ray actor of one. `probe` takes a path and gives a `pipeline.media.MediaInfo` or raises
+    ItemError. Raises ItemError; what a permanent failure left half-done is removed, after a transient one it is kept
+    to go on from.
+    """
+    from pipeline import media
+
+    job = _Job(source, Path(folder), settings, governor or new_governor(settings))
+    job.work.mkdir(parents=True, exist_ok=True)
+    try:
+        given = job.given_subtitles()
+        fetched = job.fetch()
+        fetched.subtitles[:0] = given
+        info = _checked(fetched.path, probe or media.probe)
+        row = job.publish(fetched, info, Path(corpus_root) if corpus_root else job.folder.parent)
+    except ItemError as error:
+        if not error.transient:
+            shutil.rmtree(job.work)
+        raise
+    except OSError as error:
+        raise from_os_error(error) from error
+    shutil.rmtree(job.work)
+    return row
+
+
+class _Job:
+    """One source on its way: where its files lie, whose turn it waits for, how much of its time is used."""
+
+    def __init__(self, source: dict[str, Any], folder: Path, settings: DownloadSettings, governor):
+        self.source = source
+        self.url: str = source["url"]
+        self.video_id: str = source["video_id"]
+        self.folder = folder
+        self.settings = settings
+        self.governor = governor
+        self.work = folder / f"{self.video_id}.part"
+        self.holder = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}:{self.video_id}"
+        self.used_s = 0.0
+        self.notes: list[dict[str, str]] = []  # subtitle files that could not be had
+
+    # --- the video
+
+    def fetch(self) -> _Fetched:
+
+        if self.source["kind"] == "file":
+            return self._local()
+        scheme = urlsplit(self.url).scheme.lower()
+        if scheme in ("http", "https"):
+            return self._web()
+        if scheme in self.settings.object_store_schemes and "::" not in self.url:
+            return self._attempts(self.url, lambda gate: self._object())
+        raise DownloadError("unsupported-url", f"{self.url}: scheme {scheme!r} (download.object_store_schemes)")
+
+    def _web(self) -> _Fetched:
+        """A known site's page through its extractor; else the link itself; a page found there by the generic one."""
+        from pipeline.site_fetch import site_extractor
+
+        if site_extractor(self.url):
+            return self._attempts(self.url, lambda gate: self._site(gate, generic=False))
+        extension = _extension_of(self.url)
+        if extension in PLAYLIST_EXTENSIONS and self.settings.generic_pages:
+            return self._attempts(self.url, lambda gate: self._site(gate, generic=True))
+        try:
+            return self._attempts(self.url, self._direct)
+        except DownloadError as error:  # a media link that answers with a page is broken, not a page with a video
+            if not (error.is_page and self.settings.generic_pages) or extension in MEDIA_EXTENSIONS:
+                raise
+        return self._attempts(self.url, lambda gate: self._site(gate, generic=True))
+
+    def _direct(self, gate) -> _Fetched:
+
+        file = download_http(self.url, self.work, self.settings, gate, max_bytes=self.settings.max_bytes)
+        meta = {"content_type": file.content_type} if file.content_type else {}
+        meta |= {"final_url": file.final_url} if file.final_url != self.url else {}
+        return _Fetched(file.path, file.num_bytes, file.sha256, "http", meta=meta)
+
+    def _site(self, gate, *, generic: bool) -> _Fetched:
+        from pipeline.site_fetch import download_site, metadata
+
+        video = download_site(self.url, self.work, self.settings, gate, generic=generic)
+        columns = metadata(video.info)
+        meta = json.loads(columns.pop("meta"))
+        num_bytes, digest = hash_file(video.path)
+        return _Fetched(
+            video.path, num_bytes, digest, video.extractor, subtitles=video.subtitles, columns=columns, meta=meta
+        )
+
+    def _local(self) -> _Fetched:
+        path = Path(self.url)
+        check_regular(path, self.settings.max_bytes)
+        num_bytes, digest = hash_file(path)
+        if self.settings.reference_local_files:
+            return _Fetched(path, num_bytes, digest, "file", in_place=True)
+        copy = self.work / "media"
+        shutil.copyfile(path, copy)
+        return _Fetched(copy, num_bytes, digest, "file")
+
+    def _object(self) -> _Fetched:
+        """One object of a store, streamed by fsspec; what broke off begins anew."""
+        copy, digest, num_bytes = self.work / "media", hashlib.sha256(), 0
+        with open(copy, "wb") as file:
+            for chunk in _object_chunks(self.url, self.settings.max_bytes):
+                file.write(chunk)
+                digest.update(chunk)
+                num_bytes += len(chunk)
+        return _Fetched(copy, num_bytes, digest.hexdigest(), "fsspec")
+
+    # --- turns and tries
+
+    def _attempts(self, url: str, attempt: Callable[[Any], Any]) -> Any:
+        """Run `attempt(gate)` when the host's turn comes, again where that can heal. Raises its last DownloadError."""
+        settings, num_failures, num_lockouts = self.settings, 0, 0
+        while True:
+            left_s = max(0.001, settings.timeout_s - self.used_s)
+            with hold(self.governor, host_of(url), self.holder) as slot:
+                started = time.monotonic()
+                try:
+                    with Gate(settings.allow_private_addresses, left_s) as gate:
+                        return attempt(gate)
+                except DownloadError as error:
+                    failure = error
+                finally:
+                    self.used_s += time.monotonic() - started
+                slot.penalty_s = self._penalty_s(failure)
+            if failure.error_class == "rate-limited":
+                num_lockouts += 1  # the wait is the host's cool-down, met in `hold`
+                if num_lockouts > settings.lockout_retries:
+                    raise failure
+                continue
+            num_failures += 1
+            if not failure.transient or failure.error_class not in RETRIED or num_failures > settings.retries:
+                raise failure
+            if not slot.penalty_s:
+                time.sleep(backoff_s(settings.backoff_s, num_failures, url))
+
+    def _penalty_s(self, failure) -> float:
+        """How long the host is left alone after this failure."""
+        if failure.retry_after_s is not None and failure.error_class in ("rate-limited", "server-error"):
+            return failure.retry_after_s
+        return self.settings.cooldown_s if failure.error_class == "rate-limited" else 0.0
+
+    # --- subtitles that the source brings along
+
+    def given_subtitles(self) -> list[tuple[Path, str | None, str]]:
+        """(file, language, kind) of side-cars and of the subtitle that the list names.
+
+        One that is missing or none is noted; one whose server fails for now fails the whole source, to be tried again.
+        """
+
+        beside = sidecars(Path(self.url)) if self.source["kind"] == "file" and Path(self.url).exists() else []
+        found = [(path, language, "sidecar") for path, language in beside]
+        named = self.source.get("subtitle")
+        if named and named not in {str(path) for path, _ in beside}:
+            found.insert(0, (self._named_subtitle(named), self.source.get("language"), "given"))
+        return [entry for entry in found if entry[0] and self._is_subtitle(entry[0])]
+
+    def _named_subtitle(self, address: str) -> Path | None:
+
+        if "://" not in address:
+            return Path(address)
+        folder = self.work / "subtitle"
+        folder.mkdir(exist_ok=True)
+
+        def attempt(gate) -> Path:
+            limit = min(MAX_SUBTITLE_BYTES, self.settings.max_bytes)
+            return download_http(address, folder, self.settings, gate, max_bytes=limit, media=False).path
+
+        try:
+            if urlsplit(address).scheme.lower() not in ("http", "https"):
+                raise DownloadError("unsupported-url", f"subtitle {address}: only http(s) URLs and paths")
+            return self._attempts(address, attempt)
+        except DownloadError as error:
+            if error.transient:
+                raise
+            self._note(address, error)
+            return None
+
+    def _is_subtitle(self, path: Path) -> bool:
+        try:
+            check_regular(path, MAX_SUBTITLE_BYTES)
+            subtitle_format(path)
+        except ItemError as error:
+            self._note(str(path), error)
+            return False
+        return True
+
+    def _note(self, address: str, error: ItemError) -> None:
+        self.notes.append({"subtitle": address, "error_class": error.error_class, "message": error.message})
+
+    # --- final names
+
+    def publish(self, fetched: _Fetched, info: Any, root: Path) -> dict[str, Any]:
+        """Rename what was fetched into place and give the row."""
+        names = {self.work.name}
+        final = fetched.path
+        if not fetched.in_place:
+            final = self.folder / f"{self.video_id}.{container_extension(fetched.path, info.container)}"
+            os.replace(fetched.path, final)
+        names.add(final.name)
+        subtitles = []
+        for path, language, kind in fetched.subtitles:
+            entry = self._publish_subtitle(path, language, kind, names)
+            names.add(Path(entry["path"]).name)
+            subtitles.append({**entry, "path": _relative(Path(entry["path"]), root)})
+        for stale in self.folder.glob(f"{self.video_id}.*"):  # of an earlier download that another container replaced
+            if stale.name not in names:
+                stale.unlink()
+        meta = fetched.meta | ({"subtitle_errors": self.notes} if self.notes else {})
+        return {
+            "video_id": self.video_id,
+            "path": _relative(final, root),
+            "num_bytes": fetched.num_bytes,
+            "sha256": fetched.sha256,
+            **info.as_row(),
+            "subtitles": subtitles,
+            **{key: fetched.columns.get(key) for key in _SITE_COLUMNS},
+            "extractor": fetched.extractor,
+            "meta": json.dumps(meta, ensure_ascii=False, sort_keys=True) if meta else None,
+        }
+
+    def _publish_subtitle(self, path: Path, language: str | None, kind: str, taken: set[str]) -> dict[str, Any]:
+        form = subtitle_format(path)
+        _size, digest = hash_file(path)
+        if path.is_relative_to(self.work):
+            tag = re.sub(r"[^A-Za-z0-9-]", "", language or "") or kind
+            name = f"{self.video_id}.{tag}.{form}"
+            name = name if name not in taken else f"{self.video_id}.{tag}-{kind}.{form}"
+            final = self.folder / name
+            os.replace(path, final)
+        else:
+            final = path.absolute()
+        return {"path": str(final), "language": language, "kind": kind, "format": form, "sha256": digest}
+
+
+_SITE_COLUMNS = ("title", "categories", "licence", "channel", "upload_date", "language")
+
+
+def backoff_s(first_s: float, num_failures: int, url: str) -> float:
+    """Pause before the next try: doubled each time up to a minute, times 0.5-1.5 by the URL and the count."""
+    jitter = 0.5 + random.Random(f"{num_failures}:{url}").random()
+    return min(60.0, first_s * 2 ** (num_failures - 1)) * jitter
+
+
+def _extension_of(url: str) -> str:
+    return os.path.splitext(urlsplit(url).path)[1].lstrip(".").lower()
+
+
+def _relative(path: Path, root: Path) -> str:
+    path = Path(os.path.abspath(path))
+    root = Path(os.path.abspath(root))
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+
+def _object_chunks(url: str, max_bytes: int):
+    """The bytes of an object. Whatever the store's library raises becomes a DownloadError."""
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: {error} (install clipmill[s3] or clipmill[gcs])") from error
+    num_bytes = 0
+    try:
+        with filesystem.open(path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                num_bytes += len(chunk)
+                if num_bytes > max_bytes:
+                    raise DownloadError("too-large", f"{url}: more than download.max_bytes = {max_bytes}")
+                yield chunk
+    except DownloadError:
+        raise
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DownloadError("not-found", f"{url}: {error}") from error
+    except PermissionError as error:
+        raise DownloadError("forbidden", f"{url}: {error}") from error
+    except GeneratorExit:
+        raise
+    except Exception as error:  # every store has its own library with its own exceptions
+        raise DownloadError("connection", f"{url}: {type(error).__name__}: {error}") from error
+    if num_bytes == 0:
+        raise DownloadError("empty-file", f"{url}: the object has no bytes")
+
+
+def _checked(path: Path, probe: Callable[[Path], Any]) -> Any:
+    """The probe's MediaInfo of a file that is media and complete. Raises ItemError."""
+    with open(path, "rb") as file:
+        head = file.read(SNIFF_BYTES)
+    text = is_text(head)
+    if text:
+        raise DownloadError("not-a-video", f"{path.name} is {text}: {head[:200].decode('utf-8', 'replace')!r}")
+    check_boxes(path)
+    return probe(path)

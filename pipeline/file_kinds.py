@@ -1,0 +1,125 @@
+"""What a file is, from its first bytes and its layout: media or text, which container, whole or cut off.
+
+Nothing here decodes; a file of any content may come in.
+"""
+
+import hashlib
+import re
+import stat
+import struct
+from pathlib import Path
+
+from pipeline.download_errors import DownloadError
+
+SNIFF_BYTES = 2048
+SUBTITLE_FORMATS = ("vtt", "srt", "ttml", "json3", "srv3", "ass")
+
+
+def hash_file(path: Path) -> tuple[int, str]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest
+
+
+def check_regular(path: Path, max_bytes: int) -> None:
+    """A plain readable file of a sane size: devices and pipes would be read for ever."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DownloadError("not-a-video", f"{path} is no plain file")
+        with open(path, "rb"):
+            pass
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DownloadError("not-found", str(error)) from error
+    except PermissionError as error:
+        raise DownloadError("forbidden", str(error)) from error
+    if status.st_size == 0:
+        raise DownloadError("empty-file", f"{path} has no bytes")
+    if status.st_size > max_bytes:
+        raise DownloadError("too-large", f"{path} has {status.st_size} bytes, allowed are {max_bytes}")
+
+
+def is_text(head: bytes) -> str | None:
+    """What kind of text the first bytes of a file are ("HTML", "JSON", "a playlist", "text"), None for binary data."""
+    head = head[:SNIFF_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()
+    lowered = head.lower()
+    if lowered.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<script", b"<?xml", b"<!--", b"<error")):
+        return "HTML"
+    if head.startswith(b"#EXTM3U"):
+        return "a playlist"
+    printable = all(byte >= 0x20 or byte in b"\t\n\r\f\x1b" for byte in head)
+    if printable and head.startswith((b"{", b"[")):
+        return "JSON"
+    return "text" if printable and head else None
+
+
+_BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"mfra", b"free", b"skip", b"wide", b"styp", b"sidx", b"pnot", b"uuid"}
+
+
+def check_boxes(path: Path) -> None:
+    """Raises "truncated" for an MP4 or QuickTime file that ends inside a top-level box (ISO 14496-12, 4.2)."""
+    size, offset = path.stat().st_size, 0
+    with open(path, "rb") as file:
+        while offset + 8 <= size:
+            file.seek(offset)
+            length, kind = struct.unpack(">I4s", file.read(8))
+            if kind not in _BOXES:
+                return  # another container, or bytes after the end that no player minds
+            if length == 1:
+                length = int.from_bytes(file.read(8), "big")
+            if length == 0:
+                return  # up to the end of the file
+            if length < 8:
+                return  # malformed: the demuxer says how
+            offset += length
+            if offset > size:
+                message = f"{path.name}: box {kind.decode()} ends at byte {offset}, the file has {size}"
+                raise DownloadError("truncated", message, transient=False)
+
+
+_MAGIC = [
+    (re.compile(rb"....ftypqt", re.DOTALL), "mov"),
+    (re.compile(rb"....(?:ftyp|styp)", re.DOTALL), "mp4"),
+    (re.compile(rb"....(?:moov|mdat|wide|free|skip|pnot)", re.DOTALL), "mov"),
+    (re.compile(rb"\x1a\x45\xdf\xa3.{0,60}webm", re.DOTALL), "webm"),
+    (re.compile(rb"\x1a\x45\xdf\xa3"), "mkv"),
+    (re.compile(rb"RIFF....AVI ", re.DOTALL), "avi"),
+    (re.compile(rb"FLV\x01"), "flv"),
+    (re.compile(rb"OggS"), "ogv"),
+    (re.compile(rb"\x30\x26\xb2\x75"), "wmv"),
+    (re.compile(rb"\x00\x00\x01[\xba\xb3]"), "mpg"),
+    (re.compile(rb"GIF8"), "gif"),
+    (re.compile(rb"DKIF"), "ivf"),
+    (re.compile(rb"\x47.{187}\x47", re.DOTALL), "ts"),
+]
+
+
+def container_extension(path: Path, container: str) -> str:
+    """The file's extension from its own bytes, never from its URL; else the demuxer's name."""
+    with open(path, "rb") as file:
+        head = file.read(256)
+    found = next((extension for pattern, extension in _MAGIC if pattern.match(head)), None)
+    return found or re.sub(r"[^a-z0-9]", "", container.split(",")[0]) or "bin"
+
+
+def subtitle_format(path: Path) -> str:
+    """The format of a subtitle file from its beginning, else its extension. Raises "bad-subtitle" for anything else."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    text = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n").lower()  # UTF-16 too
+    if text.startswith(b"webvtt"):
+        return "vtt"
+    if re.search(rb"<!doctype html|<html", text):
+        raise DownloadError("bad-subtitle", f"{path.name} is a page: {head[:100].decode('utf-8', 'replace')!r}")
+    if re.match(rb"(?:<\?xml[^>]*>\s*)?<(?:\w+:)?tt[\s>]", text):
+        return "ttml"
+    if text.startswith(b"{") and b'"events"' in text:
+        return "json3"
+    if b"[script info]" in text:
+        return "ass"
+    if re.search(rb"\d:\d\d[,.]\d+\s*-->", text):
+        return "srt"
+    extension = path.suffix.lstrip(".").lower()
+    if extension in SUBTITLE_FORMATS and b"-->" in text:
+        return extension
+    raise DownloadError("bad-subtitle", f"{path.name} is no subtitle file: {head[:100].decode('utf-8', 'replace')!r}")

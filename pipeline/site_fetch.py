@@ -1,0 +1,441 @@
+"""Videos of sites, through yt-dlp as a library: one extraction per URL gives file, subtitles and metadata.
+
+What comes in is a URL and everything that a site answers; what is written lies in `work` under names of our own. All
+requests go through the caller's `Gate`: yt-dlp's HTTP handler is replaced by one whose connections the gate makes, and
+its downloaders are limited to those that use it, so that no FFmpeg and no other program opens an address by itself.
+FFmpeg only joins local files, and may open nothing but them.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yt_dlp
+from yt_dlp.downloader import get_suitable_downloader
+from yt_dlp.networking._requests import RequestsRH
+from yt_dlp.networking.exceptions import HTTPError, RequestError, TransportError
+from yt_dlp.utils import GeoRestrictedError, UnsupportedError
+
+from pipeline.address_guard import Gate
+from pipeline.download_errors import DownloadError, from_http_status, from_os_error
+from pipeline.errors import ItemError, UserError
+from pipeline.http_fetch import check_behind_proxy, load_cookies
+from pipeline.media import CONTAINERS
+
+if TYPE_CHECKING:
+    from pipeline.download import DownloadSettings
+
+# Downloaders that fetch through yt-dlp's request director only.
+GATED_DOWNLOADERS = {"HttpFD", "HlsFD", "DashSegmentsFD", "IsmFD", "F4mFD"}
+# Options that would take the files or the errors out of our hands.
+RESERVED_OPTIONS = {
+    "outtmpl",
+    "paths",
+    "simulate",
+    "skip_download",
+    "ignoreerrors",
+    "noplaylist",
+    "cookiefile",
+    "proxy",
+}
+RESERVED_OPTIONS |= {
+    "cookiesfrombrowser",
+    "ratelimit",
+    "socket_timeout",
+    "format_sort",
+    "writesubtitles",
+    "enable_file_urls",
+}
+_FFMPEG_STEPS = "merger fixupm3u8 fixupm4a fixupstretched fixupduplicatemoov fixuptimestamp fixupduration".split()
+
+# Pattern in yt-dlp's message (case-insensitive) → error class, first match wins.
+MESSAGES: list[tuple[str, str]] = [
+    (r"not a bot|rate.?limited|too many requests|HTTP Error 429|unusual traffic|session has been rate", "rate-limited"),
+    (r"confirm your age|age.?restrict|age.?verif|age.?gate|inappropriate for some users", "age-restricted"),
+    (r"private video|video is private|is a private|made it private|marked as private", "private"),
+    (r"account associated with this video has been|no longer available|copyright claim|been taken down", "removed"),
+    (r"has been (?:removed|deleted|terminated|deactivated|disabled|suspended)|has expired", "removed"),
+    (r"not available (?:in|from) your (?:country|region|location|area)|geo.?(?:restrict|block)", "geo-blocked"),
+    (r"your country|your region|not made this video available|(?:available|playable) only in", "geo-blocked"),
+    (r"DRM protected|\bDRM\b|requires? payment|purchase|rental|premium (?:member|user)|available for premium", "paid"),
+    (
+        r"members.only|join this channel|registered users|log.?in|sign in|logged.in|subscri|password|passcode"
+        r"|use --cookies|requires authentication|HTTP Error 401",
+        "login-required",
+    ),
+    (
+        r"live event will|premieres in|premiere will|not (?:yet )?(?:started|live)|currently live|is offline|is live",
+        "live-stream",
+    ),
+    (r"larger than max-filesize|File is larger", "too-large"),
+    (r"no space left|file too large|disk quota", "disk-full"),
+    (r"certificate verify failed|SSL", "connection"),
+    (r"timed out|timeout", "stalled"),
+    (r"HTTP Error 404|not found|does not exist|no such video", "not-found"),
+    (r"HTTP Error 410", "removed"),
+    (r"HTTP Error 451", "geo-blocked"),
+    (r"HTTP Error 403|forbidden", "forbidden"),
+    (r"HTTP Error 5\d\d|server error|bad gateway|service unavailable", "server-error"),
+    (r"content isn.t available, try again later|try again later|processing", "server-error"),
+    (r"video (?:is )?unavailable|is not available|isn.t available|is unavailable|content is unreachable", "removed"),
+    (r"name or service not known|getaddrinfo|failed to resolve", "unknown-host"),
+    (r"did not get any data blocks|content too short|incompleteread|bytes read, \d+ more expected", "truncated"),
+    (r"data blocks|downloaded file is empty", "empty-file"),
+    (r"unsupported url|no suitable extractor|unsupported url scheme", "unsupported-url"),
+    (r"connection|remote end closed|reset by peer|transport", "connection"),
+]
+_MESSAGES = [(re.compile(pattern, re.IGNORECASE), error_class) for pattern, error_class in MESSAGES]
+
+
+@dataclass
+class SiteVideo:
+    """What one extraction left in the work folder."""
+
+    path: Path
+    extractor: str  # yt-dlp's key
+    info: dict[str, Any]
+    subtitles: list[tuple[Path, str, str]] = field(default_factory=list)  # (file, language, manual | auto)
+
+
+def site_extractor(url: str) -> str | None:
+    """The key of the site extractor (never the generic one) that takes this URL, from its pattern alone."""
+    for extractor in _extractors():
+        if extractor.suitable(url):
+            return extractor.ie_key()
+    return None
+
+
+def _extractors() -> Iterator[Any]:
+    from yt_dlp.extractor import gen_extractor_classes
+
+    return (extractor for extractor in gen_extractor_classes() if extractor.ie_key() != "Generic")
+
+
+def download_site(
+    url: str, work: Path, settings: "DownloadSettings", gate: Gate, *, generic: bool = False, extractors: tuple = ()
+) -> SiteVideo:
+    """One attempt at the video behind a page. `generic`: look for a video in whatever page it is.
+
+    `extractors` are further yt-dlp extractor instances, asked before its own. Raises DownloadError, UserError.
+    """
+    try:
+        with _GatedYoutubeDL(_parameters(work, settings, gate), settings, gate) as downloader:
+            for extractor in extractors:
+                downloader.add_info_extractor(extractor)
+            if not extractors:
+                downloader.add_default_info_extractors()
+            info = downloader.extract_info(url, download=True, ie_key="Generic" if generic else None)
+            return _result(downloader, downloader.sanitize_info(info), url, work)
+    except OSError as error:
+        raise from_os_error(error) from error
+    except (yt_dlp.utils.YoutubeDLError, TransportError) as error:
+        gate.check()
+        raise classify(error) from error
+
+
+def _result(downloader: "_GatedYoutubeDL", info: dict | None, url: str, work: Path) -> SiteVideo:
+    files = [item.get("filepath") for item in (info or {}).get("requested_downloads") or []]
+    if not files or not files[0]:
+        raise DownloadError("unsupported-url", f"{url}: the extractor found no video")
+    requested = info.get("requested_subtitles") or {}
+    subtitles = [
+        (Path(entry["filepath"]), language, downloader.subtitle_kinds[language])
+        for language, entry in requested.items()
+        if entry.get("filepath") and Path(entry["filepath"]).stat().st_size
+    ]
+    return SiteVideo(Path(files[0]), info.get("extractor_key") or "Generic", info, subtitles)
+
+
+# --- yt-dlp, gated --------------------------------------------------------------------------------------------------
+
+
+class _GatedYoutubeDL(yt_dlp.YoutubeDL):
+    """YoutubeDL whose requests, downloaders, playlists and subtitles follow our rules."""
+
+    def __init__(self, parameters: dict, settings: "DownloadSettings", gate: Gate):
+        self.settings = settings
+        self.gate = gate
+        self.subtitle_kinds: dict[str, str] = {}
+        super().__init__(parameters, auto_init=False)
+
+    def build_request_director(self, handlers, preferences=None):
+        """Only the handler whose connections go through the gate: one that others could bypass guards nothing."""
+        gate, settings = self.gate, self.settings
+
+        class GatedRH(RequestsRH):
+            def _create_instance(self, **kwargs):
+                session = super()._create_instance(**kwargs)
+                gate.mount(session)
+                return session
+
+            def _send(self, request):
+                try:
+                    gate.check()
+                    if settings.proxy:
+                        check_behind_proxy(request.url, settings.allow_private_addresses)
+                    return super()._send(request)
+                except ItemError as error:  # the director would take any other class for a fault of the handler
+                    raise RequestError(str(error), cause=error) from error
+
+        return super().build_request_director([GatedRH], preferences)
+
+    def process_ie_result(self, ie_result, download=True, extra_info=None):
+        """A page with one video is that video; one with several is an error, found out after two."""
+        if ie_result.get("_type") not in ("playlist", "multi_video", "compat_list"):
+            return super().process_ie_result(ie_result, download, extra_info)
+        entries = [entry for entry in itertools.islice(iter(ie_result.get("entries") or ()), 2) if entry]
+        address = ie_result.get("webpage_url") or ie_result.get("id")
+        if not entries:
+            raise DownloadError("unsupported-url", f"{address}: no video there")
+        if len(entries) > 1:
+            raise DownloadError("playlist", f"{address}: {ie_result.get('title') or 'a list'} of several videos")
+        origin = {key: ie_result[key] for key in ("extractor", "extractor_key", "webpage_url") if ie_result.get(key)}
+        return super().process_ie_result({**origin, **entries[0]}, download, extra_info)
+
+    def process_subtitles(self, video_id, normal_subtitles, automatic_captions):
+        chosen = choose_subtitles(normal_subtitles or {}, automatic_captions or {}, self.settings)
+        self.subtitle_kinds = {language: kind for language, (kind, _) in chosen.items()}
+        return {language: entry for language, (_, entry) in chosen.items()} or None
+
+    def dl(self, name, info, subtitle=False, test=False):
+        """Fetch one format. With the guard on, only downloaders that go through it, and no FFmpeg in their place."""
+        if self.settings.allow_private_addresses:
+            return super().dl(name, info, subtitle, test)
+        downloader = get_suitable_downloader(info, self.params)
+        if downloader is None or downloader.__name__ not in GATED_DOWNLOADERS:
+            needs = "another program" if downloader is None else downloader.__name__
+            raise DownloadError(
+                "unsupported-url", f"{info.get('protocol')} needs {needs}, whose addresses cannot be checked"
+            )
+        parameters = self.params
+        self.params = {**parameters, "ffmpeg_location": "/nonexistent"}  # HLS falls back to FFmpeg where it finds one
+        try:
+            return super().dl(name, info, subtitle, test)
+        finally:
+            self.params = parameters
+
+
+class _Silent:
+    """yt-dlp reports its errors by raising; what else it says is not for the terminal of a build."""
+
+    def debug(self, message: str) -> None:
+        pass
+
+    info = warning = error = debug
+
+
+def _parameters(work: Path, settings: "DownloadSettings", gate: Gate) -> dict:
+    import imageio_ffmpeg
+
+    only_files = ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]
+    parameters: dict[str, Any] = {
+        "outtmpl": {"default": str(work / "media.%(ext)s")},
+        "logger": _Silent(),
+        "noprogress": True,
+        "quiet": True,
+        "noplaylist": True,
+        "format": "bv*+ba/b",
+        "format_sort": [f"res:{settings.max_height}", "vcodec:h264", "acodec:aac"],
+        "merge_output_format": "mp4/mkv",
+        "ffmpeg_location": imageio_ffmpeg.get_ffmpeg_exe(),
+        "postprocessor_args": {f"{step}+ffmpeg_i": only_files for step in _FFMPEG_STEPS},
+        "writesubtitles": True,
+        "writeautomaticsub": True,
+        "external_downloader": {"default": "native"},
+        "socket_timeout": settings.stall_timeout_s,
+        "retries": settings.retries,
+        "fragment_retries": settings.retries,
+        "skip_unavailable_fragments": False,  # a video with a hole is no video
+        "proxy": settings.proxy or "",
+        "ratelimit": settings.rate_limit_bytes_per_s,
+        "progress_hooks": [_Watch(settings.max_bytes, gate)],
+        "match_filter": _refuse_live,
+        "updatetime": False,
+        "color": {"stdout": "no_color", "stderr": "no_color"},
+    }
+    parameters |= user_options(settings)
+    if settings.cookies_file:
+        parameters["cookiefile"] = _copy_of_cookies(settings.cookies_file)
+    if settings.cookies_from_browser:
+        parameters["cookiesfrombrowser"] = tuple(settings.cookies_from_browser.split(":"))
+    return parameters
+
+
+def _copy_of_cookies(path: str) -> io.StringIO:
+    """yt-dlp writes cookies back when it is done; several workers must not write the user's file at once."""
+    load_cookies(path)
+    return io.StringIO(Path(path).read_text())
+
+
+def user_options(settings: "DownloadSettings") -> dict[str, Any]:
+    """`download.ytdlp_options`, read by yt-dlp's own option parser, as parameters of YoutubeDL.
+
+    Raises UserError for an option that yt-dlp does not know or that is ours to set.
+    """
+    arguments = []
+    for name, value in settings.ytdlp_options.items():
+        option = "--" + name.lstrip("-").replace("_", "-")
+        for single in value if isinstance(value, list) else [value]:
+            arguments += [] if single is False else [option] if single is True else [f"{option}={single}"]
+    if not arguments:
+        return {}
+    given, default = _parsed(arguments), _parsed([])
+    changed = {key: value for key, value in given.items() if value != default.get(key)}
+    reserved = sorted(RESERVED_OPTIONS.intersection(changed))
+    if reserved:
+        raise UserError(f"download.ytdlp_options: {', '.join(reserved)} is set by clipmill, or by its own setting")
+    if "external_downloader" in changed and not settings.allow_private_addresses:
+        raise UserError(
+            "download.ytdlp_options: an external downloader opens addresses that cannot be checked; it needs "
+            "download.allow_private_addresses: true"
+        )
+    return changed
+
+
+_PARSER = threading.Lock()  # the parser writes its complaint to sys.stderr, which all threads share
+
+
+def _parsed(arguments: list[str]) -> dict[str, Any]:
+    errors = io.StringIO()
+    try:
+        with _PARSER, contextlib.redirect_stderr(errors):
+            return yt_dlp.parse_options(["--ignore-config", *arguments]).ydl_opts
+    except SystemExit as error:
+        raise UserError(f"download.ytdlp_options: {errors.getvalue().strip().splitlines()[-1]}") from error
+
+
+class _Watch:
+    """Progress hook: ends a download that grows too large or lasts too long."""
+
+    def __init__(self, max_bytes: int, gate: Gate):
+        self.max_bytes = max_bytes
+        self.gate = gate
+        self.sizes: dict[str, int] = {}
+
+    def __call__(self, progress: dict) -> None:
+        self.gate.check()
+        self.sizes[progress.get("filename") or ""] = progress.get("downloaded_bytes") or 0
+        if sum(self.sizes.values()) > self.max_bytes:
+            raise DownloadError(
+                "too-large", f"{sum(self.sizes.values())} bytes, download.max_bytes is {self.max_bytes}"
+            )
+
+
+def _refuse_live(info: dict, *, incomplete: bool = False) -> None:
+    if info.get("is_live") or info.get("live_status") in ("is_live", "is_upcoming", "post_live"):
+        raise DownloadError("live-stream", f"{info.get('webpage_url')}: {info.get('live_status') or 'is_live'}")
+
+
+# --- subtitles ------------------------------------------------------------------------------------------------------
+
+
+def choose_subtitles(
+    manual: dict[str, list[dict]], automatic: dict[str, list[dict]], settings: "DownloadSettings"
+) -> dict[str, tuple[str, dict]]:
+    """One track per wanted language: {site's language code: (kind, yt-dlp's entry)}, kinds in the settings' order.
+
+    A language is matched exactly or by its region ("en" takes "en-GB"), an automatic one also as "en-orig".
+    """
+    tracks = {"manual": manual, "auto": automatic}
+    chosen: dict[str, tuple[str, dict]] = {}
+    for wanted in settings.subtitle_languages:
+        found = (
+            (code, kind, entry)
+            for kind in settings.subtitle_kinds
+            for code in _codes(wanted, tracks[kind])
+            if (entry := _entry(tracks[kind][code], settings.subtitle_formats))
+        )
+        code, kind, entry = next(found, (None, "", {}))
+        if code:
+            chosen.setdefault(code, (kind, entry))
+    return chosen
+
+
+def _codes(wanted: str, tracks: dict) -> list[str]:
+    """Codes of a language, the plain one first. Codes become part of file names: nothing but letters and digits."""
+    codes = [code for code in tracks if re.fullmatch(r"[A-Za-z0-9-]{1,35}", code)]
+    return sorted(
+        (code for code in codes if code == wanted or code.startswith(f"{wanted}-")),
+        key=lambda code: (code != wanted, not code.endswith("-orig"), code),
+    )
+
+
+def _entry(entries: list[dict], formats: list[str]) -> dict | None:
+    for wanted in formats:
+        for entry in reversed(entries):
+            if entry.get("ext") == wanted:
+                return entry
+    return None
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def classify(error: BaseException) -> DownloadError:
+    """The class of whatever yt-dlp raised: from the failure deep inside where there is one, else from the message."""
+    chain = list(_chain(error))
+    message = re.sub(r"^(?:\x1b\[[0-9;]*m)*ERROR:(?:\x1b\[[0-9;]*m)* ", "", str(error))
+    for cause in chain:
+        if isinstance(cause, DownloadError):
+            return DownloadError(cause.error_class, cause.message, transient=cause.transient)
+        if isinstance(cause, OSError) and cause.errno and not isinstance(cause, ConnectionError | TimeoutError):
+            known = from_os_error(cause)
+            if known.error_class != "connection":
+                return known
+    if any(isinstance(cause, GeoRestrictedError) for cause in chain):
+        return DownloadError("geo-blocked", message)
+    if any(isinstance(cause, UnsupportedError) for cause in chain):
+        return DownloadError("unsupported-url", message)
+    from_message = next((name for pattern, name in _MESSAGES if pattern.search(message)), None)
+    status = next((cause for cause in chain if isinstance(cause, HTTPError)), None)
+    if status is not None and from_message in (None, "forbidden", "connection", "login-required"):
+        return from_http_status(status.status, message)
+    if from_message:
+        return DownloadError(from_message, message)
+    if any(isinstance(cause, TransportError) for cause in chain):
+        return DownloadError("connection", message)
+    return DownloadError("extractor", message)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and everything that caused it, however yt-dlp tied it."""
+    seen: list[BaseException] = []
+    queue = [error]
+    while queue:
+        item = queue.pop(0)
+        if not isinstance(item, BaseException) or any(item is other for other in seen):
+            continue
+        seen.append(item)
+        yield item
+        info = getattr(item, "exc_info", None) or (None, None)
+        queue += [info[1], getattr(item, "cause", None), item.__cause__, item.__context__]
+
+
+# --- metadata -------------------------------------------------------------------------------------------------------
+
+_META_KEYS = (
+    "id webpage_url description tags uploader uploader_id channel_id chapters age_limit availability media_type "
+    "view_count like_count format_id duration series season episode artist track"
+).split()
+
+
+def metadata(info: dict[str, Any]) -> dict[str, Any]:
+    """Columns of `downloads` that yt-dlp's info gives."""
+    date = info.get("upload_date") or ""
+    meta = {key: info[key] for key in _META_KEYS if info.get(key) not in (None, [], "")}
+    return {
+        "title": info.get("title"),
+        "categories": info.get("categories"),
+        "licence": info.get("license"),
+        "channel": info.get("channel") or info.get("uploader"),
+        "upload_date": f"{date[:4]}-{date[4:6]}-{date[6:8]}" if re.fullmatch(r"\d{8}", date) else None,
+        "language": info.get("language"),
+        "meta": json.dumps(meta, ensure_ascii=False, sort_keys=True),
+    }
