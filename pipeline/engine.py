@@ -16,7 +16,7 @@ from pipeline.corpus import Corpus
 from pipeline.errors import ItemError, UserError
 from pipeline.settings import CorpusSettings
 from pipeline.stages import STAGES, Stage, fingerprints
-from pipeline.worker import Outcome, Work, commit
+from pipeline.worker import GOVERNOR, Outcome, Work, commit
 from shards.fragments import Commit
 from shards.ledger import Ledger
 from shards.manifest import publish
@@ -232,6 +232,7 @@ class Pools:
         self.running = {"io": 0, "cpu": 0}
         self.active_units = self.settings.active_units or 4 * self.cpus + self.limits["io"]
         self.actors: dict[object, int] = {}  # actor → pieces it has
+        self.governor = None
         self.task = ray.remote(max_retries=0)(_execute)
 
     def has_room(self, pool: str) -> bool:
@@ -247,6 +248,8 @@ class Pools:
             flight.actor = actor
             return actor.execute.remote(flight.work)
         self.running[pool] += 1
+        if pool == "io" and self.governor is None and any(item["kind"] == "url" for item in flight.work.items):
+            self._start_governor(flight.work.settings)
         options = {"num_cpus": 1} if pool == "cpu" else {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
         return self.task.options(**options, name=f"{flight.work.stage} {flight.work.unit}").remote(flight.work)
 
@@ -275,6 +278,12 @@ class Pools:
                 raise error.cause from None  # a setting that only the worker could check, such as a model's name
             return str(error)
 
+    def _start_governor(self, settings) -> None:
+        from pipeline.governor import HostGovernor
+
+        actor = self.ray.remote(num_cpus=0)(HostGovernor).options(name=GOVERNOR, max_restarts=-1)
+        self.governor = actor.remote(settings.per_host, settings.min_interval_s, patience_s=settings.lockout_patience_s)
+
     def _start_actors(self) -> None:
         count = self.settings.model_workers or self.gpus or max(1, self.cpus // 8)
         options = {"num_cpus": self.settings.model_cpus, "num_gpus": 1 if self.gpus else 0, "max_restarts": 0}
@@ -282,7 +291,7 @@ class Pools:
             self.actors[self.ray.remote(**options)(ModelWorker).remote()] = 0
 
     def close(self) -> None:
-        for actor in self.actors:
+        for actor in [*self.actors, *([self.governor] if self.governor else [])]:
             self.ray.kill(actor)
         if self.started_ray:
             self.ray.shutdown()

@@ -1,33 +1,28 @@
-"""The stages as a worker runs them: from the ledger's items to rows, calling the stage's own module for each item.
+"""The stages that touch videos, as a worker runs them: from the ledger's items to rows, calling each stage's module.
 
 Each runner takes a `Work` and returns an Outcome per item and the media files it wrote, relative to the corpus. Source
 videos are decoded in this process's sandbox, so that a crash, a hang or a balloon costs one video.
 """
 
-import hashlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-from captioning.captioner import Caption, load_captioner
-from captioning.scorer import ScoreInput, load_scorer
 from pipeline.cut import CutSettings, SpanRequest, cut_in_sandbox
-from pipeline.download import fetch
-from pipeline.errors import ItemError
+from pipeline.download import fetch, new_governor
 from pipeline.media import probe
 from pipeline.sandbox import Sandbox
-from pipeline.segment import segment_video
+from pipeline.segment import needs_shots, segment_video
 from pipeline.shots import detect_shots
 from pipeline.transcribe import transcribe_video
-from pipeline.worker import Outcome, Stopwatch, Work
+from pipeline.words import Word
+from pipeline.worker import GOVERNOR, Outcome, Result, Stopwatch, Work
 from shards.fragments import TEMPORARY
-from shards.tar import Blob, read_member, write_clips_tar
+from shards.tar import Blob, write_clips_tar
 
 PROBE_TIMEOUT_S = 60.0
 SHOTS_TIMEOUT_PER_VIDEO_S = 5.0  # wall seconds per second of video, and never under a minute
-
-Result = tuple[list[Outcome], list[str]]
 
 
 @lru_cache(maxsize=1)
@@ -44,7 +39,7 @@ def run_download(work: Work) -> Result:
 
     def one(item: dict) -> Outcome:
         with Stopwatch(item["item_id"]) as outcome:
-            row = fetch(item, folder, work.settings, governor, corpus_root=root, probe=_probe_in_sandbox)
+            row = fetch(item, folder, work.settings, corpus_root=root, governor=governor, probe=_probe_in_sandbox)
             outcome.rows["downloads"] = [row]
         return outcome
 
@@ -57,9 +52,12 @@ def _probe_in_sandbox(path: Path):
 
 
 def _governor(work: Work):
-    from pipeline.governor import ray_governor
+    """The cluster's one governor of hosts, which the driver starts when the first URL is to be fetched."""
+    if all(item["kind"] == "file" for item in work.items):
+        return None
+    import ray
 
-    return ray_governor(work.settings)
+    return ray.get_actor(GOVERNOR) if ray.is_initialized() else new_governor(work.settings)
 
 
 def run_transcribe(work: Work) -> Result:
@@ -77,10 +75,9 @@ def run_segment(work: Work) -> Result:
     outcomes = []
     for item in work.items:
         with Stopwatch(item["item_id"]) as outcome:
-            shots = _shots(work, item) if work.settings.needs_shots(item) else None
-            segmented = segment_video(
-                item["video_id"], item["words"], item["duration_s"], item["given_spans"], shots, work.settings
-            )
+            words, given = [Word(**word) for word in item["words"]], item["given_spans"]
+            shots = _shots(work, item) if needs_shots(words, given, work.settings) else None
+            segmented = segment_video(item["video_id"], words, item["duration_s"], given, shots, work.settings)
             outcome.rows.update(sentences=segmented.sentences, spans=segmented.spans)
         outcomes.append(outcome)
     return outcomes, []
@@ -135,84 +132,3 @@ def _write_tar(path: Path, folder: Path, rows: list[dict]) -> None:
         row["mp4_offset"] = offsets[f"{row['clip_id']}.mp4"]
         for index, frame in enumerate(row["frames"]):
             frame["offset"] = offsets[f"{row['clip_id']}.{index}.jpg"]
-
-
-def run_caption(work: Work) -> Result:
-    captioner = load_captioner(work.settings)
-    frames = [(item, index, frame) for item in work.items for index, frame in enumerate(item["frames"])]
-    images, unreadable = _read_frames(work, [(item["tar"], frame) for item, _, frame in frames])
-    answers = iter(captioner.caption([image for image in images if image is not None]))
-    outcomes = {item["item_id"]: Outcome(item["item_id"]) for item in work.items}
-    for (item, index, frame), image, problem in zip(frames, images, unreadable, strict=True):
-        outcome, answer = outcomes[item["item_id"]], problem if image is None else next(answers)
-        if isinstance(answer, ItemError):
-            outcome.failure = answer
-            continue
-        outcome.rows.setdefault("captions", []).append(_caption_row(work, captioner.name, item, index, frame, answer))
-    for outcome in outcomes.values():
-        if outcome.failure:
-            outcome.rows.clear()
-    return list(outcomes.values()), []
-
-
-def _caption_row(work: Work, captioner: str, item: dict, index: int, frame: dict, caption: Caption) -> dict:
-    return {
-        "clip_id": item["clip_id"],
-        "frame_index": index,
-        "frame_sha256": frame["sha256"],
-        "frame_time_s": frame["time_s"],
-        "captioner": captioner,
-        "fingerprint": work.fingerprint,
-        "text": caption.text,
-        "score": caption.score,
-        "num_tokens": caption.num_tokens,
-    }
-
-
-def run_score(work: Work) -> Result:
-    scorer = load_scorer(work.settings)
-    images, unreadable = _read_frames(work, [(item["tar"], item["frame"]) for item in work.items])
-    inputs = [
-        ScoreInput(item["clip_id"], image, item["subtitle"], item["caption"], item["duration_s"])
-        for item, image in zip(work.items, images, strict=True)
-        if image is not None
-    ]
-    answers, outcomes = iter(scorer.score(inputs)), []
-    for item, image, problem in zip(work.items, images, unreadable, strict=True):
-        answer = problem if image is None else next(answers)
-        if isinstance(answer, ItemError):
-            outcomes.append(Outcome(item["item_id"], failure=answer))
-            continue
-        stamp = {"clip_id": item["clip_id"], "frame_sha256": item["frame_sha256"], "fingerprint": work.fingerprint}
-        outcomes.append(Outcome(item["item_id"], rows={"scores": [{**answer, **stamp}]}))
-    return outcomes, []
-
-
-def _read_frames(work: Work, frames: list[tuple[str, dict]]) -> tuple[list[bytes | None], list[ItemError | None]]:
-    """The JPEGs of caption frames by byte range; one that is not what its row says is an error, never a picture."""
-    images, problems = [], []
-    for tar, frame in frames:
-        try:
-            images.append(_read_frame(Path(work.root) / tar, frame))
-            problems.append(None)
-        except ItemError as error:
-            images.append(None)
-            problems.append(error)
-    return images, problems
-
-
-def _read_frame(tar: Path, frame: dict) -> bytes:
-    data = read_member(tar, frame["offset"], frame["num_bytes"])
-    if hashlib.sha256(data).hexdigest() != frame["sha256"]:
-        raise ItemError("corrupt-frame", f"{tar.name} at {frame['offset']}: not the frame that was cut")
-    return data
-
-
-RUNNERS = {
-    "download": run_download,
-    "transcribe": run_transcribe,
-    "segment": run_segment,
-    "cut": run_cut,
-    "caption": run_caption,
-    "score": run_score,
-}

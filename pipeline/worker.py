@@ -4,6 +4,7 @@ Nothing here decides what is to be done or what counts as done; that is the ledg
 media and fragments, and answers with a `Commit`.
 """
 
+import importlib
 import os
 import resource
 import time
@@ -16,9 +17,20 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.config import Settings
-from pipeline.errors import ItemError
+from pipeline.errors import ItemError, UserError
 from shards.fragments import Commit, commit_name, table_schema, write_commit
 from shards.schema import LEDGER
+
+GOVERNOR = "clipmill-governor"  # name of the Ray actor that limits how hard hosts are asked
+
+RUNNERS = {  # by name: a worker imports only what its stage needs
+    "download": "pipeline.stage_workers:run_download",
+    "transcribe": "pipeline.stage_workers:run_transcribe",
+    "segment": "pipeline.stage_workers:run_segment",
+    "cut": "pipeline.stage_workers:run_cut",
+    "caption": "pipeline.model_workers:run_caption",
+    "score": "pipeline.model_workers:run_score",
+}
 
 
 @dataclass(frozen=True)
@@ -56,10 +68,9 @@ class Outcome:
 
 def execute(work: Work) -> Commit:
     """Run the work and commit it. Whatever a single item raises becomes that item's failure."""
-    from pipeline.stage_workers import RUNNERS
-
+    module, _, runner = RUNNERS[work.stage].partition(":")
     started = time.perf_counter()
-    outcomes, media = RUNNERS[work.stage](work)
+    outcomes, media = getattr(importlib.import_module(module), runner)(work)
     return commit(work, outcomes, media, time.perf_counter() - started)
 
 
@@ -112,6 +123,9 @@ def _ledger_rows(work: Work, item: dict, outcome: Outcome) -> Iterator[dict]:
         yield {**common, "item_id": item_id, "status": "failed", **reason}
 
 
+Result = tuple[list[Outcome], list[str]]  # what a runner gives: an outcome per item, media files under the corpus
+
+
 class Stopwatch:
     """Turns what one item does into an Outcome: `with Stopwatch(item_id) as outcome: outcome.rows[...] = …`."""
 
@@ -129,10 +143,10 @@ class Stopwatch:
             return False
         if isinstance(error, ItemError):
             self.outcome.failure = error
-        elif isinstance(error, Exception):
+        elif isinstance(error, Exception) and not isinstance(error, UserError):
             self.outcome.failure = failure_of(error)
         else:
-            return False  # interrupts end the worker
+            return False  # an interrupt, or a setting that only the worker could check: ends the run
         self.outcome.rows.clear()
         return True
 

@@ -1,0 +1,84 @@
+"""The stages that need a model, as an actor runs them: from the ledger's items to rows, a batch of frames at a time.
+
+The models stay loaded between pieces of work (`captioning` caches them per process).
+"""
+
+import hashlib
+from pathlib import Path
+
+from captioning.captioner import Caption, load_captioner
+from captioning.scorer import ScoreInput, load_scorer
+from pipeline.errors import ItemError
+from pipeline.worker import Outcome, Result, Work
+from shards.tar import read_member
+
+
+def run_caption(work: Work) -> Result:
+    captioner = load_captioner(work.settings)
+    frames = [(item, index, frame) for item in work.items for index, frame in enumerate(item["frames"])]
+    images, unreadable = _read_frames(work, [(item["tar"], frame) for item, _, frame in frames])
+    answers = iter(captioner.caption([image for image in images if image is not None]))
+    outcomes = {item["item_id"]: Outcome(item["item_id"]) for item in work.items}
+    for (item, index, frame), image, problem in zip(frames, images, unreadable, strict=True):
+        outcome, answer = outcomes[item["item_id"]], problem if image is None else next(answers)
+        if isinstance(answer, ItemError):
+            outcome.failure = answer
+            continue
+        outcome.rows.setdefault("captions", []).append(_caption_row(work, captioner.name, item, index, frame, answer))
+    for outcome in outcomes.values():
+        if outcome.failure:
+            outcome.rows.clear()
+    return list(outcomes.values()), []
+
+
+def _caption_row(work: Work, captioner: str, item: dict, index: int, frame: dict, caption: Caption) -> dict:
+    return {
+        "clip_id": item["clip_id"],
+        "frame_index": index,
+        "frame_sha256": frame["sha256"],
+        "frame_time_s": frame["time_s"],
+        "captioner": captioner,
+        "fingerprint": work.fingerprint,
+        "text": caption.text,
+        "score": caption.score,
+        "num_tokens": caption.num_tokens,
+    }
+
+
+def run_score(work: Work) -> Result:
+    scorer = load_scorer(work.settings)
+    images, unreadable = _read_frames(work, [(item["tar"], item["frame"]) for item in work.items])
+    inputs = [
+        ScoreInput(item["clip_id"], image, item["subtitle"], item["caption"], item["duration_s"])
+        for item, image in zip(work.items, images, strict=True)
+        if image is not None
+    ]
+    answers, outcomes = iter(scorer.score(inputs)), []
+    for item, image, problem in zip(work.items, images, unreadable, strict=True):
+        answer = problem if image is None else next(answers)
+        if isinstance(answer, ItemError):
+            outcomes.append(Outcome(item["item_id"], failure=answer))
+            continue
+        stamp = {"clip_id": item["clip_id"], "frame_sha256": item["frame_sha256"], "fingerprint": work.fingerprint}
+        outcomes.append(Outcome(item["item_id"], rows={"scores": [{**answer, **stamp}]}))
+    return outcomes, []
+
+
+def _read_frames(work: Work, frames: list[tuple[str, dict]]) -> tuple[list[bytes | None], list[ItemError | None]]:
+    """The JPEGs of caption frames by byte range; one that is not what its row says is an error, never a picture."""
+    images, problems = [], []
+    for tar, frame in frames:
+        try:
+            images.append(_read_frame(Path(work.root) / tar, frame))
+            problems.append(None)
+        except ItemError as error:
+            images.append(None)
+            problems.append(error)
+    return images, problems
+
+
+def _read_frame(tar: Path, frame: dict) -> bytes:
+    data = read_member(tar, frame["offset"], frame["num_bytes"])
+    if hashlib.sha256(data).hexdigest() != frame["sha256"]:
+        raise ItemError("corrupt-frame", f"{tar.name} at {frame['offset']}: not the frame that was cut")
+    return data
