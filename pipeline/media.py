@@ -50,6 +50,24 @@ def open_media(path: str | Path):
         raise ItemError("not-a-video", f"{path.name}: {error}") from error
 
 
+def video_stream(container):
+    """The video stream that is meant to be watched, all others switched off. Raises ItemError "no-video-stream".
+
+    The first one that is not a cover picture (attached to audio files) or a set of thumbnails.
+    """
+    from av.stream import Discard, Disposition
+
+    stills = Disposition.attached_pic | Disposition.timed_thumbnails
+    moving = [stream for stream in container.streams.video if not stream.disposition & stills]
+    if not moving:
+        raise ItemError("no-video-stream", f"{len(container.streams)} streams, none is video")
+    for stream in container.streams:
+        stream.discard = Discard.default if stream is moving[0] else Discard.all
+    if moving[0].codec_context is None:
+        raise ItemError("undecodable", "no decoder for the video stream")
+    return moving[0]
+
+
 def rotation_of(stream_frame) -> int:
     """Clockwise display rotation in degrees of a decoded PyAV frame (0 where none is signalled)."""
     return round(-stream_frame.rotation) % 360
@@ -60,10 +78,7 @@ def probe(path: str | Path) -> MediaInfo:
     import av
 
     with open_media(path) as container:
-        streams = container.streams.video
-        if not streams:
-            raise ItemError("no-video-stream", f"{Path(path).name} has {len(container.streams)} streams, none is video")
-        stream = streams[0]
+        stream = video_stream(container)
         audio = container.streams.audio[0] if container.streams.audio else None
         name = container.format.name
         duration = container.duration / av.time_base if container.duration else 0.0

@@ -1,0 +1,183 @@
+"""The benchmark set: three long videos with hard cuts and a frame number in every picture, and the spans to cut out.
+
+1280x720, 30 fps, H.264 medium CRF 23 with 3 B-frames in a pyramid, a keyframe at least every 150 frames, AAC. The repo
+ships no footage, so the content is synthetic (a panned and zoomed texture, moving discs, grain); `--footage DIR` takes
+real videos instead, scaled and padded to the same size. Bit rates are meant to lie between 1.3 and 2.2 Mb/s.
+Made once per folder: what is already there is kept.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from bench.frame_code import draw_number
+
+WIDTH, HEIGHT, FPS, DURATION_S = 1280, 720, 30, 185
+COLUMNS = 40  # frame-number blocks of 32 pixels: 11 after scaling to 256 lines
+GRAIN = (0.56, 0.42, 0.60)  # of the three videos: sets their bit rates apart
+DEFAULT_DIR = Path(tempfile.gettempdir()) / "clipmill-bench"
+
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def benchmark_set(
+    folder: Path = DEFAULT_DIR, footage: Path | None = None, duration_s: float = DURATION_S
+) -> list[dict]:
+    """[{"path", "spans": [[start_s, end_s], …]}] of the three videos, made where they are missing."""
+    folder = Path(folder) / ("footage" if footage else "synthetic") / f"{duration_s:g}s"
+    folder.mkdir(parents=True, exist_ok=True)
+    videos = []
+    for index in range(3):
+        path = folder / f"bench{index}.mp4"
+        if not path.exists():
+            num_frames = int(duration_s * FPS)
+            frames = _footage(footage, index) if footage else _synthetic(index)
+            _encode((next(frames) for _ in range(num_frames)), path)
+        videos.append({"path": str(path), "spans": spans_of(index, duration_s)})
+    (folder / "spans.json").write_text(json.dumps(videos, indent=1))
+    return videos
+
+
+def spans_of(index: int, duration_s: float = DURATION_S) -> list[list[float]]:
+    """Sentence-like spans of one video: 4 to 28.5 s, mean near 12.4, most of them touching the one before."""
+    rng = np.random.default_rng(110 + index)
+    spans, at = [], float(rng.uniform(0.3, 1.5))
+    while True:
+        length = float(np.clip(rng.gamma(4.0, 3.1), 4.0, 28.5))
+        if at + length > duration_s:
+            return spans
+        spans.append([round(at, 3), round(at + length, 3)])
+        at += length + (float(rng.uniform(0.2, 1.2)) if rng.random() < 0.25 else 0.0)
+
+
+def _synthetic(index: int) -> Iterator[Planes]:
+    """Endless yuv420p frames: shots of 2 to 9 s, each with its own texture, camera move and discs."""
+    import cv2
+
+    rng = np.random.default_rng(index)
+    grain = [rng.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8) for _ in range(4)]
+    grain = [cv2.GaussianBlur(plane, (0, 0), 0.9) for plane in grain]
+    number = 0
+    while True:
+        shot = _Shot(rng)
+        for t in range(int(rng.uniform(2.0, 9.0) * FPS)):
+            luma, blue, red = shot.frame(t / FPS)
+            noise = grain[int(rng.integers(4))]
+            strength = 0.1 * GRAIN[index]
+            luma = cv2.addWeighted(luma, 1.0, noise, strength, -128 * strength)
+            draw_number(luma, number, COLUMNS)
+            yield luma, blue, red
+            number += 1
+
+
+class _Shot:
+    """One texture under a slowly moving camera with a few discs crossing it."""
+
+    def __init__(self, rng: np.random.Generator):
+        import cv2
+
+        scale = int(rng.integers(5, 8))
+        size = (HEIGHT * 3 // 2, WIDTH * 3 // 2)
+        base = np.zeros(size, np.float32)
+        for octave in range(2, 2 + scale):
+            cells = rng.normal(size=(3 * 2**octave // 2 + 2, 2 * 3 * 2**octave // 2 + 2)).astype(np.float32)
+            base += cv2.resize(cells, size[::-1], interpolation=cv2.INTER_CUBIC) / 1.5**octave
+        base = (base - base.min()) / (base.max() - base.min())
+        self.texture = (30 + 190 * base).astype(np.uint8)
+        self.chroma = [int(v) for v in rng.integers(80, 176, 2)]
+        self.pan = rng.uniform(-70, 70, 2)  # pixels per second
+        self.zoom = float(rng.uniform(-0.03, 0.03))
+        self.discs = [
+            (*rng.uniform(0.1, 0.9, 2), *rng.uniform(-0.25, 0.25, 2), rng.uniform(0.03, 0.12)) for _ in range(10)
+        ]
+        self.tones = rng.integers(40, 220, (10, 3))
+
+    def frame(self, t: float) -> Planes:
+        import cv2
+
+        zoom = 1.0 / (1.15 + self.zoom * t)
+        dx, dy = WIDTH * 0.2 + self.pan[0] * t, HEIGHT * 0.2 + self.pan[1] * t
+        camera = np.float32([[zoom, 0, dx], [0, zoom, dy]])
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        luma = cv2.warpAffine(self.texture, camera, (WIDTH, HEIGHT), flags=flags, borderMode=cv2.BORDER_REFLECT)
+        half = cv2.resize(luma, (WIDTH // 2, HEIGHT // 2), interpolation=cv2.INTER_AREA)
+        blue = cv2.addWeighted(half, 0.25, half, 0.0, self.chroma[0] - 32)
+        red = cv2.addWeighted(half, -0.2, half, 0.0, self.chroma[1] + 26)
+        for (x, y, vx, vy, radius), tone in zip(self.discs, self.tones, strict=True):
+            centre = (((x + vx * t) % 1.0) * WIDTH, ((y + vy * t) % 1.0) * HEIGHT)
+            for plane, value, part in ((luma, tone[0], 1), (blue, tone[1], 2), (red, tone[2], 2)):
+                at = (int(centre[0] / part), int(centre[1] / part))
+                cv2.circle(plane, at, int(radius * HEIGHT / part), int(value), -1, cv2.LINE_AA)
+        return luma, blue, red
+
+
+def _footage(folder: Path, index: int) -> Iterator[Planes]:
+    """Endless yuv420p frames of the folder's videos in turn, scaled and padded; each starts the list elsewhere."""
+    import av
+
+    paths = sorted(p for p in Path(folder).iterdir() if p.suffix in (".mp4", ".webm", ".mkv"))
+    paths = paths[index * len(paths) // 3 :] + paths[: index * len(paths) // 3]
+    number = 0
+    while True:
+        for path in paths:
+            with av.open(str(path)) as container:
+                for frame in container.decode(video=0):
+                    planes = _padded(frame)
+                    draw_number(planes[0], number, COLUMNS)
+                    yield planes
+                    number += 1
+
+
+def _padded(frame) -> Planes:
+    scale = min(WIDTH / frame.width, HEIGHT / frame.height)
+    width, height = int(frame.width * scale) // 4 * 4, int(frame.height * scale) // 4 * 4
+    packed = frame.reformat(width, height, "yuv420p", interpolation="BICUBIC", threads=1).to_ndarray()
+    luma = packed[:height]
+    chroma = packed[height:].reshape(2, height // 2, width // 2)
+    planes = np.full((HEIGHT, WIDTH), 16, np.uint8), *np.full((2, HEIGHT // 2, WIDTH // 2), 128, np.uint8)
+    for plane, part in zip(planes, (luma, *chroma), strict=True):
+        top, left = (plane.shape[0] - part.shape[0]) // 2, (plane.shape[1] - part.shape[1]) // 2
+        plane[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return planes
+
+
+def _encode(frames: Iterator[Planes], path: Path) -> None:
+    import ffmpeg
+    import imageio_ffmpeg
+
+    video = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="yuv420p", s=f"{WIDTH}x{HEIGHT}", r=FPS)
+    audio = ffmpeg.input("anoisesrc=color=pink:amplitude=0.1:seed=1:sample_rate=44100", format="lavfi")
+    options = {"c:v": "libx264", "preset": "medium", "crf": 23, "g": 150, "bf": 3, "c:a": "aac", "b:a": "96k"}
+    partial = path.with_suffix(".part.mp4")
+    command = ffmpeg.output(video, audio, str(partial), shortest=None, **options).overwrite_output()
+    process = command.global_args("-v", "error").run_async(imageio_ffmpeg.get_ffmpeg_exe(), pipe_stdin=True)
+    for planes in frames:
+        for plane in planes:
+            process.stdin.write(np.ascontiguousarray(plane).data)
+    process.stdin.close()
+    if process.wait() != 0:
+        raise RuntimeError(f"ffmpeg failed on {partial}")
+    partial.rename(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=DEFAULT_DIR, help="where the set is kept")
+    parser.add_argument("--footage", type=Path, help="a folder of real videos to use as content")
+    parser.add_argument("--duration-s", type=float, default=DURATION_S, help="length of each video")
+    arguments = parser.parse_args()
+    videos = benchmark_set(arguments.folder, arguments.footage, arguments.duration_s)
+    spans = [end - start for video in videos for start, end in video["spans"]]
+    for video in videos:
+        num_bytes = Path(video["path"]).stat().st_size
+        rate = num_bytes * 8 / arguments.duration_s / 1e6
+        print(f"{video['path']}: {rate:.2f} Mb/s, {len(video['spans'])} spans")
+    print(f"{len(spans)} spans, {min(spans):.1f} to {max(spans):.1f} s, mean {np.mean(spans):.1f} s")
+
+
+if __name__ == "__main__":
+    main()

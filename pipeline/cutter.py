@@ -1,0 +1,232 @@
+"""One pass over one video: every wanted frame is decoded once, scaled once, and given to all clips that hold it.
+
+A clip's encoder opens with its first frame and closes with its last, so memory depends on how many spans overlap, never
+on the video's length. Runs inside a sandbox.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+
+import av
+import numpy as np
+
+from pipeline.clip_audio import AudioTrack
+from pipeline.cut import CutResult, CutSettings, SpanRequest
+from pipeline.decode import DecodeCounts, list_by_decoding, wanted_frames
+from pipeline.encode import ENCODINGS, ClipEncoder, JpegSequence
+from pipeline.errors import ItemError
+from pipeline.frames import ClipMeasures, Look, Thumbnailer, perceptual_hash
+from pipeline.media import open_media, video_stream
+from pipeline.packets import Limits, SourceFrames, Untrusted, list_frames
+from pipeline.picture import PictureMaker
+from pipeline.timeline import FrameTimes, caption_frames, choose_frames
+
+
+class View:
+    """A clip picture with everything that may be asked of it, each made at most once."""
+
+    def __init__(self, picture: av.VideoFrame, thumbnailer: Thumbnailer, jpeg_quality: int):
+        self.picture, self._views, self._quality = picture, thumbnailer, jpeg_quality
+
+    @cached_property
+    def look(self) -> Look:
+        return Look.of(self._views.colour(self.picture))
+
+    @cached_property
+    def hash(self) -> int:
+        return perceptual_hash(self._views.grey(self.picture))
+
+    @cached_property
+    def jpeg(self) -> bytes:
+        return self._views.jpeg(self.picture, self._quality)
+
+
+class Clip:
+    """A clip in the making: which source frames it takes, and what has been made of them so far."""
+
+    def __init__(self, span: SpanRequest, chosen: np.ndarray, settings: CutSettings, times: FrameTimes):
+        self.span, self.chosen, self.settings, self.times = span, chosen.tolist(), settings, times
+        self.cursor = 0
+        self.start_s = times.times_s[self.chosen[0]].item()
+        self.end_s = times.end_of(self.chosen[-1])
+        self.rate = None if settings.fps == "source" else Fraction(settings.fps).limit_denominator(1001)
+        num_frames = len(self.chosen)
+        self.duration_s = self.end_s - self.start_s if self.rate is None else float(num_frames / self.rate)
+        self.stills = dict.fromkeys(caption_frames(num_frames, settings.caption_frames))
+        self.hashed = (0, num_frames // 2, num_frames - 1)
+        self.hashes: dict[int, int] = {}
+        self.measures = ClipMeasures()
+        self.encoder: ClipEncoder | JpegSequence | None = None
+        self.size = (0, 0)
+
+    @property
+    def sound_start_s(self) -> float:
+        return self.start_s if self.rate is None else self.span.start_s
+
+    @property
+    def complete(self) -> bool:
+        return self.cursor == len(self.chosen)
+
+    def missed(self, index: int) -> bool:
+        """Whether a frame it needed before source frame `index` never came."""
+        return not self.complete and self.chosen[self.cursor] < index
+
+    def add(self, index: int, view: View, with_sound: bool) -> None:
+        """Take source frame `index` as often as the clip wants it."""
+        if self.encoder is None:
+            self._open(view.picture, with_sound)
+        begins_s = self.times.times_s[index].item() - self.start_s
+        while not self.complete and self.chosen[self.cursor] == index:
+            self.encoder.add(view.picture, begins_s, self.times.end_of(index) - self.start_s)
+            self.measures.add(view.look)
+            if self.cursor in self.stills:
+                self.stills[self.cursor] = (self.times.times_s[index].item(), view.jpeg)
+            if self.cursor in self.hashed:
+                self.hashes[self.cursor] = view.hash
+            self.cursor += 1
+
+    def _open(self, picture: av.VideoFrame, with_sound: bool) -> None:
+        self.size = (picture.width, picture.height)
+        encoding = ENCODINGS[self.settings.encoding]
+        if encoding.codec == "jpeg-frames":
+            self.encoder = JpegSequence(self.settings.jpeg_quality)
+        else:
+            sound_s = self.duration_s if with_sound else 0.0
+            self.encoder = ClipEncoder(encoding, self.size, self.rate, len(self.chosen), sound_s)
+
+    def columns(self) -> dict:
+        """Of the `clips` table, all that is known without the file."""
+        num_frames = len(self.chosen)
+        self.measures.hashes = [self.hashes[k] for k in self.hashed]
+        return {
+            "clip_id": self.span.clip_id,
+            "n": self.span.n,
+            "span_start_s": self.span.start_s,
+            "span_end_s": self.span.end_s,
+            "start_s": self.start_s,
+            "end_s": self.end_s,
+            "duration_s": self.duration_s,
+            "num_frames": num_frames,
+            "fps": num_frames / self.duration_s,
+            "width": self.size[0],
+            "height": self.size[1],
+            "codec": ENCODINGS[self.settings.encoding].name,
+            **self.measures.columns(),
+        }
+
+
+class Cutter:
+    """Cuts one video; what it did to get there is in `counts`."""
+
+    def __init__(self, path: str | Path, settings: CutSettings):
+        self.path, self.settings = path, settings
+        self.limits = Limits(settings.max_pixels, settings.max_frames)
+        self.counts = DecodeCounts()
+        self.rows: dict[str, dict] = {}
+        self.failures: dict[str, ItemError] = {}
+
+    def cut(self, spans: list[SpanRequest], out_path: str | Path) -> CutResult:
+        """Packets' times first; frames' own times for what those get wrong (damage, fields, no times at all)."""
+        with open(out_path, "wb") as self.out:
+            try:
+                source = list_frames(self.path, self.limits)
+                left = self._pass(source, spans)
+            except Untrusted:
+                self.rows, self.failures, left = {}, {}, spans
+                self.out.seek(0)
+                self.out.truncate()
+            if left:
+                source = list_by_decoding(self.path, self.limits, self.counts)
+                for span in self._pass(source, left):
+                    self._fail(span, ItemError("undecodable", "; ".join(sorted(self.counts.messages))))
+        rows = [self.rows[span.clip_id] for span in spans if span.clip_id in self.rows]
+        failures = [(span.clip_id, self.failures[span.clip_id]) for span in spans if span.clip_id in self.failures]
+        counts = {**asdict(self.counts), "messages": sorted(self.counts.messages)}
+        return CutResult(rows, failures, source.times.end_s, len(source.times), counts)
+
+    def _pass(self, source: SourceFrames, spans: list[SpanRequest]) -> list[SpanRequest]:
+        """One decode; returns the spans whose frames did not all come out."""
+        waiting = sorted(self._planned(source, spans), key=lambda clip: clip.chosen[0], reverse=True)
+        if not waiting:
+            return []
+        wanted = np.unique(np.concatenate([clip.chosen for clip in waiting]))
+        sound = AudioTrack(self.path, source.origin_s) if self.settings.audio else None
+        live: list[Clip] = []
+        broken: list[SpanRequest] = []
+        for index, view in self._views(source, wanted):
+            while waiting and waiting[-1].chosen[0] <= index:
+                live.append(waiting.pop())
+            broken += [clip.span for clip in live if clip.missed(index)]
+            live = [clip for clip in live if not clip.missed(index)]
+            for clip in live:
+                self._feed(clip, index, view, sound)
+            live = [clip for clip in live if not clip.complete and clip.span.clip_id not in self.failures]
+            if sound is not None:
+                sound.forget(min((clip.sound_start_s for clip in [*live, *waiting[-1:]]), default=0.0))
+        if sound is not None:
+            self.counts.num_errors += sound.num_errors
+            sound.close()
+        return broken + [clip.span for clip in [*live, *waiting]]
+
+    def _planned(self, source: SourceFrames, spans: list[SpanRequest]) -> Iterator[Clip]:
+        rate = None if self.settings.fps == "source" else self.settings.fps
+        for span in spans:
+            try:
+                chosen = choose_frames(source.times, span.start_s, span.end_s, rate, self.settings.min_frames)
+            except ItemError as error:
+                self._fail(span, error)
+            else:
+                yield Clip(span, chosen, self.settings, source.times)
+
+    def _views(self, source: SourceFrames, wanted: np.ndarray) -> Iterator[tuple[int, View]]:
+        short_side = None if self.settings.short_side == "source" else self.settings.short_side
+        with open_media(self.path) as container:
+            maker = PictureMaker(video_stream(container).sample_aspect_ratio, short_side)
+        thumbnailer = Thumbnailer()
+        for index, frame in wanted_frames(self.path, source, wanted, self.limits, self.counts):
+            yield index, View(maker(frame), thumbnailer, self.settings.jpeg_quality)
+
+    def _feed(self, clip: Clip, index: int, view: View, sound: AudioTrack | None) -> None:
+        """Give a clip its frame; with the last one it is written out and its encoder is gone."""
+        try:
+            clip.add(index, view, with_sound=sound is not None and sound.present)
+            if clip.complete:
+                self._write(clip, sound)
+        except av.MemoryError:
+            raise
+        except av.FFmpegError as error:
+            self._fail(clip.span, ItemError("encode-failed", str(error)))
+
+    def _write(self, clip: Clip, sound: AudioTrack | None) -> None:
+        has_audio = getattr(clip.encoder, "sound", None) is not None
+        data = clip.encoder.finish(sound.sound(clip.sound_start_s, clip.duration_s) if has_audio else None)
+        clip.encoder = None
+        row = clip.columns() | {
+            "has_audio": has_audio,
+            "num_bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "mp4_offset": self._append(data),
+        }
+        row["frames"] = [
+            {
+                "time_s": time_s,
+                "sha256": hashlib.sha256(jpeg).hexdigest(),
+                "offset": self._append(jpeg),
+                "num_bytes": len(jpeg),
+            }
+            for time_s, jpeg in clip.stills.values()
+        ]
+        row |= {"frame_time_s": row["frames"][0]["time_s"], "frame_sha256": row["frames"][0]["sha256"]}
+        self.rows[clip.span.clip_id] = row
+
+    def _append(self, data: bytes) -> int:
+        offset = self.out.tell()
+        self.out.write(data)
+        return offset
+
+    def _fail(self, span: SpanRequest, error: ItemError) -> None:
+        self.failures[span.clip_id] = error

@@ -1,0 +1,176 @@
+"""Decoding exactly the frames somebody wants, in one pass over the compressed video.
+
+Stretches of packets that no wanted frame depends on never reach the decoder; packets of wanted frames are decoded in
+full; the others are sent with the decoder told to skip what no other frame refers to (about half of the frames of a
+stream with B-frames, 40 % of its decoding time). Wanted frames come out bit-identical to a full decode.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import numpy as np
+
+from pipeline.errors import ItemError
+from pipeline.media import open_media, video_stream
+from pipeline.packets import NEVER, Limits, SourceFrames, Untrusted, check_size, packets_of
+from pipeline.timeline import frame_times
+
+DROP, REFERENCES, FULL = 0, 1, 2
+
+
+@dataclass
+class DecodeCounts:
+    """What decoding did; tests and benchmarks read it."""
+
+    num_passes: int = 0
+    num_sent: int = 0  # packets given to a decoder
+    num_skippable: int = 0  # of these, sent with leave to skip
+    num_frames: int = 0  # frames that came out
+    num_errors: int = 0  # packets a decoder refused
+    messages: set[str] = field(default_factory=set)  # of these, as they are
+
+
+def wanted_frames(
+    path: str | Path, source: SourceFrames, wanted: np.ndarray, limits: Limits, counts: DecodeCounts
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(index, frame) for the wanted indices (ascending) into `source.times`, ascending, in one pass.
+
+    Frames that do not come out of the decoder are missing from what is yielded: the caller counts.
+    Raises Untrusted as soon as the decoder contradicts the timestamps.
+    """
+    if source.match == "order":
+        yield from _by_order(path, wanted, limits, counts)
+    else:
+        yield from _by_timestamp(path, source, wanted, limits, counts)
+
+
+def list_by_decoding(path: str | Path, limits: Limits, counts: DecodeCounts) -> SourceFrames:
+    """The frames that really come out, at the price of a decode. Times from the frames, else from the nominal rate."""
+    with open_media(path) as container:
+        stream = video_stream(container)
+        rate = float(stream.guessed_rate or 25)
+        time_base = float(stream.time_base or 1 / 90000)
+        seen = []
+        for frame in _decode(container, stream, None, limits, counts):
+            seen.append((frame.pts, frame.dts, frame.duration or 0))
+            if len(seen) > limits.max_frames:
+                raise ItemError("too-many-frames", f"more than {limits.max_frames} frames")
+    if not seen:
+        raise ItemError("undecodable", "; ".join(sorted(counts.messages)) or "no frame decodes")
+    for clock in (0, 1):
+        ticks = [entry[clock] for entry in seen]
+        if None not in ticks and all(a < b for a, b in zip(ticks, ticks[1:], strict=False)):
+            times, origin_s = frame_times(np.array(ticks), time_base, seen[-1][2]), ticks[0] * time_base
+            break
+    else:
+        times, origin_s = frame_times(np.arange(len(seen)), 1 / rate), 0.0
+    nothing = np.empty(0, np.int64)
+    return SourceFrames(times, origin_s, "order", nothing, nothing, nothing != 0, False, False)
+
+
+def _by_order(path, wanted, limits, counts) -> Iterator[tuple[int, av.VideoFrame]]:
+    pending = iter(wanted.tolist())
+    target = next(pending, None)
+    with open_media(path) as container:
+        for index, frame in enumerate(_decode(container, video_stream(container), None, limits, counts)):
+            if index == target:
+                yield index, frame
+                target = next(pending, None)
+            if target is None:
+                return
+
+
+def _by_timestamp(path, source, wanted, limits, counts) -> Iterator[tuple[int, av.VideoFrame]]:
+    indices = dict(zip(source.ticks[wanted].tolist(), wanted.tolist(), strict=True))
+    actions = packet_actions(source, wanted)
+    last = -1
+    with open_media(path) as container:
+        stream = video_stream(container)
+        for frame in _decode(container, stream, actions, limits, counts):
+            if frame.interlaced_frame and not source.may_drop:
+                raise Untrusted("interlaced frames in a stream of fields: a packet may hold half a frame")
+            index = indices.pop(frame.pts, None)
+            if index is None:
+                continue
+            if index < last:
+                raise Untrusted("frames come out in another order than their timestamps")
+            last = index
+            yield index, frame
+
+
+def packet_actions(source: SourceFrames, wanted: np.ndarray) -> np.ndarray:
+    """uint8 [packets]: DROP, REFERENCES (decode only if something refers to it) or FULL, for every packet in turn."""
+    num_packets = len(source.packet_ticks)
+    hit = np.isin(source.packet_ticks, source.ticks[wanted]) & (source.packet_ticks != NEVER)
+    position = np.arange(num_packets)
+    if source.may_drop and source.packet_keys.any():
+        last_needed = _last_needed(source, hit)
+    else:
+        last_needed = np.full(num_packets, position[hit].max(initial=-1))
+    plan = np.where(position <= last_needed, REFERENCES if source.may_skip else FULL, DROP).astype(np.uint8)
+    plan[hit] = FULL
+    return plan
+
+
+def _last_needed(source: SourceFrames, hit: np.ndarray) -> np.ndarray:
+    """int [packets]: the last packet that must be decoded in each packet's own group of pictures, -1 for none.
+
+    A wanted picture that precedes its keyframe in display order (open group) refers to the group before, too.
+    """
+    position = np.arange(len(hit))
+    starts = np.flatnonzero(source.packet_keys)
+    group = np.cumsum(source.packet_keys) - 1  # -1: before the first keyframe
+    ends = np.append(starts[1:], len(hit)) - 1
+    last = np.maximum.reduceat(np.where(hit, position, -1), starts)
+    leading = hit & (group >= 0) & (source.packet_ticks < source.packet_ticks[starts][group])
+    needs_previous = np.flatnonzero(np.logical_or.reduceat(leading, starts))
+    needs_previous = needs_previous[needs_previous > 0]
+    last[needs_previous - 1] = ends[needs_previous - 1]
+    return np.where(group >= 0, last[group], -1)
+
+
+def _decode(container, stream, actions, limits: Limits, counts: DecodeCounts) -> Iterator[av.VideoFrame]:
+    """All frames that come out when packets are treated as `actions` say (None: all in full)."""
+    check_size(stream.codec_context, limits)
+    decoder = stream.codec_context
+    decoder.thread_count = 1  # a skip level belongs to one packet: nothing may be decoded later or beside it
+    decoder.options = {"max_pixels": str(limits.max_pixels)}
+    counts.num_passes += 1
+    last = len(actions) - int(np.argmax(actions[::-1] != DROP)) if actions is not None and actions.any() else 0
+    level, gap = FULL, False
+    for position, packet in enumerate(packets_of(container, stream)):
+        if actions is not None:
+            if position >= last:
+                break
+            action = int(actions[position])
+            if action == DROP:
+                gap = counts.num_sent > 0
+                continue
+            if gap:
+                yield from _send(decoder, None, counts)
+                decoder.flush_buffers()
+                gap = False
+            if action != level:
+                decoder.skip_frame = "NONREF" if action == REFERENCES else "DEFAULT"
+                level = action
+            counts.num_skippable += action == REFERENCES
+        counts.num_sent += 1
+        yield from _send(decoder, packet, counts)
+    yield from _send(decoder, None, counts)
+
+
+def _send(decoder, packet, counts: DecodeCounts) -> list[av.VideoFrame]:
+    """A packet the decoder refuses costs its own frames only: it is counted, and the clips that miss them notice."""
+    try:
+        frames = decoder.decode(packet)
+    except av.MemoryError:
+        raise
+    except av.FFmpegError as error:
+        counts.num_errors += 1
+        if len(counts.messages) < 5:
+            counts.messages.add(str(error))
+        return []
+    counts.num_frames += len(frames)
+    return frames

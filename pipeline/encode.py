@@ -1,0 +1,152 @@
+"""Encodings of clips: named presets, and an encoder from pictures to the bytes of one file in memory.
+
+Which preset for what, with measured sizes and reading costs: docs/clip_encoding.md. All presets give the same bytes for
+the same pictures (tested across processes) with the library versions that are installed: one thread, no timestamps, no
+encoder tags in the container. An MP4's index stands before its data, so that it plays and seeks while it downloads.
+"""
+
+import io
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from pipeline.errors import ItemError
+
+AUDIO_RATE = 48_000  # Hz, two channels
+AUDIO_BITS_PER_S = 96_000
+SOURCE_TICKS_PER_S = 90_000  # clock of clips that keep their source's frame times
+JPEG_MAGIC = b"JPGS"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One way to write a clip."""
+
+    codec: str  # FFmpeg's encoder; "jpeg-frames": no video codec, a sequence of JPEG files
+    name: str  # as `clips.codec` has it
+    options: dict[str, str] = field(default_factory=dict)
+    pix_fmt: str = "yuv420p"
+
+
+def _x264(**options: str) -> Encoding:
+    # a53cc=0: closed captions of the source are no part of the picture.
+    return Encoding("libx264", "h264", {"threads": "1", "a53cc": "0", **options})
+
+
+ENCODINGS: dict[str, Encoding] = {
+    # The default: cheap to read (no CABAC, no deblocking, no B-frames) at a little more size.
+    "fastdecode": _x264(preset="veryfast", crf="23", tune="fastdecode", bf="0"),
+    # Every frame is a keyframe: cheapest video to read and the only one in which seeking costs nothing.
+    "intra": _x264(preset="veryfast", crf="23", tune="fastdecode", bf="0", g="1"),
+    # Plain x264, 20 % smaller and twice as dear to read as the default.
+    "small": _x264(preset="veryfast", crf="23"),
+    # Cheapest H.264 to write.
+    "ultrafast": _x264(preset="ultrafast", crf="23", bf="0"),
+    # Smallest; three times as dear to write as the default.
+    "av1": Encoding("libsvtav1", "av1", {"preset": "8", "crf": "32", "svtav1-params": "lp=1"}),
+    # JPEGs in an MP4: any frame by itself, for readers that want a video file.
+    "mjpeg": Encoding(
+        "mjpeg", "mjpeg", {"threads": "1", "flags": "+qscale", "global_quality": str(3 * 118)}, "yuvj420p"
+    ),
+    # JPEG files one after another, an index behind (`jpeg_frames` reads it): cheapest of all to read a few frames of.
+    "jpeg-frames": Encoding("jpeg-frames", "jpeg-frames"),
+}
+
+
+class ClipEncoder:
+    """One clip: `add` its pictures in order, then `finish` gives the file's bytes. One thread, a few megabytes."""
+
+    def __init__(
+        self, encoding: Encoding, size: tuple[int, int], rate: Fraction | None, num_frames: int, sound_s: float
+    ):
+        """`rate` None: pictures come with times of the clip in seconds. `sound_s` > 0: how much audio will be added."""
+        import av
+
+        num_sound_packets = int(sound_s * AUDIO_RATE / 1024) + 3 if sound_s else 0
+        self.file = io.BytesIO()
+        # The index goes into space kept free for it at the front: 24 bytes a packet are enough for all its tables.
+        options = {"moov_size": str(2048 + 24 * (num_frames + num_sound_packets)), "fflags": "+bitexact"}
+        self.container = av.open(self.file, "w", format="mp4", container_options=options)
+        self.stream = self.container.add_stream(encoding.codec, rate=rate or 30, options=dict(encoding.options))
+        context = self.stream.codec_context
+        context.width, context.height, context.pix_fmt = *size, encoding.pix_fmt
+        context.thread_count = 1
+        self.time_base = 1 / rate if rate else Fraction(1, SOURCE_TICKS_PER_S)
+        context.time_base = self.time_base
+        self.sound = self._add_sound() if sound_s else None
+        self.encoding, self.num_frames, self.tagged = encoding, 0, False
+
+    def _add_sound(self):
+        stream = self.container.add_stream("aac", rate=AUDIO_RATE, options={"flags": "+bitexact"})
+        stream.codec_context.layout = "stereo"
+        stream.codec_context.bit_rate = AUDIO_BITS_PER_S
+        return stream
+
+    def add(self, picture, start_s: float, end_s: float) -> None:
+        """One yuv420p frame. Times (of the clip, in seconds) count only where the encoder has no rate."""
+        if not self.tagged:
+            _tag(self.stream.codec_context, picture, self.encoding.pix_fmt)
+            self.tagged = True
+        if self.time_base.denominator == SOURCE_TICKS_PER_S:
+            tick = round(start_s * SOURCE_TICKS_PER_S)
+            duration = round(end_s * SOURCE_TICKS_PER_S) - tick
+        else:
+            tick, duration = self.num_frames, 1
+        if self.encoding.pix_fmt != "yuv420p":
+            picture = picture.reformat(format=self.encoding.pix_fmt, dst_color_range="JPEG", threads=1)
+        picture.pts, picture.time_base, picture.duration = tick, self.time_base, max(1, duration)
+        self.container.mux(self.stream.encode(picture))
+        self.num_frames += 1
+
+    def finish(self, sound: Iterable | None = None) -> bytes:
+        """The whole file. `sound`: PyAV audio frames as the AAC encoder takes them, in order."""
+        self.container.mux(self.stream.encode(None))
+        if self.sound is not None:
+            for frame in sound:
+                self.container.mux(self.sound.encode(frame))
+            self.container.mux(self.sound.encode(None))
+        self.container.close()
+        return self.file.getvalue()
+
+
+def _tag(context, picture, pix_fmt: str) -> None:
+    context.colorspace, context.color_primaries = picture.colorspace, picture.color_primaries
+    context.color_trc = picture.color_trc
+    context.color_range = 2 if pix_fmt.startswith("yuvj") else 1
+
+
+class JpegSequence:
+    """The "jpeg-frames" encoding, with `ClipEncoder`'s methods.
+
+    File: the JPEGs one after another (as it stands a raw MJPEG stream), then their sizes and their number as
+    little-endian uint32, then `JPEG_MAGIC`.
+    """
+
+    def __init__(self, quality: int):
+        from pipeline.frames import Thumbnailer
+
+        self.quality, self.views, self.files = quality, Thumbnailer(), []
+
+    def add(self, picture, start_s: float, end_s: float) -> None:
+        self.files.append(self.views.jpeg(picture, self.quality))
+
+    def finish(self, sound: Iterable | None = None) -> bytes:
+        sizes = [len(data) for data in self.files]
+        return b"".join([*self.files, struct.pack(f"<{len(sizes) + 1}I", *sizes, len(sizes)), JPEG_MAGIC])
+
+
+def jpeg_frames(data: bytes) -> list[memoryview]:
+    """The JPEG files inside a clip of the "jpeg-frames" encoding. Raises ItemError "not-jpeg-frames"."""
+    if len(data) < 8 or data[-4:] != JPEG_MAGIC:
+        raise ItemError("not-jpeg-frames", "no index at the end")
+    (count,) = struct.unpack_from("<I", data, len(data) - 8)
+    index = len(data) - 8 - 4 * count
+    sizes = struct.unpack_from(f"<{count}I", data, index) if index >= 0 else ()
+    if index < 0 or sum(sizes) != index:
+        raise ItemError("not-jpeg-frames", "the index does not add up to the file")
+    view, files = memoryview(data), []
+    for size in sizes:
+        files.append(view[:size])
+        view = view[size:]
+    return files

@@ -1,0 +1,162 @@
+"""What a video's packets say about its frames, read without decoding anything (milliseconds a minute of video).
+
+`SourceFrames` says when each frame is shown and which packet it comes from. Where packets cannot be trusted to tell
+(`Untrusted`), `pipeline.decode.list_by_decoding` makes the same object at the price of one decode.
+"""
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pipeline.errors import ItemError
+from pipeline.media import open_media, video_stream
+from pipeline.timeline import FrameTimes, frame_times
+
+# Decoders that take a skip level packet by packet (dav1d reads it once, when opened).
+SKIPPING = {"h264", "hevc", "vp8", "mpeg4", "mpeg2video", "mpeg1video", "vc1"}
+
+NEVER = np.iinfo(np.int64).min  # the tick of a packet that shows nothing
+
+
+class Untrusted(Exception):
+    """The packets' timestamps do not describe the frames that come out of the decoder."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a source may at most be; beyond it the item fails."""
+
+    max_pixels: int = 8192 * 4352  # width x height of the coded picture
+    max_frames: int = 10_000_000  # 46 hours at 60 fps
+
+
+@dataclass(frozen=True)
+class SourceFrames:
+    """A video's frames in display order, and the packets they come from in decode order."""
+
+    times: FrameTimes
+    origin_s: float  # the first displayed frame on the container's own clock, which its audio shares
+    match: Literal["pts", "order"]  # a decoded frame is recognised by its timestamp, or as the n-th that comes out
+    ticks: np.ndarray  # int64 [frames], ascending: timestamp of each frame; empty where match is "order"
+    packet_ticks: np.ndarray  # int64 [packets]: the timestamp of the frame it shows, or NEVER
+    packet_keys: np.ndarray  # bool [packets]
+    may_drop: bool  # decoding may start at any keyframe, so whole stretches can be left out
+    may_skip: bool  # the decoder may be told to skip frames that no other frame refers to
+
+
+def list_frames(path: str | Path, limits: Limits) -> SourceFrames:
+    """Frame times from a demuxing pass.
+
+    Raises Untrusted, and ItemError: no-video-stream, not-a-video, empty-file, undecodable, too-large, too-many-frames.
+    """
+    ticks, keys = array("q"), array("b")
+    last_tick, last_duration, all_have_pts = NEVER, 0, True
+    with open_media(path) as container:
+        stream = video_stream(container)
+        check_size(stream.codec_context, limits)
+        by_dts = (
+            container.format.name == "avi"
+        )  # which stores no presentation times: FFmpeg's guess is wrong with B-frames
+        shows, has_layers = _shown_test(stream), _layer_test(stream)
+        layered = False
+        for packet in packets_of(container, stream):
+            tick = packet.dts if by_dts else packet.pts
+            all_have_pts &= tick is not None
+            shown = tick is not None and not (packet.is_discard or packet.is_corrupt) and shows(packet)
+            ticks.append(tick if shown else NEVER)
+            keys.append(packet.is_keyframe)
+            layered = layered or has_layers(packet)
+            if shown and tick > last_tick:
+                last_tick, last_duration = tick, packet.duration or 0
+            if len(ticks) > limits.max_frames:
+                raise ItemError("too-many-frames", f"more than {limits.max_frames} frames")
+        if not all_have_pts:
+            raise Untrusted("packets without presentation timestamps")
+        may_skip = stream.codec_context.name in SKIPPING and not layered
+        indexed = bool({"mov", "matroska"} & set(container.format.name.split(",")))
+        time_base = float(stream.time_base)
+    packet_ticks, packet_keys = np.frombuffer(ticks, np.int64), np.frombuffer(keys, np.int8) != 0
+    packet_ticks = _without_leading(packet_ticks, packet_keys)
+    shown_ticks = packet_ticks[packet_ticks != NEVER]
+    times = frame_times(shown_ticks, time_base, last_duration)
+    origin_s = float(shown_ticks.min()) * time_base
+    if by_dts:
+        return SourceFrames(times, origin_s, "order", shown_ticks[:0], packet_ticks, packet_keys, False, False)
+    return SourceFrames(times, origin_s, "pts", np.unique(shown_ticks), packet_ticks, packet_keys, indexed, may_skip)
+
+
+def packets_of(container, stream):
+    """The stream's packets that hold data, in decode order: the n-th is the n-th however often the file is read.
+
+    A file that breaks off ends there; what was read before counts.
+    """
+    import av
+
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except (StopIteration, av.EOFError, av.InvalidDataError):
+            return
+        if packet.size:
+            yield packet
+
+
+def check_size(codec_context, limits: Limits) -> None:
+    width, height = codec_context.width, codec_context.height
+    if width * height > limits.max_pixels:
+        raise ItemError("too-large", f"{width}x{height} pictures, at most {limits.max_pixels} pixels are decoded")
+
+
+def _without_leading(ticks: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Packets that no decoder can show are struck out: those before the first keyframe, in decode or display order."""
+    if not keys.any():
+        return ticks
+    first = int(np.argmax(keys))
+    ticks = ticks.copy()
+    ticks[:first] = NEVER
+    if ticks[first] != NEVER:
+        ticks[ticks < ticks[first]] = NEVER
+    return ticks
+
+
+def _shown_test(stream) -> Callable[[object], bool]:
+    """VP8 keeps its hidden reference frames as packets of their own: bit 4 of the frame tag (RFC 6386, 9.1) tells."""
+    if stream.codec_context.name in ("vp8", "libvpx"):
+        return lambda packet: bool(memoryview(packet)[0] & 0x10)
+    return lambda packet: True
+
+
+def _layer_test(stream) -> Callable[[object], bool]:
+    """Whether an HEVC packet belongs to a higher temporal layer.
+
+    HEVC calls a picture unreferenced when its own layer does not refer to it, yet higher layers may (H.265, 7.4.2.2).
+    Only there is skipping unsafe; every other codec means "by no picture".
+    """
+    if stream.codec_context.name != "hevc":
+        return lambda packet: False
+    config = stream.codec_context.extradata or b""
+    length_size = (config[21] & 3) + 1 if len(config) > 22 and config[0] == 1 else 0
+    return lambda packet: _temporal_id(bytes(packet), length_size) > 0
+
+
+def _temporal_id(data: bytes, length_size: int) -> int:
+    """Temporal id of the first picture NAL unit; `length_size` 0 means start codes instead of lengths."""
+    at = 0
+    while at + length_size + 3 < len(data):
+        if length_size:
+            size = int.from_bytes(data[at : at + length_size], "big")
+            start, following = at + length_size, at + length_size + size
+        else:
+            start = data.find(b"\0\0\1", at) + 3
+            if start == 2:
+                return 0
+            following = start
+        if data[start] >> 1 & 0x3F < 32:
+            return (data[start + 1] & 7) - 1
+        at = following
+    return 0

@@ -1,0 +1,107 @@
+"""From a decoded source frame to the picture that goes into a clip: upright, square pixels, scaled, 8-bit 4:2:0.
+
+Colour. An SDR source keeps its YUV matrix (BT.601 or BT.709, guessed from the size as players do where it is not said)
+and the result says which one it is; full range becomes limited; RGB becomes BT.709. HDR (PQ or HLG) and BT.2020 sources
+are scaled at their own depth and then mapped to BT.709 by swscale's colour management: the 203-nit reference white
+becomes SDR white, what is brighter or more saturated is clipped. Interlaced pictures are left as they are.
+"""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+
+from pipeline.media import rotation_of
+
+# Bit-exact code paths: the same pixels on every processor.
+SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+
+BT709, UNSPECIFIED, BT470BG, SMPTE170M, SMPTE240M = 1, 2, 5, 6, 7  # AVColorSpace
+HDR_CURVES = {int(ColorTrc.SMPTE2084), int(ColorTrc.ARIB_STD_B67)}
+BT2020 = int(ColorPrimaries.BT2020)
+
+
+def target_size(width: int, height: int, pixel_aspect: Fraction, short_side: int | None) -> tuple[int, int]:
+    """Width and height of the output before rotation: square pixels, even, the short side at most `short_side`.
+
+    Never enlarges (a 1x1 picture becomes 2x2, the least that 4:2:0 can hold).
+    """
+    display_width = width * pixel_aspect if Fraction(1, 16) <= pixel_aspect <= 16 else Fraction(width)
+    scale = Fraction(1)
+    if short_side is not None:
+        scale = min(scale, short_side / min(display_width, Fraction(height)))
+    return _even(display_width * scale), _even(height * scale)
+
+
+def _even(length: Fraction) -> int:
+    return max(2, 2 * round(length / 2))
+
+
+class PictureMaker:
+    """Turns every frame of one video into clip pictures of one size, set by the first frame."""
+
+    def __init__(self, pixel_aspect: Fraction | None, short_side: int | None):
+        self.pixel_aspect = pixel_aspect or Fraction(1)
+        self.short_side = short_side
+        self.size: tuple[int, int] | None = None
+        self.scaler, self.mapper = VideoReformatter(), VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
+        """A fresh yuv420p frame, limited range, with none of the source's timestamps, types or side data."""
+        if self.size is None:
+            self.size = target_size(frame.width, frame.height, self.pixel_aspect, self.short_side)
+        wide = frame.color_trc in HDR_CURVES or frame.color_primaries == BT2020
+        small, matrix = self._mapped(frame) if wide else self._scaled(frame)
+        packed = _turned(small.to_ndarray(), rotation_of(frame))
+        picture = av.VideoFrame.from_ndarray(packed, format="yuv420p")
+        picture.colorspace, picture.color_range = matrix, ColorRange.MPEG
+        picture.color_primaries = ColorPrimaries.BT709 if matrix == BT709 else ColorPrimaries.SMPTE170M
+        picture.color_trc = ColorTrc.BT709 if matrix == BT709 else ColorTrc.SMPTE170M
+        return picture
+
+    def _scaled(self, frame: av.VideoFrame) -> tuple[av.VideoFrame, int]:
+        matrix = _matrix(frame)
+        is_rgb = frame.format.is_rgb or frame.format.name.startswith(("pal8", "gray", "mono"))
+        colours = {"dst_colorspace": Colorspace.ITU709} if is_rgb else {}
+        small = self.scaler.reformat(
+            frame, *self.size, "yuv420p", interpolation=SCALING, dst_color_range=ColorRange.MPEG, threads=1, **colours
+        )
+        return small, BT709 if is_rgb else matrix
+
+    def _mapped(self, frame: av.VideoFrame) -> tuple[av.VideoFrame, int]:
+        small = self.scaler.reformat(frame, *self.size, frame.format, interpolation=SCALING, threads=1)
+        if small.color_primaries == UNSPECIFIED:
+            small.color_primaries = BT2020
+        if small.colorspace == UNSPECIFIED:
+            small.colorspace = 9  # BT.2020, non-constant luminance
+        return self.mapper.reformat(
+            small,
+            format="yuv420p",
+            interpolation=SCALING,
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+            dst_color_trc=ColorTrc.BT709,
+            dst_color_primaries=ColorPrimaries.BT709,
+            threads=1,
+        ), BT709
+
+
+def _matrix(frame: av.VideoFrame) -> int:
+    if frame.colorspace in (BT470BG, SMPTE170M, SMPTE240M):
+        return SMPTE170M
+    if frame.colorspace == UNSPECIFIED:
+        return BT709 if frame.width >= 1280 or frame.height > 576 else SMPTE170M
+    return BT709
+
+
+def _turned(packed: np.ndarray, clockwise: int) -> np.ndarray:
+    """yuv420p as one uint8 [H * 3/2, W] array, turned by a multiple of 90 degrees (anything else is left alone)."""
+    if clockwise not in (90, 180, 270):
+        return packed
+    width, height = packed.shape[1], packed.shape[0] * 2 // 3
+    luma, chroma = packed[:height], packed[height:].reshape(2, height // 2, width // 2)
+    turns = -clockwise // 90
+    planes = [np.rot90(plane, turns) for plane in (luma, *chroma)]
+    joined = np.concatenate([np.ascontiguousarray(plane).reshape(-1) for plane in planes])
+    return joined.reshape(-1, planes[0].shape[1])

@@ -1,0 +1,258 @@
+"""A place where untrusted media is decoded: a crash, a hang or a memory bomb costs one call, never the worker.
+
+A sandbox is a child process that is started when first needed, serves many calls, and is killed with everything it
+started when a call exceeds a limit; the next call gets a fresh child. It is started by exec, never forked from a
+process with threads, so it works inside Ray workers and beside CUDA. It imports only what it is asked to run.
+
+Memory is limited by RLIMIT_DATA: it counts what the process may write privately (heap, anonymous maps), which is what a
+decoder allocates, and makes the allocation itself fail, so there is no moment in which the machine is already out of
+memory. RLIMIT_AS would also count address space that is never touched, and polling the resident size comes too late
+for an allocation of gigabytes.
+
+Calls and answers travel as pickles between two processes of one program; a call's function must stand in a module.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import pickle
+import resource
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.errors import ItemError
+
+HEADER = struct.Struct("<Q")
+# BLAS, OpenCV and FFmpeg would otherwise start a thread per core, each with a stack that counts as memory.
+QUIET = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+STDERR_TAIL_BYTES = 1500
+
+
+class Sandbox:
+    """`call(function, …)` runs in a child process under limits. Thread-safe: calls queue. A context manager."""
+
+    def __init__(self, memory_bytes: int = 3 * 2**30, file_bytes: int = 20 * 2**30, calls_per_child: int = 200):
+        """`memory_bytes` of private memory; `file_bytes` is the size of the largest file it may write.
+
+        A child is replaced after `calls_per_child` calls, so that leaks of decoders do not add up.
+        """
+        self.memory_bytes, self.file_bytes, self.calls_per_child = memory_bytes, file_bytes, calls_per_child
+        self._child: _Child | None = None
+        self._lock = threading.Lock()
+
+    def call(
+        self,
+        function: Callable,
+        *args: Any,
+        timeout_s: float,
+        memory_bytes: int | None = None,
+        file_bytes: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The function's result. Raises the function's own ItemError as it is, and ItemError for everything else:
+
+        timeout · out-of-memory · output-too-large · disk-full · decoder-crash (died of a signal) · internal-error
+        (any other exception; the message ends with the traceback).
+        """
+        limits = (memory_bytes or self.memory_bytes, file_bytes or self.file_bytes)
+        request = pickle.dumps((limits, function, args, kwargs), pickle.HIGHEST_PROTOCOL)
+        with self._lock:
+            if self._child is None or not self._child.fit_for_use(self.calls_per_child):
+                self._stop()
+                self._child = _Child()
+            try:
+                status, value = pickle.loads(self._child.ask(request, timeout_s, limits[0]))
+            except BaseException:  # also a keyboard interrupt: the child may be in the middle of anything
+                self._stop()
+                raise
+        if status == "raised":
+            raise value
+        return value
+
+    def close(self) -> None:
+        with self._lock:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_child", None) is not None:
+            self._child.kill()
+
+    def __reduce__(self):  # a sandbox travels as its limits; the child stays where it is
+        return Sandbox, (self.memory_bytes, self.file_bytes, self.calls_per_child)
+
+
+class _Child:
+    """The parent's handle on one child process."""
+
+    def __init__(self):
+        requests_read, self.requests = os.pipe()
+        self.answers, answers_write = os.pipe()
+        lifeline, self.lifeline = os.pipe()
+        self.stderr = tempfile.TemporaryFile()
+        setup = {"path": sys.path, "fds": [requests_read, answers_write, lifeline]}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _BOOT, json.dumps(setup)],
+            pass_fds=setup["fds"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self.stderr,
+            start_new_session=True,
+            env=os.environ | QUIET,
+        )
+        for fd in setup["fds"]:
+            os.close(fd)
+        os.set_blocking(self.requests, False)
+        self.num_calls = 0
+        self.pid = os.getpid()
+
+    def fit_for_use(self, most_calls: int) -> bool:
+        """Not after a fork either: two parents would talk to one child."""
+        return self.pid == os.getpid() and self.num_calls < most_calls and self.process.poll() is None
+
+    def ask(self, request: bytes, timeout_s: float, memory_bytes: int) -> bytes:
+        """The answer's bytes; ItemError when there is none."""
+        self.num_calls += 1
+        deadline = time.monotonic() + timeout_s
+        try:
+            self._write(HEADER.pack(len(request)) + request, deadline)
+            (size,) = HEADER.unpack(self._read(HEADER.size, deadline))
+            return self._read(size, deadline)
+        except TimeoutError:
+            raise ItemError("timeout", f"not done after {timeout_s:.0f} s") from None
+        except (EOFError, BrokenPipeError):
+            raise self._post_mortem(memory_bytes) from None
+
+    def _write(self, data: bytes, deadline: float) -> None:
+        view = memoryview(data)
+        while view:
+            _wait(self.requests, select.POLLOUT, deadline)
+            view = view[os.write(self.requests, view[:65536]) :]
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        parts = []
+        while size:
+            _wait(self.answers, select.POLLIN, deadline)
+            part = os.read(self.answers, min(size, 2**20))
+            if not part:
+                raise EOFError
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def _post_mortem(self, memory_bytes: int) -> ItemError:
+        """What a child died of, as far as its status, its size and its last words tell."""
+        _, status, usage = os.wait4(self.process.pid, 0)
+        self.process.returncode = code = os.waitstatus_to_exitcode(status)
+        self.stderr.seek(max(0, self.stderr.seek(0, os.SEEK_END) - STDERR_TAIL_BYTES))
+        words = self.stderr.read().decode(errors="replace").strip()
+        peak = usage.ru_maxrss * 1024
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        message = f"{how}, {peak // 2**20} MB resident at most. {words}".strip()
+        starved = peak > 0.8 * memory_bytes or code == -signal.SIGKILL
+        return ItemError("out-of-memory" if starved else "decoder-crash", message)
+
+    def kill(self) -> None:
+        """The child and whatever it started; nobody is left behind and nothing waits for them."""
+        if self.pid == os.getpid() and self.process.returncode is None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it and its group are gone, which is what was asked for
+            self.process.wait()
+        for fd in (self.requests, self.answers, self.lifeline):
+            os.close(fd)
+        self.stderr.close()
+
+
+def _wait(fd: int, event: int, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(fd, event)
+    left_ms = max(0, int((deadline - time.monotonic()) * 1000))
+    if not poll.poll(left_ms):
+        raise TimeoutError
+
+
+# ---- the child ------------------------------------------------------------------------------------------------------
+
+_BOOT = "import json, sys; s = json.loads(sys.argv[1]); sys.path[:] = s['path']; "
+_BOOT += "from pipeline.sandbox import serve; serve(*s['fds'])"
+
+
+def serve(requests: int, answers: int, lifeline: int) -> None:
+    """The child's main loop: one request, one answer, until the parent hangs up."""
+    _die_with_parent(lifeline)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with open(requests, "rb") as source, open(answers, "wb") as sink:
+        while header := source.read(HEADER.size):
+            answer = _answer(source.read(HEADER.unpack(header)[0]))
+            sink.write(HEADER.pack(len(answer)))
+            sink.write(answer)
+            sink.flush()
+
+
+def _die_with_parent(lifeline: int) -> None:
+    """The kernel kills the whole group the moment the parent's end of the pipe closes, however the parent ended.
+
+    A signal on the pipe rather than PR_SET_PDEATHSIG, which fires when the *thread* that started the child ends, and
+    rather than a watching thread, which a decoder that hangs with the interpreter lock held would stop.
+    """
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+    if select.select([lifeline], [], [], 0)[0]:  # the parent was gone before the signal was armed
+        os.killpg(0, signal.SIGKILL)
+
+
+def _answer(request: bytes) -> bytes:
+    try:
+        limits, function, args, kwargs = pickle.loads(request)
+        _limit(*limits)
+        answer = ("returned", function(*args, **kwargs))
+    except ItemError as error:
+        answer = ("raised", error)
+    except Exception as error:
+        answer = ("raised", _item_error(error))
+    return pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
+
+
+def _limit(memory_bytes: int, file_bytes: int) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (_within(memory_bytes, most), most))
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_within(file_bytes, most), most))
+
+
+def _within(limit: int, most: int) -> int:
+    return limit if most == resource.RLIM_INFINITY else min(limit, most)
+
+
+def _item_error(error: Exception) -> ItemError:
+    number = getattr(error, "errno", None)
+    if isinstance(error, MemoryError) or number == errno.ENOMEM:
+        return ItemError("out-of-memory", str(error) or "an allocation beyond the limit")
+    if number == errno.EFBIG:
+        return ItemError("output-too-large", str(error))
+    if number == errno.ENOSPC:
+        return ItemError("disk-full", str(error), transient=True)
+    return ItemError("internal-error", f"{type(error).__name__}: {error}\n{traceback.format_exc()[-1500:]}")

@@ -1,0 +1,97 @@
+"""Which source frames a clip is made of: pure arithmetic on frame times, no media in here.
+
+Times are seconds from the first displayed frame. The rule, for a span [start_s, end_s) and an output rate:
+- output frame k is the source frame nearest to start_s + k / rate (of two equally near ones the earlier), for every k
+  with start_s + k / rate < end_s; a source frame may serve several k when the source is slower than the output;
+- no frame whose time is end_s or later ever appears;
+- at rate "source" the clip starts with the frame nearest to start_s and then has every frame before end_s.
+Real frame times decide, never a header: a span that runs over the end of the video is cut to what exists, one that
+begins at or after the end fails as "span-past-end".
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.errors import ItemError
+
+# Times come as decimals and rationals turned into doubles; anything nearer than this is the same moment.
+SAME_MOMENT_S = 1e-6
+
+
+@dataclass(frozen=True)
+class FrameTimes:
+    """When each displayed frame of a video begins, ascending from 0.0, and when the last one ends."""
+
+    times_s: np.ndarray  # float64 [N]
+    end_s: float
+
+    def end_of(self, index: int) -> float:
+        return float(self.times_s[index + 1]) if index + 1 < len(self.times_s) else self.end_s
+
+    def __len__(self) -> int:
+        return len(self.times_s)
+
+
+def frame_times(ticks: np.ndarray, seconds_per_tick: float, last_duration: int = 0) -> FrameTimes:
+    """FrameTimes from presentation timestamps in any order, with duplicates, from any origin.
+
+    `last_duration` is how long the last frame lasts, in ticks; where a container does not say (0), the usual distance
+    between frames is taken.
+    """
+    if len(ticks) == 0:
+        raise ItemError("undecodable", "the video stream has no frames")
+    ordered = np.unique(np.asarray(ticks, dtype=np.int64))
+    times = (ordered - ordered[0]) * seconds_per_tick
+    usual = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+    last = last_duration * seconds_per_tick or usual or 1.0 / 25
+    return FrameTimes(times, float(times[-1] + last))
+
+
+def choose_frames(
+    frames: FrameTimes, start_s: float, end_s: float, rate: float | None, min_frames: int = 1
+) -> np.ndarray:
+    """Indices into `frames`, one per output frame, ascending; `rate` None keeps every frame of the span.
+
+    Raises ItemError: bad-span (not 0 <= start_s < end_s), span-past-end (fewer than `min_frames` before the video
+    ends), span-too-short (fewer than `min_frames` although the video goes on).
+    """
+    if not (0.0 <= start_s < end_s < math.inf):
+        raise ItemError("bad-span", f"a span must have 0 <= start_s < end_s, got [{start_s}, {end_s})")
+    if start_s >= frames.end_s - SAME_MOMENT_S:
+        raise ItemError("span-past-end", f"the span starts at {start_s:.3f} s, the video ends at {frames.end_s:.3f} s")
+    num_before_end = int(np.searchsorted(frames.times_s, end_s, side="left"))
+    if rate is None:
+        chosen = np.arange(min(_nearest(frames, np.array([start_s]))[0], num_before_end - 1), num_before_end)
+    else:
+        slots = _slots(start_s, min(end_s, frames.end_s), rate)
+        chosen = np.minimum(_nearest(frames, slots), num_before_end - 1)
+    if len(chosen) < min_frames:
+        past = end_s > frames.end_s + SAME_MOMENT_S
+        message = f"[{start_s:.3f}, {end_s:.3f}) s gives {len(chosen)} frames of a video of {frames.end_s:.3f} s"
+        raise ItemError(
+            "span-past-end" if past else "span-too-short", f"{message}, at least {min_frames} are asked for"
+        )
+    return chosen
+
+
+def _slots(start_s: float, end_s: float, rate: float) -> np.ndarray:
+    count = max(1, math.ceil((end_s - start_s - SAME_MOMENT_S) * rate))
+    return start_s + np.arange(count) / rate
+
+
+def _nearest(frames: FrameTimes, moments_s: np.ndarray) -> np.ndarray:
+    midpoints = (frames.times_s[:-1] + frames.times_s[1:]) / 2
+    return np.searchsorted(midpoints, moments_s - SAME_MOMENT_S, side="left")
+
+
+def caption_frames(num_frames: int, count: int) -> list[int]:
+    """Which output frames are kept as stills: the middle one (floor(N/2), the one trainers use) first, then the others
+    in time order so that all together are evenly spread. Fewer than `count` when the clip is shorter than that.
+    """
+    middle = num_frames // 2
+    spread = {(2 * i + 1) * num_frames // (2 * count) for i in range(count)}
+    if middle not in spread:
+        spread.remove(min(spread, key=lambda i: (abs(i - middle), i)))
+    return [middle, *sorted(spread - {middle})]
