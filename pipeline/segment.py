@@ -31,6 +31,7 @@ from pipeline.sentences import (
     sentence_of,
     split_sentences,
 )
+from pipeline.shots import ShotSettings
 from pipeline.words import Word, join_words
 
 
@@ -48,6 +49,8 @@ class SegmentSettings(SentenceSettings):
         "extend"  # speech shorter than min_s between silences: with silence around it, or not
     )
     min_words: int = Field(1, ge=0)  # spans with fewer words are left out; SQL can be stricter later, never laxer
+
+    shots: ShotSettings = ShotSettings()  # how shots are found, where mode or wordless asks for them
 
     # HD-VILA keeps subtitled videos only; but captions need no speech, and a silent video that vanished would surprise
     wordless: Literal["fixed", "shots", "skip"] = (
