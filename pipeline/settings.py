@@ -60,7 +60,7 @@ def validate(data: dict) -> CorpusSettings:
     try:
         return CorpusSettings.model_validate(data)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(problem) for problem in error.errors())) from None
+        raise UserError(_explain(error.errors())) from None
 
 
 def load_recipe(name: str) -> dict:
@@ -97,18 +97,27 @@ def _assign(data: dict, assignment: str) -> None:
     data[key] = value
 
 
-def _explain(problem: Any) -> str:
-    where, kind = ".".join(str(part) for part in problem["loc"]), problem["type"]
-    if kind == "extra_forbidden":
-        return f"setting {where}: there is no such setting; {_siblings(problem['loc'])}"
-    return f"setting {where} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+def _explain(problems: list[Any]) -> str:
+    """One line per setting that is wrong, naming it and what it may be."""
+    messages: dict[str, list[str]] = {}
+    for problem in problems:
+        where, model = _locate(problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(model.model_fields)
+            messages[f"setting {where}"] = [f"there is no such setting; known here are {known}"]
+        else:
+            text = problem["msg"][0].lower() + problem["msg"][1:]
+            messages.setdefault(f"setting {where} = {problem['input']!r}", []).append(text)
+    return "\n".join(f"{where}: {' or '.join(texts)}." for where, texts in messages.items())
 
 
-def _siblings(location: tuple) -> str:
-    model: Any = CorpusSettings
-    for part in location[:-1]:
+def _locate(location: tuple) -> tuple[str, Any]:
+    """The dotted name of a setting, without the parts that name branches of its type; and the model it is in."""
+    model, names = CorpusSettings, []
+    for part in location:
+        names.append(str(part))
         field = model.model_fields.get(part)
-        model = field.annotation if field else None
-        if not hasattr(model, "model_fields"):
-            return "see the settings reference."
-    return f"known here: {', '.join(model.model_fields)}."
+        if field is None or not hasattr(field.annotation, "model_fields"):
+            break
+        model = field.annotation
+    return ".".join(names), model

@@ -9,13 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
+from pipeline.config import digest
 from pipeline.cut import CutSettings, SpanRequest, cut_in_sandbox
 from pipeline.download import fetch, new_governor
+from pipeline.errors import ItemError
 from pipeline.media import probe
 from pipeline.sandbox import Sandbox
 from pipeline.segment import needs_shots, segment_video
 from pipeline.shots import detect_shots
-from pipeline.transcribe import transcribe_video
+from pipeline.transcribe import TranscribeSettings, Transcript, load_whisper, transcribe_video
 from pipeline.words import Word
 from pipeline.worker import GOVERNOR, Outcome, Result, Stopwatch, Work
 from shards.fragments import TEMPORARY
@@ -61,14 +63,40 @@ def _governor(work: Work):
 
 
 def run_transcribe(work: Work) -> Result:
+    """Speech that cannot be had (an unreadable subtitle, a model that is not there) costs the words, not the video.
+
+    It is a failure of the part VIDEO_ID.speech, which stands until the video is transcribed again.
+    """
     root, outcomes = Path(work.root), []
     for item in work.items:
         with Stopwatch(item["item_id"]) as outcome:
             files = [{**file, "path": str(root / file["path"])} for file in item["subtitles"] or []]
-            row = transcribe_video(files, root / item["path"], work.settings)
+            problems: list[ItemError] = []
+            try:
+                row = transcribe_video(files, root / item["path"], work.settings, _whisper, problems=problems)
+            except ItemError as error:
+                row, problems = Transcript("none").as_row(), [*problems, error]
+            row["digest"] = digest([row["language"], row["words"]])
             outcome.rows["transcripts"] = [{"video_id": item["video_id"], **row}]
+            outcome.parts = [(f"{item['video_id']}.speech", problem) for problem in problems[-1:]]
         outcomes.append(outcome)
     return outcomes, []
+
+
+@lru_cache(maxsize=1)
+def _whisper_or_error(settings: str):
+    try:
+        return load_whisper(TranscribeSettings.model_validate_json(settings))
+    except ItemError as error:
+        return error
+
+
+def _whisper(settings: TranscribeSettings):
+    """The model; one that cannot be loaded is not tried again for every video of this process."""
+    model = _whisper_or_error(settings.model_dump_json())
+    if isinstance(model, ItemError):
+        raise model
+    return model
 
 
 def run_segment(work: Work) -> Result:
