@@ -1,0 +1,139 @@
+"""Ranks, ties, several captions per video, dual softmax: the reference where it is right, and where it is not."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from clip_vip_support import numbers, tensors
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+from training import evaluate
+from training.evaluate import dual_softmax, ranks_of, retrieval_metrics
+
+
+def assert_metrics(ours: dict[str, float], published: dict[str, Any]) -> None:
+    for key in ("r1", "r5", "r10", "medr", "meanr"):
+        assert ours[key] == pytest.approx(published[key], rel=1e-6), key
+
+
+def test_without_ties_both_directions_equal_the_reference() -> None:
+    sim = tensors("metrics", "metrics.safetensors")["square/sim"]
+    published = numbers("metrics", "metrics.json")["square"]["xpretrain"]
+    ours = retrieval_metrics(sim, dsl="published")
+    assert set(ours) == {"t2v", "v2t", "t2v_dsl", "v2t_dsl"}
+    for direction, metrics in published.items():
+        assert_metrics(ours[direction], metrics)
+    assert ours["t2v"]["num_queries"] == 200
+
+
+def test_each_direction_of_dual_softmax_is_normalised_over_its_own_queries() -> None:
+    """The reference's video to text ranks on the matrix normalised over texts, which hardly changes anything."""
+    data = tensors("metrics", "metrics.safetensors")
+    sim = data["square/sim"].numpy()
+    np.testing.assert_allclose(dual_softmax(sim, axis=0), data["square/sim_dsl"].numpy(), rtol=1e-5, atol=1e-6)
+    ours, published = retrieval_metrics(sim, dsl="per_direction"), retrieval_metrics(sim, dsl="published")
+    assert ours["t2v_dsl"] == published["t2v_dsl"]
+    assert published["v2t_dsl"] == published["v2t"] and ours["v2t_dsl"] != ours["v2t"]
+    transposed = retrieval_metrics(sim.T, dsl="per_direction")
+    assert (ours["v2t"], ours["v2t_dsl"]) == (transposed["t2v"], transposed["t2v_dsl"])
+
+
+def test_dual_softmax_of_a_hand_made_matrix() -> None:
+    sim = np.array([[0.50, 0.49, 0.0], [0.60, 0.55, 0.0], [0.0, 0.0, 0.3]])
+    assert ranks_of(sim, np.arange(3)).tolist() == [1, 2, 1]  # text 1 prefers video 0
+    # but video 0 is even nearer to text 1 than to text 0: e^10 to 1 down its column, e^6 to 1 down that of video 1
+    over_texts = dual_softmax(sim, axis=0)
+    assert over_texts[0, 0] == pytest.approx(0.5 / (1 + np.exp(10)), rel=1e-9)
+    assert over_texts[1, 1] == pytest.approx(0.55 / (1 + np.exp(-6)), rel=1e-9)
+    assert over_texts[2, 2] == pytest.approx(0.3, rel=1e-9)
+
+
+def test_a_query_has_one_rank_where_the_reference_counts_several() -> None:
+    data, published = tensors("metrics", "metrics.safetensors"), numbers("metrics", "metrics.json")
+    for case in ("ties_quantised", "ties_some", "ties_constant"):
+        sim = data[f"{case}/sim"]
+        ours = retrieval_metrics(sim)["t2v"]
+        listed = published[case]["clip4clip"]["t2v"]["ranks_listed"]
+        assert ours["num_queries"] == len(sim) < listed
+    some = retrieval_metrics(data["ties_some/sim"])["t2v"]
+    plain = retrieval_metrics(data["square/sim"])["t2v"]
+    assert some["r1"] < plain["r1"] and some["r1"] != pytest.approx(published["ties_some"]["xpretrain"]["t2v"]["r1"])
+
+
+def test_tie_rules_bound_each_other_and_a_constant_matrix_shows_them() -> None:
+    constant = tensors("metrics", "metrics.safetensors")["ties_constant/sim"]
+    by_rule = {ties: retrieval_metrics(constant, ties=ties)["t2v"] for ties in ("pessimistic", "mean", "optimistic")}
+    assert by_rule["pessimistic"]["r1"] == by_rule["pessimistic"]["r10"] == 0
+    assert [by_rule[ties]["meanr"] for ties in by_rule] == [20.0, 10.5, 1.0]
+    assert by_rule["optimistic"]["r1"] == 1  # why the pessimistic rule is the default: a dead model scores 100 % here
+
+
+def test_several_captions_per_video_equal_the_reference() -> None:
+    data = tensors("metrics", "metrics.safetensors")
+    published = numbers("metrics", "metrics.json")["multi"]
+    sim, owner = data["multi/sim"], data["multi/video_of_sentence"]
+    ours = retrieval_metrics(sim, owner, dsl="published")
+    assert_metrics(ours["t2v"], published["xpretrain_compute_metrics_multi"]["t2v"])
+    assert_metrics(ours["t2v_dsl"], published["xpretrain_compute_metrics_multi"]["t2v_dsl"])
+    clip4clip = {key.lower(): value for key, value in published["clip4clip"]["v2t"].items()}
+    for key in ("r1", "r5", "r10"):
+        assert ours["v2t"][key] * 100 == pytest.approx(clip4clip[key])
+    assert ours["v2t"]["meanr"] == pytest.approx(clip4clip["meanr"])
+    nearest = evaluate._nearest_of_group(sim.numpy(), owner.numpy())
+    assert np.array_equal(nearest.T, data["multi/v2t_sim_max"].float().numpy())
+
+
+def test_ids_decide_and_not_positions() -> None:
+    data = tensors("metrics", "metrics.safetensors")
+    sim, owner = data["multi/sim"].numpy(), data["multi/video_of_sentence"].numpy()
+    generator = np.random.default_rng(0)
+    texts, videos = generator.permutation(len(sim)), generator.permutation(sim.shape[1])
+    where = np.argsort(videos)
+    shuffled = retrieval_metrics(sim[texts][:, videos], where[owner[texts]])
+    assert shuffled == retrieval_metrics(sim, owner)
+
+
+def test_a_video_without_text_competes_but_does_not_ask() -> None:
+    sim = np.array([[0.5, 0.1, 0.9], [0.2, 0.6, 0.3]])
+    metrics = retrieval_metrics(sim, [0, 1])
+    assert metrics["t2v"]["r1"] == 0.5 and metrics["t2v"]["meanr"] == 1.5
+    assert metrics["v2t"]["num_queries"] == 2 and metrics["v2t"]["r1"] == 1
+
+
+@given(st.integers(1, 12), st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_ranks_equal_counting_and_do_not_depend_on_the_chunks(num_texts: int, num_videos: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    sim = generator.integers(0, 4, (num_texts, num_videos)).astype(np.float32)
+    owner = generator.integers(0, num_videos, num_texts)
+    ranks = ranks_of(sim, owner)
+    for row, video, rank in zip(sim, owner, ranks, strict=True):
+        assert rank == sum(value >= row[video] for value in row)
+    whole = evaluate._CHUNK
+    try:
+        evaluate._CHUNK = 3
+        assert np.array_equal(ranks_of(sim, owner), ranks)
+    finally:
+        evaluate._CHUNK = whole
+
+
+def test_tensors_of_any_precision_are_taken() -> None:
+    sim = torch.eye(12)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert retrieval_metrics(sim.to(dtype).requires_grad_())["t2v"]["r1"] == 1
+
+
+def test_wrong_matrices_are_named() -> None:
+    for arguments, words in (
+        ((np.zeros((2, 3)),), "text_to_video"),
+        ((np.zeros((2, 3)), [0, 3]), "column 3"),
+        ((np.zeros((2, 3)), [0]), "2 integers"),
+        ((np.full((2, 2), np.nan),), "NaN"),
+        ((np.zeros((0, 0)),), "texts, videos"),
+    ):
+        with pytest.raises(UserError, match=words):
+            retrieval_metrics(*arguments)
+    with pytest.raises(UserError, match="pessimistic"):
+        retrieval_metrics(np.eye(2), ties="kind")

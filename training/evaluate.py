@@ -1,0 +1,124 @@
+"""Retrieval metrics: text to video and video to text, one rank per query, exact (spec section 8).
+
+Takes similarities, no model. Positions never decide who belongs to whom: `text_to_video` does, so evaluation sets may
+be padded, shuffled or captioned several times.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+
+Ties = Literal["pessimistic", "optimistic", "mean"]
+Dsl = Literal["per_direction", "published"]
+Metrics = dict[str, float]
+
+DSL_SCALE = 100.0
+_CHUNK = 1024  # rows ranked at once: bounds the temporaries, changes no number
+
+
+def retrieval_metrics(
+    similarity: Any,
+    text_to_video: Any = None,
+    *,
+    ties: Ties = "pessimistic",
+    dsl: Dsl | None = None,
+) -> dict[str, Metrics]:
+    """`{"t2v": …, "v2t": …}`, each with r1, r5, r10 (fractions), medr, meanr (ranks from 1) and num_queries.
+
+    similarity     [texts, videos], larger is nearer (cosines, no temperature); an array or a tensor
+    text_to_video  [texts] column of each text's video; None: text i belongs to video i
+    ties           how competitors exactly as near as the right answer count: all before it (pessimistic, the default),
+                   all after it (optimistic), or half of them before it (mean)
+    dsl            also report `t2v_dsl` and `v2t_dsl`, ranks after dual softmax. They use the whole set of queries, so
+                   they stand apart from the plain numbers. "per_direction" normalises each direction over its own
+                   queries; "published" ranks both directions on the matrix normalised over texts, as the reference does
+    A video with several texts asks with its nearest group: its rank is that of its own group among the groups of all
+    videos, a group being as near as its nearest text. A video without texts is no query, but a competitor for texts.
+    """
+    matrix, owner = _checked(similarity, text_to_video, ties, dsl)
+    metrics = {"t2v": _text_to_video(matrix, owner, ties), "v2t": _video_to_text(matrix, owner, ties)}
+    if dsl is not None:
+        over_texts = dual_softmax(matrix, axis=0)
+        over_queries = over_texts if dsl == "published" else dual_softmax(matrix, axis=1)
+        metrics["t2v_dsl"] = _text_to_video(over_texts, owner, ties)
+        metrics["v2t_dsl"] = _video_to_text(over_queries, owner, ties)
+    return metrics
+
+
+def dual_softmax(similarity: NDArray[Any], axis: int, scale: float = DSL_SCALE) -> NDArray[np.float64]:
+    """similarity · softmax(scale·similarity) along `axis`, which has to be that of the queries. In float64."""
+    wide = np.asarray(similarity, dtype=np.float64)
+    weights = np.exp(scale * (wide - wide.max(axis=axis, keepdims=True)))
+    weights /= weights.sum(axis=axis, keepdims=True)
+    return wide * weights
+
+
+def ranks_of(similarity: NDArray[Any], answers: NDArray[np.int64], ties: Ties = "pessimistic") -> NDArray[np.float64]:
+    """[queries] rank from 1 of each query's one answer (a column) among all columns."""
+    ranks = [_ranks(similarity[rows], answers[rows], ties) for rows in _chunks(len(similarity))]
+    return np.concatenate(ranks) if ranks else np.zeros(0)
+
+
+def summarise(ranks: NDArray[np.float64]) -> Metrics:
+    """Recall at 1, 5, 10 as fractions, median (the mean of the two middle ranks) and mean rank."""
+    recalls = {f"r{k}": float((ranks <= k).mean()) for k in (1, 5, 10)}
+    return recalls | {"medr": float(np.median(ranks)), "meanr": float(ranks.mean()), "num_queries": len(ranks)}
+
+
+def _text_to_video(matrix: NDArray[Any], owner: NDArray[np.int64], ties: Ties) -> Metrics:
+    return summarise(ranks_of(matrix, owner, ties))
+
+
+def _video_to_text(matrix: NDArray[Any], owner: NDArray[np.int64], ties: Ties) -> Metrics:
+    asking, group = np.unique(owner, return_inverse=True)
+    nearest = _nearest_of_group(matrix[:, asking], group)
+    return summarise(ranks_of(nearest.T, np.arange(len(asking)), ties))
+
+
+def _nearest_of_group(matrix: NDArray[Any], group: NDArray[np.int64]) -> NDArray[Any]:
+    """[groups, videos]: each group's largest similarity to each video."""
+    order = np.argsort(group, kind="stable")
+    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
+    return np.maximum.reduceat(matrix[order], starts, axis=0)
+
+
+def _ranks(rows: NDArray[Any], answers: NDArray[np.int64], ties: Ties) -> NDArray[np.float64]:
+    right = rows[np.arange(len(rows)), answers][:, None]
+    nearer = (rows > right).sum(axis=1)
+    as_near = (rows == right).sum(axis=1) - 1
+    return 1.0 + nearer + {"pessimistic": 1.0, "optimistic": 0.0, "mean": 0.5}[ties] * as_near
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    return (slice(start, start + _CHUNK) for start in range(0, count, _CHUNK))
+
+
+def _checked(similarity: Any, text_to_video: Any, ties: str, dsl: str | None) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    matrix = _as_array(similarity)
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise UserError(f"similarity is {list(matrix.shape)}; allowed: a matrix [texts, videos] with both")
+    if np.isnan(matrix).any():
+        raise UserError("similarity holds NaN: a rank among them means nothing")
+    if ties not in ("pessimistic", "optimistic", "mean"):
+        raise UserError(f"ties is {ties!r}; allowed: pessimistic, optimistic, mean")
+    if dsl not in (None, "per_direction", "published"):
+        raise UserError(f"dsl is {dsl!r}; allowed: per_direction, published, or None")
+    if text_to_video is None and matrix.shape[0] != matrix.shape[1]:
+        raise UserError(f"similarity is {list(matrix.shape)}, not square: text_to_video has to say whose text is whose")
+    owner = np.arange(len(matrix)) if text_to_video is None else _as_array(text_to_video)
+    if owner.shape != (len(matrix),) or owner.dtype.kind not in "iu":
+        raise UserError(f"text_to_video is {owner.dtype} {list(owner.shape)}; allowed: {len(matrix)} integers")
+    if owner.min() < 0 or owner.max() >= matrix.shape[1]:
+        raise UserError(f"text_to_video names column {owner.max()}; similarity has {matrix.shape[1]} videos")
+    return matrix, owner.astype(np.int64)
+
+
+def _as_array(values: Any) -> NDArray[Any]:
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float().numpy() if str(values.dtype) in ("torch.bfloat16", "torch.float16") else values.numpy()
+    return np.asarray(values)

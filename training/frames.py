@@ -1,0 +1,112 @@
+"""Which frames of a clip are taken, and how they become the model's pixels (spec section 6).
+
+Indices are pure functions of integers and names: no generator is carried from one clip to the next, so a sample is the
+same whichever worker reads it and however often. Pixels stay uint8 until `normalise`, which runs on the device.
+"""
+
+import hashlib
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Fit = Literal["squash", "crop"]
+
+
+def eval_indices(num_frames: int, num_taken: int) -> np.ndarray:
+    """[num_taken] int64, evenly from the first frame to the last, truncated; repeats where the clip is shorter.
+
+    The floating grid is truncated, not floored exactly: for 15, 19 and some more frames that differs by one here and
+    there, and the published indices have it so.
+    """
+    _check_counts(num_frames, num_taken)
+    return np.linspace(0, num_frames - 1, num_taken).astype(np.int64)
+
+
+def train_indices(num_frames: int, num_taken: int, *, seed: int, epoch: int, clip_id: str) -> np.ndarray:
+    """[num_taken] int64, sorted: both ends drawn within `jitter_ranges`, evenly in between, truncated."""
+    first, last = jitter_ranges(num_frames, num_taken)
+    draws = _draws(seed, epoch, clip_id)
+    start = first[0] + draws[0] % (first[1] - first[0] + 1)
+    end = last[0] + draws[1] % (last[1] - last[0] + 1)
+    start, end = min(start, end), max(start, end)  # they can only cross for fewer than 4 frames taken
+    return np.linspace(start, end, num_taken).astype(np.int64)
+
+
+def jitter_ranges(num_frames: int, num_taken: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The inclusive ranges of the first and of the last index: up to one interval k = ⌊N/(n-1)⌋ from either end.
+
+    The published formula divides by zero for one frame taken, and reaches -1 for two: here one frame is drawn from the
+    whole clip, and no range leaves the clip.
+    """
+    _check_counts(num_frames, num_taken)
+    if num_taken == 1:
+        return (0, num_frames - 1), (num_frames - 1, num_frames - 1)
+    interval = min(num_frames // (num_taken - 1), num_frames - 1)
+    return (0, interval), (num_frames - 1 - interval, num_frames - 1)
+
+
+def middle_index(num_frames: int) -> int:
+    """The still frame that is captioned and paired with the caption: ⌊N/2⌋."""
+    _check_counts(num_frames, 1)
+    return num_frames // 2
+
+
+def _draws(seed: int, epoch: int, clip_id: str) -> tuple[int, int]:
+    """Two independent 64-bit integers; a hash rather than a generator, whose stream could change between versions."""
+    digest = hashlib.blake2b(f"{seed}:{epoch}:{clip_id}".encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+def _check_counts(num_frames: int, num_taken: int) -> None:
+    if num_frames < 1 or num_taken < 1:
+        raise UserError(f"cannot take {num_taken} of {num_frames} frames; both must be at least 1")
+
+
+def resize(frames: "Tensor", size: int, *, fit: Fit = "squash", antialias: bool = True) -> "Tensor":
+    """[..., 3, H, W] to [..., 3, size, size] of the same dtype, bicubic; uint8 is rounded and stays within 0..255.
+
+    fit        "squash" to a square whatever the shape, as published; "crop" scales the short side and cuts the middle
+    antialias  True is what a present-day torchvision does by default; the published runs' older one did not for floats
+    """
+    from torch.nn.functional import interpolate
+
+    if fit not in ("squash", "crop"):
+        raise UserError(f"fit is {fit!r}; allowed: squash, crop")
+    height, width = frames.shape[-2:]
+    target = (size, size) if fit == "squash" else _scaled(height, width, size)
+    if target != (height, width):
+        flat = frames.reshape(-1, *frames.shape[-3:])
+        scaled = interpolate(flat, size=target, mode="bicubic", align_corners=False, antialias=antialias)
+        frames = scaled.reshape(*frames.shape[:-2], *target)
+    top, left = (target[0] - size) // 2, (target[1] - size) // 2
+    return frames[..., top : top + size, left : left + size]
+
+
+def _scaled(height: int, width: int, size: int) -> tuple[int, int]:
+    if height <= width:
+        return size, max(size, round(width * size / height))
+    return max(size, round(height * size / width)), size
+
+
+def normalise(
+    frames: "Tensor",
+    mean: tuple[float, float, float] = CLIP_MEAN,
+    std: tuple[float, float, float] = CLIP_STD,
+    dtype: "torch.dtype | None" = None,
+) -> "Tensor":
+    """uint8 (or float 0..255) [..., 3, H, W] to (x/255 - mean)/std, wherever the frames are; float32 unless told."""
+    import torch
+
+    dtype = dtype or (frames.dtype if frames.is_floating_point() else torch.float32)
+    scale = torch.tensor([1 / (255 * s) for s in std], dtype=dtype, device=frames.device)
+    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], dtype=dtype, device=frames.device)
+    return frames.to(dtype) * scale[:, None, None] - shift[:, None, None]

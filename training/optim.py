@@ -1,0 +1,112 @@
+"""AdamW for CLIP-ViP: which parameters decay, at which rate each group learns, and the published update for parity.
+
+Parameters arrive by name from `ClipVip.named_parameters()`; wrappers' prefixes (`module.`, `_orig_mod.`) do not matter.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+BETAS = (0.9, 0.98)
+EPS = 1e-6
+
+
+def decays(name: str, published: bool = False) -> bool:
+    """Whether weight decay applies to a parameter: to matrices only.
+
+    Not to norms, biases and `logit_scale`, nor to what is like an embedding (class and added tokens; position, temporal
+    and token tables).
+
+    published: the grouping of the released code, which spares only names with `bias` or `logit_scale`; it meant to
+    spare the norms too, but looks for a name that CLIP does not use.
+    """
+    if name.endswith("bias") or name.endswith("logit_scale"):
+        return False
+    return published or not ("norm" in name or ("embedding" in name and "patch_embedding" not in name))
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    weight_decay: float,
+    published_decay: bool = False,
+    rate_factors: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """Groups for an optimiser, at most two per rate factor; each has its `rate_factor`, for `set_learning_rate`.
+
+    rate_factors  by prefix of the parameter's name, the longest that fits counts; e.g. {"logit_scale": 10.0}
+    """
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        bare = name.replace("_orig_mod.", "").removeprefix("module.")
+        factor, decayed = _rate_factor(bare, rate_factors or {}), decays(bare, published_decay)
+        group = {"params": [], "names": [], "rate_factor": factor, "weight_decay": weight_decay if decayed else 0.0}
+        group = groups.setdefault((factor, decayed), group)
+        group["params"].append(parameter)
+        group["names"].append(bare)
+    return list(groups.values())
+
+
+def _rate_factor(name: str, rate_factors: Mapping[str, float]) -> float:
+    fitting = [prefix for prefix in rate_factors if name.startswith(prefix)]
+    return rate_factors[max(fitting, key=len)] if fitting else 1.0
+
+
+def build_optimiser(groups: list[dict[str, Any]], *, published_update: bool = False) -> Optimizer:
+    """torch's fused AdamW, or the published update; rates are set before every step by `set_learning_rate`."""
+    if published_update:
+        return PublishedAdamW(groups, lr=0.0, betas=BETAS, eps=EPS)
+    return AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, fused=True)
+
+
+def set_learning_rate(optimiser: Optimizer, rate: float) -> None:
+    """`rate` times each group's factor; a rate that lives in a tensor (a compiled step) is filled in place."""
+    for group in optimiser.param_groups:
+        value = rate * group["rate_factor"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+class PublishedAdamW(Optimizer):
+    """The released code's AdamW: eps is added before the bias correction, decay takes lr·wd of the updated weight."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float] = BETAS,
+        eps: float = EPS,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        mean = state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
+        square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        corrected_rate = group["lr"] * (1 - beta2 ** state["step"]) ** 0.5 / (1 - beta1 ** state["step"])
+        parameter.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-corrected_rate)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
