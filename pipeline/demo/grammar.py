@@ -85,6 +85,7 @@ COLUMNS = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 SINGLE_RADII = {"small": (0.065, 0.125), "large": (0.175, 0.31)}
 PAIR_RADII = {"small": (0.065, 0.120), "large": (0.165, 0.235)}
 PERIODS_S = {"bouncing": (1.5, 2.4), "circling": (3.0, 5.0)}
+PAIR_MIN_S = 6.0  # naming two objects and what they do takes a speaker about five seconds
 PASS_PERIOD_S = (3.0, 6.0)  # a 4-second clip sees most of a pass
 
 Allowed = Callable[[Combination], bool]
@@ -96,9 +97,14 @@ def sample_scene(
     allowed: Allowed | None = None,
     pair_fraction: float = 0.3,
 ) -> Scene:
-    """A random scene of 3–15 s (or as long as asked) whose objects' combinations are all `allowed` (default: any)."""
+    """A random scene of 3–15 s (or as long as asked) whose objects' combinations are all `allowed` (default: any).
+
+    `pair_fraction` of the scenes that are long enough to tell it have two objects.
+    """
     duration_s = float(rng.uniform(3.0, 15.0)) if duration_s is None else duration_s
     background = Background(_pick(rng, BACKGROUND_COLOURS), _pick(rng, BACKGROUND_TEXTURES), int(rng.integers(1 << 31)))
+    if duration_s < PAIR_MIN_S:
+        pair_fraction = 0.0
     while True:
         objects = _sample_pair(rng) if rng.random() < pair_fraction else (_sample_thing(rng, _pick(rng, MOTIONS)),)
         if allowed is None or all(allowed(thing.combination) for thing in objects):
@@ -197,6 +203,7 @@ SPOKEN_MIXED = (
     "Here is {a} and {m}.",
     "We are looking at {a} on a {b} background and {m}.",
 )
+SPOKEN_BRIEF = ("Now {m}.", "{m}.")
 SPOKEN_AGAIN = ("Once more {m}.", "And again {m}.", "See it one more time, {m}.", "That is it, {m}.")
 
 FILLER = (
@@ -233,20 +240,24 @@ def motion_text(scene: Scene, index: int = 0, named: bool = True) -> str:
 def spoken_sentences(scene: Scene, rng: np.random.Generator, num_words: int = 20) -> list[str]:
     """What a narrator says about the scene: punctuated sentences of looks and motion, at most `num_words` in all.
 
-    The first two say both what is there and what it does (the mixed wording alone where there is room for one only);
-    further ones repeat the motion in other words. One sentence is given even if it is longer than `num_words`.
+    First both what is there and what it does, in two sentences or one; where there is no room for both, the motion
+    alone; then the motion again in other words until the room is filled. Empty where not even that has room.
     """
-    opening = _spoken(scene, rng, SPOKEN_STILL)
-    action = _spoken(scene, rng, SPOKEN_MOTION)
-    if num_words_in(opening) + num_words_in(action) > num_words or rng.random() < 0.25:
-        sentences = [_spoken(scene, rng, SPOKEN_MIXED)]
-    else:
-        sentences = [opening, action]
-    while True:
+    openings = [
+        [_spoken(scene, rng, SPOKEN_STILL), _spoken(scene, rng, SPOKEN_MOTION)],
+        [_spoken(scene, rng, SPOKEN_MIXED)],
+    ]
+    if rng.random() < 0.3:
+        openings.reverse()
+    openings += [[_spoken(scene, rng, SPOKEN_MOTION)], [_spoken(scene, rng, SPOKEN_BRIEF)]]
+    sentences = next((o for o in openings if sum(map(num_words_in, o)) <= num_words), [])
+    room = num_words - sum(map(num_words_in, sentences))
+    for _ in range(8 if sentences else 0):
         further = _spoken(scene, rng, SPOKEN_AGAIN)
-        if sum(map(num_words_in, sentences)) + num_words_in(further) > num_words:
-            return sentences
-        sentences.append(further)
+        if num_words_in(further) <= room:
+            sentences.append(further)
+            room -= num_words_in(further)
+    return sentences
 
 
 def filler_sentence(rng: np.random.Generator) -> str:
@@ -271,6 +282,12 @@ def facts(scene: Scene) -> dict:
         "objects": [{name: getattr(thing, name) for name in names} for thing in scene.objects],
         "passing": scene.passing,
     }
+
+
+def scene_from_dict(data: dict) -> Scene:
+    """The inverse of `dataclasses.asdict` on a scene, through JSON too."""
+    objects = tuple(Thing(**{**thing, "cell": tuple(thing["cell"])}) for thing in data["objects"])
+    return Scene(data["duration_s"], Background(**data["background"]), objects)
 
 
 def words_of(text: str) -> list[str]:

@@ -1,0 +1,300 @@
+"""What a world is asked to be, and what each of its videos is, before anything is drawn or written.
+
+A plan is a function of (settings, index) alone. Attributes such as format or subtitle kind follow a low-discrepancy
+sequence over the index, so that a small world already holds every kind in about the asked shares. Times are seconds
+from the first frame. Light imports only; pixels are drawn on demand by `frames_of`.
+"""
+
+from bisect import bisect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from itertools import accumulate
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.config import Settings, operational
+from pipeline.demo import grammar
+from pipeline.demo.grammar import Combination, Scene
+from pipeline.demo.narration import SUBTITLE_WRITERS
+
+FADE_S = 0.5  # a cross-fade begins at the cut and takes this long
+CATEGORIES = (  # YouTube's, the 15 that HD-VILA-100M covers
+    "Autos & Vehicles",
+    "Comedy",
+    "Education",
+    "Entertainment",
+    "Film & Animation",
+    "Gaming",
+    "Howto & Style",
+    "Music",
+    "News & Politics",
+    "Nonprofits & Activism",
+    "People & Blogs",
+    "Pets & Animals",
+    "Science & Technology",
+    "Sports",
+    "Travel & Events",
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to write a video. `weight` is how often a varied world uses it."""
+
+    extension: str
+    encoder: str
+    codec: str  # as probing names it
+    audio_encoder: str
+    weight: float
+    options: dict[str, str] = field(default_factory=dict)
+
+
+_X264 = {"preset": "ultrafast", "crf": "24", "x264-params": "scenecut=40:keyint=120"}
+_VPX = {"deadline": "realtime", "cpu-used": "8", "b": "400k"}
+
+FORMATS: dict[str, Format] = {
+    "h264-mp4": Format("mp4", "libx264", "h264", "aac", 0.44, _X264),
+    "h264-b-mp4": Format("mp4", "libx264", "h264", "aac", 0.13, _X264 | {"bf": "2", "b_strategy": "0", "refs": "2"}),
+    "h264-mkv": Format("mkv", "libx264", "h264", "aac", 0.12, _X264),
+    "h264-ts": Format("ts", "libx264", "h264", "aac", 0.08, _X264),
+    "hevc-mp4": Format(
+        "mp4",
+        "libx265",
+        "hevc",
+        "aac",
+        0.05,
+        {"preset": "ultrafast", "crf": "26", "x265-params": "pools=none:frame-threads=1:info=0:log-level=error"},
+    ),
+    "vp8-webm": Format("webm", "libvpx", "vp8", "libopus", 0.06, _VPX),
+    "vp9-webm": Format("webm", "libvpx-vp9", "vp9", "libopus", 0.06, _VPX),
+    "mpeg4-mov": Format("mov", "mpeg4", "mpeg4", "libmp3lame", 0.04, {"b": "300k", "g": "60"}),
+    "av1-mkv": Format(
+        "mkv", "libsvtav1", "av1", "libopus", 0.02, {"preset": "12", "crf": "35", "svtav1-params": "lp=1"}
+    ),
+}
+VARIABLE_RATE = ("h264-mp4", "h264-mkv", "vp9-webm")  # formats that videos of variable frame rate use
+
+SIZES = {"320x240": 0.42, "426x240": 0.26, "240x320": 0.18, "640x360": 0.14}
+RATES = {"12.5": 0.3, "15": 0.3, "24": 0.12, "25": 0.12, "29.97": 0.1, "variable": 0.06}
+_RATES = {"12.5": Fraction(25, 2), "15": Fraction(15), "24": Fraction(24), "25": Fraction(25)}
+_RATES["29.97"] = Fraction(30000, 1001)
+
+SizeName = Literal["320x240", "426x240", "240x320", "640x360"]
+RateName = Literal["12.5", "15", "24", "25", "29.97", "variable"]
+FormatName = Literal[
+    "h264-mp4", "h264-b-mp4", "h264-mkv", "h264-ts", "hevc-mp4", "vp8-webm", "vp9-webm", "mpeg4-mov", "av1-mkv"
+]
+BrokenKind = Literal[
+    "not-found", "html", "truncated", "empty", "unknown-host", "audio-only", "unavailable-once", "cut-off", "duplicate"
+]
+ROTATED_INDEX, ROTATED_EVERY = 3, 40  # among the first four, so that small worlds have one
+
+
+class WorldSettings(Settings):
+    # How much
+    num_videos: int = Field(24, ge=1)  # working videos; about 9 scenes each
+    seed: int = Field(0, ge=0)  # everything follows from it
+    min_video_s: float = Field(30.0, ge=3.0)  # lengths are uniform between these two …
+    max_video_s: float = Field(120.0, ge=3.0)  # … up to one scene more
+    min_scene_s: float = Field(3.0, ge=1.0)  # shorter ones leave no time to say anything
+    max_scene_s: float = Field(15.0, ge=1.0)  # HD-VILA's mean clip is 13.4 s
+
+    # What is seen
+    pair_fraction: float = Field(0.3, ge=0, le=1)  # scenes of two objects, where there is time to tell
+    fade_fraction: float = Field(0.1, ge=0, le=1)  # cuts that are cross-fades of half a second
+    combinations: Literal["all", "seen", "held-out"] = "all"  # of colour, shape, motion: for tests on unseen ones
+    held_out_fraction: float = Field(0.15, gt=0, lt=1)  # how many combinations "seen" leaves to "held-out"
+    held_out_seed: int = Field(0, ge=0)  # which ones; keep it the same in both worlds
+
+    # Files: weighted choice among these
+    sizes: tuple[SizeName, ...] = Field(tuple(SIZES), min_length=1)
+    rates: tuple[RateName, ...] = Field(tuple(RATES), min_length=1)
+    formats: tuple[FormatName, ...] = Field(FormatName.__args__, min_length=1)
+    rotation: bool = True  # one MP4 in forty (and of the first four) is turned by metadata, as phones do
+    audio_fraction: float = Field(0.4, ge=0, le=1)  # videos with a quiet audio track (nothing is spoken in it)
+
+    # Subtitles and their noise
+    missing_fraction: float = Field(0.1, ge=0, le=1)  # videos without subtitles
+    manual_fraction: float = Field(0.4, ge=0, le=1)  # of those with: written by people, punctuated; the rest automatic
+    shifted_fraction: float = Field(0.15, ge=0, le=1)  # of those with: late or early …
+    max_shift_s: float = Field(2.0, ge=1.0)  # … by one second to this many
+    filler_fraction: float = Field(0.15, ge=0, le=1)  # scenes that are talked over with something else
+
+    # Sources that cannot work, or not at first, and one that is another's copy
+    broken: tuple[BrokenKind, ...] = ()
+
+    workers: int = operational(0, ge=0)  # processes; 0: one per core
+
+
+# The three levels of subtitle noise that studies compare
+NOISE_LEVELS: dict[str, dict[str, float]] = {
+    "low": {"filler_fraction": 0.0, "shifted_fraction": 0.0, "missing_fraction": 0.0},
+    "medium": {"filler_fraction": 0.25, "shifted_fraction": 0.25, "missing_fraction": 0.1},
+    "high": {"filler_fraction": 0.6, "shifted_fraction": 0.5, "missing_fraction": 0.2},
+}
+
+
+# ---------------------------------------------------------------- one video
+
+
+@dataclass(frozen=True)
+class VideoPlan:
+    """Everything about a video before it is drawn."""
+
+    video_id: str
+    format_name: str
+    extension: str
+    size: tuple[int, int]  # as displayed
+    rate: Fraction | None  # None: variable
+    rotation: int
+    has_audio: bool
+    category: str
+    subtitle_kind: str | None
+    subtitle_offset_s: float
+    scenes: tuple[tuple[float, Scene], ...]  # (start second, scene), without gaps
+    fades: tuple[bool, ...]  # whether a scene comes in over its predecessor's end
+    frame_times: tuple[Fraction, ...]
+
+    @property
+    def file(self) -> str:
+        return f"videos/{self.video_id}.{self.extension}"
+
+    @property
+    def subtitle_file(self) -> str | None:
+        kind = self.subtitle_kind
+        return f"subtitles/{self.video_id}.en.{SUBTITLE_WRITERS[kind][0]}" if kind else None
+
+    @property
+    def duration_s(self) -> float:
+        start_s, scene = self.scenes[-1]
+        return start_s + scene.duration_s
+
+
+def plan_video(settings: WorldSettings, index: int) -> VideoPlan:
+    rng = np.random.default_rng([settings.seed, index, 0])
+    choose = _Chooser(settings.seed, index)
+    rotated = settings.rotation and index % ROTATED_EVERY == ROTATED_INDEX and "h264-mp4" in settings.formats
+    rate_name = choose("rate", {name: RATES[name] for name in settings.rates})
+    formats = {name: FORMATS[name].weight for name in settings.formats}
+    if rate_name == "variable":
+        formats = {name: formats.get(name, 1.0) for name in VARIABLE_RATE if name in formats} or {"h264-mp4": 1.0}
+    format_name = "h264-mp4" if rotated else choose("format", formats)
+    rate = _RATES.get(rate_name)
+    scenes = _plan_scenes(settings, rng)
+    times = _frame_times(sum(scene.duration_s for scene in scenes), rate, rng)
+    placed, times = _snap(scenes, times)
+    kind, offset_s = _plan_subtitles(settings, choose, rng)
+    return VideoPlan(
+        video_id=f"w{settings.seed}v{index:05d}",
+        format_name=format_name,
+        extension=FORMATS[format_name].extension,
+        size=_size(choose("size", {name: SIZES[name] for name in settings.sizes})),
+        rate=rate,
+        rotation=(90, 270)[index // ROTATED_EVERY % 2] if rotated else 0,
+        has_audio=choose.share("audio") < settings.audio_fraction,
+        category=choose("category", dict.fromkeys(CATEGORIES, 1.0)),
+        subtitle_kind=kind,
+        subtitle_offset_s=offset_s,
+        scenes=placed,
+        fades=(False, *(bool(rng.random() < settings.fade_fraction) for _ in placed[1:])),
+        frame_times=times,
+    )
+
+
+class _Chooser:
+    """Weighted choices that spread evenly over neighbouring indices: a Kronecker sequence per attribute."""
+
+    STEPS = {"rate": 2, "format": 3, "size": 5, "audio": 7, "category": 11, "subtitles": 13, "kind": 17, "shift": 19}
+
+    def __init__(self, seed: int, index: int):
+        self.seed, self.index = seed, index
+
+    def share(self, attribute: str) -> float:
+        prime = self.STEPS[attribute]
+        start = np.random.default_rng([self.seed, prime]).random()
+        return float((start + self.index * prime**0.5) % 1.0)
+
+    def __call__(self, attribute: str, weights: dict[str, float]) -> str:
+        bounds = list(accumulate(weights.values()))
+        return list(weights)[bisect(bounds, self.share(attribute) * bounds[-1])]
+
+
+def _size(name: str) -> tuple[int, int]:
+    width, height = name.split("x")
+    return int(width), int(height)
+
+
+def _allowed(settings: WorldSettings) -> Callable[[Combination], bool] | None:
+    if settings.combinations == "all":
+        return None
+    wanted = settings.combinations == "held-out"
+    return lambda c: grammar.held_out(c, settings.held_out_fraction, settings.held_out_seed) == wanted
+
+
+def _plan_scenes(settings: WorldSettings, rng: np.random.Generator) -> list[Scene]:
+    target_s = rng.uniform(settings.min_video_s, settings.max_video_s)
+    low, high = settings.min_scene_s, settings.max_scene_s
+    scenes: list[Scene] = []
+    total_s = 0.0
+    while total_s + low <= target_s or not scenes:
+        duration_s = float(rng.triangular(low, low + 0.35 * (high - low), high)) if high > low else low
+        scenes.append(grammar.sample_scene(rng, duration_s, _allowed(settings), settings.pair_fraction))
+        total_s += duration_s
+    return scenes
+
+
+def _frame_times(duration_s: float, rate: Fraction | None, rng: np.random.Generator) -> tuple[Fraction, ...]:
+    """Times of all frames: regular, or for a variable rate 8 to 30 a second in whole milliseconds."""
+    if rate:
+        return tuple(k / rate for k in range(round(duration_s * rate)))
+    steps_ms = rng.integers(33, 125, int(duration_s * 31))
+    times_ms = np.concatenate([[0], np.cumsum(steps_ms)])
+    return tuple(Fraction(int(t), 1000) for t in times_ms[times_ms < duration_s * 1000])
+
+
+def _snap(
+    scenes: list[Scene], times: tuple[Fraction, ...]
+) -> tuple[tuple[tuple[float, Scene], ...], tuple[Fraction, ...]]:
+    """Scenes moved to begin on frames, so that a stated cut is the time of the first frame after it."""
+    grid = np.array([float(t) for t in times])
+    ends = np.cumsum([scene.duration_s for scene in scenes])
+    inner = [float(grid[np.searchsorted(grid, end - 1e-9)]) for end in ends[:-1]]
+    last = float(times[-1] + (times[-1] - times[-2]))
+    bounds = [0.0, *inner, last]
+    placed = tuple(
+        (start, replace(scene, duration_s=end - start))
+        for start, end, scene in zip(bounds, bounds[1:], scenes, strict=False)
+    )
+    return placed, times
+
+
+def _plan_subtitles(settings: WorldSettings, choose: _Chooser, rng: np.random.Generator) -> tuple[str | None, float]:
+    sign, shift_s = (1 if rng.random() < 0.6 else -1), float(rng.uniform(1.0, settings.max_shift_s))
+    if choose.share("subtitles") < settings.missing_fraction:
+        return None, 0.0
+    manual, automatic = settings.manual_fraction, 1.0 - settings.manual_fraction
+    shares = {"manual-vtt": 0.6 * manual, "manual-srt": 0.4 * manual}
+    shares |= {"auto-vtt": 0.75 * automatic, "auto-json3": 0.25 * automatic}
+    offset_s = round(sign * shift_s, 3) if choose.share("shift") < settings.shifted_fraction else 0.0
+    return choose("kind", shares), offset_s
+
+
+def frames_of(plan: VideoPlan) -> Iterator[tuple[Fraction, np.ndarray]]:
+    """(time, RGB picture as displayed) of every frame, cross-fades included."""
+    from pipeline.demo.render import cross_fade, render_frame
+
+    n = 0
+    for time in plan.frame_times:
+        while n + 1 < len(plan.scenes) and float(time) >= plan.scenes[n + 1][0]:
+            n += 1
+        start_s, scene = plan.scenes[n]
+        t_s = float(time) - start_s
+        picture = render_frame(scene, t_s, *plan.size)
+        if plan.fades[n] and t_s < FADE_S:
+            before_s, before = plan.scenes[n - 1]
+            old = render_frame(before, float(time) - before_s, *plan.size)
+            picture = cross_fade(old, picture, t_s / FADE_S)
+        yield time, picture
