@@ -1,9 +1,10 @@
 """The captioner interface, and which class stands behind a setting. No model library is imported at the top.
 
-A captioner gets frames and answers for every one of them, in order: a `Caption`, or the `ItemError` of that frame alone.
+A captioner gets frames and answers for every one of them, in order: a `Caption`, or the `ItemError` of that one frame.
 Nothing is made up: what the model leaves empty is the text "".
 """
 
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CODE_VERSION = 1  # of what captioners write for the same model and settings: raising it makes every caption pending
+SCORE_DECIMALS = 4  # float32 sums differ in the sixth decimal between batch sizes and processors
 
 
 @dataclass(frozen=True)
@@ -125,3 +127,9 @@ def caption_in_batches(
         captions = iter(caption_batch(pictures) if pictures else [])
         answers += [frame if isinstance(frame, ItemError) else next(captions) for frame in frames]
     return answers
+
+
+def frame_seed(picture: "Image.Image", seed: int) -> int:
+    """The seed for what is drawn about this picture: its pixels and the setting decide, nothing around it."""
+    pixels = hashlib.sha256(picture.tobytes()).digest()
+    return int.from_bytes(hashlib.sha256(pixels + seed.to_bytes(16, "big")).digest()[:8], "big") >> 1

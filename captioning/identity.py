@@ -41,7 +41,9 @@ def weights_file(pretrained: str, setting: str) -> Path | None:
     if path.suffix not in WEIGHT_SUFFIXES and not path.is_file():
         return None
     if path.suffix not in WEIGHT_SUFFIXES:
-        raise UserError(f"setting {setting} = {pretrained}: a weights file ends in one of {', '.join(WEIGHT_SUFFIXES)}.")
+        raise UserError(
+            f"setting {setting} = {pretrained}: a weights file ends in one of {', '.join(WEIGHT_SUFFIXES)}."
+        )
     if not path.is_file():
         raise UserError(f"setting {setting} = {pretrained}: there is no such file.")
     return path

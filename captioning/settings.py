@@ -24,7 +24,7 @@ class CaptionSettings(ModelSettings):
     captioner: CaptionerName = "coca"  # coca | huggingface | demo | MODULE:ATTRIBUTE (see docs/captioning.md)
     model: str = COCA_MODEL  # open_clip name, local-dir:FOLDER; for huggingface a name or folder
     pretrained: str = COCA_PRETRAINED  # open_clip tag, or a local .safetensors/.pt file; unused by local-dir and others
-    revision: str | None = None  # huggingface only: commit, tag or branch; give a commit for captions that can be redone
+    revision: str | None = None  # huggingface only: commit, tag or branch; a commit makes captions repeatable
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp32 gives the same captions on CPU and GPU; bf16 is faster
 
     # Decoding. The values are those CoCa's authors generate with.
@@ -35,8 +35,8 @@ class CaptionSettings(ModelSettings):
     top_p: float = Field(0.1, gt=0, le=1)  # top_p: draw among the likeliest tokens that hold this probability
     temperature: float = Field(1.0, gt=0)  # top_k, top_p: below 1 is less varied
     repetition_penalty: float = Field(1.0, gt=0)  # above 1 avoids words that were said; 1 leaves the model alone
-    min_tokens: int = Field(5, ge=0)  # start token and end token included
-    max_tokens: int = Field(30, ge=3)  # likewise; a caption of MSCOCO has 12 on average
+    min_tokens: int = Field(5, ge=0)  # ids before the end token, the start token included
+    max_tokens: int = Field(30, ge=3)  # ids in all, start and end included; a caption of MSCOCO has 14 on average
     seed: int = Field(0, ge=0)  # with the frame's hash it seeds what is drawn, so a frame is always captioned alike
 
     options: dict[str, Any] = {}  # passed on to a MODULE:ATTRIBUTE captioner

@@ -1,0 +1,114 @@
+"""Captions by open_clip's CoCa: `generate` for the text, one teacher-forced pass for its score.
+
+Shapes: B pictures, L ids per caption (start and end token included), P picture tokens, D their width, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import open_clip
+import torch
+from PIL import Image
+
+from captioning.captioner import SCORE_DECIMALS, Caption, caption_in_batches, fingerprint_of, frame_seed
+from captioning.identity import open_clip_name
+from captioning.open_clip_models import LoadedModel, load_open_clip
+from captioning.settings import CaptionSettings
+from pipeline.errors import ItemError, UserError
+
+
+def load(settings: CaptionSettings) -> "CocaCaptioner":
+    """The CoCa that `caption.model` and `caption.pretrained` name. Raises UserError where that is not a CoCa."""
+    loaded = load_open_clip(settings, "caption")
+    if not isinstance(loaded.model, open_clip.CoCa):
+        known = ", ".join(name for name in open_clip.list_models() if name.startswith("coca"))
+        raise UserError(f"setting caption.model = {settings.model}: not a CoCa model; open_clip has {known}.")
+    if not hasattr(loaded.tokenizer, "sot_token_id"):
+        raise UserError(
+            f"setting caption.model = {settings.model}: only CoCa models with CLIP's tokenizer can be used."
+        )
+    name = f"coca/{open_clip_name(settings.model, settings.pretrained, 'caption')}"
+    return CocaCaptioner(loaded, settings, name)
+
+
+class CocaCaptioner:
+    """Captions do not depend on which frames share a batch, nor, where chance is in play, on their order."""
+
+    def __init__(self, loaded: LoadedModel, settings: CaptionSettings, name: str):
+        limit = loaded.model.context_length
+        if settings.max_tokens > limit:
+            raise UserError(f"setting caption.max_tokens = {settings.max_tokens}: {name} reads at most {limit} tokens.")
+        self.loaded, self.settings, self.name = loaded, settings, name
+        self.fingerprint = fingerprint_of(settings)
+
+    def caption(self, images: Sequence[Image.Image | bytes]) -> list[Caption | ItemError]:
+        return caption_in_batches(images, self.settings.batch_size, self._caption_batch)
+
+    @torch.inference_mode()
+    def _caption_batch(self, pictures: list[Image.Image]) -> list[Caption]:
+        latent_BD, tokens_BPD = self.loaded.model._encode_image(self.loaded.pixels(pictures))
+        ids_BL = self._generate(pictures, latent_BD, tokens_BPD)
+        log_probs_BL = self._log_probs(ids_BL, latent_BD, tokens_BPD)
+        return [
+            self._as_caption(ids, scores) for ids, scores in zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
+        ]
+
+    def _generate(self, pictures: list[Image.Image], latent_BD: torch.Tensor, tokens_BPD: torch.Tensor) -> torch.Tensor:
+        """Ids [B, L], padded to the longest. Drawn captions come one by one: the generator belongs to the frame."""
+        if not self.settings.samples:
+            return self._run_generate(latent_BD, tokens_BPD)
+        rows = []
+        for i, picture in enumerate(pictures):
+            with torch.random.fork_rng(devices=[self.loaded.device] if self.loaded.device.type == "cuda" else []):
+                torch.manual_seed(frame_seed(picture, self.settings.seed))
+                rows.append(self._run_generate(latent_BD[i : i + 1], tokens_BPD[i : i + 1])[0])
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.loaded.model.pad_id)
+
+    def _run_generate(self, latent_BD: torch.Tensor, tokens_BPD: torch.Tensor) -> torch.Tensor:
+        chosen, tokenizer = self.settings, self.loaded.tokenizer
+        repeats = chosen.num_beams if chosen.generation == "beam_search" else 1
+        with _encoded_once(self.loaded.model, latent_BD, tokens_BPD, repeats):
+            return self.loaded.model.generate(
+                latent_BD,  # stands for the pictures: only its device and number of rows are used
+                seq_len=chosen.max_tokens,
+                max_seq_len=self.loaded.model.context_length,
+                min_seq_len=chosen.min_tokens,
+                generation_type=chosen.generation,
+                num_beams=chosen.num_beams,
+                num_beam_groups=chosen.num_beam_groups,
+                top_k=chosen.top_k,
+                top_p=chosen.top_p,
+                temperature=chosen.temperature,
+                repetition_penalty=chosen.repetition_penalty,
+                sot_token_id=tokenizer.sot_token_id,
+                eos_token_id=tokenizer.eot_token_id,
+            )
+
+    def _log_probs(self, ids_BL: torch.Tensor, latent_BD: torch.Tensor, tokens_BPD: torch.Tensor) -> torch.Tensor:
+        """Log-probability [B, L - 1] of every id but the first, given those before it and the picture."""
+        ids_BL = ids_BL[:, : self.loaded.model.context_length]
+        logits_BLV = self.loaded.model(None, ids_BL, image_latent=latent_BD, image_embs=tokens_BPD)["logits"]
+        log_probs_BLV = logits_BLV.float().log_softmax(-1)
+        return log_probs_BLV.gather(-1, ids_BL[:, 1:, None])[..., 0]
+
+    def _as_caption(self, ids: list[int], log_probs: list[float]) -> Caption:
+        """`ids` is start, text, end, padding; `log_probs[i]` is that of `ids[i + 1]`."""
+        end = self.loaded.tokenizer.eot_token_id
+        stop = ids.index(end) if end in ids else len(ids)
+        scored = log_probs[:stop]
+        text = " ".join(self.loaded.tokenizer.decode(ids[1:stop]).split())
+        return Caption(text, round(sum(scored) / len(scored), SCORE_DECIMALS), stop - 1)
+
+
+@contextmanager
+def _encoded_once(model: open_clip.CoCa, latent_BD: torch.Tensor, tokens_BPD: torch.Tensor, repeats: int) -> Iterator:
+    """While open: the model takes its pictures as encoded already.
+
+    `generate` would run the vision tower on every beam's copy of a picture, which is half of all work with ViT-L.
+    """
+    encoded = latent_BD.repeat_interleave(repeats, 0), tokens_BPD.repeat_interleave(repeats, 0)
+    model._encode_image = lambda images, normalize=True: encoded
+    try:
+        yield
+    finally:
+        del model._encode_image  # the class's own method shows again

@@ -1,0 +1,49 @@
+"""The demo world's two models, trained by `captioning.train_demo_models` and shipped in `captioning/weights`.
+
+`demo_captioner` is open_clip's CoCa, `demo_clip` open_clip's CLIP, both with a configuration and a vocabulary of their
+own, which lie beside the weights as JSON: `model` (arguments of the class), `preprocess`, `words`.
+"""
+
+import json
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors.torch import load_file
+
+from captioning.coca import CocaCaptioner
+from captioning.identity import DEMO_WEIGHTS
+from captioning.open_clip_models import DTYPES, LoadedModel, use_device
+from captioning.settings import CaptionSettings, ScoreSettings
+from captioning.tokenizer import WordTokenizer
+
+CLASSES = {"demo_captioner": open_clip.CoCa, "demo_clip": open_clip.CLIP}
+
+
+def load_captioner(settings: CaptionSettings) -> CocaCaptioner:
+    """The captioner behind `captioner: demo`."""
+    return CocaCaptioner(load_model("demo_captioner", settings, "caption"), settings, "demo")
+
+
+def load_model(name: str, settings: CaptionSettings | ScoreSettings, section: str) -> LoadedModel:
+    """A shipped model with its weights, on the device and in the precision of the settings."""
+    config = json.loads((DEMO_WEIGHTS / f"{name}.json").read_text())
+    device, dtype = use_device(settings, section), DTYPES[settings.precision]
+    loaded = build(name, config)
+    weights = load_file(DEMO_WEIGHTS / f"{name}.safetensors")
+    loaded.model.load_state_dict({key: tensor.float() for key, tensor in weights.items()}, strict=True)
+    loaded.model.to(device, dtype).eval()
+    return LoadedModel(loaded.model, loaded.preprocess, loaded.tokenizer, device, dtype)
+
+
+def build(name: str, config: dict[str, Any]) -> LoadedModel:
+    """The architecture of a config with random weights, in fp32 on the CPU."""
+    model = CLASSES[name](**config["model"])
+    if name == "demo_captioner":  # open_clip leaves this tensor as the memory happened to be
+        torch.nn.init.normal_(
+            model.text_decoder.text_projection, std=config["model"]["multimodal_cfg"]["width"] ** -0.5
+        )
+    preprocess = image_transform_v2(PreprocessCfg(**config["preprocess"]), is_train=False)
+    tokenizer = WordTokenizer(config["words"], config["model"]["text_cfg"]["context_length"])
+    return LoadedModel(model, preprocess, tokenizer, torch.device("cpu"), torch.float32)

@@ -1,0 +1,99 @@
+"""Captions by a Hugging Face image-to-text model: BLIP, GIT, ViT-GPT2 and others that need nothing but the picture.
+
+Models come by name (and revision) or from a local folder; code that a model's repository ships is never run.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+from captioning.captioner import SCORE_DECIMALS, Caption, caption_in_batches, fingerprint_of, frame_seed
+from captioning.identity import folder_identity
+from captioning.open_clip_models import DTYPES, use_device
+from captioning.settings import CaptionSettings
+from pipeline.config import digest
+from pipeline.errors import ItemError, UserError
+
+
+def load(settings: CaptionSettings) -> "HuggingFaceCaptioner":
+    """The model that `caption.model` names. Raises UserError where it cannot be had or captions no pictures."""
+    device, dtype = use_device(settings, "caption"), DTYPES[settings.precision]
+    folder = Path(settings.model).expanduser()
+    where = str(folder) if folder.is_dir() else settings.model
+    try:
+        common = {"revision": settings.revision} if settings.revision and not folder.is_dir() else {}
+        processor = AutoImageProcessor.from_pretrained(where, use_fast=False, **common)
+        tokenizer = AutoTokenizer.from_pretrained(where, **common)
+        model = AutoModelForImageTextToText.from_pretrained(where, **common)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"setting caption.model = {settings.model}: {error}. Allowed: the name or the local folder of an "
+            "image-to-text model such as BLIP, GIT or a vision-encoder-decoder."
+        ) from error
+    identity = f"folder-{digest(folder_identity(folder))}" if folder.is_dir() else settings.model
+    return HuggingFaceCaptioner(
+        model.to(device, dtype).eval(), processor, tokenizer, settings, f"huggingface/{identity}"
+    )
+
+
+class HuggingFaceCaptioner:
+    def __init__(self, model: Any, processor: Any, tokenizer: Any, settings: CaptionSettings, name: str):
+        self.model, self.processor, self.tokenizer = model, processor, tokenizer
+        self.settings, self.name, self.fingerprint = settings, name, fingerprint_of(settings)
+        sep, eos = tokenizer.sep_token_id, tokenizer.eos_token_id
+        self.end_id = eos if sep is None else sep  # BERT's vocabularies end a text with [SEP], others with their eos
+
+    def caption(self, images: Sequence[Image.Image | bytes]) -> list[Caption | ItemError]:
+        return caption_in_batches(images, self.settings.batch_size, self._caption_batch)
+
+    @torch.inference_mode()
+    def _caption_batch(self, pictures: list[Image.Image]) -> list[Caption]:
+        pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        pixels_BCHW = pixels.to(self.model.device, self.model.dtype)
+        if not self.settings.samples:
+            return self._generate(pixels_BCHW)
+        captions = []
+        for picture, row in zip(pictures, pixels_BCHW, strict=True):
+            with torch.random.fork_rng(devices=[row.device] if row.is_cuda else []):
+                torch.manual_seed(frame_seed(picture, self.settings.seed))
+                captions += self._generate(row[None])
+        return captions
+
+    def _generate(self, pixels_BCHW: torch.Tensor) -> list[Caption]:
+        ids_BL = self.model.generate(pixel_values=pixels_BCHW, **self._decoding())
+        log_probs_BL = self._log_probs(pixels_BCHW, ids_BL)
+        return [
+            self._as_caption(ids, scores) for ids, scores in zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
+        ]
+
+    def _decoding(self) -> dict[str, Any]:
+        chosen = self.settings
+        common = {
+            "min_length": chosen.min_tokens,
+            "max_length": chosen.max_tokens,
+            "repetition_penalty": chosen.repetition_penalty,
+            "num_beams": chosen.num_beams if chosen.generation == "beam_search" else 1,
+            "do_sample": chosen.samples,
+        }
+        if not chosen.samples:
+            return common
+        limit = {"top_k": chosen.top_k} if chosen.generation == "top_k" else {"top_k": 0, "top_p": chosen.top_p}
+        return {**common, **limit, "temperature": chosen.temperature}
+
+    def _log_probs(self, pixels_BCHW: torch.Tensor, ids_BL: torch.Tensor) -> torch.Tensor:
+        """Log-probability [B, L - 1] of every id but the first, given those before it and the picture."""
+        given = "decoder_input_ids" if self.model.config.is_encoder_decoder else "input_ids"
+        logits = self.model(pixel_values=pixels_BCHW, **{given: ids_BL[:, :-1]}).logits
+        logits_BLV = logits[:, 1 - ids_BL.shape[1] :]  # some models put the picture's tokens before the text's
+        return logits_BLV.float().log_softmax(-1).gather(-1, ids_BL[:, 1:, None])[..., 0]
+
+    def _as_caption(self, ids: list[int], log_probs: list[float]) -> Caption:
+        """`ids` is start, text, end, padding; `log_probs[i]` is that of `ids[i + 1]`."""
+        stop = ids.index(self.end_id, 1) if self.end_id in ids[1:] else len(ids)
+        scored = log_probs[:stop]
+        text = " ".join(self.tokenizer.decode(ids[1:stop], skip_special_tokens=True).split())
+        return Caption(text, round(sum(scored) / len(scored), SCORE_DECIMALS), stop - 1)

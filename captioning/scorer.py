@@ -1,0 +1,135 @@
+"""How well texts fit a clip's frame, by any open_clip model, and two facts about the subtitle: the columns of `scores`.
+
+Scores only; what is good enough is decided in SQL. A text that is not there gives null, never a number.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from captioning.captioner import decode_frame
+from captioning.identity import demo_identity, open_clip_identity, open_clip_name
+from captioning.settings import ScoreSettings
+from pipeline.config import digest
+from pipeline.errors import ItemError
+
+if TYPE_CHECKING:
+    import torch
+
+    from captioning.open_clip_models import LoadedModel
+
+CODE_VERSION = 1  # of what is computed for the same model and settings: raising it makes every score pending
+DEMO_MODEL = "demo_clip"
+DECIMALS = 5  # float32 sums differ in the seventh decimal between batch sizes and processors
+
+
+@dataclass(frozen=True)
+class ScoreInput:
+    clip_id: str
+    jpeg: bytes | None  # the clip's caption frame; None where it has none
+    subtitle: str | None  # None and "" alike: nothing is said
+    caption: str | None
+    duration_s: float | None = None  # of the clip, for words per second
+
+
+def load_scorer(settings: ScoreSettings) -> "Scorer":
+    """The scorer of these settings, its model loaded; the same object when asked again. Raises UserError."""
+    return _load(settings.model_dump_json(), fingerprint_of(settings))
+
+
+@lru_cache(maxsize=2)  # the fingerprint is part of the key, so weights that changed on disk are loaded anew
+def _load(settings_json: str, fingerprint: str) -> "Scorer":
+    settings = ScoreSettings.model_validate_json(settings_json)
+    if settings.model == "demo":
+        from captioning.demo import load_model
+
+        return Scorer(load_model(DEMO_MODEL, settings, "score"), settings.batch_size, "demo", fingerprint)
+    from captioning.open_clip_models import load_open_clip
+
+    name = open_clip_name(settings.model, settings.pretrained, "score")
+    return Scorer(load_open_clip(settings, "score"), settings.batch_size, name, fingerprint)
+
+
+def fingerprint_of(settings: ScoreSettings) -> str:
+    """Hash of the model and of all that shapes a score but the row; loads no model. Raises UserError: files missing."""
+    if settings.model == "demo":
+        identity: list = demo_identity(DEMO_MODEL)
+    else:
+        identity = open_clip_identity(settings.model, settings.pretrained, "score")
+    return digest([CODE_VERSION, identity, settings.precision])
+
+
+class Scorer:
+    """Features are computed once per distinct frame and once per distinct text, in batches."""
+
+    def __init__(self, loaded: "LoadedModel", batch_size: int, name: str, fingerprint: str):
+        self.loaded, self.batch_size, self.name, self.fingerprint = loaded, batch_size, name, fingerprint
+
+    def score(self, rows: Sequence[ScoreInput]) -> list[dict[str, Any] | ItemError]:
+        """A row of `scores` per input, in order; the ItemError "undecodable-frame" where its frame is no picture."""
+        frames = {row.jpeg: None for row in rows if row.jpeg is not None}
+        images = self._image_features(frames)
+        texts = self._text_features(dict.fromkeys(t for row in rows for t in (row.subtitle, row.caption) if t))
+        return [self._row(row, images.get(row.jpeg), texts) for row in rows]
+
+    def _row(self, row: ScoreInput, image: Any, texts: dict[str, "torch.Tensor"]) -> dict[str, Any] | ItemError:
+        if isinstance(image, ItemError):
+            return image
+        subtitle, caption = texts.get(row.subtitle), texts.get(row.caption)
+        return {
+            "clip_id": row.clip_id,
+            "model": self.name,
+            "fingerprint": self.fingerprint,
+            "frame_sha256": None if row.jpeg is None else hashlib.sha256(row.jpeg).hexdigest(),
+            "subtitle_similarity": _cosine(image, subtitle),
+            "caption_similarity": _cosine(image, caption),
+            "text_similarity": _cosine(subtitle, caption),
+            **speech_columns(row.subtitle, row.duration_s),
+        }
+
+    def _image_features(self, jpegs: Iterable[bytes]) -> dict[bytes, Any]:
+        """Unit vector [D], or the ItemError, of every frame."""
+        features: dict[bytes, Any] = {}
+        for batch in _batched(jpegs, self.batch_size):
+            decoded = {jpeg: decode_frame(jpeg) for jpeg in batch}
+            features |= {jpeg: error for jpeg, error in decoded.items() if isinstance(error, ItemError)}
+            pictures = {jpeg: picture for jpeg, picture in decoded.items() if not isinstance(picture, ItemError)}
+            if pictures:
+                pixels = self.loaded.pixels(list(pictures.values()))
+                features |= zip(pictures, self._encode(self.loaded.model.encode_image, pixels), strict=True)
+        return features
+
+    def _text_features(self, texts: Iterable[str]) -> dict[str, "torch.Tensor"]:
+        """Unit vector [D] of every text; the tokenizer cuts a long one at the model's context length."""
+        features: dict[str, torch.Tensor] = {}
+        for batch in _batched(texts, self.batch_size):
+            ids = self.loaded.tokenizer(batch).to(self.loaded.device)
+            features |= zip(batch, self._encode(self.loaded.model.encode_text, ids), strict=True)
+        return features
+
+    def _encode(self, tower: Callable, inputs: "torch.Tensor") -> "torch.Tensor":
+        import torch
+
+        with torch.inference_mode():
+            return torch.nn.functional.normalize(tower(inputs).float(), dim=-1).cpu()
+
+
+def speech_columns(subtitle: str | None, duration_s: float | None) -> dict[str, float | None]:
+    """Words per second of the clip, and 1 - distinct words / words; null without words (or without a duration)."""
+    words = re.findall(r"\w+(?:['’-]\w+)*", (subtitle or "").lower())
+    return {
+        "words_per_s": len(words) / duration_s if words and duration_s else None,
+        "repeated_word_ratio": 1 - len(set(words)) / len(words) if words else None,
+    }
+
+
+def _cosine(first: "torch.Tensor | None", second: "torch.Tensor | None") -> float | None:
+    return None if first is None or second is None else round(float(first @ second), DECIMALS)
+
+
+def _batched(items: Iterable, size: int) -> Iterable[list]:
+    items = list(items)
+    return (items[start : start + size] for start in range(0, len(items), size))
