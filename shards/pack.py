@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
 from pipeline.config import Settings, digest, operational
-from pipeline.errors import ItemError
+from pipeline.errors import ItemError, UserError
 from shards.index import FORMAT, Stamp, read_stamp, write_index
 from shards.schema import INDEX, sample_key
 from shards.tar import Member, Sample, member_bytes, read_member, sync_folder, write_tar
@@ -97,7 +98,7 @@ class Written:
 # -- planning -------------------------------------------------------------------------------------------------------
 
 
-def select_samples(connection, settings: PackSettings) -> pa.Table:
+def select_samples(connection: duckdb.DuckDBPyConnection, settings: PackSettings) -> pa.Table:
     """(clip_id, mp4_bytes, jpg_bytes, txt_bytes, content) of every clip that `pack.where` picks, in order of clip_id.
 
     Raises UserError when the condition is not one.
@@ -106,11 +107,15 @@ def select_samples(connection, settings: PackSettings) -> pa.Table:
 
     check_selection(connection, settings.where, "pack.where")
     hashed = ", ".join(f"'{name}': {name}" for name in (*FIXED, "sha256", "frame_sha256", "phash", "kind"))
-    return connection.sql(f"""
+    sql = f"""
         SELECT clip_id, num_bytes AS mp4_bytes, coalesce(frames[1].num_bytes, 0) AS jpg_bytes,
                strlen(text) AS txt_bytes, md5(to_json({{{hashed}}})::VARCHAR) AS content
         FROM ({selection(settings.where)}) ORDER BY clip_id
-    """).to_arrow_table()
+    """
+    try:
+        return connection.sql(sql).to_arrow_table()
+    except duckdb.Error as error:  # a value that does not convert, say: found only while the rows are made
+        raise UserError(f"pack.where: {error}") from error
 
 
 def plan_shards(samples: pa.Table, settings: PackSettings) -> list[ShardPlan]:
@@ -210,7 +215,7 @@ def _next_paths(root: Path, plan: ShardPlan) -> tuple[Path, Path]:
 # -- writing --------------------------------------------------------------------------------------------------------
 
 
-def shard_rows(connection, plan: ShardPlan) -> pa.Table:
+def shard_rows(connection: duckdb.DuckDBPyConnection, plan: ShardPlan) -> pa.Table:
     """The catalog's rows (ROW_COLUMNS) of a plan's clips, in the tar's order."""
     wanted = pa.table({"clip_id": plan.clip_ids, "rank": np.arange(len(plan.clip_ids))})
     connection.register("wanted_clips", wanted)

@@ -112,7 +112,7 @@ def selection(where: str) -> str:
     if not where:
         return "SELECT * FROM catalog"
     if re.match(r"(select|with|from)\b", where, re.IGNORECASE):
-        return f"SELECT * FROM catalog WHERE clip_id IN (SELECT clip_id FROM (\n{where}\n))"
+        return f"SELECT * FROM catalog WHERE clip_id IN (SELECT picked.clip_id FROM (\n{where}\n) picked)"
     return f"SELECT * FROM catalog WHERE (\n{where}\n)"
 
 

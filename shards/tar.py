@@ -75,7 +75,9 @@ def write_tar(path: str | Path, samples: Iterable[Sample], *, fsync: bool = Fals
     with replacing(path, fsync=fsync) as file:
         with TarWriter(file, user=OWNER, group=OWNER, mode=MODE, mtime=0, encoder=False, compress=False) as writer:
             for sample in samples:
-                assert sample.members and not set("./") & set(sample.key), f"not a WebDataset key: {sample.key!r}"
+                assert sample.key and sample.members and not set("./") & set(sample.key), (
+                    f"not a sample: {sample.key!r}"
+                )
                 members += _placed(sample, writer.tarstream.offset)
                 writer.write({"__key__": sample.key, **sample.members})
                 assert writer.tarstream.offset == members[-1].end, "webdataset wrote something else than plain USTAR"

@@ -1,0 +1,335 @@
+"""Verifying: every shard against its index, and both against the manifest. Nothing is repaired here.
+
+Each tar is read once, from front to back: structure, names, offsets, sizes, hashes and texts are compared as it streams
+by, so without decoding this runs at the speed of the disk or of SHA-256. Decoding is a function that the caller passes
+in, because clips are untrusted media and this package knows no decoder.
+"""
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from pipeline.errors import ItemError
+from shards.index import TEXT_COLUMNS, read_index, read_stamp
+from shards.pack import EXTENSIONS, NEXT
+from shards.schema import INDEX, sample_key
+from shards.tar import Member, scan
+
+MAX_TEXT_BYTES = 16_000_000  # a KEY.txt or KEY.json beyond this is reported, not read
+
+# One caption on so many clips that do not look alike is a captioner gone wrong, not the world.
+SAME_CAPTION_MIN = 100
+SAME_CAPTION_SHARE = 0.001
+
+CLIP_FACTS = {  # column of the index → column of `clips` that it has to equal
+    "video_id": "video_id",
+    "mp4_sha256": "sha256",
+    "mp4_bytes": "num_bytes",
+    "jpg_sha256": "frame_sha256",
+    "num_frames": "num_frames",
+    "fps": "fps",
+    "duration_s": "duration_s",
+    "width": "width",
+    "height": "height",
+    "frame_time_s": "frame_time_s",
+}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as it should be. `item` is a clip_id or a member's name, "" for a whole file.
+
+    kinds: missing-file, orphan-file, bad-index, bad-tar, missing-member, extra-member, misplaced-member, hash-mismatch,
+    text-mismatch, bad-json, sample-mismatch, clip-mismatch, unknown-clip, stale-text, undecodable, frame-count,
+    missing-sample; and the warning same-caption.
+    """
+
+    path: str
+    item: str
+    kind: str
+    message: str
+
+    @property
+    def is_warning(self) -> bool:
+        return self.kind == "same-caption"
+
+
+def verify(
+    root: Path,
+    connection: duckdb.DuckDBPyConnection,
+    *,
+    decode_frames: Callable[[bytes], int] | None = None,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Problem]:
+    """Checks all shards of a corpus, `workers` at a time; problems come in order of shard and sample, warnings last.
+
+    decode_frames  mp4 bytes → how many frames really decode; raises ItemError. Called from several threads.
+    progress       called with (shards checked, shards in all)
+    """
+    root = Path(root)
+    problems = _files(root, connection)
+    names = _shard_names(connection)
+    for number, found in enumerate(_checked(root, connection, names, decode_frames, max(1, workers)), 1):
+        problems += found
+        if progress:
+            progress(number, len(names))
+    return problems + _same_captions(connection)
+
+
+def _checked(root, connection, names, decode_frames, workers: int) -> Iterator[list[Problem]]:
+    """Problems shard by shard, in order. Rows are asked for here, by the one thread that has the connection, and only
+    for the shards that are being read and the next few: a corpus's rows need not fit into memory.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[list[Problem]]] = deque()
+        for name in names:
+            shard = _Shard(name, *_manifest_rows(connection, name))
+            waiting.append(pool.submit(shard.check, root, decode_frames))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+# -- what there should be -------------------------------------------------------------------------------------------
+
+
+def _shard_names(connection: duckdb.DuckDBPyConnection) -> list[str]:
+    return [row[0] for row in connection.execute("SELECT DISTINCT shard FROM samples ORDER BY shard").fetchall()]
+
+
+def _manifest_rows(connection: duckdb.DuckDBPyConnection, shard: str) -> tuple[pa.Table, pa.Table]:
+    """(the shard's rows of `samples`, the same clips' rows of `catalog`), both in the tar's order."""
+    samples = connection.execute(
+        f"SELECT {', '.join(INDEX.names)} FROM samples WHERE shard = ? ORDER BY position", [shard]
+    )
+    samples = samples.fetch_arrow_table().cast(INDEX)
+    clips = connection.execute(
+        """
+        SELECT s.clip_id, c.clip_id IS NOT NULL AS known, c.* EXCLUDE (clip_id), c.text AS subtitle
+        FROM samples s LEFT JOIN catalog c ON c.clip_id = s.clip_id WHERE s.shard = ? ORDER BY s.position
+        """,
+        [shard],
+    )
+    return samples, clips.fetch_arrow_table()
+
+
+def _files(root: Path, connection: duckdb.DuckDBPyConnection) -> list[Problem]:
+    """Files in shards/ that no sample lies in, and what a killed packing left."""
+    wanted = {name for shard in _shard_names(connection) for name in (shard, str(Path(shard).with_suffix(".parquet")))}
+    problems = []
+    for path in sorted((root / "shards").glob("*")):
+        if path.name == NEXT:
+            problems.append(Problem(f"shards/{NEXT}", "", "orphan-file", "shards of a packing that did not end"))
+        elif path.name not in wanted:
+            problems.append(Problem(f"shards/{path.name}", "", "orphan-file", "no sample of the manifest lies in it"))
+    return problems
+
+
+def _same_captions(connection: duckdb.DuckDBPyConnection) -> list[Problem]:
+    """Captions served for implausibly many clips that do not look alike; near-duplicates count once."""
+    found = connection.execute(
+        """
+        WITH captioned AS (
+            SELECT caption, coalesce(duplicate_group, clip_id) AS look, clip_id FROM catalog WHERE caption <> ''
+        )
+        SELECT caption, count(DISTINCT look) AS num_clips, min(clip_id), captioned_clips
+        FROM captioned, (SELECT count(*) AS captioned_clips FROM captioned)
+        GROUP BY caption, captioned_clips
+        HAVING num_clips >= greatest(?, ? * captioned_clips)
+        ORDER BY num_clips DESC, caption
+        """,
+        [SAME_CAPTION_MIN, SAME_CAPTION_SHARE],
+    ).fetchall()
+    return [
+        Problem("manifest.duckdb", clip, "same-caption", f"{count:,} of {total:,} unlike clips have {caption!r}")
+        for caption, count, clip, total in found
+    ]
+
+
+# -- one shard ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard as the manifest has it: rows of `samples` and of `catalog`, in the tar's order."""
+
+    name: str
+    samples: pa.Table
+    clips: pa.Table
+
+    @property
+    def index_name(self) -> str:
+        return str(Path(self.name).with_suffix(".parquet"))
+
+    def check(self, root: Path, decode_frames: Callable[[bytes], int] | None) -> list[Problem]:
+        problems = list(self._index_problems(root / "shards" / self.index_name))
+        problems += self._clip_problems()
+        path = root / "shards" / self.name
+        if not path.is_file():
+            return [*problems, self._problem("", "missing-file", "the manifest has samples in it")]
+        reader = _TarReader(self, decode_frames)
+        return problems + reader.read(path)
+
+    def _problem(self, item: str, kind: str, message: str) -> Problem:
+        return Problem(f"shards/{self.name}", item, kind, message)
+
+    def _index_problems(self, path: Path) -> Iterator[Problem]:
+        """The index beside the tar against the manifest's `samples`."""
+        where = f"shards/{self.index_name}"
+        if not path.is_file():
+            yield Problem(where, "", "missing-file", "the shard has no index")
+            return
+        try:
+            index, stamp = read_index(path), read_stamp(path)
+        except (pa.ArrowException, OSError, KeyError) as error:
+            yield Problem(where, "", "bad-index", str(error))
+            return
+        if stamp is None:
+            yield Problem(where, "", "bad-index", "it does not say which plan it was written for")
+        elif stamp.missing:
+            message = f"{len(stamp.missing)} clips could not be packed, the first is {stamp.missing[0]}"
+            yield Problem(where, "", "missing-sample", message)
+        if index["clip_id"].to_pylist() != self.samples["clip_id"].to_pylist():
+            yield Problem(where, "", "sample-mismatch", "it lists other clips than the manifest's samples")
+            return
+        for name in INDEX.names:
+            yield from _differences(where, name, index, self.samples[name], "sample-mismatch", "the manifest's samples")
+
+    def _clip_problems(self) -> list[Problem]:
+        """The manifest's `samples` against its clips and their current texts."""
+        where, rows = f"shards/{self.index_name}", self.samples
+        known = self.clips["known"].to_pylist()
+        problems = [
+            Problem(where, clip_id, "unknown-clip", "the manifest has no such clip (any more)")
+            for clip_id, is_known in zip(rows["clip_id"].to_pylist(), known, strict=True)
+            if not is_known
+        ]
+        rows, clips = rows.filter(pa.array(known)), self.clips.filter(pa.array(known))
+        for name, column in CLIP_FACTS.items():
+            packed = pa.array(
+                [value is not None for value in rows[name].to_pylist()]
+            )  # null: member left out by setting
+            problems += _differences(
+                where, name, rows.filter(packed), clips[column].filter(packed), "clip-mismatch", "the manifest's clip"
+            )
+        for name in TEXT_COLUMNS:
+            problems += _differences(where, name, rows, clips[name], "stale-text", "the manifest's text")
+        return problems
+
+
+def _differences(where: str, name: str, rows: pa.Table, wanted: Any, kind: str, whose: str) -> Iterator[Problem]:
+    """A problem for every row whose column differs; whole columns are compared first."""
+    if rows[name].equals(wanted.cast(rows[name].type)):
+        return
+    pairs = zip(rows["clip_id"].to_pylist(), rows[name].to_pylist(), wanted.to_pylist(), strict=True)
+    for clip_id, has, want in pairs:
+        if has != want:
+            yield Problem(where, clip_id, kind, f"{name} is {_short(has)}, {whose} has {_short(want)}")
+
+
+class _TarReader:
+    """Compares one tar with its samples' rows while it streams by, holding at most one member's bytes."""
+
+    def __init__(self, shard: _Shard, decode_frames: Callable[[bytes], int] | None):
+        self.shard = shard
+        self.decode_frames = decode_frames
+        self.rows = {row["key"]: row for row in shard.samples.to_pylist()}
+        self.expected = dict(_expected_members(self.rows.values()))
+        self.problems: list[Problem] = []
+        self.content = bytearray()
+
+    def read(self, path: Path) -> list[Problem]:
+        found: set[str] = set()
+        try:
+            for member, digest in scan(path, self._open):
+                found.add(member.name)
+                if member.name in self.expected:
+                    self._check(member, digest)
+                else:
+                    self._note(member.name, "extra-member", "no sample of the manifest has it")
+        except (ItemError, OSError) as error:
+            message = error.message if isinstance(error, ItemError) else str(error)
+            return [*self.problems, self.shard._problem("", "bad-tar", message)]
+        for name in self.expected.keys() - found:
+            self._note(name, "missing-member", "it is not in the tar")
+        return sorted(self.problems, key=lambda problem: problem.item)
+
+    def _open(self, member: Member) -> Callable[[bytes], Any] | None:
+        self.content = bytearray()
+        if member.name not in self.expected:
+            return None
+        return self.content.extend if self._keeps(member) else (lambda chunk: None)
+
+    def _keeps(self, member: Member) -> bool:
+        row, extension = self.expected[member.name]
+        if extension == "mp4":
+            return self.decode_frames is not None and member.num_bytes == row["mp4_bytes"]
+        return extension in ("txt", "json") and member.num_bytes <= MAX_TEXT_BYTES
+
+    def _check(self, member: Member, digest: str) -> None:
+        row, extension = self.expected[member.name]
+        where = (row[f"{extension}_offset"], row[f"{extension}_bytes"])
+        if (member.offset, member.num_bytes) != where:
+            message = f"{member.num_bytes} bytes at {member.offset}; the manifest says {where[1]} at {where[0]}"
+            self._note(member.name, "misplaced-member", message)
+        if extension in ("mp4", "jpg") and digest != row[f"{extension}_sha256"]:
+            self._note(member.name, "hash-mismatch", f"its SHA-256 is {digest}")
+        elif extension == "txt" and digest != sha256((row["subtitle"] or "").encode()).hexdigest():
+            self._note(member.name, "text-mismatch", f"{_short(self._text())} is not the clip's subtitle")
+        elif extension == "json" and self._keeps(member):
+            self._check_json(member.name, row)
+        elif extension == "mp4" and self._keeps(member):
+            self._check_frames(member.name, row)
+
+    def _check_json(self, name: str, row: Row) -> None:
+        """KEY.json must parse, be about this clip, and name the hashes of the members beside it."""
+        try:
+            values = json.loads(self.content)
+            facts = {column: values.get(column) for column in ("clip_id", "key", "mp4_sha256", "jpg_sha256")}
+        except (ValueError, AttributeError) as error:
+            self._note(name, "bad-json", str(error))
+            return
+        for column, value in facts.items():
+            if row[column] is not None and value != row[column]:
+                self._note(name, "text-mismatch", f"{column} is {_short(value)}, not {_short(row[column])}")
+
+    def _check_frames(self, name: str, row: Row) -> None:
+        try:
+            num_frames = self.decode_frames(bytes(self.content))
+        except ItemError as error:
+            self._note(name, "undecodable", str(error))
+            return
+        if num_frames != row["num_frames"]:
+            self._note(name, "frame-count", f"{num_frames} frames decode; the manifest says {row['num_frames']}")
+
+    def _text(self) -> str:
+        return self.content.decode(errors="replace")
+
+    def _note(self, item: str, kind: str, message: str) -> None:
+        self.problems.append(self.shard._problem(item, kind, message))
+
+
+def _expected_members(rows: Iterable[Row]) -> Iterator[tuple[str, tuple[Row, str]]]:
+    """(member's name, (row, extension)) of every member that the rows place in the tar."""
+    for row in rows:
+        assert row["key"] == sample_key(row["clip_id"]), f"{row['clip_id']} has key {row['key']}"
+        for extension in EXTENSIONS:
+            if row[f"{extension}_offset"] is not None:
+                yield f"{row['key']}.{extension}", (row, extension)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
