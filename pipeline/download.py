@@ -146,21 +146,21 @@ def fetch(
     from pipeline import media
 
     job = _Job(source, Path(folder), settings, governor or new_governor(settings))
-    job.work.mkdir(parents=True, exist_ok=True)
     try:
+        job.work.mkdir(parents=True, exist_ok=True)
         given = job.given_subtitles()
         fetched = job.fetch()
         fetched.subtitles[:0] = given
         info = _checked(fetched.path, probe or media.probe)
         row = job.publish(fetched, info, Path(corpus_root) if corpus_root else job.folder.parent)
-    except ItemError as error:
-        if not error.transient:
-            shutil.rmtree(job.work)
-        raise
+        shutil.rmtree(job.work)
+        return row
     except OSError as error:
         raise from_os_error(error) from error
-    shutil.rmtree(job.work)
-    return row
+    except ItemError as error:
+        if not error.transient or not any(job.work.iterdir()):
+            shutil.rmtree(job.work)
+        raise
 
 
 class _Job:

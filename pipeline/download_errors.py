@@ -42,7 +42,7 @@ ERROR_CLASSES: dict[str, tuple[bool, str]] = {
 RETRIED = {"connection", "stalled", "truncated", "server-error", "unknown-host"}
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 class DownloadError(ItemError):

@@ -195,6 +195,8 @@ def load_cookies(path: str):
         jar.load(ignore_discard=True, ignore_expires=True)
     except (OSError, LoadError, UnicodeDecodeError) as error:
         raise UserError(f"download.cookies_file = {path!r}: not a Netscape cookie file: {error}") from error
+    for cookie in jar:  # 0 stands for "until the browser closes", which http.cookiejar takes for 1970
+        cookie.expires = cookie.expires or None
     return jar
 
 

@@ -1,0 +1,178 @@
+"""A real HTTP server on loopback whose answers can be made to fail in all the ways the open internet does."""
+
+import gzip
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import imageio_ffmpeg
+
+
+@dataclass
+class Route:
+    """What one path answers. Lists are used up by one element per request, then the route behaves."""
+
+    body: bytes = b""
+    content_type: str | None = "video/mp4"
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    ranges: bool = True  # answer Range requests with 206
+    etag: str | None = '"one"'
+    drops: list[int] = field(default_factory=list)  # close the connection after so many bytes of the body
+    failures: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # (status, headers) answered first
+    stall_after: int | None = None  # send so many bytes, then nothing until the server is closed
+    length_delta: int = 0  # added to the true Content-Length
+    bytes_per_s: int | None = None
+    gzipped: bool = False
+    announce: bool = True  # send Content-Length at all
+
+
+class MediaServer:
+    """`url(path)` of the routes in `routes`; `requests` lists (path, headers) of everything that was asked for."""
+
+    def __init__(self) -> None:
+        self.routes: dict[str, Route] = {}
+        self.requests: list[tuple[str, dict[str, str]]] = []
+        self.closing = threading.Event()
+        self.num_active = 0
+        self.max_active = 0
+        self.lock = threading.Lock()
+        handler = type("Handler", (_Handler,), {"media": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        return self._server.server_address[1]
+
+    def url(self, path: str, host: str = "127.0.0.1") -> str:
+        return f"http://{host}:{self.port}{path}"
+
+    def add(self, path: str, body: bytes = b"", **options) -> str:
+        self.routes[path] = Route(body, **options)
+        return self.url(path)
+
+    def asked(self, path: str) -> list[dict[str, str]]:
+        """Headers of every request for a path, in order."""
+        return [headers for asked, headers in self.requests if asked.partition("?")[0] == path]
+
+    def close(self) -> None:
+        self.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@contextmanager
+def media_server() -> Iterator[MediaServer]:
+    server = MediaServer()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    media: MediaServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_args) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        media = self.media
+        with media.lock:
+            media.requests.append((self.path, dict(self.headers.items())))
+            media.num_active += 1
+            self.active = 1
+            media.max_active = max(media.max_active, media.num_active)
+        try:
+            self._answer(media.routes.get(self.path.partition("?")[0], Route(b"nothing here", "text/plain", 404)))
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """No more active: said before the last byte goes out, so that a client that has it cannot be counted twice."""
+        with self.media.lock:
+            self.media.num_active -= self.active
+        self.active = 0
+
+    def _answer(self, route: Route) -> None:
+        if route.failures:
+            status, headers = route.failures.pop(0)
+            self._send(status, headers, b"come back later", Route(content_type="text/plain", etag=None))
+            return
+        body, status, headers = route.body, route.status, dict(route.headers)
+        start = self._range_start(route)
+        if start is not None and start >= len(body):
+            self._send(416, {"Content-Range": f"bytes */{len(body)}"}, b"", route)
+            return
+        if start is not None:
+            status, body = 206, body[start:]
+            headers["Content-Range"] = f"bytes {start}-{len(route.body) - 1}/{len(route.body)}"
+        self._send(status, headers, body, route)
+
+    def _range_start(self, route: Route) -> int | None:
+        value = self.headers.get("Range", "")
+        if not route.ranges or not value.startswith("bytes="):
+            return None
+        if "If-Range" in self.headers and self.headers["If-Range"] != route.etag:
+            return None
+        return int(value.removeprefix("bytes=").partition("-")[0])
+
+    def _send(self, status: int, headers: dict[str, str], body: bytes, route: Route) -> None:
+        self.send_response(status)
+        if route.gzipped:
+            body, headers = gzip.compress(body), {**headers, "Content-Encoding": "gzip"}
+        if route.content_type:
+            self.send_header("Content-Type", route.content_type)
+        if route.etag:
+            self.send_header("ETag", route.etag)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if route.announce:
+            self.send_header("Content-Length", str(len(body) + route.length_delta))
+        if route.length_delta or not route.announce:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self._write(body, route)
+
+    def _write(self, body: bytes, route: Route) -> None:
+        drop = route.drops.pop(0) if route.drops and route.body else None
+        body = body if drop is None else body[:drop]
+        step = max(1, route.bytes_per_s // 20) if route.bytes_per_s else 1 << 16
+        sent = 0
+        while sent < len(body):
+            if route.stall_after is not None and sent >= route.stall_after:
+                self.media.closing.wait(30)
+                break
+            end = min(sent + step, len(body), len(body) if route.stall_after is None else route.stall_after)
+            if end == len(body):
+                self._leave()
+            self.wfile.write(body[sent:end])
+            sent = end
+            if route.bytes_per_s and sent < len(body):
+                time.sleep(0.05)
+        if drop is not None or route.length_delta or not route.announce:
+            self.close_connection = True
+
+
+def make_video(path: Path, *, duration_s: float = 1.0, size: str = "160x120", audio_only: bool = False) -> bytes:
+    """A small real video (noise, so that it has some hundred kilobytes), or sound alone, encoded by FFmpeg."""
+    noise = f"nullsrc=s={size}:r=10:d={duration_s},geq=random(1)*255:128:128"
+    source = f"sine=d={duration_s}" if audio_only else noise
+    codec = ["-c:a", "aac"] if audio_only else ["-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "lavfi", "-i", source, *codec]
+    command += ["-threads", "1", "-movflags", "+faststart" if path.suffix in (".mp4", ".m4a") else "+write_colr"]
+    command = command if path.suffix in (".mp4", ".m4a", ".mov") else command[:-2]
+    subprocess.run([*command, str(path)], check=True, stdin=subprocess.DEVNULL)
+    return path.read_bytes()
