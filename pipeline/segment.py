@@ -41,21 +41,16 @@ class SegmentSettings(SentenceSettings):
 
     target_s: float = Field(13.4, gt=0)  # lengths are chosen around this: HD-VILA's mean clip, 32.5 words of speech
     min_s: float = Field(2.0, gt=0)  # shorter clips show too little to learn from
-    max_s: float = Field(
-        30.0, gt=0
-    )  # a caption and 12 frames do not cover more; at least 2 × min_s, to split without rest
+    max_s: float = Field(30.0, gt=0)  # one caption and 12 frames do not cover more; at least 2 × min_s
     pad_s: float = Field(0.0, ge=0)  # silence taken along on both sides of speech, as far as there is any
-    short: Literal["extend", "drop"] = (
-        "extend"  # speech shorter than min_s between silences: with silence around it, or not
-    )
+    short: Literal["extend", "drop"] = "extend"  # what is said in less than min_s: with silence around it, or not
     min_words: int = Field(1, ge=0)  # spans with fewer words are left out; SQL can be stricter later, never laxer
 
     shots: ShotSettings = ShotSettings()  # how shots are found, where mode or wordless asks for them
 
-    # HD-VILA keeps subtitled videos only; but captions need no speech, and a silent video that vanished would surprise
-    wordless: Literal["fixed", "shots", "skip"] = (
-        "fixed"  # videos in which nothing is said: even spans, shots, or nothing
-    )
+    # Videos in which nothing is said: even spans of about target_s, shots, or nothing. HD-VILA keeps subtitled videos
+    # only; but captions need no speech, and a silent video that vanished would surprise.
+    wordless: Literal["fixed", "shots", "skip"] = "fixed"
 
     @model_validator(mode="after")
     def _range_is_wide_enough(self):
@@ -133,13 +128,14 @@ def _moved(sentence: Sentence, offset: int) -> Sentence:
 
 def _not_overlapping(words: Sequence[Word]) -> list[Word]:
     """Words that overlap share the overlap, half and half."""
-    words = list(words)
-    for k, (word, following) in enumerate(pairwise(words)):
-        if word.end_s > following.start_s:
-            middle = (following.start_s + min(word.end_s, following.end_s)) / 2
-            words[k] = replace(word, end_s=max(middle, word.start_s))
-            words[k + 1] = replace(following, start_s=max(middle, word.start_s))
-    return words
+    apart = list(words[:1])
+    for word in words[1:]:
+        before = apart[-1]
+        if before.end_s > word.start_s:
+            middle = max(before.start_s, (word.start_s + min(before.end_s, word.end_s)) / 2)
+            apart[-1], word = replace(before, end_s=middle), replace(word, start_s=middle)
+        apart.append(word)
+    return apart
 
 
 def _shortened(word: Word, end_s: float) -> Word:
@@ -170,12 +166,12 @@ def _made_here(
 ) -> tuple[str, list[_Span], list[Sentence]]:
     """Origin, spans and sentences for every mode but given spans."""
     sentences = split_sentences(words, settings)
-    if settings.mode == "shots" or (not words and settings.wordless == "shots"):
-        assert shots is not None, "needs_shots() said that shots are needed"
+    assert shots is not None or settings.mode != "shots", "needs_shots() said that shots are needed"
+    if shots is not None and (settings.mode == "shots" or not words):
         return "shots", _spans_of_shots(words, shots, settings, dropped), sentences
     if not words:
-        spans = _even(0.0, end_s, settings) if settings.wordless == "fixed" and end_s < math.inf else []
-        return "fixed", spans, sentences
+        wanted = settings.wordless != "skip" and end_s < math.inf
+        return "fixed", _even(0.0, end_s, settings) if wanted else [], sentences
     spans, sentences = _spans_of_speech(words, sentences, end_s, settings, dropped)
     return "sentences", spans, sentences
 

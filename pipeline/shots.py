@@ -98,7 +98,7 @@ def _small_frames(path: Path, precision: str) -> Iterator[tuple[Any, Any, float]
 
 
 def _decoded(container: Any, stream: Any, name: str) -> Iterator[Any]:
-    """The frames that decode. A packet that does not costs its own frames, as in any player; it is counted and logged."""
+    """The frames that decode. A packet that does not costs its own frames, as in any player, and is counted."""
     import av
 
     from pipeline.packets import Limits, check_size, packets_of

@@ -169,8 +169,10 @@ def sniff(text: str) -> str | None:
         return "json3"
     if re.search(r"<(?:\w+:)?tt[\s>]", head):
         return "ttml"
-    if "[Script Info]" in head or "<SAMI" in head[:200].upper():
-        return "other"
+    if "[Script Info]" in head:
+        return "ass"
+    if head[:200].upper().startswith("<SAMI"):
+        return "sami"
     return "srt" if _TIMING.search(text) else None
 
 
@@ -190,7 +192,7 @@ def _read_blocks(text: str, settings: SubtitleSettings) -> tuple[str | None, lis
     timings = list(_TIMING.finditer(text))
     if not timings and not text.lstrip().startswith("WEBVTT"):
         raise unreadable("no timing line in it")
-    ends = [match.start() for match in timings[1:]] + [len(text)]
+    ends = [*(match.start() for match in timings), len(text)][1:]
     cues = []
     for match, end in zip(timings, ends, strict=True):
         newline = text.find("\n", match.end())
@@ -331,7 +333,7 @@ def _read_other(text: str, settings: SubtitleSettings) -> tuple[str | None, list
     import pysubs2
 
     try:
-        events = pysubs2.SSAFile.from_string(text).events
+        events = pysubs2.SSAFile.from_string(text, format_=sniff(text)).events
     except (pysubs2.exceptions.Pysubs2Error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise unreadable(f"no subtitle format that is known here ({type(error).__name__}: {error})") from error
     spoken = [event for event in events if not event.is_comment and not event.is_drawing]
@@ -442,12 +444,13 @@ def _collapse_roll_up(cues: list[Cue], repairs: Counter, always: bool) -> list[C
 
     Automatic captions show the previous line above the new one, and often a 10 ms cue with the new line alone between.
     Text is carried over when the previous cue ends with the words that this one begins with, up to the end of a line or
-    the whole previous cue. Where few cues do that the file does not roll, and repeated words are repeated speech.
+    the whole previous cue. Where most cues do not do that the file does not roll: repeated words are repeated speech.
     """
-    carried = [0] + [_carried_chars(a, b) for a, b in pairwise(cues)]
+    touching = [b.start_s - a.end_s <= TOUCHING_S for a, b in pairwise(cues)]
+    carried = [0] + [_carried_chars(a, b) if near else 0 for (a, b), near in zip(pairwise(cues), touching, strict=True)]
     rolled = sum(count > 0 for count in carried)
-    tagged = any(cue.marks for cue in cues)
-    if not always and rolled < max(1 if tagged else 3, (len(cues) - 1) / 3):
+    least = 1 if any(cue.marks for cue in cues) else 2
+    if not always and rolled < max(least, sum(touching) / 2):
         return cues
     repairs["rolled-up"] += rolled
     rests = (_tail(cue, count) if count else cue for cue, count in zip(cues, carried, strict=True))
@@ -456,8 +459,6 @@ def _collapse_roll_up(cues: list[Cue], repairs: Counter, always: bool) -> list[C
 
 def _carried_chars(before: Cue, cue: Cue) -> int:
     """How many characters at the beginning of the cue were already on the screen."""
-    if cue.start_s - before.end_s > TOUCHING_S:
-        return 0
     shown = [text for _, _, text in tokens(before.text)]
     # What carries a word time is new; the first mark only says when the cue's own first word is.
     first_timed = next((mark.offset for mark in cue.marks if mark.offset > 0), len(cue.text))
