@@ -101,7 +101,7 @@ class HostGovernor:
             state.waiting.pop(holder, None)
             if penalty_s > 0:
                 self._strike(state, now, granted_at, penalty_s)
-            elif granted_at >= state.struck_at:  # a success that began after the last strike: the host serves again
+            elif granted_at > state.struck_at:  # a success that began after the last strike: the host serves again
                 state.strikes, state.locked_since = 0, None
 
     def state(self) -> dict[str, dict]:
@@ -140,7 +140,7 @@ class HostGovernor:
         return self.poll_s if place and self.min_interval_s else 0.0
 
     def _strike(self, state: _Host, now: float, granted_at: float, penalty_s: float) -> None:
-        if granted_at < state.struck_at:  # one lockout met by several downloads at once is one strike
+        if granted_at <= state.struck_at:  # one lockout met by several downloads at once is one strike
             state.open_at = max(state.open_at, now + min(penalty_s, self.max_cooldown_s))
             return
         cooldown_s = min(penalty_s * 2**state.strikes, self.max_cooldown_s)
