@@ -19,17 +19,12 @@ from pipeline.words import Word, join_words, tokens
 
 
 class SentenceSettings(Settings):
-    pause_s: float = Field(
-        0.7, gt=0
-    )  # without punctuation a longer pause ends a sentence; speakers breathe in 0.2-0.6 s
+    pause_s: float = Field(0.6, gt=0)  # without punctuation a longer pause ends a sentence; breathing takes less
     max_gap_s: float = Field(3.0, gt=0)  # a longer silence always ends a sentence, and no span reaches across it
-    max_words: int = Field(60, ge=2)  # longer sentences are broken at a pause or comma: nobody speaks longer ones
-    words_per_stop: int = Field(
-        80, ge=1
-    )  # a transcript with fewer stops than one per so many words counts as having none
-    punctuate: str | None = Field(
-        None, pattern=r"^[\w.]+:\w+$"
-    )  # "module:function" that restores punctuation; None: none
+    max_words: int = Field(50, ge=2)  # longer sentences are broken at a pause or comma: few people speak longer ones
+    words_per_stop: int = Field(80, ge=1)  # with fewer stops than one per so many words there is no punctuation
+    # "module:function" that restores punctuation; None: none is restored
+    punctuate: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,8 @@ def test_ttml_times_are_relative_to_their_parents_and_come_in_clock_frames_and_t
 
 def test_ass_is_read_by_the_library():
     script = (
-        "[Script Info]\nScriptType: v4.00+\n[Events]\nFormat: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text\n"
+        "[Script Info]\nScriptType: v4.00+\n[Events]\n"
+        "Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text\n"
         "Dialogue: 0,0:00:01.50,0:00:03.00,Default,,0,0,0,,{\\i1}Red{\\i0} circles\\Nmove.\n"
     )
     cues = read_subtitles(script.encode())
