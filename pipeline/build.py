@@ -99,6 +99,7 @@ def session(
         corpus.require()
     saved = corpus.load_settings() if corpus.exists else None
     settings = resolve(saved, recipe, assignments)
+    fingerprints(settings)  # raises for a model's file that is not there, before anything is saved
     resolved = settings.model_dump(mode="json")
     corpus.create()
     with corpus.writer():
@@ -175,9 +176,7 @@ def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
     It may use the columns of `catalog` for stages that work on clips and of `videos` for the others, and error_class,
     message and attempts of the item's failure in this stage. Raises UserError for bad SQL.
     """
-    import duckdb
-
-    from shards.sql import open_manifest
+    from shards.sql import open_manifest, rows_of
 
     table, item = ("catalog", "clip_id") if stage.pool == "model" else ("videos", "video_id")
     failures = f"SELECT item_id, error_class, message, attempts FROM failures WHERE stage = '{stage.name}'"
@@ -186,10 +185,7 @@ def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
         f"ON f.item_id = t.{item} OR split_part(f.item_id, '.', 1) = t.{item}) WHERE ({where}) ORDER BY 1"
     )
     with open_manifest(corpus.root) as connection:
-        try:
-            return [row[0] for row in connection.execute(sql).fetchall()]
-        except duckdb.Error as error:
-            raise UserError(f"--where {where}: {error}") from error
+        return rows_of(connection, sql)
 
 
 def difference(before: dict, after: dict, prefix: str = "") -> list[str]:

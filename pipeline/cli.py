@@ -113,15 +113,13 @@ def sql(
     format: Annotated[str, typer.Option(help="table, csv, json or parquet.")] = "table",
 ) -> None:
     """Ask the manifest. Read-only, also while a build is running."""
-    from shards.sql import hint, interactive, open_manifest, run_query
+    from shards.sql import open_manifest, prompt, run_query
 
     with open_manifest(corpus) as connection:
-        if query is not None:
-            run_query(connection, query, format)
-        elif sys.stdin.isatty():
-            interactive(connection)
+        if query is None:
+            prompt(connection)
         else:
-            typer.echo(hint(corpus))
+            run_query(connection, query, format)
 
 
 @app.command()

@@ -24,7 +24,7 @@ class Terminal:
     """Shows a build on a terminal, or as plain lines where output goes elsewhere."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console()
+        self.console = console or plain_console()
         self.bars: Progress | None = None
         self.rows: dict[str, object] = {}
         self.known: dict[str, int] = {}
@@ -83,7 +83,8 @@ class Terminal:
                 self.bars.update(row, completed=state.done + state.failed, total=totals[name], note=note)
         elif now - self.said_at > ON_PLAIN_OUTPUT_EVERY_S:
             self.said_at = now
-            self.console.print(" · ".join(_progress_text(name, engine, totals) for name in totals), highlight=False)
+            known = [name for name in totals if totals[name]]
+            self.console.print(" · ".join(_progress_text(name, engine, totals) for name in known), highlight=False)
 
     def packing(self, done: int, total: int) -> None:
         if done == total:
@@ -151,17 +152,19 @@ def _progress_text(name: str, engine: Engine, totals: dict[str, int]) -> str:
     return f"{name} {state.done + state.failed}/{totals[name]}{failed}"
 
 
+def plain_console() -> Console:
+    """A console that does not cut lines where nobody has a terminal's width."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
 def print_failures(console: Console, failures: list[tuple[str, str, int, str]]) -> None:
     if not failures:
         return
-    table = Table(
-        box=None, pad_edge=False, title=f"[red]{sum(f[2] for f in failures):,} failed[/]", title_justify="left"
-    )
-    for column in ("stage", "error class", "count", "for example"):
-        table.add_column(column, justify="right" if column == "count" else "left", no_wrap=column == "for example")
+    console.print(f"[red]{sum(count for _, _, count, _ in failures):,} failed[/]")
     for stage, error_class, count, example in failures:
-        table.add_row(stage, error_class, f"{count:,}", escape(_printable(example)))
-    console.print(table)
+        text = f"  {stage:<10} {error_class:<18} {count:>7,}  [dim]{escape(_printable(example))}[/]"
+        console.print(text, no_wrap=True, overflow="ellipsis", highlight=False)
 
 
 def _printable(text: str) -> str:
@@ -170,7 +173,7 @@ def _printable(text: str) -> str:
 
 
 def show_status(root: Path, assignments: list[str]) -> None:
-    console = Console()
+    console = plain_console()
     running = Corpus(root).require().read_progress()
     if running and not assignments:
         _show_running(console, running)
@@ -220,7 +223,7 @@ def verify_corpus(root: Path, decode: bool) -> int:
     """Print what is wrong with the shards; the exit code."""
     from pipeline.verify_stage import verify_with_sandbox
 
-    console = Console()
+    console = plain_console()
     problems, checked = verify_with_sandbox(root, decode, console)
     for problem in problems:
         console.print(

@@ -1,20 +1,24 @@
 """The stages that need a model, as an actor runs them: from the ledger's items to rows, a batch of frames at a time.
 
-The models stay loaded between pieces of work (`captioning` caches them per process).
+The models stay loaded between pieces of work (`captioning` caches them per process). A model that cannot be loaded
+fails its stage's items, not the build: everything else is finished, and the items wait for the model.
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from captioning.captioner import Caption, load_captioner
 from captioning.scorer import ScoreInput, load_scorer
-from pipeline.errors import ItemError
+from pipeline.errors import ItemError, UserError
 from pipeline.worker import Outcome, Result, Work
 from shards.tar import read_member
 
 
 def run_caption(work: Work) -> Result:
-    captioner = load_captioner(work.settings)
+    captioner = _load(load_captioner, work)
+    if isinstance(captioner, ItemError):
+        return _all_failed(work, captioner)
     frames = [(item, index, frame) for item in work.items for index, frame in enumerate(item["frames"])]
     images, unreadable = _read_frames(work, [(item["tar"], frame) for item, _, frame in frames])
     answers = iter(captioner.caption([image for image in images if image is not None]))
@@ -46,7 +50,9 @@ def _caption_row(work: Work, captioner: str, item: dict, index: int, frame: dict
 
 
 def run_score(work: Work) -> Result:
-    scorer = load_scorer(work.settings)
+    scorer = _load(load_scorer, work)
+    if isinstance(scorer, ItemError):
+        return _all_failed(work, scorer)
     images, unreadable = _read_frames(work, [(item["tar"], item["frame"]) for item in work.items])
     inputs = [
         ScoreInput(item["clip_id"], image, item["subtitle"], item["caption"], item["duration_s"])
@@ -62,6 +68,22 @@ def run_score(work: Work) -> Result:
         stamp = {"clip_id": item["clip_id"], "frame_sha256": item["frame_sha256"], "fingerprint": work.fingerprint}
         outcomes.append(Outcome(item["item_id"], rows={"scores": [{**answer, **stamp}]}))
     return outcomes, []
+
+
+_unavailable: dict[str, ItemError] = {}  # stage fingerprint → why its model does not load; not tried again and again
+
+
+def _load(load: Callable, work: Work):
+    if work.fingerprint not in _unavailable:
+        try:
+            return load(work.settings)
+        except (UserError, OSError) as error:
+            _unavailable[work.fingerprint] = ItemError("model-unavailable", str(error), transient=True)
+    return _unavailable[work.fingerprint]
+
+
+def _all_failed(work: Work, error: ItemError) -> Result:
+    return [Outcome(item["item_id"], failure=error) for item in work.items], []
 
 
 def _read_frames(work: Work, frames: list[tuple[str, dict]]) -> tuple[list[bytes | None], list[ItemError | None]]:
