@@ -103,10 +103,9 @@ def sample_scene(
     """
     duration_s = float(rng.uniform(3.0, 15.0)) if duration_s is None else duration_s
     background = Background(_pick(rng, BACKGROUND_COLOURS), _pick(rng, BACKGROUND_TEXTURES), int(rng.integers(1 << 31)))
-    if duration_s < PAIR_MIN_S:
-        pair_fraction = 0.0
+    pair = duration_s >= PAIR_MIN_S and rng.random() < pair_fraction
     while True:
-        objects = _sample_pair(rng) if rng.random() < pair_fraction else (_sample_thing(rng, _pick(rng, MOTIONS)),)
+        objects = _sample_pair(rng) if pair else (_sample_thing(rng, _pick(rng, MOTIONS)),)
         if allowed is None or all(allowed(thing.combination) for thing in objects):
             return Scene(duration_s, background, objects)
 

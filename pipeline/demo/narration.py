@@ -8,6 +8,7 @@ or json3) in lower case without punctuation. A late or early file is the same fi
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -158,10 +159,11 @@ def auto_lines(sentences: Sequence[Sentence], music: bool = False) -> list[Line]
     groups = [list(words) for words in _filled(heard, AUTO_LINE_CHARS, AUTO_PAUSE_S)]
     if music:
         groups = _with_music(groups)
-    starts = [words[0].start_s for words in groups[1:]]
-    ends = [words[-1].end_s + 2.0 for words in groups]  # a line lingers, unless the next one comes
-    ends = [min(end, start) for end, start in zip(ends, [*starts, float("inf")], strict=True)]
-    return [Line(tuple(words), round(end, 3)) for words, end in zip(groups, ends, strict=True)]
+    lines = []
+    for words, following in zip_longest(groups, groups[1:]):
+        end_s = words[-1].end_s + 2.0  # a line lingers, unless the next one comes
+        lines.append(Line(tuple(words), round(min(end_s, following[0].start_s) if following else end_s, 3)))
+    return lines
 
 
 def _with_music(groups: list[list[Word]]) -> list[list[Word]]:

@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Settings, operational
 from pipeline.demo import grammar
@@ -97,8 +97,8 @@ class WorldSettings(Settings):
     # How much
     num_videos: int = Field(24, ge=1)  # working videos; about 9 scenes each
     seed: int = Field(0, ge=0)  # everything follows from it
-    min_video_s: float = Field(30.0, ge=3.0)  # lengths are uniform between these two …
-    max_video_s: float = Field(120.0, ge=3.0)  # … up to one scene more
+    min_video_s: float = Field(30.0, ge=1.0)  # lengths are uniform between these two
+    max_video_s: float = Field(120.0, ge=1.0)
     min_scene_s: float = Field(3.0, ge=1.0)  # shorter ones leave no time to say anything
     max_scene_s: float = Field(15.0, ge=1.0)  # HD-VILA's mean clip is 13.4 s
 
@@ -127,6 +127,16 @@ class WorldSettings(Settings):
     broken: tuple[BrokenKind, ...] = ()
 
     workers: int = operational(0, ge=0)  # processes; 0: one per core
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "WorldSettings":
+        if self.min_video_s > self.max_video_s:
+            raise ValueError("min_video_s must not be above max_video_s")
+        if self.min_scene_s > self.max_scene_s:
+            raise ValueError("min_scene_s must not be above max_scene_s")
+        if "variable" in self.rates and not set(self.formats) & set(VARIABLE_RATE):
+            raise ValueError(f"rates: 'variable' needs one of the formats {', '.join(VARIABLE_RATE)}")
+        return self
 
 
 # The three levels of subtitle noise that studies compare
@@ -178,14 +188,13 @@ def plan_video(settings: WorldSettings, index: int) -> VideoPlan:
     choose = _Chooser(settings.seed, index)
     rotated = settings.rotation and index % ROTATED_EVERY == ROTATED_INDEX and "h264-mp4" in settings.formats
     rate_name = choose("rate", {name: RATES[name] for name in settings.rates})
-    formats = {name: FORMATS[name].weight for name in settings.formats}
-    if rate_name == "variable":
-        formats = {name: formats.get(name, 1.0) for name in VARIABLE_RATE if name in formats} or {"h264-mp4": 1.0}
+    capable = VARIABLE_RATE if rate_name == "variable" else FORMATS
+    formats = {name: FORMATS[name].weight for name in settings.formats if name in capable}
     format_name = "h264-mp4" if rotated else choose("format", formats)
     rate = _RATES.get(rate_name)
     scenes = _plan_scenes(settings, rng)
     times = _frame_times(sum(scene.duration_s for scene in scenes), rate, rng)
-    placed, times = _snap(scenes, times)
+    placed = _snap(scenes, times)
     kind, offset_s = _plan_subtitles(settings, choose, rng)
     return VideoPlan(
         video_id=f"w{settings.seed}v{index:05d}",
@@ -219,7 +228,7 @@ class _Chooser:
 
     def __call__(self, attribute: str, weights: dict[str, float]) -> str:
         bounds = list(accumulate(weights.values()))
-        return list(weights)[bisect(bounds, self.share(attribute) * bounds[-1])]
+        return list(weights)[bisect(bounds[:-1], self.share(attribute) * bounds[-1])]
 
 
 def _size(name: str) -> tuple[int, int]:
@@ -235,14 +244,15 @@ def _allowed(settings: WorldSettings) -> Callable[[Combination], bool] | None:
 
 
 def _plan_scenes(settings: WorldSettings, rng: np.random.Generator) -> list[Scene]:
-    target_s = rng.uniform(settings.min_video_s, settings.max_video_s)
     low, high = settings.min_scene_s, settings.max_scene_s
+    left_s = max(low, float(rng.uniform(settings.min_video_s, settings.max_video_s)))
     scenes: list[Scene] = []
-    total_s = 0.0
-    while total_s + low <= target_s or not scenes:
+    while left_s > 0:
         duration_s = float(rng.triangular(low, low + 0.35 * (high - low), high)) if high > low else low
+        if left_s - duration_s < low:  # nothing shorter than a scene may be left over
+            duration_s = left_s if left_s <= high or left_s < 2 * low else left_s / 2
         scenes.append(grammar.sample_scene(rng, duration_s, _allowed(settings), settings.pair_fraction))
-        total_s += duration_s
+        left_s -= duration_s
     return scenes
 
 
@@ -255,20 +265,16 @@ def _frame_times(duration_s: float, rate: Fraction | None, rng: np.random.Genera
     return tuple(Fraction(int(t), 1000) for t in times_ms[times_ms < duration_s * 1000])
 
 
-def _snap(
-    scenes: list[Scene], times: tuple[Fraction, ...]
-) -> tuple[tuple[tuple[float, Scene], ...], tuple[Fraction, ...]]:
-    """Scenes moved to begin on frames, so that a stated cut is the time of the first frame after it."""
+def _snap(scenes: list[Scene], times: tuple[Fraction, ...]) -> tuple[tuple[float, Scene], ...]:
+    """(start, scene) moved to begin on frames: a stated cut is the time of the first frame after it."""
     grid = np.array([float(t) for t in times])
     ends = np.cumsum([scene.duration_s for scene in scenes])
     inner = [float(grid[np.searchsorted(grid, end - 1e-9)]) for end in ends[:-1]]
-    last = float(times[-1] + (times[-1] - times[-2]))
-    bounds = [0.0, *inner, last]
-    placed = tuple(
+    bounds = [0.0, *inner, float(times[-1] + (times[-1] - times[-2]))]
+    return tuple(
         (start, replace(scene, duration_s=end - start))
         for start, end, scene in zip(bounds, bounds[1:], scenes, strict=False)
     )
-    return placed, times
 
 
 def _plan_subtitles(settings: WorldSettings, choose: _Chooser, rng: np.random.Generator) -> tuple[str | None, float]:

@@ -78,10 +78,11 @@ class _Server(ThreadingHTTPServer):
 
     def find(self, name: str) -> Path | None:
         """The file of that name if it lies in the folder (after links and '..' are resolved)."""
-        if "\0" in name:
+        try:
+            path = (self.folder / name).resolve()
+            return path if path.is_relative_to(self.folder) and path.is_file() else None
+        except (OSError, ValueError):  # a name that no file system holds: too long, or with a zero byte
             return None
-        path = (self.folder / name).resolve()
-        return path if path.is_relative_to(self.folder) and path.is_file() else None
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,0 +1,118 @@
+"""`clipmill demo`: make the world, serve it, build a corpus from its URLs, ask the corpus a few things."""
+
+import json
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import Progress
+
+from pipeline.build import BuildReport, build
+from pipeline.corpus import write_text_atomically
+from pipeline.demo.server import serve
+from pipeline.demo.world import WorldSettings, make_world, write_sources
+from pipeline.display import Terminal, plain_console
+from pipeline.stages import STAGE_NAMES
+from shards.sql import open_manifest, run_query
+from shards.statistics import render, report
+
+QUERIES = (
+    ("How much of it got how far", "FROM funnel"),
+    (
+        "What the captioner says where speech and picture agree",
+        "SELECT clip_id, round(start_s, 1) AS start_s, caption, text AS subtitle, round(subtitle_similarity, 2) AS sim "
+        "FROM catalog WHERE subtitle_similarity IS NOT NULL ORDER BY subtitle_similarity DESC LIMIT 5",
+    ),
+    (
+        "Who moves most",
+        "SELECT clip_id, round(motion, 4) AS motion, duration_s, caption FROM catalog ORDER BY motion DESC LIMIT 5",
+    ),
+    ("What could not be had, and why", "FROM failures_by_reason"),
+)
+
+
+def run_demo(folder: Path, num_videos: int) -> int:
+    """Everything under `folder`; a second call goes on where the first was stopped. Returns the exit code."""
+    console, started = plain_console(), time.perf_counter()
+    world, corpus = folder / "world", folder / "corpus"
+    _make_world(console, world, num_videos)
+    with _served(folder, world) as base_url:
+        sources = folder / "sources.jsonl"
+        write_sources(world, base_url, sources)
+        console.print(f"[bold]2. Build[/] a corpus from the URLs in {sources}, served at {base_url}\n")
+        console.print(f"   clipmill build {sources} --corpus {corpus} --recipe demo\n", style="cyan")
+        display = Terminal(console)
+        result = build(
+            corpus,
+            [str(sources)],
+            stages=STAGE_NAMES,
+            recipe="demo",
+            assignments=[],
+            command=f"clipmill build {sources} --corpus {corpus} --recipe demo",
+            display=display,
+        )
+    display.finished(result, corpus)
+    _ask(console, corpus)
+    _last_screen(console, folder, corpus, result, time.perf_counter() - started)
+    return 0 if not _unexpected(world, result) else 1
+
+
+def _make_world(console: Console, world: Path, num_videos: int) -> None:
+    console.print(f"[bold]1. World[/]: {num_videos} narrated videos of moving shapes, and some broken links\n")
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("rendering", total=num_videos)
+        settings = WorldSettings(num_videos=num_videos)
+        made = make_world(world, settings, lambda done, total: progress.update(task, completed=done, total=total))
+    console.print(
+        f"   {made.num_videos} videos, {made.num_scenes} scenes, {made.duration_s / 60:.0f} minutes, "
+        f"{made.num_bytes / 1e6:.1f} MB in {world}; {made.num_broken} links that cannot work\n"
+    )
+
+
+@contextmanager
+def _served(folder: Path, world: Path):
+    """Serve the world where it was served before: a source's identity is its URL, the port included."""
+    port_file = folder / "port"
+    port = int(port_file.read_text()) if port_file.exists() else 0
+    with serve(world, port=port) as base_url:
+        write_text_atomically(port_file, base_url.rpartition(":")[2])
+        yield base_url
+
+
+def _ask(console: Console, corpus: Path) -> None:
+    console.print("\n[bold]3. Ask[/] the corpus\n")
+    with open_manifest(corpus) as connection:
+        render(report(connection), console)
+        for title, sql in QUERIES:
+            console.print(
+                f'\n[bold]{title}[/]\n   [cyan]clipmill sql {corpus} "{sql}"[/]', highlight=False, soft_wrap=True
+            )
+            run_query(connection, sql)
+
+
+def _last_screen(console: Console, folder: Path, corpus: Path, result: BuildReport, seconds: float) -> None:
+    num_failed = sum(count for _, _, count, _ in result.failures)
+    console.print(
+        Panel(
+            f"Made in {seconds:,.0f} s: {corpus} with {result.pack.num_samples:,} samples in "
+            f"{result.pack.num_shards} shards. The {num_failed} failures are the links made to fail.\n\n"
+            "What to type next\n"
+            f"  clipmill sql {corpus}                 ask it anything (.tables lists what there is)\n"
+            f"  clipmill verify {corpus}              every byte of every shard against the manifest\n"
+            f"  clipmill status {corpus} --set cut.fps=2         what a change would cost, before it is made\n"
+            f"  clipmill run caption --corpus {corpus} --set caption.max_tokens=12    caption again, and nothing else\n"
+            f"  clipmill demo {folder}                again: nothing is left to do",
+            title="clipmill",
+            expand=False,
+        )
+    )
+
+
+def _unexpected(world: Path, result: BuildReport) -> list[tuple]:
+    """Failures that the world did not plan: its truth says which sources are broken."""
+    truth = [json.loads(line) for line in (world / "truth.jsonl").read_text().splitlines()]
+    planned = sum(row["broken"] is not None and not row["works"] for row in truth)
+    num_failed = sum(count for _, _, count, _ in result.failures)
+    return [] if num_failed <= planned else result.failures

@@ -1,0 +1,39 @@
+"""Reading a demo video back: pictures as a viewer sees them, and where a colour is in them."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.demo.render import COLOUR_RGB
+from pipeline.media import open_media, rotation_of
+
+NEAR = 48.0  # RGB distance within which a decoded pixel counts as a palette colour
+
+
+def decode(path: Path) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Seconds from the first frame, and upright RGB pictures."""
+    times, pictures = [], []
+    with open_media(path) as container:
+        for frame in container.decode(video=0):
+            times.append(float(frame.pts * frame.time_base))
+            pictures.append(np.rot90(frame.to_ndarray(format="rgb24"), -rotation_of(frame) // 90))
+    return np.array(times) - times[0], pictures
+
+
+def mask_of(picture: np.ndarray, colour: str) -> np.ndarray:
+    """Pixels that are nearer to this palette colour than to any other, and near at all."""
+    palette = np.array(list(COLOUR_RGB.values()), np.float32)
+    distance = np.linalg.norm(picture[:, :, None].astype(np.float32) - palette, axis=-1)
+    nearest = distance.argmin(axis=-1) == list(COLOUR_RGB).index(colour)
+    return nearest & (distance.min(axis=-1) < NEAR)
+
+
+def box(picture: np.ndarray, x: float, y: float, radius: float) -> np.ndarray:
+    """The part of the picture around a point."""
+    x0, y0 = max(0, round(x - radius)), max(0, round(y - radius))
+    return picture[y0 : round(y + radius) + 1, x0 : round(x + radius) + 1]
+
+
+def main_colour(part: np.ndarray) -> str:
+    """The palette colour that most pixels of the picture part have."""
+    return max(COLOUR_RGB, key=lambda colour: int(mask_of(part, colour).sum()))
