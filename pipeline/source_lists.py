@@ -182,6 +182,8 @@ def _read_csv(path: Path, data: bytes, delimiter: str | None, settings: "IngestS
         return "skip"
 
     names = _distinct(next(csv_rows([header.rstrip("\r")], delimiter=delimiter), []))
+    if "url" not in _columns(names, settings):
+        raise _no_url_column(path, names)
     strings = {name: pa.string() for name in names}
     try:
         table = csv.read_csv(
@@ -212,10 +214,7 @@ def _fields_of_table(path: Path, table: pa.Table, line: pa.Array, settings: "Ing
 
     columns = _columns(table.column_names, settings)
     if "url" not in columns:
-        raise UserError(
-            f"SOURCES: {path} has no URL column (its columns: {', '.join(table.column_names) or 'none'}); "
-            f"allowed: {', '.join(SYNONYMS['url'])}, or name it with ingest.url_column"
-        )
+        raise _no_url_column(path, table.column_names)
     known = {name: names[0] for name, names in columns.items()}
     others = [name for name in table.column_names if name not in known.values()]
     picks = [f'CAST("{_quoted(known[name])}" AS VARCHAR) AS {name}' for name in TEXT_FIELDS if name in known]
@@ -229,6 +228,13 @@ def _fields_of_table(path: Path, table: pa.Table, line: pa.Array, settings: "Ing
     with duckdb.connect() as connection:
         result = connection.from_arrow(table).query("listed", f"SELECT {', '.join(picks)} FROM listed").to_arrow_table()
     return result.append_column("line", pa.chunked_array([line]))
+
+
+def _no_url_column(path: Path, names: list[str]) -> UserError:
+    return UserError(
+        f"SOURCES: {path} has no URL column (its columns: {', '.join(names) or 'none'}); "
+        f"allowed: {', '.join(SYNONYMS['url'])}, or name it with ingest.url_column"
+    )
 
 
 def _quoted(name: str) -> str:
