@@ -25,7 +25,7 @@ YOUTUBE_PATTERN = (
 NOT_YOUTUBE_IDS = ("videoseries", "live_stream")
 
 # A URL of this shape without tracking parameters is its own canonical form; ports of 4 or 5 digits are no defaults.
-_PLAIN_PATTERN = r"^https?://[a-z0-9_-]+(?:\.[a-z0-9_-]+)*(?::[1-5]?[1-9][0-9]{3})?/[^#\s]*$"
+_PLAIN_PATTERN = r"^https?://[a-z0-9_-]+(?:\.[a-z0-9_-]+)*(?::[1-5]?[1-9][0-9]{3})?/[^?#\s]*(?:\?[^#\s]+)?$"
 _TRACKING = r"(?:utm_[^=&]*|fbclid|gclid|igshid|mc_cid|mc_eid)"
 _TRACKING_PATTERN = rf"[?&]{_TRACKING}(?:=|&|$)"
 _DEFAULT_PORTS = {"http": 80, "https": 443}
