@@ -111,18 +111,17 @@ def _shard_names(connection: duckdb.DuckDBPyConnection) -> list[str]:
 
 def _manifest_rows(connection: duckdb.DuckDBPyConnection, shard: str) -> tuple[pa.Table, pa.Table]:
     """(the shard's rows of `samples`, the same clips' rows of `catalog`), both in the tar's order."""
-    samples = connection.execute(
-        f"SELECT {', '.join(INDEX.names)} FROM samples WHERE shard = ? ORDER BY position", [shard]
+    samples = connection.sql(
+        f"SELECT {', '.join(INDEX.names)} FROM samples WHERE shard = ? ORDER BY position", params=[shard]
     )
-    samples = samples.fetch_arrow_table().cast(INDEX)
-    clips = connection.execute(
+    clips = connection.sql(
         """
         SELECT s.clip_id, c.clip_id IS NOT NULL AS known, c.* EXCLUDE (clip_id), c.text AS subtitle
         FROM samples s LEFT JOIN catalog c ON c.clip_id = s.clip_id WHERE s.shard = ? ORDER BY s.position
         """,
-        [shard],
+        params=[shard],
     )
-    return samples, clips.fetch_arrow_table()
+    return samples.to_arrow_table().cast(INDEX), clips.to_arrow_table()
 
 
 def _files(root: Path, connection: duckdb.DuckDBPyConnection) -> list[Problem]:

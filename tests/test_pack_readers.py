@@ -136,7 +136,7 @@ def test_energon_finds_the_samples_and_their_parts(tars, clips, tmp_path):
     folder.mkdir()
     for tar in tars:
         (folder / tar.rpartition("/")[2]).symlink_to(tar)
-    found, _ = BaseWebdatasetFactory.prepare_dataset(
+    found = BaseWebdatasetFactory.prepare_dataset(
         EPath(folder), [tar.rpartition("/")[2] for tar in tars], split_parts_ratio=[("train", 1.0)], workers=1
     )
     assert found == {"mp4", "jpg", "txt", "json"}

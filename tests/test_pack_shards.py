@@ -30,9 +30,14 @@ from shards.tar import list_members, read_member
 SETTINGS = PackSettings(shard_bytes=1_000_000, max_samples=5)
 
 
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("pack") / "corpus")
+
+
 @pytest.fixture
-def corpus(tmp_path):
-    return make_corpus(tmp_path / "corpus")
+def corpus(unpacked, tmp_path):
+    return shutil.copytree(unpacked, tmp_path / "corpus")
 
 
 def plans_of(root, settings=SETTINGS):
