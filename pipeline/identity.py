@@ -67,9 +67,9 @@ def canonical_url(url: str) -> str:
 
 
 def _canonical_netloc(parts, scheme: str) -> str:
-    if not parts.hostname:
+    host = (parts.hostname or "").rstrip(".")
+    if not host:
         raise ValueError(f"no host in {parts.geturl()!r}")
-    host = parts.hostname.rstrip(".")
     host = f"[{host}]" if ":" in host else host
     userinfo = parts.netloc.rpartition("@")[0]
     port = parts.port
