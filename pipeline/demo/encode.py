@@ -4,6 +4,7 @@ Encoders run on one thread and muxers in bit-exact mode (no dates, no random ids
 reproducible, H.264 with B-frames included.
 """
 
+import os
 import struct
 from collections.abc import Iterable
 from fractions import Fraction
@@ -13,6 +14,8 @@ import av
 import numpy as np
 
 from pipeline.demo.plan import FORMATS, Format
+
+os.environ.setdefault("SVT_LOG", "1")  # errors only: the AV1 encoder is talkative and knows no other switch
 
 AUDIO_RATE = 16_000  # one that AAC, MP3 and Opus all take
 

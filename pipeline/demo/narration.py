@@ -161,8 +161,9 @@ def auto_lines(sentences: Sequence[Sentence], music: bool = False) -> list[Line]
         groups = _with_music(groups)
     lines = []
     for words, following in zip_longest(groups, groups[1:]):
-        end_s = words[-1].end_s + 2.0  # a line lingers, unless the next one comes
-        lines.append(Line(tuple(words), round(min(end_s, following[0].start_s) if following else end_s, 3)))
+        # through any pause a line stays until the next one comes, the last one a little
+        end_s = following[0].start_s if following else round(words[-1].end_s + 1.0, 3)
+        lines.append(Line(tuple(words), end_s))
     return lines
 
 
