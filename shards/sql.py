@@ -36,7 +36,7 @@ or run `clipmill sql DIR` on a terminal for a prompt."""
 _ALLOWED = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI}  # MULTI: PIVOT
 # C0, DEL, C1, line and paragraph separators, and the marks that turn the direction of what follows.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@", "\t")
 
 
 def open_manifest(corpus: str | Path) -> duckdb.DuckDBPyConnection:
@@ -314,7 +314,8 @@ def _csv_field(value: Any) -> Any:
 
 
 def _csv_text(value: str) -> str:
-    text = _CONTROL.sub(lambda found: found.group() if found.group() in "\t\n\r" else _escaped(found.group()), value)
+    """A lone carriage return is escaped too: csv.writer leaves it bare, and readers begin a new row there."""
+    text = _CONTROL.sub(lambda found: found.group() if found.group() in "\t\n" else _escaped(found.group()), value)
     return "'" + text if text.startswith(_FORMULA) else text
 
 
