@@ -10,7 +10,8 @@ Source videos are untrusted: call this inside a sandbox.
 """
 
 import logging
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import chain, pairwise
 from pathlib import Path
@@ -37,7 +38,7 @@ class ShotSettings(Settings):
     # adaptive: times the mean change of the 2 frames on either side; content: mean change in HSV, 0..255.
     # None: 3 or 31, the latter the best over three benchmark sets by PySceneDetect's own measurement.
     threshold: float | None = Field(None, gt=0)
-    min_change: float = Field(15.0, ge=0)  # adaptive: a frame that changes less than this is never a cut, 0..255
+    min_change: float = Field(15.0, ge=0)  # a frame that changes less than this is never a cut, 0..255
     min_shot_s: float = Field(0.6, ge=0)  # cuts nearer to the one before are flashes
 
 
@@ -47,18 +48,39 @@ def detect_shots(path: str | Path, settings: ShotSettings | None = None) -> list
     Raises ItemError: source-missing, empty-file, not-a-video, no-video-stream, undecodable.
     """
     settings = settings or ShotSettings()
-    detector, cuts, end_s, first_s = _detector(settings), [], 0.0, None
+    detector, recent, cuts, first = _detector(settings), deque(maxlen=8), [], None
     for timecode, picture, duration_s in _small_frames(Path(path), settings.precision):
-        if first_s is None:
-            first_s = timecode.seconds
-        cuts += detector.process_frame(timecode, picture)
+        first = first or timecode
+        recent.append((timecode, picture))
+        cuts += [cut for cut in detector.process_frame(timecode, picture) if _is_change(cut, recent, settings)]
         end_s = timecode.seconds + duration_s
-        last = timecode
-    if first_s is None:
+    if first is None:
         raise ItemError("undecodable", f"{Path(path).name}: no frame decodes")
-    cuts += detector.post_process(last)
-    inside = sorted({cut.seconds - first_s for cut in cuts if first_s < cut.seconds < end_s})
-    return list(pairwise([0.0, *inside, end_s - first_s]))
+    cuts += detector.post_process(timecode)
+    inside = sorted({cut.seconds - first.seconds for cut in cuts if first.seconds < cut.seconds < end_s})
+    return list(pairwise([0.0, *inside, end_s - first.seconds]))
+
+
+def _is_change(cut: Any, recent: Sequence[tuple[Any, Any]], settings: ShotSettings) -> bool:
+    """Whether the picture at a cut differs from the one before when hue is taken for the circle that it is.
+
+    The detectors subtract hues, so that a red ground, whose hue wavers between 0 and 179, jumps at every keyframe.
+    """
+    times = [timecode.seconds for timecode, _ in recent]
+    if cut.seconds not in times[1:]:
+        return True  # a flash that was over before it was reported
+    place = times.index(cut.seconds)
+    return _change(recent[place - 1][1], recent[place][1]) >= settings.min_change
+
+
+def _change(before: Any, after: Any) -> float:
+    """Mean change of two BGR pictures in hue, saturation and value, 0..255: the detectors' measure, with hue round."""
+    import cv2
+    import numpy as np
+
+    differences = cv2.absdiff(cv2.cvtColor(before, cv2.COLOR_BGR2HSV), cv2.cvtColor(after, cv2.COLOR_BGR2HSV))
+    hue = np.minimum(differences[..., 0], 180 - differences[..., 0])
+    return float((hue.mean() + differences[..., 1].mean() + differences[..., 2].mean()) / 3)
 
 
 def _detector(settings: ShotSettings) -> Any:
