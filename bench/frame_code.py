@@ -1,7 +1,7 @@
 """A frame's number drawn into its picture as a row of grey-code blocks, and read back after scaling and encoding.
 
 Layout along the top edge: one black and one white reference block, then `BITS` data blocks, most significant first,
-each `width // columns` pixels wide and as high. Grey code, so a block that blurs between two frames is off by one at most.
+each `width // columns` pixels wide and as high. Grey code, so blocks that blur between two frames are off by one.
 """
 
 import numpy as np

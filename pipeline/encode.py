@@ -1,8 +1,9 @@
 """Encodings of clips: named presets, and an encoder from pictures to the bytes of one file in memory.
 
-Which preset for what, with measured sizes and reading costs: docs/clip_encoding.md. All presets give the same bytes for
-the same pictures (tested across processes) with the library versions that are installed: one thread, no timestamps, no
-encoder tags in the container. An MP4's index stands before its data, so that it plays and seeks while it downloads.
+Which preset for what, with measured sizes and reading costs: docs/clip_encoding.md. All but "small" give
+the same bytes for the same pictures (tested across processes) with the library versions that are installed: one thread,
+no timestamps, no encoder tags in the container. An MP4's index stands before its data, so that it plays and seeks while
+it downloads.
 """
 
 import io
@@ -27,11 +28,13 @@ class Encoding:
     name: str  # as `clips.codec` has it
     options: dict[str, str] = field(default_factory=dict)
     pix_fmt: str = "yuv420p"
+    deterministic: bool = True  # the same pictures always give the same bytes
 
 
-def _x264(**options: str) -> Encoding:
+def _x264(deterministic: bool = True, **options: str) -> Encoding:
     # a53cc=0: closed captions of the source are no part of the picture.
-    return Encoding("libx264", "h264", {"threads": "1", "a53cc": "0", **options})
+    options = {"threads": "1", "a53cc": "0", **options}
+    return Encoding("libx264", "h264", options, deterministic=deterministic)
 
 
 ENCODINGS: dict[str, Encoding] = {
@@ -39,8 +42,8 @@ ENCODINGS: dict[str, Encoding] = {
     "fastdecode": _x264(preset="veryfast", crf="23", tune="fastdecode", bf="0"),
     # Every frame is a keyframe: cheapest video to read and the only one in which seeking costs nothing.
     "intra": _x264(preset="veryfast", crf="23", tune="fastdecode", bf="0", g="1"),
-    # Plain x264, 20 % smaller and twice as dear to read as the default.
-    "small": _x264(preset="veryfast", crf="23"),
+    # Plain x264: smaller and dearer to read. With B-frames x264 now and then writes other bytes for the same pictures.
+    "small": _x264(deterministic=False, preset="veryfast", crf="23"),
     # Cheapest H.264 to write.
     "ultrafast": _x264(preset="ultrafast", crf="23", bf="0"),
     # Smallest; three times as dear to write as the default.
@@ -68,7 +71,9 @@ class ClipEncoder:
         # The index goes into space kept free for it at the front: 24 bytes a packet are enough for all its tables.
         options = {"moov_size": str(2048 + 24 * (num_frames + num_sound_packets)), "fflags": "+bitexact"}
         self.container = av.open(self.file, "w", format="mp4", container_options=options)
-        self.stream = self.container.add_stream(encoding.codec, rate=rate or 30, options=dict(encoding.options))
+        coding = dict(encoding.options)
+        coding["flags"] = coding.get("flags", "") + "+frame_duration"  # the last frame, too, lasts as long as it should
+        self.stream = self.container.add_stream(encoding.codec, rate=rate or 30, options=coding)
         context = self.stream.codec_context
         context.width, context.height, context.pix_fmt = *size, encoding.pix_fmt
         context.thread_count = 1

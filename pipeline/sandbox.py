@@ -134,6 +134,8 @@ class _Child:
         """The answer's bytes; ItemError when there is none."""
         self.num_calls += 1
         deadline = time.monotonic() + timeout_s
+        self.stderr.seek(0)  # the child writes through the same file position
+        self.stderr.truncate()
         try:
             self._write(HEADER.pack(len(request)) + request, deadline)
             (size,) = HEADER.unpack(self._read(HEADER.size, deadline))
@@ -162,6 +164,7 @@ class _Child:
 
     def _post_mortem(self, memory_bytes: int) -> ItemError:
         """What a child died of, as far as its status, its size and its last words tell."""
+        self._end(patience_s=5.0)
         _, status, usage = os.wait4(self.process.pid, 0)
         self.process.returncode = code = os.waitstatus_to_exitcode(status)
         self.stderr.seek(max(0, self.stderr.seek(0, os.SEEK_END) - STDERR_TAIL_BYTES))
@@ -169,20 +172,28 @@ class _Child:
         peak = usage.ru_maxrss * 1024
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         message = f"{how}, {peak // 2**20} MB resident at most. {words}".strip()
-        starved = peak > 0.8 * memory_bytes or code == -signal.SIGKILL
+        starved = peak > 0.8 * memory_bytes or code == -signal.SIGKILL or "MemoryError" in words
         return ItemError("out-of-memory" if starved else "decoder-crash", message)
 
     def kill(self) -> None:
-        """The child and whatever it started; nobody is left behind and nothing waits for them."""
+        """The child and whatever it started."""
         if self.pid == os.getpid() and self.process.returncode is None:
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it and its group are gone, which is what was asked for
+            self._end(patience_s=0.0)
             self.process.wait()
         for fd in (self.requests, self.answers, self.lifeline):
             os.close(fd)
         self.stderr.close()
+
+    def _end(self, patience_s: float) -> None:
+        """Kill the whole group, after a moment for the child to die of what it is dying of; it is still to be reaped."""
+        deadline = time.monotonic() + patience_s
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while time.monotonic() < deadline and os.waitid(os.P_PID, self.process.pid, ended) is None:
+            time.sleep(0.01)
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it and its group are gone, which is what was asked for
 
 
 def _wait(fd: int, event: int, deadline: float) -> None:
@@ -201,6 +212,8 @@ _BOOT += "from pipeline.sandbox import serve; serve(*s['fds'])"
 
 def serve(requests: int, answers: int, lifeline: int) -> None:
     """The child's main loop: one request, one answer, until the parent hangs up."""
+    for fd in (requests, answers, lifeline):
+        os.set_inheritable(fd, False)
     _die_with_parent(lifeline)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with open(requests, "rb") as source, open(answers, "wb") as sink:
@@ -217,6 +230,9 @@ def _die_with_parent(lifeline: int) -> None:
     A signal on the pipe rather than PR_SET_PDEATHSIG, which fires when the *thread* that started the child ends, and
     rather than a watching thread, which a decoder that hangs with the interpreter lock held would stop.
     """
+    if not hasattr(fcntl, "F_SETSIG"):  # not Linux
+        threading.Thread(target=lambda: os.read(lifeline, 1) or os.killpg(0, signal.SIGKILL), daemon=True).start()
+        return
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
@@ -228,12 +244,11 @@ def _answer(request: bytes) -> bytes:
     try:
         limits, function, args, kwargs = pickle.loads(request)
         _limit(*limits)
-        answer = ("returned", function(*args, **kwargs))
+        return pickle.dumps(("returned", function(*args, **kwargs)), pickle.HIGHEST_PROTOCOL)
     except ItemError as error:
-        answer = ("raised", error)
+        return pickle.dumps(("raised", error))
     except Exception as error:
-        answer = ("raised", _item_error(error))
-    return pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps(("raised", _item_error(error)))
 
 
 def _limit(memory_bytes: int, file_bytes: int) -> None:

@@ -61,7 +61,7 @@ def choose_frames(
         raise ItemError("bad-span", f"a span must have 0 <= start_s < end_s, got [{start_s}, {end_s})")
     if start_s >= frames.end_s - SAME_MOMENT_S:
         raise ItemError("span-past-end", f"the span starts at {start_s:.3f} s, the video ends at {frames.end_s:.3f} s")
-    num_before_end = int(np.searchsorted(frames.times_s, end_s, side="left"))
+    num_before_end = max(1, int(np.searchsorted(frames.times_s, end_s - SAME_MOMENT_S, side="left")))
     if rate is None:
         chosen = np.arange(min(_nearest(frames, np.array([start_s]))[0], num_before_end - 1), num_before_end)
     else:
