@@ -3,6 +3,7 @@
 Everything is counted by SQL over the manifest's views; `render` draws it for a terminal of 80 columns or more.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,26 +174,29 @@ def _percentile_table(percentiles: dict[str, list[float]]) -> Table | None:
 
 def _length_bins(rows: list[Row]) -> list[tuple[str, int]]:
     counts = {int(row["from_s"]): row["num_clips"] for row in rows}
-    return [(f"{at}–{at + 2} s", counts.get(at, 0)) for at in _steps(counts, 2)]
+    return _bins(counts, 2, lambda at: f"{at}–{at + 2} s", lambda at: f"≥ {at} s")
 
 
 def _word_bins(rows: list[Row]) -> list[tuple[str, int]]:
     counts = {row["from_words"]: row["num_sentences"] for row in rows}
-    return [(f"{at}–{at + 4}", counts.get(at, 0)) for at in _steps(counts, 5)]
+    return _bins(counts, 5, lambda at: f"{at}–{at + 4}", lambda at: f"≥ {at}")
 
 
-def _steps(counts: dict[int, int], step: int) -> list[int]:
-    """Every bin from the first to the last, empty ones too; the tail beyond MAX_LINES bins is left to `_histogram`."""
-    return list(range(min(counts), max(counts) + 1, step)) if counts else []
+def _bins(
+    counts: dict[int, int], step: int, label: Callable[[int], str], label_rest: Callable[[int], str]
+) -> list[tuple[str, int]]:
+    """(label, count) of the first MAX_LINES bins, empty ones too, and of the rest in one."""
+    if not counts:
+        return []
+    first, end = min(counts), min(max(counts) + step, min(counts) + MAX_LINES * step)
+    bins = [(label(at), counts.get(at, 0)) for at in range(first, end, step)]
+    rest = sum(count for at, count in counts.items() if at >= end)
+    return [*bins, (label_rest(end), rest)] if rest else bins
 
 
 def _histogram(bins: list[tuple[str, int]], width: int) -> Text | None:
-    """A line per bin; what lies beyond MAX_LINES bins in a last one."""
     if not bins:
         return None
-    if len(bins) > MAX_LINES:
-        rest = bins[MAX_LINES - 1 :]
-        bins = [*bins[: MAX_LINES - 1], (f"≥ {rest[0][0].split('–')[0]}", sum(count for _, count in rest))]
     total, largest = sum(count for _, count in bins), max(count for _, count in bins)
     label_width = max(len(label) for label, _ in bins)
     count_width = len(f"{largest:,}")

@@ -46,7 +46,8 @@ _FILL = {
         SELECT vid(i // $per_video) AS video_id, cid(i) AS clip_id, i % $per_video AS n,
                (i % $per_video) * 14.0 AS start_s, (i % $per_video) * 14.0 + seconds(i) AS end_s,
                'sentences' AS origin, sentence(i, words(i)) AS text,
-               words(i) AS num_words, 1 AS num_sentences, u(i, 'align') * 0.2 AS align_cost
+               words(i) AS num_words,
+               CASE WHEN words(i) > 0 THEN 1 ELSE 0 END AS num_sentences, u(i, 'align') * 0.2 AS align_cost
         FROM range($num_clips) r(i)
     """,
     "sentences": """
@@ -66,7 +67,8 @@ _FILL = {
                [hash(i, 'a', $seed), hash(i, 'b', $seed), hash(i, 'c', $seed)] AS phash,
                printf('clips/u%05d.tar', i // $per_video // 32) AS tar, i * 400000 AS mp4_offset,
                hex64(i // $per_video, 'video') AS source_sha256, sentence(i, words(i)) AS text, words(i) AS num_words,
-               1 AS num_sentences, u(i, 'align') * 0.2 AS align_cost, 'sentences' AS origin,
+               CASE WHEN words(i) > 0 THEN 1 ELSE 0 END AS num_sentences, u(i, 'align') * 0.2 AS align_cost,
+               'sentences' AS origin,
                pick(i // $per_video, 'language', ['en','en','en','de','es']) AS language,
                printf('u%05d', i // $per_video // 32) AS unit
         FROM range($num_clips) r(i) ORDER BY video_id, n
