@@ -20,3 +20,37 @@ def footage() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real footage: {folder} is not there")
     return folder
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """One Ray for all tests that need one: starting it costs seconds."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small world of the demo's kind with every fault, behind loopback HTTP."""
+    from pipeline.demo.server import serve
+    from pipeline.demo.world import WorldSettings, make_world, write_sources
+    from tests.build_support import ServedWorld
+
+    folder = tmp_path_factory.mktemp("world")
+    broken = ("not-found", "html", "truncated", "empty", "audio-only", "unavailable-once", "cut-off", "duplicate")
+    make_world(folder / "world", WorldSettings(num_videos=6, min_video_s=20, max_video_s=35, broken=broken, seed=3))
+    with serve(folder / "world") as base_url:
+        write_sources(folder / "world", base_url, folder / "sources.jsonl")
+        yield ServedWorld(folder / "world", base_url, folder / "sources.jsonl")
+
+
+@pytest.fixture(scope="session")
+def built(local_ray, world, tmp_path_factory):
+    """A corpus built once from the world, for tests that only look. Gives (corpus folder, the build's report)."""
+    from tests.build_support import build_here
+
+    corpus = tmp_path_factory.mktemp("built") / "corpus"
+    return corpus, build_here(corpus, [str(world.sources)])

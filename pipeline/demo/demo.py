@@ -32,6 +32,8 @@ QUERIES = (
     ("What could not be had, and why", "FROM failures_by_reason"),
 )
 
+BROKEN = ("not-found", "html", "truncated", "empty", "audio-only", "unavailable-once", "duplicate")
+
 
 def run_demo(folder: Path, num_videos: int) -> int:
     """Everything under `folder`; a second call goes on where the first was stopped. Returns the exit code."""
@@ -63,7 +65,7 @@ def _make_world(console: Console, world: Path, num_videos: int) -> None:
     console.print(f"[bold]1. World[/]: {num_videos} narrated videos of moving shapes, and some broken links\n")
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("rendering", total=num_videos)
-        settings = WorldSettings(num_videos=num_videos)
+        settings = WorldSettings(num_videos=num_videos, broken=BROKEN)
         made = make_world(world, settings, lambda done, total: progress.update(task, completed=done, total=total))
     console.print(
         f"   {made.num_videos} videos, {made.num_scenes} scenes, {made.duration_s / 60:.0f} minutes, "

@@ -1,0 +1,57 @@
+"""`verify` with a decoder: clips are decoded in sandboxes, one per checking thread."""
+
+import io
+import os
+import threading
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from pipeline.corpus import Corpus
+from pipeline.errors import ItemError
+from pipeline.media import CONTAINERS
+from pipeline.sandbox import Sandbox
+from shards.sql import open_manifest
+from shards.verify import Problem, verify
+
+CLIP_TIMEOUT_S = 120.0
+
+
+def verify_with_sandbox(root: Path, decode: bool, console: Console) -> tuple[list[Problem], str]:
+    """Problems of a corpus's shards, and in words what was checked."""
+    corpus = Corpus(root).require()
+    with open_manifest(corpus.root) as connection, Progress(console=console, transient=True) as progress:
+        num_shards, num_samples = connection.execute("SELECT count(DISTINCT shard), count(*) FROM samples").fetchall()[
+            0
+        ]
+        task = progress.add_task("verify", total=num_shards)
+        problems = verify(
+            corpus.root,
+            connection,
+            decode_frames=_count_frames_safely if decode else None,
+            workers=os.cpu_count() or 1,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    how = "decoded" if decode else "not decoded"
+    return problems, f"{num_shards:,} shards, {num_samples:,} samples, {how}"
+
+
+_of_this_thread = threading.local()
+
+
+def _count_frames_safely(data: bytes) -> int:
+    if not hasattr(_of_this_thread, "sandbox"):
+        _of_this_thread.sandbox = Sandbox()
+    return _of_this_thread.sandbox.call(count_frames, data, timeout_s=CLIP_TIMEOUT_S)
+
+
+def count_frames(data: bytes) -> int:
+    """How many frames of a clip really decode. Raises ItemError "undecodable"."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(data), options={"format_whitelist": CONTAINERS}) as container:
+            return sum(1 for _ in container.decode(video=0))
+    except (av.FFmpegError, ValueError, IndexError) as error:
+        raise ItemError("undecodable", str(error)) from error

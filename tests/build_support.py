@@ -1,0 +1,81 @@
+"""Small served worlds and corpora built from them, for tests of whole builds."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+
+from pipeline.build import BuildReport, build
+from pipeline.demo.world import read_truth
+from pipeline.stages import STAGE_NAMES
+
+# What keeps test builds small: tiny pictures, shards of a megabyte so that there are several.
+SMALL = ["ingest.unit_videos=2", "cut.short_side=96", "pack.shard_bytes=1000000", "engine.publish_every_s=0.5"]
+
+
+@dataclass(frozen=True)
+class ServedWorld:
+    folder: Path
+    base_url: str
+    sources: Path
+
+    @property
+    def truth(self) -> dict[str, dict]:
+        return {row["video_id"]: row for row in read_truth(self.folder)}
+
+
+def build_here(
+    corpus: Path, sources: list[str], *settings: str, stages=STAGE_NAMES, recipe="demo", **kwargs
+) -> BuildReport:
+    """A build in this process, on the Ray that the test session started."""
+    assignments = [*SMALL, *settings] if recipe else list(settings)
+    return build(corpus, sources, stages=stages, recipe=recipe, assignments=assignments, command="test", **kwargs)
+
+
+def clipmill(*arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess:
+    """The command itself, in a process of its own."""
+    command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+
+
+def ask(corpus: Path, sql: str) -> list[tuple]:
+    with duckdb.connect(str(corpus / "manifest.duckdb"), read_only=True) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def hashes(folder: Path, pattern: str = "*.tar") -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob(pattern))}
+
+
+def tables(corpus: Path) -> dict[str, list[tuple]]:
+    """Every table of the manifest but what tells of times and runs, as sorted rows."""
+    wanted = ("videos", "sentences", "spans", "clips", "captions", "scores", "samples")
+    return {
+        table: sorted(
+            map(
+                str,
+                ask(
+                    corpus,
+                    f"SELECT * EXCLUDE (tar, mp4_offset, frames) FROM {table}"
+                    if table == "clips"
+                    else f"SELECT * FROM {table}",
+                ),
+            )
+        )
+        for table in wanted
+    }
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and modification time of every file that belongs to the corpus."""
+    files = [path for path in folder.rglob("*") if path.is_file() and ".clipmill" not in path.parts]
+    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def write_list(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,0 +1,177 @@
+"""From URLs to shards, every stage, on a real local Ray: what is made is complete, true, and made once."""
+
+import io
+import json
+import shutil
+import tarfile
+
+import pytest
+
+from pipeline.errors import UserError
+from tests.build_support import ask, build_here, clipmill, hashes, snapshot, tables, write_list
+
+pytestmark = pytest.mark.slow
+
+EXPECTED_FAILURES = {
+    "not-found": "not-found",
+    "html": "not-a-video",
+    "empty": "empty-file",
+    "audio-only": "no-video-stream",
+}
+
+
+def test_a_build_is_complete_and_its_failures_are_those_of_the_broken_links(built, world):
+    corpus, report = built
+    truth = world.truth
+    working = {video_id for video_id, row in truth.items() if row["works"]}
+    downloaded = {video_id for (video_id,) in ask(corpus, "SELECT video_id FROM videos WHERE path IS NOT NULL")}
+    assert working <= downloaded
+    failures = dict(ask(corpus, "SELECT item_id, error_class FROM failures WHERE stage = 'download'"))
+    for video_id, row in truth.items():
+        if row["broken"] in EXPECTED_FAILURES:
+            assert failures[video_id] == EXPECTED_FAILURES[row["broken"]]
+    assert set(failures) == {video_id for video_id, row in truth.items() if not row["works"]} - downloaded
+    assert report.exit_code == 1
+    counts = dict(ask(corpus, "SELECT step, num_items FROM funnel"))
+    assert counts["clip"] == counts["span"] == counts["caption"] == counts["sample"] > 15
+
+
+def test_the_copy_under_another_url_shares_one_video(built, world):
+    corpus, _ = built
+    copies = ask(corpus, "SELECT video_id, duplicate_of FROM videos WHERE duplicate_of IS NOT NULL")
+    assert len(copies) == 1
+    assert ask(corpus, f"SELECT count(*) FROM clips WHERE video_id = '{copies[0][0]}'") == [(0,)]
+
+
+def test_captions_say_true_things_about_the_scenes(built, world):
+    corpus, _ = built
+    truth, named, true = world.truth, 0, 0
+    for video_id, frame_time_s, caption in ask(corpus, "SELECT video_id, frame_time_s, caption FROM catalog"):
+        scenes = [s for s in truth[video_id]["scenes"] if s["start_s"] + 0.6 <= frame_time_s < s["end_s"]]
+        for scene in scenes:
+            for thing in scene["facts"]["objects"][:1]:
+                named += 1
+                true += thing["colour"] in caption and thing["shape"] in caption
+    assert named > 10 and true / named > 0.8
+
+
+def test_clips_hold_the_words_spoken_in_them(built, world):
+    corpus, _ = built
+    spoken = ask(
+        corpus,
+        "SELECT c.video_id, c.start_s, c.end_s, c.text FROM clips c JOIN videos v USING (video_id) "
+        "WHERE v.transcript_origin <> 'none' AND c.num_words > 5",
+    )
+    assert spoken
+    for _video_id, start_s, end_s, text in spoken:
+        rate = len(text.split()) / (end_s - start_s)
+        assert 0.3 < rate < 6
+
+
+def test_a_second_build_does_nothing_and_says_so(built, world):
+    corpus, _ = built
+    before = snapshot(corpus)
+    result = clipmill("build", world.sources, "--corpus", corpus)
+    assert "Nothing to do" in result.stdout and result.returncode == 1, result.stdout + result.stderr
+    assert snapshot(corpus) == before
+
+
+def test_shards_are_the_same_whatever_the_build_went_through(built, world, tmp_path, local_ray):
+    corpus, _ = built
+    torn = tmp_path / "corpus"
+    shutil.copytree(corpus, torn, ignore=shutil.ignore_patterns(".clipmill"))
+    next((torn / "fragments" / "clips").glob("*.parquet")).unlink()
+    next((torn / "clips").glob("*.tar")).unlink()
+    for path in list((torn / "shards").iterdir())[:2]:
+        path.unlink()
+    report = build_here(torn, [str(world.sources)])
+    assert report.engine.by_stage["cut"].done > 0
+    assert hashes(torn / "shards") == hashes(corpus / "shards")
+    assert tables(torn) == tables(corpus)
+
+
+def test_a_new_captioner_recaptions_and_touches_nothing_else(built, world, tmp_path, local_ray):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(built[0], corpus)
+    before, clips = hashes(corpus / "shards"), snapshot(corpus / "clips")
+    old = dict(ask(corpus, "SELECT clip_id, caption FROM samples"))
+    waiting = clipmill("status", corpus, "--set", "caption.max_tokens=8", "--set", "caption.min_tokens=2")
+    assert "if set caption.max_tokens" in waiting.stdout
+    report = build_here(corpus, [], "caption.max_tokens=8", "caption.min_tokens=2", stages=["caption"], recipe=None)
+    done = {stage: progress.done for stage, progress in report.engine.by_stage.items()}
+    assert done == {"caption": len(old)} and report.pack.num_refreshed == len(before)
+    assert hashes(corpus / "shards") == before and snapshot(corpus / "clips") == clips
+    new = dict(ask(corpus, "SELECT clip_id, caption FROM samples"))
+    assert set(new) == set(old) and new != old
+    kept = ask(corpus, "SELECT fingerprint, count(*), bool_and(current), bool_or(current) FROM captions GROUP BY 1")
+    assert sorted(row[1:] for row in kept) == [(len(old), False, False), (len(old), True, True)]
+
+
+def test_appending_sources_does_only_the_new_ones(world, tmp_path, local_ray):
+    rows = [json.loads(line) for line in world.sources.read_text().splitlines()]
+    working = [row for row in rows if world.truth[row["id"]]["works"] and not world.truth[row["id"]]["broken"]]
+    first = write_list(tmp_path / "first.jsonl", working[:2])
+    both = write_list(tmp_path / "both.jsonl", working[:3])
+    corpus = tmp_path / "corpus"
+    assert build_here(corpus, [str(first)]).exit_code == 0
+    report = build_here(corpus, [str(both)])
+    assert (report.ingest.num_new, report.ingest.num_duplicates) == (1, 2)
+    assert report.engine.by_stage["download"].done == report.engine.by_stage["cut"].done == 1
+    fresh = tmp_path / "fresh"
+    build_here(fresh, [str(both)])
+    assert hashes(corpus / "shards") == hashes(fresh / "shards"), "history leaves no trace in the shards"
+
+
+def test_verify_finds_nothing_and_then_a_flipped_byte(built, tmp_path):
+    assert clipmill("verify", built[0]).returncode == 0
+    corpus = tmp_path / "corpus"
+    shutil.copytree(built[0], corpus)
+    shard = next((corpus / "shards").glob("*.tar"))
+    with tarfile.open(shard) as tar:
+        member = next(m for m in tar if m.name.endswith(".mp4"))
+    with open(shard, "r+b") as file:
+        file.seek(member.offset_data + member.size // 2)
+        byte = file.read(1)
+        file.seek(-1, io.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    result = clipmill("verify", corpus, "--no-decode")
+    assert result.returncode == 1 and "hash-mismatch" in result.stdout and member.name in result.stdout
+
+
+def test_a_writer_shuts_out_a_second_one(built):
+    from pipeline.corpus import Corpus
+
+    with Corpus(built[0]).writer():
+        result = clipmill("build", "--corpus", built[0])
+        assert result.returncode == 2 and "is being written by process" in result.stderr
+        assert clipmill("sql", built[0], "SELECT 42 AS answer", "--format", "csv").stdout.split() == ["answer", "42"]
+
+
+def test_users_mistakes_exit_with_2_and_say_what_is_allowed(built, tmp_path):
+    corpus = built[0]
+    for arguments, words in [
+        (["build", "nowhere.txt", "--corpus", tmp_path / "c"], "nowhere.txt"),
+        (["build", "--corpus", corpus, "--set", "cut.fpss=2"], "cut.fpss"),
+        (["build", "--corpus", corpus, "--set", "cut.fps=-1"], "greater than 0"),
+        (["build", "--corpus", corpus, "--recipe", "nosuch"], "demo"),
+        (["run", "cutt", "--corpus", corpus], "download, transcribe"),
+        (["run", "cut", "--corpus", tmp_path / "none"], "corpus.yaml"),
+        (["run", "caption", "--corpus", corpus, "--where", "no_such_column = 1"], "no_such_column"),
+        (["sql", corpus, "SELECT * FROM nowhere"], "nowhere"),
+        (["sql", corpus, "CREATE TABLE x (a INT)"], ""),
+        (["status", tmp_path / "none"], "corpus.yaml"),
+    ]:
+        result = clipmill(*arguments)
+        assert result.returncode == 2, (arguments, result.stdout, result.stderr)
+        assert words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_where_reruns_the_named_items_only(built, tmp_path, local_ray):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(built[0], corpus)
+    report = build_here(corpus, [], stages=["download"], recipe=None, where="error_class = 'not-found'")
+    assert (report.engine.by_stage["download"].done, report.engine.by_stage["download"].failed) == (0, 1)
+    attempts = ask(corpus, "SELECT attempts FROM failures WHERE error_class = 'not-found'")
+    assert attempts == [(2,)]
+    with pytest.raises(UserError):
+        build_here(corpus, [], stages=["download"], recipe=None, where="error_klass = 1")
