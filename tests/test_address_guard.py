@@ -1,7 +1,9 @@
 """Downloads connect to public addresses only, whatever form, redirect or second look-up leads elsewhere."""
 
+import http.server
 import ipaddress
 import socket
+import threading
 
 import pytest
 import requests
@@ -104,27 +106,10 @@ def public_loopback(monkeypatch):
     monkeypatch.setattr(address_guard, "is_public", lambda ip: ip == "127.0.0.2" or real(ip))
 
 
-def test_a_redirect_to_a_private_address_is_refused(monkeypatch, public_loopback, tmp_path):
-    pretend(monkeypatch, {"public.example": ["127.0.0.2"]})
-    with media_server() as outside, media_server() as inside:
-        outside._server.socket.close()
-        secret = inside.add("/secret.mp4", b"secret")
-        listener = Redirecting(("127.0.0.2", 0), secret)
-        try:
-            error = refusal(f"http://public.example:{listener.port}/a.mp4", tmp_path)
-        finally:
-            listener.close()
-        assert error.error_class == "private-address" and listener.num_requests == 1
-        assert inside.requests == []
-
-
 class Redirecting:
     """Answers every request with a redirect, on an address of its own."""
 
     def __init__(self, address, target: str):
-        import http.server
-        import threading
-
         outer = self
         self.num_requests = 0
 
@@ -148,6 +133,19 @@ class Redirecting:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
+
+
+def test_a_redirect_to_a_private_address_is_refused(monkeypatch, public_loopback, tmp_path):
+    pretend(monkeypatch, {"public.example": ["127.0.0.2"]})
+    with media_server() as inside:
+        secret = inside.add("/secret.mp4", b"secret")
+        listener = Redirecting(("127.0.0.2", 0), secret)
+        try:
+            error = refusal(f"http://public.example:{listener.port}/a.mp4", tmp_path)
+        finally:
+            listener.close()
+        assert error.error_class == "private-address" and listener.num_requests == 1
+        assert inside.requests == []
 
 
 def test_a_second_look_up_cannot_change_the_address(monkeypatch, public_loopback):

@@ -1,8 +1,10 @@
 """Direct links: what the server does wrong is healed where it can be, else it is one error of the right class."""
 
+import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -55,8 +57,6 @@ def failure(url: str, tmp_path: Path, settings: DownloadSettings = SETTINGS, **c
 
 
 def test_a_link_becomes_a_file_and_a_row(server: MediaServer, tmp_path, video):
-    import hashlib
-
     row = get(server.add("/a.mp4", video) + "?token=1&x=y", tmp_path)
     assert set(row) == set(TABLES["downloads"].names)
     assert (tmp_path / row["path"]).read_bytes() == video
@@ -256,8 +256,6 @@ def test_a_trickle_ends_at_the_whole_timeout(server: MediaServer, tmp_path, vide
 
 
 def test_headers_that_never_end_end_at_the_whole_timeout(tmp_path):
-    import socket
-
     listener = socket.create_server(("127.0.0.1", 0))
     stop = threading.Event()
 
@@ -284,8 +282,6 @@ def test_headers_that_never_end_end_at_the_whole_timeout(tmp_path):
 
 
 def test_nobody_listens(tmp_path):
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     error = failure(f"http://127.0.0.1:{port}/a.mp4", tmp_path)

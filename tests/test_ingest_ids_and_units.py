@@ -1,5 +1,6 @@
 """Ids are safe and stable, duplicates collapse, units are given once and never again."""
 
+import json
 import re
 
 import pyarrow as pa
@@ -139,8 +140,6 @@ def test_the_vectorised_rules_are_the_rules(pairs):
 )
 def test_an_unsafe_id_is_replaced_and_kept_as_the_source_id(tmp_path, given_id):
     path = tmp_path / "l.jsonl"
-    import json
-
     path.write_text(json.dumps({"url": "http://h/1.mp4", "id": given_id}))
     (row,) = ingest([str(path)], IngestSettings(), NOTHING).table.to_pylist()
     assert row["video_id"] == video_id_for("http://h/1.mp4") or given_id.strip() == row["video_id"]
