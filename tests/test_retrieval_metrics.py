@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from clip_vip_support import numbers, tensors
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
@@ -103,6 +103,7 @@ def test_a_video_without_text_competes_but_does_not_ask() -> None:
     assert metrics["v2t"]["num_queries"] == 2 and metrics["v2t"]["r1"] == 1
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 8), st.integers(0, 2**32 - 1))
 def test_ranks_equal_counting_and_do_not_depend_on_the_chunks(num_texts: int, num_videos: int, seed: int) -> None:
     generator = np.random.default_rng(seed)

@@ -1,0 +1,114 @@
+"""Randomness without a generator: integers in, integers out, the same on every platform and numpy version.
+
+A value is a function of a key and a counter, so it can be asked for anywhere and in any order. numpy's own generators
+may change their streams between versions; these may not, because the order of every epoch hangs on them.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Words = NDArray[np.uint64]
+Result = TypeVar("Result")
+
+_GOLDEN, _MIX1, _MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_CHUNK = 1 << 16  # elements at a time: what is worked on stays in the cache
+_SORTED_UP_TO = 1 << 20
+_ROUNDS = 8
+
+
+def key_of(*parts: Any) -> int:
+    """A 64-bit key of any JSON-able values."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def mix(values: NDArray[np.integer], key: int) -> Words:
+    """Hash of each value under a key (splitmix64's finaliser), uniform over 64 bits."""
+    z = values.astype(np.uint64) * _GOLDEN + np.uint64(key)
+    z ^= z >> np.uint64(30)
+    z *= _MIX1
+    z ^= z >> np.uint64(27)
+    z *= _MIX2
+    z ^= z >> np.uint64(31)
+    return z
+
+
+def sort_keys(hashes: Words, num_low_bits: int) -> Words:
+    """Hashes along the last axis whose low bits are replaced by their position: sorting them yields an order."""
+    positions = np.arange(hashes.shape[-1], dtype=np.uint64)
+    return (hashes >> np.uint64(num_low_bits)) << np.uint64(num_low_bits) | positions
+
+
+def order_of(hashes: Words) -> NDArray[np.int64]:
+    """Positions along the last axis in ascending order of their hash, equal hashes in order of position.
+
+    Sorting packed keys is several times faster than an argsort; the low bits of the hashes are lost for it.
+    """
+    num_low_bits = max(1, hashes.shape[-1] - 1).bit_length()
+    keys = sort_keys(hashes, num_low_bits)
+    keys.sort(axis=-1)
+    return (keys & np.uint64((1 << num_low_bits) - 1)).astype(np.int64)
+
+
+def permutation(count: int, key: int) -> NDArray[np.uint32]:
+    """[count] a random order of 0 … count-1. Large ones are a Feistel network, which needs no sort and no memory."""
+    assert count < 2**32
+    if count <= _SORTED_UP_TO:
+        return order_of(mix(np.arange(count, dtype=np.uint64), key)).astype(np.uint32)
+    side = int(np.ceil(np.sqrt(count)))
+    tables = [_shifts(side, key_of(key, number)) for number in range(_ROUNDS)]
+    order = np.empty(count, np.uint32)
+
+    def fill(start: int) -> None:
+        values = np.arange(start, min(start + _CHUNK, count))
+        moved = _feistel(values, side, tables)
+        while (outside := moved >= count).any():  # the square has up to 2·side cells more than are wanted
+            moved[outside] = _feistel(moved[outside], side, tables)
+        order[start : start + len(values)] = moved
+
+    in_threads(fill, range(0, count, _CHUNK))
+    return order
+
+
+def in_threads(function: Callable[[int], Result], items: Iterable[int]) -> list[Result]:
+    """The function's results in order. numpy works outside the interpreter's lock, so threads share the cores."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(function, items))
+
+
+def _shifts(side: int, key: int) -> NDArray[np.int64]:
+    """[side] random shifts in [0, side): one round's function, as a table small enough for the cache."""
+    return (mix(np.arange(side), key) % np.uint64(side)).astype(np.int64)
+
+
+def _feistel(values: NDArray[np.int64], side: int, tables: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """A bijection of [0, side²): row and column shift each other in turns, modulo side."""
+    left, right = np.divmod(values, side)
+    for table in tables:
+        left += np.take(table, right)
+        # left mod side, for values below 2·side: the smaller, unsigned, of the two candidates
+        np.minimum(left.view(np.uint64), (left - side).view(np.uint64), out=left.view(np.uint64))
+        left, right = right, left
+    return left * side + right
+
+
+def sample(count: int, num_taken: int, key: int) -> NDArray[np.int64]:
+    """[num_taken] distinct values of 0 … count-1, in random order, without walking through all of them."""
+    if num_taken * 4 > count:
+        return permutation(count, key)[:num_taken].astype(np.int64)
+    drawn = np.zeros(0, np.int64)
+    for number in range(num_taken + 64):
+        counters = np.arange(2 * num_taken + 16) + number * (2 * num_taken + 16)
+        drawn = np.concatenate([drawn, (mix(counters, key) % np.uint64(count)).astype(np.int64)])
+        _, first = np.unique(drawn, return_index=True)
+        drawn = drawn[np.sort(first)]
+        if len(drawn) >= num_taken:
+            break
+    return drawn[:num_taken]

@@ -1,0 +1,301 @@
+"""The order in which training sees a selection: pure functions of integers and hashes, no files but the plan itself.
+
+The story, on an example: 1,000 selected clips, batches of 64, two processes with three loader workers each.
+
+1. The selection is a table in a fixed order; a clip is its row number there, 0 … 999. `selection_hash` is the hash of
+   the snapshot and of the clip ids in that order. Nothing else about the clips matters, so any process can plan.
+2. An epoch has ⌊1000/64⌋ = 15 full steps. The 40 rows left over are drawn at random for each epoch (`tail_rows`):
+   `drop` leaves them out of this epoch, `pad` gives them a 16th step with 24 holes (`PAD`), `carry` hands them to the
+   next epoch, which then has 40 rows more to deal. The number of steps is arithmetic, known before step 0.
+3. Rows that lie next to each other (in a shard) stay together in blocks of `block_size`. The blocks are permuted, which
+   gives one long list of rows; it is cut into P = `num_streams` equal pieces, the canonical streams.
+4. A stream reads its piece window by window. A window is `window_steps` steps long; its rows are shuffled and dealt to
+   these steps. So a stream has only the blocks of one window open, and with blocks of 1 the order is a full shuffle.
+5. The batch of a step is what streams 0 … P-1 deal to it, in this order: slots 0 … 63. It is the same whoever reads.
+   Of W processes (W divides P), process r reads the slots of its P/W streams, a contiguous slice (`rank_slots`). How a
+   process shares its slots among workers changes nothing, since nobody's rows depend on what another has read.
+6. Where a run stands is one integer, the number of steps done. `locate` turns it into (epoch, step); resuming there
+   replays nothing. `state_dict` adds the settings and hashes that the integer means something under.
+7. Where asked, no batch holds two clips of one group (video, near-duplicates): `training.plan_groups` deals a group's
+   clips to different steps and swaps away what is left. What cannot be done is an error, or counted, as asked.
+
+An epoch of 100 million clips is a 400 MB file; every process opens it memory-mapped.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+from training.counting import in_threads, key_of, order_of, permutation, sample
+from training.plan_groups import Groups, Unmet, as_groups, codes_of_rows, deal_keys, num_repeated, repair
+
+Tail = Literal["drop", "pad", "carry"]
+Rows = NDArray[np.uint32]
+
+PAD = np.uint32(2**32 - 1)  # a hole: no clip, masked in the loss
+_VERSION = 1  # of the order itself: raised whenever the same settings would give another one
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """Everything the order of all epochs depends on."""
+
+    num_clips: int
+    batch_size: int  # global
+    selection_hash: str  # of the snapshot and the clip ids, see `hash_selection`
+
+    seed: int = 0
+    tail: Tail = "drop"
+    num_streams: int = 0  # P; 0: batch_size, so that any number of processes that divides the batch may take part
+    block_size: int = 1  # neighbouring rows that stay together: raise it to read shards in longer pieces
+    window_steps: int = 64  # steps over which a stream mixes its blocks
+
+    groups_hash: str = ""  # of what must not meet in a batch, see `hash_groups`; "": nothing
+    unmet: Unmet = "error"  # what happens to a pair that no order can part
+
+    def __post_init__(self) -> None:
+        if self.num_streams == 0:
+            object.__setattr__(self, "num_streams", self.batch_size)
+        for name in ("num_clips", "batch_size", "num_streams", "block_size", "window_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_clips + self.block_size >= PAD:
+            raise UserError(f"num_clips is {self.num_clips}; a plan numbers fewer than {PAD - self.block_size} clips")
+        if self.tail not in get_args(Tail):
+            raise UserError(f"tail is {self.tail!r}; allowed: {', '.join(get_args(Tail))}")
+        if self.unmet not in get_args(Unmet):
+            raise UserError(f"unmet is {self.unmet!r}; allowed: {', '.join(get_args(Unmet))}")
+        if self.batch_size % self.num_streams:
+            raise UserError(f"num_streams {self.num_streams} does not divide batch_size {self.batch_size}")
+        if self.tail != "pad" and self.num_clips < self.batch_size:
+            raise UserError(
+                f"batch_size {self.batch_size} is more than the {self.num_clips} selected clips; "
+                "allowed: a smaller batch_size, or tail 'pad'"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{key_of(_VERSION, asdict(self)):016x}"
+
+    def key(self, epoch: int, purpose: str) -> int:
+        """The key of one kind of decision in one epoch. Batch shape and tail leave the order of blocks alone."""
+        return key_of(_VERSION, self.selection_hash, self.seed, epoch, purpose)
+
+
+# --- Arithmetic: steps, positions, shares
+
+
+def steps_in_epoch(spec: PlanSpec, epoch: int) -> int:
+    if spec.tail == "pad":
+        return -(-spec.num_clips // spec.batch_size)
+    return (_carried(spec, epoch) + spec.num_clips) // spec.batch_size
+
+
+def steps_before(spec: PlanSpec, epoch: int) -> int:
+    """Steps of all epochs before this one."""
+    if spec.tail == "carry":
+        return epoch * spec.num_clips // spec.batch_size
+    return epoch * steps_in_epoch(spec, 0)
+
+
+def locate(spec: PlanSpec, num_steps_done: int) -> tuple[int, int]:
+    """(epoch, step within it) of the next step; at the very end of an epoch that is step 0 of the next."""
+    if spec.tail == "carry":
+        epoch = (num_steps_done * spec.batch_size + spec.batch_size - 1) // spec.num_clips
+    else:
+        epoch = num_steps_done // steps_in_epoch(spec, 0)
+    return epoch, num_steps_done - steps_before(spec, epoch)
+
+
+def rank_slots(spec: PlanSpec, rank: int, world_size: int) -> slice:
+    """The slots of every batch that a process reads: those of its streams."""
+    if spec.num_streams % world_size:
+        allowed = [n for n in range(1, spec.num_streams + 1) if spec.num_streams % n == 0]
+        raise UserError(f"{world_size} processes cannot share {spec.num_streams} streams; allowed: {allowed}")
+    share = spec.batch_size // world_size
+    return slice(rank * share, (rank + 1) * share)
+
+
+def state_dict(spec: PlanSpec, num_steps_done: int) -> dict[str, Any]:
+    """Where a run stands, as plain JSON: the position, and what it is a position in."""
+    epoch, step = locate(spec, num_steps_done)
+    return {"num_steps_done": num_steps_done, "epoch": epoch, "step": step, "version": _VERSION, "spec": asdict(spec)}
+
+
+def num_steps_done(spec: PlanSpec, state: dict[str, Any]) -> int:
+    """The position in a saved state, once it is sure to mean the same here; process counts are no part of it."""
+    if state["version"] != _VERSION:
+        raise UserError(f"the run's plan has version {state['version']}, this clipmill makes version {_VERSION}")
+    for field in fields(spec):
+        saved, current = state["spec"][field.name], getattr(spec, field.name)
+        if saved != current:
+            raise UserError(f"cannot resume: the run was planned with {field.name} = {saved!r}, now it is {current!r}")
+    return state["num_steps_done"]
+
+
+def hash_selection(snapshot: str, clip_ids: Iterable[str] | NDArray[np.integer]) -> str:
+    """Hash of the snapshot and the selected clips in their order: strings, or an integer array."""
+    digest = hashlib.blake2b(snapshot.encode() + b"\0", digest_size=16)
+    if isinstance(clip_ids, np.ndarray):
+        digest.update(np.ascontiguousarray(clip_ids).view(np.uint8))
+    else:
+        for clip_id in clip_ids:
+            digest.update(clip_id.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def hash_groups(groups: Sequence[NDArray[np.integer]]) -> str:
+    """Hash of the group arrays given to `epoch_rows`; "" for none."""
+    if not groups:
+        return ""
+    digest = hashlib.blake2b(digest_size=16)
+    for group in groups:
+        digest.update(f"{group.dtype}{group.shape}".encode())
+        digest.update(np.ascontiguousarray(group).view(np.uint8))
+    return digest.hexdigest()
+
+
+# --- The order
+
+
+def epoch_rows(spec: PlanSpec, epoch: int, groups: Sequence[NDArray[np.integer]] = ()) -> Rows:
+    """[steps, batch_size] row numbers of an epoch, `PAD` where there is none.
+
+    groups  for each kind of group an integer array [num_clips]: clips with equal values must not share a batch;
+            negative (or an unsigned type's largest) values belong to no group. `spec.groups_hash` must be theirs.
+    Raises UserError where that cannot be met and `spec.unmet` is "error".
+    """
+    coded = _checked_groups(spec, groups)
+    if _carried(spec, epoch):
+        coded = [*coded, None]  # a carried row is there a second time: not in the same batch either
+    num_steps = steps_in_epoch(spec, epoch)
+    rows = np.full((num_steps, spec.batch_size), PAD)
+    listed = _listed_rows(spec, epoch).reshape(spec.num_streams, -1)
+    suspects = in_threads(
+        lambda start: _deal_window(spec, epoch, listed, start, rows, coded), range(0, num_steps, spec.window_steps)
+    )
+    if spec.tail == "pad":
+        rest = tail_rows(spec, epoch)
+        rows[-1, : len(rest)] = rest
+        suspects.append(np.array([num_steps - 1]))
+    if coded:
+        # a clip meeting itself in an epoch of one step is no error where nothing was asked for
+        unmet = spec.unmet if groups else "keep"
+        repair(rows, coded, np.unique(np.concatenate(suspects)), spec.key(epoch, "repair"), spec, unmet)
+    return rows
+
+
+def tail_rows(spec: PlanSpec, epoch: int) -> NDArray[np.int64]:
+    """The rows that do not fill a step of this epoch: dropped, padded up, or carried over to the next."""
+    num_left = (_carried(spec, epoch) + spec.num_clips) % spec.batch_size
+    return sample(spec.num_clips, num_left, spec.key(epoch, "tail"))
+
+
+def num_conflicts(rows: Rows, groups: Sequence[NDArray[np.integer]]) -> int:
+    """How many slots hold a clip whose group is in the batch already: 0 unless `unmet` is "keep"."""
+    coded = as_groups(groups)
+    windows = (rows[start : start + 64] for start in range(0, len(rows), 64))
+    return sum(int(num_repeated(codes_of_rows(codes, window)).sum()) for window in windows for codes in coded)
+
+
+def _carried(spec: PlanSpec, epoch: int) -> int:
+    """How many rows an epoch has from the one before."""
+    return epoch * spec.num_clips % spec.batch_size if spec.tail == "carry" else 0
+
+
+def _listed_rows(spec: PlanSpec, epoch: int) -> Rows:
+    """All rows of the full steps, block after block: the concatenation of the streams' pieces."""
+    num_blocks = -(-spec.num_clips // spec.block_size)
+    listed = permutation(num_blocks, spec.key(epoch, "blocks"))
+    if spec.block_size > 1:
+        listed = (listed[:, None] * np.uint32(spec.block_size) + np.arange(spec.block_size, dtype=np.uint32)).ravel()
+        listed = listed[listed < spec.num_clips]
+    listed = np.delete(listed, _positions(listed, tail_rows(spec, epoch)))
+    if _carried(spec, epoch):
+        listed = np.concatenate([tail_rows(spec, epoch - 1).astype(np.uint32), listed])
+    return listed
+
+
+def _positions(listed: Rows, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where a few rows are in a long list, by a small table of their low bits that stays in the cache."""
+    table = np.zeros(1 << 16, dtype=bool)
+    table[wanted & 0xFFFF] = True
+    likely = [
+        start + np.flatnonzero(table[listed[start : start + 65536] & 0xFFFF]) for start in range(0, len(listed), 65536)
+    ]
+    positions = np.concatenate([*likely, np.zeros(0, np.int64)])
+    return positions[np.isin(listed[positions], wanted)]
+
+
+def _deal_window(spec: PlanSpec, epoch: int, listed: Rows, start: int, rows: Rows, coded: Groups) -> NDArray[np.int64]:
+    """Fills the full steps among `start` … of `rows` from every stream's window; returns those with a group twice.
+
+    A stream's rows are ordered by a hash of their first group and dealt one per step in turn, so that the clips of a
+    group go to different steps; a clip without group has a hash of its own. Then the steps change places.
+    """
+    per_step = spec.batch_size // spec.num_streams
+    window_PN = np.ascontiguousarray(listed[:, start * per_step : (start + spec.window_steps) * per_step])
+    num_steps = window_PN.shape[1] // per_step
+    codes = [codes_of_rows(group, window_PN) for group in coded]
+    order_PN = order_of(deal_keys(codes[0] if codes else window_PN, window_PN, spec.key(epoch, "deal")))
+    steps = permutation(num_steps, key_of(spec.key(epoch, "steps"), start))
+
+    def deal(values_PN: Rows) -> Rows:
+        dealt = np.take_along_axis(values_PN, order_PN, axis=1).reshape(spec.num_streams, per_step, num_steps)
+        return dealt.transpose(2, 0, 1)[steps].reshape(num_steps, spec.batch_size)
+
+    rows[start : start + num_steps] = deal(window_PN)
+    repeated = sum((num_repeated(deal(of_rows)) for of_rows in codes), start=np.zeros(num_steps, np.int64))
+    return start + np.flatnonzero(repeated)
+
+
+def _checked_groups(spec: PlanSpec, groups: Sequence[NDArray[np.integer]]) -> Groups:
+    for group in groups:
+        if group.shape != (spec.num_clips,) or group.dtype.kind not in "iu":
+            raise UserError(f"groups hold {group.dtype} {group.shape}; allowed: integers [{spec.num_clips}]")
+    if hash_groups(groups) != spec.groups_hash:
+        raise UserError("groups_hash is not the hash of these groups: the plan was made for others")
+    return as_groups(groups)
+
+
+# --- The file
+
+
+def plan_path(folder: str | Path, spec: PlanSpec, epoch: int) -> Path:
+    """An epoch's file. Its name is its identity, so a file of other settings is never mistaken for it."""
+    return Path(folder) / f"plan-{spec.fingerprint}-{epoch:05d}.npy"
+
+
+def write_epoch(folder: str | Path, spec: PlanSpec, epoch: int, groups: Sequence[NDArray[np.integer]] = ()) -> Path:
+    """Plans an epoch into its file, whole or not at all; a file that is there already is left as it is."""
+    path = plan_path(folder, spec, epoch)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.save(file, epoch_rows(spec, epoch, groups))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def open_epoch(folder: str | Path, spec: PlanSpec, epoch: int) -> Rows:
+    """[steps, batch_size], memory-mapped and read-only: opening costs nothing, whatever the size."""
+    path = plan_path(folder, spec, epoch)
+    if not path.exists():
+        raise UserError(f"{path} is not there; write_epoch makes it")
+    rows = np.load(path, mmap_mode="r")
+    assert rows.shape == (steps_in_epoch(spec, epoch), spec.batch_size) and rows.dtype == np.uint32
+    return rows

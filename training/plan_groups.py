@@ -1,0 +1,181 @@
+"""Keeping clips that belong together out of one batch: dealing, finding what still meets, swapping it apart.
+
+A group array gives each clip a code; equal codes must not meet in a step. Several arrays (video, near-duplicates) hold
+at once. Rows are those of `training.plan`: uint32 row numbers [steps, batch], `PAD` where there is none.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+from training.counting import mix
+
+Unmet = Literal["error", "keep"]
+Codes = NDArray[np.uint32]
+Groups = list[Codes | None]  # None: every clip is a group of its own, for rows that occur twice
+
+NONE = np.uint32(2**32 - 1)  # in no group; also the number of a hole
+_RANDOM_TRIES = 64
+_MOST_FAILURES = 1000  # in a row, under "keep": a selection that cannot be parted is not worth more time
+
+
+class _Shape(Protocol):
+    num_streams: int
+    window_steps: int
+
+
+def as_groups(groups: Sequence[NDArray[np.integer]]) -> Groups:
+    """uint32 codes: as they are where they fit, else hashed (two groups taken for one are parted without need)."""
+    return [_codes_of(np.asarray(group)) for group in groups]
+
+
+def codes_of_rows(codes: Codes | None, rows: NDArray[np.uint32]) -> Codes:
+    """The codes of rows, `NONE` for holes."""
+    if codes is None:
+        return rows
+    of_rows = codes.take(rows, mode="clip")
+    of_rows[rows == NONE] = NONE
+    return of_rows
+
+
+def deal_keys(codes_PN: Codes, rows_PN: NDArray[np.uint32], key: int) -> NDArray[np.uint64]:
+    """[P, N] a hash per row that is equal within a group of the same stream: sorting by it brings the group together.
+
+    Every stream hashes for itself: with one hash for all, a group's clips in two streams would be dealt to like steps.
+    """
+    # the numbers of rows that have no group are kept apart from the codes of groups
+    values = np.where(codes_PN == NONE, rows_PN + np.uint64(1 << 32), codes_PN)
+    streams = np.arange(len(rows_PN), dtype=np.uint64)[:, None] << np.uint64(33)
+    return mix(values + streams, key)
+
+
+def num_repeated(codes_SB: Codes) -> NDArray[np.int64]:
+    """[steps] how many slots have a code that is in their step already."""
+    ordered = np.sort(codes_SB, axis=1)
+    return np.count_nonzero((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NONE), axis=1)
+
+
+def repair(
+    rows: NDArray[np.uint32], groups: Groups, steps: NDArray[np.int64], key: int, shape: _Shape, unmet: Unmet
+) -> None:
+    """Swaps, in place, until none of `steps` holds a group twice; each swap leaves fewer pairs than there were.
+
+    With one kind of group there always is such a swap while no group has more clips than there are steps: if a step
+    without the group has no clip to give, it holds pairs itself. With several kinds there may be none: then, and for
+    groups that are too large, `unmet` says whether that is an error or stays.
+    """
+    failures = 0
+    for step in steps.tolist():
+        for slot in _repeated_slots(rows[step], groups):
+            if not _conflicts(rows, groups, step, slot):
+                continue  # an earlier swap has parted the pair
+            swapped = _swap_at_random(rows, groups, step, slot, key, shape)
+            if not swapped and failures < _MOST_FAILURES:
+                swapped = _swap_anywhere(rows, groups, step, slot, key, unmet)
+            failures = 0 if swapped else failures + 1
+            if not swapped and unmet == "error":
+                raise UserError(
+                    f"step {step} must hold two clips of one group: no swap parts them. "
+                    "Allowed: a smaller batch_size, fewer kinds of groups, or unmet 'keep'"
+                )
+            if failures >= _MOST_FAILURES:
+                return
+
+
+def _codes_of(group: NDArray[np.integer]) -> Codes:
+    if group.dtype == np.uint32:
+        return group
+    fits = group.size == 0 or int(group.max()) < NONE
+    codes = np.empty(len(group), np.uint32)
+    for start in range(0, len(group), 1 << 16):  # in pieces: the temporaries of a large array would outgrow the plan
+        part = group[start : start + (1 << 16)]
+        none = part < 0 if part.dtype.kind == "i" else part == np.iinfo(part.dtype).max
+        hashed = part if fits else np.minimum(mix(part, 0) >> np.uint64(32), NONE - 1)
+        codes[start : start + len(part)] = np.where(none, NONE, hashed)
+    return codes
+
+
+def _repeated_slots(step_rows: NDArray[np.uint32], groups: Groups) -> list[int]:
+    """Slots behind the first of their group, of any kind."""
+    slots: set[int] = set()
+    for codes in groups:
+        of_rows = codes_of_rows(codes, step_rows)
+        order = np.argsort(of_rows, kind="stable")
+        ordered = of_rows[order]
+        slots |= set(order[1:][(ordered[1:] == ordered[:-1]) & (ordered[1:] != NONE)].tolist())
+    return sorted(slots)
+
+
+def _conflicts(rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, clip: np.uint32 | None = None) -> int:
+    """How many kinds of group `clip` (default: the one in the slot) shares with others of the step."""
+    return int(_conflicts_of(rows, groups, step, slot, rows[step, slot : slot + 1] if clip is None else clip[None])[0])
+
+
+def _conflicts_of(
+    rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, clips: NDArray[np.uint32]
+) -> NDArray[np.int64]:
+    """For each of `clips`: how many kinds of group it would share with others of the step, were it in the slot."""
+    others = np.delete(rows[step], slot)
+    total = np.zeros(len(clips), np.int64)
+    for codes in groups:
+        there, of_clips = codes_of_rows(codes, others), codes_of_rows(codes, clips)
+        shared = (there == of_clips[0]).any() if len(clips) == 1 else np.isin(of_clips, there)
+        total += shared & (of_clips != NONE)
+    return total
+
+
+def _swap_at_random(rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, key: int, shape: _Shape) -> bool:
+    """A swap after which neither clip shares a group: first within the window and stream, where reading stays local."""
+    num_steps, batch = rows.shape
+    draws = mix(np.arange(2 * _RANDOM_TRIES) + (step * batch + slot) * 2 * _RANDOM_TRIES, key).reshape(-1, 2)
+    window = step - step % shape.window_steps
+    window_size = min(shape.window_steps, num_steps - window)
+    per_stream = batch // shape.num_streams
+    for attempt, (first, second) in enumerate(draws.tolist()):
+        if attempt < _RANDOM_TRIES // 4:
+            other = window + first % window_size
+            other_slot = slot - slot % per_stream + second % per_stream
+        else:
+            other, other_slot = first % num_steps, second % batch
+        clip = rows[other, other_slot]
+        if other == step or clip == NONE:
+            continue
+        if _conflicts(rows, groups, other, other_slot, rows[step, slot]) == 0:
+            if _conflicts(rows, groups, step, slot, clip) == 0:
+                rows[step, slot], rows[other, other_slot] = clip, rows[step, slot]
+                return True
+    return False
+
+
+def _swap_anywhere(rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, key: int, unmet: Unmet) -> bool:
+    """The first swap in any step, holes included, that leaves fewer pairs than before. Reads all steps at worst."""
+    num_steps, batch = rows.shape
+    if (size := _largest_group_of(rows[step, slot], groups)) > num_steps:
+        if unmet == "keep":
+            return False
+        raise UserError(
+            f"{size} selected clips belong to one group, but an epoch has {num_steps} steps: two must share a batch. "
+            "Allowed: a smaller batch_size, a selection with fewer clips per group, or unmet 'keep'"
+        )
+    mine = _conflicts(rows, groups, step, slot)
+    start = int(mix(np.array([step * batch + slot]), key)[0] % np.uint64(num_steps))
+    for other in (*range(start, num_steps), *range(start)):
+        if other == step:
+            continue
+        arriving = _conflicts_of(rows, groups, step, slot, rows[other])
+        for other_slot in np.flatnonzero(arriving <= mine).tolist():
+            theirs = _conflicts(rows, groups, other, other_slot)
+            leaving = _conflicts(rows, groups, other, other_slot, rows[step, slot])
+            if arriving[other_slot] + leaving < mine + theirs:
+                rows[step, slot], rows[other, other_slot] = rows[other, other_slot], rows[step, slot]
+                return True
+    return False
+
+
+def _largest_group_of(clip: np.uint32, groups: Groups) -> int:
+    """How many selected clips the largest of a clip's groups has."""
+    kinds = [codes for codes in groups if codes is not None and codes[clip] != NONE]
+    return max((int(np.count_nonzero(codes == codes[clip])) for codes in kinds), default=0)
