@@ -35,9 +35,10 @@ class CocaCaptioner:
     """Captions do not depend on which frames share a batch, nor, where chance is in play, on their order."""
 
     def __init__(self, loaded: LoadedModel, settings: CaptionSettings, name: str):
-        limit = loaded.model.context_length
-        if settings.max_tokens > limit:
-            raise UserError(f"setting caption.max_tokens = {settings.max_tokens}: {name} reads at most {limit} tokens.")
+        self.max_tokens = min(settings.max_tokens, loaded.model.context_length)
+        if settings.min_tokens >= self.max_tokens:
+            limit = f"{name} reads at most {loaded.model.context_length} tokens"
+            raise UserError(f"setting caption.min_tokens = {settings.min_tokens}: {limit}; allowed is less.")
         self.loaded, self.settings, self.name = loaded, settings, name
         self.fingerprint = fingerprint_of(settings)
 
@@ -70,7 +71,7 @@ class CocaCaptioner:
         with _encoded_once(self.loaded.model, latent_BD, tokens_BPD, repeats):
             return self.loaded.model.generate(
                 latent_BD,  # stands for the pictures: only its device and number of rows are used
-                seq_len=chosen.max_tokens,
+                seq_len=self.max_tokens,
                 max_seq_len=self.loaded.model.context_length,
                 min_seq_len=chosen.min_tokens,
                 generation_type=chosen.generation,

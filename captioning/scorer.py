@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from captioning.open_clip_models import LoadedModel
 
 CODE_VERSION = 1  # of what is computed for the same model and settings: raising it makes every score pending
-DEMO_MODEL = "demo_clip"
+DEMO_MODEL = "demo_captioner"
 DECIMALS = 5  # float32 sums differ in the seventh decimal between batch sizes and processors
 
 

@@ -36,7 +36,7 @@ class CaptionSettings(ModelSettings):
     temperature: float = Field(1.0, gt=0)  # top_k, top_p: below 1 is less varied
     repetition_penalty: float = Field(1.0, gt=0)  # above 1 avoids words that were said; 1 leaves the model alone
     min_tokens: int = Field(5, ge=0)  # ids before the end token, the start token included
-    max_tokens: int = Field(30, ge=3)  # ids in all, start and end included; a caption of MSCOCO has 14 on average
+    max_tokens: int = Field(30, ge=3)  # ids in all, start and end included, and no more than the model reads
     seed: int = Field(0, ge=0)  # with the frame's hash it seeds what is drawn, so a frame is always captioned alike
 
     options: dict[str, Any] = {}  # passed on to a MODULE:ATTRIBUTE captioner

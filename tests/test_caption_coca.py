@@ -227,6 +227,8 @@ def test_a_wrong_model_is_the_users_mistake_and_named(chosen, said):
         load_captioner(CaptionSettings(**{"device": "cpu", **chosen}))
 
 
-def test_more_tokens_than_the_model_reads_is_the_users_mistake(folder):
-    with pytest.raises(UserError, match="caption.max_tokens = 21"):
-        load_captioner(CaptionSettings(model=folder, device="cpu", max_tokens=21))
+def test_a_caption_is_no_longer_than_the_model_reads(folder):
+    settings = CaptionSettings(model=folder, device="cpu", max_tokens=100, generation="top_k")
+    assert all(0 < caption.num_tokens <= 18 for caption in load_captioner(settings).caption(FRAMES[:3]))
+    with pytest.raises(UserError, match="caption.min_tokens = 20"):
+        load_captioner(CaptionSettings(model=folder, device="cpu", min_tokens=20, max_tokens=100))
