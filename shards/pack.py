@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,7 @@ from shards.tar import Member, Sample, member_bytes, read_member, sync_folder, w
 Extension = Literal["mp4", "jpg", "txt", "json"]
 EXTENSIONS: tuple[Extension, ...] = ("mp4", "jpg", "txt", "json")
 NEXT = ".next"  # folder inside shards/ for what is complete but not yet in place
+SHARDS_AT_ONCE = 16  # whose rows are in memory together
 JSON_BYTES = 1500  # what a KEY.json is taken to need when shards are planned
 
 # What KEY.json says of a clip besides its hashes. FIXED is part of a plan's key, LATE is not.
@@ -217,15 +218,28 @@ def _next_paths(root: Path, plan: ShardPlan) -> tuple[Path, Path]:
 
 def shard_rows(connection: duckdb.DuckDBPyConnection, plan: ShardPlan) -> pa.Table:
     """The catalog's rows (ROW_COLUMNS) of a plan's clips, in the tar's order."""
-    wanted = pa.table({"clip_id": plan.clip_ids, "rank": np.arange(len(plan.clip_ids))})
-    connection.register("wanted_clips", wanted)
-    try:
-        columns = ", ".join(f"c.{name}" for name in ROW_COLUMNS)
-        return connection.sql(
-            f"SELECT {columns} FROM wanted_clips w JOIN catalog c USING (clip_id) ORDER BY w.rank"
-        ).to_arrow_table()
-    finally:
-        connection.unregister("wanted_clips")
+    return next(rows for _, rows in rows_by_shard(connection, [plan]))
+
+
+def rows_by_shard(
+    connection: duckdb.DuckDBPyConnection, plans: Sequence[ShardPlan]
+) -> Iterator[tuple[ShardPlan, pa.Table]]:
+    """(plan, its `shard_rows`) one after the other. Rows of several shards are asked for at a time, because finding
+    those of one costs as much as going through the catalog once.
+    """
+    columns = ", ".join(f"c.{name}" for name in ROW_COLUMNS)
+    for start in range(0, len(plans), SHARDS_AT_ONCE):
+        some = plans[start : start + SHARDS_AT_ONCE]
+        clip_ids = pa.concat_arrays([plan.clip_ids for plan in some])
+        connection.register("wanted_clips", pa.table({"clip_id": clip_ids, "rank": np.arange(len(clip_ids))}))
+        try:
+            sql = f"SELECT {columns} FROM wanted_clips w JOIN catalog c USING (clip_id) ORDER BY w.rank"
+            rows = connection.sql(sql).to_arrow_table()
+        finally:
+            connection.unregister("wanted_clips")
+        for plan in some:
+            yield plan, rows.slice(0, len(plan.clip_ids))
+            rows = rows.slice(len(plan.clip_ids))
 
 
 def write_shard(plan: ShardPlan, rows: pa.Table, root: Path, *, fsync: bool = False) -> Written:

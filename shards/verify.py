@@ -16,10 +16,11 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import ItemError
 from shards.index import TEXT_COLUMNS, read_index, read_stamp
-from shards.pack import EXTENSIONS, NEXT
+from shards.pack import EXTENSIONS, NEXT, SHARDS_AT_ONCE
 from shards.schema import INDEX, sample_key
 from shards.tar import Member, scan
 
@@ -93,8 +94,7 @@ def _checked(root, connection, names, decode_frames, workers: int) -> Iterator[l
     """
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[list[Problem]]] = deque()
-        for name in names:
-            shard = _Shard(name, *_manifest_rows(connection, name))
+        for shard in _expected_shards(connection, names):
             waiting.append(pool.submit(shard.check, root, decode_frames))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
@@ -109,19 +109,26 @@ def _shard_names(connection: duckdb.DuckDBPyConnection) -> list[str]:
     return [row[0] for row in connection.execute("SELECT DISTINCT shard FROM samples ORDER BY shard").fetchall()]
 
 
-def _manifest_rows(connection: duckdb.DuckDBPyConnection, shard: str) -> tuple[pa.Table, pa.Table]:
-    """(the shard's rows of `samples`, the same clips' rows of `catalog`), both in the tar's order."""
-    samples = connection.sql(
-        f"SELECT {', '.join(INDEX.names)} FROM samples WHERE shard = ? ORDER BY position", params=[shard]
-    )
-    clips = connection.sql(
-        """
-        SELECT s.clip_id, c.clip_id IS NOT NULL AS known, c.* EXCLUDE (clip_id), c.text AS subtitle
-        FROM samples s LEFT JOIN catalog c ON c.clip_id = s.clip_id WHERE s.shard = ? ORDER BY s.position
-        """,
-        params=[shard],
-    )
-    return samples.to_arrow_table().cast(INDEX), clips.to_arrow_table()
+def _expected_shards(connection: duckdb.DuckDBPyConnection, names: list[str]) -> Iterator["_Shard"]:
+    """The manifest's shards one after the other; it is asked for several at a time, as each question costs a join."""
+    for start in range(0, len(names), SHARDS_AT_ONCE):
+        some = names[start : start + SHARDS_AT_ONCE]
+        samples = connection.sql(
+            f"SELECT {', '.join(INDEX.names)} FROM samples WHERE shard IN $names ORDER BY shard, position",
+            params={"names": some},
+        )
+        clips = connection.sql(
+            """
+            SELECT s.shard AS in_shard, s.clip_id, c.clip_id IS NOT NULL AS known, c.* EXCLUDE (clip_id),
+                   c.text AS subtitle
+            FROM samples s LEFT JOIN catalog c ON c.clip_id = s.clip_id WHERE s.shard IN $names
+            ORDER BY s.shard, s.position
+            """,
+            params={"names": some},
+        )
+        samples, clips = samples.to_arrow_table().cast(INDEX), clips.to_arrow_table()
+        for name in some:
+            yield _Shard(name, samples.filter(pc.field("shard") == name), clips.filter(pc.field("in_shard") == name))
 
 
 def _files(root: Path, connection: duckdb.DuckDBPyConnection) -> list[Problem]:
