@@ -15,9 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from manifest_support import make_manifest
 
-from bench.sql import read_queries
 from pipeline.errors import UserError
 from shards.sql import open_manifest, prompt, rows_of, run_query, selection, visible
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
+
+from bench.sql import read_queries  # noqa: E402
 
 NUM_CLIPS = 600
 
