@@ -6,6 +6,7 @@ are scaled at their own depth and then mapped to BT.709 by swscale's colour mana
 becomes SDR white, what is brighter or more saturated is clipped. Interlaced pictures are left as they are.
 """
 
+import math
 from fractions import Fraction
 
 import av
@@ -35,7 +36,7 @@ def target_size(width: int, height: int, pixel_aspect: Fraction, short_side: int
 
 
 def _even(length: Fraction) -> int:
-    return max(2, 2 * round(length / 2))
+    return max(2, 2 * math.ceil(length / 2 - Fraction(1, 2)))  # the nearest, of two the smaller
 
 
 class PictureMaker:

@@ -36,6 +36,7 @@ HEADER = struct.Struct("<Q")
 # BLAS, OpenCV and FFmpeg would otherwise start a thread per core, each with a stack that counts as memory.
 QUIET = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 STDERR_TAIL_BYTES = 1500
+CRIES_FOR_MEMORY = ("MemoryError", "Memory allocation", "Cannot allocate memory", "bad_alloc", "out of memory")
 
 
 class Sandbox:
@@ -71,7 +72,7 @@ class Sandbox:
                 self._stop()
                 self._child = _Child()
             try:
-                status, value = pickle.loads(self._child.ask(request, timeout_s, limits[0]))
+                status, value = pickle.loads(self._child.ask(request, timeout_s))
             except BaseException:  # also a keyboard interrupt: the child may be in the middle of anything
                 self._stop()
                 raise
@@ -130,7 +131,7 @@ class _Child:
         """Not after a fork either: two parents would talk to one child."""
         return self.pid == os.getpid() and self.num_calls < most_calls and self.process.poll() is None
 
-    def ask(self, request: bytes, timeout_s: float, memory_bytes: int) -> bytes:
+    def ask(self, request: bytes, timeout_s: float) -> bytes:
         """The answer's bytes; ItemError when there is none."""
         self.num_calls += 1
         deadline = time.monotonic() + timeout_s
@@ -143,7 +144,7 @@ class _Child:
         except TimeoutError:
             raise ItemError("timeout", f"not done after {timeout_s:.0f} s") from None
         except (EOFError, BrokenPipeError):
-            raise self._post_mortem(memory_bytes) from None
+            raise self._post_mortem() from None
 
     def _write(self, data: bytes, deadline: float) -> None:
         view = memoryview(data)
@@ -162,18 +163,18 @@ class _Child:
             size -= len(part)
         return b"".join(parts)
 
-    def _post_mortem(self, memory_bytes: int) -> ItemError:
-        """What a child died of, as far as its status, its size and its last words tell."""
+    def _post_mortem(self) -> ItemError:
+        """What a child died of, as far as its status and its last words tell.
+
+        Its largest size would tell more, but the kernel counts the parent's from before the exec into it.
+        """
         self._end(patience_s=5.0)
-        _, status, usage = os.wait4(self.process.pid, 0)
-        self.process.returncode = code = os.waitstatus_to_exitcode(status)
+        code = self.process.wait()
         self.stderr.seek(max(0, self.stderr.seek(0, os.SEEK_END) - STDERR_TAIL_BYTES))
         words = self.stderr.read().decode(errors="replace").strip()
-        peak = usage.ru_maxrss * 1024
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        message = f"{how}, {peak // 2**20} MB resident at most. {words}".strip()
-        starved = peak > 0.8 * memory_bytes or code == -signal.SIGKILL or "MemoryError" in words
-        return ItemError("out-of-memory" if starved else "decoder-crash", message)
+        starved = code == -signal.SIGKILL or any(cry in words for cry in CRIES_FOR_MEMORY)
+        return ItemError("out-of-memory" if starved else "decoder-crash", f"{how}. {words}".strip())
 
     def kill(self) -> None:
         """The child and whatever it started."""
@@ -185,7 +186,7 @@ class _Child:
         self.stderr.close()
 
     def _end(self, patience_s: float) -> None:
-        """Kill the whole group, after a moment for the child to die of what it is dying of; it is still to be reaped."""
+        """Kill the whole group, after a moment for the child to die of its own cause. It is still to be reaped."""
         deadline = time.monotonic() + patience_s
         ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
         while time.monotonic() < deadline and os.waitid(os.P_PID, self.process.pid, ended) is None:
