@@ -3,10 +3,14 @@
 Exit codes: 0 all done · 1 some items failed (said, counted, recorded) · 2 the user's mistake.
 """
 
+import atexit
+import errno
+import os
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -161,14 +165,37 @@ def _command() -> str:
 
 
 def main() -> None:
+    _leave(_run())
+
+
+def _run() -> int:
     try:
         app()
     except UserError as error:
         typer.echo(f"clipmill: {error}", err=True)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         typer.echo("\nclipmill: stopped. The same command goes on from here.", err=True)
-        sys.exit(130)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+            raise
+        typer.echo(f"clipmill: {error}. What is committed is safe; the same command goes on from here.", err=True)
+        return 1
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _leave(code: int) -> NoReturn:
+    """End without tearing the interpreter down: with Ray's threads alive that takes time, and DuckDB's binding prints a
+    page about types that were never freed, which people take for an error.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

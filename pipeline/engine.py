@@ -71,7 +71,7 @@ class Engine:
     def publish(self) -> None:
         started = time.perf_counter()
         self.derive()
-        publish(self.ledger)
+        publish(self.ledger, groups=False)
         self.publish_cost_s = time.perf_counter() - started
         self.published_at = time.perf_counter()
 
@@ -274,8 +274,9 @@ class Pools:
         except self.ray.exceptions.RayError as error:
             if isinstance(error, self.ray.exceptions.RayActorError):
                 self.actors.pop(flight.actor, None)
-            if isinstance(error, self.ray.exceptions.RayTaskError) and isinstance(error.cause, UserError):
-                raise error.cause from None  # a setting that only the worker could check, such as a model's name
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, (UserError, OSError)):
+                raise cause from None  # a setting that only the worker could check; a disk that takes no more
             return str(error)
 
     def _start_governor(self, settings) -> None:

@@ -8,6 +8,7 @@ from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +16,15 @@ import pyarrow as pa
 from pipeline.errors import ItemError
 from shards.fragments import fragment_path, write_commit
 from shards.index import read_index, refresh_index
-from shards.pack import ShardPlan, commit_shards, pending_shards, plan_shards, select_samples, shard_rows, write_shard
+from shards.pack import (
+    ShardPlan,
+    commit_shards,
+    pending_shards,
+    plan_shards,
+    rows_by_shard,
+    select_samples,
+    write_shard,
+)
 from shards.schema import LEDGER
 from shards.sql import open_manifest
 
@@ -40,7 +49,7 @@ def pack_corpus(session, display, *, write: bool, redo: bool) -> PackReport:
     with open_manifest(root) as connection:
         if write:
             plans = plan_shards(select_samples(connection, settings), settings)
-            todo = plans if redo else pending_shards(root, plans)
+            todo = plans if redo else pending_shards(root, plans, retry_missing=True)
             report.failures = _write_all(session, connection, todo, display)
             report.num_written, num_removed = commit_shards(root, plans, fsync=settings.fsync)
             report.num_written += num_removed
@@ -73,10 +82,10 @@ def _write_all(session, connection, plans: list[ShardPlan], display) -> list[tup
     failures: list[tuple[str, ItemError]] = []
     with _pool(session, len(plans)) as submit:
         waiting, num_done = deque(), 0
-        for plan in [*plans, None]:
-            if plan is not None:
-                waiting.append(submit(plan, shard_rows(connection, plan), root, fsync))
-            while waiting and (plan is None or len(waiting) > 2 * submit.width):
+        for piece in chain(rows_by_shard(connection, plans), [None]):
+            if piece is not None:
+                waiting.append(submit(*piece, root, fsync))
+            while waiting and (piece is None or len(waiting) > 2 * submit.width):
                 failures += waiting.popleft()()
                 num_done += 1
                 display.packing(num_done, len(plans))

@@ -20,13 +20,16 @@ from shards.schema import INDEX, MANIFEST
 MANIFEST_NAME = "manifest.duckdb"
 
 
-def publish(ledger: Ledger) -> None:
-    """Write the manifest from what the ledger derived last, which must have been for all units."""
+def publish(ledger: Ledger, *, groups: bool = True) -> None:
+    """Write the manifest from what the ledger derived last, which must have been for all units.
+
+    groups: False leaves out the near-duplicate groups, which take seconds where there are a million clips.
+    """
     connection = ledger.connection
     path = ledger.root / MANIFEST_NAME
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{MANIFEST_NAME}")
     temporary.unlink(missing_ok=True)
-    _prepare(ledger)
+    _prepare(ledger, groups)
     connection.execute(f"ATTACH '{_sql_text(temporary)}' AS manifest")
     try:
         for table, schema in MANIFEST.items():
@@ -39,10 +42,11 @@ def publish(ledger: Ledger) -> None:
     os.replace(temporary, path)
 
 
-def _prepare(ledger: Ledger) -> None:
+def _prepare(ledger: Ledger, groups: bool) -> None:
     """The inputs of the manifest that are not in the ledger: near-duplicate groups, shard indexes, runs."""
     connection = ledger.connection
-    hashes = connection.sql("SELECT clip_id, phash FROM current_clips ORDER BY clip_id").to_arrow_table()
+    only = "" if groups else " WHERE false"
+    hashes = connection.sql(f"SELECT clip_id, phash FROM current_clips{only} ORDER BY clip_id").to_arrow_table()
     connection.register("groups", duplicate_groups(hashes))
     connection.execute("CREATE OR REPLACE TEMP TABLE duplicate_groups AS SELECT * FROM groups")
     connection.unregister("groups")
