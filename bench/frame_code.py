@@ -1,7 +1,7 @@
 """A frame's number drawn into its picture as a row of grey-code blocks, and read back after scaling and encoding.
 
 Layout along the top edge: one black and one white reference block, then `BITS` data blocks, most significant first,
-each `width // columns` pixels wide and as high. Grey code, so blocks that blur between two frames are off by one.
+each `width / columns` pixels wide and as high. Grey code, so blocks that blur between two frames are off by one.
 """
 
 import numpy as np
@@ -13,9 +13,9 @@ BLACK, WHITE = 24, 228
 
 def draw_number(luma: np.ndarray, number: int, columns: int = COLUMNS) -> None:
     """Write `number` into the top row of a uint8 [H, W] luma plane, in place."""
-    size = luma.shape[1] // columns
+    size = luma.shape[1] / columns
     for i, lit in enumerate(_blocks(number)):
-        luma[:size, i * size : (i + 1) * size] = WHITE if lit else BLACK
+        luma[: int(size), int(i * size) : int((i + 1) * size)] = WHITE if lit else BLACK
 
 
 def read_number(luma: np.ndarray, columns: int = COLUMNS) -> int:

@@ -6,6 +6,7 @@ are scaled at their own depth and then mapped to BT.709 by swscale's colour mana
 becomes SDR white, what is brighter or more saturated is clipped. Interlaced pictures are left as they are.
 """
 
+import functools
 import math
 from fractions import Fraction
 
@@ -46,7 +47,7 @@ class PictureMaker:
         self.pixel_aspect = pixel_aspect or Fraction(1)
         self.short_side = short_side
         self.size: tuple[int, int] | None = None
-        self.scaler, self.mapper = VideoReformatter(), VideoReformatter()
+        self.scaler = VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
         """A fresh yuv420p frame, limited range, with none of the source's timestamps, types or side data."""
@@ -76,7 +77,7 @@ class PictureMaker:
             small.color_primaries = BT2020
         if small.colorspace == UNSPECIFIED:
             small.colorspace = 9  # BT.2020, non-constant luminance
-        return self.mapper.reformat(
+        return _mapper().reformat(
             small,
             format="yuv420p",
             interpolation=SCALING,
@@ -86,6 +87,12 @@ class PictureMaker:
             dst_color_primaries=ColorPrimaries.BT709,
             threads=1,
         ), BT709
+
+
+@functools.cache
+def _mapper() -> VideoReformatter:
+    """One for the process: its colour table takes seconds to build and holds as long as the kind of source stays."""
+    return VideoReformatter()
 
 
 def _matrix(frame: av.VideoFrame) -> int:
