@@ -256,7 +256,7 @@ def _read_json3(text: str, settings: SubtitleSettings) -> tuple[str | None, list
     try:
         events = json.loads(text)["events"]
         return None, [_json3_cue(event) for event in events if event.get("segs")]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise unreadable(f"json3: {type(error).__name__}: {error}") from error
 
 
@@ -280,7 +280,7 @@ def _read_ttml(text: str, settings: SubtitleSettings) -> tuple[str | None, list[
     try:
         root = ElementTree.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", text))
         cues = list(_ttml_cues(root, 0.0, _ttml_rates(root)))
-    except (ElementTree.ParseError, ValueError, RecursionError) as error:
+    except (ElementTree.ParseError, ValueError, ArithmeticError, RecursionError) as error:
         raise unreadable(f"TTML: {error}") from error
     return root.get("{http://www.w3.org/XML/1998/namespace}lang") or None, cues
 
@@ -334,12 +334,14 @@ def _read_other(text: str, settings: SubtitleSettings) -> tuple[str | None, list
 
     try:
         events = pysubs2.SSAFile.from_string(text, format_=sniff(text)).events
-    except (pysubs2.exceptions.Pysubs2Error, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (pysubs2.exceptions.Pysubs2Error, *_LIBRARY_ERRORS) as error:
         raise unreadable(f"no subtitle format that is known here ({type(error).__name__}: {error})") from error
     spoken = [event for event in events if not event.is_comment and not event.is_drawing]
     return None, [_cue(event.start / 1000, event.end / 1000, event.plaintext, settings) for event in spoken]
 
 
+# What parsing nonsense raises in pysubs2, which checks little itself.
+_LIBRARY_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 _READERS = {"vtt": _read_blocks, "srt": _read_blocks, "json3": _read_json3, "ttml": _read_ttml}
 
 
@@ -437,6 +439,7 @@ def _with_marks_inside(cue: Cue, repairs: Counter) -> Cue:
 # --- roll-up -------------------------------------------------------------------------------------------------------
 
 TOUCHING_S = 0.5  # a rolled-up line is shown on without a break; the same words after one are said again
+MAX_SHOWN = 200  # words that are compared: no caption carries over more
 
 
 def _collapse_roll_up(cues: list[Cue], repairs: Counter, always: bool) -> list[Cue]:
@@ -460,13 +463,14 @@ def _collapse_roll_up(cues: list[Cue], repairs: Counter, always: bool) -> list[C
 def _carried_chars(before: Cue, cue: Cue) -> int:
     """How many characters at the beginning of the cue were already on the screen."""
     shown = [text for _, _, text in tokens(before.text)]
+    num_shown, shown = len(shown), shown[-MAX_SHOWN:]
     # What carries a word time is new; the first mark only says when the cue's own first word is.
     first_timed = next((mark.offset for mark in cue.marks if mark.offset > 0), len(cue.text))
     own = [(end, text) for _, end, text in tokens(cue.text) if end <= first_timed]
     for count in range(min(len(shown), len(own)), 0, -1):
         end = own[count - 1][0]
         ends_line = not cue.text[end:].strip(" \t") or cue.text[end:].lstrip(" \t").startswith("\n")
-        if (ends_line or count == len(shown)) and shown[-count:] == [text for _, text in own[:count]]:
+        if (ends_line or count == num_shown) and shown[-count:] == [text for _, text in own[:count]]:
             return end
     return 0
 

@@ -183,13 +183,50 @@ def test_a_bad_byte_in_good_utf8_does_not_spoil_the_rest():
     assert "Où êtes-vous, garon ?" in text_of(data)
 
 
-@given(st.binary(max_size=400))
-def test_no_bytes_crash_the_reader(data):
-    for prefix in (b"", b"WEBVTT\n\n00:01.000 --> 00:02.000\n", b'{"events": ['):
-        try:
-            words_of(read_subtitles(prefix + data))
-        except ItemError as error:
-            assert error.error_class == "subtitle-unreadable"
+PREFIXES = [
+    b"",
+    b"WEBVTT\n\n00:01.000 --> 00:02.000\n",
+    b'{"events": [',
+    b"[Script Info]\n[V4+ Styles]\n[Events]\nFormat: Layer, Start, End, Style, Text\nDialogue: ",
+    b'<tt xmlns="http://www.w3.org/ns/ttml"><body><p begin="1s" end="',
+    b"<SAMI><BODY><SYNC Start=",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@given(st.binary(max_size=400) | st.text('0123456789:.,-> \n<>{}"\\abc/=', max_size=80).map(str.encode))
+def test_no_bytes_crash_the_reader(prefix, data):
+    try:
+        words_of(read_subtitles(prefix + data))
+    except ItemError as error:
+        assert error.error_class == "subtitle-unreadable"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"events": [{"tStartMs": 1' + b"0" * 400 + b', "segs": [{"utf8": "x"}]}]}',
+        b'<tt frameRateMultiplier="1 0"><body><p begin="1s" end="2s">x</p></body></tt>',
+        b'<tt><body><p begin="1' + b"0" * 4000 + b':00:00" end="2s">x</p></body></tt>',
+        b"<tt>" + b"<div>" * 20_000 + b"</div>" * 20_000 + b"</tt>",
+        b'{"events": ' + b"[" * 100_000,
+    ],
+    ids=["huge int", "zero rate", "huge hours", "deep xml", "deep json"],
+)
+def test_numbers_and_depths_beyond_reason_do_not_crash_the_reader(data):
+    with pytest.raises(ItemError, match="subtitle-unreadable"):
+        read_subtitles(data)
+
+
+@pytest.mark.parametrize(
+    "unit", ["[", "(", "<", "<a ", "{\\", "A", "A B ", ">> ", "<rt>", "\n \n", "- ", "♪", "00:00:01.000 --> "]
+)
+def test_long_nonsense_takes_no_long_time(unit):
+    import time
+
+    began = time.process_time()
+    words_of(read_subtitles(b"1\n00:00:01,000 --> 00:00:02,000\n" + (unit * 100_000).encode() + b" word\n"))
+    assert time.process_time() - began < 10
 
 
 json_values = st.recursive(
