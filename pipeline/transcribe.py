@@ -251,7 +251,7 @@ def recognise(samples: "np.ndarray", model: Any, settings: TranscribeSettings) -
         with torch.random.fork_rng(devices=gpus), torch.inference_mode():
             torch.manual_seed(0)
             result = model.transcribe(
-                samples,
+                samples.copy(),  # torch wants to own what it reads
                 temperature=tuple(settings.whisper_temperatures),
                 condition_on_previous_text=settings.whisper_condition_on_previous,
                 word_timestamps=True,
