@@ -49,7 +49,9 @@ class Corpus:
                 raise UserError(f"{self.root} is not empty and not a corpus: give --corpus a new or an empty folder.")
             for name in ("fragments", "sources", "clips", "shards", ".clipmill"):
                 (self.root / name).mkdir(exist_ok=True)
-            (self.root / "README.txt").write_text(README)
+            readme = self.root / "README.txt"
+            if not readme.exists() or readme.read_text() != README:
+                readme.write_text(README)
         except OSError as error:
             raise UserError(f"--corpus {self.root} cannot be written: {error.strerror}.") from error
 
