@@ -6,6 +6,7 @@ build = ingest + every stage + pack          run STAGE = one of them
 import json
 import os
 import platform
+import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,7 +77,7 @@ class Session:
             "started_at": self.started_at,
             "ended_at": datetime.now(UTC) if ended else None,
             "settings": json.dumps(self.settings.model_dump(mode="json"), sort_keys=True),
-            "versions": json.dumps(versions(), sort_keys=True),
+            "versions": json.dumps({**versions(), "driver_peak_mb": _peak_mb()}, sort_keys=True),
         }
         table = pa.Table.from_pylist([row], MANIFEST["runs"])
         write_atomically(fragment_path(self.corpus.root, "runs", self.run_id), table)
@@ -109,6 +110,7 @@ def session(
         ledger = Ledger(corpus.root, QUERIES, memory_limit=settings.engine.driver_memory)
         try:
             ledger.synchronise()
+            ledger.remove_orphans()
             yield Session(corpus, settings, ledger, command), difference(saved, resolved) if saved else []
         finally:
             ledger.close()
@@ -145,6 +147,7 @@ def build(
             current.publish()
         if "pack" in stages or report.engine.num_done:
             report.pack = pack_corpus(current, display, write="pack" in stages, redo=redo and "pack" in stages)
+            current.ledger.drop_superseded("cut")
         if report.did_something:
             current.record_run(ended=True)
             current.publish()
@@ -223,6 +226,10 @@ def status(root: str | Path, assignments: list[str]) -> Status:
             return Status(ledger.counts(), current.failures(), pack_state(current), changed)
         finally:
             ledger.close()
+
+
+def _peak_mb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def versions() -> dict[str, str]:

@@ -1,8 +1,10 @@
 """The stages in order: settings, code version, where they run. Their SQL is in `pipeline.stage_queries`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.config import Settings, digest
+from pipeline.errors import UserError
 from pipeline.settings import CorpusSettings
 
 
@@ -30,7 +32,17 @@ class Stage:
             from captioning.scorer import fingerprint_of
 
             return fingerprint_of(own)
+        if self.name == "transcribe" and own.whisper and (Path(own.whisper).suffix or Path(own.whisper).is_file()):
+            return digest([own.fingerprint(), _weights_identity(own.whisper)])
         return own.fingerprint()
+
+
+def _weights_identity(path: str) -> str:
+    from captioning.identity import file_sha256
+
+    if not Path(path).is_file():
+        raise UserError(f"setting transcribe.whisper = {path}: there is no such file.")
+    return file_sha256(Path(path))
 
 
 STAGES = (

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipeline.config import operational
 from pipeline.errors import ItemError, UserError
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16_000  # what Whisper hears
-OFF = "off"
 
 
 class TranscribeSettings(SubtitleSettings):
@@ -35,9 +34,9 @@ class TranscribeSettings(SubtitleSettings):
     min_words: int = Field(1, ge=1)  # a subtitle with fewer words is none, and the next one, or Whisper, is tried
     align_manual_to_auto: bool = True  # manual text on automatic word times, because manual cues are coarsely timed
 
-    whisper: str = (
-        OFF  # model name (tiny, base, small, turbo …) or path of weights; off by default: models are downloads
-    )
+    # Where no subtitle is usable: a model's name (tiny, base, small, turbo …), a path of weights, or null for no
+    # transcript. base hears clear English well and keeps up with speech on one core.
+    whisper: str | None = "base"
     whisper_language: str | None = None  # what is spoken, as Whisper's code (en, de …); None: heard from the first 30 s
     whisper_beam_size: int = Field(5, ge=1)  # as in Whisper's paper; 1 decodes greedily, about twice as fast
     # Tried one after the other while the text is repetitive or improbable; above 0 it is sampled, from a fixed seed.
@@ -45,6 +44,11 @@ class TranscribeSettings(SubtitleSettings):
     whisper_condition_on_previous: bool = False  # the text before as a prompt: smoother, but loops spread
     whisper_device: str | None = operational(None)  # "cuda", "cpu"; None: a GPU if there is one
     whisper_folder: str | None = operational(None)  # where downloaded models are kept; None: Whisper's own cache
+
+    @field_validator("whisper", mode="before")
+    @classmethod
+    def _off_is_none(cls, value: Any) -> Any:
+        return None if value in (False, "", "off", "none") else value  # YAML reads a bare off as false
 
 
 Extract = Callable[[Path], "np.ndarray | None"]  # a video's speech as float32 at 16 kHz, mono
@@ -84,7 +88,7 @@ def _load_whisper(name: str, device: str | None, folder: str | None) -> Any:
 
     if name not in whisper.available_models() and not Path(name).is_file():
         known = ", ".join(whisper.available_models())
-        raise UserError(f"setting transcribe.whisper = {name!r}: neither a file nor one of off, {known}.")
+        raise UserError(f"setting transcribe.whisper = {name!r}: neither null, nor a file, nor one of {known}.")
     try:
         torch.device(device or "cpu")
         return whisper.load_model(name, device=device, download_root=folder).eval()
@@ -115,7 +119,7 @@ def transcribe_video(
     """
     found: list[ItemError] = []
     transcript = _from_subtitles(_ranked(subtitle_files, settings), settings, found)
-    if transcript is None and settings.whisper != OFF:
+    if transcript is None and settings.whisper is not None:
         transcript = _from_speech(Path(video_path), settings, load_model, extract or _extract_speech)
     elif transcript is None and found and len(found) == len(subtitle_files):
         raise found[0]

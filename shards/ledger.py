@@ -83,6 +83,44 @@ class Ledger:
         self.load(new)
         return len(new), len(gone)
 
+    def remove_orphans(self) -> int:
+        """Delete files that no commit names: what a killed worker had written before it could commit. Returns how many.
+
+        Only right after `synchronise`, when nobody is writing.
+        """
+        owned = {relative for _, outputs in self._rows("SELECT name, outputs FROM fragments") for relative in outputs}
+        folders = [*(f"fragments/{table}" for table in TABLES), "clips"]
+        orphans = [
+            self.root / folder / file.name
+            for folder in folders
+            for file in _scan(self.root / folder, strip=False)
+            if f"{folder}/{file.name}" not in owned
+        ]
+        for path in orphans:
+            path.unlink()
+        return len(orphans)
+
+    def drop_superseded(self, stage: str) -> int:
+        """Delete commits of a stage whose every row was made from inputs or settings that are gone. Returns how many.
+
+        After `derive` for all units. The ledger fragment goes first, so that a kill leaves orphans, never half commits.
+        """
+        names = [
+            name
+            for (name,) in self._rows(
+                f"SELECT fragment FROM ledger WHERE stage = '{stage}' GROUP BY fragment "
+                f"HAVING NOT bool_or(key IN (SELECT key FROM input_{stage})) "
+                f"AND NOT bool_or(fragment IN (SELECT fragment FROM chosen_{stage}))"
+            )
+        ]
+        for name in names:
+            outputs = self._rows("SELECT outputs FROM fragments WHERE name = ?", [name])[0][0]
+            fragment_path(self.root, "ledger", name).unlink(missing_ok=True)
+            for relative in outputs:
+                (self.root / relative).unlink(missing_ok=True)
+        self.forget(names)
+        return len(names)
+
     def forget(self, names: Sequence[str]) -> None:
         if not names:
             return

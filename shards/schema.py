@@ -112,7 +112,7 @@ TABLES: dict[str, pa.Schema] = {
         n=INT32,
         start_s=DOUBLE,
         end_s=DOUBLE,
-        origin=STRING,  # sentences | given | shots
+        origin=STRING,  # sentences | given | shots | fixed
         text=STRING,  # "" where nothing is said
         num_words=INT32,
         num_sentences=INT32,
@@ -272,7 +272,7 @@ MANIFEST: dict[str, pa.Schema] = {
         started_at=pa.timestamp("us", tz="UTC"),
         ended_at=pa.timestamp("us", tz="UTC"),  # null: still running or killed
         settings=STRING,  # the resolved settings as JSON
-        versions=STRING,  # of clipmill and of the libraries that shape its output, as JSON
+        versions=STRING,  # of clipmill and what shapes its output, and the driver's peak memory in MB, as JSON
     ),
 }
 

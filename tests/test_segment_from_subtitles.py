@@ -27,7 +27,7 @@ def transcript(folder, kinds: list[str], sentences: list[Sentence]) -> list[Word
         path = folder / f"{kind}.{extension}"
         path.write_text(write(sentences, True))
         files.append({"path": str(path), "kind": kind.split("-")[0], "language": "en", "format": extension})
-    row = transcribe_video(files, "video.mp4", TranscribeSettings())
+    row = transcribe_video(files, "video.mp4", TranscribeSettings(whisper=None))
     return [Word(**word) for word in row["words"]]
 
 

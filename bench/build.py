@@ -1,0 +1,144 @@
+"""What a whole build costs, and how much of that is the engine's own.
+
+    python -m bench.build              the benchmark set (`bench.media`): build and the same work without the engine
+    python -m bench.build --scaling    tiny media: cost per clip at 1,000 and at 20,000 clips (informational, minutes)
+
+gate           build ≥ 0.6 clips per CPU-second · engine overhead ≤ 10 % of the CPU
+informational  cost per clip as the corpus grows · the driver's memory
+
+"The same work" runs every stage's worker code in one process, on the same items, without Ray, ledger or manifest. Both
+count every process they start. Ways run in turn (A B A B), figures are medians.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bench.tree_cpu import Cost, measure
+
+MIN_CLIPS_PER_CPU_S, MAX_OVERHEAD = 0.6, 0.10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--duration", type=float, default=185.0, help="seconds of each of the three videos")
+    parser.add_argument("--footage", type=Path, help="folder of real videos to make the set from")
+    parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 20_000], help="clips, for --scaling")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="clipmill-bench-") as scratch:
+        if arguments.scaling:
+            _scaling(Path(scratch), arguments.sizes)
+        else:
+            _build(Path(scratch), arguments)
+
+
+def _build(scratch: Path, arguments: argparse.Namespace) -> None:
+    from bench.media import benchmark_set
+
+    videos = benchmark_set(footage=arguments.footage, duration_s=arguments.duration)
+    sources, num_clips = scratch / "sources.jsonl", sum(len(video["spans"]) for video in videos)
+    sources.write_text("".join(json.dumps(_source(video)) + "\n" for video in videos))
+    corpus, rows = scratch / "corpus", {"build": [], "without the engine": []}
+    for _ in range(arguments.rounds):
+        rows["build"].append(_clean_build(sources, corpus))
+        direct = [sys.executable, "-m", "bench.direct", str(corpus), str(scratch / "direct")]
+        rows["without the engine"].append(_measured(direct))
+    minutes = sum(video["spans"][-1][1] for video in videos) / 60
+    print(f"{num_clips} clips of {minutes:.1f} source minutes, {arguments.rounds} rounds\n")
+    print("| way | CPU-s | clips / CPU-s | wall s | peak MB of a process |\n| --- | --- | --- | --- | --- |")
+    for way, costs in rows.items():
+        cpu_s = [cost.cpu_s for cost in costs]
+        print(
+            f"| {way} | {_spread(cpu_s)} | {num_clips / statistics.median(cpu_s):.2f} | "
+            f"{_spread([cost.wall_s for cost in costs])} | {max(cost.peak_mb for cost in costs):.0f} |"
+        )
+    ratios = [a.cpu_s / b.cpu_s - 1 for a, b in zip(*rows.values(), strict=True)]
+    rate, overhead = num_clips / statistics.median(c.cpu_s for c in rows["build"]), statistics.median(ratios)
+    print(f"\ngate {_verdict(rate >= MIN_CLIPS_PER_CPU_S)}: {rate:.2f} clips / CPU-s (at least {MIN_CLIPS_PER_CPU_S})")
+    print(f"gate {_verdict(overhead <= MAX_OVERHEAD)}: engine overhead {overhead:.1%} (at most {MAX_OVERHEAD:.0%})")
+
+
+def _source(video: dict) -> dict:
+    spans = [{"n": n, "start_s": start, "end_s": end} for n, (start, end) in enumerate(video["spans"])]
+    clips = [
+        {"clip_id": f"{Path(video['path']).stem}.{s['n']}.mp4", "span": [_clock(s["start_s"]), _clock(s["end_s"])]}
+        for s in spans
+    ]
+    return {"video_id": Path(video["path"]).stem, "url": video["path"], "clip": clips}
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds // 3600):02d}:{int(seconds // 60 % 60):02d}:{seconds % 60:06.3f}"
+
+
+def _clean_build(sources: Path, corpus: Path, *settings: str) -> Cost:
+    shutil.rmtree(corpus, ignore_errors=True)
+    command = [sys.executable, "-m", "pipeline.cli", "build", str(sources), "--corpus", str(corpus), "--recipe", "demo"]
+    return _measured([*command, *(word for setting in settings for word in ("--set", setting))])
+
+
+def _measured(command: list[str]) -> Cost:
+    cost = measure(command)
+    assert cost.exit_code == 0, cost.output
+    return cost
+
+
+def _scaling(scratch: Path, sizes: list[int]) -> None:
+    """Many tiny videos of twenty clips each, all different to the ledger: what is left is mostly the engine's cost."""
+    print("| clips | CPU ms / clip | wall ms / clip | driver's peak MB |\n| --- | --- | --- | --- |")
+    for size in sizes:
+        folder = scratch / f"{size}"
+        sources = _tiny_videos(folder, size // 20)
+        cost = _clean_build(sources, folder / "corpus", "pack.shard_bytes=64000000", "ingest.unit_videos=16")
+        driver_mb = max(_driver_peaks(folder / "corpus"))
+        print(
+            f"| {size:,} | {1000 * cost.cpu_s / size:.1f} | {1000 * cost.wall_s / size:.1f} | {driver_mb:.0f} |",
+            flush=True,
+        )
+        shutil.rmtree(folder)
+
+
+def _tiny_videos(folder: Path, num_videos: int) -> Path:
+    """Copies of one 100 s video of 64x48 pixels that differ in a trailing `free` box, with twenty spans each."""
+    import imageio_ffmpeg
+
+    folder.mkdir(parents=True)
+    source = "testsrc2=size=64x48:rate=5:duration=100"
+    options = ["-c:v", "libx264", "-preset", "ultrafast", "-g", "25", "-pix_fmt", "yuv420p", str(folder / "tiny.mp4")]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source, *options], check=True)
+    content, lines = (folder / "tiny.mp4").read_bytes(), []
+    (folder / "videos").mkdir()
+    for number in range(num_videos):
+        path = folder / "videos" / f"tiny{number:06d}.mp4"
+        path.write_bytes(content + (16).to_bytes(4, "big") + b"free" + number.to_bytes(8, "big"))
+        lines.append(json.dumps(_source({"path": str(path), "spans": [[5.0 * n, 5.0 * n + 5.0] for n in range(20)]})))
+    (folder / "sources.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "sources.jsonl"
+
+
+def _driver_peaks(corpus: Path) -> list[float]:
+    """Peak resident MB of the drivers that wrote this corpus, as their runs recorded it."""
+    import duckdb
+
+    with duckdb.connect(str(corpus / "manifest.duckdb"), read_only=True) as connection:
+        rows = connection.execute("SELECT versions FROM runs").fetchall()
+    return [json.loads(versions)["driver_peak_mb"] for (versions,) in rows]
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
+
+
+def _verdict(passed: bool) -> str:
+    return "passed" if passed else "FAILED"
+
+
+if __name__ == "__main__":
+    main()

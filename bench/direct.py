@@ -1,0 +1,60 @@
+"""The work of a build without its engine: every stage's worker code in this one process, item after item.
+
+    python -m bench.direct CORPUS OUT      does again, under OUT, what was done for CORPUS (`bench.build` runs it)
+
+It takes the items from CORPUS's ledger and writes clips and shards, but no ledger, fragments or manifest.
+"""
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+from pipeline.corpus import Corpus
+from pipeline.pack_stage import plan_shards, select_samples
+from pipeline.settings import validate
+from pipeline.stage_queries import QUERIES
+from pipeline.stages import STAGES, fingerprints
+from pipeline.worker import RUNNERS, Work, limit_threads
+from shards.ledger import Ledger
+from shards.pack import commit_shards, rows_by_shard, write_shard
+from shards.sql import open_manifest
+
+
+def main() -> None:
+    corpus, out = Corpus(sys.argv[1]), Path(sys.argv[2])
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(corpus.root, out, ignore=shutil.ignore_patterns("shards", ".clipmill"))
+    settings = validate(corpus.load_settings())
+    limit_threads()
+    for stage, unit, items in _work_of(corpus, settings):
+        module, _, runner = RUNNERS[stage.name].partition(":")
+        work = Work(stage.name, unit, items, stage.settings(settings), stage.fingerprint(settings), str(out), "direct")
+        outcomes, _ = getattr(importlib.import_module(module), runner)(work)
+        assert not any(outcome.failure for outcome in outcomes), outcomes
+    with open_manifest(corpus.root) as connection:
+        plans = plan_shards(select_samples(connection, settings.pack), settings.pack)
+        for plan, rows in rows_by_shard(connection, plans):
+            write_shard(plan, rows, out)
+        commit_shards(out, plans)
+
+
+def _work_of(corpus: Corpus, settings):
+    """Every item that the finished corpus has, stage by stage, in the units it was done in."""
+    ledger = Ledger(corpus.root, QUERIES)
+    names = [stage.name for stage in STAGES]
+    ledger.derive(fingerprints(settings), units=None, run_id="direct", max_attempts=1)
+    for name in names:
+        ledger.force(name, ledger.items_of(name))
+    ledger.derive(fingerprints(settings), units=None, run_id="direct", max_attempts=1)
+    for stage in STAGES:
+        units, by_unit = ledger.unit_of_work(stage.name), {}
+        for item in ledger.work(stage.name):
+            by_unit.setdefault(units[item["item_id"]], []).append(item)
+        for unit, items in sorted(by_unit.items()):
+            yield stage, unit, items
+    ledger.close()
+
+
+if __name__ == "__main__":
+    main()
