@@ -31,7 +31,7 @@ class Encoding:
     deterministic: bool = True  # the same pictures always give the same bytes
 
 
-def _x264(deterministic: bool = True, **options: str) -> Encoding:
+def x264(deterministic: bool = True, **options: str) -> Encoding:
     # a53cc=0: closed captions of the source are no part of the picture.
     options = {"threads": "1", "a53cc": "0", **options}
     return Encoding("libx264", "h264", options, deterministic=deterministic)
@@ -39,13 +39,13 @@ def _x264(deterministic: bool = True, **options: str) -> Encoding:
 
 ENCODINGS: dict[str, Encoding] = {
     # The default: cheap to read (no CABAC, no deblocking, no B-frames) at a little more size.
-    "fastdecode": _x264(preset="veryfast", crf="23", tune="fastdecode", bf="0"),
+    "fastdecode": x264(preset="veryfast", crf="23", tune="fastdecode", bf="0"),
     # Every frame is a keyframe: cheapest video to read and the only one in which seeking costs nothing.
-    "intra": _x264(preset="veryfast", crf="23", tune="fastdecode", bf="0", g="1"),
+    "intra": x264(preset="veryfast", crf="23", tune="fastdecode", bf="0", g="1"),
     # Plain x264: smaller and dearer to read. With B-frames x264 now and then writes other bytes for the same pictures.
-    "small": _x264(deterministic=False, preset="veryfast", crf="23"),
+    "small": x264(deterministic=False, preset="veryfast", crf="23"),
     # Cheapest H.264 to write.
-    "ultrafast": _x264(preset="ultrafast", crf="23", bf="0"),
+    "ultrafast": x264(preset="ultrafast", crf="23", bf="0"),
     # Smallest; three times as dear to write as the default.
     "av1": Encoding("libsvtav1", "av1", {"preset": "8", "crf": "32", "svtav1-params": "lp=1"}),
     # JPEGs in an MP4: any frame by itself, for readers that want a video file.

@@ -33,8 +33,8 @@ from typing import Any
 from pipeline.errors import ItemError
 
 HEADER = struct.Struct("<Q")
-# BLAS, OpenCV and FFmpeg would otherwise start a thread per core, each with a stack that counts as memory.
-QUIET = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+# BLAS and OpenMP would otherwise start a thread per core, each with a stack that counts as memory; SVT would chatter.
+QUIET = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "SVT_LOG")}
 STDERR_TAIL_BYTES = 1500
 CRIES_FOR_MEMORY = ("MemoryError", "Memory allocation", "Cannot allocate memory", "bad_alloc", "out of memory")
 
