@@ -199,3 +199,13 @@ def test_flop_estimate_equals_counted_flops() -> None:
         model.encode_text(random_texts(1, length=10), cut=False)
     assert video.get_total_flops() == video_flops(model.config, 3)
     assert text.get_total_flops() == text_flops(model.config, 10)
+
+
+def test_bfloat16_autocast_stays_near_float32_and_trains() -> None:
+    model, pixels, ids = tiny_model(), random_pixels(2, 3), random_texts(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        video, text = model.encode_video(pixels), model.encode_text(ids)
+    assert (video.float() - model.encode_video(pixels)).abs().max() < 0.05
+    (video.sum() + text.sum()).backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    assert missing == ["logit_scale"]

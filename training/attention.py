@@ -19,13 +19,12 @@ def proxy_attention(qkv_BS3HE: Tensor, num_proxies: int, num_frames: int) -> Ten
     if num_frames == 1:
         return full_attention(qkv_BS3HE)
     parts = [num_proxies, qkv_BS3HE.shape[1] - num_proxies]
-    q_BS1HE, kv_BS2HE = qkv_BS3HE.split([1, 2], dim=2)
-    q_proxies_BMHE, q_patches = q_BS1HE.squeeze(2).split(parts, dim=1)
-    k_BSHE, v_BSHE = kv_BS2HE.unbind(2)
-    proxies = _attend(q_proxies_BMHE, k_BSHE, v_BSHE)
-    k_frames, v_frames = _keys_by_frame(kv_BS2HE, parts, num_frames).unbind(2)
-    patches = _attend(_by_frame(q_patches, num_frames).flatten(0, 1), k_frames, v_frames)
-    return torch.cat([proxies, patches.reshape(len(proxies), parts[1], -1)], dim=1)
+    q, k, v = qkv_BS3HE.unbind(2)
+    q_proxies, q_patches = q.split(parts, dim=1)
+    proxies_BMD = _attend(q_proxies, k, v)
+    q_frames = q_patches.unflatten(1, (num_frames, -1)).flatten(0, 1)
+    frames = _attend(q_frames, _keys_by_frame(k, parts, num_frames), _keys_by_frame(v, parts, num_frames))
+    return torch.cat([proxies_BMD, frames.reshape(len(proxies_BMD), parts[1], -1)], dim=1)
 
 
 def full_attention(qkv_BS3HE: Tensor) -> Tensor:
@@ -62,12 +61,8 @@ def _attend(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, bias: Tensor | None 
     return scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal).transpose(1, 2).flatten(2)
 
 
-def _by_frame(patches: Tensor, num_frames: int) -> Tensor:
-    return patches.unflatten(1, (num_frames, -1))
-
-
-def _keys_by_frame(kv_BS2HE: Tensor, parts: list[int], num_frames: int) -> Tensor:
-    """[B·T, M+L, 2, H, E]: the proxies' keys and values in front of those of each frame."""
-    proxies, patches = kv_BS2HE.split(parts, dim=1)
-    proxies = proxies.unsqueeze(1).expand(-1, num_frames, -1, -1, -1, -1)
-    return torch.cat([proxies, _by_frame(patches, num_frames)], dim=2).flatten(0, 1)
+def _keys_by_frame(k_BSHE: Tensor, parts: list[int], num_frames: int) -> Tensor:
+    """[B·T, M+L, H, E]: the proxies' keys (or values) in front of those of each frame's patches."""
+    proxies, patches = k_BSHE.split(parts, dim=1)
+    proxies = proxies.unsqueeze(1).expand(-1, num_frames, -1, -1, -1)
+    return torch.cat([proxies, patches.unflatten(1, (num_frames, -1))], dim=2).flatten(0, 1)

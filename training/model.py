@@ -6,7 +6,7 @@ unit vectors out. An image is a video of one frame; without added proxies and wi
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -72,9 +72,6 @@ class ModelConfig:
     @property
     def num_proxies(self) -> int:
         return 1 + self.num_added
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Block(nn.Module):

@@ -110,20 +110,27 @@ def _repeated_slots(step_rows: NDArray[np.uint32], groups: Groups) -> list[int]:
 
 
 def _conflicts(rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, clip: np.uint32 | None = None) -> int:
-    """How many kinds of group `clip` (default: the one in the slot) shares with others of the step."""
-    return int(_conflicts_of(rows, groups, step, slot, rows[step, slot : slot + 1] if clip is None else clip[None])[0])
+    """How many kinds of group `clip` (default: the one in the slot) shares with others of the step, in that slot."""
+    clips = rows[step, slot : slot + 1] if clip is None else np.array([clip])
+    total = 0
+    for codes in groups:
+        code = codes_of_rows(codes, clips)[0]
+        if code != NONE:
+            same = codes_of_rows(codes, rows[step]) == code
+            same[slot] = False
+            total += int(same.any())
+    return total
 
 
 def _conflicts_of(
     rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, clips: NDArray[np.uint32]
 ) -> NDArray[np.int64]:
-    """For each of `clips`: how many kinds of group it would share with others of the step, were it in the slot."""
+    """The same for each of `clips`."""
     others = np.delete(rows[step], slot)
     total = np.zeros(len(clips), np.int64)
     for codes in groups:
-        there, of_clips = codes_of_rows(codes, others), codes_of_rows(codes, clips)
-        shared = (there == of_clips[0]).any() if len(clips) == 1 else np.isin(of_clips, there)
-        total += shared & (of_clips != NONE)
+        of_clips = codes_of_rows(codes, clips)
+        total += np.isin(of_clips, codes_of_rows(codes, others)) & (of_clips != NONE)
     return total
 
 
