@@ -148,6 +148,9 @@ def build(
         if "pack" in stages or report.engine.num_done:
             report.pack = pack_corpus(current, display, write="pack" in stages, redo=redo and "pack" in stages)
             current.ledger.drop_superseded("cut")
+        if not current.settings.download.keep_sources:
+            for path in current.ledger.sources_cut():
+                (current.corpus.root / path).unlink(missing_ok=True)
         if report.did_something:
             current.record_run(ended=True)
             current.publish()

@@ -83,6 +83,14 @@ class Engine:
         if not waiting:
             return self.report
         self.pools = Pools(self.settings)
+        if any(stage.pool == "model" for stage in self.stages):
+            self.pools.warm_up(
+                {
+                    s.name: (s.settings(self.settings), self.fingerprints[s.name])
+                    for s in self.stages
+                    if s.pool == "model"
+                }
+            )
         try:
             examine: list[str] = []
             while waiting or examine or self.flights or any(self.queues.values()):
@@ -103,6 +111,8 @@ class Engine:
             return
         started = time.perf_counter()
         self.derive(units)
+        if self._fetch_lost_sources():
+            self.derive(units)
         taken: set[str] = set()
         for stage in self.stages:
             by_unit: dict[str, list[dict]] = {}
@@ -113,6 +123,18 @@ class Engine:
                 for batch in self._batches(stage, items):
                     self._enqueue(stage, self._piece(stage, unit, batch))
         self.report.loop_s += time.perf_counter() - started
+
+    def _fetch_lost_sources(self) -> bool:
+        """Sources may have been deleted after cutting: what is to be read again is downloaded again first."""
+        names = {stage.name for stage in self.stages}
+        if "download" not in names:
+            return False
+        readers = [name for name in ("transcribe", "segment", "cut") if name in names]
+        lost = [
+            video_id for video_id, path in self.ledger.sources_of(readers) if not (self.corpus.root / path).exists()
+        ]
+        self.ledger.force("download", lost)
+        return bool(lost)
 
     def _work_of(self, stage: Stage, taken: set[str]) -> Iterator[dict]:
         """Items of a stage in the derived units that are not busy with a stage before it."""
@@ -231,6 +253,7 @@ class Pools:
         }
         self.running = {"io": 0, "cpu": 0}
         self.active_units = self.settings.active_units or 4 * self.cpus + self.limits["io"]
+        self.num_actors = self.settings.model_workers or self.gpus or max(1, self.cpus // 8)
         self.actors: dict[object, int] = {}  # actor → pieces it has
         self.governor = None
         self.task = ray.remote(max_retries=0)(_execute)
@@ -238,8 +261,14 @@ class Pools:
     def has_room(self, pool: str) -> bool:
         if pool != "model":
             return self.running[pool] < self.limits[pool]
-        self._start_actors()
+        self._start_actors()  # again where one has died
         return min(self.actors.values()) < 2  # one running, one waiting beside it
+
+    def warm_up(self, settings: dict) -> None:
+        """Start the actors at once, all of them: importing and loading their models takes as long as the first cuts."""
+        self._start_actors()
+        for actor in self.actors:
+            actor.warm_up.remote(settings)
 
     def start(self, pool: str, flight: Flight):
         if pool == "model":
@@ -286,9 +315,8 @@ class Pools:
         self.governor = actor.remote(settings.per_host, settings.min_interval_s, patience_s=settings.lockout_patience_s)
 
     def _start_actors(self) -> None:
-        count = self.settings.model_workers or self.gpus or max(1, self.cpus // 8)
         options = {"num_cpus": self.settings.model_cpus, "num_gpus": 1 if self.gpus else 0, "max_restarts": 0}
-        while len(self.actors) < count:
+        while len(self.actors) < self.num_actors:
             self.actors[self.ray.remote(**options)(ModelWorker).remote()] = 0
 
     def close(self) -> None:
@@ -300,6 +328,14 @@ class Pools:
 
 class ModelWorker:
     """An actor: keeps its models between pieces of work (`captioning` caches them per process)."""
+
+    def warm_up(self, settings: dict) -> None:
+        from pipeline.worker import limit_threads
+
+        limit_threads()
+        from pipeline.model_workers import warm_up
+
+        warm_up(settings)
 
     def execute(self, work: Work) -> Commit:
         return _execute(work)

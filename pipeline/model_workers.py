@@ -10,13 +10,14 @@ from pathlib import Path
 
 from captioning.captioner import Caption, load_captioner
 from captioning.scorer import ScoreInput, load_scorer
+from pipeline.config import Settings
 from pipeline.errors import ItemError, UserError
 from pipeline.worker import Outcome, Result, Work
 from shards.tar import read_member
 
 
 def run_caption(work: Work) -> Result:
-    captioner = _load(load_captioner, work)
+    captioner = _load(load_captioner, work.settings, work.fingerprint)
     if isinstance(captioner, ItemError):
         return _all_failed(work, captioner)
     frames = [(item, index, frame) for item in work.items for index, frame in enumerate(item["frames"])]
@@ -50,7 +51,7 @@ def _caption_row(work: Work, captioner: str, item: dict, index: int, frame: dict
 
 
 def run_score(work: Work) -> Result:
-    scorer = _load(load_scorer, work)
+    scorer = _load(load_scorer, work.settings, work.fingerprint)
     if isinstance(scorer, ItemError):
         return _all_failed(work, scorer)
     images, unreadable = _read_frames(work, [(item["tar"], item["frame"]) for item in work.items])
@@ -70,16 +71,23 @@ def run_score(work: Work) -> Result:
     return outcomes, []
 
 
+def warm_up(stages: dict[str, tuple[Settings, str]]) -> None:
+    """Load the models of stage → (settings, fingerprint) ahead of their work; a failure is told when the work comes."""
+    for stage, load in (("caption", load_captioner), ("score", load_scorer)):
+        if stage in stages:
+            _load(load, *stages[stage])
+
+
 _unavailable: dict[str, ItemError] = {}  # stage fingerprint → why its model does not load; not tried again and again
 
 
-def _load(load: Callable, work: Work):
-    if work.fingerprint not in _unavailable:
+def _load(load: Callable, settings: Settings, fingerprint: str):
+    if fingerprint not in _unavailable:
         try:
-            return load(work.settings)
+            return load(settings)
         except (UserError, OSError) as error:
-            _unavailable[work.fingerprint] = ItemError("model-unavailable", str(error), transient=True)
-    return _unavailable[work.fingerprint]
+            _unavailable[fingerprint] = ItemError("model-unavailable", str(error), transient=True)
+    return _unavailable[fingerprint]
 
 
 def _all_failed(work: Work, error: ItemError) -> Result:

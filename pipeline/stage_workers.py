@@ -4,7 +4,9 @@ Each runner takes a `Work` and returns an Outcome per item and the media files i
 videos are decoded in this process's sandbox, so that a crash, a hang or a balloon costs one video.
 """
 
+import json
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -43,10 +45,18 @@ def run_download(work: Work) -> Result:
         with Stopwatch(item["item_id"]) as outcome:
             row = fetch(item, folder, work.settings, corpus_root=root, governor=governor, probe=_probe_in_sandbox)
             outcome.rows["downloads"] = [row]
+            outcome.parts = list(_subtitle_failures(row))
         return outcome
 
     with ThreadPoolExecutor(max_workers=len(work.items), thread_name_prefix="download") as pool:
         return list(pool.map(one, work.items)), []
+
+
+def _subtitle_failures(row: dict) -> Iterator[tuple[str, ItemError]]:
+    """Subtitles that a source names and that could not be had: the video is kept, the loss is a row."""
+    for number, problem in enumerate(json.loads(row["meta"] or "{}").get("subtitle_errors", [])):
+        message = f"{problem['subtitle']}: {problem['message']}"
+        yield f"{row['video_id']}.subtitle{number}", ItemError(problem["error_class"], message)
 
 
 def _probe_in_sandbox(path: Path):

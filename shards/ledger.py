@@ -197,6 +197,29 @@ class Ledger:
         )
         return self.connection.sql(self.stages[stage].payload).to_arrow_table().to_pylist()
 
+    def sources_of(self, stages: Sequence[str]) -> list[tuple[str, str]]:
+        """(video_id, path) of the downloaded videos that have work in these stages, in the units derived last."""
+        wanted = " UNION ".join(
+            f"SELECT item_id FROM state_{stage} WHERE status IN ('pending', 'retry')" for stage in stages
+        )
+        return (
+            self._rows(
+                f"SELECT video_id, path FROM current_videos WHERE extractor <> 'file' AND video_id IN ({wanted})"
+            )
+            if stages
+            else []
+        )
+
+    def sources_cut(self) -> list[str]:
+        """Paths of the videos that were copied here and whose clips are all cut, of the units derived last."""
+        return [
+            path
+            for (path,) in self._rows(
+                "SELECT path FROM current_videos WHERE path NOT LIKE '/%' AND video_id IN "
+                "(SELECT item_id FROM state_cut WHERE status = 'done') ORDER BY path"
+            )
+        ]
+
     def items_of(self, stage: str) -> list[str]:
         return [item_id for (item_id,) in self._rows(f"SELECT item_id FROM state_{stage} ORDER BY 1")]
 

@@ -1,0 +1,153 @@
+"""Bad lists, bad files and bad disks: each costs a message and a row, and the rest of the corpus is complete."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipeline.stages import STAGE_NAMES
+from tests.build_support import ask, build_here, clipmill, write_list
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def good(world) -> Path:
+    """A video that works, with its truth."""
+    row = next(row for row in world.truth.values() if row["works"] and row["broken"] is None and row["subtitle"])
+    return world.folder / row["file"]
+
+
+def test_bad_lines_of_a_list_are_rows_and_the_rest_is_built(good, tmp_path, local_ray):
+    other = shutil.copy(good, tmp_path / f"other{good.suffix}")
+    lines = [
+        json.dumps({"url": str(good), "id": "fine"}),
+        "{not json",
+        json.dumps({"title": "no url"}),
+        json.dumps({"url": "ftp://example.invalid/x.mp4", "id": "ftp"}),
+        json.dumps({"url": str(other), "id": "../../etc/passwd"}),
+        json.dumps({"url": "http://127.0.0.1:9/other.mp4", "id": "fine"}),
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines) + "\n")
+    report = build_here(tmp_path / "corpus", [str(tmp_path / "list.jsonl")])
+    assert report.exit_code == 1
+    classes = [error for (error,) in ask(tmp_path / "corpus", "SELECT error_class FROM failures ORDER BY 1")]
+    assert {"bad-line", "missing-url", "duplicate-id"} <= set(classes)
+    assert ("fine",) in ask(tmp_path / "corpus", "SELECT video_id FROM videos WHERE path IS NOT NULL")
+    assert ask(tmp_path / "corpus", "SELECT count(*) > 0 FROM samples") == [(True,)]
+    outside = [p for p in tmp_path.rglob("passwd*")]
+    assert outside == [], "an id never becomes a path"
+    ids = ask(tmp_path / "corpus", "SELECT video_id, source_id FROM videos WHERE source_id LIKE '..%'")
+    assert len(ids) == 1 and "/" not in ids[0][0]
+
+
+def test_a_mended_list_has_no_problems_any_more(good, tmp_path, local_ray):
+    listed = tmp_path / "list.jsonl"
+    listed.write_text(json.dumps({"url": str(good), "id": "fine"}) + "\n{not json\n")
+    assert build_here(tmp_path / "corpus", [str(listed)]).exit_code == 1
+    listed.write_text(json.dumps({"url": str(good), "id": "fine"}) + "\n")
+    assert build_here(tmp_path / "corpus", [str(listed)]).exit_code == 0
+
+
+def test_given_spans_are_cut_as_given_and_one_past_the_end_is_a_row(good, tmp_path, local_ray):
+    clips = [
+        {"clip_id": "film.4.mp4", "span": ["00:00:02.500", "00:00:06.000"]},
+        {"clip_id": "film.7.mp4", "span": ["00:00:06.000", "00:00:10.250"]},
+        {"clip_id": "film.9.mp4", "span": ["01:00:00.000", "01:00:05.000"]},
+    ]
+    listed = write_list(tmp_path / "hdvila.jsonl", [{"video_id": "film", "url": str(good), "clip": clips}])
+    report = build_here(tmp_path / "corpus", [str(listed)])
+    assert report.exit_code == 1
+    spans = ask(tmp_path / "corpus", "SELECT clip_id, span_start_s, span_end_s FROM clips ORDER BY n")
+    assert spans == [("film.4", 2.5, 6.0), ("film.7", 6.0, 10.25)]
+    assert ask(tmp_path / "corpus", "SELECT stage, item_id, error_class FROM failures") == [
+        ("cut", "film.9", "span-past-end")
+    ]
+
+
+def test_unreadable_subtitles_cost_the_words_and_not_the_video(good, tmp_path, local_ray):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    shutil.copy(good, folder / f"a{good.suffix}")
+    (folder / "a.vtt").write_bytes(b"<html>404</html>")
+    report = build_here(tmp_path / "corpus", [str(folder)], "transcribe.whisper=null")
+    assert ask(tmp_path / "corpus", "SELECT count(*) > 0, max(num_words) FROM clips") == [(True, 0)]
+    failed = ask(tmp_path / "corpus", "SELECT stage, error_class FROM failures")
+    assert failed == [("download", "bad-subtitle")] and report.exit_code == 1
+
+
+def test_a_model_that_is_not_there_fails_its_stage_and_nothing_else(good, tmp_path, local_ray):
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"no weights at all")
+    report = build_here(tmp_path / "corpus", [str(good)], "score.model=ViT-B-32", f"score.pretrained={weights}")
+    assert report.exit_code == 1
+    assert ask(tmp_path / "corpus", "SELECT DISTINCT stage, error_class FROM failures") == [
+        ("score", "model-unavailable")
+    ]
+    assert ask(tmp_path / "corpus", "SELECT count(*) = count(caption) AND count(*) > 0 FROM samples") == [(True,)]
+
+
+def test_sources_can_go_after_cutting_and_come_back_when_they_are_needed(world, tmp_path, local_ray):
+    rows = [json.loads(line) for line in world.sources.read_text().splitlines()]
+    working = [row for row in rows if world.truth[row["id"]]["works"] and not world.truth[row["id"]]["broken"]]
+    listed, corpus = write_list(tmp_path / "list.jsonl", working[:1]), tmp_path / "corpus"
+    settings = ["download.keep_sources=false", "caption.captioner=demo"]
+    assert build_here(corpus, [str(listed)], *settings).exit_code == 0
+    video = f"sources/*/{working[0]['id']}.*"
+    assert not [path for path in corpus.glob(video) if path.suffix not in (".vtt", ".srt", ".json3")]
+    assert not build_here(corpus, [], recipe=None).did_something
+    report = build_here(corpus, [], "cut.fps=2", stages=STAGE_NAMES, recipe=None)
+    assert report.exit_code == 0 and report.engine.by_stage["cut"].done == 1
+    assert ask(corpus, "SELECT DISTINCT fps FROM clips") == [(2.0,)]
+
+
+def test_a_corpus_that_cannot_be_written_is_a_clear_message(built, tmp_path):
+    folder = tmp_path / "file"
+    folder.write_text("not a folder")
+    result = clipmill("build", built[0] / "corpus.yaml", "--corpus", folder / "corpus")
+    assert result.returncode == 2 and "cannot be written" in result.stderr
+
+
+def test_a_folder_that_is_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    result = clipmill("build", "http://127.0.0.1:9/x.mp4", "--corpus", tmp_path)
+    assert result.returncode == 2 and "not empty and not a corpus" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_newer_corpus_is_refused(built, tmp_path):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(built[0], corpus)
+    text = (corpus / "corpus.yaml").read_text()
+    (corpus / "corpus.yaml").write_text(text.replace("format: 1", "format: 99"))
+    result = clipmill("status", corpus)
+    assert result.returncode == 2 and "format 99" in result.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no small file system can be mounted here (needs root)")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_cleanly_and_the_same_command_goes_on(world, built, small_disk, tmp_path):
+    corpus = small_disk / "corpus"
+    settings = ["--set", "cut.short_side=96", "--set", "engine.cpus=2"]
+    build = ["build", world.sources, "--corpus", corpus, "--recipe", "demo", *settings]
+    result = clipmill(*build)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stdout + result.stderr
+    assert "No space left" in result.stderr + result.stdout or "disk-full" in result.stdout
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+    result = clipmill(*build)
+    failures = ask(corpus, "SELECT DISTINCT error_class FROM failures WHERE error_class = 'disk-full'")
+    assert failures == [] and ask(corpus, "SELECT count(*) > 0 FROM samples") == [(True,)], (
+        result.stdout + result.stderr
+    )

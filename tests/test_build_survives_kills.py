@@ -1,0 +1,52 @@
+"""A build that is killed with SIGKILL, again and again at arbitrary moments, ends in the bytes of a quiet one."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.build_support import SMALL, hashes, snapshot, tables
+
+pytestmark = pytest.mark.slow
+
+
+def command(world, corpus) -> list[str]:
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    build = ["build", str(world.sources), "--corpus", str(corpus), "--recipe", "demo"]
+    return [sys.executable, "-m", "pipeline.cli", *build, *settings]
+
+
+def stages_seen(corpus) -> int:
+    """How far a build has got: the number of commits."""
+    return len(list((corpus / "fragments" / "ledger").glob("[!.]*.parquet")))
+
+
+def test_kills_at_any_moment_leave_no_trace_in_the_corpus(built, world, tmp_path):
+    corpus, rng = tmp_path / "corpus", random.Random(5)
+    reached = []
+    for target in (2, 6, 10):  # commits after which this attempt is killed, a little later
+        process = subprocess.Popen(command(world, corpus), stdout=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and stages_seen(corpus) < target and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reached.append(stages_seen(corpus))
+    done = subprocess.run(command(world, corpus), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr  # 1: the links that are made to fail
+    quiet = built[0]
+    assert reached[0] < stages_seen(corpus), "the first kill came too late to prove anything"
+    assert hashes(corpus / "shards") == hashes(quiet / "shards")
+    assert tables(corpus) == tables(quiet)
+    leftovers = [name for name in snapshot(corpus) if ".tmp-" in name or ".next" in name or name.endswith(".part")]
+    assert leftovers == []
+    owned = {path.name for path in (corpus / "fragments" / "ledger").glob("*.parquet")}
+    for table in ("clips", "captions", "scores", "transcripts", "spans"):
+        files = {path.name for path in (corpus / "fragments" / table).glob("*.parquet")}
+        assert files <= owned, f"orphans in {table}"
