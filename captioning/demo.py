@@ -40,6 +40,8 @@ def load_model(name: str, settings: CaptionSettings | ScoreSettings, section: st
 def build(name: str, config: dict[str, Any]) -> LoadedModel:
     """The architecture of a config with random weights, in fp32 on the CPU."""
     model = CLASSES[name](**config["model"])
+    if config.get("stem"):
+        model.visual.conv1 = convolutional_stem(config["stem"], config["model"]["vision_cfg"]["width"])
     if name == "demo_captioner":  # open_clip leaves this tensor as the memory happened to be
         torch.nn.init.normal_(
             model.text_decoder.text_projection, std=config["model"]["multimodal_cfg"]["width"] ** -0.5
@@ -47,3 +49,15 @@ def build(name: str, config: dict[str, Any]) -> LoadedModel:
     preprocess = image_transform_v2(PreprocessCfg(**config["preprocess"]), is_train=False)
     tokenizer = WordTokenizer(config["words"], config["model"]["text_cfg"]["context_length"])
     return LoadedModel(model, preprocess, tokenizer, torch.device("cpu"), torch.float32)
+
+
+def convolutional_stem(channels: list[int], width: int) -> torch.nn.Sequential:
+    """[B, 3, H, W] → [B, width, H/s, W/s], s = 2 ** len(channels): takes the place of the patch embedding.
+
+    Overlapping 3x3 convolutions of stride 2 (Xiao et al., "Early Convolutions Help Transformers See Better", 2021).
+    """
+    layers: list[torch.nn.Module] = []
+    for inputs, outputs in zip([3, *channels], channels, strict=False):
+        layers.append(torch.nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False))
+        layers += [torch.nn.GroupNorm(4, outputs), torch.nn.GELU()]
+    return torch.nn.Sequential(*layers, torch.nn.Conv2d(channels[-1], width, 1))

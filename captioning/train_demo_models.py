@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,23 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+from open_clip.pos_embed import get_2d_sincos_pos_embed
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 
 from captioning.demo import build
 from captioning.demo_frames import DemoFrame, demo_frames
 from captioning.identity import DEMO_WEIGHTS
 from captioning.open_clip_models import LoadedModel
 from pipeline.demo.grammar import (
+    BACKGROUND_COLOURS,
+    BACKGROUND_TEXTURES,
+    COLOURS,
     FILLER,
+    SHAPES,
+    SIZES,
     SPOKEN_STILL,
+    TEXTURES,
     VOCABULARY,
     Background,
     Scene,
@@ -67,7 +74,7 @@ def captioner_config() -> dict[str, Any]:
         "text_cfg": {**text, "layers": 1, "embed_cls": True, "output_tokens": True},
         "multimodal_cfg": {**text, "layers": 2},
     }
-    return {"model": model, "preprocess": _preprocess(96), "words": WORDS}
+    return {"model": model, "stem": [16, 48, 96], "preprocess": _preprocess(96), "words": WORDS}
 
 
 def clip_config() -> dict[str, Any]:
@@ -154,27 +161,109 @@ def varied_text(scene: Scene, rng: np.random.Generator) -> str:
     return f"{around[0]} {text} {around[1]}".strip()
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- the vision tower alone
+
+
+class PatchFacts(torch.nn.Module):
+    """Heads over the vision tower, thrown away afterwards: which object lies on a patch, and where its edges are.
+
+    One wrong word in ten is little for a vision tower to start from: without these heads it takes the colours at once
+    and no shape for as long as we cared to wait.
+    """
+
+    def __init__(self, width: int, grid: int):
+        super().__init__()
+        centres = (torch.arange(grid) + 0.5) / grid
+        self.centres_N2 = torch.stack([centres.repeat(grid), centres.repeat_interleave(grid)], -1)
+        self.of_object = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(width, len(OBJECT_FACTS[name])) for name in OBJECT_FACTS}
+        )
+        self.of_scene = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(width, len(SCENE_FACTS[name])) for name in SCENE_FACTS}
+        )
+        self.edges = torch.nn.Linear(width, 4)
+
+    def losses(self, tokens_BKD: torch.Tensor, keep_BK: torch.Tensor, facts: dict[str, torch.Tensor]) -> dict:
+        """`facts`: boxes [B, objects, 4], per object fact labels [B, objects], per scene fact labels [B]."""
+        entropy = torch.nn.functional.cross_entropy
+        owner_BK = owners(self.centres_N2[keep_BK], facts["boxes"])
+        row, place = torch.nonzero(owner_BK >= 0, as_tuple=True)
+        owned_OD, owner_O = tokens_BKD[row, place], owner_BK[row, place]
+        losses = {n: entropy(head(owned_OD), facts[n][row, owner_O]) for n, head in self.of_object.items()}
+        mean_BD = tokens_BKD.mean(1)
+        losses |= {n: entropy(head(mean_BD), facts[n]) for n, head in self.of_scene.items()}
+        centre_O2 = self.centres_N2[keep_BK[row, place]]
+        edges_O4 = (facts["boxes"][row, owner_O] - centre_O2.repeat(1, 2)) * 5  # about -1..1
+        return losses | {"edges": torch.nn.functional.smooth_l1_loss(self.edges(owned_OD), edges_O4)}
+
+
+OBJECT_FACTS = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "texture": TEXTURES}
+SCENE_FACTS = {"background_colour": BACKGROUND_COLOURS, "background_texture": BACKGROUND_TEXTURES}
+
+
+def owners(centres_BK2: torch.Tensor, boxes_BO4: torch.Tensor) -> torch.Tensor:
+    """Which object's box holds each patch's centre [B, K]; -1: none."""
+    centres = centres_BK2[:, :, None]
+    inside_BKO = ((centres > boxes_BO4[:, None, :, :2]) & (centres < boxes_BO4[:, None, :, 2:])).all(-1)
+    return torch.where(inside_BKO.any(-1), inside_BKO.float().argmax(-1), -1)
+
+
+def labels_of(scenes: list[Scene]) -> dict[str, np.ndarray]:
+    """Numbers for the facts of every scene; 0 where there is no second object (its box is empty)."""
+    labels = {name: np.zeros((len(scenes), MAX_OBJECTS), np.int64) for name in OBJECT_FACTS}
+    for i, scene in enumerate(scenes):
+        for name, values in OBJECT_FACTS.items():
+            labels[name][i, : len(scene.objects)] = [values.index(getattr(thing, name)) for thing in scene.objects]
+    for name, values in SCENE_FACTS.items():
+        attribute = name.removeprefix("background_")
+        labels[name] = np.array([values.index(getattr(scene.background, attribute)) for scene in scenes])
+    return labels
+
+
+def train_vision(loaded: LoadedModel, frames: FrameSet, plan: "Plan", seed: int) -> None:
+    """Teach the vision tower what lies on which patch, before any text."""
+    visual, patches = loaded.model.visual, KeptPatches()
+    heads = PatchFacts(visual.positional_embedding.shape[1], visual.grid_size[0])
+    visual.patch_dropout, with_tokens, visual.output_tokens = patches, visual.output_tokens, True
+    labels = labels_of(frames.scenes)
+    optimizer = torch.optim.AdamW(_groups(torch.nn.ModuleList([visual, heads]), plan.weight_decay), betas=(0.9, 0.98))
+    log = Log(f"{plan.name} vision", plan.vision_steps)
+    for step, batch in enumerate(_batches(frames, plan, seed, plan.vision_steps, plan.vision_patches), 1):
+        patches.keep_BK = batch.keep_BK
+        _, tokens_BKD = visual(batch.pixels_BCHW)
+        facts = {name: torch.from_numpy(values[batch.chosen]) for name, values in labels.items()}
+        losses = heads.losses(tokens_BKD, batch.keep_BK, facts | {"boxes": batch.boxes_BO4})
+        update(optimizer, losses, _learning_rate(step, plan.vision_steps, plan.vision_lr, plan.warmup))
+        log(step, losses)
+    visual.patch_dropout, visual.output_tokens = torch.nn.Identity(), with_tokens
+
+
+# ---------------------------------------------------------------- frames and texts together
 
 
 @dataclass(frozen=True)
 class Plan:
     """How one model is trained."""
 
+    name: str
     config: dict[str, Any]
-    text: Any  # (scene, rng) → str
+    text: Callable[[Scene, np.random.Generator], str]
+    vision_steps: int
+    vision_patches: int  # kept per frame, those under objects first: fewer are cheaper
     steps: int
-    batch_size: int
+    patches: int  # likewise, with texts; all of them in the last `whole` of the steps
+    whole: float = 0.3
+    batch_size: int = 48
+    vision_lr: float = 2e-3
     lr: float = 1e-3
-    patches_kept: int | None = None  # per frame until the last fifth of the steps; those under objects first
     weight_decay: float = 0.05
-    warmup: int = 200
+    warmup: int = 150
     save_every: int = 500
 
 
 PLANS = {
-    "demo_captioner": Plan(captioner_config(), caption_text, steps=4000, batch_size=48, patches_kept=64),
-    "demo_clip": Plan(clip_config(), varied_text, steps=3000, batch_size=96),
+    "captioner": Plan("demo_captioner", captioner_config(), caption_text, 2200, 36, steps=1600, patches=64),
+    "clip": Plan("demo_clip", clip_config(), varied_text, 2400, 25, steps=2500, patches=25, batch_size=96),
 }
 
 
@@ -190,48 +279,61 @@ class KeptPatches(torch.nn.Module):
         return x_BND.gather(1, keep[..., None].expand(-1, -1, x_BND.shape[-1]))
 
 
-def train(name: str, plan: Plan, num_frames: int, seed: int, cache: Path, output: Path) -> None:
+def train(plan: Plan, num_frames: int, seed: int, cache: Path, output: Path) -> None:
     """Train and write `output`/NAME.safetensors (fp16) and .json; a first version early, the last at the end."""
     torch.manual_seed(seed)
-    loaded = build(name, plan.config)
+    loaded = build(plan.name, plan.config)
+    visual = loaded.model.train().visual
+    with torch.no_grad():  # neighbours start as neighbours; learned from there on
+        table = get_2d_sincos_pos_embed(visual.positional_embedding.shape[1], visual.grid_size[0], cls_token=True)
+        visual.positional_embedding.copy_(torch.from_numpy(table) * 0.5)
     frames = load_frames(num_frames, plan.config["preprocess"]["size"], seed, cache)
-    model, patches = loaded.model.train(), KeptPatches()
+    train_vision(loaded, frames, plan, seed)
+    train_with_texts(loaded, frames, plan, seed, output)
+
+
+def train_with_texts(loaded: LoadedModel, frames: FrameSet, plan: Plan, seed: int, output: Path) -> None:
+    model, patches = loaded.model, KeptPatches()
     model.visual.patch_dropout = patches
-    optimizer = torch.optim.AdamW(_groups(model, plan.weight_decay), lr=plan.lr, betas=(0.9, 0.98))
-    started, mean = time.perf_counter(), None
-    for step, (pixels, ids, keep) in enumerate(_batches(frames, loaded, plan, seed), 1):
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, plan)
-        patches.keep_BK = keep
-        losses = _losses(name, model, pixels, ids)
-        sum(losses.values()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    optimizer = torch.optim.AdamW(_groups(model, plan.weight_decay), betas=(0.9, 0.98))
+    log, rng = Log(plan.name, plan.steps), np.random.default_rng([seed, 1])
+    num_patches = model.visual.grid_size[0] ** 2
+    for step, batch in enumerate(_batches(frames, plan, seed + 1, plan.steps, plan.patches), 1):
+        whole = step > (1 - plan.whole) * plan.steps or plan.patches == num_patches
+        patches.keep_BK = None if whole else batch.keep_BK
+        ids_BL = loaded.tokenizer([plan.text(frames.scenes[i], rng) for i in batch.chosen])
+        losses = text_losses(plan.name, model, batch.pixels_BCHW, ids_BL)
+        update(optimizer, losses, _learning_rate(step, plan.steps, plan.lr, plan.warmup))
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        values = torch.stack(list(losses.values())).detach()
-        mean = values if mean is None else mean.lerp(values, 0.02)
-        if step % 100 == 0:
-            said = "  ".join(f"{key} {value:.3f}" for key, value in zip(losses, mean.tolist(), strict=True))
-            print(f"{name} {step}/{plan.steps}  {said}  {time.perf_counter() - started:.0f} s", flush=True)
+        log(step, losses)
         if step % plan.save_every == 0 or step == plan.steps:
-            save(name, loaded, plan.config, output)
+            save(plan.name, loaded, plan.config, output)
 
 
-def _losses(name: str, model: torch.nn.Module, pixels: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def text_losses(name: str, model: torch.nn.Module, pixels_BCHW: torch.Tensor, ids_BL: torch.Tensor) -> dict:
     if name == "demo_captioner":
         loss = open_clip.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
-        return loss(**model(pixels, ids), output_dict=True)
-    image, text, scale = model(pixels, ids)
-    return open_clip.ClipLoss()(image, text, scale, output_dict=True)
+        return loss(**model(pixels_BCHW, ids_BL), output_dict=True)
+    image_BD, text_BD, scale = model(pixels_BCHW, ids_BL)
+    return open_clip.ClipLoss()(image_BD, text_BD, scale, output_dict=True)
 
 
-def _learning_rate(step: int, plan: Plan) -> float:
+def update(optimizer: torch.optim.Optimizer, losses: dict[str, torch.Tensor], lr: float) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    sum(losses.values()).backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """Linear warm-up, then a cosine to zero."""
-    if step < plan.warmup:
-        return plan.lr * step / plan.warmup
-    return plan.lr * 0.5 * (1 + math.cos(math.pi * (step - plan.warmup) / (plan.steps - plan.warmup)))
+    if step < warmup:
+        return peak * step / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -241,26 +343,44 @@ def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": kept, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+class Log:
+    """A line every hundred steps: smoothed losses, wall and CPU seconds."""
+
+    def __init__(self, name: str, steps: int):
+        self.name, self.steps, self.mean = name, steps, {}
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def __call__(self, step: int, losses: dict[str, torch.Tensor]) -> None:
+        for key, loss in losses.items():
+            self.mean[key] = 0.97 * self.mean.get(key, loss.item()) + 0.03 * loss.item()
+        if step % 100 == 0 or step == self.steps:
+            said = "  ".join(f"{key} {value:.3f}" for key, value in self.mean.items())
+            wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+            print(f"{self.name} {step}/{self.steps}  {said}  {wall:.0f} s, CPU {cpu:.0f} s", flush=True)
 
 
-def _batches(frames: FrameSet, loaded: LoadedModel, plan: Plan, seed: int) -> Iterator[Batch]:
-    """Pixels [B, 3, H, W] (mirrored half the time), ids [B, L] and the patches to keep [B, K] for every step."""
+@dataclass
+class Batch:
+    chosen: np.ndarray  # indices of the frames [B]
+    pixels_BCHW: torch.Tensor
+    boxes_BO4: torch.Tensor
+    keep_BK: torch.Tensor  # indices of patches
+
+
+def _batches(frames: FrameSet, plan: Plan, seed: int, steps: int, num_patches: int) -> Iterator[Batch]:
+    """Frames in a new random order every epoch, mirrored half the time."""
     rng = np.random.default_rng(seed)
     order = itertools.chain.from_iterable(rng.permutation(len(frames.scenes)) for _ in itertools.count())
-    transform = plan.config["model"]["vision_cfg"]
-    grid = transform["image_size"] // transform["patch_size"]
-    for step in range(plan.steps):
+    vision = plan.config["model"]["vision_cfg"]
+    grid = vision["image_size"] // vision["patch_size"]
+    for _ in range(steps):
         chosen = np.fromiter(itertools.islice(order, plan.batch_size), np.int64)
         mirrored = rng.random(len(chosen)) < 0.5
         pixels, boxes = frames.pixels[chosen], frames.boxes[chosen]
         pixels[mirrored] = pixels[mirrored, :, ::-1]
         boxes[mirrored] = _mirrored(boxes[mirrored])
-        texts = [plan.text(frames.scenes[i], rng) for i in chosen]
-        keep = None
-        if plan.patches_kept and step < 0.8 * plan.steps:
-            keep = _kept_patches(boxes, grid, plan.patches_kept, rng)
-        yield _normalised(pixels), loaded.tokenizer(texts), keep
+        keep = _kept_patches(boxes, grid, num_patches, rng)
+        yield Batch(chosen, _normalised(pixels), torch.from_numpy(boxes), keep)
 
 
 def _mirrored(boxes: np.ndarray) -> np.ndarray:
@@ -276,7 +396,7 @@ def _kept_patches(boxes: np.ndarray, grid: int, num: int, rng: np.random.Generat
     down = (edge < y1) & (edge + 1 / grid > y0)
     touched = (down[..., :, None] & across[..., None, :]).any(1).reshape(len(boxes), -1)
     rank = rng.random(touched.shape) - touched
-    return torch.from_numpy(np.argpartition(rank, num, axis=1)[:, :num].copy())
+    return torch.from_numpy(np.argsort(rank, axis=1)[:, :num].copy())
 
 
 def _normalised(pixels: np.ndarray) -> torch.Tensor:
@@ -290,7 +410,7 @@ def save(name: str, loaded: LoadedModel, config: dict[str, Any], output: Path) -
     """Weights in half precision, and the JSON that `demo.load_model` builds the model from."""
     output.mkdir(parents=True, exist_ok=True)
     weights = {key: value.half().contiguous() for key, value in loaded.model.state_dict().items()}
-    save_file(weights, output / f"{name}.safetensors")
+    (output / f"{name}.safetensors").write_bytes(serialize(weights))
     (output / f"{name}.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
@@ -298,7 +418,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("captioner", "clip", "evaluate"))
     parser.add_argument("--frames", type=int, default=40_000, help="different frames to train on")
-    parser.add_argument("--steps", type=int, help="training steps (default: as the shipped models)")
+    parser.add_argument("--vision-steps", type=int, help="steps of the vision tower alone (default: as shipped)")
+    parser.add_argument("--steps", type=int, help="steps with texts (default: as the shipped models)")
     parser.add_argument("--seed", type=int, default=0, help="of frames, order and first weights; below 900")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=Path("demo/training"), help="where drawn frames are kept")
@@ -310,9 +431,9 @@ def main() -> None:
 
         print(report())
         return
-    name = f"demo_{chosen.task}"
-    plan = replace(PLANS[name], steps=chosen.steps or PLANS[name].steps)
-    train(name, plan, chosen.frames, chosen.seed, chosen.cache, chosen.output)
+    plan = PLANS[chosen.task]
+    plan = replace(plan, steps=chosen.steps or plan.steps, vision_steps=chosen.vision_steps or plan.vision_steps)
+    train(plan, chosen.frames, chosen.seed, chosen.cache, chosen.output)
 
 
 if __name__ == "__main__":
