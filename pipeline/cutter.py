@@ -131,6 +131,7 @@ class Cutter:
 
     def cut(self, spans: list[SpanRequest], out_path: str | Path) -> CutResult:
         """Packets' times first; frames' own times for what those get wrong (damage, fields, no times at all)."""
+        assert len({span.clip_id for span in spans}) == len(spans), "two spans with one clip_id"
         with open(out_path, "wb") as self.out:
             try:
                 source = list_frames(self.path, self.limits)

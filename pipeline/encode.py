@@ -39,7 +39,7 @@ def x264(deterministic: bool = True, **options: str) -> Encoding:
 
 ENCODINGS: dict[str, Encoding] = {
     # The default: cheap to read (no CABAC, no deblocking, no B-frames) at a little more size.
-    "fastdecode": x264(preset="veryfast", crf="23", tune="fastdecode", bf="0"),
+    "fastdecode": x264(preset="veryfast", crf="24", tune="fastdecode", bf="0"),
     # Every frame is a keyframe: cheapest video to read and the only one in which seeking costs nothing.
     "intra": x264(preset="veryfast", crf="23", tune="fastdecode", bf="0", g="1"),
     # Plain x264: smaller and dearer to read. With B-frames x264 now and then writes other bytes for the same pictures.
