@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,14 +81,10 @@ class Corpus:
         """Hold the corpus lock. Raises UserError when another process has it; a dead holder's lock is simply free."""
         path = self.private / "lock"
         with open(path, "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _lock(file):
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise UserError(
-                    f"{self.root} is being written by {holder}. Wait for it or stop it; reading is fine."
-                ) from None
+                raise UserError(f"{self.root} is being written by {holder}. Wait for it or stop it; reading is fine.")
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -117,6 +114,19 @@ class Corpus:
             return json.loads((self.private / "progress.json").read_text())
         except (OSError, ValueError):
             return None  # it has only just begun
+
+
+def _lock(file, patience_s: float = 1.0) -> bool:
+    """Take the lock, waiting a moment for `status` of another process to look whether it is free."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ dies again, and becomes a failure row of the item at last.
 """
 
 import heapq
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -354,9 +355,8 @@ def start_ray(settings: CorpusSettings) -> bool:
 
     if ray.is_initialized():
         return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
     quiet = {"logging_level": "ERROR", "log_to_driver": False, "ignore_reinit_error": True}
-    import os
-
     address = settings.engine.address or os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, **quiet)

@@ -23,10 +23,10 @@ class EngineSettings(Settings):
 
     address: str | None = None  # Ray cluster to join ("auto", "ray://…"); None: the surrounding one, or this machine
     cpus: int | None = Field(None, ge=1)  # CPUs Ray may use when it starts on this machine; None: all
-    downloads_per_node: int = Field(8, ge=1)  # download tasks at a time on a node, each one unit; hosts have own caps
+    downloads_per_node: int = Field(4, ge=1)  # download tasks at a time on a node, each one unit; hosts have own caps
     model_workers: int | None = Field(None, ge=1)  # actors that hold models; None: one per GPU, else one per 8 CPUs
     model_cpus: float = Field(0, ge=0)  # CPUs reserved per such actor; 0 lets it share with cutting
-    batch_video_s: float = Field(1800, gt=0)  # seconds of video per task: bounds what a lost task costs
+    batch_video_s: float = Field(300, gt=0)  # seconds of video per cutting task: bounds what a lost task costs
     batch_clips: int = Field(512, ge=1)  # clips per caption or score task
     active_units: int | None = Field(None, ge=1)  # units in flight; None: four per CPU
     max_attempts: int = Field(3, ge=1)  # over all runs, for failures that trying again may heal

@@ -50,7 +50,8 @@ TRANSCRIBE = StageQuery(
     name="transcribe",
     depends=("download",),
     inputs="""
-        SELECT video_id AS item_id, unit, coalesce(duration_s, 0) AS cost,
+        -- Costs are in seconds of video to cut: reading a subtitle is nothing, listening is about as dear as cutting.
+        SELECT video_id AS item_id, unit, coalesce(duration_s, 0) / if(len(subtitles) > 0, 100, 1) AS cost,
                md5(concat_ws('|', $fingerprint, sha256, subtitles::VARCHAR)) AS key
         FROM current_videos WHERE duplicate_of IS NULL
     """,
@@ -67,7 +68,7 @@ SEGMENT = StageQuery(
     name="segment",
     depends=("transcribe", "download"),
     inputs="""
-        SELECT t.video_id AS item_id, t.unit, coalesce(v.duration_s, 0) AS cost,
+        SELECT t.video_id AS item_id, t.unit, coalesce(v.duration_s, 0) / 100 AS cost,
                md5(concat_ws('|', $fingerprint, t.digest, s.spans::VARCHAR, v.duration_s, v.sha256)) AS key
         FROM current_transcripts t JOIN current_videos v USING (video_id) JOIN sources s USING (video_id)
     """,
