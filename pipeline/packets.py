@@ -58,9 +58,7 @@ def list_frames(path: str | Path, limits: Limits) -> SourceFrames:
     with open_media(path) as container:
         stream = video_stream(container)
         check_size(stream.codec_context, limits)
-        by_dts = (
-            container.format.name == "avi"
-        )  # which stores no presentation times: FFmpeg's guess is wrong with B-frames
+        by_dts = container.format.name == "avi"  # it stores no presentation times; guessed ones fail with B-frames
         shows, has_layers = _shown_test(stream), _layer_test(stream)
         layered = False
         for packet in packets_of(container, stream):

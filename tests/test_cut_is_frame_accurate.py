@@ -185,3 +185,54 @@ def test_an_edit_list_moves_the_start(folder, tmp_path):
     (row,) = cut_video(copy, [SpanRequest("v.0", 0, 0.5, 1.5)], CutSettings(fps=10.0), tmp_path / "out").rows
     numbers = numbers_in(piece(tmp_path / "out", row["mp4_offset"], row["num_bytes"]))
     assert numbers == [45 + 3 * k for k in range(10)]
+
+
+def test_hidden_reference_frames_of_vp8_are_no_frames(folder, tmp_path):
+    """Two-pass VP8 keeps pictures that are never shown as packets of their own, here with times of their own, too."""
+    import av
+    import ffmpeg
+    import imageio_ffmpeg
+
+    original, coded, path = made(folder, Shape("long-gop.mp4")), folder / "two-pass.webm", folder / "hidden.mkv"
+    options = {
+        "c:v": "libvpx",
+        "b:v": "600k",
+        "auto-alt-ref": 1,
+        "lag-in-frames": 25,
+        "passlogfile": str(folder / "log"),
+    }
+    for turn in (1, 2):
+        output = ffmpeg.input(str(original)).output(str(coded), **options, **{"pass": turn}).overwrite_output()
+        output.run(imageio_ffmpeg.get_ffmpeg_exe(), quiet=True)
+    num_hidden = 0
+    with av.open(str(coded)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                hidden = not memoryview(packet)[0] & 0x10
+                num_hidden += hidden
+                packet.pts = packet.dts = packet.pts - 12 * hidden
+                packet.stream = stream
+                target.mux(packet)
+    assert num_hidden > 3 and len(list_frames(path, Limits()).times) == 90
+    spans = [SpanRequest("v.0", 0, 0.0, 1.5), SpanRequest("v.1", 1, 1.5, 3.0)]
+    result = cut_video(path, spans, CutSettings(fps=10.0), tmp_path / "out")
+    shown = [numbers_in(piece(tmp_path / "out", row["mp4_offset"], row["num_bytes"])) for row in result.rows]
+    assert shown == [list(range(0, 45, 3)), list(range(45, 90, 3))] and result.counts["num_passes"] == 1
+
+
+@pytest.mark.parametrize(
+    "name, may_drop, may_skip",
+    [
+        ("long-gop.mp4", True, True),
+        ("hevc.mp4", True, True),
+        ("hevc-layers.mp4", True, False),  # unreferenced in one layer may be referenced by the next
+        ("av1.mkv", True, False),  # the decoder takes no level per packet
+        ("transport.ts", False, True),  # keyframe flags are guessed
+        ("h264-with-b-frames.avi", False, False),  # no presentation times
+    ],
+)
+def test_work_is_saved_only_where_that_is_safe(folder, name, may_drop, may_skip):
+    (shape,) = (shape for shape in SHAPES if shape.name == name)
+    source = list_frames(made(folder, shape), Limits())
+    assert (source.may_drop, source.may_skip) == (may_drop, may_skip)
