@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
+from pipeline.audio import extract_speech
 from pipeline.config import digest
 from pipeline.cut import CutSettings, SpanRequest, cut_in_sandbox
 from pipeline.download import fetch, new_governor
@@ -26,6 +27,7 @@ from shards.fragments import TEMPORARY
 from shards.tar import Blob, write_clips_tar
 
 PROBE_TIMEOUT_S = 60.0
+SPEECH_TIMEOUT_S = 1800.0
 SHOTS_TIMEOUT_PER_VIDEO_S = 5.0  # wall seconds per second of video, and never under a minute
 
 
@@ -83,7 +85,7 @@ def run_transcribe(work: Work) -> Result:
             files = [{**file, "path": str(root / file["path"])} for file in item["subtitles"] or []]
             problems: list[ItemError] = []
             try:
-                row = transcribe_video(files, root / item["path"], work.settings, _whisper, problems=problems)
+                row = transcribe_video(files, root / item["path"], work.settings, _whisper, _speech, problems)
             except ItemError as error:
                 row, problems = Transcript("none").as_row(), [*problems, error]
             row["digest"] = digest([row["language"], row["words"]])
@@ -91,6 +93,10 @@ def run_transcribe(work: Work) -> Result:
             outcome.parts = [(f"{item['video_id']}.speech", problem) for problem in problems[-1:]]
         outcomes.append(outcome)
     return outcomes, []
+
+
+def _speech(path: Path):
+    return sandbox().call(extract_speech, path, timeout_s=SPEECH_TIMEOUT_S)
 
 
 @lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from shards.fragments import Commit, fragment_path, outputs_of, table_schema
+from shards.fragments import fragment_path, outputs_of, table_schema
 from shards.schema import LEDGER, TABLES
 
 LEDGER_VERSION = 1  # of the working database's own layout; another version is rebuilt from the fragments
@@ -393,6 +393,3 @@ def _connect(path: Path, memory_limit: str, threads: int) -> duckdb.DuckDBPyConn
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-__all__ = ["Commit", "Ledger", "StageQuery"]

@@ -31,7 +31,9 @@ def never(*_):
 
 
 def transcribe(files: list[dict], problems: list | None = None, **settings) -> dict:
-    return transcribe_video(files, "video.mp4", TranscribeSettings(**{"whisper": None, **settings}), never, never, problems)
+    return transcribe_video(
+        files, "video.mp4", TranscribeSettings(**{"whisper": None, **settings}), never, never, problems
+    )
 
 
 def text_of(row: dict) -> str:

@@ -1,0 +1,51 @@
+"""The command line: quick to start, and the files beside it are what their readers take."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "ray", "duckdb", "pyarrow", "av", "open_clip", "numpy", "yt_dlp", "whisper")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['clipmill', '--help']\n"
+        "from pipeline.cli import _run\n"
+        "_run()\n"
+        f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "build" in done.stdout and "HEAVY []" in done.stdout, done.stdout + done.stderr
+
+
+def test_every_command_explains_itself():
+    for command in ("build", "run", "status", "sql", "stats", "verify", "demo"):
+        done = subprocess.run([sys.executable, "-m", "pipeline.cli", command, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0 and "Usage" in done.stdout
+
+
+def test_the_cluster_file_passes_rays_own_validator():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())))
+
+
+def test_every_recipe_is_valid():
+    from pipeline.settings import recipe_files, resolve
+
+    names = [path.name.removesuffix(".yaml") for path in recipe_files()]
+    assert "demo" in names
+    for name in names:
+        assert resolve(None, name, [])
+
+
+def test_no_file_names_a_registry():
+    words = ["pypi" + ".org", "pythonhosted" + ".org", "index" + "-url"]
+    files = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
+    for name in files:
+        if name.endswith((".py", ".toml", ".txt", ".md", ".yaml", "Makefile", "run")):
+            text = (ROOT / name).read_text(errors="replace")
+            assert not [word for word in words if word in text], name
