@@ -125,7 +125,8 @@ class Terminal:
             note = f"{report.pack.num_refreshed} indexes renewed" if report.pack.num_refreshed else ""
             table.add_row("pack", f"{report.pack.num_samples:,}", "", f"{report.pack.seconds:,.1f}", note)
         self.console.print(table)
-        self.console.print(f"[dim]{time.perf_counter() - self.started:,.1f} s in all[/]")
+        seconds, driver_s = time.perf_counter() - self.started, report.engine.loop_s
+        self.console.print(f"[dim]{seconds:,.1f} s in all, the driver's ledger and manifest {driver_s:,.1f}[/]")
 
 
 def progress_row(engine: Engine, totals: dict[str, int], elapsed_s: float) -> dict:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import UserError
 from pipeline.stages import STAGE_NAMES
 from tests.build_support import ask, build_here, clipmill, write_list
 
@@ -101,6 +102,11 @@ def test_sources_can_go_after_cutting_and_come_back_when_they_are_needed(world, 
     report = build_here(corpus, [], "cut.fps=2", stages=STAGE_NAMES, recipe=None)
     assert report.exit_code == 0 and report.engine.by_stage["cut"].done == 1
     assert ask(corpus, "SELECT DISTINCT fps FROM clips") == [(2.0,)]
+
+
+def test_a_mistake_that_only_a_worker_can_see_ends_the_run_as_a_mistake(footage, tmp_path, local_ray):
+    with pytest.raises(UserError, match="transcribe.whisper"):
+        build_here(tmp_path / "corpus", [str(footage / "nasa_13013.mp4")], "transcribe.whisper=enormous")
 
 
 def test_a_corpus_that_cannot_be_written_is_a_clear_message(built, tmp_path):

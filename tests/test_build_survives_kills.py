@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.build_support import SMALL, hashes, snapshot, tables
+from tests.build_support import SMALL, clipmill, hashes, snapshot, tables
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +23,26 @@ def command(world, corpus) -> list[str]:
 def stages_seen(corpus) -> int:
     """How far a build has got: the number of commits."""
     return len(list((corpus / "fragments" / "ledger").glob("[!.]*.parquet")))
+
+
+def test_asking_works_while_a_build_is_running(world, tmp_path):
+    corpus = tmp_path / "corpus"
+    process = subprocess.Popen(command(world, corpus), stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while stages_seen(corpus) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        answer = clipmill("sql", corpus, "SELECT count(*) AS n FROM videos", "--format", "csv")
+        status = clipmill("status", corpus)
+        second = clipmill("build", "--corpus", corpus)
+        assert process.poll() is None, "the build was over before it could be asked"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert answer.stdout.split() == ["n", str(len(world.truth))], answer.stderr
+    assert "A build is running" in status.stdout and "download" in status.stdout
+    assert second.returncode == 2 and "is being written by process" in second.stderr
 
 
 def test_kills_at_any_moment_leave_no_trace_in_the_corpus(built, world, tmp_path):
