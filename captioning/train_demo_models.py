@@ -263,7 +263,7 @@ class Plan:
 
 PLANS = {
     "captioner": Plan("demo_captioner", captioner_config(), caption_text, 2200, 36, steps=1600, patches=64),
-    "clip": Plan("demo_clip", clip_config(), varied_text, 2400, 25, steps=2500, patches=25, batch_size=96),
+    "clip": Plan("demo_clip", clip_config(), varied_text, 3600, 25, steps=2000, patches=25, batch_size=80),
 }
 
 
