@@ -1,10 +1,10 @@
 """Trains the demo world's two models and writes them to `captioning/weights`; prints how well the shipped ones do.
 
-    python -m captioning.train_demo_models captioner    an open_clip CoCa: about 35 minutes on one CPU core
-    python -m captioning.train_demo_models clip         an open_clip CLIP: about 15 minutes
+    python -m captioning.train_demo_models captioner    an open_clip CoCa: 25 minutes on one CPU core
+    python -m captioning.train_demo_models clip         an open_clip CLIP: likewise
     python -m captioning.train_demo_models evaluate     the table of docs/captioning.md
 
-Frames come from `demo_frames`, drawn once and kept under --cache. Everything is a function of --seed and --steps. Both
+Frames come from `demo_frames`, drawn once (12 minutes) and kept under --cache. Everything is a function of --seed and --steps. Both
 models see single frames and texts about looks; no text about motion is ever shown.
 
 Shapes: B frames, N patches, K patches kept, L ids.
