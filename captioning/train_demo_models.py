@@ -4,8 +4,8 @@
     python -m captioning.train_demo_models clip         an open_clip CLIP: likewise
     python -m captioning.train_demo_models evaluate     the table of docs/captioning.md
 
-Frames come from `demo_frames`, drawn once (12 minutes) and kept under --cache. Everything is a function of --seed and --steps. Both
-models see single frames and texts about looks; no text about motion is ever shown.
+Frames come from `demo_frames`, drawn once (12 minutes) and kept under --cache. Everything is a function of --seed,
+--frames and the steps. Both models see single frames and texts about looks; no text about motion is ever shown.
 
 Shapes: B frames, N patches, K patches kept, L ids.
 """
