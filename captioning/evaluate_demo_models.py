@@ -8,6 +8,7 @@ import torch
 from captioning.captioner import load_captioner
 from captioning.demo import load_model
 from captioning.demo_frames import DemoFrame, correct, demo_frames
+from captioning.identity import DEMO_WEIGHTS
 from captioning.settings import CaptionSettings, ScoreSettings
 from pipeline.demo.grammar import still_text
 
@@ -55,6 +56,6 @@ def report(num_frames: int = 500) -> str:
     rows += [(name, f"{one[name]:.1%}", f"{two[name]:.1%}") for name in PROPERTIES]
     mixed = unseen_frames(100, 0.3, UNSEEN_SEED + 2)
     rows.append(("match among 100 unseen", "frame → text", "text → frame"))
-    for name in ("demo_captioner", "demo_clip"):
+    for name in sorted(path.stem for path in DEMO_WEIGHTS.glob("*.safetensors")):
         rows.append((name, *(f"{value:.1%}" for value in matching_accuracy(name, mixed).values())))
     return "\n".join(f"| {first:25} | {second:>12} | {third:>12} |" for first, second, third in rows)
