@@ -52,7 +52,10 @@ def load_captioner(settings: CaptionSettings) -> Captioner:
 def _load(settings_json: str, fingerprint: str) -> Captioner:
     settings = CaptionSettings.model_validate_json(settings_json)
     captioner = _factory(settings.captioner)(settings)
-    assert isinstance(captioner, Captioner), f"{settings.captioner} returned no Captioner (name, fingerprint, caption)"
+    if not isinstance(captioner, Captioner):
+        raise UserError(
+            f"setting caption.captioner = {settings.captioner}: it gives no name, fingerprint and caption()."
+        )
     return captioner
 
 

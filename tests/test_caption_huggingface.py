@@ -71,7 +71,21 @@ def save_vit_gpt2(folder) -> None:
     save_tokenizer(folder)
 
 
-@pytest.fixture(scope="module", params=[save_blip, save_vit_gpt2], ids=["blip", "vit-gpt2"])
+def save_git(folder) -> None:
+    torch.manual_seed(2)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**size, "image_size": 32, "patch_size": 8}
+    config = transformers.GitConfig(vision_config=vision, **size, **TEXT, max_position_embeddings=64)
+    model = transformers.GitForCausalLM(config)
+    widen(model)
+    model.save_pretrained(folder)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder
+    )
+    save_tokenizer(folder)
+
+
+@pytest.fixture(scope="module", params=[save_blip, save_vit_gpt2, save_git], ids=["blip", "vit-gpt2", "git"])
 def folder(request, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("huggingface")
     request.param(folder)

@@ -55,3 +55,9 @@ def test_editing_the_module_or_its_options_changes_the_fingerprint(module):
 def test_a_name_that_the_module_lacks_is_the_users_mistake(module):
     with pytest.raises(UserError, match="caption.captioner = brightness:nothing"):
         load_captioner(CaptionSettings(captioner="brightness:nothing"))
+
+
+def test_a_factory_that_makes_no_captioner_is_the_users_mistake(module):
+    module.write_text("load = dict\n")
+    with pytest.raises(UserError, match="caption.captioner = brightness:load"):
+        load_captioner(CaptionSettings(captioner="brightness:load"))
