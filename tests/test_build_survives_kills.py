@@ -9,14 +9,16 @@ import time
 
 import pytest
 
+from pipeline.demo.server import serve
+from pipeline.demo.world import write_sources
 from tests.build_support import SMALL, clipmill, hashes, snapshot, tables
 
 pytestmark = pytest.mark.slow
 
 
-def command(world, corpus) -> list[str]:
+def command(sources, corpus) -> list[str]:
     settings = [word for setting in SMALL for word in ("--set", setting)]
-    build = ["build", str(world.sources), "--corpus", str(corpus), "--recipe", "demo"]
+    build = ["build", str(sources), "--corpus", str(corpus), "--recipe", "demo"]
     return [sys.executable, "-m", "pipeline.cli", *build, *settings]
 
 
@@ -25,9 +27,18 @@ def stages_seen(corpus) -> int:
     return len(list((corpus / "fragments" / "ledger").glob("[!.]*.parquet")))
 
 
-def test_asking_works_while_a_build_is_running(world, tmp_path):
+@pytest.fixture
+def slow_sources(world, tmp_path):
+    """The world from a server that keeps one video waiting, so that a build of it is still running for a while."""
+    waiting = next(row["file"] for row in world.truth.values() if row["works"] and row["broken"] is None)
+    with serve(world.folder, faults={waiting: {"delay_s": 25}}) as base_url:
+        write_sources(world.folder, base_url, tmp_path / "slow.jsonl")
+        yield tmp_path / "slow.jsonl"
+
+
+def test_asking_works_while_a_build_is_running(world, slow_sources, tmp_path):
     corpus = tmp_path / "corpus"
-    process = subprocess.Popen(command(world, corpus), stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command(slow_sources, corpus), stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + 120
         while stages_seen(corpus) < 3 and process.poll() is None and time.monotonic() < deadline:
@@ -49,7 +60,7 @@ def test_kills_at_any_moment_leave_no_trace_in_the_corpus(built, world, tmp_path
     corpus, rng = tmp_path / "corpus", random.Random(5)
     reached = []
     for target in (2, 6, 10):  # commits after which this attempt is killed, a little later
-        process = subprocess.Popen(command(world, corpus), stdout=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(command(world.sources, corpus), stdout=subprocess.DEVNULL, start_new_session=True)
         deadline = time.monotonic() + 120
         while process.poll() is None and stages_seen(corpus) < target and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -58,7 +69,7 @@ def test_kills_at_any_moment_leave_no_trace_in_the_corpus(built, world, tmp_path
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         reached.append(stages_seen(corpus))
-    done = subprocess.run(command(world, corpus), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(world.sources, corpus), capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr  # 1: the links that are made to fail
     quiet = built[0]
     assert reached[0] < stages_seen(corpus), "the first kill came too late to prove anything"
