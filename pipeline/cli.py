@@ -177,14 +177,22 @@ def _run() -> int:
     except KeyboardInterrupt:
         typer.echo("\nclipmill: stopped. The same command goes on from here.", err=True)
         return 130
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+    except Exception as error:
+        if not _disk_takes_no_more(error):
             raise
         typer.echo(f"clipmill: {error}. What is committed is safe; the same command goes on from here.", err=True)
         return 1
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+def _disk_takes_no_more(error: Exception) -> bool:
+    """Whether the corpus's disk is full or read-only; DuckDB says so in words alone."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+    words = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
+    return "duckdb" in type(error).__module__ and any(text in str(error) for text in words)
 
 
 def _leave(code: int) -> NoReturn:

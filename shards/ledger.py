@@ -383,7 +383,7 @@ def _connect(path: Path, memory_limit: str, threads: int) -> duckdb.DuckDBPyConn
                 connection.execute("SET TimeZone = 'UTC'")
                 return connection
             connection.close()
-        except (duckdb.IOException, duckdb.SerializationException, duckdb.CatalogException):
+        except duckdb.Error:
             if attempt == 2:
                 raise
         path.unlink(missing_ok=True)  # a cache: of another layout or torn, it is rebuilt from the fragments
