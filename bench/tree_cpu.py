@@ -1,5 +1,8 @@
 """CPU seconds of a command and of everything it started, orphans included: Ray's workers do not die with their parent's
 bookkeeping. The measuring process becomes the reaper of all descendants (Linux), so the kernel adds them up for it.
+
+Trap: a process whose parent ignores SIGCHLD is reaped without being added up. Ray's raylet seems to do so with workers:
+where the peak of a process is below what a model takes, its actor was not counted and the figures are too low.
 """
 
 import ctypes
