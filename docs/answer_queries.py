@@ -1,6 +1,6 @@
 """Put the ten queries of docs/queries.sql, with what a corpus answers, into README.md.
 
-    python docs/answer_queries.py demo/corpus
+python docs/answer_queries.py demo/corpus
 """
 
 import io

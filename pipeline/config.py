@@ -5,9 +5,13 @@ Modules that define settings import nothing heavy at the top (no av, torch, ray)
 
 import hashlib
 import json
-from typing import Any
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import UserError
 
 
 class Settings(BaseModel):
@@ -37,3 +41,93 @@ def digest(value: Any) -> str:
     """Stable 16-hex-digit hash of any JSON-able value."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+# -- from recipes and `--set` ------------------------------------------------------------------------------------------
+
+Model = TypeVar("Model", bound=Settings)
+
+
+def resolve_settings(
+    model: type[Model], recipes: Traversable, base: dict[str, Any] | None, recipe: str | None, assignments: list[str]
+) -> Model:
+    """Settings from a recipe (else `base`, else the defaults) with `--set section.key=value` on top. Raises UserError.
+
+    recipe  the name of one of `recipes`' YAML files, or a path
+    """
+    data = load_recipe(recipes, recipe) if recipe else dict(base or {})
+    for assignment in assignments:
+        _assign(data, assignment)
+    return validate_settings(model, data)
+
+
+def validate_settings(model: type[Model], data: dict[str, Any]) -> Model:
+    """Raises UserError with a line per setting that is wrong."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_explain(model, error.errors())) from None
+
+
+def recipe_names(recipes: Traversable) -> list[str]:
+    return sorted(path.name.removesuffix(".yaml") for path in recipes.iterdir() if path.name.endswith(".yaml"))
+
+
+def load_recipe(recipes: Traversable, name: str) -> dict[str, Any]:
+    """A shipped recipe by name, or a YAML file by path."""
+    import yaml
+
+    shipped = recipe_names(recipes)
+    source = recipes.joinpath(f"{name}.yaml") if name in shipped else Path(name)
+    if not source.is_file():
+        raise UserError(f"--recipe {name}: neither a file nor one of {', '.join(shipped)}.")
+    try:
+        data = yaml.safe_load(source.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--recipe {name} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"--recipe {name}: expected sections such as `cut:`, found {type(data).__name__}.")
+    return data
+
+
+def _assign(data: dict[str, Any], assignment: str) -> None:
+    import yaml
+
+    path, equals, text = assignment.partition("=")
+    *sections, key = path.strip().split(".")
+    if not equals or not sections:
+        raise UserError(f"--set {assignment}: write it as section.key=value, for example --set cut.fps=2.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {assignment}: the value is not YAML ({error}).") from error
+    for section in sections:
+        branch = data.get(section)
+        data[section] = data = dict(branch) if isinstance(branch, dict) else {}
+    data[key] = value
+
+
+def _explain(model: type[Settings], problems: list[Any]) -> str:
+    """One line per setting that is wrong, naming it and what it may be."""
+    messages: dict[str, list[str]] = {}
+    for problem in problems:
+        where, section = _locate(model, problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(section.model_fields)
+            messages[f"setting {where}"] = [f"there is no such setting; known here are {known}"]
+        else:
+            text = problem["msg"][0].lower() + problem["msg"][1:]
+            messages.setdefault(f"setting {where} = {problem['input']!r}", []).append(text)
+    return "\n".join(f"{where}: {' or '.join(texts)}." for where, texts in messages.items())
+
+
+def _locate(model: type[Settings], location: tuple[Any, ...]) -> tuple[str, type[Settings]]:
+    """The dotted name of a setting, without the parts that name branches of its type; and the model it is in."""
+    names = []
+    for part in location:
+        names.append(str(part))
+        field = model.model_fields.get(part)
+        if field is None or not hasattr(field.annotation, "model_fields"):
+            break
+        model = field.annotation
+    return ".".join(names), model

@@ -1,17 +1,14 @@
 """All settings of a corpus, joined from the stages that own them; recipes; `--set stage.key=value`."""
 
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from captioning.settings import CaptionSettings, ScoreSettings
-from pipeline.config import Settings
+from pipeline.config import Settings, resolve_settings, validate_settings
 from pipeline.cut import CutSettings
 from pipeline.download import DownloadSettings
-from pipeline.errors import UserError
 from pipeline.ingest import IngestSettings
 from pipeline.segment import SegmentSettings
 from pipeline.transcribe import TranscribeSettings
@@ -48,76 +45,13 @@ class CorpusSettings(Settings):
     engine: EngineSettings = EngineSettings()
 
 
+RECIPES = resources.files("pipeline").joinpath("recipes")
+
+
 def resolve(base: dict | None, recipe: str | None, assignments: list[str]) -> CorpusSettings:
     """Settings from a recipe (else `base`, else the defaults) with `--set` on top. Raises UserError."""
-    data = load_recipe(recipe) if recipe else dict(base or {})
-    for assignment in assignments:
-        _assign(data, assignment)
-    return validate(data)
+    return resolve_settings(CorpusSettings, RECIPES, base, recipe, assignments)
 
 
-def validate(data: dict) -> CorpusSettings:
-    try:
-        return CorpusSettings.model_validate(data)
-    except ValidationError as error:
-        raise UserError(_explain(error.errors())) from None
-
-
-def load_recipe(name: str) -> dict:
-    """A recipe shipped with clipmill by name, or a YAML file by path."""
-    shipped = {path.name.removesuffix(".yaml"): path for path in recipe_files()}
-    source = shipped.get(name) or Path(name)
-    if not source.is_file():
-        raise UserError(f"--recipe {name}: neither a file nor one of {', '.join(sorted(shipped))}.")
-    try:
-        data = yaml.safe_load(source.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--recipe {name} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"--recipe {name}: expected sections such as `cut:`, found {type(data).__name__}.")
-    return data
-
-
-def recipe_files() -> list:
-    return [path for path in resources.files("pipeline").joinpath("recipes").iterdir() if path.name.endswith(".yaml")]
-
-
-def _assign(data: dict, assignment: str) -> None:
-    path, equals, text = assignment.partition("=")
-    *sections, key = path.strip().split(".")
-    if not equals or not sections:
-        raise UserError(f"--set {assignment}: write it as stage.key=value, for example --set cut.fps=2.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {assignment}: the value is not YAML ({error}).") from error
-    for section in sections:
-        branch = data.get(section)
-        data[section] = data = dict(branch) if isinstance(branch, dict) else {}
-    data[key] = value
-
-
-def _explain(problems: list[Any]) -> str:
-    """One line per setting that is wrong, naming it and what it may be."""
-    messages: dict[str, list[str]] = {}
-    for problem in problems:
-        where, model = _locate(problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            known = ", ".join(model.model_fields)
-            messages[f"setting {where}"] = [f"there is no such setting; known here are {known}"]
-        else:
-            text = problem["msg"][0].lower() + problem["msg"][1:]
-            messages.setdefault(f"setting {where} = {problem['input']!r}", []).append(text)
-    return "\n".join(f"{where}: {' or '.join(texts)}." for where, texts in messages.items())
-
-
-def _locate(location: tuple) -> tuple[str, Any]:
-    """The dotted name of a setting, without the parts that name branches of its type; and the model it is in."""
-    model, names = CorpusSettings, []
-    for part in location:
-        names.append(str(part))
-        field = model.model_fields.get(part)
-        if field is None or not hasattr(field.annotation, "model_fields"):
-            break
-        model = field.annotation
-    return ".".join(names), model
+def validate(data: dict[str, Any]) -> CorpusSettings:
+    return validate_settings(CorpusSettings, data)

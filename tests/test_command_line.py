@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from pipeline.config import recipe_names
+
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "ray", "duckdb", "pyarrow", "av", "open_clip", "numpy", "yt_dlp", "whisper")
 
@@ -34,12 +36,14 @@ def test_the_cluster_file_passes_rays_own_validator():
 
 
 def test_every_recipe_is_valid():
-    from pipeline.settings import recipe_files, resolve
+    import pipeline.settings
+    import training.settings
 
-    names = [path.name.removesuffix(".yaml") for path in recipe_files()]
-    assert "demo" in names
-    for name in names:
-        assert resolve(None, name, [])
+    for module in (pipeline.settings, training.settings):
+        names = recipe_names(module.RECIPES)
+        assert "demo" in names
+        for name in names:
+            assert module.resolve(None, name, [])
 
 
 def test_no_file_names_a_registry():

@@ -1,0 +1,47 @@
+"""What goes from the loader to the model: one process's share of one step.
+
+B slots of this process, T frames, S pixels a side, L tokens. Pixels are uint8 until the device normalises them.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """The slots of `training.plan.rank_slots` of one step, in slot order.
+
+    A slot whose clip could not be read, or that the plan left empty, has `video_mask` false and zeros everywhere. A
+    clip without subtitle or caption has that mask alone false, and ids that nobody looks at (one end token).
+    """
+
+    rows_B: Tensor  # int64: the clip's row in the selection, -1 for a slot that the plan left empty
+    video_BT3SS: Tensor  # uint8
+    frame_B13SS: Tensor  # uint8: the still frame F
+    subtitle_BL: Tensor  # int64 ids, padded behind the end token
+    caption_BL: Tensor
+    video_mask_B: Tensor  # bool: the clip could be read, so its frame is there, too
+    subtitle_mask_B: Tensor
+    caption_mask_B: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows_B)
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+
+    def pin_memory(self) -> "Batch":
+        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+
+    def split(self, size: int) -> list["Batch"]:
+        """Chunks of at most `size` slots: views, nothing is copied."""
+        columns = [getattr(self, f.name).split(size) for f in fields(self)]
+        return [Batch(*parts) for parts in zip(*columns, strict=True)]
+
+
+def concatenate(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    return Batch(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Batch)))

@@ -1,0 +1,119 @@
+"""All settings of a training run, in sections; recipes and `--set section.key=value` as for a corpus.
+
+Nothing heavy is imported here, so that the command line can name every setting quickly.
+"""
+
+from importlib import resources
+from typing import Any, Literal
+
+from pydantic import Field
+
+from pipeline.config import Settings, operational, resolve_settings
+
+Variant = Literal["vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc", "joint"]
+Decay = Literal["cosine", "linear", "invsqrt", "constant"]
+Group = Literal["video", "duplicate"]
+TextColumn = Literal["subtitle", "caption"]
+
+
+class ModelSettings(Settings):
+    """What the run starts from."""
+
+    # A folder or file of weights, "open_clip:NAME/TAG", one of OpenAI's names ("ViT-B/32"), or "demo": the small CLIP
+    # that ships with clipmill.
+    init: str = "open_clip:ViT-B-32-quickgelu/openai"
+    # Proxy tokens besides CLIP's class token, rows of the temporal table, and how frames become a video; None: as the
+    # file has them, else 3, 12 and "proxy".
+    num_added: int | None = Field(None, ge=0)
+    num_times: int | None = Field(None, ge=0)
+    pooling: Literal["proxy", "mean"] | None = None
+
+
+class DataSettings(Settings):
+    """Which clips a run sees, and what it sees of each."""
+
+    where: str = ""  # SQL condition on `catalog`, or a SELECT with a clip_id column; empty: every sample
+    # Clips that may never be in one batch, where they would be each other's negatives: those of one video, those of one
+    # near-duplicate group.
+    apart: tuple[Group, ...] = ("video", "duplicate")
+    unmet: Literal["error", "keep"] = "keep"  # where no order can part them: stop, or count them and go on
+    tail: Literal["drop", "pad", "carry"] = "drop"  # clips of an epoch that do not fill a batch: see training/plan.py
+    seed: int = 0  # of the order and of which frames are taken
+    block_size: int = Field(1, ge=1)  # neighbours in a shard that stay together: longer reads, less shuffle
+    window_steps: int = Field(64, ge=1)  # steps over which blocks are mixed
+
+    num_frames: int = Field(12, ge=1)  # per clip
+    jitter: bool = True  # draw the first and the last frame near the clip's ends; False: always the same frames
+    still: Literal["middle", "captioned"] = "middle"  # frame F: frame floor(N/2) of the clip, or the sample's JPEG
+    fit: Literal["squash", "crop"] = "squash"  # to a square: as published, or keeping the aspect and cutting the middle
+    antialias: bool = True  # of the bicubic resize
+    max_text_tokens: int = Field(70, ge=3)  # both ends included; longer texts are cut
+    subtitle: TextColumn = "subtitle"  # which text column is S in the losses
+
+    max_failures: float = Field(0.01, ge=0, le=1)  # share of unreadable samples above which the run stops
+    loader_processes: int | None = operational(None, ge=0)  # per training process; None: one per core, shared fairly
+    prefetch_samples: int = operational(256, ge=1)  # decoded ahead, per training process
+    cache_dir: str | None = operational(None)  # where pieces of remote shards are kept; None: not kept
+    cache_bytes: int = operational(50_000_000_000, ge=0)
+
+
+class TrainSettings(Settings):
+    """The optimisation."""
+
+    batch_size: int = Field(1024, ge=1)  # global: over all processes
+    max_steps: int | None = Field(None, ge=1)  # updates in all; None: `epochs` decides
+    epochs: float = Field(5, gt=0)
+    loss: Variant = "vsc_fc"
+    chunk_size: int | None = Field(None, ge=1)  # samples encoded at a time by a process (gradient caching); None: all
+
+    lr: float = Field(5e-6, gt=0)  # at the peak
+    lr_factors: dict[str, float] = {}  # by prefix of a parameter's name, e.g. {"logit_scale": 10}
+    warmup_ratio: float = Field(0.01, ge=0, le=1)
+    decay: Decay = "cosine"
+    weight_decay: float = Field(0.05, ge=0)
+    published_decay: bool = False  # True: decay norms and embeddings too, as the released code does
+    published_update: bool = False  # True: the released code's AdamW
+    grad_clip: float | None = Field(5.0, gt=0)  # norm of the whole gradient; None: not clipped
+    ema: float | None = Field(None, gt=0, lt=1)  # decay of averaged weights, kept beside the trained; None: none
+
+    precision: Literal["fp32", "bf16"] = "bf16"  # of the matrix products; weights and updates are fp32
+    compile: bool = False
+    activation_checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # with several processes: copies of the model, or shards of it (FSDP2)
+    device: Literal["auto", "cpu", "cuda"] = operational("auto")
+    threads: int | None = operational(None, ge=1)  # of a process on the CPU; None: cores / processes
+
+    checkpoint_every: int = operational(500, ge=1)  # steps
+    keep_checkpoints: int = operational(3, ge=1)  # the latest so many
+    log_every: int = operational(10, ge=1)  # steps
+    tensorboard: bool = operational(True)
+    feedback: bool = operational(False)  # write feedback.parquet: each clip's similarity, loss and times seen
+    peak_tflops: float | None = operational(None, gt=0)  # of one device, for MFU; None: known GPUs, measured on a CPU
+
+
+class EvalSettings(Settings):
+    """Retrieval on clips held out from training."""
+
+    where: str = ""  # as `data.where`; empty: no evaluation during training
+    every: int | None = operational(None, ge=1)  # steps; None: only before the first and after the last
+    text: TextColumn = "subtitle"  # what a clip is searched by
+    overlap: Literal["error", "exclude", "allow"] = "error"  # training clips of its videos or their near-duplicates
+    batch_size: int = operational(32, ge=1)
+
+
+class RunSettings(Settings):
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
+
+
+RECIPES = resources.files("training").joinpath("recipes")
+
+
+def resolve(base: dict[str, Any] | None, recipe: str | None, assignments: list[str]) -> RunSettings:
+    """Settings from a recipe (else `base`, a run's saved ones, else the defaults) with `--set` on top.
+
+    Raises UserError.
+    """
+    return resolve_settings(RunSettings, RECIPES, base, recipe, assignments)
