@@ -1,0 +1,34 @@
+"""Texts to token ids: CLIP's byte-pair vocabulary, or the word list of a small world's model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Small enough to travel to every loader process; the vocabulary is read where it is first used.
+
+    words       a model's own word list (`captioning.tokenizer`); None: CLIP's
+    max_tokens  both ends included: longer texts are cut and still close with the end token
+    """
+
+    words: tuple[str, ...] | None
+    max_tokens: int
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """int64 ids [N, max_tokens]; the end token has the largest id, behind it is 0."""
+        return self._tokenizer(list(texts), self.max_tokens)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        if self.words is not None:
+            from captioning.tokenizer import WordTokenizer
+
+            return WordTokenizer(self.words, self.max_tokens)
+        from open_clip.tokenizer import SimpleTokenizer
+
+        return SimpleTokenizer(self.max_tokens)
