@@ -31,4 +31,4 @@ class TextEncoder:
             return WordTokenizer(self.words, self.max_tokens)
         from open_clip.tokenizer import SimpleTokenizer
 
-        return SimpleTokenizer(self.max_tokens)
+        return SimpleTokenizer(context_length=self.max_tokens)
