@@ -62,6 +62,7 @@ def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
         num_added=vip["add_cls_num"] if proxies else 0,
         num_times=vip["temporal_size"] if proxies and vip["if_use_temporal_embed"] else 0,
         log_scale_init=vip["logit_scale_init_value"],
+        words=tuple(data["words"]) if data.get("words") else None,
         **pixels,
     )
 
@@ -88,6 +89,7 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
         },
         "image_mean": list(config.image_mean),
         "image_std": list(config.image_std),
+        **({"words": list(config.words)} if config.words else {}),
     }
 
 

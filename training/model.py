@@ -58,6 +58,7 @@ class ModelConfig:
     log_scale_init: float = 4.6  # used only where no checkpoint brings its own
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    words: tuple[str, ...] | None = None  # the vocabulary of a small world's model; None: CLIP's
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
