@@ -11,12 +11,23 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from training import evaluate
-from training.evaluate import dual_softmax, ranks_of, retrieval_metrics
+from training.evaluate import chance, dual_softmax, ranks_of, retrieval_metrics
+
+SQUARE = ("square", "ties_quantised", "ties_some", "ties_constant")
+TIED = SQUARE[1:]
 
 
 def assert_metrics(ours: dict[str, float], published: dict[str, Any]) -> None:
     for key in ("r1", "r5", "r10", "medr", "meanr"):
         assert ours[key] == pytest.approx(published[key], rel=1e-6), key
+
+
+def assert_percent(ours: dict[str, float], published: dict[str, Any]) -> None:
+    """CLIP4Clip's names: recalls in percent; MR is the median, too."""
+    for key in ("R1", "R5", "R10"):
+        assert ours[key.lower()] * 100 == pytest.approx(published[key], rel=1e-6), key
+    assert ours["medr"] == published["MedianR"] == published["MR"]
+    assert ours["meanr"] == pytest.approx(published["MeanR"], rel=1e-6)
 
 
 def test_without_ties_both_directions_equal_the_reference() -> None:
@@ -51,16 +62,46 @@ def test_dual_softmax_of_a_hand_made_matrix() -> None:
     assert over_texts[2, 2] == pytest.approx(0.3, rel=1e-9)
 
 
-def test_a_query_has_one_rank_where_the_reference_counts_several() -> None:
-    data, published = tensors("metrics", "metrics.safetensors"), numbers("metrics", "metrics.json")
-    for case in ("ties_quantised", "ties_some", "ties_constant"):
-        sim = data[f"{case}/sim"]
-        ours = retrieval_metrics(sim)["t2v"]
-        listed = published[case]["clip4clip"]["t2v"]["ranks_listed"]
-        assert ours["num_queries"] == len(sim) < listed
-    some = retrieval_metrics(data["ties_some/sim"])["t2v"]
-    plain = retrieval_metrics(data["square/sim"])["t2v"]
-    assert some["r1"] < plain["r1"] and some["r1"] != pytest.approx(published["ties_some"]["xpretrain"]["t2v"]["r1"])
+def listed_ranks(sim: np.ndarray) -> np.ndarray:
+    """As the reference has them: a query is listed once for every position whose value equals that of its answer."""
+    descending = np.sort(-sim, axis=1)
+    return np.where(descending == -np.diag(sim)[:, None])[1] + 1.0
+
+
+def published_dual_softmax(sim: np.ndarray) -> np.ndarray:
+    """In float32 as the reference, where more values are equal than in float64."""
+    weights = np.exp(np.float32(100) * sim - (np.float32(100) * sim).max(axis=0))
+    return sim * (weights / weights.sum(axis=0))
+
+
+@pytest.mark.parametrize("case", SQUARE)
+def test_published_numbers_list_tied_queries_several_times(case: str) -> None:
+    """What makes every published entry: the same ranks as ours, but listed once per equal value where values tie."""
+    sim = tensors("metrics", "metrics.safetensors")[f"{case}/sim"].numpy()
+    dsl = published_dual_softmax(sim)
+    published = numbers("metrics", "metrics.json")[case]
+    for direction, matrix in {"t2v": sim, "v2t": sim.T, "t2v_dsl": dsl, "v2t_dsl": dsl.T}.items():
+        listed = listed_ranks(matrix)
+        assert_metrics(evaluate.summarise(listed), published["xpretrain"][direction])
+        if direction in published["clip4clip"]:
+            assert_percent(evaluate.summarise(listed), published["clip4clip"][direction])
+            assert len(listed) == published["clip4clip"][direction]["ranks_listed"]
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_a_query_has_one_rank_where_the_reference_counts_several(case: str) -> None:
+    """Where no values tie both rules agree; where some do, the published totals are divided by the longer list."""
+    sim = tensors("metrics", "metrics.safetensors")[f"{case}/sim"]
+    published = numbers("metrics", "metrics.json")[case]["clip4clip"]
+    ours = retrieval_metrics(sim)
+    for direction in ("t2v", "v2t"):
+        listed, num_queries = published[direction]["ranks_listed"], ours[direction]["num_queries"]
+        assert num_queries == len(sim) <= listed
+        if num_queries < listed:
+            assert ours[direction]["meanr"] != pytest.approx(published[direction]["MeanR"])
+            assert ours[direction]["r1"] != pytest.approx(published[direction]["R1"] / 100)
+        else:
+            assert_percent(ours[direction], published[direction])
 
 
 def test_tie_rules_bound_each_other_and_a_constant_matrix_shows_them() -> None:
@@ -75,15 +116,37 @@ def test_several_captions_per_video_equal_the_reference() -> None:
     data = tensors("metrics", "metrics.safetensors")
     published = numbers("metrics", "metrics.json")["multi"]
     sim, owner = data["multi/sim"], data["multi/video_of_sentence"]
+    assert np.bincount(owner).tolist() == published["captions_per_video"]
     ours = retrieval_metrics(sim, owner, dsl="published")
     assert_metrics(ours["t2v"], published["xpretrain_compute_metrics_multi"]["t2v"])
     assert_metrics(ours["t2v_dsl"], published["xpretrain_compute_metrics_multi"]["t2v_dsl"])
-    clip4clip = {key.lower(): value for key, value in published["clip4clip"]["v2t"].items()}
-    for key in ("r1", "r5", "r10"):
-        assert ours["v2t"][key] * 100 == pytest.approx(clip4clip[key])
-    assert ours["v2t"]["meanr"] == pytest.approx(clip4clip["meanr"])
+    for direction in ("t2v", "v2t"):
+        assert_percent(ours[direction], published["clip4clip"][direction])
+        assert ours[direction]["num_queries"] == {"t2v": len(sim), "v2t": 40}[direction]
+    ranks = ranks_of(sim.numpy(), owner.numpy())
+    assert np.std(ranks) == pytest.approx(published["clip4clip"]["t2v"]["Std_Rank"])
     nearest = evaluate._nearest_of_group(sim.numpy(), owner.numpy())
     assert np.array_equal(nearest.T, data["multi/v2t_sim_max"].float().numpy())
+
+
+def test_the_median_of_an_even_number_of_ranks_is_the_mean_of_the_middle_two() -> None:
+    """CLIP4Clip's multi-caption evaluation takes torch's median, the lower one."""
+    ranks = np.array([1.0, 2.0, 5.0, 9.0])
+    assert evaluate.summarise(ranks)["medr"] == 3.5
+    assert torch.from_numpy(ranks).median() == 2
+
+
+def test_chance_is_what_random_similarities_give_on_average() -> None:
+    generator = np.random.default_rng(0)
+    owner = np.repeat(np.arange(12), generator.integers(1, 6, 12))  # groups of unlike sizes
+    draws = [retrieval_metrics(generator.normal(size=(len(owner), 12)), owner) for _ in range(400)]
+    for direction in ("t2v", "v2t"):
+        expected = chance(12)
+        for key in ("r1", "r5", "r10", "meanr"):
+            mean = np.mean([draw[direction][key] for draw in draws])
+            assert mean == pytest.approx(expected[key], rel=0.05), (direction, key)
+        assert np.mean([draw[direction]["medr"] for draw in draws]) == pytest.approx(expected["medr"], rel=0.05)
+    assert chance(3)["r5"] == 1
 
 
 def test_ids_decide_and_not_positions() -> None:

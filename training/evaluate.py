@@ -69,6 +69,15 @@ def summarise(ranks: NDArray[np.float64]) -> Metrics:
     return recalls | {"medr": float(np.median(ranks)), "meanr": float(ranks.mean()), "num_queries": len(ranks)}
 
 
+def chance(num_candidates: int) -> Metrics:
+    """What guessing gives among so many videos, or groups of texts: expected recalls, median and mean rank.
+
+    Exact for videos and, averaged over all videos that ask, for groups of any sizes: the groups' ranks are one order.
+    """
+    recalls = {f"r{k}": min(k / num_candidates, 1.0) for k in (1, 5, 10)}
+    return recalls | {"medr": (num_candidates + 1) / 2, "meanr": (num_candidates + 1) / 2}
+
+
 def _text_to_video(matrix: NDArray[Any], owner: NDArray[np.int64], ties: Ties) -> Metrics:
     return summarise(ranks_of(matrix, owner, ties))
 
