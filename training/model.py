@@ -222,7 +222,7 @@ class ClipVip(nn.Module):
 
         Computed in the model's dtype, except that float64 pixels are computed in float64 whatever the model's.
         """
-        self._check_pixels(pixels)
+        self.check_pixels(pixels)
         if pixels.dtype == torch.float64 and self.logit_scale.dtype != torch.float64:
             widened = {name: p.double() for name, p in self.named_parameters()}
             return torch.func.functional_call(self, widened, (pixels,))
@@ -240,10 +240,7 @@ class ClipVip(nn.Module):
         """
         if cut:
             ids, mask = cut_texts(ids, mask)
-        if ids.shape[1] > self.config.context_length:
-            raise UserError(
-                f"texts of {ids.shape[1]} tokens; the model's context_length is {self.config.context_length}"
-            )
+        self.check_texts(ids)
         return F.normalize(self.text_projection(self.text(ids, mask)), dim=-1)
 
     def forward(self, pixels: Tensor | None = None, ids: Tensor | None = None, mask: Tensor | None = None) -> Any:
@@ -267,11 +264,17 @@ class ClipVip(nn.Module):
         for name, parameter in self.named_parameters():
             initialise_tensor(self.config, name, parameter, generator)
 
-    def _check_pixels(self, pixels: Tensor) -> None:
+    def check_pixels(self, pixels: Tensor) -> None:
         size = self.config.image_size
         if pixels.ndim != 5 or pixels.shape[2:] != (3, size, size) or not pixels.is_floating_point():
             raise UserError(
                 f"pixels are {pixels.dtype} {list(pixels.shape)}; allowed: normalised floats [B, T, 3, {size}, {size}]"
+            )
+
+    def check_texts(self, ids: Tensor) -> None:
+        if ids.shape[1] > self.config.context_length:
+            raise UserError(
+                f"texts of {ids.shape[1]} tokens; the model's context_length is {self.config.context_length}"
             )
 
 
