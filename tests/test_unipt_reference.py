@@ -1,0 +1,127 @@
+"""UniPT's published numbers: each side network alone, and both on CLIP4Clip's chain."""
+
+import pytest
+import torch
+from clip_vip_support import numbers, tensors
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.model import ClipVip, ModelConfig, TowerConfig
+from training.names import from_open_clip
+from training.unipt import Adapted, Adapter, UniPtClip, load_tensors
+from training.unipt_settings import UniPtSettings
+
+torch.set_num_threads(1)
+
+DTYPES = {"f32": torch.float32, "f64": torch.float64}
+PRECISIONS = pytest.mark.parametrize("precision, limit", [("f32", 2e-6), ("f64", 1e-12)])
+
+
+def adapter(name: str, precision: str) -> Adapter:
+    """Built from the sizes in the json, filled under the reference's own names."""
+    sizes = numbers("unipt", "unipt.json")[name]
+    made = Adapter([sizes["hidden"]] * sizes["num_layer"], sizes["embed"], sizes["downsample_D_factor"])
+    made.load_state_dict(tensors("unipt", f"{name}.weights.safetensors"), strict=True)
+    return made.to(DTYPES[precision])
+
+
+def run(made: Adapter, case: dict[str, Tensor], dtype: torch.dtype) -> Adapted:
+    states = case["in/hidden"].to(dtype).unbind(0)
+    return made(states, case["in/anchor"].squeeze(1).to(dtype), case.get("in/mask"), case.get("in/position"))
+
+
+def worst(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return (ours.double() - theirs.double()).abs().max().item()
+
+
+@PRECISIONS
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_outputs_equal_the_reference(name: str, precision: str, limit: float) -> None:
+    case = tensors("unipt", f"{name}.cases.safetensors")
+    result = run(adapter(name, precision), case, DTYPES[precision])
+    assert result.features_NC.dtype == DTYPES[precision]
+    assert worst(result.features_NC, case[f"{precision}/output"]) <= limit
+    assert worst(result.confidence_NY, case[f"{precision}/layer_confidence"]) <= limit
+    assert worst(result.mixed_NI, case[f"{precision}/aggregated_before_upsample"].squeeze(1)) <= limit
+    torch.testing.assert_close(result.confidence_NY.sum(1), torch.ones(len(case["in/anchor"]), dtype=DTYPES[precision]))
+
+
+@pytest.mark.parametrize("precision, limit", [("f32", 2e-5), ("f64", 1e-7)])
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_gradients_equal_the_reference(name: str, precision: str, limit: float) -> None:
+    case = tensors("unipt", f"{name}.cases.safetensors")
+    made = adapter(name, precision)
+    (run(made, case, DTYPES[precision]).features_NC * case["in/cotangent"]).sum().backward()
+    expected = {key.removeprefix("f64/grad/"): g for key, g in case.items() if key.startswith("f64/grad/")}
+    assert set(expected) == {key for key, _ in made.named_parameters()}
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    for key, parameter in made.named_parameters():
+        assert worst(parameter.grad, expected[key]) <= limit * largest, key
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_float64_inputs_are_computed_in_float64_whatever_the_weights(name: str) -> None:
+    case = tensors("unipt", f"{name}.cases.safetensors")
+    result = run(adapter(name, "f32"), case, torch.float64)
+    assert worst(result.features_NC, case["f64/output"]) <= 1e-12
+
+
+def clip_of_the_reference() -> ClipVip:
+    """The small CLIP under OpenAI's names that CLIP4Clip's cases run on, frame by frame."""
+    sizes = numbers("clip4clip", "clip4clip.json")["config"]
+    vision, text = (
+        TowerConfig(
+            sizes[f"{tower}width"], sizes[f"{tower}layers"], sizes[f"{tower}width"] // 64, 4 * sizes[f"{tower}width"]
+        )
+        for tower in "vt"
+    )
+    shape = {"image_size": sizes["image"], "patch_size": sizes["patch"], "vocab_size": sizes["vocab"]}
+    shape |= {"context_length": sizes["ctx"], "pooling": "mean", "num_added": 0, "num_times": 0}
+    config = ModelConfig(vision, text, sizes["embed"], **shape)
+    model = ClipVip(config)
+    theirs = tensors("clip4clip", "clip.weights.safetensors")
+    theirs = {name.removeprefix("clip."): tensor for name, tensor in theirs.items()}
+    model.load_state_dict(from_open_clip(list(model.state_dict()), theirs), strict=True)
+    return model
+
+
+def chain(precision: str) -> tuple[UniPtClip, dict[str, Tensor]]:
+    """The whole model, and its outputs on the reference's inputs."""
+    dtype, case = DTYPES[precision], tensors("clip4clip", "meanP.cases.safetensors")
+    reduction = numbers("unipt", "unipt.json")["chain"]["downsample_D_factor"]
+    model = UniPtClip(clip_of_the_reference(), UniPtSettings(reduction=reduction))
+    load_tensors(model, tensors("unipt", "chain.weights.safetensors"), "chain.weights.safetensors")
+    model.to(dtype)
+    ids, mask = case["in/input_ids"].squeeze(1), case["in/attention_mask"].squeeze(1)
+    texts_BC = model.text_features(ids, mask)
+    frames_BTC = model.encode_frames(case["in/video"].squeeze(3).squeeze(1).to(dtype))
+    present_BT1 = case["in/video_mask"].squeeze(1).unsqueeze(2)
+    videos_BC = (F.normalize(frames_BTC, dim=-1) * present_BT1).sum(1) / present_BT1.sum(1)
+    similarity = model.logit_scale.exp() * F.normalize(texts_BC, dim=-1) @ F.normalize(videos_BC, dim=-1).T
+    target = torch.arange(len(ids))
+    loss = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+    outputs = {"sequence_output": texts_BC.unsqueeze(1), "visual_output": frames_BTC}
+    return model, outputs | {"similarity": similarity, "loss_symmetric": loss}
+
+
+def test_the_clip4clip_chain_equals_the_reference() -> None:
+    case = tensors("unipt", "chain.cases.safetensors")
+    model, outputs = chain("f32")
+    for name, limit in {"sequence_output": 5e-6, "visual_output": 5e-6, "similarity": 2e-5}.items():
+        assert worst(outputs[name], case[f"f32/{name}"]) <= limit, name
+    assert worst(outputs["loss_symmetric"], case["f32/loss_symmetric"]) <= 5e-6
+    outputs["loss_symmetric"].backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert all(name.startswith(("image_adapter.", "text_adapter.")) for name in gradients)
+    expected = {key.removeprefix("f32/grad/"): g for key, g in case.items() if key.startswith("f32/grad/")}
+    assert len(expected) > 10
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert worst(gradients[name], gradient) <= 2e-5 * largest, name
+
+
+def test_the_chain_in_float64_differs_by_rounding_alone() -> None:
+    case, (_, outputs) = tensors("unipt", "chain.cases.safetensors"), chain("f64")
+    assert outputs["similarity"].dtype == torch.float64
+    assert worst(outputs["similarity"], case["f32/similarity"]) <= 2e-5

@@ -1,0 +1,349 @@
+"""UniPT: small networks beside a frozen CLIP that read every layer's hidden states at once (spec/unipt.md).
+
+Only the two side networks train, and nothing is kept for a backward pass through the backbone: it runs without
+gradients, and its hidden states are plain inputs. Shape letters, besides those of `training.attention`:
+    N items (videos, frames or texts)   S tokens of an item   C embed_dim   I inner width   Y layers that are read
+Each layer's tokens enter only through sums over tokens, so their map to the inner width is applied to the query before
+and to the sums afterwards, never to the tokens: same numbers, no [N, S, I] tensor and S times fewer products.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.config import validate_settings
+from pipeline.errors import UserError
+from training.checkpoint import read_tensors
+from training.model import ClipVip, ModelConfig, cut_texts
+from training.unipt_settings import UniPtSettings
+
+PREFIXES = ("image_adapter.", "text_adapter.")  # as published, beside CLIP's own tensors under `clip.`
+INIT_STD = 0.02
+_LOWEST_SUM = 1e-6  # of similarities: all of them negative leaves only the anchor's own token
+
+
+class Adapted(NamedTuple):
+    """What one side network made of its items."""
+
+    features_NC: Tensor  # the guide plus the correction, not normalised
+    confidence_NY: Tensor  # each layer's share, summing to 1
+    mixed_NI: Tensor  # the layers' features, mixed, before the last map
+
+
+class Adapter(nn.Module):
+    """One side network. Its tensors' names are the published ones (the 0th member of each pair is a ReLU)."""
+
+    def __init__(self, widths: Sequence[int], embed_dim: int, reduction: int = 1):
+        super().__init__()
+        if embed_dim % reduction:
+            raise UserError(f"unipt.reduction is {reduction}; allowed: what divides embed_dim {embed_dim}")
+        inner = embed_dim // reduction
+        self.downsample_layers = nn.ModuleList(_relu_linear(width, inner) for width in widths)
+        self.downsample_layer = _relu_linear(embed_dim, inner)
+        self.upsample_layer = _relu_linear(inner, embed_dim)
+        self.gate_layer = nn.Linear(inner, 1)
+        self.mean_confidence_Y: Tensor | None = None  # of the last forward pass, for logs
+
+    def forward(
+        self,
+        states: Iterable[Tensor],
+        guide_NC: Tensor,
+        mask_NS: Tensor | None = None,
+        position_N: Tensor | None = None,
+    ) -> Adapted:
+        """Steps 1 to 7 of spec/unipt.md section 3, in the wider of the guide's and the weights' dtypes.
+
+        states    Y hidden states [N, S, D]
+        guide     the backbone's last feature, projected and not normalised
+        mask      1 where a token counts; None: everywhere
+        position  of the token whose own feature is added; None: token 0
+        """
+        guide_NC = guide_NC.to(torch.promote_types(guide_NC.dtype, self.gate_layer.weight.dtype))
+        query_NI = _map(self.downsample_layer, guide_NC)
+        rows = torch.arange(len(guide_NC), device=guide_NC.device)
+        anchor = rows, torch.zeros_like(rows) if position_N is None else position_N
+        read = [
+            _read_layer(layer[1], state, query_NI, mask_NS, anchor)
+            for layer, state in zip(self.downsample_layers, states, strict=True)
+        ]
+        layers_NYI, pooled_NYI = (torch.stack(parts, dim=1) for parts in zip(*read, strict=True))
+        gate_NY = _linear(self.gate_layer, query_NI.unsqueeze(1) * pooled_NYI).squeeze(2)
+        confidence_NY = gate_NY.softmax(dim=1)
+        self.mean_confidence_Y = confidence_NY.detach().mean(dim=0)
+        mixed_NI = (confidence_NY.unsqueeze(2) * layers_NYI).sum(dim=1)
+        return Adapted(guide_NC + _map(self.upsample_layer, mixed_NI), confidence_NY, mixed_NI)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator, zero_start: bool = False) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or (zero_start and name.startswith("upsample_layer")):
+                parameter.zero_()
+            else:
+                parameter.copy_(torch.empty(parameter.shape).normal_(0, INIT_STD, generator=generator))
+
+
+def _read_layer(
+    linear: nn.Linear,
+    state_NSD: Tensor,
+    query_NI: Tensor,
+    mask_NS: Tensor | None,
+    anchor: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Two [N, I]: what the query gathers from a layer plus the anchor's own feature, and the mean over tokens."""
+    tokens_NSD = _tokens(state_NSD, query_NI.dtype)
+    weight_ID, bias_I = (parameter.to(query_NI.dtype) for parameter in (linear.weight, linear.bias))
+    scores_NS = torch.bmm(tokens_NSD, (query_NI @ weight_ID).to(tokens_NSD.dtype).unsqueeze(2)).squeeze(2)
+    scores_NS = F.relu(scores_NS.to(query_NI.dtype) + (query_NI @ bias_I).unsqueeze(1))
+    counts_NS = torch.ones_like(scores_NS) if mask_NS is None else mask_NS.to(scores_NS.dtype)
+    scores_NS = scores_NS * counts_NS
+    shares_NS = scores_NS / scores_NS.sum(dim=1, keepdim=True).clamp(min=_LOWEST_SUM)
+    mean_NS = counts_NS / counts_NS.sum(dim=1, keepdim=True).clamp(min=1)
+    gathered_ND, mean_ND = _weighted(tokens_NSD, shares_NS, mean_NS)
+    feature_NI = (gathered_ND + tokens_NSD[anchor]) @ weight_ID.T + (shares_NS.sum(dim=1, keepdim=True) + 1) * bias_I
+    return feature_NI, F.linear(mean_ND, weight_ID, bias_I)
+
+
+def _weighted(tokens_NSD: Tensor, *weights_NS: Tensor) -> tuple[Tensor, ...]:
+    weights = torch.stack(weights_NS, dim=1)
+    return torch.bmm(weights.to(tokens_NSD.dtype), tokens_NSD).to(weights.dtype).unbind(dim=1)
+
+
+def _tokens(state_NSD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rectified, and under autocast narrowed once: every product that keeps its tokens then keeps this one copy."""
+    kind = state_NSD.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    return F.relu(state_NSD).to(dtype)
+
+
+def _relu_linear(in_features: int, out_features: int) -> nn.Sequential:
+    return nn.Sequential(nn.ReLU(), nn.Linear(in_features, out_features))
+
+
+def _map(layer: nn.Sequential, x: Tensor) -> Tensor:
+    return _linear(layer[1], layer[0](x))
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+class UniPtClip(nn.Module):
+    """A frozen backbone with a side network on each tower; used wherever a `ClipVip` is.
+
+    On a backbone with pooling "mean" this is UniPT's CLIP4Clip with meanP; with pooling "proxy" the video's class token
+    is the guide (spec/unipt.md section 7). The log scale is the backbone's and frozen with it.
+    """
+
+    def __init__(self, backbone: ClipVip, settings: UniPtSettings | None = None, seed: int = 0):
+        super().__init__()
+        self.settings = settings or UniPtSettings()
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.image_adapter = _adapter(backbone.config, "vision", self.settings)
+        self.text_adapter = _adapter(backbone.config, "text", self.settings)
+        generator = torch.Generator().manual_seed(seed)
+        for adapter in (self.image_adapter, self.text_adapter):
+            adapter.initialise(generator, self.settings.zero_start)
+            adapter.to(backbone.logit_scale)  # its device and dtype
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.backbone.config
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.backbone.logit_scale
+
+    @property
+    def new_tensors(self) -> tuple[str, ...]:
+        return self.backbone.new_tensors
+
+    def train(self, mode: bool = True) -> "UniPtClip":
+        """The side networks' mode; the backbone stays in eval mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def encode_video(self, pixels: Tensor) -> Tensor:
+        """Unit vectors [B, embed_dim] of normalised pixels [B, T, 3, H, W]; dtypes as in `ClipVip.encode_video`."""
+        if self.config.pooling == "proxy":
+            return F.normalize(self._video_features(pixels), dim=-1)
+        frames_BTC = F.normalize(self.encode_frames(pixels), dim=-1)
+        return F.normalize(frames_BTC.mean(dim=1), dim=-1)
+
+    def encode_frames(self, pixels: Tensor) -> Tensor:
+        """[B, T, embed_dim], not normalised: every frame as a video of its own, as CLIP4Clip's heads take them."""
+        self.backbone.check_pixels(pixels)
+        return self._video_features(pixels.flatten(0, 1).unsqueeze(1)).unflatten(0, pixels.shape[:2])
+
+    def encode_text(self, ids: Tensor, mask: Tensor | None = None, *, cut: bool = True) -> Tensor:
+        """Unit vectors [B, embed_dim] of token ids [B, L]; arguments as in `ClipVip.encode_text`."""
+        return F.normalize(self.text_features(ids, mask, cut=cut), dim=-1)
+
+    def text_features(self, ids: Tensor, mask: Tensor | None = None, *, cut: bool = True) -> Tensor:
+        """[B, embed_dim], not normalised. Start and end tokens are read with the words, what is behind them is not.
+
+        The published code reads every token but those of id 0, which is padding there and "!" as well.
+        """
+        if cut:
+            ids, mask = cut_texts(ids, mask)
+        self.backbone.check_texts(ids)
+        ends_B = ids.argmax(dim=1)
+        read_BL = torch.arange(ids.shape[1], device=ids.device) <= ends_B.unsqueeze(1)
+        if mask is not None:
+            read_BL = read_BL & mask.bool()
+        guide_BC, states = self._text_states(ids, mask)
+        return self.text_adapter(states, guide_BC, read_BL, ends_B).features_NC
+
+    def forward(self, pixels: Tensor | None = None, ids: Tensor | None = None, mask: Tensor | None = None) -> Any:
+        """As `ClipVip.forward`."""
+        video = None if pixels is None else self.encode_video(pixels)
+        text = None if ids is None else self.encode_text(ids, mask)
+        return (video, text) if video is not None and text is not None else video if text is None else text
+
+    def layer_confidence(self) -> dict[str, list[float]]:
+        """Each network's mean share of the layers it reads, first to last, in the last forward pass: for logs."""
+        adapters = {"image": self.image_adapter, "text": self.text_adapter}
+        return {name: a.mean_confidence_Y.tolist() for name, a in adapters.items() if a.mean_confidence_Y is not None}
+
+    def set_activation_checkpointing(self, enabled: bool = True) -> None:
+        if enabled:
+            raise UserError("train.activation_checkpointing: UniPT keeps no activations of the backbone; set it false")
+
+    def clamp_log_scale(self) -> None:
+        """Nothing: it is frozen, and was clamped when it was read."""
+
+    def _video_features(self, pixels_BT3HW: Tensor) -> Tensor:
+        guide_BC, states = self._video_states(pixels_BT3HW)
+        return self.image_adapter(states, guide_BC).features_NC
+
+    @torch.no_grad()
+    def _video_states(self, pixels_BT3HW: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The projected class token [B, C] and the hidden states to read; float64 pixels stay float64 throughout."""
+        self.backbone.check_pixels(pixels_BT3HW)
+        dtype, own = pixels_BT3HW.dtype, self.logit_scale.dtype
+        dtype = torch.float64 if torch.float64 in (dtype, own) else own
+        vision, projection = self.backbone.vision, self.backbone.visual_projection
+        weights = {} if dtype == own else {name: p.to(dtype) for name, p in vision.named_parameters()}
+        states: list[Tensor] = []
+        pooled_BD = torch.func.functional_call(vision, weights, (pixels_BT3HW.to(dtype), states))
+        states = [self._video_tokens(state, pixels_BT3HW.shape[1]) for state in self._layers(states)]
+        return F.linear(pooled_BD, projection.weight.to(pooled_BD.dtype)), states
+
+    @torch.no_grad()
+    def _text_states(self, ids_BL: Tensor, mask_BL: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        states: list[Tensor] = []
+        guide_BC = self.backbone.text_projection(self.backbone.text(ids_BL, mask_BL, states))
+        return guide_BC, self._layers(states)
+
+    def _layers(self, states: list[Tensor]) -> list[Tensor]:
+        return states[:: -self.settings.every][::-1]
+
+    def _video_tokens(self, state_BSD: Tensor, num_frames: int) -> Tensor:
+        """The tokens of one layer that `settings.tokens` names."""
+        if self.settings.tokens == "all":
+            return state_BSD
+        num_proxies = self.config.num_proxies
+        proxies_BMD = state_BSD[:, :num_proxies]
+        if self.settings.tokens == "proxies":
+            return proxies_BMD.clone()  # a view would keep the whole layer
+        frames_BTD = state_BSD[:, num_proxies:].unflatten(1, (num_frames, -1)).mean(dim=2)
+        return torch.cat([proxies_BMD, frames_BTD], dim=1)
+
+
+def _adapter(config: ModelConfig, tower: str, settings: UniPtSettings) -> Adapter:
+    sizes = getattr(config, tower)
+    num_read = -(-(1 + sizes.num_layers) // settings.every)
+    return Adapter([sizes.width] * num_read, config.embed_dim, settings.reduction)
+
+
+# -- weights files -----------------------------------------------------------------------------------------------------
+
+
+def adapter_tensors(model: UniPtClip) -> dict[str, Tensor]:
+    """What training changes, by its published names."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(PREFIXES)}
+
+
+def save_adapters(model: UniPtClip, path: str | Path) -> Path:
+    """One .safetensors file of the side networks, whole or not at all; its header says how they read which backbone."""
+    path = Path(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
+    header = {"settings": model.settings.model_dump(mode="json"), "backbone": backbone_digest(model.backbone)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata={"unipt": json.dumps(header, sort_keys=True)})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load_adapters(path: str | Path, backbone: ClipVip) -> UniPtClip:
+    """The side networks of a file of ours or of a published one, on their backbone.
+
+    Raises UserError where a file of ours was trained on another backbone, and where names or sizes do not fit. A
+    published file's CLIP tensors (`clip.`) are for whoever makes the backbone.
+    """
+    path = Path(path)
+    tensors = read_tensors(path)
+    header = _header(path)
+    if header is None:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("clip.")}
+        settings = UniPtSettings(reduction=_reduction(tensors, backbone.config, path))
+    else:
+        settings = validate_settings(UniPtSettings, header["settings"])
+        if header["backbone"] != (found := backbone_digest(backbone)):
+            raise UserError(f"{path} was trained on backbone {header['backbone']}, not on this one, {found}")
+    model = UniPtClip(backbone, settings)
+    load_tensors(model, tensors, str(path))
+    return model
+
+
+def load_tensors(model: UniPtClip, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Fills both side networks. Raises UserError unless the names and shapes are exactly theirs."""
+    ours = adapter_tensors(model)
+    for problem, names in {"lacks": ours.keys() - tensors.keys(), "has besides": tensors.keys() - ours.keys()}.items():
+        if names:
+            raise UserError(f"{source} {problem} {len(names)} tensors, {sorted(names)[0]} the first of them")
+    wrong = [name for name in ours if ours[name].shape != tensors[name].shape]
+    if wrong:
+        name = wrong[0]
+        raise UserError(f"{source}: {name} is {list(tensors[name].shape)}, here it has to be {list(ours[name].shape)}")
+    model.load_state_dict(dict(tensors), strict=False)
+
+
+@torch.no_grad()
+def backbone_digest(backbone: ClipVip) -> str:
+    """16 hex digits of every weight: two backbones with the same digest compute the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _header(path: Path) -> dict[str, Any] | None:
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("unipt")
+    return json.loads(text) if text else None
+
+
+def _reduction(tensors: Mapping[str, Tensor], config: ModelConfig, path: Path) -> int:
+    gate = tensors.get("image_adapter.gate_layer.weight")
+    if gate is None:
+        raise UserError(f"{path} holds no UniPT network: image_adapter.gate_layer.weight is not in it")
+    return max(1, config.embed_dim // gate.shape[-1])
