@@ -81,7 +81,7 @@ class Corpus:
         """Hold the corpus lock. Raises UserError when another process has it; a dead holder's lock is simply free."""
         path = self.private / "lock"
         with open(path, "a+") as file:
-            if not _lock(file):
+            if not take_lock(file):
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise UserError(f"{self.root} is being written by {holder}. Wait for it or stop it; reading is fine.")
@@ -116,7 +116,7 @@ class Corpus:
             return None  # it has only just begun
 
 
-def _lock(file, patience_s: float = 1.0) -> bool:
+def take_lock(file, patience_s: float = 1.0) -> bool:
     """Take the lock, waiting a moment for `status` of another process to look whether it is free."""
     deadline = time.monotonic() + patience_s
     while True:

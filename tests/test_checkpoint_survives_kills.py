@@ -1,0 +1,237 @@
+"""A checkpoint is whole or not there: kills at any moment, full disks, damaged files; the latest few are kept."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from clip_vip_support import tiny_config, tiny_model
+from torch import Tensor
+
+from pipeline.errors import UserError
+from training import run_checkpoints
+from training.checkpoint import load_clip_vip, load_model
+from training.run_checkpoints import Checkpoint, Checkpoints
+
+torch.set_num_threads(1)
+
+
+def tensors_of(step: int) -> dict[str, Tensor]:
+    """Weights that say which step they are of."""
+    state = {name: torch.full_like(tensor, step / 7) for name, tensor in tiny_model().state_dict().items()}
+    return state | {"logit_scale": torch.tensor(2.0)}
+
+
+def optimiser_of(step: int) -> dict[str, dict[str, Any]]:
+    return {"vision.class_embedding": {"step": step, "exp_avg": torch.full([32], float(step))}}
+
+
+def save(checkpoints: Checkpoints, step: int, **options: Any) -> Path:
+    return checkpoints.save(
+        step,
+        tiny_config(),
+        tensors_of(step),
+        state={"plan": {"num_steps_done": step}},
+        optimiser=optimiser_of(step),
+        random={"cpu": torch.tensor([step])},
+        ema=tensors_of(step + 1),
+        **options,
+    )
+
+
+def assert_is_of_step(checkpoint: Checkpoint, step: int) -> None:
+    assert checkpoint.step == step and checkpoint.state == {"plan": {"num_steps_done": step}}
+    for model, expected in ((checkpoint.model(), tensors_of(step)), (checkpoint.ema(), tensors_of(step + 1))):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    values = checkpoint.optimiser["vision.class_embedding"]
+    assert values["step"] == step and torch.equal(values["exp_avg"], torch.full([32], float(step)))
+    assert checkpoint.random["cpu"].tolist() == [step]
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.find_latest() is None
+    path = save(checkpoints, 100)
+    assert path == tmp_path / "step-00000100" and checkpoints.find_latest() == 100
+    assert_is_of_step(checkpoints.load(100), 100)
+    assert sorted(os.listdir(path)) == [
+        *("config.json", "ema.json", "ema.safetensors", "model.safetensors", "state.json", "training.pt")
+    ]
+
+
+def test_weights_of_a_checkpoint_open_as_a_model(tmp_path: Path) -> None:
+    path = save(Checkpoints(tmp_path), 3)
+    for model, step in ((load_model(path), 3), (load_clip_vip(path / "ema.safetensors"), 4)):
+        assert model.config == tiny_config()
+        assert torch.equal(model.vision.class_embedding, tensors_of(step)["vision.class_embedding"])
+
+
+def test_log_scale_is_clamped_in_checkpoints(tmp_path: Path) -> None:
+    high = tensors_of(1) | {"logit_scale": torch.tensor(9.0)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, tiny_config(), high, state={}, optimiser={}, random={}, ema=high)
+    for model in (checkpoints.load(1).model(), checkpoints.load(1).ema()):
+        assert model.logit_scale.exp().item() == pytest.approx(200)
+
+
+def test_attached_files_are_part_of_the_checkpoint(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    path = save(checkpoints, 1, attach={"extra.txt": lambda file: file.write_text("hello") and None})
+    assert (checkpoints.load(1).path / "extra.txt").read_text() == "hello"
+    (path / "extra.txt").write_text("hellO")
+    assert "extra.txt is not what was written" in checkpoints.problem(1)
+
+
+def test_the_latest_few_are_kept_and_those_asked_for(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in range(1, 8):
+        save(checkpoints, step, keep=2, also_keep=[3])
+    assert checkpoints.steps() == [3, 6, 7]
+    save(checkpoints, 8, keep=1)
+    assert checkpoints.steps() == [8]
+
+
+def test_the_checkpoint_just_written_stays_whatever_else_is_there(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 50)
+    save(checkpoints, 20, keep=1)
+    assert 20 in checkpoints.steps()
+
+
+def test_saving_a_step_again_leaves_the_whole_checkpoint_alone(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    before = (save(checkpoints, 5) / "state.json").stat()
+    assert (save(checkpoints, 5) / "state.json").stat().st_ino == before.st_ino
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "state.json", "ema.safetensors", "config.json"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(name: str, damage: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, said.append)
+    save(checkpoints, 10)
+    damage(save(checkpoints, 20) / name)
+    assert checkpoints.find_latest() == 10
+    assert len(said) == 1 and "step-00000020 is skipped" in said[0] and name in said[0]
+    assert_is_of_step(checkpoints.load(10), 10)
+
+
+def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, lambda line: None)
+    save(checkpoints, 10)
+    truncate(save(checkpoints, 20) / "training.pt")
+    assert checkpoints.find_latest() == 10
+    save(checkpoints, 25, keep=2)
+    assert checkpoints.steps() == [10, 25]
+
+
+def test_a_damaged_checkpoint_is_written_again_when_its_step_comes(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, lambda line: None)
+    save(checkpoints, 10)
+    truncate(save(checkpoints, 20) / "training.pt")
+    assert checkpoints.find_latest() == 10
+    save(checkpoints, 20)
+    assert checkpoints.find_latest() == 20
+
+
+def test_nothing_whole_left_is_an_error_and_not_a_new_start(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, lambda line: None)
+    for step in (1, 2):
+        truncate(save(checkpoints, step) / "model.safetensors")
+    with pytest.raises(UserError, match="no checkpoint is whole .*step-00000002: model.safetensors has .* bytes"):
+        checkpoints.find_latest()
+
+
+def test_a_newer_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
+    path = save(Checkpoints(tmp_path), 1) / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    with pytest.raises(UserError, match="format 2"):
+        Checkpoints(tmp_path).find_latest()
+
+
+class Mischief:
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.trace),)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "run")
+    evil = {"a": {"exp_avg": Mischief(tmp_path / "ran")}}
+    checkpoints.save(1, tiny_config(), tensors_of(1), state={}, optimiser=evil, random={})
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoints.load(1)
+    assert not (tmp_path / "ran").exists()
+
+
+# -- interrupted saves -------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1, keep=1)
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_checkpoints, "_seal", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(checkpoints, 2, keep=1)
+    assert os.listdir(tmp_path) == ["step-00000001"] and checkpoints.find_latest() == 1
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_always_leave_a_whole_checkpoint(tmp_path: Path) -> None:
+    """A process is killed in the act of saving again and again; each time the last it told of, or a later one, is whole.
+
+    The process forks before each save, so that a kill costs no start-up: what is killed does the saving.
+    """
+    torch.set_num_threads(1)
+    chance, interrupted, last = random.Random(0), 0, 0
+    for _ in range(60):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            checkpoints = Checkpoints(tmp_path)
+            for step in range(last + 1, last + 1000):
+                save(checkpoints, step, keep=2)
+                os.write(writer, step.to_bytes(4))
+        os.close(writer)
+        os.read(reader, 4)  # one save is done, the next has begun
+        time.sleep(chance.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        told = last + 1
+        while data := os.read(reader, 4):
+            told = int.from_bytes(data)
+        os.close(reader)
+        interrupted += any(name.startswith(".tmp-") for name in os.listdir(tmp_path))
+        checkpoints = Checkpoints(tmp_path, pytest.fail)
+        last = checkpoints.find_latest()
+        assert last in (told, told + 1)
+        assert_is_of_step(checkpoints.load(last), last)
+        checkpoints.sweep()
+        assert all(name.startswith("step-") for name in os.listdir(tmp_path))
+    assert interrupted >= 20, "the kills missed the saves"

@@ -1,0 +1,237 @@
+"""The checkpoints of a run: written whole or not at all, checked before they are trusted, the latest few kept.
+
+    checkpoints/step-00000100/
+      model.safetensors config.json   the weights: `training.checkpoint.load_model` opens the folder
+      ema.safetensors ema.json        averaged weights, where the run keeps them
+      training.pt                     optimiser and random state: tensors and plain containers, nothing that runs
+      state.json                      the position in the plan, settings, selection; size and SHA-256 of the others
+
+A checkpoint is written as `.tmp-…`, flushed to the disk file by file, and renamed. What a kill leaves behind is such a
+folder, which the next writer sweeps away.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import digest
+from pipeline.errors import UserError
+from training.checkpoint import load_clip_vip
+from training.checkpoint import save as save_weights
+from training.full_state import OptimiserState, State
+from training.model import ClipVip, ModelConfig
+
+FORMAT = 1  # of the folder; newer ones are refused
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that was read. `state` is what `save` was given: JSON data."""
+
+    step: int
+    path: Path
+    state: dict[str, Any]
+    optimiser: OptimiserState
+    random: State
+
+    def model(self) -> ClipVip:
+        """On the CPU."""
+        return load_clip_vip(self.path / "model.safetensors")
+
+    def ema(self) -> ClipVip | None:
+        weights = self.path / "ema.safetensors"
+        return load_clip_vip(weights) if weights.exists() else None
+
+
+def warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class Checkpoints:
+    """The folder of them. `warn` is told, line by line, of what is skipped."""
+
+    def __init__(self, folder: Path, warn: Callable[[str], None] = warn):
+        self.folder, self.warn = folder, warn
+        self._damaged: set[int] = set()
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """In rising order; not looked into."""
+        if not self.folder.is_dir():
+            return []
+        names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        config: ModelConfig,
+        tensors: State,
+        *,
+        state: Mapping[str, Any],
+        optimiser: OptimiserState,
+        random: State,
+        ema: State | None = None,
+        attach: Mapping[str, Callable[[Path], None]] | None = None,
+        keep: int = 3,
+        also_keep: Collection[int] = (),
+    ) -> Path:
+        """Writes a checkpoint, then removes all but the latest `keep` and those of the steps in `also_keep`.
+
+        tensors, optimiser, ema  as `full_state` and `Ema.full_state` give them on the first process
+        state                    JSON data: the plan's position, settings, the selection's hash
+        attach                   further files by name, each written by its function before the checkpoint is sealed
+        A step that is there and whole already is left as it is.
+        """
+        path = self.path(step)
+        if not path.exists() or self.problem(step):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f".tmp-{step:08d}-{os.getpid()}"
+            try:
+                _write_weights(temporary, config, tensors, ema)
+                torch.save({"optimiser": optimiser, "random": random}, temporary / "training.pt")
+                for name, write in (attach or {}).items():
+                    write(temporary / name)
+                _seal(temporary, {"format": FORMAT, "step": step, "state": dict(state)})
+                self._discard(path)
+                os.rename(temporary, path)
+                _sync(self.folder)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+        self._damaged.discard(step)
+        self._rotate(keep, {step, *also_keep})
+        return path
+
+    def sweep(self) -> None:
+        """Removes what killed writers left. For the run's only writer."""
+        for path in self.folder.glob(".tmp-*"):
+            shutil.rmtree(path)
+
+    def _rotate(self, keep: int, wanted: set[int]) -> None:
+        whole = [step for step in self.steps() if step not in self._damaged]
+        wanted = wanted | set(whole[-keep:])
+        for step in self.steps():
+            if step not in wanted:
+                self._discard(self.path(step))
+                self._damaged.discard(step)
+
+    def _discard(self, path: Path) -> None:
+        """By another name first, so that a kill halfway leaves no checkpoint with files missing."""
+        if path.exists():
+            doomed = self.folder / f".tmp-old-{path.name}-{os.getpid()}"
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def find_latest(self) -> int | None:
+        """The step of the newest whole checkpoint, None where there is none at all.
+
+        Damaged ones are told and skipped. Raises UserError where nothing but damaged ones is left.
+        """
+        problems = []
+        for step in reversed(self.steps()):
+            problem = self.problem(step)
+            if problem is None:
+                return step
+            self._damaged.add(step)
+            problems.append(f"{self.path(step).name}: {problem}")
+            self.warn(f"checkpoint {self.path(step)} is skipped: {problem}")
+        if problems:
+            raise UserError(
+                f"{self.folder}: no checkpoint is whole ({'; '.join(problems)}). "
+                "Put one back from a copy, or remove this folder to start the run over."
+            )
+        return None
+
+    def problem(self, step: int) -> str | None:
+        """What is wrong with a checkpoint: all of it is read. Raises UserError for a newer format."""
+        path = self.path(step)
+        try:
+            sealed = _read_seal(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"state.json cannot be read ({error})"
+        for name, expected in sealed["files"].items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+            if _sha256(file) != expected["sha256"]:
+                return f"{name} is not what was written (its SHA-256 differs)"
+        return None
+
+    def load(self, step: int) -> Checkpoint:
+        """Reads a checkpoint that `find_latest` has found whole, on any process. Weights are read when asked for."""
+        path = self.path(step)
+        try:
+            sealed = _read_seal(path)
+            training = torch.load(path / "training.pt", map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(f"checkpoint {path} cannot be read: {str(error)[:500]}") from error
+        return Checkpoint(sealed["step"], path, sealed["state"], training["optimiser"], training["random"])
+
+
+def _write_weights(folder: Path, config: ModelConfig, tensors: State, ema: State | None) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    save_weights(_model(config, tensors), folder)
+    if ema is not None:
+        save_weights(_model(config, ema), folder / "ema.safetensors")
+
+
+def _model(config: ModelConfig, tensors: State) -> ClipVip:
+    """The tensors as a model; nothing is copied or initialised."""
+    with torch.device("meta"):
+        model = ClipVip(config)
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def _seal(folder: Path, state: dict[str, Any]) -> None:
+    """Writes state.json with the sizes and hashes of the other files, all of it to the disk."""
+    state["files"] = {
+        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())
+    }
+    state["digest"] = digest(state)
+    (folder / "state.json").write_text(json.dumps(state, indent=1))
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+
+
+def _read_seal(folder: Path) -> dict[str, Any]:
+    """state.json. Raises UserError for a newer format, ValueError and the like for one that is damaged."""
+    sealed = json.loads((folder / "state.json").read_text())
+    if sealed["format"] > FORMAT:
+        raise UserError(f"{folder} has checkpoint format {sealed['format']}; this clipmill reads format {FORMAT}.")
+    if digest({key: value for key, value in sealed.items() if key != "digest"}) != sealed["digest"]:
+        raise ValueError("its digest differs")
+    return sealed
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

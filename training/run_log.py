@@ -1,0 +1,259 @@
+"""What a run says: log.jsonl and eval.jsonl, TensorBoard, a progress bar or plain lines; and how fast it goes.
+
+Losses come as tensors on the device and stay there until a line is written, every `every` steps: only then does
+anything wait for the device. The logged loss is that of the logged step, not a mean since the last line, so that the
+curve of a run that was resumed anywhere is the curve of one that never stopped. Every loss in between is still looked
+at: one that is not finite stops the run at the next line, on every process alike.
+
+Rates are means since the line before; time spent evaluating and saving is left out (`paused`).
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from pipeline.corpus import write_text_atomically
+from pipeline.errors import UserError
+from training.meter import Meter
+
+PLAIN_LINE_EVERY_S = 10.0  # at most, where there is no terminal to redraw
+
+
+class RunLog:
+    """A run's log from `start_step` on: lines of later steps, which a resumed run takes again, are cut off.
+
+    every   steps between lines; the run's first and last step have one, too
+    writes  False on all processes but the first: they only look whether losses are finite
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        meter: Meter,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        every: int = 10,
+        tensorboard: bool = True,
+        writes: bool = True,
+        console: Console | None = None,
+    ):
+        self.root, self.meter, self.every, self.total_steps = Path(root), meter, every, total_steps
+        self.writes, self.step_done = writes, start_step
+        self.console = console or _console()
+        self._evaluated: set[int] = set()
+        self._unread: list[tuple[int, Mapping[str, Any]]] = []
+        self._board = self._bar = self._log = self._evals = None
+        self._wall_s, self._step_s = 0.0, None
+        self._said_at = -math.inf
+        if writes:
+            self._open(start_step, tensorboard)
+
+    def _open(self, start_step: int, tensorboard: bool) -> None:
+        log_path, eval_path = self.root / "log.jsonl", self.root / "eval.jsonl"
+        kept = cut_after(log_path, start_step)
+        self._wall_s = kept[-1].get("wall_s", 0.0) if kept else 0.0
+        self._evaluated = {row["step"] for row in cut_after(eval_path, start_step)}
+        self._log, self._evals = open(log_path, "a"), open(eval_path, "a")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.root / "tensorboard"), purge_step=start_step + 1)
+
+    def __enter__(self) -> "RunLog":
+        if self.writes and self.console.is_terminal:
+            columns = (
+                TextColumn("[bold]train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._bar = Progress(*columns, console=self.console)
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=self.total_steps, completed=self.step_done, note="")
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for part in (self._log, self._evals, self._board):
+            if part is not None:
+                part.close()
+        if self._bar is not None:
+            self._bar.stop()
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        step: int,
+        values: Mapping[str, Tensor | float | int | None],
+        *,
+        num_samples: int,
+        flops: float = 0.0,
+    ) -> dict[str, Any] | None:
+        """After every update, number `step` counted from 1. Returns the line where one was written.
+
+        values  `loss`, its terms by name, `lr`, `logit_scale`, `grad_norm`, `epoch`, …: numbers, or tensors of one
+                number, which nobody may overwrite
+        Raises UserError where one of them was not finite at any step since the last line.
+        """
+        self.meter.step(num_samples, flops)
+        self._unread.append((step, {name: _detached(value) for name, value in values.items()}))
+        self.step_done = step
+        if step % self.every and step not in (1, self.total_steps):
+            return None
+        values = self._read()
+        rates = self.meter.rates()
+        self._wall_s += rates.pop("elapsed_s")
+        self._step_s = _smoothed(self._step_s, rates.pop("step_s"))
+        eta_s = (self.total_steps - step) * self._step_s
+        row = {"step": step, **values, **rates, "eta_s": eta_s, "wall_s": self._wall_s}
+        if self.writes:
+            self._write(row)
+        return row
+
+    def check(self) -> None:
+        """Before a checkpoint: looks at the losses since the last line, and puts the lines so far on the disk.
+
+        Raises UserError where one is not finite, so that no checkpoint is written of what became of it.
+        """
+        self._read()
+        for file in (self._log, self._evals):
+            if file is not None:
+                os.fsync(file.fileno())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        with self.meter.paused():
+            yield
+
+    def _read(self) -> dict[str, Any]:
+        """The newest step's values as numbers: one transfer for all steps since the last call."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return {}
+        numbers = iter(_to_numbers([value for _, values in unread for value in values.values()]))
+        rows = [(step, {name: next(numbers) for name in values}) for step, values in unread]
+        for step, row in rows:
+            for name, value in row.items():
+                if value is not None and not math.isfinite(value):
+                    raise UserError(_not_finite(self.root, name, value, step))
+        return rows[-1][1]
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._log.write(json.dumps(row, allow_nan=False) + "\n")
+        self._log.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(f"train/{name}", value, row["step"])
+        self._show(row)
+
+    def _show(self, row: dict[str, Any]) -> None:
+        mfu = "" if row["mfu"] is None else f" · MFU {row['mfu']:.1%}"
+        rate = f"{row['samples_per_s']:,.4g} samples/s · data wait {row['data_wait']:.1%}{mfu}"
+        text = f"loss {row['loss']:.4f} · {rate}" if row.get("loss") is not None else rate
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"], note=text)
+        elif now - self._said_at >= PLAIN_LINE_EVERY_S or row["step"] == self.total_steps:
+            self._said_at = now
+            left = f"{_duration(row['eta_s'])} left"
+            self.console.print(f"step {row['step']:,}/{self.total_steps:,} · {text} · {left}", highlight=False)
+
+    # -- evaluations --------------------------------------------------------------------------------------------------
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether eval.jsonl has this step already: a run resumed there need not evaluate again."""
+        return step in self._evaluated
+
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """A line of eval.jsonl; metrics that are numbers also go to TensorBoard."""
+        if not self.writes:
+            return
+        self._evals.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._evals.flush()
+        self._evaluated.add(step)
+        for name, value in metrics.items():
+            if self._board is not None and isinstance(value, int | float):
+                self._board.add_scalar(f"eval/{name}", value, step)
+
+    def say(self, text: str) -> None:
+        """A line for the people watching, above the bar where there is one."""
+        if self.writes:
+            self.console.print(text, highlight=False)
+
+
+def cut_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Rewrites a JSONL file without the lines of later steps and without a torn last line; returns those it keeps."""
+    if not path.exists():
+        return []
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines):
+        row = _row(line)
+        if row is None and number < len(lines) - 1:
+            raise UserError(f"{path}, line {number + 1} is no line of a log: mend it or move the file away.")
+        if row is not None and row["step"] <= step:
+            kept.append((line, row))
+    if len(kept) < len(lines):
+        write_text_atomically(path, "".join(line for line, _ in kept))
+    return [row for _, row in kept]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A whole line as an object with a step; None for anything else."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if line.endswith("\n") and isinstance(row, dict) and "step" in row else None
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _to_numbers(values: list[Any]) -> list[Any]:
+    """Tensors of one element become floats, all of them in one transfer."""
+    tensors = [value.reshape(()).double() for value in values if isinstance(value, Tensor)]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(numbers) if isinstance(value, Tensor) else value for value in values]
+
+
+def _smoothed(before: float | None, now: float) -> float:
+    """Of the seconds per step, for the time that is left: the latest line counts a fifth."""
+    return now if before is None else 0.8 * before + 0.2 * now
+
+
+def _not_finite(root: Path, name: str, value: float, step: int) -> str:
+    folders = sorted((root / "checkpoints").glob("step-*"))
+    last = f"The last checkpoint is {folders[-1]}" if folders else "There is no checkpoint yet"
+    start = f"--set model.init={folders[-1]}" if folders else "the same start"
+    return (
+        f"step {step}: {name} is {value}. {last}. Begin a new run from {start} with a lower train.lr, a smaller "
+        "train.grad_clip or train.precision=fp32."
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _console() -> Console:
+    """One that does not cut lines where nobody has a terminal's width."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
