@@ -50,7 +50,7 @@ class DataSettings(Settings):
     max_text_tokens: int = Field(70, ge=3)  # both ends included; longer texts are cut
     subtitle: TextColumn = "subtitle"  # which text column is S in the losses
 
-    max_failures: float = Field(0.01, ge=0, le=1)  # share of unreadable samples above which the run stops
+    max_failures: float = operational(0.01, ge=0, le=1)  # share of unreadable samples above which the run stops
     loader_processes: int | None = operational(None, ge=0)  # per training process; None: one per core, shared fairly
     prefetch_samples: int = operational(256, ge=1)  # decoded ahead, per training process
     cache_dir: str | None = operational(None)  # where pieces of remote shards are kept; None: not kept
@@ -64,7 +64,9 @@ class TrainSettings(Settings):
     max_steps: int | None = Field(None, ge=1)  # updates in all; None: `epochs` decides
     epochs: float = Field(5, gt=0)
     loss: Variant = "vsc_fc"
-    chunk_size: int | None = Field(None, ge=1)  # samples encoded at a time by a process (gradient caching); None: all
+    chunk_size: int | None = operational(
+        None, ge=1
+    )  # samples encoded at a time by a process (gradient caching); None: all
 
     lr: float = Field(5e-6, gt=0)  # at the peak
     lr_factors: dict[str, float] = {}  # by prefix of a parameter's name, e.g. {"logit_scale": 10}
@@ -77,9 +79,11 @@ class TrainSettings(Settings):
     ema: float | None = Field(None, gt=0, lt=1)  # decay of averaged weights, kept beside the trained; None: none
 
     precision: Literal["fp32", "bf16"] = "bf16"  # of the matrix products; weights and updates are fp32
-    compile: bool = False
-    activation_checkpointing: bool = False
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # with several processes: copies of the model, or shards of it (FSDP2)
+    compile: bool = operational(False)
+    activation_checkpointing: bool = operational(False)
+    parallel: Literal["ddp", "fsdp"] = operational(
+        "ddp"
+    )  # with several processes: copies of the model, or shards of it (FSDP2)
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
     threads: int | None = operational(None, ge=1)  # of a process on the CPU; None: cores / processes
 
