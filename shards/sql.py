@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -39,15 +39,34 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-
 _FORMULA = ("=", "+", "-", "@", "\t")
 
 
-def open_manifest(corpus: str | Path) -> duckdb.DuckDBPyConnection:
+def open_manifest(corpus: str | Path, tables: Mapping[str, str | Path] | None = None) -> duckdb.DuckDBPyConnection:
     """The manifest as it is now, for reading. A build may publish a newer one meanwhile: this keeps what it opened.
 
     `corpus` is the corpus's folder or the manifest itself. Raises UserError where there is none.
+    tables  further tables, by name: Parquet, JSON lines, CSV or Arrow files, copied into memory before the door shuts
     """
     path = Path(corpus)
     path = path / "manifest.duckdb" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{corpus} has no manifest.duckdb: is it a corpus, and has its build got that far?")
+    connection = private_connection()
+    try:
+        # Attached, not opened: opening a path twice in one process gives the file that was there the first time.
+        connection.execute(f"ATTACH {_literal(str(path))} AS manifest (READ_ONLY)")
+        connection.execute("USE manifest")
+        add_tables(connection, tables or {})
+    except duckdb.Error as error:
+        connection.close()
+        raise UserError(f"{path} cannot be opened: {error}") from error
+    except UserError:
+        connection.close()
+        raise
+    shut_in(connection)
+    return connection
+
+
+def private_connection() -> duckdb.DuckDBPyConnection:
+    """An empty database in memory that loads no code, sees no variable of this program and spills to no disk."""
     settings = {
         "allow_community_extensions": "false",
         "autoload_known_extensions": "false",
@@ -55,19 +74,44 @@ def open_manifest(corpus: str | Path) -> duckdb.DuckDBPyConnection:
         "python_enable_replacements": "false",  # SQL must not see this program's variables
         "memory_limit": f"{_memory_limit_bytes()}B",
     }
-    connection = duckdb.connect(":memory:", config=settings)
-    try:
-        # Attached, not opened: opening a path twice in one process gives the file that was there the first time.
-        connection.execute(f"ATTACH {_literal(str(path))} AS manifest (READ_ONLY)")
-        connection.execute("USE manifest")
-    except duckdb.Error as error:
-        connection.close()
-        raise UserError(f"{path} cannot be opened: {error}") from error
-    connection.execute(
-        "SET enable_external_access = false"
-    )  # no other file, no network, no ATTACH, COPY, INSTALL, LOAD
+    return duckdb.connect(":memory:", config=settings)
+
+
+def shut_in(connection: duckdb.DuckDBPyConnection) -> None:
+    """From here on no other file, no network, no ATTACH, COPY, INSTALL, LOAD, and no way back."""
+    connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
-    return connection
+
+
+def add_tables(connection: duckdb.DuckDBPyConnection, tables: Mapping[str, str | Path]) -> None:
+    """Loads files as tables under names that the database does not have yet. Raises UserError."""
+    taken = {row[0].lower() for row in connection.execute("SHOW TABLES").fetchall()}
+    for name, path in tables.items():
+        given = f"--table {name}={path}"
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UserError(f"{given}: write it as NAME=FILE, the name of letters, digits and underscores.")
+        if name.lower() in taken:
+            raise UserError(f"{given}: there is a table {name} already, choose another name.")
+        if not Path(path).is_file():
+            raise UserError(f"{given}: no such file.")
+        taken.add(name.lower())
+        try:
+            _add_table(connection, name, Path(path))
+        except (duckdb.Error, pa.ArrowException) as error:
+            raise UserError(f"{given} cannot be read as a table: {error}") from error
+
+
+def named_tables(values: Iterable[str]) -> dict[str, Path]:
+    """The files of `--table NAME=FILE` options. Raises UserError."""
+    tables: dict[str, Path] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or not path:
+            raise UserError(f"--table {value}: write it as NAME=FILE, for example feedback=run/feedback.parquet.")
+        if name in tables:
+            raise UserError(f"--table {value}: {name} is given twice.")
+        tables[name] = Path(path)
+    return tables
 
 
 def run_query(
@@ -181,6 +225,25 @@ def _single_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb
             "EXPLAIN are."
         )
     return statements[0]
+
+
+def _add_table(connection: duckdb.DuckDBPyConnection, name: str, path: Path) -> None:
+    """A temporary table: those are found without naming a database, whichever one is in use."""
+    readers = {
+        ".parquet": "read_parquet",
+        ".jsonl": "read_ndjson",
+        ".ndjson": "read_ndjson",
+        ".json": "read_json",
+        ".csv": "read_csv",
+    }
+    if path.suffix in (".arrow", ".feather"):
+        connection.register("loaded", pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+        connection.execute(f'CREATE TEMP TABLE "{name}" AS SELECT * FROM loaded')
+        connection.unregister("loaded")
+    elif path.suffix in readers:
+        connection.execute(f'CREATE TEMP TABLE "{name}" AS SELECT * FROM {readers[path.suffix]}({_literal(str(path))})')
+    else:
+        raise UserError(f"--table {name}={path}: allowed are files in {', '.join(readers)}, .arrow and .feather.")
 
 
 def _literal(text: str) -> str:

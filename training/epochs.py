@@ -1,0 +1,128 @@
+"""Epochs as files: which rows a step takes, planned when first asked for, by one process of a host.
+
+`training.plan` says what the order is; here is who computes it when. Every process of a host has an `Epochs` on the
+same folder. The first that needs an epoch takes the folder's lock, plans, and renames the file into place; the others
+wait for the lock and find the file. An epoch is opened memory-mapped, so the host holds it once.
+"""
+
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+from training.plan import (
+    PAD,
+    PlanSpec,
+    Rows,
+    hash_groups,
+    locate,
+    num_conflicts,
+    open_epoch,
+    plan_path,
+    steps_in_epoch,
+    write_epoch,
+)
+from training.selection import Selection
+from training.settings import DataSettings, Group
+
+PLAN_FOLDER = "plan"  # of a run
+
+
+def plan_spec(selection: Selection, data: DataSettings, batch_size: int) -> PlanSpec:
+    """The plan that a run's settings mean. As many streams as a batch has slots, so that any number of processes that
+    divides the batch may take part. Raises UserError.
+    """
+    if data.tail != "pad" and selection.num_clips < batch_size:
+        raise UserError(
+            f"train.batch_size = {batch_size}: only {selection.num_clips:,} clips are selected. "
+            "Allowed: at most so many, or data.tail = pad."
+        )
+    return PlanSpec(
+        num_clips=selection.num_clips,
+        batch_size=batch_size,
+        selection_hash=selection.hash,
+        seed=data.seed,
+        tail=data.tail,
+        block_size=data.block_size,
+        window_steps=data.window_steps,
+        groups_hash=hash_groups(selection.groups(data.apart)),
+        unmet=data.unmet,
+    )
+
+
+class Epochs:
+    """The rows of every step of a run. Pickles without what it has open."""
+
+    def __init__(self, folder: str | Path, spec: PlanSpec, selection_path: str | Path, apart: Sequence[Group] = ()):
+        """folder: where the plan files are; apart: the kinds of groups that `spec.groups_hash` is of."""
+        self.folder, self.spec, self.selection_path = Path(folder), spec, Path(selection_path)
+        self.apart = tuple(apart)
+        self._open: tuple[int, Rows] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": None}
+
+    def rows(self, step: int) -> NDArray[np.uint32]:
+        """[batch_size] rows of the selection that a step of the run takes, `PAD` for holes; plans its epoch if nobody
+        has. Raises UserError where the order that is asked for does not exist (`data.unmet`).
+        """
+        epoch, step_in_epoch = locate(self.spec, step)
+        return np.array(self.epoch(epoch)[step_in_epoch])
+
+    def epoch(self, epoch: int) -> Rows:
+        """[steps, batch_size], memory-mapped; the one that was open before is let go."""
+        if self._open is None or self._open[0] != epoch:
+            self.prepare(epoch)
+            self._open = epoch, open_epoch(self.folder, self.spec, epoch)
+        return self._open[1]
+
+    def prepare(self, epoch: int) -> Path:
+        """An epoch's file, planned if it is not there."""
+        path = plan_path(self.folder, self.spec, epoch)
+        if not path.exists():
+            with self._lock():
+                write_epoch(self.folder, self.spec, epoch, self._groups() if not path.exists() else ())
+        return path
+
+    def num_conflicts(self, epoch: int) -> int:
+        """How many slots hold a clip of whose group the batch has another: 0 unless `data.unmet` is "keep"."""
+        return num_conflicts(self.epoch(epoch), self._groups()) if self.apart else 0
+
+    def describe(self, epoch: int = 0) -> dict[str, int]:
+        """What an epoch is, for the log."""
+        rows = self.epoch(epoch)
+        num_used = int(np.count_nonzero(rows != PAD))
+        return {
+            "epoch": epoch,
+            "num_clips": self.spec.num_clips,
+            "num_steps": steps_in_epoch(self.spec, epoch),
+            "num_left": max(0, self.spec.num_clips - num_used),
+            "num_holes": rows.size - num_used,
+            "num_conflicts": self.num_conflicts(epoch),
+        }
+
+    def tidy(self, before_epoch: int) -> int:
+        """Removes the files of epochs before this one; returns how many. A process that has one open keeps it."""
+        stale = [plan_path(self.folder, self.spec, epoch) for epoch in range(before_epoch)]
+        present = [path for path in stale if path.exists()]
+        for path in present:
+            path.unlink(missing_ok=True)
+        return len(present)
+
+    def _groups(self) -> list[NDArray[np.int32]]:
+        selection = Selection.open(self.selection_path)
+        assert selection.hash == self.spec.selection_hash, f"{self.selection_path} is not what was planned"
+        return selection.groups(self.apart)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """A process that dies while it plans frees the lock; it leaves no file that looks whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
