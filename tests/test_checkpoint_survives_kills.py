@@ -204,9 +204,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_litter(
 
 @pytest.mark.slow
 def test_kills_at_any_moment_always_leave_a_whole_checkpoint(tmp_path: Path) -> None:
-    """A process is killed in the act of saving again and again; each time the last it told of, or a later one, is whole.
+    """A process is killed in the act of saving again and again; the last it told of, or a later one, is whole.
 
-    The process forks before each save, so that a kill costs no start-up: what is killed does the saving.
+    The saving process is forked, so that a kill costs no start-up.
     """
     torch.set_num_threads(1)
     chance, interrupted, last = random.Random(0), 0, 0

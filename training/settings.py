@@ -66,7 +66,7 @@ class TrainSettings(Settings):
     loss: Variant = "vsc_fc"
     chunk_size: int | None = operational(
         None, ge=1
-    )  # samples encoded at a time by a process (gradient caching); None: all
+    )  # samples a process encodes at a time (gradient caching); None: all
 
     lr: float = Field(5e-6, gt=0)  # at the peak
     lr_factors: dict[str, float] = {}  # by prefix of a parameter's name, e.g. {"logit_scale": 10}
@@ -81,9 +81,7 @@ class TrainSettings(Settings):
     precision: Literal["fp32", "bf16"] = "bf16"  # of the matrix products; weights and updates are fp32
     compile: bool = operational(False)
     activation_checkpointing: bool = operational(False)
-    parallel: Literal["ddp", "fsdp"] = operational(
-        "ddp"
-    )  # with several processes: copies of the model, or shards of it (FSDP2)
+    parallel: Literal["ddp", "fsdp"] = operational("ddp")  # several processes: copies of the model, or shards (FSDP2)
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
     threads: int | None = operational(None, ge=1)  # of a process on the CPU; None: cores / processes
 
