@@ -115,11 +115,15 @@ def sql(
         str | None, typer.Argument(help="A query; none: an interactive prompt.", show_default=False)
     ] = None,
     format: Annotated[str, typer.Option(help="table, csv, json or parquet.")] = "table",
+    table: Annotated[
+        list[str] | None,
+        typer.Option(help="Load a file as a table, e.g. feedback=run/feedback.parquet.", metavar="NAME=FILE"),
+    ] = None,
 ) -> None:
     """Ask the manifest. Read-only, also while a build is running."""
-    from shards.sql import open_manifest, prompt, run_query
+    from shards.sql import named_tables, open_manifest, prompt, run_query
 
-    with open_manifest(corpus) as connection:
+    with open_manifest(corpus, named_tables(table or [])) as connection:
         if query is None:
             prompt(connection)
         else:

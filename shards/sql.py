@@ -88,8 +88,8 @@ def add_tables(connection: duckdb.DuckDBPyConnection, tables: Mapping[str, str |
     taken = {row[0].lower() for row in connection.execute("SHOW TABLES").fetchall()}
     for name, path in tables.items():
         given = f"--table {name}={path}"
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise UserError(f"{given}: write it as NAME=FILE, the name of letters, digits and underscores.")
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
+            raise UserError(f"{given}: write it as NAME=FILE, the name a letter and then letters, digits, underscores.")
         if name.lower() in taken:
             raise UserError(f"{given}: there is a table {name} already, choose another name.")
         if not Path(path).is_file():

@@ -86,13 +86,13 @@ def open_samples(corpus: str | Path, tables: Tables | None = None) -> Iterator[S
 
 
 def _prepared(connection: Any, name: str, root: str, shard_prefix: str) -> Samples:
-    """Adds `groups` by row of `samples`, and `copies`: videos with the bytes of an earlier one."""
+    """Adds `_groups` by row of `samples`, and `_copies`: videos with the bytes of an earlier one."""
     connection.execute("""
-        CREATE TEMP TABLE groups AS SELECT s.rowid AS row, g.duplicate_group
+        CREATE TEMP TABLE _groups AS SELECT s.rowid AS row, g.duplicate_group
         FROM scores g JOIN samples s USING (clip_id) WHERE g.duplicate_group IS NOT NULL ORDER BY row
     """)
     connection.execute("""
-        CREATE TEMP TABLE copies AS SELECT video_id, duplicate_of FROM videos WHERE duplicate_of IS NOT NULL
+        CREATE TEMP TABLE _copies AS SELECT video_id, duplicate_of FROM videos WHERE duplicate_of IS NOT NULL
     """)
     return Samples(connection, name, root, shard_prefix)
 
@@ -185,10 +185,10 @@ def overlap(samples: Samples, training: Choice, held_out: Choice) -> Shared:
     connection.register("training_rows", pa.table({"row": np.flatnonzero(training.mask)}))
     connection.register("held_out_rows", pa.table({"row": np.flatnonzero(held_out.mask)}))
     connection.execute("""
-        CREATE OR REPLACE TEMP TABLE shared AS
+        CREATE OR REPLACE TEMP TABLE _shared AS
         WITH members AS (
             SELECT s.rowid AS row, s.clip_id, coalesce(c.duplicate_of, s.video_id) AS video, g.duplicate_group
-            FROM samples s LEFT JOIN copies c USING (video_id) LEFT JOIN groups g ON g.row = s.rowid
+            FROM samples s LEFT JOIN _copies c USING (video_id) LEFT JOIN _groups g ON g.row = s.rowid
         ), held_out AS (
             SELECT video, duplicate_group FROM members WHERE row IN (SELECT row FROM held_out_rows)
         )
@@ -201,10 +201,10 @@ def overlap(samples: Samples, training: Choice, held_out: Choice) -> Shared:
     connection.unregister("held_out_rows")
     num_videos, num_groups, examples = samples.row("""
         SELECT count(DISTINCT video) FILTER (by_video), count(DISTINCT duplicate_group) FILTER (by_group),
-               min(clip_id, 3) FROM shared
+               min(clip_id, 3) FROM _shared
     """)
-    rows = samples.arrow("SELECT row FROM shared ORDER BY row")["row"].to_numpy()
-    connection.execute("DROP TABLE shared")
+    rows = samples.arrow("SELECT row FROM _shared ORDER BY row")["row"].to_numpy()
+    connection.execute("DROP TABLE _shared")
     return Shared(rows, num_videos, num_groups, tuple(examples or ()))
 
 
@@ -335,7 +335,7 @@ def _in_order(samples: Samples, choice: Choice, columns: str) -> Iterator[pa.Tab
         table = samples.arrow(
             f"""
             SELECT s.rowid AS row, {columns} FROM samples s
-            LEFT JOIN (SELECT * FROM groups WHERE row BETWEEN {low} AND {high}) g ON g.row = s.rowid
+            LEFT JOIN (SELECT * FROM _groups WHERE row BETWEEN {low} AND {high}) g ON g.row = s.rowid
             WHERE s.shard BETWEEN ? AND ? AND s.rowid BETWEEN {low} AND {high} ORDER BY s.shard, s.mp4_offset
             """,
             [first, last],
