@@ -42,6 +42,11 @@ def causal_attention(qkv_BS3HE: Tensor, bias_B1SS: Tensor | None = None) -> Tens
     return _attend(*qkv_BS3HE.unbind(2), bias=bias_B1SS, causal=bias_B1SS is None)
 
 
+def biased_attention(qkv_BS3HE: Tensor, bias: Tensor) -> Tensor:
+    """[B, S, D]: every token sees every token; `bias`, broadcast to [B, H, S, S], is added to the scores."""
+    return _attend(*qkv_BS3HE.unbind(2), bias=bias.to(qkv_BS3HE.dtype))
+
+
 def causal_bias(mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, 1, S, S] to be added to the scores: the future and the positions where `mask` is 0 are shut out.
 

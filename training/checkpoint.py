@@ -45,7 +45,7 @@ def load_clip_vip(
     weights = Path(weights)
     tensors = read_tensors(weights)
     resolved = _resolve_config(weights, config, tensors)
-    return _assemble(resolved, "published", tensors, seed, source=str(weights))
+    return assemble(resolved, "published", tensors, seed, source=str(weights))
 
 
 def load_model(
@@ -80,7 +80,7 @@ def load_model(
     weights = _weights_in(path) if path.is_dir() else path
     tensors = read_tensors(weights)
     config = _resolve_config(weights, path / "config.json" if path.is_dir() else None, tensors)
-    return _assemble(_reshaped(config, tensors, shape, source), "published", tensors, seed, source=source)
+    return assemble(_reshaped(config, tensors, shape, source), "published", tensors, seed, source=source)
 
 
 def from_open_clip_model(
@@ -89,7 +89,7 @@ def from_open_clip_model(
     """A `ClipVip` with the weights of an open_clip model in memory and its `get_model_config` dict."""
     tensors = {key.removeprefix("text."): tensor for key, tensor in model.state_dict().items()}
     config = config_from_open_clip(model, model_cfg)
-    return _assemble(_with_shape(config, shape), "open_clip", tensors, seed, source="the open_clip model")
+    return assemble(_with_shape(config, shape), "open_clip", tensors, seed, source="the open_clip model")
 
 
 def save(model: ClipVip, path: str | Path, *, prefix: str = "") -> Path:
@@ -99,16 +99,20 @@ def save(model: ClipVip, path: str | Path, *, prefix: str = "") -> Path:
     kill between the two leaves nothing inconsistent. A folder without proxies opens in `transformers.CLIPModel`.
     prefix  `clipmodel.` for readers of the released files. Returns the weights' path.
     """
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    tensors["logit_scale"] = tensors["logit_scale"].clamp(0, MAX_LOG_SCALE)
+    return write_model(to_published(tensors, prefix), config_to_dict(model.config), path)
+
+
+def write_model(tensors: dict[str, Tensor], config: Mapping[str, Any], path: str | Path) -> Path:
+    """What `save` promises of its files, for tensors by the names they are to have and any JSON as configuration."""
     path = Path(path)
     is_file = path.suffix == ".safetensors"
     weights = path if is_file else path / "model.safetensors"
     weights.parent.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(config_to_dict(model.config), indent=1, sort_keys=True)
-    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    tensors["logit_scale"] = tensors["logit_scale"].clamp(0, MAX_LOG_SCALE)
-    published = to_published(tensors, prefix)
-    _replace(weights, lambda file: _write_weights(published, config, file))
-    _replace(path.with_suffix(".json") if is_file else path / "config.json", lambda file: file.write_text(config))
+    text = json.dumps(config, indent=1, sort_keys=True)
+    _replace(weights, lambda file: _write_weights(tensors, text, file))
+    _replace(path.with_suffix(".json") if is_file else path / "config.json", lambda file: file.write_text(text))
     return weights
 
 
@@ -178,7 +182,11 @@ def _with_shape(config: ModelConfig, shape: dict[str, Any]) -> ModelConfig:
     return replace(config, **shape)
 
 
-def _assemble(config: ModelConfig, layout: str, theirs: dict[str, Tensor], seed: int, source: str) -> ClipVip:
+def assemble(config: ModelConfig, layout: str, theirs: dict[str, Tensor], seed: int, source: str) -> ClipVip:
+    """A model of exactly the tensors of a file in `layout`, "published" or "open_clip"; `source` is for messages.
+
+    Raises UserError where one is missing, left over or of another shape; see the module's text for what may be missing.
+    """
     with torch.device("meta"):
         model = ClipVip(config)
     names = list(model.state_dict())

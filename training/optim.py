@@ -1,15 +1,19 @@
-"""AdamW for CLIP-ViP: which parameters decay, at which rate each group learns, and the published update for parity.
+"""AdamW, and the published updates for parity: which parameters decay, at which rate each group learns.
 
 Parameters arrive by name from `ClipVip.named_parameters()`; wrappers' prefixes (`module.`, `_orig_mod.`) do not matter.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from pipeline.errors import UserError
+
+Update = Literal["adamw", "clip_vip", "clip4clip"]
 BETAS = (0.9, 0.98)
 EPS = 1e-6
 
@@ -23,7 +27,7 @@ def decays(name: str, published: bool = False) -> bool:
     published: the grouping of the released code, which spares only names with `bias` or `logit_scale`; it meant to
     spare the norms too, but looks for a name that CLIP does not use.
     """
-    if name.endswith("bias") or name.endswith("logit_scale"):
+    if "bias" in name.rsplit(".", 1)[-1] or name.endswith("logit_scale"):
         return False
     return published or not ("norm" in name or ("embedding" in name and "patch_embedding" not in name))
 
@@ -57,11 +61,13 @@ def _rate_factor(name: str, rate_factors: Mapping[str, float]) -> float:
     return rate_factors[max(fitting, key=len)] if fitting else 1.0
 
 
-def build_optimiser(groups: list[dict[str, Any]], *, published_update: bool = False) -> Optimizer:
-    """torch's fused AdamW, or the published update; rates are set before every step by `set_learning_rate`."""
-    if published_update:
-        return PublishedAdamW(groups, lr=0.0, betas=BETAS, eps=EPS)
-    return AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, fused=True)
+def build_optimiser(groups: list[dict[str, Any]], update: Update = "adamw") -> Optimizer:
+    """torch's fused AdamW, or a published update; rates are set before every step by `set_learning_rate`."""
+    if update not in get_args(Update):
+        raise UserError(f"update is {update!r}; allowed: {', '.join(get_args(Update))}")
+    if update == "adamw":
+        return AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, fused=True)
+    return (PublishedAdamW if update == "clip_vip" else BertAdam)(groups, lr=0.0, betas=BETAS, eps=EPS)
 
 
 def set_learning_rate(optimiser: Optimizer, rate: float) -> None:
@@ -74,8 +80,8 @@ def set_learning_rate(optimiser: Optimizer, rate: float) -> None:
             group["lr"] = value
 
 
-class PublishedAdamW(Optimizer):
-    """The released code's AdamW: eps is added before the bias correction, decay takes lr·wd of the updated weight."""
+class _Published(Optimizer):
+    """Adam's two averages per parameter; what becomes of them is the subclass's."""
 
     def __init__(
         self,
@@ -97,7 +103,12 @@ class PublishedAdamW(Optimizer):
                     self._update(parameter, parameter.grad, group)
         return loss
 
+    @abstractmethod
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Counts the parameter's step and changes it."""
+
+    def _averages(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The moving averages of the gradient and of its square, this one included."""
         state = self.state[parameter]
         if not state:
             state["step"] = 0
@@ -106,7 +117,27 @@ class PublishedAdamW(Optimizer):
         state["step"] += 1
         beta1, beta2 = group["betas"]
         mean = state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        corrected_rate = group["lr"] * (1 - beta2 ** state["step"]) ** 0.5 / (1 - beta1 ** state["step"])
+        return mean, state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+
+
+class PublishedAdamW(_Published):
+    """CLIP-ViP's released AdamW: eps is added before the bias correction, decay takes lr·wd of the updated weight."""
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        mean, square = self._averages(parameter, gradient, group)
+        step, (beta1, beta2) = self.state[parameter]["step"], group["betas"]
+        corrected_rate = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
         parameter.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-corrected_rate)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+class BertAdam(_Published):
+    """CLIP4Clip's: no bias correction, each gradient clipped by itself, decay added to the update (spec section 6)."""
+
+    max_norm = 1.0  # of one parameter's gradient
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        clipped = gradient * (self.max_norm / (gradient.norm() + 1e-6)).clamp(max=1)
+        mean, square = self._averages(parameter, clipped, group)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.addcdiv_(mean, square.sqrt().add_(group["eps"]), value=-group["lr"])

@@ -1,26 +1,36 @@
-"""Learning rate by step: warm-up, then one of four decays (spec section 7). Pure arithmetic."""
+"""Learning rate by step: warm-up, then a decay (spec: clip_vip.md section 7, clip4clip.md section 6). Arithmetic."""
 
 import math
 from typing import Literal, get_args
 
 from pipeline.errors import UserError
 
-Decay = Literal["cosine", "linear", "invsqrt", "constant"]
+Decay = Literal["cosine", "linear", "invsqrt", "constant", "clip4clip"]
 LOWEST_RATE = 1e-8  # an absolute rate, not a factor: what a step gets whose formula gives nothing
 
 
 def learning_rate(
     step: int, base_rate: float, *, total_steps: int, warmup_ratio: float = 0.01, decay: Decay = "cosine"
 ) -> float:
-    """The rate of update number `step`, counted from 1: the last of `total_steps` gets `LOWEST_RATE` under cosine."""
+    """The rate of update number `step`, counted from 1: the last of `total_steps` gets `LOWEST_RATE` under cosine.
+
+    Under "clip4clip" the first update gets 0, as published.
+    """
     rate = base_rate * rate_factor(step, total_steps=total_steps, warmup_ratio=warmup_ratio, decay=decay)
-    return rate if rate > 0 else LOWEST_RATE
+    return rate if rate > 0 or decay == "clip4clip" else LOWEST_RATE
 
 
 def rate_factor(step: int, *, total_steps: int, warmup_ratio: float = 0.01, decay: Decay = "cosine") -> float:
-    """What the base rate is multiplied with: step/warm-up steps, then the decay. "constant" knows no warm-up."""
+    """What the base rate is multiplied with: step/warm-up steps, then the decay. "constant" knows no warm-up.
+
+    "clip4clip" is a cosine over the whole run, warm-up included, so that it drops when the warm-up ends; it counts the
+    updates done before this one.
+    """
     if decay not in get_args(Decay):
         raise UserError(f"decay is {decay!r}; allowed: {', '.join(get_args(Decay))}")
+    if decay == "clip4clip":
+        done = (step - 1) / total_steps
+        return done / warmup_ratio if done < warmup_ratio else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     warmup_steps = int(warmup_ratio * total_steps)
     if decay == "constant":
         return 1.0

@@ -11,7 +11,8 @@ from pydantic import Field
 from pipeline.config import Settings, operational, resolve_settings
 
 Variant = Literal["vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc", "joint"]
-Decay = Literal["cosine", "linear", "invsqrt", "constant"]
+Decay = Literal["cosine", "linear", "invsqrt", "constant", "clip4clip"]
+Update = Literal["adamw", "clip_vip", "clip4clip"]
 Group = Literal["video", "duplicate"]
 TextColumn = Literal["subtitle", "caption"]
 
@@ -74,7 +75,7 @@ class TrainSettings(Settings):
     decay: Decay = "cosine"
     weight_decay: float = Field(0.05, ge=0)
     published_decay: bool = False  # True: decay norms and embeddings too, as the released code does
-    published_update: bool = False  # True: the released code's AdamW
+    update: Update = "adamw"  # torch's AdamW, or what the released code of one of the methods does instead
     grad_clip: float | None = Field(5.0, gt=0)  # norm of the whole gradient; None: not clipped
     ema: float | None = Field(None, gt=0, lt=1)  # decay of averaged weights, kept beside the trained; None: none
 

@@ -1,0 +1,171 @@
+"""Reading and writing CLIP4Clip weights: released files, a CLIP with or without a head's file beside it, our folders.
+
+Whatever the source, every tensor of CLIP was read. Those that CLIP4Clip adds were read, all of a head's, or none was
+and they start from CLIP's (`model.new_tensors`); anything else missing or left over is an error.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pipeline.config import validate_settings
+from pipeline.errors import UserError
+from training.checkpoint import assemble, load_clip_vip, load_model, read_tensors, write_model
+from training.clip4clip_model import MAX_LOG_SCALE, Clip4Clip
+from training.clip4clip_names import (
+    STEM_3D,
+    config_from_names,
+    head_of,
+    num_head_layers,
+    released_name,
+    stem_of,
+    tidy,
+    to_released,
+)
+from training.clip4clip_settings import Clip4ClipSettings
+from training.configs import config_from_dict, config_to_dict
+from training.model import ClipVip, ModelConfig
+
+Config = str | Path | Mapping[str, Any] | ModelConfig | None
+
+
+def load_clip4clip(
+    weights: str | Path,
+    head_weights: str | Path | None = None,
+    head: str | None = "meanP",
+    config: Config = None,
+    *,
+    stem: str | None = None,
+    num_layers: int | None = None,
+    frozen_layers: int | None = None,
+    seed: int = 0,
+) -> Clip4Clip:
+    """A model in evaluation mode (tightTransf has dropout), in float32 unless the file is float64.
+
+    weights       a file in released names (OpenAI's, with or without `clip.`), with or without the head's tensors; one
+                  of our folders; or whatever `training.checkpoint.load_model` takes and is a plain CLIP
+    head_weights  a file with the tensors that CLIP4Clip adds
+    head          "meanP", "seqLSTM", "seqTransf" or "tightTransf"; None: the one whose tensors are there
+    config        the CLIP's: HF's JSON as a path or dict, or a `ModelConfig`. None: the file's header, else its shapes
+    stem          "2d" or "3d"; None: 3d where its tensor is there
+    num_layers    of a head with blocks; None: as many as the files hold, else 4
+    frozen_layers as in `Clip4ClipSettings`
+    seed          for what is drawn where the files hold no head and CLIP has nothing like it
+    """
+    clip, added = _read(weights, config)
+    if head_weights is not None:
+        added |= tidy(read_tensors(Path(head_weights)))
+    source = str(weights) if head_weights is None else f"{weights} with {head_weights}"
+    chosen = _settings(added, head, stem, num_layers, frozen_layers)
+    model = Clip4Clip(clip, chosen, seed)
+    if added or head_weights is not None:
+        _read_added(model, added, source)
+    return model.eval()
+
+
+def save_clip4clip(model: Clip4Clip, path: str | Path) -> Path:
+    """Writes released names as `training.checkpoint.save` writes published ones; returns the weights' path."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    tensors["clip.logit_scale"] = tensors["clip.logit_scale"].clamp(max=MAX_LOG_SCALE)
+    released = to_released(tensors, model.settings.head, model.settings.stem)
+    config = config_to_dict(model.config) | {"model_type": "clip4clip", "clip4clip": model.settings.model_dump()}
+    return write_model(released, config, path)
+
+
+def _read(weights: str | Path, config: Config) -> tuple[ClipVip, dict[str, Tensor]]:
+    """The CLIP of a source, and what its file holds that CLIP does not have, by released names."""
+    path = Path(weights)
+    if (path / "model.safetensors").is_file():
+        path = path / "model.safetensors"
+    theirs = tidy(read_tensors(path)) if path.is_file() else {}
+    if "clip.visual.class_embedding" not in theirs:
+        return _plain_clip(weights, config), {}
+    added = {key: theirs.pop(key) for key in list(theirs) if key == STEM_3D or head_of(key)}
+    bare = {key.removeprefix("clip."): tensor for key, tensor in theirs.items()}
+    return assemble(_clip_config(path, config, theirs), "open_clip", bare, seed=0, source=str(weights)), added
+
+
+def _plain_clip(weights: str | Path, config: Config) -> ClipVip:
+    if config is None:
+        return load_model(weights, num_added=0, num_times=0, pooling="mean")
+    return load_clip_vip(weights, _plain(config))
+
+
+def _clip_config(path: Path, config: Config, theirs: Mapping[str, Tensor]) -> ModelConfig:
+    if config is None:
+        config = _header(path)
+    return config_from_names(theirs) if config is None else _plain(config)
+
+
+def _plain(config: str | Path | Mapping[str, Any] | ModelConfig) -> ModelConfig:
+    """Without proxies, whatever it says: that a file has none is checked when its tensors are read."""
+    if isinstance(config, str | Path):
+        if not Path(config).is_file():
+            raise UserError(f"config {str(config)!r}: no such file")
+        config = json.loads(Path(config).read_text())
+    if isinstance(config, Mapping):
+        config = config_from_dict(config)
+    return replace(config, pooling="mean", num_added=0, num_times=0)
+
+
+def _header(path: Path) -> dict[str, Any] | None:
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("config")
+    return json.loads(text) if text else None
+
+
+def _settings(
+    added: Mapping[str, Tensor], head: str | None, stem: str | None, num_layers: int | None, frozen_layers: int | None
+) -> Clip4ClipSettings:
+    """What was asked for, and for what was not, what the tensors say."""
+    if head is None:
+        head = next((kind for kind in ("tightTransf", "seqTransf", "seqLSTM") if _has(added, kind)), "meanP")
+    chosen: dict[str, Any] = {"head": head, "frozen_layers": frozen_layers}
+    chosen["stem"] = stem or ("3d" if STEM_3D in added else "2d")
+    settings = validate_settings(Clip4ClipSettings, chosen)
+    num_layers = num_layers or num_head_layers(added, settings.head)
+    return validate_settings(Clip4ClipSettings, chosen | {"num_layers": num_layers}) if num_layers else settings
+
+
+def _has(added: Mapping[str, Tensor], kind: str) -> bool:
+    """Whether a tensor is there that only this head has."""
+    probe = {"seqLSTM": "lstm.bias_ih_l0", "seqTransf": "blocks.0.out.bias", "tightTransf": "score.bias"}
+    return released_name(f"head.{probe[kind]}", kind, "2d") in added
+
+
+@torch.no_grad()
+def _read_added(model: Clip4Clip, theirs: Mapping[str, Tensor], source: str) -> None:
+    """Fills what CLIP4Clip adds: the whole head and the 3-D stem, of which either may be absent altogether."""
+    ours = {name: tensor for name, tensor in model.state_dict().items() if model.is_added(name)}
+    keys = {name: released_name(name, model.settings.head, model.settings.stem) for name in ours}
+    if unexpected := sorted(set(theirs) - set(keys.values())):
+        raise UserError(
+            f"{source} holds tensors that head {model.settings.head!r} with stem {model.settings.stem!r} "
+            f"does not have: {', '.join(unexpected[:6])}"
+        )
+    in_head = [key for name, key in keys.items() if name.startswith("head.")]
+    missing = [key for key in in_head if key not in theirs]
+    if 0 < len(missing) < len(in_head):
+        raise UserError(f"{source} lacks {', '.join(missing[:6])} of head {model.settings.head!r}")
+    read = {name: theirs[key] for name, key in keys.items() if key in theirs}
+    for name, tensor in read.items():
+        _fill(ours[name], tensor, name, keys[name], source)
+    model.new_tensors = tuple(name for name in model.new_tensors if name not in read)
+
+
+def _fill(ours: Tensor, theirs: Tensor, name: str, key: str, source: str) -> None:
+    if key == STEM_3D:
+        if theirs.ndim != 5 or theirs.shape[1:3] != (3, 3):
+            raise UserError(f"{source}: {key} is {list(theirs.shape)}; allowed: [width, 3, 3, patch, patch]")
+        theirs = stem_of(theirs)
+    if theirs.shape != ours.shape:
+        raise UserError(f"{source}: {key} is {list(theirs.shape)}, this model's {name} is {list(ours.shape)}")
+    ours.copy_(theirs)

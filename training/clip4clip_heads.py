@@ -1,0 +1,113 @@
+"""CLIP4Clip's four ways of comparing texts with frames (spec/clip4clip.md section 3). No CLIP and no files here.
+
+The first three map frames to frames, which `pooled` turns into one unit vector per video; the fourth scores pairs.
+
+Shape letters, used as suffixes here and in `training.clip4clip_model`:
+    N texts   B videos   F frames of a video   P pairs of text and video   S tokens of a sequence
+    C size of CLIP's features, which is the width of every head
+Masks [B, F] are 1 where a frame is real. Features come and go unnormalised.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.errors import UserError
+from training.attention import biased_attention
+from training.model import Block, TowerConfig
+
+NORM_EPS = 1e-12  # of every norm in a head; CLIP's own are 1e-5
+MASKED_SCORE = -1e6  # added to the attention scores of frames that are not there
+DROPOUT = 0.1  # of tightTransf's input, in training
+
+
+def pooled(frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
+    """[B, C]: unit frames, their mean over the mask, its unit vector; zeros for a video without any real frame.
+
+    The published model divides 0 by 0 there, and its NaN spreads to every gradient of the batch.
+    """
+    weights_BF1 = mask_BF.to(frames_BFC.dtype).unsqueeze(2)
+    sum_BC = (F.normalize(frames_BFC, dim=2) * weights_BF1).sum(dim=1)
+    return F.normalize(sum_BC / weights_BF1.sum(dim=1).clamp(min=1), dim=1)
+
+
+class MeanHead(nn.Module):
+    """meanP: the frames as they are."""
+
+    def forward(self, frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
+        return frames_BFC
+
+
+class LstmHead(nn.Module):
+    """seqLSTM: frames plus an LSTM's state at each, for as many frames as the mask counts.
+
+    The table of frame positions is in every published file, though nothing reads it: a buffer, so that files are whole.
+    """
+
+    def __init__(self, width: int, num_positions: int):
+        super().__init__()
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+        self.register_buffer("position_embedding", torch.zeros(num_positions, width))
+
+    def forward(self, frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
+        # runs forward only, so that what lies behind a video's end changes no state before it: nothing is packed
+        states_BFC, _ = self.lstm(frames_BFC)
+        places_F = torch.arange(frames_BFC.shape[1], device=frames_BFC.device)
+        before_end_BF = places_F < mask_BF.sum(dim=1, keepdim=True)
+        return frames_BFC + states_BFC * before_end_BF.unsqueeze(2)
+
+
+class _MaskedTransformer(nn.Module):
+    """Pre-norm blocks over positioned tokens, some of which nobody attends to."""
+
+    def __init__(self, config: TowerConfig, num_positions: int):
+        super().__init__()
+        self.position_embedding = nn.Parameter(torch.empty(num_positions, config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+
+    def positioned(self, tokens_BSC: Tensor) -> Tensor:
+        num_tokens, num_positions = tokens_BSC.shape[1], len(self.position_embedding)
+        if num_tokens > num_positions:
+            raise UserError(f"a sequence of {num_tokens} frames and texts; the head's table has {num_positions} rows")
+        return tokens_BSC + self.position_embedding[:num_tokens]
+
+    def run(self, tokens_BSC: Tensor, mask_BS: Tensor) -> Tensor:
+        bias_B11S = ((1 - mask_BS.to(tokens_BSC.dtype)) * MASKED_SCORE)[:, None, None, :]
+        for block in self.blocks:
+            tokens_BSC = block(tokens_BSC, lambda qkv: biased_attention(qkv, bias_B11S))
+        return tokens_BSC
+
+
+class TransformerHead(_MaskedTransformer):
+    """seqTransf: frames plus what a transformer makes of them with their positions."""
+
+    def forward(self, frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
+        return frames_BFC + self.run(self.positioned(frames_BFC), mask_BF)
+
+
+class PairHead(_MaskedTransformer):
+    """tightTransf: a transformer over [text, frames] of a pair; the text's token becomes one number."""
+
+    def __init__(self, config: TowerConfig, num_positions: int):
+        super().__init__(config, num_positions)
+        self.dropout = nn.Dropout(DROPOUT)
+        self.pool_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.pool_dense = nn.Linear(config.width, config.width)
+        self.score = nn.Linear(config.width, 1)
+
+    def forward(self, text_PC: Tensor, frames_PFC: Tensor, mask_PF: Tensor) -> Tensor:
+        """[P] scores, without temperature."""
+        tokens_PSC = torch.cat([text_PC.unsqueeze(1), frames_PFC], dim=1)
+        mask_PS = F.pad(mask_PF, (1, 0), value=1)
+        tokens_PSC = self.run(self.dropout(self.positioned(tokens_PSC)), mask_PS)
+        hidden_PC = self.pool_dense(self.pool_norm(tokens_PSC[:, 0]))
+        return self.score(hidden_PC * torch.sigmoid(1.702 * hidden_PC)).squeeze(1)
+
+
+def build_head(kind: str, config: TowerConfig, num_positions: int) -> nn.Module:
+    """`config` and `num_positions` are for those heads that have blocks or a table."""
+    if kind == "meanP":
+        return MeanHead()
+    if kind == "seqLSTM":
+        return LstmHead(config.width, num_positions)
+    return (TransformerHead if kind == "seqTransf" else PairHead)(config, num_positions)

@@ -1,0 +1,263 @@
+"""CLIP4Clip: CLIP frame by frame, and a head that compares texts with the frames of a video (spec/clip4clip.md).
+
+The CLIP inside is `training.model.ClipVip` without proxies. Shape letters are those of `training.clip4clip_heads`, and
+    L tokens of a text   T = F frames   H, W pixels
+"""
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.errors import UserError
+from training.clip4clip_heads import NORM_EPS, PairHead, build_head, pooled
+from training.clip4clip_names import stem_of
+from training.clip4clip_settings import Clip4ClipSettings
+from training.model import ClipVip, ModelConfig, TextTower, TowerConfig, VisionTower, cut_texts
+
+MAX_LOG_SCALE = math.log(100)
+INIT_STD = 0.02
+# CLIP's last layers, which train whatever is frozen
+_ALWAYS_TRAINED = ("logit_scale", "text.final_norm.", "text_projection.", "vision.post_norm.", "visual_projection.")
+
+
+class Clip4Clip(nn.Module):
+    """A CLIP with a head that starts from its weights; where `ClipVip` is used, this can be.
+
+    clip        a plain one: no added tokens, no temporal table. It becomes part of this model
+    new_tensors names what was not read from a file but drawn, copied or set to 0
+
+    Two ways in. Features, then scores: `frame_features`, `text_features` and `similarity`, for every head. Or a vector
+    per item: `encode_video` and `encode_text`, for every head but tightTransf, whose scores are of pairs
+    (`needs_pairs`).
+    """
+
+    def __init__(self, clip: ClipVip, settings: Clip4ClipSettings | None = None, seed: int = 0):
+        super().__init__()
+        if clip.config.num_added or clip.config.num_times:
+            raise UserError("CLIP4Clip is built on a plain CLIP: model.num_added and model.num_times must be 0")
+        self.settings = settings or Clip4ClipSettings()
+        self.clip = clip
+        self.head = build_head(self.settings.head, _head_config(clip.config, self.settings), clip.config.context_length)
+        self.head.to(clip.logit_scale)
+        self.pairs_at_a_time = 1024  # tightTransf's memory, not its numbers, grows with it
+        self._start_head(torch.Generator().manual_seed(seed))
+        if self.settings.stem == "3d":
+            self._start_stem()
+        self.new_tensors = tuple(name for name in self.state_dict() if self.is_added(name))
+        self.freeze(self.settings.frozen_layers)
+
+    # -- features, then scores ----------------------------------------------------------------------------------------
+
+    def frame_features(self, pixels: Tensor) -> Tensor:
+        """[B, F, C], unnormalised, of normalised pixels [B, F, 3, H, W] or, as published, [B, 1, F, 1, 3, H, W].
+
+        Computed in the model's dtype, except that float64 pixels are computed in float64 whatever the model's.
+        """
+        if pixels.ndim == 7:
+            pixels = pixels.flatten(2, 3).flatten(0, 1)
+        self.clip.check_pixels(pixels)
+        num_frames = pixels.shape[1]
+        pixels = pixels.to(torch.float64 if pixels.dtype == torch.float64 else self.logit_scale.dtype)
+        if self.settings.stem == "3d":
+            pixels = with_neighbours(pixels)
+        tokens = _in_dtype(pixels.dtype, self.clip.vision, pixels.flatten(0, 1).unsqueeze(1))
+        return _in_dtype(pixels.dtype, self.clip.visual_projection, tokens).unflatten(0, (-1, num_frames))
+
+    def text_features(self, ids: Tensor, *, cut: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+        """[N, C], unnormalised, of token ids [N, L] or, as published, [N, 1, L]. `cut` as in `ClipVip.encode_text`.
+
+        dtype  float64 computes in it whatever the model's
+        """
+        ids = ids.flatten(0, -2)
+        if cut:
+            ids, _ = cut_texts(ids)
+        self.clip.check_texts(ids)
+        dtype = dtype or self.logit_scale.dtype
+        return _in_dtype(dtype, self.clip.text_projection, _in_dtype(dtype, self.clip.text, ids))
+
+    def similarity(self, text_features: Tensor, visual_output: Tensor, video_mask: Tensor | None = None) -> Tensor:
+        """[N, B]: every text with every video, with the temperature in it (tightTransf has none).
+
+        text_features  [N, C] or [N, 1, C], from `text_features`
+        visual_output  [B, F, C], from `frame_features`
+        video_mask     [B, F] or [B, 1, F], 1 where a frame is real; None: all are. A video without any scores 0, and
+                       under tightTransf whatever the text alone gives
+        In the widest of the inputs' and the model's dtypes.
+        """
+        dtype = torch.promote_types(
+            self.logit_scale.dtype, torch.promote_types(text_features.dtype, visual_output.dtype)
+        )
+        text_NC, frames_BFC = text_features.flatten(0, -2).to(dtype), visual_output.to(dtype)
+        mask_BF = self._mask(video_mask, frames_BFC)
+        if self.needs_pairs:
+            return self._score_pairs(text_NC, frames_BFC, mask_BF)
+        video_BC = self._pool(frames_BFC, mask_BF)
+        with torch.autocast(text_NC.device.type, enabled=False):
+            text_NC, video_BC = F.normalize(text_NC, dim=1), video_BC.to(dtype)
+            return self.logit_scale.to(dtype).exp() * (text_NC @ video_BC.T)
+
+    def forward(self, ids: Tensor, mask: Tensor | None, video: Tensor, video_mask: Tensor | None = None) -> Tensor:
+        """[N, B] similarities of N texts with B videos; shapes as in the methods above.
+
+        mask  not read: a text is pooled at its end token, which nothing behind it can reach, and the published model
+              knows no other holes
+        """
+        frames_BFC = self.frame_features(video)
+        return self.similarity(self.text_features(ids, dtype=frames_BFC.dtype), frames_BFC, video_mask)
+
+    # -- a vector per item --------------------------------------------------------------------------------------------
+
+    @property
+    def needs_pairs(self) -> bool:
+        return isinstance(self.head, PairHead)
+
+    def encode_video(self, pixels: Tensor, video_mask: Tensor | None = None) -> Tensor:
+        """Unit vectors [B, C] of pixels and mask as above: the logits are exp(logit_scale) times their cosines."""
+        if self.needs_pairs:
+            raise UserError("model.clip4clip.head = 'tightTransf' has no vector per video: it scores pairs")
+        frames_BFC = self.frame_features(pixels)
+        return self._pool(frames_BFC, self._mask(video_mask, frames_BFC))
+
+    def encode_text(self, ids: Tensor, mask: Tensor | None = None, *, cut: bool = True) -> Tensor:
+        """Unit vectors [N, C] of token ids [N, L]; `mask` is not read, as in `forward`."""
+        return F.normalize(self.text_features(ids, cut=cut), dim=1)
+
+    # -- what the trainer needs ---------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.clip.config
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        return self.clip.logit_scale
+
+    @property
+    def vision(self) -> VisionTower:
+        return self.clip.vision
+
+    @property
+    def text(self) -> TextTower:
+        return self.clip.text
+
+    def set_activation_checkpointing(self, enabled: bool = True) -> None:
+        """As `ClipVip`'s. tightTransf computes its pairs again in the backward pass in any case, but for one chunk."""
+        self.clip.set_activation_checkpointing(enabled)
+
+    @torch.no_grad()
+    def clamp_log_scale(self) -> None:
+        """To at most ln 100, in place: call it after every update."""
+        self.logit_scale.clamp_(max=MAX_LOG_SCALE)
+
+    def freeze(self, num_layers: int | None) -> None:
+        """Lets train what `model.clip4clip.frozen_layers` = num_layers says. A 3-D stem trains in any case."""
+        deepest = max(len(self.vision.blocks), len(self.text.blocks))
+        if num_layers is not None and num_layers > deepest:
+            raise UserError(f"model.clip4clip.frozen_layers is {num_layers}; this CLIP has {deepest} layers")
+        for name, parameter in self.clip.named_parameters():
+            always = name.startswith(_ALWAYS_TRAINED) or self.is_added(f"clip.{name}")
+            parameter.requires_grad_(num_layers is None or always or _layer(name) >= num_layers)
+
+    def is_added(self, name: str) -> bool:
+        """Whether a tensor is CLIP4Clip's rather than CLIP's."""
+        stem = self.settings.stem == "3d" and name == "clip.vision.patch_embedding.weight"
+        return stem or name.startswith("head.")
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _mask(self, mask: Tensor | None, frames_BFC: Tensor) -> Tensor:
+        if mask is None:
+            return torch.ones(frames_BFC.shape[:2], dtype=torch.long, device=frames_BFC.device)
+        mask_BF = mask.flatten(0, -2)
+        if mask_BF.shape != frames_BFC.shape[:2]:
+            raise UserError(f"video_mask is {list(mask.shape)} for frames {list(frames_BFC.shape[:2])}")
+        return mask_BF.to(torch.long)
+
+    def _pool(self, frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
+        return pooled(_in_dtype(frames_BFC.dtype, self.head, frames_BFC, mask_BF), mask_BF)
+
+    def _score_pairs(self, text_NC: Tensor, frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
+        chunks = torch.arange(len(text_NC) * len(frames_BFC), device=text_NC.device).split(self.pairs_at_a_time)
+        score = partial(self._score_chunk, text_NC, frames_BFC, mask_BF)
+        if len(chunks) > 1 and torch.is_grad_enabled():
+            score = partial(checkpoint, score, use_reentrant=False)
+        return torch.cat([score(pairs_P) for pairs_P in chunks]).unflatten(0, (len(text_NC), len(frames_BFC)))
+
+    def _score_chunk(self, text_NC: Tensor, frames_BFC: Tensor, mask_BF: Tensor, pairs_P: Tensor) -> Tensor:
+        texts_P, videos_P = pairs_P // len(frames_BFC), pairs_P % len(frames_BFC)
+        return _in_dtype(text_NC.dtype, self.head, text_NC[texts_P], frames_BFC[videos_P], mask_BF[videos_P])
+
+    @torch.no_grad()
+    def _start_head(self, generator: torch.Generator) -> None:
+        """Position table and blocks copy the text tower's where shapes agree; everything else is drawn."""
+        theirs = dict(self.clip.text.named_parameters())
+        for name, tensor in self.head.state_dict().items():
+            like = theirs.get(name)
+            if like is not None and like.shape == tensor.shape:
+                tensor.copy_(like)
+            else:
+                _draw(name, tensor, generator)
+
+    @torch.no_grad()
+    def _start_stem(self) -> None:
+        """A convolution over three frames that sees the middle one only: CLIP's own at the start.
+
+        CLIP's 2-D weight is kept beside it, though nothing reads it: the released files hold both.
+        """
+        flat_D3PP = self.clip.vision.patch_embedding.weight
+        width, _, patch, _ = flat_D3PP.shape
+        self.register_buffer("flat_stem", flat_D3PP.detach().clone())
+        stem = nn.Conv2d(9, width, kernel_size=patch, stride=patch, bias=False).to(flat_D3PP)
+        stem.weight.copy_(stem_of(F.pad(flat_D3PP.unsqueeze(2), (0, 0, 0, 0, 1, 1))))
+        self.clip.vision.patch_embedding = stem
+
+
+def with_neighbours(pixels_BT3HW: Tensor) -> Tensor:
+    """[B, T, 9, H, W]: the channels of the frame before, the frame, the frame behind; zeros beyond either end.
+
+    A 2-D convolution over them is the published 3-D one with kernel 3 along time.
+    """
+    padded = F.pad(pixels_BT3HW, (0, 0, 0, 0, 0, 0, 1, 1))
+    return torch.cat([padded[:, :-2], pixels_BT3HW, padded[:, 2:]], dim=2)
+
+
+def _head_config(config: ModelConfig, settings: Clip4ClipSettings) -> TowerConfig:
+    """Blocks like the text tower's where features have its width, as in every OpenAI CLIP; else of OpenAI's shape."""
+    sizes: dict[str, Any] = {"num_layers": settings.num_layers, "norm_eps": NORM_EPS}
+    width = config.embed_dim
+    if width == config.text.width:
+        return replace(config.text, **sizes)
+    num_heads = width // 64 if width >= 64 and width % 64 == 0 else 1
+    return TowerConfig(width=width, num_heads=num_heads, mlp_width=4 * width, **sizes)
+
+
+def _draw(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+    if name.startswith("lstm."):
+        bound = tensor.shape[-1] ** -0.5 if tensor.ndim == 2 else (len(tensor) // 4) ** -0.5
+        tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))
+    elif name.endswith("bias"):
+        tensor.zero_()
+    elif "norm" in name:
+        tensor.fill_(1)
+    else:
+        tensor.copy_(torch.empty(tensor.shape).normal_(0, INIT_STD, generator=generator))
+
+
+def _layer(name: str) -> int:
+    """The number of the block a parameter of CLIP is in, -1 for none."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[1:2] == ["blocks"] else -1
+
+
+def _in_dtype(dtype: torch.dtype, module: nn.Module, *inputs: Tensor) -> Tensor:
+    """module(*inputs) with weights widened to float64 where `dtype` is that and theirs is not."""
+    parameters = dict(module.named_parameters())
+    if dtype != torch.float64 or all(p.dtype == dtype for p in parameters.values()):
+        return module(*inputs)
+    return torch.func.functional_call(module, {name: p.double() for name, p in parameters.items()}, inputs)

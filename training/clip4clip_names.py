@@ -1,0 +1,122 @@
+"""What each tensor of `Clip4Clip` is called, and how it lies, in released files (spec/clip4clip.md section 10).
+
+Pure functions of names and tensors. Nothing is loaded here.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from pipeline.errors import UserError
+from training.model import ModelConfig, TowerConfig
+from training.names import open_clip_name
+
+_HEADS = {
+    "meanP": {},
+    "seqLSTM": {"position_embedding": "frame_position_embeddings.weight", "lstm.": "lstm_visual."},
+    "seqTransf": {"position_embedding": "frame_position_embeddings.weight", "blocks.": "transformerClip.resblocks."},
+    "tightTransf": {
+        "position_embedding": "cross.embeddings.position_embeddings.weight",
+        "blocks.": "cross.transformer.resblocks.",
+        "pool_norm.": "cross.pooler.ln_pool.",
+        "pool_dense.": "cross.pooler.dense.",
+        "score.": "similarity_dense.",
+    },
+}
+_BLOCK = {
+    ".norm1.": ".ln_1.",
+    ".norm2.": ".ln_2.",
+    ".qkv.": ".attn.in_proj_",
+    ".out.": ".attn.out_proj.",
+    ".fc1.": ".mlp.c_fc.",
+    ".fc2.": ".mlp.c_proj.",
+}
+STEM_3D = "clip.visual.conv2.weight"
+_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers that OpenAI's files hold as tensors
+
+
+def released_name(name: str, head: str, stem: str) -> str:
+    """One name of ours in the released files."""
+    if name.startswith("head."):
+        for ours, theirs in (_HEADS[head] | _BLOCK).items():
+            name = name.removeprefix("head.").replace(ours, theirs)
+        return name
+    if name == "flat_stem":
+        return "clip.visual.conv1.weight"
+    if stem == "3d" and name == "clip.vision.patch_embedding.weight":
+        return STEM_3D
+    theirs = open_clip_name(name.removeprefix("clip."))
+    assert theirs is not None, f"{name} has no place in a released file"
+    return "clip." + theirs
+
+
+def to_released(tensors: Mapping[str, Tensor], head: str, stem: str) -> dict[str, Tensor]:
+    """Tensors (or gradients) by our names, by their released ones."""
+    released = {}
+    for name, tensor in tensors.items():
+        key = released_name(name, head, stem)
+        if key == STEM_3D:
+            tensor = tensor.unflatten(1, (3, 3)).transpose(1, 2)
+        elif name.endswith("_projection.weight"):
+            tensor = tensor.t()
+        released[key] = tensor.contiguous()
+    return released
+
+
+def stem_of(released_DCTPP: Tensor) -> Tensor:
+    """[D, 9, P, P]: the released 3-D patch weight for three frames whose channels lie behind one another."""
+    return released_DCTPP.transpose(1, 2).flatten(1, 2)
+
+
+def tidy(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors with `clip.` in front of what is CLIP's, norms named as today, and weights only."""
+    tidied = {}
+    for key, tensor in theirs.items():
+        key = key.removesuffix(".gamma") + ".weight" if key.endswith(".gamma") else key
+        key = key.removesuffix(".beta") + ".bias" if key.endswith(".beta") else key
+        if key.removeprefix("clip.") not in _NOT_WEIGHTS:
+            tidied[key if head_of(key) or key.startswith("clip.") else f"clip.{key}"] = tensor
+    return tidied
+
+
+def head_of(key: str) -> str | None:
+    """A head that has this tensor, where it is a head's; the two that share the frame positions count as one."""
+    fitting = (head for head, names in _HEADS.items() if key.startswith(tuple(names.values())))
+    return next(fitting, None)
+
+
+def config_from_names(theirs: Mapping[str, Tensor]) -> ModelConfig:
+    """The CLIP that tidied tensors are of, by their shapes and OpenAI's conventions: heads of 64, quick-GELU."""
+    try:
+        patch = theirs["clip.visual.conv1.weight"].shape[-1]
+        return ModelConfig(
+            vision=_tower(theirs, "clip.visual."),
+            text=_tower(theirs, "clip."),
+            embed_dim=theirs["clip.text_projection"].shape[1],
+            image_size=round((len(theirs["clip.visual.positional_embedding"]) - 1) ** 0.5) * patch,
+            patch_size=patch,
+            vocab_size=len(theirs["clip.token_embedding.weight"]),
+            context_length=len(theirs["clip.positional_embedding"]),
+            pooling="mean",
+            num_added=0,
+            num_times=0,
+        )
+    except KeyError as error:
+        raise UserError(f"weights without configuration: {error.args[0]} is not among them") from error
+
+
+def num_layers(keys: Mapping[str, Tensor], prefix: str) -> int:
+    return len({key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)})
+
+
+def num_head_layers(keys: Mapping[str, Tensor], head: str) -> int:
+    """Blocks of a head among tidied tensors; 0 where there are none."""
+    prefix = _HEADS[head].get("blocks.")
+    return num_layers(keys, prefix) if prefix else 0
+
+
+def _tower(theirs: Mapping[str, Tensor], prefix: str) -> TowerConfig:
+    prefix = f"{prefix}transformer.resblocks."
+    mlp_width, width = theirs[f"{prefix}0.mlp.c_fc.weight"].shape
+    layers = num_layers(theirs, prefix)
+    return TowerConfig(width=width, num_layers=layers, num_heads=max(1, width // 64), mlp_width=mlp_width)
