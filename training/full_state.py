@@ -62,7 +62,7 @@ def restore(model: nn.Module, optimiser: Optimizer | None, tensors: State, state
     for name, tensor in current.items():
         deal(tensors[name], tensor)
     if optimiser is not None:
-        _restore_optimiser(optimiser, _names_of_parameters(model), state)
+        restore_optimiser(model, optimiser, state)
 
 
 @torch.no_grad()
@@ -81,7 +81,9 @@ def _like(full: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def _restore_optimiser(optimiser: Optimizer, names: dict[Tensor, str], state: OptimiserState) -> None:
+def restore_optimiser(model: nn.Module, optimiser: Optimizer, state: OptimiserState) -> None:
+    """The optimiser's part of `restore`, for a model that has its weights already."""
+    names = _names_of_parameters(model)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     unknown = state.keys() - {names[parameter] for parameter in parameters}
     assert not unknown, f"optimiser state of parameters that are not trained: {sorted(unknown)[:6]}"

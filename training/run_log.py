@@ -101,11 +101,13 @@ class RunLog:
         *,
         num_samples: int,
         flops: float = 0.0,
+        labels: Mapping[str, str] | None = None,
     ) -> dict[str, Any] | None:
         """After every update, number `step` counted from 1. Returns the line where one was written.
 
         values  `loss`, its terms by name, `lr`, `logit_scale`, `grad_norm`, `epoch`, …: numbers, or tensors of one
                 number, which nobody may overwrite
+        labels  what is no number: in log.jsonl only
         Raises UserError where one of them was not finite at any step since the last line.
         """
         self.meter.step(num_samples, flops)
@@ -118,7 +120,7 @@ class RunLog:
         self._wall_s += rates.pop("elapsed_s")
         self._step_s = _smoothed(self._step_s, rates.pop("step_s"))
         eta_s = (self.total_steps - step) * self._step_s
-        row = {"step": step, **values, **rates, "eta_s": eta_s, "wall_s": self._wall_s}
+        row = {"step": step, **values, **rates, "eta_s": eta_s, "wall_s": self._wall_s, **(labels or {})}
         if self.writes:
             self._write(row)
         return row
@@ -156,7 +158,7 @@ class RunLog:
         self._log.flush()
         if self._board is not None:
             for name, value in row.items():
-                if name != "step" and value is not None:
+                if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(f"train/{name}", value, row["step"])
         self._show(row)
 

@@ -1,0 +1,110 @@
+"""One process, two or four, copied or sharded, in one piece or in chunks: after some updates the weights are the same."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from clip_vip_support import random_texts, tiny_model
+from torch import Tensor
+
+from training.batch import Batch
+from training.distributed import Process, join
+from training.learner import Learner
+from training.settings import TrainSettings
+
+NUM_STEPS, BATCH = 3, 8
+
+
+def whole_batch(step: int) -> Batch:
+    """Holes of every kind: an unreadable clip, missing subtitles, missing captions."""
+    generator = torch.Generator().manual_seed(step)
+    pixels = torch.randint(0, 256, (BATCH, 3, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    present = torch.rand(3, BATCH, generator=generator) < 0.8
+    return Batch(
+        rows_B=torch.arange(BATCH),
+        video_BT3SS=pixels[:, :2],
+        frame_B13SS=pixels[:, 2:],
+        subtitle_BL=random_texts(BATCH, seed=10 + step),
+        caption_BL=random_texts(BATCH, seed=20 + step),
+        video_mask_B=present[0],
+        subtitle_mask_B=present[1],
+        caption_mask_B=present[2],
+    )
+
+
+def settings(**changes: Any) -> TrainSettings:
+    return TrainSettings(**{"lr": 1e-2, "precision": "fp32", "batch_size": BATCH, "warmup_ratio": 0, **changes})
+
+
+def learn(process: Process, train: TrainSettings) -> tuple[dict[str, Tensor], list[float]]:
+    """Weights and losses after some updates on this process's part of the batches."""
+    # in fp64, because Adam blows up the rounding of gradients that are zero, such as those of the keys' biases
+    model = tiny_model().to(torch.float32 if train.precision == "bf16" else torch.float64)
+    learner = Learner(model, train, 10, process)
+    share = BATCH // process.world_size
+    losses = []
+    for step in range(NUM_STEPS):
+        mine = whole_batch(step).split(share)[process.rank]
+        losses.append(float(learner.train_step(mine)["loss"]))
+    return whole_weights(learner.model), losses
+
+
+def whole_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def alone(train: TrainSettings) -> tuple[dict[str, Tensor], list[float]]:
+    return learn(Process(torch.device("cpu")), train)
+
+
+def _worker(rank: int, world_size: int, port_file: str, folder: str, trains: list[TrainSettings]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=world_size)
+    with join("cpu") as process:
+        torch.save([learn(process, train) for train in trains], Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def together(world_size: int, trains: list[TrainSettings]) -> list[list[Any]]:
+    """What every process ended with, for each of the settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_worker, (world_size, f"{folder}/meeting", folder, trains), nprocs=world_size)
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
+
+
+def assert_same(ours: tuple[dict[str, Tensor], list[float]], expected: tuple[dict[str, Tensor], list[float]]) -> None:
+    torch.testing.assert_close(torch.tensor(ours[1]), torch.tensor(expected[1]), rtol=1e-9, atol=1e-9)
+    for name, weight in expected[0].items():
+        torch.testing.assert_close(ours[0][name], weight, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("changes", [{"chunk_size": 3}, {"activation_checkpointing": True}], ids=str)
+def test_chunks_and_recomputed_activations_change_nothing(changes):
+    assert_same(alone(settings(**changes)), alone(settings()))
+
+
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same():
+    assert_same(alone(settings(compile=True)), alone(settings()))
+
+
+def test_bf16_stays_near():
+    _, losses = alone(settings(precision="bf16"))
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(alone(settings())[1]), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_together_are_one(world_size):
+    expected = alone(settings())
+    ways = [settings(parallel=parallel, chunk_size=size) for parallel in ("ddp", "fsdp") for size in (None, 1)]
+    for outcomes in together(world_size, ways):
+        for outcome in outcomes:
+            assert_same(outcome, expected)

@@ -1,0 +1,114 @@
+"""The model behind one `forward`, as wrappers want it: copied (DDP), sharded (FSDP2) or compiled, from settings."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from training.batch import Batch
+from training.distributed import Process
+from training.frames import normalise
+from training.loss import TERMS
+from training.model import ClipVip
+from training.settings import TrainSettings
+
+FeatureSets = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+SOURCES = ("video", "subtitle", "frame", "caption")
+
+
+def sources_of(variant: str) -> frozenset[str]:
+    """Which of `SOURCES` a loss variant compares: the others need not be encoded."""
+    used = {name for term in TERMS[variant] for name in (term.query, term.key, term.other)}
+    return frozenset(SOURCES) if "visual" in used else frozenset(used) & frozenset(SOURCES)
+
+
+class Encoder(nn.Module):
+    """A batch to its feature sets (video, subtitle, frame, caption): unit vectors [B, D], None where not asked for."""
+
+    def __init__(self, model: ClipVip, sources: frozenset[str]):
+        super().__init__()
+        self.model, self.sources = model, sources
+
+    def forward(self, batch: Batch) -> FeatureSets:
+        video = self._encode_pixels(batch.video_BT3SS)
+        frame = self._encode_pixels(batch.frame_B13SS) if "frame" in self.sources else None
+        subtitle, caption = self._encode_texts(batch)
+        return video, subtitle, frame, caption
+
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        config = self.model.config
+        return self.model.encode_video(normalise(pixels, config.image_mean, config.image_std))
+
+    def _encode_texts(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Both texts in one pass of the tower; the loader has cut them already."""
+        ids = {"subtitle": batch.subtitle_BL, "caption": batch.caption_BL}
+        wanted = [name for name in ids if name in self.sources]
+        if not wanted:
+            return None, None
+        features = self.model.encode_text(torch.cat([ids[name] for name in wanted]), cut=False).chunk(len(wanted))
+        by_name = dict(zip(wanted, features, strict=True))
+        return by_name.get("subtitle"), by_name.get("caption")
+
+
+class Wrapped:
+    """An encoder as the settings want it run. `model` is the bare `ClipVip` inside, whatever surrounds it."""
+
+    def __init__(self, model: ClipVip, settings: TrainSettings, process: Process):
+        self.settings, self.process = settings, process
+        model.set_activation_checkpointing(settings.activation_checkpointing)
+        self.model = model.to(process.device)
+        encoder: nn.Module = Encoder(self.model, sources_of(settings.loss))
+        self.is_sharded = process.group is not None and settings.parallel == "fsdp"
+        if self.is_sharded:
+            _shard(encoder, self.model)
+        self.module = encoder
+        if settings.compile:
+            encoder = torch.compile(encoder)
+        if process.group is not None and not self.is_sharded:
+            encoder = DistributedDataParallel(encoder)
+        self._run = encoder
+
+    def encode(self, batch: Batch) -> FeatureSets:
+        """Under autocast where the settings say bf16; features are of the weights' dtype."""
+        enabled = self.settings.precision == "bf16"
+        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=enabled):
+            features = self._run(batch)
+        dtype = self.model.logit_scale.dtype
+        return tuple(None if feature is None else feature.to(dtype) for feature in features)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Gradients stay with this process until a backward pass outside."""
+        if isinstance(self._run, DistributedDataParallel):
+            return self._run.no_sync()
+        return nullcontext()
+
+    def reduce_loose_gradients(self) -> None:
+        """The mean over processes of what FSDP does not hold: the temperature."""
+        if self.is_sharded:
+            torch.distributed.all_reduce(self.model.logit_scale.grad, group=self.process.group)
+            self.model.logit_scale.grad /= self.process.world_size
+
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
+        """Scales all gradients so that their common norm is at most `max_norm`; returns the norm as it was."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        sharded = [p for p in parameters if isinstance(p.grad, DTensor)]
+        whole = [p for p in parameters if not isinstance(p.grad, DTensor)]
+        norms = [get_total_norm([p.grad for p in some]) for some in (sharded, whole) if some]
+        norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        if max_norm is not None:
+            for some in (sharded, whole):
+                clip_grads_with_norm_(some, max_norm, total)
+        return total
+
+
+def _shard(encoder: nn.Module, model: ClipVip) -> None:
+    """FSDP2 block by block. The temperature is a single number and stays whole on every process."""
+    for block in [*model.vision.blocks, *model.text.blocks]:
+        fully_shard(block)
+        register_fsdp_forward_method(block, "first_token")
+    fully_shard(encoder, ignored_params={model.logit_scale})
