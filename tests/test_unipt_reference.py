@@ -1,15 +1,16 @@
 """UniPT's published numbers: each side network alone, and both on CLIP4Clip's chain."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from clip_vip_support import numbers, tensors
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.model import ClipVip, ModelConfig, TowerConfig
-from training.names import from_open_clip
-from training.unipt import Adapted, Adapter, UniPtClip, load_tensors
-from training.unipt_settings import UniPtSettings
+from training.unipt import Adapted, Adapter, UniPtClip
+from training.unipt_files import load_unipt
 
 torch.set_num_threads(1)
 
@@ -67,35 +68,17 @@ def test_float64_inputs_are_computed_in_float64_whatever_the_weights(name: str) 
     assert worst(result.features_NC, case["f64/output"]) <= 1e-12
 
 
-def clip_of_the_reference() -> ClipVip:
-    """The small CLIP under OpenAI's names that CLIP4Clip's cases run on, frame by frame."""
-    sizes = numbers("clip4clip", "clip4clip.json")["config"]
-    vision, text = (
-        TowerConfig(
-            sizes[f"{tower}width"], sizes[f"{tower}layers"], sizes[f"{tower}width"] // 64, 4 * sizes[f"{tower}width"]
-        )
-        for tower in "vt"
-    )
-    shape = {"image_size": sizes["image"], "patch_size": sizes["patch"], "vocab_size": sizes["vocab"]}
-    shape |= {"context_length": sizes["ctx"], "pooling": "mean", "num_added": 0, "num_times": 0}
-    config = ModelConfig(vision, text, sizes["embed"], **shape)
-    model = ClipVip(config)
-    theirs = tensors("clip4clip", "clip.weights.safetensors")
-    theirs = {name.removeprefix("clip."): tensor for name, tensor in theirs.items()}
-    model.load_state_dict(from_open_clip(list(model.state_dict()), theirs), strict=True)
-    return model
-
-
-def chain(precision: str) -> tuple[UniPtClip, dict[str, Tensor]]:
-    """The whole model, and its outputs on the reference's inputs."""
+def chain(precision: str, folder: Path) -> tuple[UniPtClip, dict[str, Tensor]]:
+    """The whole model, read from one file as released ones are, and its outputs on the reference's inputs."""
     dtype, case = DTYPES[precision], tensors("clip4clip", "meanP.cases.safetensors")
-    reduction = numbers("unipt", "unipt.json")["chain"]["downsample_D_factor"]
-    model = UniPtClip(clip_of_the_reference(), UniPtSettings(reduction=reduction))
-    load_tensors(model, tensors("unipt", "chain.weights.safetensors"), "chain.weights.safetensors")
+    weights = tensors("clip4clip", "clip.weights.safetensors") | tensors("unipt", "chain.weights.safetensors")
+    save_file(weights, folder / "released.safetensors")
+    model = load_unipt(folder / "released.safetensors")
+    assert model.settings.reduction == numbers("unipt", "unipt.json")["chain"]["downsample_D_factor"]
     model.to(dtype)
     ids, mask = case["in/input_ids"].squeeze(1), case["in/attention_mask"].squeeze(1)
     texts_BC = model.text_features(ids, mask)
-    frames_BTC = model.encode_frames(case["in/video"].squeeze(3).squeeze(1).to(dtype))
+    frames_BTC = model.frame_features(case["in/video"].squeeze(3).squeeze(1).to(dtype))
     present_BT1 = case["in/video_mask"].squeeze(1).unsqueeze(2)
     videos_BC = (F.normalize(frames_BTC, dim=-1) * present_BT1).sum(1) / present_BT1.sum(1)
     similarity = model.logit_scale.exp() * F.normalize(texts_BC, dim=-1) @ F.normalize(videos_BC, dim=-1).T
@@ -105,9 +88,9 @@ def chain(precision: str) -> tuple[UniPtClip, dict[str, Tensor]]:
     return model, outputs | {"similarity": similarity, "loss_symmetric": loss}
 
 
-def test_the_clip4clip_chain_equals_the_reference() -> None:
+def test_the_clip4clip_chain_equals_the_reference(tmp_path: Path) -> None:
     case = tensors("unipt", "chain.cases.safetensors")
-    model, outputs = chain("f32")
+    model, outputs = chain("f32", tmp_path)
     for name, limit in {"sequence_output": 5e-6, "visual_output": 5e-6, "similarity": 2e-5}.items():
         assert worst(outputs[name], case[f"f32/{name}"]) <= limit, name
     assert worst(outputs["loss_symmetric"], case["f32/loss_symmetric"]) <= 5e-6
@@ -121,7 +104,7 @@ def test_the_clip4clip_chain_equals_the_reference() -> None:
         assert worst(gradients[name], gradient) <= 2e-5 * largest, name
 
 
-def test_the_chain_in_float64_differs_by_rounding_alone() -> None:
-    case, (_, outputs) = tensors("unipt", "chain.cases.safetensors"), chain("f64")
+def test_the_chain_in_float64_differs_by_rounding_alone(tmp_path: Path) -> None:
+    case, (_, outputs) = tensors("unipt", "chain.cases.safetensors"), chain("f64", tmp_path)
     assert outputs["similarity"].dtype == torch.float64
     assert worst(outputs["similarity"], case["f32/similarity"]) <= 2e-5

@@ -7,22 +7,14 @@ Each layer's tokens enter only through sums over tokens, so their map to the inn
 and to the sums afterwards, never to the tokens: same numbers, no [N, S, I] tensor and S times fewer products.
 """
 
-import hashlib
-import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config import validate_settings
 from pipeline.errors import UserError
-from training.checkpoint import read_tensors
 from training.model import ClipVip, ModelConfig, cut_texts
 from training.unipt_settings import UniPtSettings
 
@@ -141,7 +133,8 @@ class UniPtClip(nn.Module):
     """A frozen backbone with a side network on each tower; used wherever a `ClipVip` is.
 
     On a backbone with pooling "mean" this is UniPT's CLIP4Clip with meanP; with pooling "proxy" the video's class token
-    is the guide (spec/unipt.md section 7). The log scale is the backbone's and frozen with it.
+    is the guide (spec/unipt.md section 7). The log scale is the backbone's and frozen with it. The side networks are
+    made in float32 on the CPU, as every model is read; `to` moves all.
     """
 
     def __init__(self, backbone: ClipVip, settings: UniPtSettings | None = None, seed: int = 0):
@@ -153,7 +146,6 @@ class UniPtClip(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for adapter in (self.image_adapter, self.text_adapter):
             adapter.initialise(generator, self.settings.zero_start)
-            adapter.to(backbone.logit_scale)  # its device and dtype
 
     @property
     def config(self) -> ModelConfig:
@@ -177,10 +169,10 @@ class UniPtClip(nn.Module):
         """Unit vectors [B, embed_dim] of normalised pixels [B, T, 3, H, W]; dtypes as in `ClipVip.encode_video`."""
         if self.config.pooling == "proxy":
             return F.normalize(self._video_features(pixels), dim=-1)
-        frames_BTC = F.normalize(self.encode_frames(pixels), dim=-1)
+        frames_BTC = F.normalize(self.frame_features(pixels), dim=-1)
         return F.normalize(frames_BTC.mean(dim=1), dim=-1)
 
-    def encode_frames(self, pixels: Tensor) -> Tensor:
+    def frame_features(self, pixels: Tensor) -> Tensor:
         """[B, T, embed_dim], not normalised: every frame as a video of its own, as CLIP4Clip's heads take them."""
         self.backbone.check_pixels(pixels)
         return self._video_features(pixels.flatten(0, 1).unsqueeze(1)).unflatten(0, pixels.shape[:2])
@@ -266,84 +258,6 @@ def _adapter(config: ModelConfig, tower: str, settings: UniPtSettings) -> Adapte
     return Adapter([sizes.width] * num_read, config.embed_dim, settings.reduction)
 
 
-# -- weights files -----------------------------------------------------------------------------------------------------
-
-
-def adapter_tensors(model: UniPtClip) -> dict[str, Tensor]:
+def side_tensors(model: UniPtClip) -> dict[str, Tensor]:
     """What training changes, by its published names."""
     return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(PREFIXES)}
-
-
-def save_adapters(model: UniPtClip, path: str | Path) -> Path:
-    """One .safetensors file of the side networks, whole or not at all; its header says how they read which backbone."""
-    path = Path(path)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
-    header = {"settings": model.settings.model_dump(mode="json"), "backbone": backbone_digest(model.backbone)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, temporary, metadata={"unipt": json.dumps(header, sort_keys=True)})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def load_adapters(path: str | Path, backbone: ClipVip) -> UniPtClip:
-    """The side networks of a file of ours or of a published one, on their backbone.
-
-    Raises UserError where a file of ours was trained on another backbone, and where names or sizes do not fit. A
-    published file's CLIP tensors (`clip.`) are for whoever makes the backbone.
-    """
-    path = Path(path)
-    tensors = read_tensors(path)
-    header = _header(path)
-    if header is None:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("clip.")}
-        settings = UniPtSettings(reduction=_reduction(tensors, backbone.config, path))
-    else:
-        settings = validate_settings(UniPtSettings, header["settings"])
-        if header["backbone"] != (found := backbone_digest(backbone)):
-            raise UserError(f"{path} was trained on backbone {header['backbone']}, not on this one, {found}")
-    model = UniPtClip(backbone, settings)
-    load_tensors(model, tensors, str(path))
-    return model
-
-
-def load_tensors(model: UniPtClip, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Fills both side networks. Raises UserError unless the names and shapes are exactly theirs."""
-    ours = adapter_tensors(model)
-    for problem, names in {"lacks": ours.keys() - tensors.keys(), "has besides": tensors.keys() - ours.keys()}.items():
-        if names:
-            raise UserError(f"{source} {problem} {len(names)} tensors, {sorted(names)[0]} the first of them")
-    wrong = [name for name in ours if ours[name].shape != tensors[name].shape]
-    if wrong:
-        name = wrong[0]
-        raise UserError(f"{source}: {name} is {list(tensors[name].shape)}, here it has to be {list(ours[name].shape)}")
-    model.load_state_dict(dict(tensors), strict=False)
-
-
-@torch.no_grad()
-def backbone_digest(backbone: ClipVip) -> str:
-    """16 hex digits of every weight: two backbones with the same digest compute the same."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(backbone.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def _header(path: Path) -> dict[str, Any] | None:
-    if path.suffix != ".safetensors":
-        return None
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("unipt")
-    return json.loads(text) if text else None
-
-
-def _reduction(tensors: Mapping[str, Tensor], config: ModelConfig, path: Path) -> int:
-    gate = tensors.get("image_adapter.gate_layer.weight")
-    if gate is None:
-        raise UserError(f"{path} holds no UniPT network: image_adapter.gate_layer.weight is not in it")
-    return max(1, config.embed_dim // gate.shape[-1])
