@@ -1,0 +1,352 @@
+"""Training from plain WebDataset tars, without any manifest: what they hold, read from their headers alone.
+
+`--corpus 'shards/{000000..000009}.tar'` (braces, globs, any fsspec URL) goes through every tar once, keeps where each
+member lies, reads the small text members, and offers the result as the tables that selections are made from: `samples`
+and the view `catalog`. Nothing is extracted or decoded. Tars come from anywhere: what is wrong in one becomes a row,
+and the part of a torn tar that is whole is used.
+"""
+
+import glob
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import pyarrow as pa
+
+from pipeline.errors import UserError
+from shards.tar import BLOCK
+
+VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")  # where a sample has several, the first of these
+STILL_EXTENSIONS = ("jpg", "jpeg")
+MAX_TEXT_BYTES = 1 << 20  # of a txt or json member; longer ones are reported and not read
+
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+_KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # WebDataset's rule: up to the name's first dot
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_THREADS = 16  # tars read at a time: remote ones wait more than they work
+_REMOTE_BLOCK_BYTES = 1 << 16  # read ahead of a remote tar's headers: most lie between members far larger than that
+
+
+class Problem(NamedTuple):
+    """What was wrong with a tar, or with a member of it."""
+
+    item_id: str  # the tar, or tar and member
+    error_class: str
+    message: str
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    samples: pa.Table  # columns of `training.selection.SELECTION`, in order of (shard, mp4_offset)
+    problems: list[Problem]
+
+
+def is_tars(corpus: str) -> bool:
+    """Whether `--corpus` names tars rather than a corpus folder: its last part, braces expanded, ends like a tar."""
+    if Path(corpus).is_dir():
+        return False
+    return expand_braces(corpus)[0].endswith((".tar", *_COMPRESSED))
+
+
+@contextmanager
+def open_tars(pattern: str, tables: Mapping[str, str | Path] | None = None) -> Iterator[tuple[Any, list[Problem]]]:
+    """A DuckDB connection, shut in as that to a manifest is, with the tables that selecting asks; what was wrong."""
+    from shards.sql import add_tables, private_connection, shut_in
+
+    index = index_tars([pattern])
+    with private_connection() as connection:
+        connection.register("indexed", index.samples)
+        connection.execute("""
+            CREATE TABLE samples AS
+            SELECT * EXCLUDE (duplicate_group), NULL::VARCHAR AS mp4_sha256, NULL::VARCHAR AS jpg_sha256 FROM indexed;
+            CREATE TABLE scores AS
+            SELECT clip_id, duplicate_group FROM indexed WHERE duplicate_group IS NOT NULL;
+            CREATE TABLE videos AS SELECT DISTINCT video_id, NULL::VARCHAR AS duplicate_of FROM indexed;
+            CREATE VIEW catalog AS
+            SELECT clip_id, video_id, shard, mp4_bytes AS num_bytes, num_frames, subtitle AS text, caption,
+                   duplicate_group
+            FROM samples LEFT JOIN scores USING (clip_id);
+        """)
+        connection.unregister("indexed")
+        add_tables(connection, tables or {})
+        shut_in(connection)
+        yield connection, index.problems
+
+
+def index_tars(patterns: list[str]) -> TarIndex:
+    """Every sample that has a video, of all tars. Raises UserError where a tar cannot be opened or is compressed.
+
+    clip_id    what the json says, else the key; where one repeats, with its shard's name before it
+    video_id   what the json says, else the clip_id
+    subtitle   the txt, else the json's `subtitle` or `text`
+    caption    the json's `caption`, or the first of its `captions`
+    """
+    from training.selection import SELECTION
+
+    paths = [path for pattern in patterns for path in expand(pattern)]
+    with ThreadPoolExecutor(min(_THREADS, len(paths))) as pool:
+        contents = list(pool.map(read_tar, paths))
+    rows = [row for content in contents for row in content.rows]
+    _name_clips(rows)
+    table = pa.Table.from_pylist(rows, SELECTION).sort_by([("shard", "ascending"), ("mp4_offset", "ascending")])
+    return TarIndex(table, [problem for content in contents for problem in content.problems])
+
+
+# --- Which tars
+
+
+def expand(pattern: str) -> list[str]:
+    """Absolute paths or URLs of the tars that a pattern means, each once. Raises UserError where it means none."""
+    found = list(dict.fromkeys(path for part in expand_braces(pattern) for path in _expand_glob(part)))
+    for path in found:
+        if path.endswith(_COMPRESSED):
+            raise UserError(f"--corpus: {path} is compressed, so no part of it can be read alone. Allowed: plain .tar.")
+    return found
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """ "{08..10}.tar" → 08.tar, 09.tar, 10.tar; "{a,b}" → a, b; a step as in "{0..8..2}"; braces may nest."""
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [path for value in _alternatives(match[1]) for path in expand_braces(before + value + after)]
+
+
+def _alternatives(inner: str) -> list[str]:
+    numbers = _RANGE.fullmatch(inner)
+    if numbers is None:
+        return inner.split(",")
+    first, last, step = int(numbers[1]), int(numbers[2]), max(1, int(numbers[3] or 1))
+    padded = any(len(text) > 1 and text.startswith("0") for text in numbers.group(1, 2))
+    width = max(len(numbers[1]), len(numbers[2])) if padded else 0
+    values = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+    return [f"{value:0{width}d}" for value in values]
+
+
+def _expand_glob(pattern: str) -> list[str]:
+    if _URL.match(pattern):
+        return _expand_remote(pattern)
+    path = os.path.abspath(os.path.expanduser(pattern))
+    if os.path.isfile(path):
+        return [path]
+    if not glob.has_magic(path):
+        raise UserError(f"--corpus: {pattern}: no such file.")
+    if not (found := sorted(glob.glob(path, recursive=True))):
+        raise UserError(f"--corpus: {pattern} matches no file.")
+    return found
+
+
+def _expand_remote(pattern: str) -> list[str]:
+    if not glob.has_magic(pattern):
+        return [pattern]
+    system, path = _filesystem(pattern)
+    try:
+        found = sorted(system.glob(path))
+    except OSError as error:
+        raise UserError(f"--corpus: {pattern} cannot be listed: {error}") from error
+    if not found:
+        raise UserError(f"--corpus: {pattern} matches no file.")
+    return [system.unstrip_protocol(path) for path in found]
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"--corpus: {url}: {error}") from error
+
+
+# --- One tar
+
+
+@dataclass
+class _Content:
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+@dataclass
+class _Sample:
+    """The members of one key: extension → (offset, bytes), and the text members' content."""
+
+    key: str
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+def read_tar(path: str) -> _Content:
+    """The samples of one tar. Raises UserError where it cannot be opened or is compressed."""
+    content = _Content()
+    try:
+        with _open(path) as file:
+            if file.read(6).startswith(_MAGIC):
+                raise UserError(f"--corpus: {path} is compressed, so no part of it can be read alone.")
+            file.seek(0)
+            for sample in _samples(file, path, content.problems):
+                if row := _row(sample, path, content.problems):
+                    content.rows.append(row)
+    except OSError as error:
+        raise UserError(f"--corpus: {path} cannot be read: {error}") from error
+    return content
+
+
+def _open(path: str) -> IO[bytes]:
+    if not _URL.match(path):
+        return open(path, "rb")
+    system, inner = _filesystem(path)
+    return system.open(inner, "rb", block_size=_REMOTE_BLOCK_BYTES)
+
+
+def _samples(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[_Sample]:
+    """Neighbouring members of one key are one sample, as WebDataset has it."""
+    current: _Sample | None = None
+    for member in _members(file, path, problems):
+        match = _KEY.fullmatch(member.name)
+        if match is None:
+            continue
+        key, extension = match[1], match[2].lower()
+        if current is None or key != current.key:
+            if current is not None:
+                yield current
+            current = _Sample(key)
+        if extension in current.members:
+            problems.append(Problem(f"{path}/{member.name}", "repeated-member", "the sample has one already"))
+            continue
+        current.members[extension] = member.offset_data, member.size
+        if extension in ("txt", "json") and (text := _read_text(file, path, member, problems)) is not None:
+            current.texts[extension] = text
+    if current is not None:
+        yield current
+
+
+def _members(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[tarfile.TarInfo]:
+    """Plain files whose data are all there, in order; what else there is, and where the tar is torn, is reported."""
+    size, ignored, offset = file.seek(0, os.SEEK_END), Counter[str](), 0
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # tarfile would keep them all
+                if member.size < 0 or member.offset_data < offset or member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"{member.name!r} goes past the end of the file")
+                offset = member.offset_data + member.size
+                if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE) and not member.issparse():
+                    yield member
+                elif not member.isdir():
+                    ignored[_kind(member)] += 1
+            _check_end(file, tar.offset)
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        problems.append(Problem(path, "torn-tar", f"read up to byte {offset} of {size}: {error}"))
+    problems += [
+        Problem(path, "ignored-member", f"{count} {kind} among its members") for kind, count in ignored.items()
+    ]
+
+
+def _kind(member: tarfile.TarInfo) -> str:
+    if member.issym() or member.islnk():
+        return "links"
+    return "sparse files" if member.issparse() else "devices"
+
+
+def _check_end(file: IO[bytes], offset: int) -> None:
+    """tarfile takes anything that is no header for the end of the tar."""
+    file.seek(offset)
+    block = file.read(BLOCK)
+    if len(block) < BLOCK or any(block):
+        raise tarfile.ReadError("no end mark" if len(block) < BLOCK else f"no header at {offset}")
+
+
+def _read_text(file: IO[bytes], path: str, member: tarfile.TarInfo, problems: list[Problem]) -> str | None:
+    item = f"{path}/{member.name}"
+    if member.size > MAX_TEXT_BYTES:
+        problems.append(Problem(item, "text-too-long", f"{member.size} bytes, at most {MAX_TEXT_BYTES} are read"))
+        return None
+    file.seek(member.offset_data)
+    try:
+        return file.read(member.size).decode()
+    except UnicodeDecodeError as error:
+        problems.append(Problem(item, "bad-text", str(error)))
+        return None
+
+
+# --- One sample
+
+
+def _row(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any] | None:
+    """None for a sample without a video, which may well be there for other readers."""
+    video = next((sample.members[name] for name in VIDEO_EXTENSIONS if name in sample.members), None)
+    if video is None:
+        return None
+    still = next((sample.members[name] for name in STILL_EXTENSIONS if name in sample.members), (None, None))
+    facts = _facts(sample, path, problems)
+    captions = facts.get("captions")
+    first_caption = captions[0] if isinstance(captions, list) and captions else captions
+    return {
+        "clip_id": _text(facts.get("clip_id")) or sample.key,
+        "video_id": _text(facts.get("video_id")),
+        "shard": path,
+        "mp4_offset": video[0],
+        "mp4_bytes": video[1],
+        "jpg_offset": still[0],
+        "jpg_bytes": still[1],
+        "num_frames": _count(facts.get("num_frames")),
+        "subtitle": sample.texts.get("txt", _text(facts.get("subtitle")) or _text(facts.get("text"))),
+        "caption": _text(facts.get("caption")) or _text(first_caption),
+        "duplicate_group": _text(facts.get("duplicate_group")),
+    }
+
+
+def _facts(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any]:
+    if "json" not in sample.texts:
+        return {}
+    try:
+        facts = json.loads(sample.texts["json"])
+    except (ValueError, RecursionError) as error:
+        problems.append(Problem(f"{path}/{sample.key}.json", "bad-json", str(error)))
+        return {}
+    if isinstance(facts, dict):
+        return facts
+    problems.append(Problem(f"{path}/{sample.key}.json", "bad-json", f"{type(facts).__name__}, not an object"))
+    return {}
+
+
+def _text(value: Any) -> str | None:
+    """A string that Arrow takes: JSON may hold halves of surrogate pairs."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) and value else None
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and 0 < value < 2**31 else None
+
+
+def _name_clips(rows: list[dict[str, Any]]) -> None:
+    """Makes every clip_id its only one: with the tar's name before it, else with the tar's path and the offset, too."""
+    for qualify in (_with_name, _with_place):
+        repeated = {clip_id for clip_id, count in Counter(row["clip_id"] for row in rows).items() if count > 1}
+        for row in rows:
+            if row["clip_id"] in repeated:
+                row["clip_id"] = qualify(row)
+    for row in rows:
+        row["video_id"] = row["video_id"] or row["clip_id"]
+
+
+def _with_name(row: dict[str, Any]) -> str:
+    return f"{Path(row['shard']).stem}/{row['clip_id']}"
+
+
+def _with_place(row: dict[str, Any]) -> str:
+    return f"{row['shard']}/{row['mp4_offset']}/{row['clip_id']}"
