@@ -1,0 +1,246 @@
+"""Batches for one process, in step order, from any step to any step, read ahead by a few other processes.
+
+1. The plan says which rows a step takes (`training.epochs`); this process takes its slots of them (`rank_slots`).
+2. A step's slots are cut into parts, so that all loader processes work on the batch that is needed next.
+3. `training.samples` reads a part; `training.loader_pool` has that done in other processes, in order, within a fixed
+   amount of memory. A thread puts parts together to batches: pixels copied into place, texts padded to the longest.
+4. A sample is a pure function of (row, epoch), so batches depend neither on how many processes read nor on where
+   reading began: resuming at a step is beginning there.
+
+Unreadable samples are masked holes. They are counted against `data.max_failures`, and handed on for `failures.jsonl`.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.errors import UserError
+from training.batch import Batch
+from training.epochs import Epochs
+from training.loader_pool import Pool, Request
+from training.plan import locate
+from training.samples import HOLE, Canvas, Failure, Part, SampleReader, copy, join
+
+__all__ = ["Loader", "LoaderTimes", "SampleReader", "default_processes", "requests_of"]
+
+PART_SAMPLES = 16  # at most: large enough that a shard's neighbours are read together and messages cost nothing
+_BATCHES_AHEAD = 2  # put together and waiting, besides what the slots hold
+_JUDGED_AFTER = 100  # samples: before that, a share says nothing
+
+
+@dataclass
+class LoaderTimes:
+    """Seconds since the loader began, summed over its processes but for `wait_s`."""
+
+    read_s: float = 0.0  # waiting for bytes
+    decode_s: float = 0.0  # from bytes to pixels
+    wait_s: float = 0.0  # the consumer waited for the next batch
+
+
+class Loader:
+    """Use as a context: its processes end with it. One `read` at a time.
+
+    num_processes     0: read in this process, when asked; None: see `default_processes`
+    prefetch_samples  read ahead at most; each takes (T + 1) x 3 x S x S bytes of shared memory
+    max_failures      share of unreadable samples above which reading stops with a UserError
+    on_failures       called with every batch's failures, in the order of batches, before the batch is given out
+    pin_memory        batches lie in page-locked memory, from which a GPU copies while it computes
+    """
+
+    def __init__(
+        self,
+        reader: SampleReader,
+        *,
+        num_processes: int | None = None,
+        prefetch_samples: int = 256,
+        max_failures: float = 1.0,
+        on_failures: Callable[[list[Failure]], None] = lambda failures: None,
+        pin_memory: bool = False,
+    ):
+        self.reader, self.on_failures = reader, on_failures
+        self.num_processes = default_processes() if num_processes is None else num_processes
+        self.prefetch_samples, self.max_failures, self.pin_memory = prefetch_samples, max_failures, pin_memory
+        self.times = LoaderTimes()
+        self.num_read = self.num_failed = 0
+        self.reasons: Counter[str] = Counter()
+        self._reading: Iterator[Batch] | None = None
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
+
+    def batches(self, epochs: Epochs, slots: slice, start_step: int, end_step: int) -> Iterator[Batch]:
+        """One batch for each step from `start_step` up to but not including `end_step`."""
+        return self.read(requests_of(epochs, slots, start_step, end_step))
+
+    def read(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """One batch for each request, in order. Raises UserError over too many failures."""
+        self.close()
+        self._reading = self._read(requests)
+        return self._reading
+
+    def _read(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        loaded = self._alone(requests) if self.num_processes == 0 else self._together(requests)
+        try:
+            while True:
+                began = time.perf_counter()
+                item = next(loaded, None)
+                self.times.wait_s += time.perf_counter() - began
+                if item is None:
+                    return
+                self._count(item)
+                yield item.batch()
+        finally:
+            loaded.close()
+
+    # --- In this process
+
+    def _alone(self, requests: Iterable[Request]) -> Iterator[Part]:
+        for request in requests:
+            maker = _BatchMaker(len(request.rows), self.reader, self.pin_memory)
+            for piece in _pieces(request, PART_SAMPLES):
+                maker.add(self.reader.read(piece.rows, piece.epoch, canvas=maker.room(len(piece.rows))))
+            yield maker.joined()
+
+    # --- With others
+
+    def _together(self, requests: Iterable[Request]) -> Iterator[Part]:
+        """A thread puts batches together while the consumer computes."""
+        ready: queue.Queue[Any] = queue.Queue(_BATCHES_AHEAD)
+        stop = threading.Event()
+
+        def give(item: Any) -> bool:
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        def work() -> None:
+            try:
+                for item in self._assembled(requests, stop):
+                    if not give(item):
+                        return
+                give(None)
+            except BaseException as error:  # raised again where the consumer sees it
+                give(error)
+
+        thread = threading.Thread(target=work, name="clipmill-loader", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def _assembled(self, requests: Iterable[Request], stop: threading.Event) -> Iterator[Part]:
+        requests = iter(requests)
+        first = next(requests, None)
+        if first is None:
+            return
+        part_size = max(1, min(PART_SAMPLES, -(-len(first.rows) // self.num_processes)))
+        num_slots = max(1, self.prefetch_samples // part_size)
+        with Pool(self.reader, self.num_processes, part_size, num_slots, stop) as pool:
+            sizes: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+            def pieces() -> Iterator[Request]:
+                for request in _chain(first, requests):
+                    sizes.put(len(request.rows))
+                    yield from _pieces(request, part_size)
+
+            maker: _BatchMaker | None = None
+            for part in pool.parts(pieces()):
+                maker = maker or _BatchMaker(sizes.get(), self.reader, self.pin_memory)
+                copy(part.canvas, maker.room(len(part.rows_B)))
+                maker.add(part)
+                if maker.complete:
+                    yield maker.joined()
+                    maker = None
+
+    # --- Failures
+
+    def _count(self, item: Part) -> None:
+        """Raises UserError over the budget."""
+        failures = item.failures
+        self.times.read_s += item.read_s
+        self.times.decode_s += item.decode_s
+        self.num_read += int(np.count_nonzero(item.rows_B != HOLE))
+        self.num_failed += len(failures)
+        self.reasons.update(failure.error.error_class for failure in failures)
+        if failures:
+            self.on_failures(failures)
+        if self.num_read >= _JUDGED_AFTER and self.num_failed > self.max_failures * self.num_read:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common(3))
+            last = f" The last: {failures[-1].clip_id}: {failures[-1].error}." if failures else ""
+            raise UserError(
+                f"{self.num_failed} of {self.num_read} samples cannot be read ({reasons}); data.max_failures = "
+                f"{self.max_failures:g} allows a share of so much.{last} Allowed: a data.where that leaves them out, "
+                "or a higher data.max_failures."
+            )
+
+
+def requests_of(epochs: Epochs, slots: slice, start_step: int, end_step: int) -> Iterator[Request]:
+    """What a process's batches of these steps are made of."""
+    for step in range(start_step, end_step):
+        yield Request(epochs.rows(step)[slots], locate(epochs.spec, step)[0])
+
+
+def default_processes(local_world_size: int = 1) -> int:
+    """One per core, shared among the training processes of a host."""
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def _chain(first: Request, rest: Iterator[Request]) -> Iterator[Request]:
+    yield first
+    yield from rest
+
+
+def _pieces(request: Request, size: int) -> Iterator[Request]:
+    for start in range(0, len(request.rows), size):
+        yield Request(request.rows[start : start + size], request.epoch)
+
+
+class _BatchMaker:
+    """A batch in the making."""
+
+    def __init__(self, num_samples: int, reader: SampleReader, pin_memory: bool):
+        buffer = torch.empty(num_samples * reader.sample_bytes, dtype=torch.uint8, pin_memory=pin_memory)
+        self.canvas = reader.canvas(num_samples, buffer.numpy())
+        self.num_samples, self.num_done = num_samples, 0
+        self.parts: list[Part] = []
+
+    @property
+    def complete(self) -> bool:
+        return self.num_done == self.num_samples
+
+    def room(self, num_samples: int) -> Canvas:
+        """Where the next part's pixels belong."""
+        return self.canvas.part(slice(self.num_done, self.num_done + num_samples))
+
+    def add(self, part: Part) -> None:
+        part.canvas = None  # of a slot that is about to be used again
+        self.parts.append(part)
+        self.num_done += len(part.rows_B)
+
+    def joined(self) -> Part:
+        return join(self.parts, self.canvas)

@@ -1,0 +1,225 @@
+"""Processes that read samples, and what happens when one dies.
+
+1. The pool owns a few slots: stretches of shared memory, each with room for the pixels of one part. A request (rows,
+   epoch) gets a ticket and a free slot and goes to the process that has least to do.
+2. The process reads the part, its pixels straight into the slot, and sends back the small rest through its pipe.
+3. Parts are handed out in the order of their requests; the slot is free again when the next one is asked for. So memory
+   is bounded by the slots, whoever is slow.
+4. A process says in shared memory which sample it is at. When it dies (a decoder's crash, out of memory, `kill`) its
+   tickets go to the others and a new process takes its place. A sample that two processes died at is not tried a third
+   time: it is the failure "decoder-died".
+
+Processes are forked from a fork server, which holds no threads or devices of the training process and has the imports
+ready, so that starting one costs milliseconds.
+"""
+
+import ctypes
+import multiprocessing
+import signal
+import threading
+import traceback
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import torch
+
+from pipeline.errors import ItemError, UserError
+from training.plan import Rows
+from training.samples import Part, SampleReader
+
+_AHEAD = 2  # requests a process holds: one to read, one to go on with at once
+_MAX_DEATHS = 20  # without a part between them: something is wrong that no retry heals
+_DEADLY = 2  # deaths at one sample that make it a failure
+
+
+class Request(NamedTuple):
+    """One part of a step."""
+
+    rows: Rows
+    epoch: int
+
+
+@dataclass
+class _Ticket:
+    request: Request
+    slot: int
+    deaths: Counter[int] = field(default_factory=Counter)  # by position in the part
+    lost: dict[int, ItemError] = field(default_factory=dict)
+    part: Part | None = None
+
+
+@dataclass
+class _Worker:
+    process: Any  # multiprocessing's Process
+    connection: Connection
+    at: Any  # shared: (ticket, position) of the sample being decoded
+    tickets: list[int] = field(default_factory=list)
+
+
+class Pool:
+    """Use as a context; all processes end with it."""
+
+    def __init__(self, reader: SampleReader, num_processes: int, part_size: int, num_slots: int, stop: threading.Event):
+        self.reader, self.num_processes, self.part_size = reader, num_processes, part_size
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["training.loader_pool"])
+        num_bytes = part_size * reader.sample_bytes
+        self.slots = [self.context.RawArray(ctypes.c_uint8, num_bytes) for _ in range(max(num_slots, num_processes))]
+        self.workers: list[_Worker] = []
+        self.tickets: dict[int, _Ticket] = {}
+        self.waiting: deque[int] = deque()  # tickets that no process has
+        self.num_deaths = 0  # in all
+        self._recent_deaths = 0
+        self.stop = stop
+
+    def __enter__(self) -> "Pool":
+        self.workers = [self._start() for _ in range(self.num_processes)]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for worker in self.workers:
+            self._end(worker)
+        self.workers = []
+
+    def parts(self, requests: Iterable[Request]) -> Iterator[Part]:
+        """In order. A part's pixels are the slot's: copy them before asking for the next one.
+
+        Raises UserError when processes keep dying, and whatever a process stumbled over that is no ItemError.
+        """
+        requests, order = iter(requests), deque()
+        free = list(range(len(self.slots)))
+        number, more = 0, True
+        while not self.stop.is_set():
+            while free and more:
+                request = next(requests, None)
+                more = request is not None
+                if more:
+                    self.tickets[number] = _Ticket(request, free.pop())
+                    self.waiting.append(number)
+                    order.append(number)
+                    number += 1
+            if not order:
+                return
+            self._deal()
+            if self.tickets[order[0]].part is None:
+                self._listen()
+                continue
+            ticket = self.tickets.pop(order.popleft())
+            yield ticket.part
+            free.append(ticket.slot)
+
+    def _deal(self) -> None:
+        """Waiting tickets to the processes that have least to do."""
+        while self.waiting:
+            worker = min(self.workers, key=lambda worker: len(worker.tickets))
+            if len(worker.tickets) >= _AHEAD:
+                return
+            number = self.waiting.popleft()
+            ticket = self.tickets[number]
+            worker.tickets.append(number)
+            try:
+                worker.connection.send((number, ticket.slot, *ticket.request, ticket.lost))
+            except OSError:
+                self._bury(worker)
+
+    def _listen(self) -> None:
+        """Waits until some process answers or dies; a second at most, so that a stop is noticed."""
+        by_channel = {worker.connection: worker for worker in self.workers}
+        by_channel |= {worker.process.sentinel: worker for worker in self.workers}
+        for worker in {id(worker): worker for worker in map(by_channel.get, wait(list(by_channel), 1.0))}.values():
+            try:
+                while worker.connection.poll():
+                    self._take(worker, *worker.connection.recv())
+            except (EOFError, OSError):
+                self._bury(worker)
+            else:
+                if not worker.process.is_alive() and not worker.connection.poll():
+                    self._bury(worker)
+
+    def _take(self, worker: _Worker, number: int, answer: Part | Exception) -> None:
+        if isinstance(answer, Exception):
+            raise answer
+        worker.tickets.remove(number)
+        ticket = self.tickets[number]
+        answer.canvas = self.reader.canvas(len(ticket.request.rows), self.slots[ticket.slot])
+        ticket.part = answer
+        self._recent_deaths = 0
+
+    # --- Processes
+
+    def _start(self) -> _Worker:
+        ours, theirs = self.context.Pipe()
+        at = self.context.RawArray(ctypes.c_int64, [-1, -1])
+        process = self.context.Process(
+            target=_work, args=(theirs, self.reader, self.slots, at), daemon=True, name="clipmill-loader"
+        )
+        process.start()
+        theirs.close()
+        return _Worker(process, ours, at)
+
+    def _end(self, worker: _Worker) -> None:
+        worker.connection.close()
+        worker.process.kill()
+        worker.process.join()
+        worker.process.close()
+
+    def _bury(self, worker: _Worker) -> None:
+        """A new process in a dead one's place; its tickets go first."""
+        worker.process.join()
+        code = worker.process.exitcode
+        self.num_deaths += 1
+        self._recent_deaths += 1
+        number, position = worker.at
+        if number in worker.tickets and position >= 0:
+            ticket = self.tickets[number]
+            ticket.deaths[position] += 1
+            if ticket.deaths[position] == _DEADLY:
+                ticket.lost[position] = ItemError("decoder-died", f"{_DEADLY} processes reading it {_ended(code)}")
+        if self._recent_deaths > _MAX_DEATHS:
+            raise UserError(
+                f"loader processes keep dying (the last one {_ended(code)}). If memory runs out: a lower "
+                "data.loader_processes or data.prefetch_samples; data.loader_processes = 0 reads in this process."
+            )
+        self.waiting.extendleft(reversed(worker.tickets))
+        self._end(worker)
+        self.workers[self.workers.index(worker)] = self._start()
+
+
+def _ended(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+# --- In the process
+
+
+def _work(connection: Connection, reader: SampleReader, slots: list[Any], at: Any) -> None:
+    """Until the pool hangs up, or is gone."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # they ask the trainer, which may be in one group with its processes
+    torch.set_num_threads(1)
+    while True:
+        try:
+            number, slot, rows, epoch, lost = connection.recv()
+        except (EOFError, OSError):
+            return
+
+        def watch(position: int, number: int = number) -> None:
+            at[0], at[1] = number, position
+
+        try:
+            canvas = reader.canvas(len(rows), slots[slot])
+            answer: Part | Exception = reader.read(rows, epoch, canvas=canvas, lost=lost, watch=watch)
+            answer.canvas = None
+        except UserError as error:
+            answer = error
+        except Exception:  # a broken invariant: told where somebody sees it
+            answer = RuntimeError(f"a loader process stumbled:\n{traceback.format_exc()}")
+        try:
+            connection.send((number, answer))
+        except OSError:
+            return

@@ -1,0 +1,280 @@
+"""One sample as a pure function of (row, epoch): bytes from its shard, pictures, token ids.
+
+`SampleReader.read` reads a few rows together, in the order asked for. Whoever reads them, in whichever process and with
+whichever neighbours, gets the same. What cannot be read is a masked hole and a `Failure`.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+
+from pipeline.errors import ItemError
+from training.batch import Batch
+from training.clip_video import Picture, Pixels, decode_clip, decode_still
+from training.frames import eval_indices, middle_index, train_indices
+from training.plan import PAD
+from training.selection import Selection
+from training.settings import DataSettings
+from training.shard_cache import ShardCache
+from training.shard_reader import Range, ShardReader
+from training.texts import TextEncoder
+
+HOLE = -1  # in `Batch.rows_B`
+
+
+class Failure(NamedTuple):
+    """A sample that could not be read."""
+
+    clip_id: str
+    row: int
+    error: ItemError
+
+
+class Canvas(NamedTuple):
+    """Where pixels are written: dense arrays each, so that they go to a GPU in one copy."""
+
+    frames_BTSS3: Pixels
+    stills_B1SS3: Pixels
+
+    def part(self, slots: slice) -> "Canvas":
+        return Canvas(self.frames_BTSS3[slots], self.stills_B1SS3[slots])
+
+    def sample(self, slot: int) -> list[Pixels]:
+        """The sample's pictures: T frames and the still one."""
+        return [*self.frames_BTSS3[slot], self.stills_B1SS3[slot, 0]]
+
+    def clear(self, slot: int) -> None:
+        self.frames_BTSS3[slot] = 0
+        self.stills_B1SS3[slot] = 0
+
+
+@dataclass
+class Part:
+    """Some slots of a step, read; plain arrays, so that it goes through a pipe as it is. Legend: `training.batch`."""
+
+    canvas: Canvas | None  # None on the way through a pipe
+    rows_B: NDArray[np.int64]
+    subtitle_BL: NDArray[np.int64]  # as long as the longest of the part
+    caption_BL: NDArray[np.int64]
+    video_mask_B: NDArray[np.bool_]
+    subtitle_mask_B: NDArray[np.bool_]
+    caption_mask_B: NDArray[np.bool_]
+    failures: list[Failure]
+    read_s: float  # wall time waiting for bytes
+    decode_s: float  # wall time from bytes to pixels
+
+    def batch(self) -> Batch:
+        """Views of the arrays. Pixels lie channels last in memory, which is how they come and what GPUs like."""
+        assert self.canvas is not None
+        pixels = [torch.from_numpy(array).permute(0, 1, 4, 2, 3) for array in self.canvas]
+        return Batch(
+            rows_B=torch.from_numpy(self.rows_B),
+            video_BT3SS=pixels[0],
+            frame_B13SS=pixels[1],
+            subtitle_BL=torch.from_numpy(self.subtitle_BL),
+            caption_BL=torch.from_numpy(self.caption_BL),
+            video_mask_B=torch.from_numpy(self.video_mask_B),
+            subtitle_mask_B=torch.from_numpy(self.subtitle_mask_B),
+            caption_mask_B=torch.from_numpy(self.caption_mask_B),
+        )
+
+
+def copy(source: Canvas, target: Canvas) -> None:
+    for pixels, place in zip(source, target, strict=True):
+        place[:] = pixels
+
+
+def join(parts: list[Part], canvas: Canvas) -> Part:
+    """One part of many, whose pixels are on `canvas` already."""
+    return Part(
+        canvas,
+        *(
+            _joined([getattr(part, name) for part in parts])
+            for name in ("rows_B", "subtitle_BL", "caption_BL", "video_mask_B", "subtitle_mask_B", "caption_mask_B")
+        ),
+        failures=[failure for part in parts for failure in part.failures],
+        read_s=sum(part.read_s for part in parts),
+        decode_s=sum(part.decode_s for part in parts),
+    )
+
+
+def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    """One after another; texts are as long as the longest, padded with zeros behind the end token."""
+    shape = [sum(len(array) for array in arrays), *np.max([array.shape[1:] for array in arrays], axis=0).astype(int)]
+    joined, at = np.zeros(shape, arrays[0].dtype), 0
+    for array in arrays:
+        joined[(slice(at, at + len(array)), *map(slice, array.shape[1:]))] = array
+        at += len(array)
+    return joined
+
+
+class SampleReader:
+    """Reads samples of a selection; pickles small, and opens files where it is used.
+
+    train  False: the frames and texts that evaluation sees, whatever the epoch
+    """
+
+    def __init__(
+        self, selection: Selection, data: DataSettings, texts: TextEncoder, image_size: int, *, train: bool = True
+    ):
+        self.selection, self.data, self.texts, self.image_size, self.train = selection, data, texts, image_size, train
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("shards", "_blank")}
+
+    @cached_property
+    def shards(self) -> ShardReader:
+        data = self.data
+        cache = ShardCache(Path(data.cache_dir), data.cache_bytes) if data.cache_dir else None
+        return ShardReader(self.selection.root, cache, self.wanted_bytes)
+
+    @property
+    def picture(self) -> Picture:
+        return Picture(self.image_size, self.data.fit, self.data.antialias)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Of a sample's pixels."""
+        return (self.data.num_frames + 1) * self.image_size * self.image_size * 3
+
+    def canvas(self, num_samples: int, buffer: Any = None) -> Canvas:
+        """Uninitialised, on a writable buffer of `num_samples * sample_bytes` where one is given."""
+        if buffer is None:
+            buffer = np.empty(num_samples * self.sample_bytes, np.uint8)
+        size, num_frames = self.image_size, self.data.num_frames
+        pixels = np.frombuffer(buffer, np.uint8, num_samples * self.sample_bytes).reshape(-1, size, size, 3)
+        frames, stills = np.split(pixels, [num_samples * num_frames])
+        return Canvas(frames.reshape(num_samples, num_frames, size, size, 3), stills[:, None])
+
+    def read(
+        self,
+        rows: Sequence[int] | NDArray[np.integer],
+        epoch: int,
+        *,
+        canvas: Canvas | None = None,
+        lost: Mapping[int, ItemError] | None = None,
+        watch: Callable[[int], None] = lambda slot: None,
+    ) -> Part:
+        """The rows in order, `PAD` for slots that stay empty.
+
+        canvas  where the pixels go; None: a new one
+        lost    slots that are not to be tried, and why
+        watch   told which slot is about to be decoded, -1 when none is
+        """
+        rows = np.asarray(rows, np.int64)
+        canvas = canvas or self.canvas(len(rows))
+        slots = np.flatnonzero(rows != PAD)
+        clips = self.selection.take(rows[slots]).to_pylist()
+        lost = lost or {}
+        began = time.perf_counter()
+        sources = self._bytes(clips)
+        read_s, errors = time.perf_counter() - began, {}
+        for slot in np.flatnonzero(rows == PAD):
+            canvas.clear(slot)
+        for slot, clip, source in zip(slots.tolist(), clips, sources, strict=True):
+            watch(slot)
+            try:
+                if slot in lost:
+                    raise lost[slot]
+                self._decode(clip, source, epoch, canvas.sample(slot))
+            except ItemError as error:
+                canvas.clear(slot)
+                errors[slot] = error
+        watch(-1)
+        decode_s = time.perf_counter() - began - read_s
+        named = dict(zip(slots.tolist(), clips, strict=True))
+        failures = [Failure(named[slot]["clip_id"], int(rows[slot]), error) for slot, error in errors.items()]
+        readable_B = np.isin(np.arange(len(rows)), slots) & ~np.isin(np.arange(len(rows)), list(errors))
+        clips_B = [named.get(slot) for slot in range(len(rows))]
+        subtitle_BL, subtitle_mask_B = self._ids(clips_B, self.data.subtitle, readable_B)
+        caption_BL, caption_mask_B = self._ids(clips_B, "caption", readable_B)
+        rows_B = np.where(rows == PAD, HOLE, rows)
+        texts = (subtitle_BL, caption_BL, readable_B, subtitle_mask_B, caption_mask_B)
+        return Part(canvas, rows_B, *texts, failures, read_s, decode_s)
+
+    def _bytes(self, clips: list[dict[str, Any]]) -> list["_Source"]:
+        """Of all clips together, so that neighbours in a shard are one read."""
+        ranges = [Range(clip["shard"], clip["mp4_offset"], clip["mp4_bytes"]) for clip in clips]
+        stills = [clip for clip in clips if self._has_still(clip)]
+        ranges += [Range(clip["shard"], clip["jpg_offset"], clip["jpg_bytes"]) for clip in stills]
+        found = self.shards.read(ranges)
+        pictures = iter(found[len(clips) :])
+        return [
+            _Source(data, next(pictures) if self._has_still(clip) else None)
+            for clip, data in zip(clips, found, strict=False)
+        ]
+
+    def _has_still(self, clip: dict[str, Any]) -> bool:
+        return self.data.still == "captioned" and clip["jpg_offset"] is not None
+
+    def _decode(self, clip: dict[str, Any], source: "_Source", epoch: int, out: list[Pixels]) -> None:
+        """Fills one sample's pixels. Raises ItemError."""
+        for data in source:
+            if isinstance(data, ItemError):
+                raise data
+        if source.still is not None:
+            out.pop()[:] = decode_still(source.still, self.picture)
+        elif self.data.still == "captioned" and clip["caption"]:
+            raise ItemError("no-still", "the sample has a caption but no JPEG; allowed then: data.still = middle")
+        with_middle = source.still is None
+
+        def choose(total: int) -> NDArray[np.integer]:
+            indices = self._indices(total, epoch, clip["clip_id"])
+            return np.append(indices, middle_index(total)) if with_middle else indices
+
+        decode_clip(source.clip, choose, self.picture, out)
+
+    def _indices(self, total: int, epoch: int, clip_id: str) -> NDArray[np.integer]:
+        data = self.data
+        if self.train and data.jitter:
+            return train_indices(total, data.num_frames, seed=data.seed, epoch=epoch, clip_id=clip_id)
+        return eval_indices(total, data.num_frames)
+
+    def _ids(
+        self, clips_B: list[dict[str, Any] | None], column: str, readable_B: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(ids [B, L] cut to the longest, mask [B]). No text is the empty text, masked."""
+        texts = [(clip and clip[column] or "").strip() for clip in clips_B]
+        mask_B = np.array([bool(text) for text in texts]) & readable_B
+        ids_BL = self.texts([text if there else "" for text, there in zip(texts, mask_B.tolist(), strict=True)]).numpy()
+        return ids_BL[:, : num_tokens(ids_BL)], mask_B
+
+    # --- How much of a shard the run wants
+
+    def wanted_bytes(self, shard: str) -> int:
+        """Bytes of a shard that the selection takes; the selection is in order of shards."""
+        first = self._first_row(lambda name: name >= shard)
+        after = self._first_row(lambda name: name > shard)
+        table = self.selection.take(np.arange(first, after))
+        names = ["mp4_bytes"] + ["jpg_bytes"] * (self.data.still == "captioned")
+        return sum(pc.sum(table[name]).as_py() or 0 for name in names)
+
+    def _first_row(self, reached: Callable[[str], bool]) -> int:
+        low, high = 0, self.selection.num_clips
+        while low < high:
+            middle = (low + high) // 2
+            if reached(self.selection.take([middle])["shard"][0].as_py()):
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+
+class _Source(NamedTuple):
+    """A clip's bytes, and those of its captioned frame where that is wanted; or why they are not there."""
+
+    clip: memoryview | ItemError
+    still: memoryview | ItemError | None
+
+
+def num_tokens(ids_BL: NDArray[np.int64]) -> int:
+    """Up to the last end token of a batch: it has the largest id of its row."""
+    return int(ids_BL.argmax(axis=1).max()) + 1

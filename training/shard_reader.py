@@ -1,0 +1,281 @@
+"""Bytes of shard members by range: from local files, or from any store that fsspec knows.
+
+`ShardReader.read` takes many ranges at once. Ranges of one shard that lie close together become one read; of a remote
+store all reads are asked for together. What is missing or too short comes back as an ItemError in its place, so that a
+broken shard costs its own samples only. With a cache (`training.shard_cache`), shards that a run wants most of are
+fetched whole, once, and read locally from then on.
+"""
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pipeline.errors import ItemError, UserError
+from training.shard_cache import ShardCache
+
+# A gap costs a local file nothing but the bytes that are copied for it: the kernel reads ahead anyway.
+LOCAL_GAP_BYTES = 16_384
+# A request costs a store some 30 ms before its first byte, in which a connection of 50 MB/s would have sent 1.5 MB.
+REMOTE_GAP_BYTES = 1_000_000
+MOST_SHARE = 0.5  # a shard is fetched whole when the run wants more of its bytes than this
+_OPEN_FILES = 128
+_PAUSES_S = (0.5, 2.0, 8.0)  # before asking a store again
+
+
+class Range(NamedTuple):
+    shard: str  # path relative to the reader's root, or a whole path or URL
+    offset: int
+    num_bytes: int
+
+
+@dataclass
+class _Read:
+    """One read for several ranges."""
+
+    shard: str
+    start: int
+    end: int
+    members: list[int]  # which of the ranges asked for
+
+
+class ShardReader:
+    """For one process and one thread.
+
+    root    folder or URL that shards are relative to
+    wanted  bytes of a shard that the run wants in all; asked once per shard, only with a cache
+    """
+
+    def __init__(self, root: str, cache: ShardCache | None = None, wanted: Callable[[str], int] | None = None):
+        self.root, self.cache, self.wanted = root, cache, wanted
+        self._files = _OpenFiles()
+        self._local_copies: dict[str, str | None] = {}  # of remote shards: path of the cached file, None: read ranges
+
+    def read(self, ranges: Sequence[Range]) -> list[memoryview | ItemError]:
+        """The bytes of each range, in order, or why they are not there: "shard-missing", "truncated-shard",
+        "shard-unreadable"."""
+        found: list[memoryview | ItemError] = [_UNREAD] * len(ranges)
+        remote: list[int] = []
+        local: dict[str, list[int]] = {}
+        for number, wanted in enumerate(ranges):
+            path = self._local_path(wanted.shard)
+            if path is None:
+                remote.append(number)
+            else:
+                local.setdefault(path, []).append(number)
+        for path, numbers in local.items():
+            self._read_local(path, ranges, numbers, found)
+        if remote:
+            self._read_remote(ranges, remote, found)
+        return found
+
+    def address(self, shard: str) -> str:
+        """The whole path or URL of a shard."""
+        if "://" in shard or os.path.isabs(shard):
+            return shard
+        return f"{self.root.rstrip('/')}/{shard}"
+
+    def close(self) -> None:
+        self._files.close()
+
+    # --- Local files
+
+    def _local_path(self, shard: str) -> str | None:
+        """Where the shard can be read with `pread`; None: only from its store."""
+        address = self.address(shard)
+        if "://" not in address:
+            return address
+        if address.startswith("file://"):
+            return address.removeprefix("file://")
+        if self.cache is None or self._local_copies.get(shard, "") is None:
+            return None
+        path = self._local_copies.get(shard)
+        if path is None or not self._opens(path):  # other processes may have thrown it out meanwhile
+            path = self._local_copies[shard] = self._cached(shard, address)
+        return path if path is not None and self._opens(path) else None
+
+    def _cached(self, shard: str, address: str) -> str | None:
+        try:
+            size, version = _describe(address)
+        except ItemError:
+            return None  # the reads themselves will say what is wrong
+        wanted = self.wanted(shard) if self.wanted else size
+        if wanted <= MOST_SHARE * size:
+            return None
+        return self.cache.fetch(address, size, version)
+
+    def _opens(self, path: str) -> bool:
+        """Whether the file is there; from then on it is open, and stays readable should it be removed."""
+        try:
+            self._files.open(path)
+        except OSError:
+            return False
+        return True
+
+    def _read_local(self, path: str, ranges: Sequence[Range], numbers: list[int], found: list) -> None:
+        reads = _merged(ranges, numbers, LOCAL_GAP_BYTES)
+        try:
+            descriptor = self._files.open(path)
+        except OSError as error:
+            failure = _failure(error, path)
+            for number in numbers:
+                found[number] = failure
+            return
+        for read in reads:
+            _advise(descriptor, read)
+        for read in reads:
+            try:
+                data: bytes | ItemError = _pread(descriptor, read.start, read.end)
+            except OSError as error:
+                data = _failure(error, path)
+            _hand_out(read, data, ranges, found, path)
+
+    # --- Stores
+
+    def _read_remote(self, ranges: Sequence[Range], numbers: list[int], found: list) -> None:
+        by_shard: dict[str, list[int]] = {}
+        for number in numbers:
+            by_shard.setdefault(ranges[number].shard, []).append(number)
+        reads = [read for shard in by_shard.values() for read in _merged(ranges, shard, REMOTE_GAP_BYTES)]
+        for scheme in dict.fromkeys(_scheme(self.address(read.shard)) for read in reads):
+            ours = [read for read in reads if _scheme(self.address(read.shard)) == scheme]
+            for read, data in zip(ours, self._fetched(ours), strict=True):
+                _hand_out(read, data, ranges, found, self.address(read.shard))
+
+    def _fetched(self, reads: list[_Read]) -> list[bytes | ItemError]:
+        """Reads of one store, asked for together; what failed in passing is asked for again."""
+        results: list[bytes | ItemError] = [_UNREAD] * len(reads)
+        left = list(range(len(reads)))
+        for pause_s in (0.0, *_PAUSES_S):
+            time.sleep(pause_s)
+            addresses = [self.address(reads[number].shard) for number in left]
+            answers = _cat(addresses, [reads[n].start for n in left], [reads[n].end for n in left])
+            for number, answer in zip(left, answers, strict=True):
+                results[number] = answer
+            left = [n for n in left if isinstance(results[n], ItemError) and results[n].transient]
+            if not left:
+                break
+        return results
+
+
+_UNREAD = ItemError("shard-unreadable", "not read")
+
+
+def _merged(ranges: Sequence[Range], numbers: list[int], gap_bytes: int) -> list[_Read]:
+    """Reads for ranges of one shard, in file order; overlapping ranges and repeated ones share theirs."""
+    reads: list[_Read] = []
+    for number in sorted(numbers, key=lambda n: ranges[n].offset):
+        shard, start, num_bytes = ranges[number]
+        if reads and start <= reads[-1].end + gap_bytes:
+            reads[-1].end = max(reads[-1].end, start + num_bytes)
+            reads[-1].members.append(number)
+        else:
+            reads.append(_Read(shard, start, start + num_bytes, [number]))
+    return reads
+
+
+def _hand_out(read: _Read, data: bytes | ItemError, ranges: Sequence[Range], found: list, path: str) -> None:
+    """A read that came back short still serves the ranges that lie before its end."""
+    if isinstance(data, ItemError):
+        for number in read.members:
+            found[number] = data
+        return
+    view = memoryview(data)
+    for number in read.members:
+        start = ranges[number].offset - read.start
+        piece = view[start : start + ranges[number].num_bytes]
+        found[number] = piece if len(piece) == ranges[number].num_bytes else _truncated(path, ranges[number])
+
+
+def _truncated(path: str, wanted: Range) -> ItemError:
+    return ItemError("truncated-shard", f"{path} ends before {wanted.num_bytes} bytes at {wanted.offset} do")
+
+
+def _advise(descriptor: int, read: _Read) -> None:
+    """All reads are announced before the first one waits, so that the disk can serve them together."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, read.start, read.end - read.start, os.POSIX_FADV_WILLNEED)
+
+
+def _pread(descriptor: int, start: int, end: int) -> bytes:
+    data = os.pread(descriptor, end - start, start)
+    while len(data) < end - start:  # one call gives 2 GiB at most, and less when interrupted
+        more = os.pread(descriptor, end - start - len(data), start + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+class _OpenFiles:
+    """The files read last stay open."""
+
+    def __init__(self):
+        self.descriptors: OrderedDict[str, int] = OrderedDict()
+
+    def open(self, path: str) -> int:
+        if path not in self.descriptors:
+            self.descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if len(self.descriptors) > _OPEN_FILES:
+                os.close(self.descriptors.popitem(last=False)[1])
+        self.descriptors.move_to_end(path)
+        return self.descriptors[path]
+
+    def close(self) -> None:
+        while self.descriptors:
+            os.close(self.descriptors.popitem()[1])
+
+
+def _scheme(address: str) -> str:
+    return address.split("://")[0]
+
+
+def filesystem_of(address: str) -> tuple[Any, str]:
+    """(fsspec filesystem, path in it) of a URL. Raises UserError where its scheme needs a package that is missing."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(address)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"shards at {_scheme(address)}:// cannot be read: {error}") from error
+
+
+def _describe(address: str) -> tuple[int, str]:
+    """(size, what the store says that tells one version of the file from another). Raises ItemError."""
+    filesystem, path = filesystem_of(address)
+    try:
+        info = filesystem.info(path)
+    except Exception as error:  # every store has error classes of its own
+        raise _failure(error, address) from error
+    if not info.get("size"):
+        raise ItemError("shard-unreadable", f"{address}: its store does not tell its size")
+    marks = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "LastModified", "last_modified", "Last-Modified")
+    marks += ("mtime", "updated", "created", "generation")
+    return int(info["size"]), " ".join(f"{mark}={info[mark]}" for mark in marks if info.get(mark))
+
+
+def _cat(addresses: list[str], starts: list[int], ends: list[int]) -> list[bytes | ItemError]:
+    filesystem = filesystem_of(addresses[0])[0]
+    paths = [filesystem_of(address)[1] for address in addresses]
+    try:
+        answers = filesystem.cat_ranges(paths, starts, ends, on_error="return")
+    except Exception as error:  # as above
+        answers = [error] * len(paths)
+    results: list[bytes | ItemError] = []
+    for address, start, end, answer in zip(addresses, starts, ends, answers, strict=True):
+        if isinstance(answer, BaseException):
+            results.append(_failure(answer, address))
+        elif len(answer) > end - start:
+            results.append(ItemError("shard-unreadable", f"{address}: its server ignores byte ranges"))
+        else:
+            results.append(answer)
+    return results
+
+
+def _failure(error: BaseException, path: str) -> ItemError:
+    """Missing files stay missing; whatever else goes wrong may heal."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return ItemError("shard-missing", f"{path} is not there")
+    return ItemError("shard-unreadable", f"{path}: {type(error).__name__}: {error}", transient=True)
