@@ -32,6 +32,7 @@ PLAIN_LINE_EVERY_S = 10.0  # at most, where there is no terminal to redraw
 class RunLog:
     """A run's log from `start_step` on: lines of later steps, which a resumed run takes again, are cut off.
 
+    A run that starts at step 0 has nothing behind it: what an earlier attempt has left goes, evaluations included.
     every   steps between lines; the run's first and last step have one, too
     writes  False on all processes but the first: they only look whether losses are finite
     """
@@ -61,14 +62,15 @@ class RunLog:
 
     def _open(self, start_step: int, tensorboard: bool) -> None:
         log_path, eval_path = self.root / "log.jsonl", self.root / "eval.jsonl"
-        kept = cut_after(log_path, start_step)
+        last_step = start_step or -1
+        kept = cut_after(log_path, last_step)
         self._wall_s = kept[-1].get("wall_s", 0.0) if kept else 0.0
-        self._evaluated = {row["step"] for row in cut_after(eval_path, start_step)}
+        self._evaluated = {row["step"] for row in cut_after(eval_path, last_step)}
         self._log, self._evals = open(log_path, "a"), open(eval_path, "a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.root / "tensorboard"), purge_step=start_step + 1)
+            self._board = SummaryWriter(str(self.root / "tensorboard"), purge_step=last_step + 1)
 
     def __enter__(self) -> "RunLog":
         if self.writes and self.console.is_terminal:
@@ -181,15 +183,16 @@ class RunLog:
         return step in self._evaluated
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """A line of eval.jsonl; metrics that are numbers also go to TensorBoard."""
+        """A line of eval.jsonl; what is a number among the metrics, nested ones too, also goes to TensorBoard."""
         if not self.writes:
             return
         self._evals.write(json.dumps({"step": step, **metrics}) + "\n")
         self._evals.flush()
         self._evaluated.add(step)
-        for name, value in metrics.items():
-            if self._board is not None and isinstance(value, int | float):
+        if self._board is not None:
+            for name, value in _numbers(metrics):
                 self._board.add_scalar(f"eval/{name}", value, step)
+            self._board.flush()
 
     def say(self, text: str) -> None:
         """A line for the people watching, above the bar where there is one."""
@@ -232,6 +235,14 @@ def _to_numbers(values: list[Any]) -> list[Any]:
     tensors = [value.reshape(()).double() for value in values if isinstance(value, Tensor)]
     numbers = iter(torch.stack(tensors).tolist() if tensors else [])
     return [next(numbers) if isinstance(value, Tensor) else value for value in values]
+
+
+def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield prefix + name, value
 
 
 def _smoothed(before: float | None, now: float) -> float:

@@ -1,0 +1,101 @@
+"""How fast a run goes: samples per second, the share that waits for data, MFU; and what a device could do at best."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from training import peaks
+from training.meter import Meter
+from training.peaks import gpu_peak, peak_flops
+
+
+class Clock:
+    """Time that only the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 100.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def items(self, num_items: int, wait_s: float) -> Iterator[int]:
+        for number in range(num_items):
+            self.now += wait_s
+            yield number
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_rates_are_means_since_the_last_line_and_leave_pauses_out(clock: Clock) -> None:
+    meter = Meter(torch.device("cpu"), peak_flops=1000.0)
+    for _ in meter.waiting(clock.items(4, wait_s=0.5)):
+        clock.now += 1.5
+        meter.step(num_samples=10, flops=200.0)
+    with meter.paused():
+        clock.now += 100
+    rates = meter.rates()
+    assert rates["samples_per_s"] == pytest.approx(5) and rates["step_s"] == pytest.approx(2)
+    assert rates["data_wait"] == pytest.approx(0.25)
+    assert rates["mfu"] == pytest.approx(800 / 8 / 1000)
+    assert rates["elapsed_s"] == pytest.approx(108)
+    clock.now += 1
+    meter.step(num_samples=3)
+    assert meter.rates()["samples_per_s"] == pytest.approx(3), "the next line starts from nothing"
+
+
+def test_waiting_counts_from_the_first_item(clock: Clock) -> None:
+    meter = Meter(torch.device("cpu"))
+    assert list(meter.waiting(clock.items(3, wait_s=1.0))) == [0, 1, 2]
+    clock.now += 3
+    assert meter.rates()["data_wait"] == pytest.approx(0.5)
+
+
+def test_no_mfu_without_a_peak(clock: Clock) -> None:
+    meter = Meter(torch.device("cpu"), peak_flops=None)
+    clock.now += 1
+    meter.step(1, flops=5.0)
+    assert meter.rates()["mfu"] is None
+
+
+@pytest.mark.parametrize(
+    "name, bf16, tf32, fp32",
+    [
+        ("NVIDIA H200", 989, 494, 67),
+        ("NVIDIA H100 80GB HBM3", 989, 494, 67),
+        ("NVIDIA H100 PCIe", 756, 378, 51),
+        ("NVIDIA H100 NVL", 835, 417, 60),
+        ("NVIDIA GH200 480GB", 989, 494, 67),
+        ("NVIDIA B200", 2250, 1100, 75),
+        ("NVIDIA GB200", 2500, 1250, 80),
+        ("NVIDIA A100-SXM4-80GB", 312, 156, 19.5),
+        ("NVIDIA A10", 125, 62.5, 31.2),
+        ("NVIDIA L40S", 362, 183, 91.6),
+        ("NVIDIA L40", 181, 90.5, 90.5),
+        ("NVIDIA L4", 121, 60, 30.3),
+        ("NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6),
+        ("Tesla V100-SXM2-16GB", 15.7, 15.7, 15.7),
+        ("Tesla T4", 8.1, 8.1, 8.1),
+    ],
+)
+def test_known_gpus_have_their_dense_peak(name: str, bf16: float, tf32: float, fp32: float) -> None:
+    peaks_of = (gpu_peak(name, "bf16"), gpu_peak(name, "fp32", tf32=True), gpu_peak(name, "fp32"))
+    assert peaks_of == pytest.approx([tflops * 1e12 for tflops in (bf16, tf32, fp32)])
+
+
+@pytest.mark.parametrize("name", ["NVIDIA A10G", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA T400", "Something new"])
+def test_a_gpu_that_is_not_known_has_no_peak_rather_than_a_wrong_one(name: str) -> None:
+    assert gpu_peak(name, "bf16") is None
+
+
+def test_a_cpu_is_measured_once_and_quickly() -> None:
+    peaks._measured.cache_clear()
+    before = time.perf_counter()
+    first = peak_flops(torch.device("cpu"), "fp32")
+    measured_s = time.perf_counter() - before
+    before = time.perf_counter()
+    assert peak_flops(torch.device("cpu"), "fp32") == first
+    assert time.perf_counter() - before < 0.01
+    assert 1e9 < first < 1e14 and measured_s < 2, "a quarter of a second on an idle machine"
