@@ -21,14 +21,19 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="From a list of video URLs to a queryable clip-text corpus.",
+    help="From a list of video URLs to a queryable clip-text corpus, and to CLIP-ViP trained on any selection of it.",
 )
 
 CorpusOption = Annotated[Path, typer.Option("--corpus", help="The corpus folder.", show_default=False)]
 CorpusArgument = Annotated[Path, typer.Argument(help="The corpus folder.", metavar="DIR", show_default=False)]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change a setting and keep it, e.g. --set cut.fps=2.", metavar="STAGE.KEY=VALUE"),
+    typer.Option("--set", help="Change a setting and keep it, e.g. --set cut.fps=2.", metavar="SECTION.KEY=VALUE"),
+]
+RunOption = Annotated[Path, typer.Option("--run", help="The run folder.", show_default=False)]
+TableOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Load a file as a table, e.g. feedback=run/feedback.parquet.", metavar="NAME=FILE"),
 ]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A recipe's name or a YAML file of settings.")]
 
@@ -115,10 +120,7 @@ def sql(
         str | None, typer.Argument(help="A query; none: an interactive prompt.", show_default=False)
     ] = None,
     format: Annotated[str, typer.Option(help="table, csv, json or parquet.")] = "table",
-    table: Annotated[
-        list[str] | None,
-        typer.Option(help="Load a file as a table, e.g. feedback=run/feedback.parquet.", metavar="NAME=FILE"),
-    ] = None,
+    table: TableOption = None,
 ) -> None:
     """Ask the manifest. Read-only, also while a build is running."""
     from shards.sql import named_tables, open_manifest, prompt, run_query
@@ -151,6 +153,85 @@ def verify(
     from pipeline.display import verify_corpus
 
     raise typer.Exit(verify_corpus(corpus, decode))
+
+
+@app.command()
+def train(
+    corpus: Annotated[
+        str | None,
+        typer.Option(help="A corpus folder, or a pattern of plain tars; none: the run's.", show_default=False),
+    ] = None,
+    run: RunOption = Path("run"),
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe's name or a YAML file of settings, e.g. clip_vip_b32.")
+    ] = None,
+    select: Annotated[str | None, typer.Option(help="Train on the clips of this SELECT.", metavar="SQL")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="Train on the clips of this condition on `catalog`.", metavar="SQL")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Training processes, under Ray Train when more than one.")] = 1,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster to train on, e.g. auto.")] = None,
+    table: TableOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Post-pretrain CLIP on a selection of a corpus. Resumes where RUN has a checkpoint."""
+    from shards.sql import named_tables
+    from training.train_command import run_train
+
+    run_train(
+        corpus,
+        run,
+        recipe=recipe,
+        select=select,
+        where=where,
+        workers=workers,
+        address=address,
+        assignments=set_ or [],
+        tables=[(name, str(path)) for name, path in named_tables(table or []).items()],
+        command=_command(),
+    )
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path | None, typer.Option(help="A run: its latest checkpoint.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Or any model: a folder, a file, open_clip:NAME/TAG, demo.", show_default=False)
+    ] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="A corpus folder, or plain tars; none: the run's.", show_default=False)
+    ] = None,
+    select: Annotated[str | None, typer.Option(help="Search the clips of this SELECT.", metavar="SQL")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="Search the clips of this condition; none: the run's eval.where.", metavar="SQL")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="subtitle or caption: what a clip is searched by.")] = None,
+    dsl: Annotated[bool, typer.Option("--dsl", help="Also with dual softmax over all queries.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="The run's averaged weights.")] = False,
+    save_similarity: Annotated[
+        Path | None, typer.Option(help="Keep the similarities: .npz or .safetensors.", show_default=False)
+    ] = None,
+    format: Annotated[str, typer.Option(help="table or json.")] = "table",
+    set_: SetOption = None,
+) -> None:
+    """Text-video retrieval both ways, by a run's latest checkpoint or any model."""
+    from training.eval_command import run_eval
+
+    if format not in ("table", "json"):
+        raise UserError(f"--format {format}: choose table or json.")
+    run_eval(
+        run,
+        model,
+        corpus,
+        select=select,
+        where=where,
+        text=text,
+        dsl=dsl,
+        ema=ema,
+        save_similarity=save_similarity,
+        assignments=set_ or [],
+        format=format,
+    )
 
 
 @app.command()

@@ -98,7 +98,7 @@ def _assign(data: dict[str, Any], assignment: str) -> None:
     if not equals or not sections:
         raise UserError(f"--set {assignment}: write it as section.key=value, for example --set cut.fps=2.")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(text) if text.strip() else ""  # nothing is said as `null`
     except yaml.YAMLError as error:
         raise UserError(f"--set {assignment}: the value is not YAML ({error}).") from error
     for section in sections:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -49,7 +50,9 @@ class Encoder(nn.Module):
         wanted = [name for name in ids if name in self.sources]
         if not wanted:
             return None, None
-        features = self.model.encode_text(torch.cat([ids[name] for name in wanted]), cut=False).chunk(len(wanted))
+        length = max(ids[name].shape[1] for name in wanted)
+        stacked = torch.cat([pad(ids[name], (0, length - ids[name].shape[1])) for name in wanted])
+        features = self.model.encode_text(stacked, cut=False).chunk(len(wanted))
         by_name = dict(zip(wanted, features, strict=True))
         return by_name.get("subtitle"), by_name.get("caption")
 

@@ -58,7 +58,7 @@ class Learner:
         self.optimiser.step()
         self.model.clamp_log_scale()
         if self.ema:
-            self.ema.update(self.model)
+            self.ema.update()
         self.step += 1
         scale = self.model.logit_scale.detach().clone()
         return {"loss": loss.total.detach(), **loss.terms, "grad_norm": norm, "logit_scale": scale, "lr": rate}

@@ -1,0 +1,107 @@
+"""A run that is killed, stopped or resumed elsewhere ends as one that was left alone: same batches, same losses."""
+
+import signal
+import subprocess
+
+import pytest
+from training_support import (
+    assert_same_run,
+    curve,
+    kill_at_step,
+    lines,
+    quiet,
+    run_training,
+    small_corpus,
+    train_command,
+)
+
+NUM_STEPS = "train.max_steps=32"  # an epoch has 15
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("corpus") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run_training(corpus, run, NUM_STEPS)
+    assert done.returncode == 0, done.stderr
+    assert [step for step, _ in curve(run)] == list(range(1, 33))
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [(3, 17), (15, 16)], ids=["anywhere", "at the end of an epoch"])
+def test_killed_and_resumed_with_other_loader_processes(corpus, undisturbed, tmp_path, steps):
+    run = tmp_path / "run"
+    for step, loaders in zip(steps, (0, 2), strict=True):
+        command = train_command(corpus, run, NUM_STEPS, f"data.loader_processes={loaders}")
+        assert kill_at_step(command, run, step) == -signal.SIGKILL
+    done = run_training(None, run, "data.loader_processes=3")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_saves_and_ends_the_run_cleanly(corpus, undisturbed, tmp_path, number):
+    run = tmp_path / "run"
+    assert kill_at_step(train_command(corpus, run, NUM_STEPS), run, 7, number) == 0
+    stopped_at = lines(run)[-1]["step"]
+    assert (run / "checkpoints" / f"step-{stopped_at:08d}").is_dir()
+    assert run_training(None, run).returncode == 0
+    assert_same_run(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_exactly_at_the_epochs_end_the_next_epoch_follows(corpus, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    assert run_training(corpus, run, "train.max_steps=15").returncode == 0
+    assert curve(run) == curve(undisturbed)[:15]
+    assert run_training(None, run, NUM_STEPS).returncode == 0
+    assert curve(run) == curve(undisturbed)
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_go_on_with_what_one_began(corpus, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    kill_at_step(train_command(corpus, run, NUM_STEPS), run, 8)
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = train_command(None, run)
+    command[1:1] = together
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=quiet())
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_worker_of_ray_train_that_dies_is_started_again_and_nothing_is_lost(corpus, undisturbed, tmp_path):
+    """Four workers of a run that one process began; one of them is killed on the way."""
+    import os
+    import threading
+    import time
+
+    import psutil
+
+    run = tmp_path / "run"
+    kill_at_step(train_command(corpus, run, NUM_STEPS), run, 6)
+    killed = []
+
+    def kill_one() -> None:
+        while not killed:
+            steps = [step for step, _ in curve(run)] if (run / "log.jsonl").exists() else [0]
+            if steps and steps[-1] >= 12:
+                mine = psutil.Process(os.getpid()).children(recursive=True)
+                workers = [p for p in mine if "RayTrainWorker" in " ".join(p.cmdline())]
+                if workers:
+                    killed.append(workers[-1].pid)
+                    workers[-1].send_signal(signal.SIGKILL)
+            time.sleep(0.1)
+
+    threading.Thread(target=kill_one, daemon=True).start()
+    done = run_training(None, run, workers=2, timeout_s=400)
+    assert killed, "no worker was there to be killed"
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run, undisturbed)

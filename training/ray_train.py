@@ -1,0 +1,88 @@
+"""The same training under Ray Train: as many processes as asked for, on this machine or on a cluster.
+
+Ray places the processes, joins them, and starts them again when one dies; each of them calls `training.trainer.train`,
+which goes on from the run's last checkpoint. The run folder and the corpus must be where every node sees them.
+"""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from training.prepare import Request, requested_settings
+from training.trainer import Report, train
+
+MAX_RESTARTS = 3  # after workers or nodes have died; a run that kills its workers must end some time
+
+
+def train_on_ray(request: Request, num_workers: int, address: str | None = None) -> Report:
+    """Raises UserError for the user's mistakes, and where workers died more often than `MAX_RESTARTS`.
+
+    address  of a cluster, as for builds; None: the surrounding one or RAY_ADDRESS, else Ray starts on this machine
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    device = requested_settings(request).train.device
+    started = not ray.is_initialized()
+    if started:
+        _start(address, num_workers)
+    try:
+        use_gpu = device != "cpu" and ray.cluster_resources().get("GPU", 0) >= num_workers
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"request": asdict(request)},
+            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            run_config=RunConfig(
+                name="ray", storage_path=str(Path(request.run).absolute()), failure_config=FailureConfig(MAX_RESTARTS)
+            ),
+        )
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise UserError(f"training on Ray has failed: {_last_line(error)}") from error
+    finally:
+        if started:
+            ray.shutdown()
+    outcome = json.loads(result.metrics["outcome"])
+    if "mistake" in outcome:
+        raise UserError(outcome["mistake"])
+    return Report(Path(outcome["run"]), outcome["step"], outcome["total_steps"], outcome["reason"])
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One training process. What it has to say travels as Ray Train's metrics: JSON, since they allow no objects."""
+    import ray.train
+
+    os.environ["LOCAL_WORLD_SIZE"] = str(ray.train.get_context().get_local_world_size())
+    request = dict(config["request"])
+    request |= {name: tuple(map(_tuple, request[name])) for name in ("assignments", "tables")}
+    try:
+        report = train(Request(**request))
+        outcome = asdict(report) | {"run": str(report.run)}
+    except UserError as error:
+        outcome = {"mistake": str(error)}
+    ray.train.report({"outcome": json.dumps(outcome)})
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _start(address: str | None, num_workers: int) -> None:
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, logging_level="ERROR")
+    else:  # workers are processes that share this machine: as many as asked for, whatever it has
+        ray.init(num_cpus=max(num_workers + 1, os.cpu_count() or 1), include_dashboard=False, logging_level="ERROR")
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,323 @@
+"""Training runs: a folder, a model and a loader become checkpoints and a curve, on one process or many.
+
+`train` prepares the run on the first process and joins the others. `Trainer.fit` feeds batches to the learner
+(`training.learner`, where the update is) and decides what follows a step: log, evaluate, save, stop.
+
+The position is one number, `step`: updates done. Everything else about where a run stands follows from it and the plan.
+"""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from training import models
+from training.batch import Batch
+from training.counting import mix
+from training.distributed import Process, join
+from training.encoder import sources_of
+from training.epochs import Epochs, plan_spec
+from training.feedback import Feedback
+from training.full_state import OptimiserState, State, full_state, random_state, restore_optimiser, set_random_state
+from training.learner import Learner, Values
+from training.loader import Loader, default_processes
+from training.meter import Meter
+from training.model import ClipVip, sample_flops
+from training.peaks import peak_flops
+from training.plan import PlanSpec, locate, num_steps_done, rank_slots, state_dict, steps_before, steps_in_epoch
+from training.prepare import Prepared, Request, prepare, requested_settings
+from training.retrieval import evaluate
+from training.run_folder import RunFolder
+from training.run_log import RunLog
+from training.samples import Failure, SampleReader
+from training.settings import TrainSettings
+
+FEEDBACK_FILE = "feedback.npz"  # beside a checkpoint: what was counted up to its step
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a training ended. `reason`: "done", or the name of the signal that stopped it."""
+
+    run: Path
+    step: int
+    total_steps: int
+    reason: str
+
+
+def train(request: Request) -> Report:
+    """This process's part of a run, from where the run stands to its end. Raises UserError.
+
+    Under torchrun or Ray Train every process calls this with the same request; alone it is the whole run.
+    """
+    with join(requested_settings(request).train.device) as process, ExitStack() as stack:
+        folder = RunFolder(request.run)
+        process.first(lambda: stack.enter_context(folder.writer()) and None)
+        notes = process.first(lambda: prepare(request))
+        return Trainer(Prepared.open(request.run), process, notes).fit()
+
+
+class Trainer:
+    """One process's part of a prepared run."""
+
+    def __init__(self, prepared: Prepared, process: Process, notes: list[str]):
+        self.prepared, self.settings, self.folder = prepared, prepared.settings, prepared.folder
+        self.process, self.notes = process, notes
+        train, data = self.settings.train, self.settings.data
+        _use_threads(train, process)
+        torch.manual_seed(data.seed)
+        self.spec = plan_spec(prepared.selection, data, train.batch_size)
+        self.epochs = Epochs(self.folder.plan_path, self.spec, prepared.selection.path, data.apart)
+        self.slots = rank_slots(self.spec, process.rank, process.world_size)
+        self.total_steps = total_steps(self.spec, train)
+        step = process.first(self.folder.checkpoints.find_latest)
+        self.learner = self._begin() if step is None else self._resume(step)
+        self.start_step = self.learner.step
+
+    # -- beginning and resuming ---------------------------------------------------------------------------------------
+
+    def _begin(self) -> Learner:
+        return self._learner(models.load(self.settings.model, seed=self.settings.data.seed))
+
+    def _resume(self, step: int) -> Learner:
+        """Raises UserError where the checkpoint's plan is not this run's."""
+        checkpoint = self.folder.checkpoints.load(step)
+        learner = self._learner(checkpoint.model())
+        restore_optimiser(learner.model, learner.optimiser, checkpoint.optimiser)
+        learner.step = num_steps_done(self.spec, checkpoint.state["plan"])
+        if learner.ema and (averaged := checkpoint.ema()) is not None:
+            learner.ema.restore(averaged.state_dict())
+        if learner.feedback and learner.feedback.is_first and (checkpoint.path / FEEDBACK_FILE).exists():
+            learner.feedback.load(checkpoint.path / FEEDBACK_FILE)
+        set_random_state(checkpoint.random)
+        return learner
+
+    def _learner(self, model: ClipVip) -> Learner:
+        train = self.settings.train
+        process, num_clips = self.process, self.prepared.selection.num_clips
+        feedback = Feedback(num_clips, process.group, process.control) if train.feedback else None
+        return Learner(model, train, self.total_steps, process, feedback)
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Report:
+        """Trains to the end, or until a signal asks for a stop; saved either way."""
+        meter = Meter(self.process.device, self._peak_flops())
+        with ExitStack() as stack:
+            stop = stack.enter_context(stop_on_signals())
+            self.log = stack.enter_context(self._open_log(meter))
+            self.loader = stack.enter_context(self._open_loader())
+            self._say_what_is_coming()
+            self._evaluate_if_due()
+            batches = self.loader.batches(self.epochs, self.slots, self.start_step, self.total_steps)
+            for batch in meter.waiting(batches):
+                values = self.learner.train_step(batch.to(self.process.device))
+                num_stops, digest = self.process.sum(int(stop.name is not None), self._digest(batch))
+                self._log_step(values, batch, digest)
+                if num_stops:
+                    break
+                self._save_if_due()
+                self._evaluate_if_due()
+            self._save()
+        return Report(self.folder.root, self.step, self.total_steps, stop.name or "done")
+
+    def _digest(self, batch: Batch) -> int:
+        """What this process read of the step, to be added to what the others did: the same sum is the same batch."""
+        slots = np.arange(self.slots.start, self.slots.stop, dtype=np.uint64) << np.uint64(32)
+        hashes = mix(slots + batch.rows_B.numpy().astype(np.uint32), key=0)
+        return int(hashes.sum().astype(np.int64))
+
+    def _log_step(self, values: Values, batch: Batch, digest: int) -> None:
+        epoch = locate(self.spec, self.step - 1)[0]
+        self.log.step(
+            self.step,
+            {"epoch": epoch, **values},
+            num_samples=self.spec.batch_size,
+            flops=self._step_flops(batch),
+            labels={"batch": f"{digest % 2**64:016x}"},
+        )
+
+    @property
+    def step(self) -> int:
+        return self.learner.step
+
+    def _save_if_due(self) -> None:
+        if self.step % self.settings.train.checkpoint_every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        """A checkpoint of this step, on the first process; the others lend what only they have."""
+        learner = self.learner
+        with self.log.paused():
+            self.log.check()
+            tensors, optimiser = full_state(learner.model, learner.optimiser)
+            averaged = learner.ema.full_state() if learner.ema else None
+            if learner.feedback:
+                learner.feedback.collect()
+            self.process.first(lambda: self._write(tensors, optimiser, averaged))
+
+    def _write(self, tensors: State, optimiser: OptimiserState, averaged: State | None) -> None:
+        feedback = self.learner.feedback
+        self.folder.checkpoints.save(
+            self.step,
+            self.learner.model.config,
+            tensors,
+            state={"plan": state_dict(self.spec, self.step), "settings": self.settings.model_dump(mode="json")},
+            optimiser=optimiser,
+            random=random_state(),
+            ema=averaged,
+            attach={FEEDBACK_FILE: feedback.save} if feedback else {},
+            keep=self.settings.train.keep_checkpoints,
+        )
+        if feedback:
+            feedback.write(self.folder.feedback_path, self.prepared.selection)
+        self.epochs.tidy(locate(self.spec, self.step)[0])
+
+    def _evaluate_if_due(self) -> None:
+        """Before the first step, after the last, and every `eval.every` in between; never twice at one step."""
+        every = self.settings.eval.every
+        due = self.step in (0, self.total_steps) or (every is not None and self.step % every == 0)
+        if self.prepared.held_out is None or not due:
+            return
+        if self.process.first(lambda: self.log.has_evaluation(self.step)):
+            return
+        with self.log.paused():
+            model = self.learner.whole_model()
+            metrics = evaluate(model, self.prepared.held_out, self.settings, self.process)
+        self.log.evaluation(self.step, metrics)
+        self.log.say(_told(self.step, metrics))
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _open_log(self, meter: Meter) -> RunLog:
+        train = self.settings.train
+        return RunLog(
+            self.folder.root,
+            meter,
+            total_steps=self.total_steps,
+            start_step=self.start_step,
+            every=train.log_every,
+            tensorboard=train.tensorboard,
+            writes=self.process.is_first,
+        )
+
+    def _open_loader(self) -> Loader:
+        data, config = self.settings.data, self.learner.model.config
+        texts = models.text_encoder(config, data.max_text_tokens)
+        num_processes = data.loader_processes
+        return Loader(
+            SampleReader(self.prepared.selection, data, texts, config.image_size),
+            num_processes=default_processes(self.process.local_world_size) if num_processes is None else num_processes,
+            prefetch_samples=data.prefetch_samples,
+            max_failures=data.max_failures,
+            on_failures=self._record_failures,
+            pin_memory=self.process.device.type == "cuda",
+        )
+
+    def _record_failures(self, failures: list[Failure]) -> None:
+        """Lines of failures.jsonl, written as one piece because every process appends to it."""
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        rows = [
+            {
+                "stage": "train",
+                "item_id": f.clip_id,
+                "error_class": f.error.error_class,
+                "message": f.error.message,
+                "at": at,
+            }
+            for f in failures
+        ]
+        with open(self.folder.failures_path, "ab") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def _say_what_is_coming(self) -> None:
+        for note in self.notes:
+            self.log.say(note)
+        if not self.process.is_first:
+            return
+        epoch, step = locate(self.spec, self.step)
+        facts = self.epochs.describe(epoch)
+        left = f", {facts['num_left']:,} left out" if facts["num_left"] else ""
+        met = f", {facts['num_conflicts']:,} clips share a batch with their own kind" if facts["num_conflicts"] else ""
+        where = f"going on after step {self.step:,}" if self.step else "from the start"
+        self.log.say(
+            f"{self.spec.num_clips:,} clips in batches of {self.spec.batch_size:,}: {facts['num_steps']:,} steps an "
+            f"epoch{left}{met}; {self.total_steps:,} steps in all, {where} (epoch {epoch}, step {step})."
+        )
+
+    def _peak_flops(self) -> float | None:
+        train = self.settings.train
+        peak = train.peak_tflops * 1e12 if train.peak_tflops else peak_flops(self.process.device, train.precision)
+        return None if peak is None else peak * self.process.world_size
+
+    def _step_flops(self, batch: Batch) -> float:
+        """Of the whole global batch, by the published arithmetic; texts as long as this process has cut them."""
+        sources = sources_of(self.settings.train.loss)
+        lengths = [batch.subtitle_BL.shape[1]] * ("subtitle" in sources)
+        lengths += [batch.caption_BL.shape[1]] * ("caption" in sources)
+        config, num_frames = self.learner.model.config, batch.video_BT3SS.shape[1]
+        return self.spec.batch_size * sample_flops(config, num_frames, int("frame" in sources), tuple(lengths))
+
+
+def _told(step: int, metrics: dict[str, Any]) -> str:
+    """An evaluation as one line."""
+    ways = (
+        f"{name} R@1 {100 * metrics[key]['r1']:.1f} %, R@10 {100 * metrics[key]['r10']:.1f} %, median rank "
+        f"{metrics[key]['medr']:,.1f}"
+        for key, name in (("t2v", "text → video"), ("v2t", "video → text"))
+    )
+    return f"evaluation at step {step:,}, {metrics['num_videos']:,} clips: {'; '.join(ways)}"
+
+
+def total_steps(spec: PlanSpec, train: TrainSettings) -> int:
+    """Updates in the whole run: `train.max_steps`, else what `train.epochs` come to."""
+    if train.max_steps is not None:
+        return train.max_steps
+    whole = int(train.epochs)
+    return max(1, steps_before(spec, whole) + round((train.epochs - whole) * steps_in_epoch(spec, whole)))
+
+
+def _use_threads(train: TrainSettings, process: Process) -> None:
+    """Processes of a host share its cores; a GPU's process needs them for nothing heavy."""
+    if process.device.type == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(train.threads or max(1, cores // process.local_world_size))
+
+
+@dataclass
+class Stop:
+    name: str | None = None  # of the signal that asked for it
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C ask for a stop after the running step; a second Ctrl-C insists.
+
+    In a thread (Ray Train's workers) signals cannot be caught, and nobody sends any.
+    """
+    stop = Stop()
+
+    def ask(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and stop.name is not None:
+            raise KeyboardInterrupt
+        stop.name = signal.Signals(number).name
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
