@@ -121,7 +121,8 @@ def expand_braces(pattern: str) -> list[str]:
     if match is None:
         return [pattern]
     before, after = pattern[: match.start()], pattern[match.end() :]
-    return [path for value in _alternatives(match[1]) for path in expand_braces(before + value + after)]
+    paths = (path for value in _alternatives(match[1]) for path in expand_braces(before + value + after))
+    return list(dict.fromkeys(paths))
 
 
 def _alternatives(inner: str) -> list[str]:
