@@ -26,7 +26,7 @@ from pipeline.stage_queries import QUERIES
 from pipeline.stages import STAGES, Stage, fingerprints
 from shards.fragments import fragment_path, sweep_temporaries, write_atomically
 from shards.ledger import Ledger
-from shards.manifest import publish
+from shards.manifest import MANIFEST_NAME, is_current, publish
 from shards.schema import MANIFEST
 
 
@@ -143,7 +143,7 @@ def build(
         report.pending_before = current.ledger.counts()
         display.plan(report.pending_before, stages)
         _run_stages(current, stages, report, display)
-        if report.did_something or not (current.corpus.root / "manifest.duckdb").exists():
+        if report.did_something or not is_current(current.corpus.root):
             current.publish()
         if "pack" in stages or report.engine.num_done:
             report.pack = pack_corpus(current, display, write="pack" in stages, redo=redo and "pack" in stages)
@@ -225,6 +225,8 @@ def status(root: str | Path, assignments: list[str]) -> Status:
             ledger.synchronise()
             current = Session(corpus, settings, ledger, "status")
             current.derive_all()
+            if (corpus.root / MANIFEST_NAME).exists() and not is_current(corpus.root):
+                publish(ledger)  # of another version: packing would look for columns that it has not
             changed = difference(saved, settings.model_dump(mode="json"))
             return Status(ledger.counts(), current.failures(), pack_state(current), changed)
         finally:

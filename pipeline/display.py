@@ -42,6 +42,10 @@ class Terminal:
             f"[bold]ingest[/] {report.num_seen:,} sources read: {report.num_new:,} new, "
             f"{report.num_duplicates:,} known or repeated, {report.num_problems:,} unreadable"
         )
+        for split, num_videos, num_texts, num_repeated in report.splits:
+            self.console.print(
+                f"  {escape(split)}: {num_videos:,} videos, {num_texts:,} texts, {num_repeated:,} of them repeated"
+            )
 
     def plan(self, counts: dict[str, dict[str, int]], stages: Sequence[str]) -> None:
         parts = []

@@ -3,6 +3,7 @@
 Pure: the result is a function of what the lists say and of the sources that the corpus already knows.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from pipeline.config import Settings
+from pipeline.errors import UserError
 from pipeline.identity import canonical_urls, video_ids
 from pipeline.source_lists import Problem, SourceList, read_sources
 from shards.schema import TABLES
@@ -40,17 +42,29 @@ class Ingested:
     num_seen: int  # usable rows of the lists
     num_duplicates: int  # of them, rows whose source was there before (in the corpus or earlier in the lists)
 
+    def splits(self) -> list[tuple[str, int, int, int]]:
+        """(split, videos, texts, texts that an earlier one of the split equals) of the new sources of a benchmark."""
+        videos: Counter[str] = Counter()
+        texts: dict[str, list[str]] = {}
+        for split, given in zip(self.table["split"].to_pylist(), self.table["texts"].to_pylist(), strict=True):
+            if split is not None:
+                videos[split] += 1
+                texts.setdefault(split, []).extend(entry["text"] for entry in given or ())
+        return [(split, videos[split], len(given), len(given) - len(set(given))) for split, given in texts.items()]
+
 
 def ingest(arguments: list[str], settings: IngestSettings, known: pa.Table) -> Ingested:
-    """The sources that the arguments name and `known` (video_id, url, unit, ordinal; all so far) lacks.
+    """The sources that the arguments name and `known` lacks (video_id, url, unit, ordinal, split, texts; all so far).
 
     Rows with the same canonical URL are one source, the first wins. The same id for another URL is a problem
-    "duplicate-id", the first wins too. Raises UserError as `read_sources` does.
+    "duplicate-id", the first wins too. Raises UserError as `read_sources` does, and for a source that is there already
+    with another split or other reference texts.
     """
     listed = read_sources(arguments, settings)
     table = listed.table.combine_chunks()
     canonical = _array(table, "canonical")
-    ids = video_ids(canonical, _array(table, "source_id"))
+    ids = video_ids(canonical, pc.coalesce(_array(table, "video_id"), _array(table, "source_id")))
+    _require_same_references(canonical.to_pylist(), table, known)
     new, clashes = _new_rows(canonical.to_pylist(), ids.to_pylist(), known)
     problems = listed.problems + [
         Problem(
@@ -60,7 +74,8 @@ def ingest(arguments: list[str], settings: IngestSettings, known: pa.Table) -> I
         )
         for row in clashes
     ]
-    picked = table.take(pa.array(new, pa.int64())).append_column("video_id", [ids.take(pa.array(new, pa.int64()))])
+    rows = pa.array(new, pa.int64())
+    picked = table.drop_columns("video_id").take(rows).append_column("video_id", [ids.take(rows)])
     sources = _with_units(picked, settings.unit_videos, known)
     return Ingested(sources, problems, table.num_rows, table.num_rows - len(new) - len(clashes))
 
@@ -86,6 +101,25 @@ def _new_rows(canonical: list[str], ids: list[str], known: pa.Table) -> tuple[li
         seen_ids.add(video_id)
         new.append(row)
     return new, clashes
+
+
+def _require_same_references(canonical: list[str], table: pa.Table, known: pa.Table) -> None:
+    """A row about a source that is there already may say nothing of split and texts, or the same."""
+    if table["split"].null_count == table["texts"].null_count == table.num_rows:
+        return
+    said: dict[str, tuple] = {}
+    if known.num_rows:
+        references = zip(known["split"].to_pylist(), known["texts"].to_pylist(), strict=True)
+        said = dict(zip(canonical_urls(_array(known, "url")).to_pylist(), references, strict=True))
+    rows = zip(canonical, table["split"].to_pylist(), table["texts"].to_pylist(), table["location"], strict=True)
+    for url, split, texts, location in rows:
+        before = said.setdefault(url, (split, texts))
+        if (split, texts) not in ((None, None), before):
+            raise UserError(
+                f"SOURCES: {location}: {url} is known with "
+                + (f"split {before[0]}, here it is {split}" if before[0] != split else "other reference texts")
+                + ". A corpus holds one reading of a benchmark: build this one in a corpus of its own."
+            )
 
 
 def _with_units(picked: pa.Table, unit_videos: int, known: pa.Table) -> pa.Table:

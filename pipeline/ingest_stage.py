@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline.benchmarks.sources import is_benchmark
 from pipeline.config import digest
 from pipeline.ingest import Ingested, Problem, ingest
 from shards.fragments import commit_name, fragment_path, table_schema, write_commit
@@ -21,11 +22,13 @@ class IngestReport:
     num_new: int
     num_duplicates: int
     num_problems: int
+    splits: list[tuple[str, int, int, int]]  # split, videos, texts, repeated texts: of the new sources of a benchmark
 
 
 def ingest_sources(session, arguments: list[str]) -> IngestReport:
     """Read the lists, commit the sources that are new and the lines that are bad."""
-    known = session.ledger.connection.sql("SELECT video_id, url, unit, ordinal FROM sources").to_arrow_table()
+    columns = "video_id, url, unit, ordinal, split, texts"
+    known = session.ledger.connection.sql(f"SELECT {columns} FROM sources").to_arrow_table()
     found = ingest(arguments, session.settings.ingest, known)
     root, names = session.corpus.root, []
     if found.table.num_rows:
@@ -33,7 +36,8 @@ def ingest_sources(session, arguments: list[str]) -> IngestReport:
     names += _commit_problems(session, arguments, found.problems)
     session.ledger.load(names)
     assert (root / "fragments").is_dir()
-    return IngestReport(found.num_seen, found.table.num_rows, found.num_duplicates, len(found.problems))
+    num_new, num_problems = found.table.num_rows, len(found.problems)
+    return IngestReport(found.num_seen, num_new, found.num_duplicates, num_problems, found.splits())
 
 
 def _commit_sources(session, found: Ingested) -> str:
@@ -94,4 +98,7 @@ def _ledger_row(session, item_id: str, key: str) -> dict:
 
 
 def _absolute(argument: str) -> str:
+    if is_benchmark(argument):
+        name, _, folder = argument.partition(":")
+        return f"{name}:{Path(folder).absolute()}"
     return argument if "://" in argument or argument == "-" else str(Path(argument).absolute())

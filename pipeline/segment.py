@@ -97,14 +97,15 @@ def segment_video(
 ) -> Segmented:
     """Sentences and spans of one video. `words` as `in_order` leaves them; duration None or 0: not known.
 
-    `given_spans` are dicts with n (or None), start_s, end_s. Raises ItemError "duplicate-clip-id" when two given spans
-    claim one n, "punctuation-failed"; UserError when `punctuate` names nothing.
+    `given_spans` are dicts with n (or None), start_s, end_s (None: the end of the video). Raises ItemError
+    "duplicate-clip-id" when two given spans claim one n, "unknown-duration", "punctuation-failed"; UserError when
+    `punctuate` names nothing.
     """
     assert all(a.start_s <= b.start_s for a, b in pairwise(words)), "words out of order"
     words, costs = restore_punctuation(_not_overlapping(words), settings)
     dropped: Counter = Counter()
     if settings.mode == "given-else-sentences" and given_spans:
-        spans = _with_words(words, [_Span(float(span["start_s"]), float(span["end_s"])) for span in given_spans])
+        spans = _with_words(words, [_given(span, duration_s) for span in given_spans])
         numbers = _numbers([span.get("n") for span in given_spans])
         held = {k for span in spans for k in range(span.first_word, span.stop_word)}
         dropped["outside-given-spans"] = len(words) - len(held)
@@ -120,6 +121,12 @@ def segment_video(
         dropped["past-the-end"] = len(words) - count
         sentence_rows, span_rows = _rows(video_id, words, costs, sentences, spans, range(len(spans)), origin)
     return Segmented(sentence_rows, span_rows, dict(sorted((+dropped).items())))
+
+
+def _given(span: dict, duration_s: float | None) -> _Span:
+    if span["end_s"] is None and not duration_s:
+        raise ItemError("unknown-duration", "the span goes to the end of the video, and its header does not say where")
+    return _Span(float(span["start_s"]), float(duration_s if span["end_s"] is None else span["end_s"]))
 
 
 def _moved(sentence: Sentence, offset: int) -> Sentence:

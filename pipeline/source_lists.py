@@ -1,4 +1,5 @@
-"""Reading lists of sources: txt, csv/tsv, json/jsonl, Parquet, HD-VILA jsonl, folders, globs, single files, URLs, "-".
+"""Reading lists of sources: txt, csv/tsv, json/jsonl, Parquet, HD-VILA jsonl, folders, globs, single files, URLs, "-",
+and the folders of published benchmarks (msrvtt:FOLDER, read by `pipeline.benchmarks`).
 
 Everything becomes one Arrow table (`LISTED`), read column-wise by pyarrow and DuckDB; a line that cannot be used
 becomes a `Problem` with its place and stops nothing else. What comes in is untrusted text; no URL and no video is
@@ -20,17 +21,17 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.benchmarks.sources import BENCHMARKS, is_benchmark, read_benchmark
 from pipeline.errors import UserError
 from pipeline.given_spans import SPANS, spans_from_json
+from pipeline.given_texts import TEXTS, texts_from_json
 from pipeline.identity import SCHEME_PATTERN, canonical_urls
+from pipeline.list_files import VIDEO_EXTENSIONS, Problem, decode
 from pipeline.sidecars import SUBTITLE_EXTENSIONS, leads_out, sidecars
 
 if TYPE_CHECKING:
     from pipeline.ingest import IngestSettings
 
-VIDEO_EXTENSIONS = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .flv .f4v .wmv .asf .ts .m2ts .mts .mpg .mpeg .vob .ogv .3gp .3g2 .mxf .ivf".split()
-)
 LIST_EXTENSIONS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")  # all but Parquet also with .gz
 
 # Column names of the field that mean the same, best first, compared without case.
@@ -42,26 +43,21 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "language": ("language", "lang"),
     "licence": ("licence", "license"),
     "subtitle": ("subtitle", "subtitles", "subtitle_url", "subtitle_path"),
+    "split": ("split",),
     "spans": ("clip", "clips", "spans"),
+    "texts": ("texts",),
 }
-TEXT_FIELDS = [name for name in SYNONYMS if name != "spans"]
+JSON_FIELDS = ("spans", "texts")
+TEXT_FIELDS = [name for name in SYNONYMS if name not in JSON_FIELDS]
 
 LISTED = pa.schema(
     [("location", pa.string()), ("canonical", pa.string()), ("kind", pa.string())]
     + [(name, pa.string()) for name in TEXT_FIELDS]
-    + [("spans", SPANS), ("extra", pa.string())]
+    + [("spans", SPANS), ("texts", TEXTS), ("extra", pa.string())]
+    + [("video_id", pa.string())]  # null: made from source_id and URL
 )
 
 _CHUNK_LINES = 200_000  # JSON lines handed to DuckDB at once: bounds memory for lists of many gigabytes
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A line of a list, or a file of a folder, that gives no source."""
-
-    location: str  # FILE:LINE (a row's number in tables, the header being 1), or a path
-    error_class: str  # bad-line | missing-url | bad-url | bad-span | duplicate-id | bad-encoding | unsafe-symlink
-    message: str
 
 
 @dataclass(frozen=True)
@@ -74,14 +70,14 @@ class SourceList:
 
 @dataclass
 class _Rows:
-    """One list file as read: `table` has `line` (int64) and any of the fields as strings (`spans` as JSON text)."""
+    """One list file as read: `table` has `line` (int64) and any of the fields as strings (JSON_FIELDS as JSON text)."""
 
     name: str  # for locations
     folder: Path  # what relative paths in it are relative to
     table: pa.Table
     problems: list[Problem] = field(default_factory=list)
 
-    def problem(self, line: int, error_class: str, message: str) -> None:
+    def problem(self, line: int | str, error_class: str, message: str) -> None:
         self.problems.append(Problem(f"{self.name}:{line}", error_class, message[:500]))
 
 
@@ -102,6 +98,7 @@ def _expand(arguments: list[str]) -> Iterator[str]:
     """Globs become the paths they match, in sorted order; everything else stays as it is."""
     for argument in arguments:
         is_glob = glob.has_magic(argument) and not re.match(SCHEME_PATTERN, argument) and not os.path.exists(argument)
+        is_glob = is_glob and not is_benchmark(argument)
         if not is_glob:
             yield argument
             continue
@@ -112,6 +109,9 @@ def _expand(arguments: list[str]) -> Iterator[str]:
 
 
 def _read(argument: str, settings: "IngestSettings") -> Iterator[_Rows]:
+    if is_benchmark(argument):
+        yield _Rows(argument, Path.cwd(), *read_benchmark(argument))
+        return
     if argument == "-":
         yield from _read_lines("stdin", Path.cwd(), sys.stdin.buffer.read(), settings)
         return
@@ -122,7 +122,10 @@ def _read(argument: str, settings: "IngestSettings") -> Iterator[_Rows]:
     if path.is_dir():
         yield _read_folder(path)
     elif not path.exists():
-        raise UserError(f"SOURCES: {argument!r} is not there (a file, folder, glob, URL, or - for standard input)")
+        raise UserError(
+            f"SOURCES: {argument!r} is not there (a file, folder, glob, URL, - for standard input, or a benchmark's "
+            f"folder as NAME:FOLDER, NAME one of {', '.join(BENCHMARKS)})"
+        )
     elif path.suffix.lower() in VIDEO_EXTENSIONS:
         yield _Rows(str(path), path.parent, _table_of_videos([Path(os.path.abspath(path))]))
     else:
@@ -170,7 +173,7 @@ def _read_csv(path: Path, data: bytes, delimiter: str | None, settings: "IngestS
 
     from pyarrow import csv
 
-    text, problem = _decode(str(path), data)
+    text, problem = decode(str(path), data)
     header = text.partition("\n")[0]
     if delimiter is None:  # spreadsheets of half the world write semicolons into .csv
         delimiter = max(",;\t", key=header.count)
@@ -218,10 +221,11 @@ def _fields_of_table(path: Path, table: pa.Table, line: pa.Array, settings: "Ing
     known = {name: names[0] for name, names in columns.items()}
     others = [name for name in table.column_names if name not in known.values()]
     picks = [f'CAST("{_quoted(known[name])}" AS VARCHAR) AS {name}' for name in TEXT_FIELDS if name in known]
-    if "spans" in known:
-        column = f'"{_quoted(known["spans"])}"'
-        is_text = pa.types.is_string(table.schema.field(known["spans"]).type)
-        picks.append(f"{column} AS spans" if is_text else f"CAST(to_json({column}) AS VARCHAR) AS spans")
+    for name in JSON_FIELDS:
+        if name in known:
+            column = f'"{_quoted(known[name])}"'
+            is_text = pa.types.is_string(table.schema.field(known[name]).type)
+            picks.append(f"{column if is_text else f'CAST(to_json({column}) AS VARCHAR)'} AS {name}")
     if others:
         pairs = ", ".join(f'"{_quoted(name)}" := "{_quoted(name)}"' for name in others)
         picks.append(f"nullif(json_merge_patch('{{}}', to_json(struct_pack({pairs}))), '{{}}') AS extra")
@@ -259,22 +263,12 @@ def _columns(names: list[str], settings: "IngestSettings") -> dict[str, list[str
 # --- lines ----------------------------------------------------------------------------------------------------------
 
 
-def _decode(name: str, data: bytes) -> tuple[str, list[Problem]]:
-    """Text of a list: UTF-8 or UTF-16 with a mark; anything else is read as Latin-1 and said to be so."""
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return data.decode("utf-16", "replace"), []
-    try:
-        return data.decode("utf-8-sig"), []
-    except UnicodeDecodeError as error:
-        return data.decode("latin-1"), [Problem(name, "bad-encoding", f"not UTF-8, read as Latin-1: {error}")]
-
-
 def _read_lines(name: str, folder: Path, data: bytes, settings: "IngestSettings") -> Iterator[_Rows]:
     """One source per line: an address or a path, or a JSON object where the first line is one.
 
     In plain lists empty lines and lines that start with # say nothing.
     """
-    text, problems = _decode(name, data)
+    text, problems = decode(name, data)
     lines = text.split("\n")
     first = next((line for line in lines if line.strip()), "")
     is_json = first.lstrip().startswith("{")
@@ -293,7 +287,7 @@ def _read_lines(name: str, folder: Path, data: bytes, settings: "IngestSettings"
 
 def _read_json(path: Path, data: bytes, settings: "IngestSettings") -> Iterator[_Rows]:
     """A JSON array of objects or addresses; JSON lines under this name are taken too."""
-    text, problems = _decode(str(path), data)
+    text, problems = decode(str(path), data)
     try:
         values = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -400,22 +394,28 @@ def _listed(rows: _Rows) -> pa.Table:
     kind, url, refusals = _addresses(fields["url"], rows.folder)
     canonical = canonical_urls(url)
     spans, bad_spans = spans_from_json(_text(table, "spans"))
+    texts, spans, bad_texts = texts_from_json(_text(table, "texts"), spans)
     line = table["line"].combine_chunks() if count else pa.array([], pa.int64())
+    place = pc.binary_join_element_wise(rows.name, pc.cast(line, pa.string()), ":")
     columns = {
-        "location": pc.binary_join_element_wise(rows.name, pc.cast(line, pa.string()), ":"),
+        "location": pc.coalesce(_text(table, "location"), place),
         "canonical": canonical,
         "kind": kind,
         **fields,
         "url": url,
         "subtitle": _located(fields["subtitle"], rows.folder),
         "spans": spans,
+        "texts": texts,
         "extra": _text(table, "extra"),
+        "video_id": _text(table, "video_id"),
     }
     for index in pc.indices_nonzero(pc.is_null(canonical)).to_pylist():
         error_class, message = refusals.get(index) or ("bad-url", f"not a URL: {fields['url'][index]}")
         rows.problem(line[index].as_py(), error_class, message)
     for index, message in bad_spans:
         rows.problem(line[index].as_py(), "bad-span", message)
+    for index, position, error_class, message in bad_texts:
+        rows.problem(f"{line[index]}#/texts/{position}", error_class, message)
     spoilt = pa.array([index for index, _ in bad_spans], pa.int64())  # of these, rows with no span left give no source
     empty = pc.fill_null(pc.equal(pc.list_value_length(spans), 0), False)
     lost = pc.and_(empty, pc.is_in(pa.array(range(count), pa.int64()), value_set=spoilt))

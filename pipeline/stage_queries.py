@@ -28,13 +28,18 @@ DOWNLOAD = StageQuery(
     current=(
         f"CREATE OR REPLACE TEMP TABLE all_videos AS {_rows_of('download', 'downloads')}",
         """
+        -- Of videos with the same bytes only the first is cut; but one with reference texts is never another's copy:
+        -- its texts would go with it.
         CREATE OR REPLACE TEMP TABLE current_videos AS
-        WITH canonical AS (
-            SELECT v.sha256, arg_min(v.video_id, s.ordinal) AS video_id, min(s.ordinal) AS ordinal
-            FROM all_videos v JOIN sources s USING (video_id) GROUP BY v.sha256
+        WITH contents AS (
+            SELECT v.video_id, min(s.ordinal) AS ordinal,
+                   if(bool_or(len(s.texts) > 0), 'video ' || v.video_id, any_value(v.sha256)) AS content
+            FROM all_videos v JOIN sources s USING (video_id) GROUP BY v.video_id
+        ), canonical AS (
+            SELECT content, arg_min(video_id, ordinal) AS video_id FROM contents GROUP BY content
         )
         SELECT v.*, nullif(c.video_id, v.video_id) AS duplicate_of
-        FROM all_videos v JOIN canonical c USING (sha256) SEMI JOIN scope USING (unit)
+        FROM all_videos v JOIN contents k USING (video_id) JOIN canonical c USING (content) SEMI JOIN scope USING (unit)
         """,
         "DELETE FROM state_download WHERE unit NOT IN (SELECT unit FROM scope)",
     ),
@@ -75,6 +80,18 @@ SEGMENT = StageQuery(
     current=(
         f"CREATE OR REPLACE TEMP TABLE current_sentences AS {_rows_of('segment', 'sentences')}",
         f"CREATE OR REPLACE TEMP TABLE current_spans AS {_rows_of('segment', 'spans')}",
+        # Reference texts of given spans: they are about those pieces of the video and no others.
+        """
+        CREATE OR REPLACE TEMP TABLE current_texts AS
+        WITH given AS (SELECT clip_id, video_id, n FROM current_spans WHERE origin = 'given'),
+        referred AS (
+            SELECT video_id, unnest(texts, max_depth := 2), generate_subscripts(texts, 1) AS position
+            FROM sources WHERE len(texts) > 0 AND video_id IN (SELECT video_id FROM given)
+        )
+        SELECT g.clip_id, g.video_id, r.text,
+               (row_number() OVER (PARTITION BY g.clip_id ORDER BY r.position) - 1)::INT AS n
+        FROM given g JOIN referred r ON r.video_id = g.video_id AND r.n = g.n
+        """,
     ),
     payload="""
         SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.duration_s, t.words, s.spans AS given_spans
@@ -97,10 +114,14 @@ CUT = StageQuery(
     current=(
         f"""
         CREATE OR REPLACE TEMP TABLE current_clips AS
-        SELECT r.*, p.text, p.num_words, p.num_sentences, p.align_cost, p.origin, t.language
+        SELECT r.*, coalesce(x.text, p.text) AS text,
+               coalesce(len(regexp_extract_all(x.text, '\\S+'))::INT, p.num_words) AS num_words,
+               if(x.text IS NULL, p.num_sentences, NULL) AS num_sentences,
+               if(x.text IS NULL, p.align_cost, NULL) AS align_cost, p.origin, t.language
         FROM ({_rows_of("cut", "clips")}) r
         JOIN current_spans p ON p.clip_id = r.clip_id AND p.start_s = r.span_start_s AND p.end_s = r.span_end_s
         LEFT JOIN current_transcripts t ON t.video_id = r.video_id
+        LEFT JOIN current_texts x ON x.clip_id = r.clip_id AND x.n = 0
         """,
     ),
     payload="""

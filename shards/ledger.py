@@ -19,7 +19,7 @@ import pyarrow as pa
 from shards.fragments import fragment_path, outputs_of, table_schema
 from shards.schema import LEDGER, TABLES
 
-LEDGER_VERSION = 1  # of the working database's own layout; another version is rebuilt from the fragments
+LEDGER_VERSION = 2  # of the working database's own layout; another version is rebuilt from the fragments
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from pipeline.config import digest
 from shards.duplicates import duplicate_groups
 from shards.fragments import TEMPORARY
 from shards.ledger import Ledger
@@ -38,8 +39,29 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
     finally:
         connection.execute("DETACH manifest")
     with duckdb.connect(str(temporary)) as fresh:
-        fresh.execute(resources.files("shards").joinpath("views.sql").read_text())
+        fresh.execute(_views())
+        fresh.execute(f"COMMENT ON VIEW catalog IS '{_layout()}'")
     os.replace(temporary, path)
+
+
+def is_current(root: Path) -> bool:
+    """Whether there is a manifest, and of the tables and views that this version publishes."""
+    path = root / MANIFEST_NAME
+    if not path.is_file():
+        return False
+    with duckdb.connect() as connection:
+        connection.execute(f"ATTACH '{_sql_text(path)}' AS manifest (READ_ONLY)")
+        sql = "SELECT comment FROM duckdb_views() WHERE database_name = 'manifest' AND view_name = 'catalog'"
+        return connection.execute(sql).fetchall() == [(_layout(),)]
+
+
+def _views() -> str:
+    return resources.files("shards").joinpath("views.sql").read_text()
+
+
+def _layout() -> str:
+    tables = {table: [f"{field.name} {field.type}" for field in schema] for table, schema in MANIFEST.items()}
+    return f"layout {digest([tables, _views()])}"
 
 
 def _prepare(ledger: Ledger, groups: bool) -> None:
@@ -77,13 +99,14 @@ _SELECT = {
                coalesce(s.language, t.language, v.language) AS language, coalesce(s.licence, v.licence) AS licence,
                v.channel, v.upload_date, v.path, v.num_bytes, v.sha256, v.duplicate_of, v.container, v.duration_s,
                v.width, v.height, v.fps, v.video_codec, v.audio_codec, v.extractor, t.origin AS transcript_origin,
-               t.word_times, t.num_words, s.ordinal, s.extra, v.meta
+               t.word_times, t.num_words, s.split, s.ordinal, s.extra, v.meta
         FROM sources s LEFT JOIN current_videos v USING (video_id) LEFT JOIN current_transcripts t USING (video_id)
         ORDER BY s.ordinal
     """,
     "sentences": "SELECT $columns FROM current_sentences ORDER BY video_id, n",
     "spans": "SELECT $columns FROM current_spans ORDER BY video_id, n",
     "clips": "SELECT $columns FROM current_clips ORDER BY video_id, n",
+    "texts": "SELECT $columns FROM current_texts SEMI JOIN current_clips USING (clip_id) ORDER BY video_id, clip_id, n",
     "captions": "SELECT $columns FROM current_captions ORDER BY clip_id, frame_index, fingerprint",
     "scores": """
         SELECT s.* EXCLUDE (item_id, unit, key, fragment, fresh), g.duplicate_group

@@ -50,7 +50,9 @@ LATE = (
     "caption", "captioner", "caption_score", "subtitle_similarity", "caption_similarity", "text_similarity",
     "words_per_s", "repeated_word_ratio", "duplicate_group",
 )  # fmt: skip
-ROW_COLUMNS = (*FIXED, *LATE, "kind", "sha256", "frame_sha256", "phash", "num_bytes", "frames", "tar", "mp4_offset")
+REFERENCES = ("split", "texts")  # of benchmarks: part of a plan's key where a clip has one of them
+MEDIA = ("kind", "sha256", "frame_sha256", "phash", "num_bytes", "frames", "tar", "mp4_offset")
+ROW_COLUMNS = (*FIXED, *LATE, *REFERENCES, *MEDIA)
 
 
 class PackSettings(Settings):
@@ -108,9 +110,12 @@ def select_samples(connection: duckdb.DuckDBPyConnection, settings: PackSettings
 
     check_selection(connection, settings.where, "pack.where")
     hashed = ", ".join(f"'{name}': {name}" for name in (*FIXED, "sha256", "frame_sha256", "phash", "kind"))
+    referred = ", ".join(f"'{name}': {name}" for name in REFERENCES)
     sql = f"""
         SELECT clip_id, num_bytes AS mp4_bytes, coalesce(frames[1].num_bytes, 0) AS jpg_bytes,
-               strlen(text) AS txt_bytes, md5(to_json({{{hashed}}})::VARCHAR) AS content
+               strlen(text) AS txt_bytes,
+               md5(concat(to_json({{{hashed}}})::VARCHAR, if(split IS NULL AND texts IS NULL, NULL,
+                                                             to_json({{{referred}}})::VARCHAR))) AS content
         FROM ({selection(settings.where)}) ORDER BY clip_id
     """
     try:
@@ -344,7 +349,7 @@ def sample_json(row: dict[str, Any]) -> bytes:
     Face `datasets`) take a key that may appear later but not a null that turns into text. Hashes of 64 bits are hex:
     JSON readers lose the low bits of such integers. Local sources are named without their folder.
     """
-    values = {name: row[name] for name in (*FIXED, *LATE)}
+    values = {name: row[name] for name in (*FIXED, *LATE, *REFERENCES)}
     values["url"] = Path(row["url"]).name if row["kind"] == "file" and row["url"] else row["url"]
     values["key"] = sample_key(row["clip_id"])
     values["subtitle"] = values.pop("text")

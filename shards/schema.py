@@ -10,6 +10,7 @@ import pyarrow as pa
 STRING, DOUBLE, INT64, INT32, BOOL = pa.string(), pa.float64(), pa.int64(), pa.int32(), pa.bool_()
 
 SPAN = pa.struct([("n", INT32), ("start_s", DOUBLE), ("end_s", DOUBLE)])
+REFERENCE = pa.struct([("n", INT32), ("text", STRING)])  # a text that people wrote about the video's clip n
 WORD = pa.struct([("text", STRING), ("start_s", DOUBLE), ("end_s", DOUBLE)])
 SUBTITLE_FILE = pa.struct(
     [("path", STRING), ("language", STRING), ("kind", STRING), ("format", STRING), ("sha256", STRING)]
@@ -56,7 +57,9 @@ TABLES: dict[str, pa.Schema] = {
         language=STRING,
         licence=STRING,
         subtitle=STRING,  # URL or path of a subtitle file that the list or a side-car names
-        spans=pa.list_(SPAN),  # null: none given (HD-VILA lists give them)
+        spans=pa.list_(SPAN),  # null: none given (HD-VILA lists give them); end_s null: to the end of the video
+        split=STRING,  # of a benchmark: train, val, test …; null: of none
+        texts=pa.list_(REFERENCE),  # reference texts, in their order; null: none given
         extra=STRING,  # the list's other columns as a JSON object, or null
         ordinal=INT64,  # position in order of first sight, over the life of the corpus
     ),
@@ -204,8 +207,8 @@ INDEX = _schema(
 )
 
 # The published manifest: what people query. `videos` joins sources, downloads and transcripts; `clips` takes its text
-# from the current spans; `captions` keeps every captioner's rows and marks the one that is served; `scores` adds the
-# near-duplicate group.
+# from the current spans, or from `texts` where a clip has reference texts; `captions` keeps every captioner's rows and
+# marks the one that is served; `scores` adds the near-duplicate group.
 MANIFEST: dict[str, pa.Schema] = {
     "videos": _schema(
         video_id=STRING,
@@ -234,6 +237,7 @@ MANIFEST: dict[str, pa.Schema] = {
         transcript_origin=STRING,
         word_times=STRING,
         num_words=INT32,
+        split=STRING,
         ordinal=INT64,
         extra=STRING,
         meta=STRING,
@@ -242,13 +246,20 @@ MANIFEST: dict[str, pa.Schema] = {
     "spans": TABLES["spans"],
     "clips": _schema(
         **{field.name: field.type for field in TABLES["clips"]},
-        text=STRING,  # the subtitle, "" where nothing is said
+        text=STRING,  # the subtitle, "" where nothing is said; of a clip with reference texts the first of them
         num_words=INT32,
         num_sentences=INT32,
         align_cost=DOUBLE,
         origin=STRING,
         language=STRING,
         unit=STRING,
+    ),
+    # Reference texts of the clips that were cut from given spans: what a benchmark's videos are searched by.
+    "texts": _schema(
+        clip_id=STRING,
+        n=INT32,  # from 0, in the order of the source list
+        text=STRING,
+        video_id=STRING,
     ),
     "captions": _schema(**{field.name: field.type for field in TABLES["captions"]}, current=BOOL),
     "scores": _schema(

@@ -1,7 +1,8 @@
 -- The views of a manifest, made over the tables of `MANIFEST` in shards/schema.py. One row of `catalog` is one clip with
 -- everything known of it: `pack.where` and training's selections are conditions on it.
 
--- One row per clip: the clip, its text (what is said in it), its served caption, its scores, its video, its shard.
+-- One row per clip: the clip, its text (what is said in it, or its first reference text), its served caption, its
+-- scores, its video, its reference texts, its shard.
 CREATE OR REPLACE VIEW catalog AS
 SELECT
     c.* EXCLUDE (language),
@@ -25,12 +26,15 @@ SELECT
     v.transcript_origin,
     v.word_times,
     v.height AS video_height,
+    v.split,
+    r.texts,
     p.shard,
     p.position
 FROM clips c
 LEFT JOIN videos v ON v.video_id = c.video_id
 LEFT JOIN (SELECT * FROM captions WHERE current AND frame_index = 0) t ON t.clip_id = c.clip_id
 LEFT JOIN scores s ON s.clip_id = c.clip_id
+LEFT JOIN (SELECT clip_id, list(text ORDER BY n) AS texts FROM texts GROUP BY clip_id) r ON r.clip_id = c.clip_id
 LEFT JOIN samples p ON p.clip_id = c.clip_id;
 
 -- One row: the sums that a corpus is described by. A sentence counts when a clip holds it.
@@ -120,6 +124,28 @@ SELECT
     coalesce(hours, 0) AS hours
 FROM v FULL JOIN c ON v.category IS NOT DISTINCT FROM c.category
 ORDER BY num_clips DESC, category;
+
+-- What a benchmark consists of, by split. A video without a clip is one that failed. Repeated texts are those that an
+-- earlier text of the split equals: as queries they cannot be told apart.
+CREATE OR REPLACE VIEW splits AS
+WITH t AS (
+    SELECT v.split, count(*) AS num_texts, count(*) - count(DISTINCT t.text) AS num_repeated_texts
+    FROM texts t JOIN videos v USING (video_id) GROUP BY v.split
+), c AS (
+    SELECT v.split, count(*) AS num_clips, sum(k.duration_s) / 3600 AS hours
+    FROM clips k JOIN videos v USING (video_id) GROUP BY v.split
+)
+SELECT
+    v.split,
+    v.num_videos,
+    coalesce(c.num_clips, 0) AS num_clips,
+    coalesce(t.num_texts, 0) AS num_texts,
+    coalesce(t.num_repeated_texts, 0) AS num_repeated_texts,
+    coalesce(c.hours, 0) AS hours
+FROM (SELECT split, count(*) AS num_videos FROM videos WHERE split IS NOT NULL GROUP BY split) v
+LEFT JOIN c USING (split)
+LEFT JOIN t USING (split)
+ORDER BY v.split;
 
 -- Why things are not there: failures counted by stage and class, the most frequent first.
 CREATE OR REPLACE VIEW failures_by_reason AS

@@ -1,0 +1,74 @@
+"""What a benchmark's annotation files say, video by video: filled by its reader, turned into sources afterwards."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.list_files import Problem, is_unicode
+
+
+@dataclass
+class Entry:
+    """One video of a benchmark. Without spans it is one clip, the whole video."""
+
+    video: str  # as the benchmark calls it
+    split: str
+    place: str  # where a file first names it
+    texts: list[tuple[int, str]] = field(default_factory=list)  # (clip number, text)
+    spans: dict[int, tuple[float, float]] = field(default_factory=dict)  # clip number → seconds
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Annotations:
+    """Entries in the order in which the files name them, and what was wrong with the files."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self._entries: dict[str, Entry] = {}
+        self._unknown: set[str] = set()
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def __contains__(self, video: Any) -> bool:
+        return isinstance(video, str) and video in self._entries
+
+    def __getitem__(self, video: str) -> Entry:
+        return self._entries[video]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add_video(self, video: Any, split: str, place: str) -> Entry | None:
+        """The entry of a video, made where it is new; None for what is no name. Raises UserError for a second split."""
+        if not isinstance(video, str) or not video.strip() or not video.isprintable():
+            self.problem(place, "bad-line", f"no name of a video: {video!r}")
+            return None
+        entry = self._entries.setdefault(video, Entry(video, split, place))
+        if entry.split != split:
+            raise UserError(
+                f"SOURCES: {place}: {video} is in split {split}, but in {entry.split} at {entry.place}. A video of two "
+                "splits would be trained on and tested with: leave one."
+            )
+        return entry
+
+    def add_text(self, video: Any, text: Any, place: str, clip: int = 0) -> None:
+        """A reference text of a video that is there. Empty ones, and those of other videos, are problems instead."""
+        if video not in self:
+            self.unknown(video, place)
+        elif not isinstance(text, str) or not is_unicode(text):
+            self.problem(place, "bad-text", f"{video}: no text: {text!r}")
+        elif not text.strip():
+            self.problem(place, "empty-text", f"{video}: a text without a word")
+        else:
+            self._entries[video].texts.append((clip, text.strip()))
+
+    def unknown(self, video: Any, place: str) -> None:
+        """Texts of a video that no list of videos names: one problem, however many they are."""
+        if str(video) not in self._unknown:
+            self._unknown.add(str(video))
+            self.problem(place, "unknown-id", f"texts of {video!r}, which is in no list of videos")
+
+    def problem(self, place: str, error_class: str, message: str) -> None:
+        self.problems.append(Problem(place, error_class, message[:500]))

@@ -1,0 +1,366 @@
+"""The published annotation files of the retrieval benchmarks, each read into `Annotations`.
+
+Which videos and texts a benchmark's protocol uses is the reader's business: afterwards every text of a video is one of
+its reference texts, and `split` says what it is for. Where the original files are missing, the lists that CLIP-ViP's
+configurations name (JSON lines of clip_id and text) are taken. Layouts and protocols: docs/benchmarks.md.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.benchmarks.annotations import Annotations, Entry
+from pipeline.benchmarks.folder import Folder, of_type, read_csv, read_json, read_json_lines, read_lines, read_pickle
+from pipeline.errors import UserError
+
+Reader = Callable[[Folder, Annotations], None]
+Names = dict[str, tuple[str, ...]]  # split → file names, the first that is there is read
+Rows = list[tuple[str, dict]]  # (place, object) of a JSON list
+
+DIDEMO_SEGMENT_S = 5.0  # annotators chose among pieces of this length …
+DIDEMO_END_S = 31.0  # … of what they saw of a video; the bound is CLIP4Clip's
+LISTS: Names = {split: (f"{split}_list.txt",) for split in ("train", "val", "test")}
+
+
+# --- MSR-VTT --------------------------------------------------------------------------------------------------------
+
+
+def msrvtt_1ka(train_csv: str, train_jsonl: str | None) -> Reader:
+    """Training videos with all their sentences; of the 1k-A test videos the one sentence that the csv chose."""
+    test: Names = {"test": ("MSRVTT_JSFUSION_test.csv", "test1ka.jsonl")}
+    train: Names = {"train": (train_csv, train_jsonl) if train_jsonl else (train_csv,)}
+
+    def read(folder: Folder, found: Annotations) -> None:
+        needed = _files(folder, train | test)
+        for split, path in needed.items():
+            if path.suffix == ".jsonl":
+                _read_clip_vip(path, split, found, paragraph=False)
+            elif split == "test":
+                for place, row in read_csv(path, ("video_id", "sentence"), found.problems):
+                    found.add_video(row["video_id"], split, place)
+                    found.add_text(row["video_id"], row["sentence"], f"{place}#sentence")
+            else:
+                for place, row in read_csv(path, ("video_id",), found.problems):
+                    found.add_video(row["video_id"], split, place)
+        if "train" in needed and needed["train"].suffix == ".csv":
+            _add_sentences(_msrvtt_data(folder, found), found, wanted="train")
+
+    return read
+
+
+def msrvtt_full(folder: Folder, found: Annotations) -> None:
+    """The split of the data file itself: train, val, test, all sentences everywhere."""
+    data = _msrvtt_data(folder, found)
+    for videos, _ in data:
+        for place, video in videos:
+            split = video.get("split")
+            if split in ("train", "validate", "test"):
+                found.add_video(video.get("video_id"), "val" if split == "validate" else split, place)
+            else:
+                found.problem(place, "bad-line", f"split is {split!r}; allowed: train, validate, test")
+    _add_sentences(data, found, wanted=None)
+
+
+def _add_sentences(data: list[tuple[Rows, Rows]], found: Annotations, wanted: str | None) -> None:
+    """Sentences of the videos of a split (None: of all); of other videos that the data file lists nothing is taken."""
+    for videos, sentences in data:
+        listed = {str(row.get("video_id")) for _, row in videos}
+        for _, row in videos:
+            if row.get("video_id") in found:
+                columns = {"category": "category", "url": "source_url", "start time": "start_s", "end time": "end_s"}
+                kept = {name: row[column] for column, name in columns.items() if column in row}
+                found[row["video_id"]].extra.update(kept)
+        for place, row in sentences:
+            video = row.get("video_id")
+            if video in found:
+                if wanted in (None, found[video].split):  # else tested with the one sentence that its list has
+                    found.add_text(video, row.get("caption"), f"{place}/caption")
+            elif str(video) not in listed:  # else a video that the protocol does not use
+                found.unknown(video, place)
+
+
+def _msrvtt_data(folder: Folder, found: Annotations) -> list[tuple[Rows, Rows]]:
+    """(videos, sentences) of the one data file, or of each of the two that were published before it."""
+    names = ("MSRVTT_data.json", "train_val_videodatainfo.json", "test_videodatainfo.json")
+    paths = [path for path in map(folder.file, names) if path]
+    if not paths:
+        raise UserError(f"SOURCES: {folder.argument}: needs {names[0]}, or {names[1]} and {names[2]}; none is there")
+    if paths[0].name == names[0]:
+        paths = paths[:1]
+    tables = []
+    for path in paths:
+        data = of_type(read_json(path, found.problems), dict, path, "an object with videos and sentences")
+        lists = {key: of_type(data.get(key), list, path, f"a list {key}") for key in ("videos", "sentences")}
+        videos, sentences = (_objects(rows, f"{path}#/{key}", found) for key, rows in lists.items())
+        tables.append((videos, sentences))
+    return tables
+
+
+# --- MSVD -----------------------------------------------------------------------------------------------------------
+
+
+def msvd(folder: Folder, found: Annotations) -> None:
+    """Lists of videos by split, and about forty sentences for each."""
+    _read_lists(_files(folder, LISTS), found)
+    names = ("raw-captions.pkl", "AllVideoDescriptions.txt", "video_corpus.csv", "MSR Video Description Corpus.csv")
+    path = folder.file(*names)
+    if path is None:
+        raise UserError(f"SOURCES: {folder.argument}: needs one of {', '.join(names)}; none is there")
+    {".pkl": _read_msvd_pickle, ".txt": _read_msvd_text, ".csv": _read_msvd_csv}[path.suffix](path, found)
+
+
+def _read_msvd_pickle(path: Path, found: Annotations) -> None:
+    """{video: [[word, …], …]}; a sentence may also be a string."""
+    for video, sentences in of_type(read_pickle(path), dict, path, "a dict of video to sentences").items():
+        for n, sentence in enumerate(of_type(sentences, list, path, f"a list of sentences for {video!r}")):
+            words = isinstance(sentence, list | tuple) and all(isinstance(word, str) for word in sentence)
+            found.add_text(video, " ".join(sentence) if words else sentence, f"{path}#/{video}/{n}")
+
+
+def _read_msvd_text(path: Path, found: Annotations) -> None:
+    """A line per sentence: the video's name, a space, the sentence; lines that start with # are remarks."""
+    for place, line in read_lines(path, found.problems):
+        if not line.startswith("#"):
+            video, _, sentence = line.partition(" ")
+            found.add_text(video, sentence, place)
+
+
+def _read_msvd_csv(path: Path, found: Annotations) -> None:
+    """The corpus as collected, in many languages: English is taken. A video is called VideoID_Start_End."""
+    for place, row in read_csv(path, ("VideoID", "Start", "End", "Language", "Description"), found.problems):
+        if row["Language"] == "English":
+            found.add_text(f"{row['VideoID']}_{row['Start']}_{row['End']}", row["Description"], f"{place}#Description")
+
+
+# --- LSMDC ----------------------------------------------------------------------------------------------------------
+
+
+def lsmdc(folder: Folder, found: Annotations) -> None:
+    """A line per sentence and clip; a clip may have several. The retrieval test is the challenge's 1,000 clips."""
+    names: Names = {
+        "train": ("LSMDC16_annos_training.csv", "train_101k_frame.jsonl"),
+        "val": ("LSMDC16_annos_val.csv",),
+        "test": ("LSMDC16_challenge_1000_publictect.csv", "test_1k_frame.jsonl"),
+    }
+    for split, path in _files(folder, names).items():
+        if path.suffix == ".jsonl":
+            _read_clip_vip(path, split, found, paragraph=False)
+            continue
+        for place, line in read_lines(path, found.problems):
+            columns = line.split("\t")
+            if len(columns) != 6:
+                found.problem(place, "bad-line", f"{len(columns)} columns instead of 6 with tabs between them")
+            elif found.add_video(columns[0], split, place):
+                found.add_text(columns[0], columns[5], f"{place}#sentence")
+
+
+# --- DiDeMo ---------------------------------------------------------------------------------------------------------
+
+
+def didemo(folder: Folder, found: Annotations) -> None:
+    """A paragraph per video: its descriptions in the file's order. The clip is what annotators saw, at most 31 s."""
+    names: Names = {split: (f"{split}_data.json", f"{split}.jsonl") for split in LISTS}
+    for entry, rows in _read_didemo(folder, names, found):
+        _add_paragraph(entry, [(row.get("description"), f"{place}/description") for place, row in rows], found)
+    for entry in found:
+        entry.spans[0] = (0.0, DIDEMO_END_S)
+
+
+def didemo_moments(folder: Folder, found: Annotations) -> None:
+    """A clip per description: the pieces that most annotators chose, of several such the first named."""
+    names: Names = {split: (f"{split}_data.json",) for split in LISTS}
+    for entry, rows in _read_didemo(folder, names, found):
+        for n, (place, row) in enumerate(rows):
+            times = row.get("times")
+            if not isinstance(times, list) or not times or not all(map(_is_pair, times)):
+                found.problem(f"{place}/times", "bad-span", f"{entry.video}: no [first, last] pieces: {times!r}")
+                continue
+            first, last = Counter(map(tuple, times)).most_common(1)[0][0]
+            span = (first * DIDEMO_SEGMENT_S, (last + 1) * DIDEMO_SEGMENT_S)
+            _add_moment(entry, n, span, row.get("description"), place, found)
+
+
+def _read_didemo(folder: Folder, names: Names, found: Annotations) -> list[tuple[Entry, Rows]]:
+    """Each video with its descriptions. A list of a split's videos, where there is one, decides which are taken."""
+    lists = _files(folder, LISTS, needed=False)
+    videos: dict[str, Rows] = {}
+    for split, path in _files(folder, names).items():
+        if path.suffix == ".jsonl":
+            _read_clip_vip(path, split, found, paragraph=True)
+            continue
+        if split in lists:
+            _read_lists({split: lists[split]}, found)
+        rows = of_type(read_json(path, found.problems), list, path, "a list of descriptions")
+        for place, row in _objects(rows, f"{path}#", found):
+            video = row.get("video")
+            if split not in lists:
+                found.add_video(video, split, place)
+            if video in found:  # else left out by the list
+                videos.setdefault(video, []).append((place, row))
+    return [(found[video], rows) for video, rows in videos.items()]
+
+
+# --- ActivityNet Captions -------------------------------------------------------------------------------------------
+
+
+def activitynet(folder: Folder, found: Annotations) -> None:
+    """A paragraph per video: its sentences in the file's order."""
+    names: Names = {"train": ("train.json", "train.jsonl"), "val1": ("val_1.json", "val1.jsonl")}
+    for entry, path, value in _read_activitynet(folder, names, found):
+        sentences = enumerate(value["sentences"])
+        pieces = [(sentence, f"{path}#/{entry.video}/sentences/{n}") for n, sentence in sentences]
+        _add_paragraph(entry, pieces, found)
+
+
+def activitynet_moments(folder: Folder, found: Annotations) -> None:
+    """A clip per sentence and its timestamps."""
+    for entry, path, value in _read_activitynet(folder, {"train": ("train.json",), "val1": ("val_1.json",)}, found):
+        times, sentences = value.get("timestamps"), value["sentences"]
+        if not isinstance(times, list) or len(times) != len(sentences):
+            found.problem(f"{path}#/{entry.video}/timestamps", "bad-span", f"not {len(sentences)} timestamps")
+            continue
+        for n, (pair, sentence) in enumerate(zip(times, sentences, strict=True)):
+            place = f"{path}#/{entry.video}/sentences/{n}"
+            if _is_pair(pair):
+                _add_moment(entry, n, (float(pair[0]), float(pair[1])), sentence, place, found)
+            else:
+                found.problem(place, "bad-span", f"no [start, end] in seconds: {pair!r}")
+
+
+def _read_activitynet(folder: Folder, names: Names, found: Annotations) -> list[tuple[Entry, Path, dict]]:
+    """The videos of train.json and val_1.json (those that train_ids.json and val_ids.json name, where they are there).
+
+    val_2.json describes the videos of val_1.json once more, by other people: it is not read.
+    """
+    lists = _files(folder, {"train": ("train_ids.json",), "val1": ("val_ids.json",)}, needed=False)
+    videos = []
+    for split, path in _files(folder, names).items():
+        if path.suffix == ".jsonl":
+            _read_clip_vip(path, split, found, paragraph=True)
+            continue
+        wanted = None
+        if split in lists:
+            wanted = of_type(read_json(lists[split], found.problems), list, lists[split], "a list of video ids")
+            for n, video in enumerate(wanted):
+                found.add_video(video, split, f"{lists[split]}#/{n}")
+        values = of_type(read_json(path, found.problems), dict, path, "an object of video to its sentences")
+        for video, value in values.items():
+            entry = found.add_video(video, split, f"{path}#/{video}") if wanted is None or video in found else None
+            if entry and isinstance(value, dict) and isinstance(value.get("sentences"), list):
+                videos.append((entry, path, value))
+            elif entry:
+                found.problem(f"{path}#/{video}/sentences", "bad-line", "no list of sentences")
+    return videos
+
+
+# --- VATEX ----------------------------------------------------------------------------------------------------------
+
+
+def vatex(captions: str) -> Reader:
+    """Ten sentences a video, in English (enCap) or Chinese (chCap). A video is called YouTubeID_start_end."""
+    names: Names = {"train": ("vatex_training_v1.0.json",), "val": ("vatex_validation_v1.0.json",)}
+    if captions == "enCap":
+        names["test"] = ("vatex_public_test_english_v1.1.json",)
+
+    def read(folder: Folder, found: Annotations) -> None:
+        lists = _files(folder, LISTS, needed=False)
+        _read_lists(lists, found)
+        for split, path in _files(folder, names).items():
+            rows = of_type(read_json(path, found.problems), list, path, "a list of videos")
+            for place, row in _objects(rows, f"{path}#", found):
+                video = row.get("videoID")
+                if lists and video not in found or not lists and not found.add_video(video, split, place):
+                    continue  # left out by the lists, or no name
+                sentences = row.get(captions)
+                if not isinstance(sentences, list):
+                    found.problem(f"{place}/{captions}", "bad-line", f"{video}: no list {captions}")
+                    continue
+                for k, sentence in enumerate(sentences):
+                    found.add_text(video, sentence, f"{place}/{captions}/{k}")
+
+    return read
+
+
+# --- what they share ------------------------------------------------------------------------------------------------
+
+
+def _files(folder: Folder, names: Names, needed: bool = True) -> dict[str, Path]:
+    """Split → its file, of the splits that have one. Raises UserError where none has and one is needed."""
+    paths = {split: path for split, wanted in names.items() if (path := folder.file(*wanted))}
+    if needed and not paths:
+        allowed = ", ".join(" or ".join(wanted) for wanted in names.values())
+        raise UserError(f"SOURCES: {folder.argument}: none of its annotation files is there; it reads {allowed}")
+    return paths
+
+
+def _read_lists(paths: dict[str, Path], found: Annotations) -> None:
+    """Files with a video's name on every line."""
+    for split, path in paths.items():
+        for place, video in read_lines(path, found.problems):
+            found.add_video(video, split, place)
+
+
+def _read_clip_vip(path: Path, split: str, found: Annotations, paragraph: bool) -> None:
+    """{"clip_id": …, "text": a string or several} per line, as CLIP-ViP's own data loader takes them."""
+    for place, row in read_json_lines(path, found.problems):
+        name, texts = row.get("clip_id"), row.get("text")
+        name = name.rpartition("/")[2] if isinstance(name, str) else name  # LSMDC's are MOVIE/CLIP
+        entry = found.add_video(name, split, place)
+        if entry is None:
+            continue
+        pieces = [(text, f"{place}#/text/{n}") for n, text in enumerate(texts if isinstance(texts, list) else [texts])]
+        if paragraph:
+            _add_paragraph(entry, pieces, found)
+        else:
+            for text, where in pieces:
+                found.add_text(name, text, where)
+
+
+def _objects(rows: list, where: str, found: Annotations) -> Rows:
+    """The rows with their places; a row that is no object is a problem."""
+    for n, row in enumerate(rows):
+        if not isinstance(row, dict):
+            found.problem(f"{where}/{n}", "bad-line", f"no object: {row!r}")
+    return [(f"{where}/{n}", row) for n, row in enumerate(rows) if isinstance(row, dict)]
+
+
+def _add_paragraph(entry: Entry, pieces: list[tuple[Any, str]], found: Annotations) -> None:
+    """(text, place) of a video's sentences as one text, a space between them."""
+    before = len(entry.texts)
+    for text, place in pieces:
+        found.add_text(entry.video, text, place)
+    sentences = [text for _, text in entry.texts[before:]]
+    del entry.texts[before:]
+    if sentences:
+        entry.texts.append((0, " ".join(sentences)))
+
+
+def _add_moment(entry: Entry, n: int, span: tuple[float, float], text: Any, place: str, found: Annotations) -> None:
+    """A clip of its own for a sentence, numbered by the sentence's place, whatever becomes of others."""
+    if not 0 <= span[0] < span[1]:
+        found.problem(place, "bad-span", f"{entry.video}: from {span[0]} to {span[1]} s")
+        return
+    before = len(entry.texts)
+    found.add_text(entry.video, text, place, clip=n)
+    if len(entry.texts) > before:
+        entry.spans[n] = span
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(x) in (int, float) for x in value)
+
+
+READERS: dict[str, Reader] = {
+    "msrvtt": msrvtt_1ka("MSRVTT_train.9k.csv", "train9k.jsonl"),
+    "msrvtt-7k": msrvtt_1ka("MSRVTT_train.7k.csv", None),
+    "msrvtt-full": msrvtt_full,
+    "msvd": msvd,
+    "lsmdc": lsmdc,
+    "didemo": didemo,
+    "didemo-moments": didemo_moments,
+    "activitynet": activitynet,
+    "activitynet-moments": activitynet_moments,
+    "vatex": vatex("enCap"),
+    "vatex-zh": vatex("chCap"),
+}

@@ -1,0 +1,106 @@
+"""A benchmark's folder as sources: `msrvtt:FOLDER` among the arguments of a build.
+
+1. A reader (`pipeline.benchmarks.readers`) takes the published annotation files for what their protocol uses.
+2. Every video they name is looked for in the folder. One that is not there, or has no text, is a problem, counted and
+   recorded; nothing takes its place.
+3. The rest are rows of a source list like any other: file, id, split, given spans, reference texts.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.benchmarks.annotations import Annotations, Entry
+from pipeline.benchmarks.folder import Folder
+from pipeline.benchmarks.readers import READERS
+from pipeline.errors import ItemError, UserError
+from pipeline.identity import ID_PATTERN
+from pipeline.list_files import Problem
+
+BENCHMARKS = tuple(READERS)
+
+_FIELDS = ("location", "url", "source_id", "video_id", "split", "texts", "spans", "extra")
+
+
+def is_benchmark(argument: str) -> bool:
+    """Whether an argument is NAME:FOLDER with the name of a benchmark that can be read."""
+    name, colon, folder = argument.partition(":")
+    return bool(colon and folder) and name in READERS
+
+
+def read_benchmark(argument: str) -> tuple[pa.Table, list[Problem]]:
+    """The sources of NAME:FOLDER as strings (`_FIELDS`, with `line`), and what could not be used.
+
+    Raises UserError for a folder without annotation files or without a single one of their videos, and for files that
+    are torn or something else.
+    """
+    name, _, path = argument.partition(":")
+    folder, found = Folder(argument, Path(path).absolute()), Annotations()
+    READERS[name](folder, found)
+    rows = list(_rows(name, folder, found))
+    num_missing = sum(problem.error_class == "missing-video" for problem in found.problems)
+    if num_missing == len(found):
+        example = f", {next(iter(found)).video} for one" if num_missing else ""
+        raise UserError(
+            f"SOURCES: {argument}: none of its {num_missing:,} videos is below {folder.root}{example}. "
+            "Put them beside the annotation files or into a folder videos/ there."
+        )
+    columns = {field: pa.array([row[field] for row in rows], pa.string()) for field in _FIELDS}
+    line = pa.array(range(1, len(rows) + 1), pa.int64())
+    return pa.table({"line": line, **columns}), [*folder.problems, *found.problems]
+
+
+def _rows(name: str, folder: Folder, found: Annotations) -> Iterator[dict[str, str | None]]:
+    taken: dict[Path, str] = {}
+    for entry in found:
+        try:
+            path = _video_of(name, folder, entry.video)
+        except ItemError as error:
+            found.problem(entry.place, error.error_class, error.message)
+            continue
+        other = taken.setdefault(path, entry.video)
+        if other != entry.video:
+            found.problem(entry.place, "ambiguous-video", f"{path} would be both {other} and {entry.video}")
+        elif not entry.texts:
+            found.problem(entry.place, "no-text", f"{entry.video}: no annotation file has a text for it")
+        else:
+            yield _row(name, path, entry)
+
+
+def _video_of(name: str, folder: Folder, video: str) -> Path:
+    """ActivityNet's ids are v_ and YouTube's; its files go by either. Raises ItemError."""
+    try:
+        return folder.video(video)
+    except ItemError as error:
+        if not (name.startswith("activitynet") and video.startswith("v_") and error.error_class == "missing-video"):
+            raise
+        return folder.video(video.removeprefix("v_"))
+
+
+def _row(name: str, path: Path, entry: Entry) -> dict[str, str | None]:
+    spans = [{"n": n, "start_s": start_s, "end_s": end_s} for n, (start_s, end_s) in sorted(entry.spans.items())]
+    return {
+        "location": entry.place,
+        "url": str(path),
+        "source_id": entry.video,
+        "video_id": _safe_id(entry.video),
+        "split": entry.split,
+        "texts": json.dumps([{"n": n, "text": text} for n, text in entry.texts]),
+        "spans": json.dumps(spans) if spans else None,
+        "extra": json.dumps({"benchmark": name, **entry.extra}, sort_keys=True),
+    }
+
+
+def _safe_id(video: str) -> str:
+    """The benchmark's own name where it may be an id, else what is safe of it and 10 hex digits of its hash.
+
+    A source's usual id would depend on where the folder lies, and results by id could not be compared.
+    """
+    if re.fullmatch(ID_PATTERN, video):
+        return video
+    digits = hashlib.sha256(video.encode()).hexdigest()[:10]
+    return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', video)[:53]}-{digits}"
