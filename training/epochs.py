@@ -116,7 +116,8 @@ class Epochs:
 
     def _groups(self) -> list[NDArray[np.int32]]:
         selection = Selection.open(self.selection_path)
-        assert selection.hash == self.spec.selection_hash, f"{self.selection_path} is not what was planned"
+        if selection.hash != self.spec.selection_hash:
+            raise UserError(f"{self.selection_path} is not the selection that was planned: was the file replaced?")
         return selection.groups(self.apart)
 
     @contextmanager
