@@ -1,0 +1,68 @@
+"""Averaged weights: the arithmetic, evaluation with them, and that they survive a checkpoint."""
+
+import pytest
+import torch
+from clip_vip_support import tiny_model
+
+from training.ema import Ema
+from training.model import MAX_LOG_SCALE, ClipVip
+
+torch.set_num_threads(1)
+
+
+def moved(model: ClipVip, seed: int) -> None:
+    """Stands for an update."""
+    with torch.no_grad():
+        for parameter, other in zip(model.parameters(), tiny_model(seed).parameters(), strict=True):
+            parameter.copy_(other)
+        model.logit_scale.fill_(MAX_LOG_SCALE)
+
+
+def test_the_average_is_what_its_formula_says() -> None:
+    model = tiny_model(0)
+    ema = Ema(model, decay=0.9)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for seed in (1, 2, 3):
+        moved(model, seed)
+        ema.update()
+        expected = {name: 0.9 * expected[name] + 0.1 * tensor for name, tensor in model.state_dict().items()}
+    torch.testing.assert_close(ema.full_state(), expected)
+
+
+def test_the_averaged_log_scale_stays_in_its_range() -> None:
+    model = tiny_model(0)
+    ema = Ema(model, decay=0.5)
+    for seed in range(60):
+        moved(model, seed)
+        ema.update()
+    assert 0 <= ema.full_state()["logit_scale"] <= MAX_LOG_SCALE
+
+
+def test_evaluation_sees_the_average_and_training_its_own_weights_again() -> None:
+    model = tiny_model(0)
+    ema = Ema(model, decay=0.9)
+    moved(model, 1)
+    ema.update()
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    averaged = ema.full_state()
+    with pytest.raises(RuntimeError, match="in the middle"):
+        with ema.apply(model):
+            torch.testing.assert_close(dict(model.state_dict()), averaged, rtol=0, atol=0)
+            raise RuntimeError("in the middle")
+    torch.testing.assert_close(dict(model.state_dict()), own, rtol=0, atol=0)
+
+
+def test_a_restored_average_goes_on() -> None:
+    first, model = Ema(tiny_model(0), decay=0.9), tiny_model(0)
+    second = Ema(model, decay=0.9)
+    moved(model, 1)
+    second.update()
+    saved = second.full_state()
+    third = Ema(model, decay=0.9)
+    third.restore(saved)
+    moved(model, 2)
+    second.update()
+    third.update()
+    torch.testing.assert_close(third.full_state(), second.full_state(), rtol=0, atol=0)
+    with pytest.raises(AssertionError, match="another model's"):
+        first.restore({})
