@@ -96,7 +96,7 @@ class Clip4Clip(nn.Module):
         text_NC, frames_BFC = text_features.flatten(0, -2).to(dtype), visual_output.to(dtype)
         mask_BF = self._mask(video_mask, frames_BFC)
         if self.needs_pairs:
-            return self._score_pairs(text_NC, frames_BFC, mask_BF)
+            return self._score_pairs(text_NC, frames_BFC, mask_BF).to(dtype)
         video_BC = self._pool(frames_BFC, mask_BF)
         with torch.autocast(text_NC.device.type, enabled=False):
             text_NC, video_BC = F.normalize(text_NC, dim=1), video_BC.to(dtype)

@@ -7,14 +7,20 @@ from safetensors.torch import load_file
 
 from pipeline.errors import UserError
 from training.checkpoint import from_open_clip_model, load_model
+from training.clip4clip import load_clip4clip
+from training.clip4clip_model import Clip4Clip
+from training.clip4clip_settings import Clip4ClipSettings
 from training.model import ClipVip, ModelConfig
 from training.settings import ModelSettings
 from training.texts import TextEncoder
 
 
-def load(settings: ModelSettings, seed: int = 0) -> ClipVip:
-    """float32 on the CPU. `seed` draws the added tokens that a plain CLIP lacks. Raises UserError."""
+def load(settings: ModelSettings, seed: int = 0) -> ClipVip | Clip4Clip:
+    """float32 on the CPU. `seed` draws what the method adds and a plain CLIP lacks. Raises UserError."""
     shape = settings.model_dump(include={"num_added", "num_times", "pooling"}, exclude_none=True)
+    _refuse_settings_of_others(settings, shape)
+    if settings.method == "clip4clip":
+        return _clip4clip(settings, seed)
     if settings.init == "demo":
         return _demo_model(seed, shape)
     return load_model(settings.init, seed=seed, **shape)
@@ -28,6 +34,20 @@ def text_encoder(config: ModelConfig, max_tokens: int) -> TextEncoder:
             "both end tokens included."
         )
     return TextEncoder(config.words, max_tokens)
+
+
+def _refuse_settings_of_others(settings: ModelSettings, shape: dict) -> None:
+    if settings.method == "clip4clip" and shape:
+        raise UserError(f"model.{next(iter(shape))} is for model.method = 'clip_vip'; here it is 'clip4clip'")
+    if settings.method != "clip4clip" and settings.clip4clip != Clip4ClipSettings():
+        raise UserError(f"model.clip4clip is for model.method = 'clip4clip'; here it is {settings.method!r}")
+
+
+def _clip4clip(settings: ModelSettings, seed: int) -> Clip4Clip:
+    if settings.init == "demo":
+        plain = _demo_model(seed, {"num_added": 0, "num_times": 0, "pooling": "mean"})
+        return Clip4Clip(plain, settings.clip4clip, seed)
+    return load_clip4clip(settings.init, seed=seed, **settings.clip4clip.model_dump())
 
 
 def _demo_model(seed: int, shape: dict) -> ClipVip:

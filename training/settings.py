@@ -9,7 +9,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pipeline.config import Settings, operational, resolve_settings
+from training.clip4clip_settings import Clip4ClipSettings
 
+Method = Literal["clip_vip", "clip4clip"]
 Variant = Literal["vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc", "joint"]
 Decay = Literal["cosine", "linear", "invsqrt", "constant", "clip4clip"]
 Update = Literal["adamw", "clip_vip", "clip4clip"]
@@ -28,6 +30,9 @@ class ModelSettings(Settings):
     num_added: int | None = Field(None, ge=0)
     num_times: int | None = Field(None, ge=0)
     pooling: Literal["proxy", "mean"] | None = None
+
+    method: Method = "clip_vip"
+    clip4clip: Clip4ClipSettings = Clip4ClipSettings()  # for that method alone, as the three above are for clip_vip
 
 
 class DataSettings(Settings):
