@@ -25,7 +25,7 @@ import torch
 from pipeline.errors import UserError
 from training.batch import Batch
 from training.epochs import Epochs
-from training.loader_pool import Pool, Request
+from training.loader_pool import Pool, Request, warm_up
 from training.plan import locate
 from training.samples import HOLE, Canvas, Failure, Part, SampleReader, copy, join
 
@@ -72,6 +72,8 @@ class Loader:
         self.num_read = self.num_failed = 0
         self.reasons: Counter[str] = Counter()
         self._reading: Iterator[Batch] | None = None
+        if self.num_processes:
+            warm_up(reader)
 
     def __enter__(self) -> "Loader":
         return self

@@ -21,6 +21,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -64,8 +65,7 @@ class Pool:
 
     def __init__(self, reader: SampleReader, num_processes: int, part_size: int, num_slots: int, stop: threading.Event):
         self.reader, self.num_processes, self.part_size = reader, num_processes, part_size
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["training.loader_pool"])
+        self.context = warm_up(reader)
         num_bytes = part_size * reader.sample_bytes
         self.slots = [self.context.RawArray(ctypes.c_uint8, num_bytes) for _ in range(max(num_slots, num_processes))]
         self.workers: list[_Worker] = []
@@ -186,6 +186,15 @@ class Pool:
         self.waiting.extendleft(reversed(worker.tickets))
         self._end(worker)
         self.workers[self.workers.index(worker)] = self._start()
+
+
+def warm_up(reader: SampleReader) -> Any:
+    """Starts the fork server, if it does not run yet, and returns without waiting for its imports: seconds of them."""
+    context = multiprocessing.get_context("forkserver")
+    tokenizer = "open_clip.tokenizer" if reader.texts.words is None else "captioning.tokenizer"
+    context.set_forkserver_preload([__name__, tokenizer, "pandas"])  # pyarrow imports it when it meets an array
+    forkserver.ensure_running()
+    return context
 
 
 def _ended(code: int | None) -> str:
