@@ -217,10 +217,10 @@ def _seal(folder: Path, state: dict[str, Any]) -> None:
 def _read_seal(folder: Path) -> dict[str, Any]:
     """state.json. Raises UserError for a newer format, ValueError and the like for one that is damaged."""
     sealed = json.loads((folder / "state.json").read_text())
-    if sealed["format"] > FORMAT:
-        raise UserError(f"{folder} has checkpoint format {sealed['format']}; this clipmill reads format {FORMAT}.")
     if digest({key: value for key, value in sealed.items() if key != "digest"}) != sealed["digest"]:
         raise ValueError("its digest differs")
+    if sealed["format"] > FORMAT:
+        raise UserError(f"{folder} has checkpoint format {sealed['format']}; this clipmill reads format {FORMAT}.")
     return sealed
 
 

@@ -130,7 +130,7 @@ class RunFolder:
 
     @contextmanager
     def writer(self, patience_s: float = 5.0) -> Iterator[None]:
-        """Holds the run's lock and sweeps up after a killed writer. For the first process of a training only.
+        """Holds the run's lock, and sweeps up after a killed holder. For the first process of a training only.
 
         Raises UserError when another process has it; a dead holder's lock is simply free, and the processes that one
         has forked do not keep it.
@@ -145,8 +145,14 @@ class RunFolder:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            self.checkpoints.sweep()
+            self._sweep()
             yield
+
+    def _sweep(self) -> None:
+        """Removes what a killed writer left half written."""
+        self.checkpoints.sweep()
+        for path in self.root.glob(".tmp-*"):
+            path.unlink()
 
 
 def _close_in_forks(file: IO[str]) -> None:

@@ -115,6 +115,8 @@ class RunLog:
         self.meter.step(num_samples, flops)
         self._unread.append((step, {name: _detached(value) for name, value in values.items()}))
         self.step_done = step
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
         if step % self.every and step not in (1, self.total_steps):
             return None
         values = self._read()
@@ -170,7 +172,7 @@ class RunLog:
         text = f"loss {row['loss']:.4f} · {rate}" if row.get("loss") is not None else rate
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], note=text)
+            self._bar.update(self._task, note=text)
         elif now - self._said_at >= PLAIN_LINE_EVERY_S or row["step"] == self.total_steps:
             self._said_at = now
             left = f"{_duration(row['eta_s'])} left"
