@@ -72,10 +72,16 @@ def load_clip4clip(
 def save_clip4clip(model: Clip4Clip, path: str | Path) -> Path:
     """Writes released names as `training.checkpoint.save` writes published ones; returns the weights' path."""
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    tensors["clip.logit_scale"] = tensors["clip.logit_scale"].clamp(max=MAX_LOG_SCALE)
-    released = to_released(tensors, model.settings.head, model.settings.stem)
-    config = config_to_dict(model.config) | {"model_type": "clip4clip", "clip4clip": model.settings.model_dump()}
-    return write_model(released, config, path)
+    return write_model(*file_contents(tensors, model.config, model.settings), path)
+
+
+def file_contents(
+    tensors: Mapping[str, Tensor], config: ModelConfig, settings: Clip4ClipSettings
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A state of `Clip4Clip` on the CPU as its file has it: tensors by released names, and the configuration's JSON."""
+    released = to_released(tensors, settings.head, settings.stem)
+    released["clip.logit_scale"] = released["clip.logit_scale"].clamp(max=MAX_LOG_SCALE)
+    return released, config_to_dict(config) | {"model_type": "clip4clip", "clip4clip": settings.model_dump()}
 
 
 def _read(weights: str | Path, config: Config) -> tuple[ClipVip, dict[str, Tensor]]:
