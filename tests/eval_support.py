@@ -1,0 +1,47 @@
+"""A small model of a few words, and selections of a small packed corpus, for the tests of evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from clip_vip_support import tiny_model
+from shard_support import change_manifest, make_corpus, pack
+
+from shards.pack import PackSettings
+from training.distributed import Process
+from training.model import ClipVip
+from training.selection import Selection, freeze
+from training.settings import RunSettings, resolve
+
+# Those of tests/manifest_support.py, so that no text is made of unknown words alone.
+WORDS = tuple("red blue circle square moves left right the a over sea field we see now then".split())
+ALONE = Process(torch.device("cpu"))
+
+
+def small_model(seed: int = 0, **changes: Any) -> ClipVip:
+    return tiny_model(seed, vocab_size=len(WORDS) + 4, words=WORDS, context_length=24, **changes)
+
+
+def small_settings(*assignments: str) -> RunSettings:
+    base = ["data.num_frames=4", "data.max_text_tokens=24", "train.precision=fp32", "eval.batch_size=5"]
+    return resolve(None, None, [*base, "data.loader_processes=0", *assignments])
+
+
+def packed_corpus(root: Path, num_clips: int = 12, sql: str = "") -> Path:
+    """Every clip has a subtitle and a caption, all of them different, before `sql` changes the manifest."""
+    assert num_clips <= len(WORDS)
+    make_corpus(root, num_clips)
+    first = f"list_extract({list(WORDS)}, 1 + k.n)"
+    change_manifest(root, f"UPDATE clips k SET text = concat({first}, ' ', text)")
+    change_manifest(
+        root, f"UPDATE captions c SET text = concat({first}, ' ', c.text) FROM clips k WHERE k.clip_id = c.clip_id"
+    )
+    if sql:
+        change_manifest(root, sql)
+    pack(root, PackSettings(shard_bytes=1_000_000, max_samples=5))
+    return root
+
+
+def selected(corpus: Path, where: str = "") -> Selection:
+    freeze(corpus / "eval.arrow", corpus, where)
+    return Selection.open(corpus / "eval.arrow")

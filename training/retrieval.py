@@ -1,0 +1,297 @@
+"""Retrieval by a model on a selection: clips and distinct texts encoded once each, exact on any number of processes.
+
+1. The selection's rows are cut into batches of `eval.batch_size`, its distinct texts likewise. Process r of W encodes
+   batches r, r + W, r + 2W, …: a batch holds the same items whoever encodes it, so that features do not depend on W.
+2. Every process gathers all features with the ids they belong to, and puts them in the order of the ids. Nothing is
+   padded, nothing counts twice. A clip that cannot be read is left out and reported: it is neither asked nor found.
+3. Every process then ranks the whole matrix [texts, videos] (`training.evaluate`), so all of them return the same.
+
+The same sentence said in several clips counts as it does in the published benchmarks: each clip asks with it, and only
+that clip is right. The other clips are exactly as near, and a tie counts against the query, so such sentences bound the
+recalls from above. `num_repeated_texts` says how many there are, and SQL can leave them out:
+`SELECT clip_id FROM catalog QUALIFY count(*) OVER (PARTITION BY caption) = 1`.
+
+Legend: N clips that could be read, M texts, U distinct texts, D the features' size, B a batch, L tokens of a text.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from safetensors.numpy import save
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from pipeline.errors import UserError
+from shards.tar import replacing
+from training.distributed import Process
+from training.evaluate import Dsl, chance, retrieval_metrics
+from training.frames import normalise
+from training.gather import gather_counts, gather_rows
+from training.loader import Loader, default_processes
+from training.loader_pool import Request
+from training.models import text_encoder
+from training.samples import Failure, SampleReader
+from training.selection import Selection
+from training.settings import RunSettings
+
+Progress = Callable[[int, int], None]  # (clips this process has encoded, clips it has to encode)
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class EvalFeatures:
+    """What a model makes of a selection, the same on every process: float32, on the CPU.
+
+    Features are unit vectors and similarities their cosines, but for a model that scores pairs (`needs_pairs`): that
+    has a vector per frame, and similarities on a scale of its own.
+    """
+
+    clip_ids: list[str]  # N
+    video_ND: Tensor
+    texts: list[str]  # M: one per clip that has one, or several
+    text_MD: Tensor
+    text_to_video_M: Tensor  # int64: the row of `video_ND` that a text belongs to
+    similarity_MN: Tensor  # larger is nearer
+    failures: list[dict[str, str]]  # clip_id, error_class and message of the clips that could not be read
+
+
+def evaluate(
+    model: nn.Module,
+    selection: Selection,
+    settings: RunSettings,
+    process: Process,
+    *,
+    dsl: Dsl | None = None,
+    save_similarity: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """`metrics_of` the `features` of a selection; the first process writes the similarities where asked."""
+    if save_similarity is not None:
+        similarity_format(save_similarity)
+    made = features(model, selection, settings, process, progress)
+    if save_similarity is not None and process.is_first:
+        write_similarity(made, save_similarity)
+    return metrics_of(made, settings.eval.text, dsl)
+
+
+def metrics_of(made: EvalFeatures, text: str, dsl: Dsl | None = None) -> dict[str, Any]:
+    """Retrieval both ways as plain JSON: `t2v` and `v2t` (with `dsl` also `t2v_dsl` and `v2t_dsl`) as
+    `retrieval_metrics` has them, what guessing would give under `chance`, counts of what was ranked, and `failures`.
+
+    text  the column searched by, for messages. Raises UserError where there is nothing to rank.
+    """
+    if not made.texts:
+        raise UserError(
+            f"eval.text = {text!r}: of the clips selected for evaluation {len(made.clip_ids)} could be read and "
+            f"{len(made.failures)} could not; none that could has such a text."
+        )
+    metrics: dict[str, Any] = retrieval_metrics(made.similarity_MN, made.text_to_video_M, dsl=dsl)
+    num_asking = metrics["v2t"]["num_queries"]
+    return metrics | {
+        "chance": {"t2v": chance(len(made.clip_ids)), "v2t": chance(num_asking)},
+        "text": text,
+        "num_videos": len(made.clip_ids),
+        "num_texts": len(made.texts),
+        "num_without_text": len(made.clip_ids) - num_asking,
+        "num_repeated_texts": sum(count for count in Counter(made.texts).values() if count > 1),
+        "num_failures": len(made.failures),
+        "failures": made.failures,
+    }
+
+
+# --- Features
+
+
+@torch.no_grad()
+def features(
+    model: nn.Module,
+    selection: Selection,
+    settings: RunSettings,
+    process: Process,
+    progress: Progress | None = None,
+) -> EvalFeatures:
+    """Encodes the clips of a selection and the texts in its column `eval.text`, together with the other processes.
+
+    model  `ClipVip` or one that is used like it, whole on every process, on `process.device`. In training mode or not,
+           it is left as it was
+    Frames are `eval_indices`, never jittered. Arithmetic is bf16 where `train.precision` says so.
+    """
+    rows, texts = queries(selection.take(np.arange(selection.num_clips)), settings.eval.text)
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    with _evaluating(model):
+        video_ND, read, failures = _videos(model, selection, settings, process, progress)
+        text_UD = _texts(model, list(number), settings, process)
+        if not _needs_pairs(model):  # bf16 leaves unit vectors a few thousandths too long or too short
+            video_ND, text_UD = normalize(video_ND, dim=1), normalize(text_UD, dim=1)
+        similarity_UN = _similarity(model, text_UD, video_ND, settings, process)
+    column = np.full(selection.num_clips, -1)
+    column[read] = np.arange(len(read))
+    asking = np.flatnonzero(column[rows] >= 0)
+    numbers_M = [number[texts[i]] for i in asking]
+    return EvalFeatures(
+        clip_ids=selection.take(read)["clip_id"].to_pylist(),
+        video_ND=video_ND,
+        texts=[texts[i] for i in asking],
+        text_MD=text_UD[numbers_M],
+        text_to_video_M=torch.from_numpy(column[rows[asking]]),
+        similarity_MN=similarity_UN[numbers_M],
+        failures=failures,
+    )
+
+
+def queries(table: pa.Table, column: str) -> tuple[np.ndarray, list[str]]:
+    """(row, text) of every text in a column of strings, or of lists of them; what is null or blank asks nothing."""
+    values = table[column].to_pylist()
+    pairs = [
+        (row, text) for row, value in enumerate(values) for text in (value if isinstance(value, list) else [value])
+    ]
+    pairs = [(row, text) for row, text in pairs if text and not text.isspace()]
+    return np.array([row for row, _ in pairs], dtype=np.int64), [text for _, text in pairs]
+
+
+def _videos(
+    model: nn.Module, selection: Selection, settings: RunSettings, process: Process, progress: Progress | None
+) -> tuple[Tensor, np.ndarray, list[dict[str, str]]]:
+    """[N, D] (or [N, frames, D]), the row of the selection of each, and the clips that could not be read."""
+    mine = _share(selection.num_clips, settings.eval.batch_size, process)
+    num_mine, num_done = sum(map(len, mine)), 0
+    encode = model.frame_features if _needs_pairs(model) else model.encode_video
+    shape = (settings.data.num_frames, model.config.embed_dim)[0 if _needs_pairs(model) else 1 :]
+    failures: list[Failure] = []
+    parts, rows = [], []
+    with _loader(model, selection, settings, process, failures) as loader:
+        for batch in loader.read(Request(numbers, 0) for numbers in mine):
+            pixels = normalise(batch.video_BT3SS.to(process.device), model.config.image_mean, model.config.image_std)
+            parts.append(_encoded(encode, pixels, settings)[batch.video_mask_B])
+            rows.append(batch.rows_B[batch.video_mask_B])
+            num_done += len(batch)
+            if progress:
+                progress(num_done, num_mine)
+    rows_N, video_ND = _of_all(rows, parts, shape, process)
+    return video_ND, rows_N.numpy(), _failures_of_all(failures, process)
+
+
+def _loader(
+    model: nn.Module, selection: Selection, settings: RunSettings, process: Process, failures: list[Failure]
+) -> Loader:
+    """Appends to `failures`. Nobody looks at the still frame here, so no JPEG is opened or missed."""
+    data = settings.data.model_copy(update={"still": "middle"})
+    texts = text_encoder(model.config, data.max_text_tokens)
+    reader = SampleReader(selection, data, texts, model.config.image_size, train=False)
+    num_processes = data.loader_processes
+    if num_processes is None:
+        num_processes = default_processes(process.local_world_size)
+    return Loader(
+        reader, num_processes=num_processes, prefetch_samples=data.prefetch_samples, on_failures=failures.extend
+    )
+
+
+def _texts(model: nn.Module, texts: Sequence[str], settings: RunSettings, process: Process) -> Tensor:
+    """[U, D] of distinct texts."""
+    encode = model.text_features if _needs_pairs(model) else model.encode_text
+    to_ids = text_encoder(model.config, settings.data.max_text_tokens)
+    mine = _share(len(texts), settings.eval.batch_size, process)
+    ids = (to_ids([texts[i] for i in numbers]).to(process.device) for numbers in mine)
+    parts = [_encoded(encode, ids_BL, settings) for ids_BL in ids]
+    return _of_all(_tensors(mine), parts, (model.config.embed_dim,), process)[1]
+
+
+def _similarity(model: nn.Module, text_UD: Tensor, video_ND: Tensor, settings: RunSettings, process: Process) -> Tensor:
+    """[U, N] of distinct texts, so that the same sentence is exactly as near wherever it stands. Cosines are multiplied
+    in float64: what the linear algebra beneath does with the place of a row then changes no rank.
+    """
+    if not _needs_pairs(model):
+        return (text_UD.double() @ video_ND.double().T).float()
+    video_ND = video_ND.to(process.device)
+    mine = _share(len(text_UD), settings.eval.batch_size, process)
+    parts = [
+        _encoded(lambda text_BD: model.similarity(text_BD, video_ND), text_UD[numbers].to(process.device), settings)
+        for numbers in mine
+    ]
+    return _of_all(_tensors(mine), parts, (len(video_ND),), process)[1]
+
+
+def _needs_pairs(model: nn.Module) -> bool:
+    return getattr(model, "needs_pairs", False)
+
+
+def _encoded(encode: Callable[[Tensor], Tensor], inputs: Tensor, settings: RunSettings) -> Tensor:
+    """float32, on the CPU."""
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=settings.train.precision == "bf16"):
+        return encode(inputs).float().cpu()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+# --- Whose work it is, and putting it together
+
+
+def _share(num_items: int, size: int, process: Process) -> list[np.ndarray]:
+    """The item numbers of this process's batches: every W-th of the batches that all items are cut into."""
+    starts = range(process.rank * size, num_items, process.world_size * size)
+    return [np.arange(start, min(start + size, num_items)) for start in starts]
+
+
+def _tensors(arrays: list[np.ndarray]) -> list[Tensor]:
+    return [torch.from_numpy(array) for array in arrays]
+
+
+def _of_all(ids: list[Tensor], parts: list[Tensor], shape: tuple[int, ...], process: Process) -> tuple[Tensor, Tensor]:
+    """Ids [N] and their features [N, *shape], from all processes, in the order of the ids."""
+    ids_N = torch.cat([torch.empty(0, dtype=torch.long), *ids])
+    features_N = torch.cat([torch.empty(0, *shape), *parts])
+    if process.group is not None:
+        [counts] = gather_counts([len(ids_N)], process.control, _CPU)
+        ids_N, features_N = (gather_rows(rows, process.control, counts) for rows in (ids_N, features_N))
+    order = ids_N.argsort()
+    return ids_N[order], features_N[order]
+
+
+def _failures_of_all(failures: list[Failure], process: Process) -> list[dict[str, str]]:
+    everyones = [failures]
+    if process.group is not None:
+        everyones = [[] for _ in range(process.world_size)]
+        dist.all_gather_object(everyones, failures, group=process.control)
+    found = sorted((failure for some in everyones for failure in some), key=lambda failure: failure.row)
+    return [{"clip_id": f.clip_id, "error_class": f.error.error_class, "message": f.error.message} for f in found]
+
+
+# --- Files
+
+
+def similarity_format(path: str | Path) -> str:
+    """Raises UserError for a name that says neither format."""
+    suffix = Path(path).suffix
+    if suffix not in (".npz", ".safetensors"):
+        raise UserError(f"--save-similarity {path}: the name has to end in .npz or .safetensors.")
+    return suffix
+
+
+def write_similarity(made: EvalFeatures, path: str | Path) -> None:
+    """The matrix `similarity` [texts, videos] with `text_to_video`, and the ids: arrays `clip_ids` and `texts` in an
+    .npz (no pickles), JSON lists of that name in the header of a .safetensors file. Whole or not at all.
+    """
+    arrays = {"similarity": made.similarity_MN.numpy(), "text_to_video": made.text_to_video_M.numpy()}
+    names = {"clip_ids": made.clip_ids, "texts": made.texts}
+    with replacing(path) as file:
+        if similarity_format(path) == ".npz":
+            np.savez(file, **arrays, **{name: np.array(values, dtype=np.str_) for name, values in names.items()})
+        else:
+            file.write(save(arrays, metadata={name: json.dumps(values) for name, values in names.items()}))
