@@ -6,6 +6,7 @@ names and their configuration, in the safetensors header and as JSON beside it. 
 """
 
 import json
+import logging
 import os
 import pickle
 import tempfile
@@ -71,16 +72,28 @@ def load_model(
     if source.startswith("open_clip:"):
         name, tag = _split_open_clip(source.removeprefix("open_clip:"))
         return _load_open_clip(name, tag, shape, seed)
-    path = Path(source)
-    if not path.exists():
-        raise UserError(
-            f"model {source!r} is neither a file nor a folder; also allowed: open_clip:NAME/TAG, "
-            + ", ".join(OPENAI_NAMES)
-        )
+    path = _existing(source)
     weights = _weights_in(path) if path.is_dir() else path
     tensors = read_tensors(weights)
     config = _resolve_config(weights, path / "config.json" if path.is_dir() else None, tensors)
     return assemble(_reshaped(config, tensors, shape, source), "published", tensors, seed, source=source)
+
+
+def model_config(source: str, **shape: Any) -> ModelConfig:
+    """The configuration of `load_model(source, **shape)`, from names, headers and shapes: weights are not read.
+
+    Whether an open_clip tag or file has weights that fit is not looked at.
+    """
+    shape = {name: value for name, value in shape.items() if value is not None}
+    if source in OPENAI_NAMES:
+        return with_shape(_open_clip_config(OPENAI_NAMES[source]), shape)
+    if source.startswith("open_clip:"):
+        return with_shape(_open_clip_config(_split_open_clip(source.removeprefix("open_clip:"))[0]), shape)
+    path = _existing(source)
+    weights = _weights_in(path) if path.is_dir() else path
+    tensors = read_tensors(weights, only_shapes=True)
+    config = _resolve_config(weights, path / "config.json" if path.is_dir() else None, tensors)
+    return _reshaped(config, tensors, shape, source)
 
 
 def from_open_clip_model(
@@ -89,7 +102,7 @@ def from_open_clip_model(
     """A `ClipVip` with the weights of an open_clip model in memory and its `get_model_config` dict."""
     tensors = {key.removeprefix("text."): tensor for key, tensor in model.state_dict().items()}
     config = config_from_open_clip(model, model_cfg)
-    return assemble(_with_shape(config, shape), "open_clip", tensors, seed, source="the open_clip model")
+    return assemble(with_shape(config, shape), "open_clip", tensors, seed, source="the open_clip model")
 
 
 def save(model: ClipVip, path: str | Path, *, prefix: str = "") -> Path:
@@ -116,21 +129,42 @@ def write_model(tensors: dict[str, Tensor], config: Mapping[str, Any], path: str
     return weights
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The flat state dict of a file, in published names without prefixes; `position_ids` buffers are left out."""
+def read_tensors(path: Path, *, only_shapes: bool = False) -> dict[str, Tensor]:
+    """The flat state dict of a file, in published names without prefixes; `position_ids` buffers are left out.
+
+    only_shapes  tensors without values, from the file's header
+    """
     if path.name.endswith(".index.json"):
         files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        return {key: tensor for file in files for key, tensor in read_tensors(path.parent / file).items()}
+        parts = (read_tensors(path.parent / file, only_shapes=only_shapes) for file in files)
+        return {key: tensor for part in parts for key, tensor in part.items()}
     if not path.is_file():
         raise UserError(f"weights {str(path)!r}: no such file")
-    state = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
+    if path.suffix == ".safetensors":
+        state = _shapes(path) if only_shapes else load_file(path)
+    else:
+        state = _unpickle(path, "meta" if only_shapes else "cpu")
     state = {key.removeprefix("module.").removeprefix("clipmodel."): tensor for key, tensor in state.items()}
     return {key: tensor for key, tensor in state.items() if not key.endswith("position_ids")}
 
 
-def _unpickle(path: Path) -> dict[str, Tensor]:
+def _existing(source: str) -> Path:
+    if not Path(source).exists():
+        raise UserError(
+            f"model {source!r} is neither a file nor a folder; also allowed: open_clip:NAME/TAG, "
+            + ", ".join(OPENAI_NAMES)
+        )
+    return Path(source)
+
+
+def _shapes(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+
+
+def _unpickle(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(f"weights {str(path)!r} cannot be read as plain tensors: {str(error)[:500]}") from error
     for wrapper in ("state_dict", "model", "module"):
@@ -169,14 +203,15 @@ def _embedded_config(weights: Path) -> dict[str, Any] | None:
 def _reshaped(config: ModelConfig, tensors: dict[str, Tensor], shape: dict[str, Any], source: str) -> ModelConfig:
     """The configuration as read, unless the file is a plain CLIP: then with the proxies that the settings ask for."""
     if not any(key in tensors for name in NEW_TENSORS for key in published_names(name)):
-        return _with_shape(config, shape)
+        return with_shape(config, shape)
     for name, value in shape.items():
         if getattr(config, name) != value:
             raise UserError(f"model.{name} is {value!r}, but {source} is a CLIP-ViP with {getattr(config, name)!r}")
     return config
 
 
-def _with_shape(config: ModelConfig, shape: dict[str, Any]) -> ModelConfig:
+def with_shape(config: ModelConfig, shape: Mapping[str, Any]) -> ModelConfig:
+    """A plain CLIP's configuration with what the settings add to it."""
     if shape.get("pooling") == "mean":
         shape = {"num_added": 0, "num_times": 0} | shape
     return replace(config, **shape)
@@ -249,12 +284,31 @@ def _split_open_clip(text: str) -> tuple[str, str | None]:
     return name, tag
 
 
-def _load_open_clip(name: str, tag: str | None, shape: dict[str, Any], seed: int) -> ClipVip:
+def _model_cfg(name: str) -> dict[str, Any]:
     import open_clip
 
     model_cfg = open_clip.get_model_config(name)
     if model_cfg is None:
         raise UserError(f"open_clip knows no model {name!r}; `open_clip.list_models()` names those it has")
+    return model_cfg
+
+
+def _open_clip_config(name: str) -> ModelConfig:
+    """That of a named model without weights."""
+    import open_clip
+
+    model_cfg = _model_cfg(name)
+    logging.disable(logging.WARNING)  # open_clip warns of a model without weights
+    try:
+        return config_from_open_clip(open_clip.create_model(name, device="meta"), model_cfg)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _load_open_clip(name: str, tag: str | None, shape: dict[str, Any], seed: int) -> ClipVip:
+    import open_clip
+
+    model_cfg = _model_cfg(name)
     try:
         model = open_clip.create_model(name, pretrained=tag, precision="fp32", require_pretrained=True)
     except (RuntimeError, OSError) as error:

@@ -2,17 +2,22 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
 from pipeline.errors import UserError
-from training.checkpoint import from_open_clip_model, load_model
+from training.checkpoint import from_open_clip_model, load_model, model_config, with_shape
 from training.clip4clip import load_clip4clip
 from training.clip4clip_model import Clip4Clip
 from training.clip4clip_settings import Clip4ClipSettings
+from training.configs import config_from_open_clip
 from training.model import ClipVip, ModelConfig
 from training.settings import ModelSettings
 from training.texts import TextEncoder
+
+_PLAIN = {"num_added": 0, "num_times": 0, "pooling": "mean"}  # a CLIP that nothing was added to
 
 
 def load(settings: ModelSettings, seed: int = 0) -> ClipVip | Clip4Clip:
@@ -24,6 +29,21 @@ def load(settings: ModelSettings, seed: int = 0) -> ClipVip | Clip4Clip:
     if settings.init == "demo":
         return _demo_model(seed, shape)
     return load_model(settings.init, seed=seed, **shape)
+
+
+def config_of(settings: ModelSettings) -> ModelConfig:
+    """The configuration of `load(settings)`, weights unread: of CLIP4Clip that of the CLIP inside. Raises UserError."""
+    shape = settings.model_dump(include={"num_added", "num_times", "pooling"}, exclude_none=True)
+    _refuse_settings_of_others(settings, shape)
+    if settings.method == "clip4clip":
+        if Path(settings.init).exists():  # only the tensors themselves tell what such a file holds
+            return _clip4clip(settings, seed=0).config
+        shape = _PLAIN
+    if settings.init == "demo":
+        clip, description = _demo_clip()
+        config = with_shape(config_from_open_clip(clip, description["model"]), shape)
+        return replace(config, words=tuple(description["words"]))
+    return model_config(settings.init, **shape)
 
 
 def text_encoder(config: ModelConfig, max_tokens: int) -> TextEncoder:
@@ -45,20 +65,27 @@ def _refuse_settings_of_others(settings: ModelSettings, shape: dict) -> None:
 
 def _clip4clip(settings: ModelSettings, seed: int) -> Clip4Clip:
     if settings.init == "demo":
-        plain = _demo_model(seed, {"num_added": 0, "num_times": 0, "pooling": "mean"})
+        plain = _demo_model(seed, _PLAIN)
         return Clip4Clip(plain, settings.clip4clip, seed)
     return load_clip4clip(settings.init, seed=seed, **settings.clip4clip.model_dump())
 
 
 def _demo_model(seed: int, shape: dict) -> ClipVip:
     """The image-text model that ships with clipmill (`captioning.train_demo_models`)."""
-    from captioning.demo import build
     from captioning.identity import DEMO_WEIGHTS
 
-    description = json.loads((DEMO_WEIGHTS / "demo_clip.json").read_text())
-    clip = build("demo_clip", description).model
+    clip, description = _demo_clip()
     weights = load_file(DEMO_WEIGHTS / "demo_clip.safetensors")
     clip.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=True)
     model = from_open_clip_model(clip, description["model"], seed=seed, **shape)
     model.config = replace(model.config, words=tuple(description["words"]))
     return model
+
+
+def _demo_clip() -> tuple[Any, dict[str, Any]]:
+    """Its open_clip model with random weights, and its description."""
+    from captioning.demo import build
+    from captioning.identity import DEMO_WEIGHTS
+
+    description = json.loads((DEMO_WEIGHTS / "demo_clip.json").read_text())
+    return build("demo_clip", description).model, description
