@@ -43,8 +43,8 @@ def build(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Lists (.txt .csv .tsv .jsonl .parquet), folders, globs, files, URLs, or - for standard input; "
-            "none: go on with what the corpus knows.",
+            help="Lists (.txt .csv .tsv .jsonl .parquet), folders, globs, files, URLs, - for standard input, or a "
+            "benchmark's folder (msrvtt:FOLDER, see docs/benchmarks.md); none: go on with what the corpus knows.",
             show_default=False,
         ),
     ] = None,

@@ -43,14 +43,15 @@ class Ingested:
     num_duplicates: int  # of them, rows whose source was there before (in the corpus or earlier in the lists)
 
     def splits(self) -> list[tuple[str, int, int, int]]:
-        """(split, videos, texts, texts that an earlier one of the split equals) of the new sources of a benchmark."""
+        """(split, videos, texts, texts that another one of the split equals) of the new sources of a benchmark."""
         videos: Counter[str] = Counter()
-        texts: dict[str, list[str]] = {}
+        texts: dict[str, Counter[str]] = {}
         for split, given in zip(self.table["split"].to_pylist(), self.table["texts"].to_pylist(), strict=True):
             if split is not None:
                 videos[split] += 1
-                texts.setdefault(split, []).extend(entry["text"] for entry in given or ())
-        return [(split, videos[split], len(given), len(given) - len(set(given))) for split, given in texts.items()]
+                texts.setdefault(split, Counter()).update(entry["text"] for entry in given or ())
+        repeated = {split: sum(times for times in found.values() if times > 1) for split, found in texts.items()}
+        return [(split, videos[split], found.total(), repeated[split]) for split, found in texts.items()]
 
 
 def ingest(arguments: list[str], settings: IngestSettings, known: pa.Table) -> Ingested:

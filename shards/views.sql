@@ -125,12 +125,14 @@ SELECT
 FROM v FULL JOIN c ON v.category IS NOT DISTINCT FROM c.category
 ORDER BY num_clips DESC, category;
 
--- What a benchmark consists of, by split. A video without a clip is one that failed. Repeated texts are those that an
--- earlier text of the split equals: as queries they cannot be told apart.
+-- What a benchmark consists of, by split. A video without a clip is one that failed. Repeated texts are those that
+-- another text of the split equals: as queries they cannot be told apart.
 CREATE OR REPLACE VIEW splits AS
 WITH t AS (
-    SELECT v.split, count(*) AS num_texts, count(*) - count(DISTINCT t.text) AS num_repeated_texts
-    FROM texts t JOIN videos v USING (video_id) GROUP BY v.split
+    SELECT split, sum(times)::BIGINT AS num_texts,
+           coalesce(sum(times) FILTER (times > 1), 0)::BIGINT AS num_repeated_texts
+    FROM (SELECT v.split, t.text, count(*) AS times FROM texts t JOIN videos v USING (video_id) GROUP BY v.split, t.text)
+    GROUP BY split
 ), c AS (
     SELECT v.split, count(*) AS num_clips, sum(k.duration_s) / 3600 AS hours
     FROM clips k JOIN videos v USING (video_id) GROUP BY v.split

@@ -127,7 +127,7 @@ def test_duplicate_captions_are_kept_and_counted(tmp_path):
     change_json(tmp_path / "MSRVTT_data.json", repeat)
     found = read(f"msrvtt:{tmp_path}")
     assert found.problems == []
-    assert found.splits() == [("train", 3, 9, 3), ("test", 2, 2, 0)]
+    assert found.splits() == [("train", 3, 9, 4), ("test", 2, 2, 0)]
     assert [entry["text"] for entry in found.table["texts"][0].as_py()] == ["caption 0 of 0"] * 3
 
 
