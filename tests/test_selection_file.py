@@ -97,7 +97,7 @@ def test_a_freeze_that_fails_leaves_what_was_there(corpus, selection, tmp_path, 
         yield pa.RecordBatch.from_pylist([], SELECTION)
         raise OSError("no space left")
 
-    monkeypatch.setattr(training.selection, "_selected", fails)
+    monkeypatch.setattr(training.selection, "selected_rows", fails)
     with pytest.raises(OSError, match="no space left"):
         freeze(path, corpus)
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == [path.name]

@@ -8,6 +8,7 @@ wait for the lock and find the file. An epoch is opened memory-mapped, so the ho
 import fcntl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,25 @@ def plan_spec(selection: Selection, data: DataSettings, batch_size: int) -> Plan
     """The plan that a run's settings mean. As many streams as a batch has slots, so that any number of processes that
     divides the batch may take part. Raises UserError.
     """
-    if data.tail != "pad" and selection.num_clips < batch_size:
+    spec = spec_without_groups(selection.num_clips, data, batch_size, selection.hash)
+    return replace(spec, groups_hash=hash_groups(selection.groups(data.apart)))
+
+
+def spec_without_groups(num_clips: int, data: DataSettings, batch_size: int, selection_hash: str = "") -> PlanSpec:
+    """Enough for the arithmetic of steps. Raises UserError where the clips do not fill a batch."""
+    if data.tail != "pad" and num_clips < batch_size:
         raise UserError(
-            f"train.batch_size = {batch_size}: only {selection.num_clips:,} clips are selected. "
+            f"train.batch_size = {batch_size}: only {num_clips:,} clips are selected. "
             "Allowed: at most so many, or data.tail = pad."
         )
     return PlanSpec(
-        num_clips=selection.num_clips,
+        num_clips=num_clips,
         batch_size=batch_size,
-        selection_hash=selection.hash,
+        selection_hash=selection_hash,
         seed=data.seed,
         tail=data.tail,
         block_size=data.block_size,
         window_steps=data.window_steps,
-        groups_hash=hash_groups(selection.groups(data.apart)),
         unmet=data.unmet,
     )
 

@@ -55,7 +55,7 @@ def select(
     """A selection in memory, columns and order of the file. Raises UserError."""
     with open_samples(corpus, tables) as samples:
         choice = choose(samples, where, setting)
-        return pa.Table.from_batches(_selected(samples, choice), SELECTION)
+        return pa.Table.from_batches(selected_rows(samples, choice), SELECTION)
 
 
 def freeze(
@@ -95,7 +95,7 @@ def write(samples: Samples, choice: Choice, path: Path) -> None:
     metadata = {"root": samples.root, "snapshot": snapshot, "hash": hash_selection(snapshot, _ids(samples, choice))}
     with replacing(path, fsync=True) as file:
         with pa.ipc.new_file(file, SELECTION.with_metadata(metadata)) as writer:
-            for batch in _selected(samples, choice):
+            for batch in selected_rows(samples, choice):
                 writer.write_batch(batch)
 
 
@@ -108,14 +108,14 @@ def _snapshot(samples: Samples, choice: Choice) -> str:
     member = "coalesce({0}_sha256, concat({0}_offset, ' ', {0}_bytes), '')"
     content = f"concat_ws(' ', clip_id, {member.format('mp4')}, {member.format('jpg')}) AS content"
     digest = hashlib.blake2b(digest_size=16)
-    for table in _in_order(samples, choice, content):
+    for table in rows_in_order(samples, choice, content):
         digest.update(_lines(table["content"]).encode() + b"\0")
     return digest.hexdigest()
 
 
 def _ids(samples: Samples, choice: Choice) -> Iterator[str]:
     """Many ids at a time, joined as `hash_selection` joins them: to its digest it makes no difference."""
-    for table in _in_order(samples, choice, "clip_id"):
+    for table in rows_in_order(samples, choice, "clip_id"):
         yield _lines(table["clip_id"])
 
 
@@ -125,14 +125,15 @@ def _lines(column: pa.ChunkedArray) -> str:
     return pc.binary_join(pa.ListArray.from_arrays([0, len(values)], values), "\0")[0].as_py()
 
 
-def _selected(samples: Samples, choice: Choice) -> Iterator[pa.RecordBatch]:
+def selected_rows(samples: Samples, choice: Choice) -> Iterator[pa.RecordBatch]:
+    """The file's record batches, one after the other."""
     columns = ", ".join(name for name in SELECTION.names if name not in ("shard", "duplicate_group"))
     prefix = samples.shard_prefix.replace("'", "''")
-    for table in _in_order(samples, choice, f"{columns}, '{prefix}' || shard AS shard, duplicate_group"):
+    for table in rows_in_order(samples, choice, f"{columns}, '{prefix}' || shard AS shard, duplicate_group"):
         yield from table.select(SELECTION.names).cast(SELECTION).to_batches(max_chunksize=_BATCH_ROWS)
 
 
-def _in_order(samples: Samples, choice: Choice, columns: str) -> Iterator[pa.Table]:
+def rows_in_order(samples: Samples, choice: Choice, columns: str) -> Iterator[pa.Table]:
     """The chosen rows by (shard, mp4_offset), a few shards at a time, so that memory does not grow with the corpus."""
     for first, last, low, high in _shard_ranges(samples):
         if not choice.mask[low : high + 1].any():
