@@ -219,7 +219,7 @@ def evaluate(
 
     if format not in ("table", "json"):
         raise UserError(f"--format {format}: choose table or json.")
-    run_eval(
+    metrics = run_eval(
         run,
         model,
         corpus,
@@ -232,6 +232,7 @@ def evaluate(
         assignments=set_ or [],
         format=format,
     )
+    raise typer.Exit(1 if metrics["num_failures"] else 0)
 
 
 @app.command()
