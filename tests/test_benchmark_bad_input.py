@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 
 import pyarrow as pa
 import pytest
@@ -85,6 +86,14 @@ def test_a_table_without_its_column_is_named_with_what_it_has(tmp_path):
     put(tmp_path / "MSRVTT_train.9k.csv", "id\nvideo0\n")
     with pytest.raises(UserError, match=r"MSRVTT_train\.9k\.csv:1: no column video_id.*there is id"):
         read(f"msrvtt:{tmp_path}")
+
+
+def test_files_that_name_no_video_are_the_users_mistake(tmp_path):
+    layouts.lsmdc(tmp_path)
+    (tmp_path / "LSMDC16_challenge_1000_publictect.csv").unlink()
+    put(tmp_path / "LSMDC16_annos_training.csv", "columns,with,commas\n")
+    with pytest.raises(UserError, match=r"name no video .*training\.csv:1: 1 columns instead of 6"):
+        read(f"lsmdc:{tmp_path}")
 
 
 def test_unknown_ids_are_counted_once_each(tmp_path):
@@ -270,3 +279,44 @@ def test_texts_of_a_list_that_cannot_be_used_are_rows(tmp_path):
     ]
     assert found.table["texts"].to_pylist() == [None, [{"n": 0, "text": "good"}], None]
     assert found.table["spans"].to_pylist() == [None, [{"n": 0, "start_s": 0.0, "end_s": None}], None]
+
+
+STRANGE = [None, -2.5, True, "", " ", [], {}, [[]], {"a": 1}, float("nan"), "\ud83d", "a\nb", "../../x", "\0", 10**30]
+LAYOUTS = {
+    name: getattr(layouts, name.partition("-")[0])
+    for name in ("msrvtt", "msrvtt-full", "msvd", "lsmdc", "didemo", "didemo-moments", "activitynet-moments", "vatex")
+}
+
+
+def spoil(path, rng) -> None:
+    """One value of a JSON file becomes a strange one, a few bytes of any other file become others."""
+    if path.suffix == ".json":
+        data = {"all": json.loads(path.read_text())}
+        holder, key = data, "all"
+        while isinstance(holder[key], dict | list) and holder[key] and rng.random() < 0.8:
+            holder = holder[key]
+            key = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+        holder[key] = rng.choice(STRANGE)
+        put(path, json.dumps(data["all"]))
+    else:
+        data = bytearray(path.read_bytes())
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        put(path, bytes(data[: rng.randint(1, len(data))] if rng.random() < 0.3 else data))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_whatever_the_files_hold_there_are_sources_with_texts_rows_or_an_error(tmp_path, name):
+    for seed in range(40):
+        rng, folder = random.Random(f"{name} {seed}"), LAYOUTS[name](tmp_path / str(seed))
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".csv", ".txt", ".pkl"))
+        spoil(rng.choice(files), rng)
+        try:
+            found = read(f"{name}:{folder}")
+        except UserError:
+            continue
+        places = [problem.location for problem in found.problems]
+        assert len(places) == len(set(places))  # or a row would hide another
+        for row in found.table.to_pylist():
+            assert row["split"] and row["texts"]
+            assert {text["n"] for text in row["texts"]} <= {span["n"] for span in row["spans"]}

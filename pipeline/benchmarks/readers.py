@@ -178,7 +178,7 @@ def didemo_moments(folder: Folder, found: Annotations) -> None:
                 continue
             first, last = Counter(map(tuple, times)).most_common(1)[0][0]
             span = (first * DIDEMO_SEGMENT_S, (last + 1) * DIDEMO_SEGMENT_S)
-            _add_moment(entry, n, span, row.get("description"), place, found)
+            _add_moment(entry, n, span, row.get("description"), f"{place}/description", found)
 
 
 def _read_didemo(folder: Folder, names: Names, found: Annotations) -> list[tuple[Entry, Rows]]:

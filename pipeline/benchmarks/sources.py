@@ -42,16 +42,21 @@ def read_benchmark(argument: str) -> tuple[pa.Table, list[Problem]]:
     folder, found = Folder(argument, Path(path).absolute()), Annotations()
     READERS[name](folder, found)
     rows = list(_rows(name, folder, found))
-    num_missing = sum(problem.error_class == "missing-video" for problem in found.problems)
-    if num_missing == len(found):
-        example = f", {next(iter(found)).video} for one" if num_missing else ""
-        raise UserError(
-            f"SOURCES: {argument}: none of its {num_missing:,} videos is below {folder.root}{example}. "
-            "Put them beside the annotation files or into a folder videos/ there."
-        )
+    _require_some(argument, folder, found)
     columns = {field: pa.array([row[field] for row in rows], pa.string()) for field in _FIELDS}
     line = pa.array(range(1, len(rows) + 1), pa.int64())
     return pa.table({"line": line, **columns}), [*folder.problems, *found.problems]
+
+
+def _require_some(argument: str, folder: Folder, found: Annotations) -> None:
+    if not len(found):
+        first = f" ({found.problems[0].location}: {found.problems[0].message})" if found.problems else ""
+        raise UserError(f"SOURCES: {argument}: its annotation files name no video{first}")
+    if sum(problem.error_class == "missing-video" for problem in found.problems) == len(found):
+        raise UserError(
+            f"SOURCES: {argument}: none of its {len(found):,} videos is below {folder.root}, {next(iter(found)).video} "
+            "for one. Put them beside the annotation files or into a folder videos/ there."
+        )
 
 
 def _rows(name: str, folder: Folder, found: Annotations) -> Iterator[dict[str, str | None]]:
