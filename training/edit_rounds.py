@@ -1,0 +1,227 @@
+"""The rounds of teacher and student (spec/video_editing.md section 6), for any model behind `Host`.
+
+A round: the teacher edits every clip from the present boundaries; the student trains an epoch on them and is validated
+on held-out clips of the same weak kind. When the student is better than ever, the teacher takes its weights, the
+boundaries stay and the step doubles again (up to where it began); else the boundaries go back and the step is halved.
+The student's own weights are not taken back: it meets the old boundaries again in the next round.
+
+What happened is in two tables, `EDITS` and `ROUNDS`, and nothing else: `state_after` reads where an editing stands from
+their rows, so that one that was killed goes on where it was.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import ItemError, UserError
+from training.edit_settings import EditSettings
+from training.video_editing import EDITS, Drift, Floats, Spans, VideoClips, drift, edit_videos, lowest_threshold
+
+ROUNDS = pa.schema(
+    [
+        ("round", pa.int32()),  # 0: the warm-up, from 1 on the edits
+        ("teacher", pa.string()),  # that edited; after the warm-up: the teacher it gave
+        ("validation", pa.float64()),  # the student's, after the round
+        ("best_before", pa.float64()),  # what it had to exceed; null for the warm-up
+        ("outcome", pa.string()),  # warm-up | kept | rolled-back | collapsed
+        ("step_scale", pa.float64()),  # of the steps of settings, in this round
+        ("num_clips", pa.int64()),
+        ("num_accepted", pa.int64()),
+        ("num_failed", pa.int64()),  # videos that could not be scored
+        ("median_change", pa.float64()),  # of the clips' length, against the first boundaries
+        ("share_at_limit", pa.float64()),
+    ]
+)
+
+
+class Host(Protocol):
+    """A retrieval model as the rounds see it. Its own loss, its own settings; captions are its own business."""
+
+    def teacher(self) -> str:
+        """A hash of the teacher's weights."""
+
+    def score(self, video: VideoClips, offered: Sequence[Floats]) -> Sequence[Floats]:
+        """The teacher's `Scorer`."""
+
+    def train(self, spans: Mapping[str, Floats]) -> float:
+        """Trains the student one epoch on clips with these boundaries; returns its validation R@1."""
+
+    def promote(self) -> None:
+        """The teacher takes the student's weights."""
+
+    def restore(self) -> None:
+        """The student takes the teacher's weights."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where an editing stands before the round of that number."""
+
+    round_number: int
+    best: float  # validation
+    step_scale: float
+    num_failed_rounds: int  # since the last improvement
+    spans: Spans
+    is_over: bool = False
+
+
+class Round(NamedTuple):
+    """What one round was: its rows for the two tables, and where the editing stands after it."""
+
+    edits: pa.Table
+    row: pa.Table
+    state: State
+    failures: list[tuple[str, ItemError]]
+
+
+def base_spans(videos: Sequence[VideoClips]) -> Spans:
+    return {video.video_id: video.base_N2.copy() for video in videos}
+
+
+def warm_up(videos: Sequence[VideoClips], host: Host, settings: EditSettings) -> Round:
+    """Trains on the first boundaries until validation has not risen for `warmup_patience` epochs (section 4).
+
+    The teacher and then the student have the best epoch's weights.
+    """
+    spans, best, num_flat = base_spans(videos), -np.inf, 0
+    for _ in range(settings.max_warmup_epochs):
+        validation = host.train(spans)
+        if validation > best:
+            best, num_flat = validation, 0
+            host.promote()
+        else:
+            num_flat += 1
+        if num_flat == settings.warmup_patience:
+            break
+    host.restore()
+    row = {"round": 0, "teacher": host.teacher(), "validation": best, "outcome": "warm-up", "step_scale": 1.0}
+    row |= {"num_clips": _num_clips(videos), "num_accepted": 0, "num_failed": 0}
+    row |= {"median_change": 0.0, "share_at_limit": 0.0}
+    return Round(EDITS.empty_table(), _table(row), State(1, best, 1.0, 0, spans), [])
+
+
+def rounds(
+    videos: Sequence[VideoClips],
+    host: Host,
+    settings: EditSettings,
+    state: State,
+    held_out: Collection[str] = (),
+) -> Iterator[Round]:
+    """Plays rounds until one of the stops of section 6; each is given as soon as it is decided.
+
+    state     of `warm_up`, or of `state_after` for an editing that goes on
+    held_out  ids of videos that must not be edited. Raises UserError where one is among `videos`
+    """
+    shared = {video.video_id for video in videos} & set(held_out)
+    if shared:
+        raise UserError(f"{len(shared)} videos to edit are held out for evaluation, {min(shared)} among them")
+    while not is_done(state, settings):
+        played = play_round(videos, host, settings, state)
+        state = played.state
+        yield played
+
+
+def is_done(state: State, settings: EditSettings) -> bool:
+    return (
+        state.is_over
+        or state.round_number > settings.max_rounds
+        or state.num_failed_rounds >= settings.patience
+        or state.step_scale * settings.step_s < settings.smallest_step_s
+    )
+
+
+def play_round(videos: Sequence[VideoClips], host: Host, settings: EditSettings, state: State) -> Round:
+    """One round. A round whose boundaries collapse is not trained on: it is taken back and is the last."""
+    teacher = host.teacher()
+    edited = edit_videos(
+        videos,
+        state.spans,
+        host.score,
+        settings,
+        round_number=state.round_number,
+        teacher=teacher,
+        step_scale=state.step_scale,
+        threshold=lowest_threshold(videos, state.spans, host.score, settings),
+    )
+    change = drift(videos, edited.spans, settings)
+    validation = None if has_collapsed(change, settings) else host.train(edited.spans)
+    outcome = "collapsed" if validation is None else "kept" if validation > state.best else "rolled-back"
+    if outcome == "kept":
+        host.promote()
+    row = {
+        "round": state.round_number,
+        "teacher": teacher,
+        "validation": validation,
+        "best_before": state.best,
+        "outcome": outcome,
+        "step_scale": state.step_scale,
+        "num_clips": _num_clips(videos),
+        "num_accepted": sum(edited.rows["accepted"].to_pylist()),
+        "num_failed": len(edited.failures),
+        "median_change": change.median_change,
+        "share_at_limit": change.share_at_limit,
+    }
+    return Round(edited.rows, _table(row), _next_state(state, row, edited.spans), edited.failures)
+
+
+def has_collapsed(change: Drift, settings: EditSettings) -> bool:
+    """Section 9, guard 6."""
+    too_long = settings.max_median_change is not None and abs(change.median_change) > settings.max_median_change
+    at_limit = settings.max_share_at_limit is not None and change.share_at_limit > settings.max_share_at_limit
+    return too_long or at_limit
+
+
+def state_after(videos: Sequence[VideoClips], edits: pa.Table, rounds: pa.Table) -> State:
+    """Where an editing stands, from the rows it has written: `State` of the last round of `rounds`, whatever the order.
+
+    Rows of `edits` whose round is not in `rounds` are of a round that was killed: it is played again.
+    """
+    state = State(0, -np.inf, 1.0, 0, base_spans(videos))
+    by_round = _spans_by_round(videos, edits)
+    for row in sorted(rounds.to_pylist(), key=lambda row: row["round"]):
+        state = _next_state(state, row, state.spans | by_round.get(row["round"], {}))
+    if state.round_number == 0:
+        raise UserError("the editing has not been warmed up yet: no round is recorded")
+    return state
+
+
+def fold_of(video_id: str, num_folds: int = 2) -> int:
+    """Which fold a video is in, by its id alone: a teacher trained on the other folds edits this one (section 9.7)."""
+    return int.from_bytes(hashlib.sha256(video_id.encode()).digest()[:8]) % num_folds
+
+
+def _next_state(state: State, row: Mapping[str, Any], edited: Spans) -> State:
+    state = replace(state, round_number=row["round"] + 1)
+    if row["outcome"] == "collapsed":
+        return replace(state, is_over=True)
+    if row["outcome"] == "rolled-back":
+        return replace(state, step_scale=state.step_scale / 2, num_failed_rounds=state.num_failed_rounds + 1)
+    scale = min(1.0, 2 * state.step_scale)
+    return replace(state, best=row["validation"], step_scale=scale, num_failed_rounds=0, spans=edited)
+
+
+def _spans_by_round(videos: Sequence[VideoClips], edits: pa.Table) -> dict[int, Spans]:
+    """Boundaries after each round, of the videos that have rows in it."""
+    spans: dict[int, dict[str, tuple[float, float]]] = {}
+    for row in edits.select(["round", "clip_id", "start_s", "end_s"]).to_pylist():
+        spans.setdefault(row["round"], {})[row["clip_id"]] = (row["start_s"], row["end_s"])
+    return {
+        number: {
+            video.video_id: np.array([of_clip[clip_id] for clip_id in video.clip_ids])
+            for video in videos
+            if len(video) and video.clip_ids[0] in of_clip
+        }
+        for number, of_clip in spans.items()
+    }
+
+
+def _num_clips(videos: Sequence[VideoClips]) -> int:
+    return sum(len(video) for video in videos)
+
+
+def _table(row: Mapping[str, Any]) -> pa.Table:
+    return pa.Table.from_pylist([dict(row)], schema=ROUNDS)

@@ -1,0 +1,122 @@
+"""Scores for edited boundaries: a caption against a clip, measured against the captions of other videos.
+
+`FrameScorer` is the cheap `Scorer` of spec/video_editing.md section 5: a video's frames are encoded once per round and
+every candidate is the mean of its frames, taken from running sums. numpy only. Shape letters as in
+`training.video_editing`, and    F frames of a video   J captions of the bank   C embed_dim
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import ItemError, UserError
+from training.video_editing import Floats, VideoClips
+
+
+def contrastive_score(own: Floats, bank_J: Floats, log_scale: float) -> Floats:
+    """own - logmeanexp(bank at the model's temperature), in units of a cosine, along the bank's last dimension.
+
+    A clip that is near every caption gains nothing: that is what very short and very long clips would do.
+    """
+    scaled = bank_J * np.exp(log_scale)
+    highest = scaled.max(axis=-1, keepdims=True)
+    log_mean = np.log(np.exp(scaled - highest).mean(axis=-1)) + highest[..., 0]
+    return own - log_mean / np.exp(log_scale)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Captions that clips are measured against: unit vectors [J, C] and whose they are [J]."""
+
+    features_JC: Floats
+    video_ids_J: NDArray[Any]
+
+    def against(self, video_id: str, text_C: Floats, same: float) -> Floats:
+        """[J', C]: captions of other videos that say something else than `text`: a cosine of at most `same`.
+
+        One that says the same is no competitor: what brings the clip nearer to its own caption brings it nearer to that
+        one, and no candidate would ever look better. Raises ItemError "no-bank" where nothing is left.
+        """
+        others = self.features_JC[self.video_ids_J != video_id]
+        others = others[others @ text_C <= same]
+        if not len(others):
+            raise ItemError("no-bank", f"no caption of another video than {video_id} to measure its clips against")
+        return others
+
+
+def draw_bank(video_ids: Sequence[str], features_NC: NDArray[Any], size: int, seed: int = 0) -> Bank:
+    """At most `size` of the captions, a function of the seed and of their order."""
+    if len(video_ids) != len(features_NC):
+        raise UserError(f"a bank of {len(video_ids)} video ids for {len(features_NC)} captions")
+    rows = np.sort(np.random.default_rng(seed).permutation(len(video_ids))[:size])
+    return Bank(_unit(np.asarray(features_NC)[rows]), np.asarray(video_ids, dtype=object)[rows])
+
+
+@dataclass(frozen=True)
+class FrameFeatures:
+    """A video's frames, by one encoder: their times in rising order and their features, of any length."""
+
+    times_F: Floats
+    features_FC: NDArray[Any]
+
+
+class FrameScorer:
+    """A `Scorer` for models whose video is the mean of its frames' unit vectors, or nearly so.
+
+    frames     by video_id
+    texts      the caption's feature [C] by clip_id
+    bank       None: the bare cosine counts
+    log_scale  of the model: the logarithm of 1 / temperature
+    same       captions of the bank with a larger cosine to a clip's own say the same
+    """
+
+    def __init__(
+        self,
+        frames: Mapping[str, FrameFeatures],
+        texts: Mapping[str, NDArray[Any]],
+        bank: Bank | None,
+        log_scale: float,
+        same: float = 0.95,
+    ):
+        self.frames, self.texts, self.bank, self.log_scale, self.same = frames, texts, bank, log_scale, same
+
+    def __call__(self, video: VideoClips, offered: Sequence[Floats]) -> list[Floats]:
+        """Raises ItemError "no-frames" for a video without any, and what `Bank.against` raises."""
+        frames = self.frames[video.video_id]
+        if not len(frames.times_F):
+            raise ItemError("no-frames", f"video {video.video_id} has no frame features")
+        sums_FC = running_sums(frames.features_FC)
+        return [
+            self._score(video.video_id, self.texts[clip_id], mean_frames(frames.times_F, sums_FC, spans_K2))
+            for clip_id, spans_K2 in zip(video.clip_ids, offered, strict=True)
+        ]
+
+    def _score(self, video_id: str, text_C: NDArray[Any], clips_KC: Floats) -> Floats:
+        text_C = _unit(text_C)
+        if self.bank is None:
+            return clips_KC @ text_C
+        bank_JC = self.bank.against(video_id, text_C, self.same)
+        return contrastive_score(clips_KC @ text_C, clips_KC @ bank_JC.T, self.log_scale)
+
+
+def running_sums(features_FC: NDArray[Any]) -> Floats:
+    """[F + 1, C] of the frames' unit vectors, the first row 0."""
+    unit_FC = _unit(features_FC)
+    return np.concatenate([np.zeros((1, unit_FC.shape[1])), unit_FC.cumsum(axis=0)])
+
+
+def mean_frames(times_F: Floats, sums_FC: Floats, spans_K2: Floats) -> Floats:
+    """[K, C] unit vectors: the mean of the frames in [start, end), the nearest frame where there is none."""
+    first, last = np.searchsorted(times_F, spans_K2[:, 0]), np.searchsorted(times_F, spans_K2[:, 1])
+    nearest = np.abs(times_F[None] - spans_K2.mean(axis=1, keepdims=True)).argmin(axis=1)
+    first = np.where(first == last, nearest, first)
+    return _unit(sums_FC[np.maximum(last, first + 1)] - sums_FC[first])
+
+
+def _unit(features: NDArray[Any]) -> Floats:
+    """Of length 1, in float64; zeros stay zeros."""
+    wide = np.asarray(features, dtype=np.float64)
+    return wide / np.maximum(np.linalg.norm(wide, axis=-1, keepdims=True), 1e-12)
