@@ -261,9 +261,9 @@ class Linear:
 @pytest.mark.slow
 def test_a_trained_teacher_moves_boundaries_towards_the_truth() -> None:
     """The gain is small beside an oracle's, and so is what is asked for: the orderings are a study's business."""
-    settings = EditSettings(length_weight=0.005, min_gain=0.002, max_rounds=6)
-    truths = [make_truth(number, settings, NUM_TOPICS) for number in range(200)]
-    train, held_out = truths[:60], truths[60:]
+    settings = EditSettings(length_weight=0.005, min_gain=0.002, max_rounds=2)
+    truths = [make_truth(number, settings, NUM_TOPICS) for number in range(150)]
+    train, held_out = truths[:120], truths[120:]
     videos, host = clips_of(train), Linear(train, held_out, settings, seed=0)
     warmed = warm_up(videos, host, settings)
     played = list(rounds(videos, host, settings, warmed.state, held_out=[t.clips.video_id for t in held_out]))
