@@ -1,5 +1,6 @@
 """One process, two or four, copied or sharded, in one piece or in chunks: after some updates the weights are the same."""
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def test_chunks_and_recomputed_activations_change_nothing(changes):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs a C++ compiler")
 def test_a_compiled_model_learns_the_same():
     assert_same(alone(settings(compile=True)), alone(settings()))
 

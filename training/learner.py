@@ -69,8 +69,7 @@ class Learner:
             return self.model
         with torch.device("meta"):
             model = ClipVip(self.model.config)
-        tensors = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in self.model.state_dict().items()}
-        model.load_state_dict(tensors, assign=True)
+        model.load_state_dict({name: _whole(tensor) for name, tensor in self.model.state_dict().items()}, assign=True)
         return model
 
     def _backward(self, batch: Batch) -> OmnisourceLoss:
@@ -96,9 +95,8 @@ class Learner:
         masks |= {"subtitle_mask": batch.subtitle_mask_B, "caption_mask": batch.caption_mask_B}
         if self.feedback is not None:
             self.feedback.add(batch, video, subtitle, caption, log_scale)
-        return omnisource_loss(
-            video, subtitle, frame, caption, log_scale, self.settings.loss, group=self.process.group, **masks
-        )
+        features, group = (video, subtitle, frame, caption), self.process.group
+        return omnisource_loss(*features, log_scale, self.settings.loss, group=group, equal_rows=True, **masks)
 
     def _learning_rate(self) -> float:
         return learning_rate(
@@ -108,3 +106,7 @@ class Learner:
             warmup_ratio=self.settings.warmup_ratio,
             decay=self.settings.decay,
         )
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

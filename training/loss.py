@@ -83,6 +83,7 @@ def omnisource_loss(
     caption_mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     mean_gradients: bool = True,
+    equal_rows: bool = False,
 ) -> OmnisourceLoss:
     """The sum of the variant's terms, each a mean of cross entropies with logits exp(log_scale)·a·b.
 
@@ -94,6 +95,7 @@ def omnisource_loss(
                       and `terms` are the whole batch's on every process.
     mean_gradients    True for wrappers that average gradients over the group (DDP, FSDP): their average is then exactly
                       one process's gradient. False where gradients are summed.
+    equal_rows        all processes have equally many rows: they need not ask, which would wait for the device
     """
     if variant not in TERMS:
         raise UserError(f"loss variant is {variant!r}; allowed: {', '.join(get_args(Variant))}")
@@ -106,7 +108,8 @@ def omnisource_loss(
     with torch.autocast(log_scale.device.type, enabled=False):
         rows = _aligned(given)
         _check_rows(rows, variant)
-        sources = _pack("video", "subtitle", rows, group) | _pack("frame", "caption", rows, group)
+        sources = _pack("video", "subtitle", rows, group, equal_rows)
+        sources |= _pack("frame", "caption", rows, group, equal_rows)
         absent = {name for name, pair in given.items() if pair is None}
         if variant == "joint":
             sources["visual"] = _stack(sources["video"], sources["frame"])
@@ -160,7 +163,11 @@ def _check_rows(rows: dict[str, tuple[Tensor, Tensor]], variant: str) -> None:
 
 
 def _pack(
-    first: str, second: str, rows: dict[str, tuple[Tensor, Tensor]], group: dist.ProcessGroup | None
+    first: str,
+    second: str,
+    rows: dict[str, tuple[Tensor, Tensor]],
+    group: dist.ProcessGroup | None,
+    equal_rows: bool,
 ) -> dict[str, _Source]:
     """Two sources of equally many rows, gathered in one exchange."""
     local = [rows[first], rows[second]]
@@ -168,7 +175,9 @@ def _pack(
     if group is None:
         index = torch.arange(num_rows, device=local[0][0].device)
         return {name: _Source(*pair, *pair, index) for name, pair in zip((first, second), local, strict=True)}
-    (counts,) = gather_counts([num_rows], group, local[0][0].device)
+    counts = [num_rows] * dist.get_world_size(group)
+    if not equal_rows:
+        (counts,) = gather_counts([num_rows], group, local[0][0].device)
     packed = torch.cat([features for features, _ in local] + [mask[:, None] for _, mask in local], dim=1)
     gathered = gather_rows(packed, group, counts)
     index = sum(counts[: dist.get_rank(group)]) + torch.arange(num_rows, device=packed.device)

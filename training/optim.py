@@ -42,12 +42,16 @@ def parameter_groups(
     """Groups for an optimiser, at most two per rate factor; each has its `rate_factor`, for `set_learning_rate`.
 
     rate_factors  by prefix of the parameter's name, the longest that fits counts; e.g. {"logit_scale": 10.0}
+    Raises UserError for a prefix of nothing.
     """
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
-    for name, parameter in named_parameters:
+    named = {name.replace("_orig_mod.", "").removeprefix("module."): p for name, p in named_parameters}
+    for prefix in rate_factors or {}:
+        if not any(name.startswith(prefix) for name in named):
+            raise UserError(f"train.lr_factors: no parameter's name begins with {prefix!r}; some are {list(named)[:5]}")
+    for bare, parameter in named.items():
         if not parameter.requires_grad:
             continue
-        bare = name.replace("_orig_mod.", "").removeprefix("module.")
         factor, decayed = _rate_factor(bare, rate_factors or {}), decays(bare, published_decay)
         group = {"params": [], "names": [], "rate_factor": factor, "weight_decay": weight_decay if decayed else 0.0}
         group = groups.setdefault((factor, decayed), group)

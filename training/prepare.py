@@ -39,8 +39,11 @@ class Prepared:
         folder = RunFolder(run).require()
         record = folder.load()
         settings = resolve(record.settings, None, [])
+        selection = Selection.open(folder.selection_path)
+        if selection.hash != record.selection_hash:
+            raise UserError(f"{selection.path} is not the selection that the run began with: put that one back.")
         held_out = Selection.open(folder.root / EVAL_FILE) if settings.eval.where.strip() else None
-        return cls(folder, settings, Selection.open(folder.selection_path), held_out, record.corpus)
+        return cls(folder, settings, selection, held_out, record.corpus)
 
 
 def requested_settings(request: Request) -> RunSettings:

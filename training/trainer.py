@@ -37,7 +37,7 @@ from training.plan import PlanSpec, locate, num_steps_done, rank_slots, state_di
 from training.prepare import Prepared, Request, prepare, requested_settings
 from training.retrieval import evaluate
 from training.run_folder import RunFolder
-from training.run_log import RunLog
+from training.run_log import RunLog, cut_after
 from training.samples import Failure, SampleReader
 from training.settings import TrainSettings
 
@@ -115,6 +115,8 @@ class Trainer:
         with ExitStack() as stack:
             stop = stack.enter_context(stop_on_signals())
             self.log = stack.enter_context(self._open_log(meter))
+            if self.process.is_first:
+                cut_after(self.folder.failures_path, self.step)  # those of steps that are taken again
             self.loader = stack.enter_context(self._open_loader())
             self._say_what_is_coming()
             self._evaluate_if_due()
@@ -227,14 +229,9 @@ class Trainer:
         """Lines of failures.jsonl, written as one piece because every process appends to it."""
         at = datetime.now(UTC).isoformat(timespec="seconds")
         rows = [
-            {
-                "stage": "train",
-                "item_id": f.clip_id,
-                "error_class": f.error.error_class,
-                "message": f.error.message,
-                "at": at,
-            }
-            for f in failures
+            {"step": self.step + 1, "stage": "train", "item_id": clip_id, "error_class": error.error_class}
+            | {"message": error.message, "at": at}
+            for clip_id, _, error in failures
         ]
         with open(self.folder.failures_path, "ab") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -243,6 +240,9 @@ class Trainer:
         for note in self.notes:
             self.log.say(note)
         if not self.process.is_first:
+            return
+        if self.step >= self.total_steps:
+            self.log.say(f"Nothing to do: {self.step:,} steps are done, and the run has {self.total_steps:,}.")
             return
         epoch, step = locate(self.spec, self.step)
         facts = self.epochs.describe(epoch)
