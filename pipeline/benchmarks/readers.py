@@ -5,6 +5,7 @@ its reference texts, and `split` says what it is for. Where the original files a
 configurations name (JSON lines of clip_id and text) are taken. Layouts and protocols: docs/benchmarks.md.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from pipeline.benchmarks.annotations import Annotations, Entry
 from pipeline.benchmarks.folder import Folder, of_type, read_csv, read_json, read_json_lines, read_lines, read_pickle
 from pipeline.errors import UserError
+from pipeline.list_files import is_unicode
 
 Reader = Callable[[Folder, Annotations], None]
 Names = dict[str, tuple[str, ...]]  # split → file names, the first that is there is read
@@ -20,6 +22,7 @@ Rows = list[tuple[str, dict]]  # (place, object) of a JSON list
 
 DIDEMO_SEGMENT_S = 5.0  # annotators chose among pieces of this length …
 DIDEMO_END_S = 31.0  # … of what they saw of a video; the bound is CLIP4Clip's
+MSRVTT_EXTRA = {"category": "category", "url": "source_url", "start time": "start_s", "end time": "end_s"}
 LISTS: Names = {split: (f"{split}_list.txt",) for split in ("train", "val", "test")}
 
 
@@ -68,9 +71,8 @@ def _add_sentences(data: list[tuple[Rows, Rows]], found: Annotations, wanted: st
         listed = {str(row.get("video_id")) for _, row in videos}
         for _, row in videos:
             if row.get("video_id") in found:
-                columns = {"category": "category", "url": "source_url", "start time": "start_s", "end time": "end_s"}
-                kept = {name: row[column] for column, name in columns.items() if column in row}
-                found[row["video_id"]].extra.update(kept)
+                kept = {name: row.get(column) for column, name in MSRVTT_EXTRA.items()}
+                found[row["video_id"]].extra |= {name: value for name, value in kept.items() if _is_plain(value)}
         for place, row in sentences:
             video = row.get("video_id")
             if video in found:
@@ -345,6 +347,11 @@ def _add_moment(entry: Entry, n: int, span: tuple[float, float], text: Any, plac
     found.add_text(entry.video, text, place, clip=n)
     if len(entry.texts) > before:
         entry.spans[n] = span
+
+
+def _is_plain(value: Any) -> bool:
+    """A number or a text that JSON can hold."""
+    return (type(value) in (int, float) and math.isfinite(value)) or (isinstance(value, str) and is_unicode(value))
 
 
 def _is_pair(value: Any) -> bool:
