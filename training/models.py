@@ -11,28 +11,28 @@ from pipeline.errors import UserError
 from training.checkpoint import from_open_clip_model, load_model, model_config, with_shape
 from training.clip4clip import load_clip4clip
 from training.clip4clip_model import Clip4Clip
-from training.clip4clip_settings import Clip4ClipSettings
 from training.configs import config_from_open_clip
 from training.model import ClipVip, ModelConfig
 from training.settings import ModelSettings
 from training.texts import TextEncoder
+from training.unipt import UniPtClip
 
 _PLAIN = {"num_added": 0, "num_times": 0, "pooling": "mean"}  # a CLIP that nothing was added to
 
 
-def load(settings: ModelSettings, seed: int = 0) -> ClipVip | Clip4Clip:
+def load(settings: ModelSettings, seed: int = 0) -> ClipVip | Clip4Clip | UniPtClip:
     """float32 on the CPU. `seed` draws what the method adds and a plain CLIP lacks. Raises UserError."""
     shape = settings.model_dump(include={"num_added", "num_times", "pooling"}, exclude_none=True)
     _refuse_settings_of_others(settings, shape)
     if settings.method == "clip4clip":
         return _clip4clip(settings, seed)
-    if settings.init == "demo":
-        return _demo_model(seed, shape)
-    return load_model(settings.init, seed=seed, **shape)
+    demo = settings.init == "demo"
+    model = _demo_model(seed, shape) if demo else load_model(settings.init, seed=seed, **shape)
+    return _unipt(model, settings, seed) if settings.method == "unipt" else model
 
 
 def config_of(settings: ModelSettings) -> ModelConfig:
-    """The configuration of `load(settings)`, weights unread: of CLIP4Clip that of the CLIP inside. Raises UserError."""
+    """The configuration of `load(settings)`, weights unread: that of the CLIP inside. Raises UserError."""
     shape = settings.model_dump(include={"num_added", "num_times", "pooling"}, exclude_none=True)
     _refuse_settings_of_others(settings, shape)
     if settings.method == "clip4clip":
@@ -59,8 +59,9 @@ def text_encoder(config: ModelConfig, max_tokens: int) -> TextEncoder:
 def _refuse_settings_of_others(settings: ModelSettings, shape: dict) -> None:
     if settings.method == "clip4clip" and shape:
         raise UserError(f"model.{next(iter(shape))} is for model.method = 'clip_vip'; here it is 'clip4clip'")
-    if settings.method != "clip4clip" and settings.clip4clip != Clip4ClipSettings():
-        raise UserError(f"model.clip4clip is for model.method = 'clip4clip'; here it is {settings.method!r}")
+    for name in ("clip4clip", "unipt"):
+        if settings.method != name and getattr(settings, name) != ModelSettings.model_fields[name].default:
+            raise UserError(f"model.{name} is for model.method = {name!r}; here it is {settings.method!r}")
 
 
 def _clip4clip(settings: ModelSettings, seed: int) -> Clip4Clip:
@@ -68,6 +69,15 @@ def _clip4clip(settings: ModelSettings, seed: int) -> Clip4Clip:
         plain = _demo_model(seed, _PLAIN)
         return Clip4Clip(plain, settings.clip4clip, seed)
     return load_clip4clip(settings.init, seed=seed, **settings.clip4clip.model_dump())
+
+
+def _unipt(backbone: ClipVip, settings: ModelSettings, seed: int) -> UniPtClip:
+    if "vision.added_embedding" in backbone.new_tensors:
+        raise UserError(
+            f"model.method = 'unipt' on {settings.init}: a plain CLIP has no trained proxies, and frozen it never gets "
+            "any. Begin with a post-pretrained model, or set model.pooling=mean."
+        )
+    return UniPtClip(backbone, settings.unipt, seed)
 
 
 def _demo_model(seed: int, shape: dict) -> ClipVip:

@@ -10,8 +10,9 @@ from pydantic import Field
 
 from pipeline.config import Settings, operational, resolve_settings
 from training.clip4clip_settings import Clip4ClipSettings
+from training.unipt_settings import UniPtSettings
 
-Method = Literal["clip_vip", "clip4clip"]
+Method = Literal["clip_vip", "clip4clip", "unipt"]
 Variant = Literal["vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc", "joint"]
 Decay = Literal["cosine", "linear", "invsqrt", "constant", "clip4clip"]
 Update = Literal["adamw", "clip_vip", "clip4clip"]
@@ -33,6 +34,7 @@ class ModelSettings(Settings):
 
     method: Method = "clip_vip"
     clip4clip: Clip4ClipSettings = Clip4ClipSettings()  # for that method alone, as the three above are for clip_vip
+    unipt: UniPtSettings = UniPtSettings()  # for that method alone; the three above say what its backbone is
 
 
 class DataSettings(Settings):
