@@ -6,8 +6,8 @@
 3. Parts are handed out in the order of their requests; the slot is free again when the next one is asked for. So memory
    is bounded by the slots, whoever is slow.
 4. A process says in shared memory which sample it is at. When it dies (a decoder's crash, out of memory, `kill`) its
-   tickets go to the others and a new process takes its place. A sample that two processes died at is not tried a third
-   time: it is the failure "decoder-died".
+   tickets go to the others and a new process takes its place. A process that stays at one sample for minutes is killed.
+   A sample that two processes died at is not tried a third time: it is the failure "decoder-died".
 
 Processes are forked from a fork server, which holds no threads or devices of the training process and has the imports
 ready, so that starting one costs milliseconds.
@@ -17,6 +17,7 @@ import ctypes
 import multiprocessing
 import signal
 import threading
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -32,8 +33,9 @@ from training.plan import Rows
 from training.samples import Part, SampleReader
 
 _AHEAD = 2  # requests a process holds: one to read, one to go on with at once
-_MAX_DEATHS = 20  # without a part between them: something is wrong that no retry heals
+_MAX_LOST = 10  # processes that die while they are at no sample, and no part between: nothing is read at all
 _DEADLY = 2  # deaths at one sample that make it a failure
+_STUCK_S = 300.0  # at one sample, or at reading one part's bytes with all their retries: more than any of them takes
 
 
 class Request(NamedTuple):
@@ -58,6 +60,22 @@ class _Worker:
     connection: Connection
     at: Any  # shared: (ticket, position) of the sample being decoded
     tickets: list[int] = field(default_factory=list)
+    moved: tuple[int, int] = (-1, -1)  # `at` when it was last seen to change
+    moved_s: float = 0.0  # and when that was, or when it got something to do
+
+    def give(self, number: int, *request: Any) -> None:
+        """Raises OSError when it is gone."""
+        if not self.tickets:
+            self.moved_s = time.monotonic()
+        self.tickets.append(number)
+        self.connection.send((number, *request))
+
+    def is_stuck(self) -> bool:
+        """Whether it has something to do and has not moved for long."""
+        now, at = time.monotonic(), (self.at[0], self.at[1])
+        if at != self.moved:
+            self.moved, self.moved_s = at, now
+        return bool(self.tickets) and now - self.moved_s > _STUCK_S
 
 
 class Pool:
@@ -72,7 +90,7 @@ class Pool:
         self.tickets: dict[int, _Ticket] = {}
         self.waiting: deque[int] = deque()  # tickets that no process has
         self.num_deaths = 0  # in all
-        self._recent_deaths = 0
+        self._num_lost = 0
         self.stop = stop
 
     def __enter__(self) -> "Pool":
@@ -119,9 +137,8 @@ class Pool:
                 return
             number = self.waiting.popleft()
             ticket = self.tickets[number]
-            worker.tickets.append(number)
             try:
-                worker.connection.send((number, ticket.slot, *ticket.request, ticket.lost))
+                worker.give(number, ticket.slot, *ticket.request, ticket.lost)
             except OSError:
                 self._bury(worker)
 
@@ -138,6 +155,9 @@ class Pool:
             else:
                 if not worker.process.is_alive() and not worker.connection.poll():
                     self._bury(worker)
+        for worker in [worker for worker in self.workers if worker.is_stuck()]:
+            worker.process.kill()
+            self._bury(worker)
 
     def _take(self, worker: _Worker, number: int, answer: Part | Exception) -> None:
         if isinstance(answer, Exception):
@@ -146,7 +166,7 @@ class Pool:
         ticket = self.tickets[number]
         answer.canvas = self.reader.canvas(len(ticket.request.rows), self.slots[ticket.slot])
         ticket.part = answer
-        self._recent_deaths = 0
+        self._num_lost = 0
 
     # --- Processes
 
@@ -169,19 +189,21 @@ class Pool:
     def _bury(self, worker: _Worker) -> None:
         """A new process in a dead one's place; its tickets go first."""
         worker.process.join()
-        code = worker.process.exitcode
+        ended = _ended(worker.process.exitcode)
         self.num_deaths += 1
-        self._recent_deaths += 1
         number, position = worker.at
         if number in worker.tickets and position >= 0:
             ticket = self.tickets[number]
             ticket.deaths[position] += 1
             if ticket.deaths[position] == _DEADLY:
-                ticket.lost[position] = ItemError("decoder-died", f"{_DEADLY} processes reading it {_ended(code)}")
-        if self._recent_deaths > _MAX_DEATHS:
+                message = f"{_DEADLY} processes died while decoding it, the last one {ended}"
+                ticket.lost[position] = ItemError("decoder-died", message)
+        else:
+            self._num_lost += 1
+        if self._num_lost > _MAX_LOST:
             raise UserError(
-                f"loader processes keep dying (the last one {_ended(code)}). If memory runs out: a lower "
-                "data.loader_processes or data.prefetch_samples; data.loader_processes = 0 reads in this process."
+                f"loader processes keep dying, the last one {ended}. Where memory runs out: a lower "
+                "data.loader_processes or data.prefetch_samples. data.loader_processes = 0 reads in this process."
             )
         self.waiting.extendleft(reversed(worker.tickets))
         self._end(worker)
@@ -199,8 +221,8 @@ def warm_up(reader: SampleReader) -> Any:
 
 def _ended(code: int | None) -> str:
     if code is not None and code < 0:
-        return f"ended by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
+        return f"by {signal.Signals(-code).name}"
+    return f"with exit code {code}"
 
 
 # --- In the process

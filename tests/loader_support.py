@@ -1,0 +1,169 @@
+"""A small packed corpus, its selection and its plan, and how batches are compared: for tests of the training loader."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from shard_support import make_corpus, pack
+
+from training.batch import Batch
+from training.epochs import Epochs, plan_spec
+from training.loader import Loader, SampleReader
+from training.selection import Selection, freeze
+from training.settings import DataSettings
+from training.texts import TextEncoder
+
+SIZE, MAX_TOKENS = 32, 24
+WORDS = ("red", "blue", "circle", "square", "moves", "left", "right", "the", "a", "over", "sea", "field", "we", "see")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training process has before it makes a loader."""
+
+    corpus: Path
+    selection: Selection
+    epochs: Epochs
+    data: DataSettings
+
+    def reader(self, **changes) -> SampleReader:
+        kind = changes.pop("kind", SampleReader)
+        train = changes.pop("train", True)
+        data = self.data.model_copy(update=changes)
+        return kind(self.selection, data, TextEncoder(WORDS, MAX_TOKENS), SIZE, train=train)
+
+    def loader(self, num_processes: int = 0, **options) -> Loader:
+        reader = options.pop("reader", None) or self.reader()
+        return Loader(reader, num_processes=num_processes, prefetch_samples=options.pop("prefetch", 32), **options)
+
+    def batches(self, start: int, end: int, num_processes: int = 0, slots: slice | None = None, **options) -> list:
+        with self.loader(num_processes, **options) as loader:
+            whole = slice(0, self.epochs.spec.batch_size)
+            return list(loader.batches(self.epochs, slots or whole, start, end))
+
+
+def make_run(folder: Path, num_clips: int = 40, batch_size: int = 8, **settings) -> Run:
+    """Clips of 2 to 5 frames in shards of 5, all of them selected."""
+    corpus = make_corpus(folder / "corpus", num_clips)
+    pack(corpus)
+    return open_run(folder, corpus, batch_size, **settings)
+
+
+def open_run(folder: Path, corpus: Path, batch_size: int = 8, **settings) -> Run:
+    """The same again after the corpus was changed."""
+    data = DataSettings(num_frames=4, apart=(), **settings)
+    freeze(folder / "selection.arrow", corpus)
+    selection = Selection.open(folder / "selection.arrow")
+    spec = plan_spec(selection, data, batch_size)
+    return Run(corpus, selection, Epochs(folder / "plan", spec, selection.path), data)
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    for field in fields(Batch):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b), field.name
+
+
+def assert_all_equal(some: list[Batch], others: list[Batch]) -> None:
+    for one, other in zip(some, others, strict=True):
+        assert_equal(one, other)
+
+
+class DeadlyReader(SampleReader):
+    """Dies as a crashing decoder would, in the middle of `deadly` rows; a file counts how often.
+
+    Where `times` is set, a row is deadly that often and then readable.
+    """
+
+    deadly: tuple[int, ...] = ()
+    times: int | None = None
+    tally: Path = Path()
+
+    def _decode(self, clip, source, epoch, out) -> None:
+        row = self._row_of(clip["clip_id"])
+        if row in self.deadly:
+            with open(self.tally / str(row), "a") as file:
+                file.write("x")
+            if self.times is None or len((self.tally / str(row)).read_text()) <= self.times:
+                os.kill(os.getpid(), signal.SIGSEGV)
+        super()._decode(clip, source, epoch, out)
+
+    def _row_of(self, clip_id: str) -> int:
+        ids = self.selection.take(np.arange(self.selection.num_clips))["clip_id"].to_pylist()
+        return ids.index(clip_id)
+
+    def num_deaths(self, row: int) -> int:
+        path = self.tally / str(row)
+        return len(path.read_text()) if path.exists() else 0
+
+
+class BornDead(SampleReader):
+    """Cannot even be started with."""
+
+    def __setstate__(self, state) -> None:
+        os._exit(3)
+
+
+class StuckReader(DeadlyReader):
+    """Never comes back from a row."""
+
+    def _decode(self, clip, source, epoch, out) -> None:
+        if self._row_of(clip["clip_id"]) in self.deadly:
+            time.sleep(1000)
+        super()._decode(clip, source, epoch, out)
+
+
+def deadly_reader(run: Run, folder: Path, *rows: int, times: int | None = None, kind=DeadlyReader) -> DeadlyReader:
+    reader = run.reader(kind=kind)
+    reader.deadly, reader.times, reader.tally = rows, times, folder
+    return reader
+
+
+# --- Processes
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one, as they are now."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(entry.read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        children.setdefault(parent, []).append(int(entry.parent.name))
+    found = list(children.get(pid, []))
+    for process in found:
+        found += children.get(process, [])
+    return found
+
+
+def loader_processes() -> list[int]:
+    """Those of this process: forked from the fork server, so they are grandchildren."""
+    children = set(_children(os.getpid()))
+    return [process for process in descendants(os.getpid()) if process not in children]
+
+
+def _children(pid: int) -> list[int]:
+    below = descendants(pid)
+    return [process for process in below if not any(process in descendants(other) for other in below)]
+
+
+def wait_until_gone(processes: list[int], timeout_s: float = 20) -> bool:
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        if not any(_runs(process) for process in processes):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _runs(process: int) -> bool:
+    """A zombie that nobody waits for has ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

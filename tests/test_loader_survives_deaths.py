@@ -1,0 +1,141 @@
+"""Loader processes that die: the batches stay the same; a sample that kills twice becomes a failure."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from loader_support import (
+    BornDead,
+    StuckReader,
+    assert_all_equal,
+    deadly_reader,
+    descendants,
+    loader_processes,
+    make_run,
+    wait_until_gone,
+)
+
+from pipeline.errors import UserError
+from training import loader_pool
+from training.loader import requests_of
+from training.loader_pool import Request
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def expected(run):
+    return run.batches(0, 30)
+
+
+def test_killed_processes_change_nothing(run, expected):
+    seen, killed = [], 0
+    with run.loader(2, prefetch=8) as loader:
+        for step, batch in enumerate(loader.batches(run.epochs, slice(0, 8), 0, 30)):
+            seen.append(batch)
+            if step in (2, 9, 17):
+                for process in loader_processes()[: 1 + step % 2]:
+                    os.kill(process, signal.SIGKILL)
+                    killed += 1
+        assert killed >= 3
+    assert_all_equal(seen, expected)
+
+
+def test_a_sample_that_kills_once_is_read_again(run, expected, tmp_path):
+    reader = deadly_reader(run, tmp_path, 5, 23, times=1)
+    assert_all_equal(run.batches(0, 5, 2, reader=reader), expected[:5])
+    assert reader.num_deaths(5) == 2 and reader.num_deaths(23) == 2  # once it died, once it did not
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_a_sample_that_kills_twice_is_a_failure(run, expected, tmp_path, num_processes):
+    reader = deadly_reader(run, tmp_path, 5, 6, 23)
+    failures = []
+    batches = run.batches(0, 5, num_processes, reader=reader, on_failures=failures.extend)
+    assert {failure.row for failure in failures} == {5, 6, 23}
+    assert {failure.error.error_class for failure in failures} == {"decoder-died"}
+    assert "SIGSEGV" in failures[0].error.message
+    assert [reader.num_deaths(row) for row in (5, 6, 23)] == [2, 2, 2]
+    for batch, whole in zip(batches, expected, strict=False):
+        for slot, row in enumerate(whole.rows_B.tolist()):
+            assert bool(batch.video_mask_B[slot]) == (row not in (5, 6, 23))
+            if row not in (5, 6, 23):
+                assert (batch.video_BT3SS[slot] == whole.video_BT3SS[slot]).all()
+
+
+def test_processes_that_cannot_start_end_the_run(run):
+    with pytest.raises(UserError, match=r"exit code 3.*data\.loader_processes"):
+        run.batches(0, 5, 2, reader=run.reader(kind=BornDead))
+
+
+def test_a_sample_that_never_ends_is_a_failure(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader_pool, "_STUCK_S", 3.0)
+    failures = []
+    reader = deadly_reader(run, tmp_path, 23, kind=StuckReader)
+    batches = run.batches(0, 5, 2, reader=reader, on_failures=failures.extend)
+    assert [failure.row for failure in failures] == [23] and "SIGKILL" in failures[0].error.message
+    assert sum(int(batch.video_mask_B.sum()) for batch in batches) == 39
+
+
+def test_a_broken_invariant_is_no_failure_row(run):
+    with run.loader(1) as loader:
+        with pytest.raises(RuntimeError, match="IndexError"):
+            list(loader.read([Request(np.array([4_000]), 0)]))
+
+
+def test_processes_end_with_their_parent(run, tmp_path):
+    """Even when it is killed and cleans up nothing."""
+    script = tmp_path / "parent.py"
+    script.write_text(f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from loader_support import open_run
+if __name__ == "__main__":
+    run = open_run(Path({str(tmp_path)!r}), Path({str(run.corpus)!r}))
+    with run.loader(2) as loader:
+        for batch in loader.batches(run.epochs, slice(0, 8), 0, 100_000):
+            print("batch", flush=True)
+""")
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "batch\n"
+    family = descendants(parent.pid)
+    assert len(family) >= 3
+    parent.kill()
+    parent.wait()
+    assert wait_until_gone(family)
+
+
+def test_no_process_outlives_the_loader(run):
+    with run.loader(2) as loader:
+        next(loader.batches(run.epochs, slice(0, 8), 0, 100))
+        during = loader_processes()
+        assert len(during) == 2
+    assert wait_until_gone(during)
+
+
+def test_a_plan_that_fails_is_told_where_batches_are_asked_for(run):
+    def requests():
+        yield from requests_of(run.epochs, slice(0, 8), 0, 2)
+        raise UserError("no further plan")
+
+    with run.loader(2) as loader:
+        with pytest.raises(UserError, match="no further plan"):
+            list(loader.read(requests()))
+
+
+def test_a_slow_consumer_waits_for_nobody(run, expected):
+    """Processes read ahead as far as there is room, and stop there."""
+    with run.loader(1, prefetch=8) as loader:
+        seen = []
+        for batch in loader.batches(run.epochs, slice(0, 8), 0, 6):
+            seen.append(batch)
+            time.sleep(0.05)
+        assert_all_equal(seen, expected[:6])
