@@ -1,0 +1,42 @@
+"""The trainer's update on UniPT's model: the same in one piece and in chunks, and the side networks' alone."""
+
+import math
+
+import pytest
+import torch
+from clip_vip_support import tiny_model
+from test_update_is_the_same_everywhere import settings, whole_batch
+
+from training.distributed import Process
+from training.learner import Learner
+from training.settings import TrainSettings
+from training.unipt import UniPtClip
+from training.unipt_settings import UniPtSettings
+
+torch.set_num_threads(1)
+
+
+def learn(train: TrainSettings, dtype: torch.dtype = torch.float64) -> tuple[UniPtClip, list[float]]:
+    model = UniPtClip(tiny_model(), UniPtSettings(tokens="frames")).to(dtype)
+    learner = Learner(model, train, 10, Process(torch.device("cpu")))
+    losses = [float(learner.train_step(whole_batch(step))["loss"]) for step in range(3)]
+    return model, losses
+
+
+@pytest.mark.parametrize("loss", ["vs", "vsc_fc"])
+def test_chunks_change_no_weight(loss: str) -> None:
+    (whole, losses), (chunked, other) = learn(settings(loss=loss)), learn(settings(loss=loss, chunk_size=3))
+    assert other == pytest.approx(losses, rel=1e-9)
+    for (name, one), two in zip(whole.named_parameters(), chunked.parameters(), strict=True):
+        if not name.endswith("gate_layer.bias"):  # its gradient is zero but for rounding, which Adam blows up
+            torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16"}, {"ema": 0.9}, {"update": "clip4clip"}])
+def test_an_update_leaves_the_backbone_as_it_was(changes: dict) -> None:
+    model, losses = learn(settings(loss="vs", **changes), torch.float32)
+    before = tiny_model().state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.backbone.state_dict().items())
+    start = UniPtClip(tiny_model(), UniPtSettings(tokens="frames"))
+    assert not torch.equal(model.image_adapter.gate_layer.weight, start.image_adapter.gate_layer.weight)
+    assert all(math.isfinite(value) for value in losses)
