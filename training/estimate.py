@@ -1,0 +1,350 @@
+"""What a run will cost, before it is paid for: steps, bytes, memory, FLOPs, time. Nothing is started or written.
+
+Four parts, each from its own source: `DataCost` from the corpus's tables, `StepCost` from the model's configuration,
+`Memory` from both and the settings, `Speed` from a device's peak. What is measured and what is assumed is said at the
+constants below.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from pipeline.errors import UserError
+from training import models
+from training.choice import Choice, Samples, choose_run, open_samples
+from training.encoder import sources_of
+from training.epochs import spec_without_groups
+from training.loss import TERMS
+from training.model import ClipVip, ModelConfig, TowerConfig, sample_flops
+from training.peaks import gpu_peak, peak_flops
+from training.plan import PlanSpec, rank_slots, steps_in_epoch, tail_rows
+from training.selection import selected_rows
+from training.settings import DataSettings, RunSettings, TrainSettings
+from training.shard_reader import LOCAL_GAP_BYTES, REMOTE_GAP_BYTES
+
+# Bytes that autograd keeps for the backward pass, per token, channel and block: counted with saved-tensor hooks on the
+# CPU, over towers of 6 to 12 blocks (tests/test_plan_command_estimates.py). Compiling keeps less.
+KEPT_BYTES = {"bf16": 45, "fp32": 78}
+BLOCK_INPUT_BYTES = 4  # all that activation checkpointing keeps of a block: the fp32 stream that enters it
+# Share of a device's dense peak that a step is assumed to reach: what the GPU bench aims at; half of what the CPU's
+# matrix products alone reach here, since small ones and everything between them are slower.
+ASSUMED_MFU = {"cuda": 0.45, "cpu": 0.5}
+# Samples per second and core that loader processes decode: 12 frames of 224² from shards as clipmill encodes them.
+DECODED_PER_CORE_S = 60.0
+DECODED_PIXELS = 13 * 224**2  # of such a sample
+GPUS = ("A100", "H100", "H200")  # shown where none is named
+CHUNK = 32  # samples, of the alternative with gradient caching
+
+
+@dataclass(frozen=True)
+class DataCost:
+    """What is selected and what reading it once costs."""
+
+    num_clips: int
+    num_held_out: int
+    num_excluded: int
+    num_unpacked: int
+    num_shards: int  # that hold at least one selected clip
+    num_without_subtitle: int
+    num_without_caption: int
+    num_without_text: int
+    num_short: int  # of fewer frames than are taken, so that some come twice
+    read_bytes: int  # per epoch, gaps that are read along included
+    num_reads: int
+    selection_bytes: int  # of selection.arrow
+    plan_bytes: int  # of one epoch's plan
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """The arithmetic of the run."""
+
+    steps_per_epoch: int
+    total_steps: int
+    num_dropped: int  # clips that an epoch leaves for another
+    batch_size: int
+    per_device: int  # slots of a batch
+    num_parameters: int
+    flops_per_step: float  # all devices together
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device; the allocator's slack and the device's own context (about 1 GB on a GPU) come on top."""
+
+    weights: int
+    gradients: int
+    optimiser: int
+    ema: int
+    casts: int  # bf16 copies of the weights
+    inputs: int  # the batch, as bytes and as normalised floats
+    activations: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long the run takes on some devices."""
+
+    device: str
+    num_devices: int
+    peak_flops: float  # of one
+    mfu: float  # assumed
+    samples_per_s: float
+    total_s: float
+    decoding_cores: float  # that it takes to keep up
+
+
+@dataclass(frozen=True)
+class Estimate:
+    data: DataCost
+    step: StepCost
+    memory: Memory
+    with_checkpointing: Memory
+    with_chunks: Memory  # of CHUNK samples
+    checkpoint_bytes: int  # of all that a run keeps
+    speeds: tuple[Speed, ...]
+    notes: tuple[str, ...]
+
+
+def estimate(
+    corpus: str | Path,
+    settings: RunSettings,
+    *,
+    num_devices: int = 1,
+    gpus: Sequence[str] = GPUS,
+    tables: Mapping[str, str | Path] | None = None,
+) -> Estimate:
+    """What `clipmill train` with these settings will cost. Raises UserError wherever that would."""
+    from training.trainer import total_steps
+
+    data, train = settings.data, settings.train
+    config = models.config_of(settings.model)
+    models.text_encoder(config, data.max_text_tokens)
+    with open_samples(corpus, tables) as samples:
+        training, held_out = choose_run(samples, data.where, settings.eval)
+        cost = data_cost(samples, training, held_out, settings)
+    spec = spec_without_groups(cost.num_clips, data, train.batch_size)
+    step = step_cost(config, settings, spec, total_steps(spec, train), num_devices)
+    sizes = (step.per_device, num_devices)
+    checkpointed = train.model_copy(update={"activation_checkpointing": True})
+    chunked = train.model_copy(update={"chunk_size": min(CHUNK, step.per_device)})
+    return Estimate(
+        data=cost,
+        step=step,
+        memory=memory(config, data, train, *sizes),
+        with_checkpointing=memory(config, data, checkpointed, *sizes),
+        with_chunks=memory(config, data, chunked, *sizes),
+        checkpoint_bytes=train.keep_checkpoints * step.num_parameters * (4 + 8 + 4 * bool(train.ema)),
+        speeds=tuple(
+            speed_on(device, num_devices, step, pixels_of(config, settings)) for device in devices(train, gpus)
+        ),
+        notes=tuple(training.notes()),
+    )
+
+
+# --- Data
+
+
+def data_cost(samples: Samples, training: Choice, held_out: Choice | None, settings: RunSettings) -> DataCost:
+    """Goes through the selected rows once, in pieces."""
+    data, totals = settings.data, _Totals(samples.root, settings.data)
+    for batch in selected_rows(samples, training):
+        totals.add(batch)
+    spec = spec_without_groups(training.num_clips, data, settings.train.batch_size)
+    return DataCost(
+        num_clips=training.num_clips,
+        num_held_out=held_out.num_clips if held_out else 0,
+        num_excluded=training.num_excluded,
+        num_unpacked=training.num_unpacked,
+        plan_bytes=4 * steps_in_epoch(spec, 0) * spec.batch_size,
+        **totals.counts,
+    )
+
+
+class _Totals:
+    """Sums over record batches of a selection."""
+
+    def __init__(self, root: str, data: DataSettings):
+        self.data, self.root = data, root
+        self.shards: set[str] = set()
+        names = ("without_subtitle", "without_caption", "without_text", "short", "reads")
+        self._counts = dict.fromkeys([f"num_{name}" for name in names] + ["read_bytes", "selection_bytes"], 0)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self._counts | {"num_shards": len(self.shards)}
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        self.shards |= set(pc.unique(batch["shard"]).to_pylist())
+        no_subtitle, no_caption = _is_empty(batch[self.data.subtitle]), _is_empty(batch["caption"])
+        read_bytes, num_reads = self._reads(batch)
+        found = {
+            "num_without_subtitle": _sum(no_subtitle),
+            "num_without_caption": _sum(no_caption),
+            "num_without_text": _sum(pc.and_(no_subtitle, no_caption)),
+            "num_short": _sum(pc.less(batch["num_frames"], self.data.num_frames)),
+            "num_reads": num_reads,
+            "read_bytes": read_bytes,
+            "selection_bytes": batch.nbytes,
+        }
+        for name, value in found.items():
+            self._counts[name] += value
+
+    def _reads(self, batch: pa.RecordBatch) -> tuple[int, int]:
+        """(bytes, reads): of every clip alone, its picture in the same read where it lies near."""
+        mp4_bytes = _sum(batch["mp4_bytes"])
+        if self.data.still != "captioned":
+            return mp4_bytes, batch.num_rows
+        with_still = batch.filter(pc.is_valid(batch["jpg_offset"]))
+        columns = ("mp4_offset", "mp4_bytes", "jpg_offset", "jpg_bytes")
+        start, size, still_start, still_size = (with_still[name].to_numpy() for name in columns)
+        gap = (start - still_start - still_size).clip(min=0) + (still_start - start - size).clip(min=0)
+        is_remote = "://" in self.root + batch["shard"][0].as_py()
+        merged = gap <= (REMOTE_GAP_BYTES if is_remote else LOCAL_GAP_BYTES)
+        extra = int(still_size.sum() + gap[merged].sum())
+        return mp4_bytes + extra, batch.num_rows + int((~merged).sum())
+
+
+def _is_empty(column: pa.Array) -> pa.Array:
+    return pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(column, ""))), 0)
+
+
+def _sum(column: pa.Array) -> int:
+    return pc.sum(column).as_py() or 0
+
+
+# --- Steps and memory
+
+
+def step_cost(
+    config: ModelConfig, settings: RunSettings, spec: PlanSpec, total_steps: int, num_devices: int
+) -> StepCost:
+    """Raises UserError where the devices cannot share the batch."""
+    slots = rank_slots(spec, 0, num_devices)
+    return StepCost(
+        steps_per_epoch=steps_in_epoch(spec, 0),
+        total_steps=total_steps,
+        num_dropped=0 if spec.tail == "pad" else len(tail_rows(spec, 0)),
+        batch_size=spec.batch_size,
+        per_device=slots.stop - slots.start,
+        num_parameters=num_parameters(config),
+        flops_per_step=spec.batch_size * flops_of_sample(config, settings),
+    )
+
+
+def flops_of_sample(config: ModelConfig, settings: RunSettings) -> float:
+    """Forward and backward, texts as long as they may be: an upper bound, since batches are cut to their longest."""
+    sources = sources_of(settings.train.loss)
+    lengths = (settings.data.max_text_tokens,) * len(sources & {"subtitle", "caption"})
+    return sample_flops(config, settings.data.num_frames, int("frame" in sources), lengths)
+
+
+def pixels_of(config: ModelConfig, settings: RunSettings) -> int:
+    """Of one sample: its frames, and the still where the loss has one."""
+    return (settings.data.num_frames + int("frame" in sources_of(settings.train.loss))) * config.image_size**2
+
+
+def num_parameters(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in ClipVip(config).parameters())
+
+
+def memory(config: ModelConfig, data: DataSettings, train: TrainSettings, per_device: int, num_devices: int) -> Memory:
+    """Weights, gradients and AdamW's two moments are fp32: 4 + 4 + 8 bytes a parameter, divided by FSDP.
+
+    activations  of the samples encoded at a time (`train.chunk_size`, else all of the device's): `kept_bytes` of each
+    loss         features and similarities of the whole batch with the device's rows, and their gradients
+    """
+    parameters = num_parameters(config)
+    share = num_devices if train.parallel == "fsdp" else 1
+    at_a_time = min(train.chunk_size or per_device, per_device)
+    values = (data.num_frames + int("frame" in sources_of(train.loss))) * 3 * config.image_size**2  # of a sample
+    float_bytes = 2 if train.precision == "bf16" else 4
+    batch_size = per_device * num_devices
+    similarities = 3 * 4 * len(TERMS[train.loss]) * per_device * batch_size
+    return Memory(
+        weights=4 * parameters // share,
+        gradients=4 * parameters // share,
+        optimiser=8 * parameters // share,
+        ema=4 * parameters // share if train.ema else 0,
+        casts=2 * parameters // share if train.precision == "bf16" else 0,
+        inputs=per_device * values + at_a_time * values * (4 + float_bytes),
+        activations=at_a_time * kept_bytes(config, data, train),
+        loss=similarities + 4 * 4 * batch_size * config.embed_dim * 2,
+    )
+
+
+def kept_bytes(config: ModelConfig, data: DataSettings, train: TrainSettings) -> int:
+    """Activations of one sample: tokens x width x (bytes per block x blocks), and those of one block recomputed.
+
+    A vision tower's last block computes its class token alone, so it keeps next to nothing.
+    """
+    sources, proxies, patches = sources_of(train.loss), config.num_proxies, config.num_patches
+    if config.pooling == "proxy":
+        tokens = proxies + data.num_frames * patches
+    else:
+        tokens = data.num_frames * (proxies + patches)
+    tokens += (proxies + patches) * ("frame" in sources)
+    num_texts = len(sources & {"subtitle", "caption"})
+    vision = tokens * _kept_per_token(config.vision, config.vision.num_layers - 1, train)
+    text = num_texts * data.max_text_tokens * _kept_per_token(config.text, config.text.num_layers, train)
+    return vision + text
+
+
+def _kept_per_token(tower: TowerConfig, num_blocks: int, train: TrainSettings) -> int:
+    per_block = KEPT_BYTES[train.precision] * tower.width
+    if train.activation_checkpointing:
+        return BLOCK_INPUT_BYTES * tower.width * num_blocks + per_block
+    return per_block * num_blocks
+
+
+# --- Time
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    kind: str  # of ASSUMED_MFU
+    peak_flops: float
+    num_cores: int = 0  # of a CPU, which trains and decodes with the same cores
+
+
+def devices(train: TrainSettings, gpus: Sequence[str]) -> list[Device]:
+    """This machine's CPU, measured, and GPUs by name. Raises UserError for one whose peak is not known."""
+    num_cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(train.threads or num_cores)
+    found = [Device(f"this CPU, {num_cores} cores", "cpu", peak_flops(torch.device("cpu"), train.precision), num_cores)]
+    for name in gpus:
+        peak = train.peak_tflops * 1e12 if train.peak_tflops else gpu_peak(name, train.precision)
+        if peak is None:
+            raise UserError(f"--gpu {name}: its peak is not known here. Give it with --set train.peak_tflops=NUMBER.")
+        found.append(Device(name, "cuda", peak))
+    return found
+
+
+def speed_on(device: Device, num_devices: int, step: StepCost, sample_pixels: int) -> Speed:
+    """At the assumed share of the peak, decoding on other cores than a GPU's, but on a CPU's own."""
+    mfu, count = ASSUMED_MFU[device.kind], 1 if device.num_cores else num_devices
+    decode_s = sample_pixels / DECODED_PIXELS / DECODED_PER_CORE_S
+    sample_s = step.flops_per_step / step.batch_size / (count * device.peak_flops * mfu)
+    if device.num_cores:
+        sample_s += decode_s / device.num_cores
+    return Speed(
+        device=device.name,
+        num_devices=count,
+        peak_flops=device.peak_flops,
+        mfu=mfu,
+        samples_per_s=1 / sample_s,
+        total_s=step.total_steps * step.batch_size * sample_s,
+        decoding_cores=decode_s / sample_s,
+    )
