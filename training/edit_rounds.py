@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import ItemError, UserError
 from training.edit_settings import EditSettings
@@ -187,6 +188,19 @@ def state_after(videos: Sequence[VideoClips], edits: pa.Table, rounds: pa.Table)
     if state.round_number == 0:
         raise UserError("the editing has not been warmed up yet: no round is recorded")
     return state
+
+
+def boundaries_at(edits: pa.Table, rounds: pa.Table, last_round: int | None = None) -> pa.Table:
+    """Each clip's row of `EDITS` that holds after a round (None: after the last): that of its latest round kept.
+
+    A clip without a row has its first boundaries. Rows of which start or end differs from the base are what a re-cut
+    concerns, and whose captions of the old middle frame are stale.
+    """
+    happened = [row for row in rounds.to_pylist() if last_round is None or row["round"] <= last_round]
+    kept = pa.array([row["round"] for row in happened if row["outcome"] == "kept"], pa.int32())
+    rows = edits.filter(pc.is_in(edits["round"], kept)).sort_by([("clip_id", "ascending"), ("round", "descending")])
+    ids = rows["clip_id"].to_numpy(zero_copy_only=False)
+    return rows.filter(pa.array(np.append(True, ids[1:] != ids[:-1])[: len(ids)], pa.bool_()))
 
 
 def fold_of(video_id: str, num_folds: int = 2) -> int:
