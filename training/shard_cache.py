@@ -1,99 +1,186 @@
-"""Whole shards of a remote store, kept in a local folder that several processes share and that never outgrows its cap.
+"""Whole shards of a remote store in a local folder that several processes share and that never outgrows its cap.
 
-A file's name holds the hash of the shard's address and version and its size, and it gets this name when it is complete
-and on disk: a fetch that was cut short, a full disk, a shard that was written anew under the old name are never served.
-The least recently opened files go first. A process that has a file open keeps reading it when it is gone.
+1. A reader asks for a shard's local copy each time it reads from it, and reads from the store while there is none.
+2. A thread decides, once per shard, whether the run wants most of it, and fetches it then. So nothing waits for a
+   gigabyte because of its first clip.
+3. A copy's name holds the hash of the shard's address and version, and its size. It gets this name when it is complete
+   and on disk: what was cut short, or written anew under the old name, is never served.
+4. Where room is short the copies used longest ago go, but none that a process still reads from: in a shuffled order
+   every shard is wanted again soon, and fetching them in turn would move the corpus over the network again and again.
+   What finds no room is read by ranges. A process that has a removed file open keeps reading it.
 """
 
 import contextlib
 import fcntl
 import hashlib
 import os
+import queue
+import threading
+import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-CHUNK_BYTES = 8_000_000
+from pipeline.errors import ItemError
+from training.stores import describe, filesystem_of
+
+MOST_SHARE = 0.5  # a shard is fetched whole when the run wants more of its bytes than this
+IDLE_S = 600.0  # a copy that nobody has read from for so long may go
+_TOUCH_S = 60.0  # how often a copy that is read from says so
+_CHUNK_BYTES = 8_000_000
 _TEMPORARY = "fetching-"
 
 
-class ShardCache:
-    def __init__(self, folder: str | Path, max_bytes: int):
-        self.folder, self.max_bytes = Path(folder), max_bytes
-        self.num_fetched = 0
+@dataclass
+class _Copy:
+    path: Path | None = None  # None: not there, or not yet
+    num_bytes: int = 0
+    asked: bool = False  # the thread is at it, or was
+    touched_s: float = 0.0
 
-    def fetch(self, address: str, num_bytes: int, version: str) -> str | None:
-        """The path of a local copy, fetched if need be; None where it does not fit or the store breaks off."""
-        if num_bytes > self.max_bytes:
-            return None
+
+class ShardCache:
+    """For one process. `idle_s`: see IDLE_S."""
+
+    def __init__(self, folder: str | Path, max_bytes: int, idle_s: float = IDLE_S):
+        self.folder, self.max_bytes, self.idle_s = Path(folder), max_bytes, idle_s
+        self.num_fetched = 0
+        self._copies: dict[str, _Copy] = {}
+        self._asked: queue.Queue[tuple[str, Callable[[], int]]] = queue.Queue()
+        self._thread: threading.Thread | None = None
+
+    def local(self, address: str, wanted_bytes: Callable[[], int]) -> str | None:
+        """The path of a whole copy, None where there is none (now).
+
+        wanted_bytes  how many bytes of it the run wants in all; asked at most once, in the thread
+        """
+        copy = self._copies.setdefault(address, _Copy())
+        if copy.path is not None:
+            if _is_whole(copy.path, copy.num_bytes):
+                self._touch(copy)
+                return str(copy.path)
+            copy.path, copy.asked = None, False
+        if not copy.asked:
+            copy.asked = True
+            self._asked.put((address, wanted_bytes))
+            self._start()
+        return None
+
+    def settle(self) -> None:
+        """Waits until everything asked for is there, or is not going to be."""
+        self._asked.join()
+
+    # --- In the thread
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="clipmill-cache", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            address, wanted_bytes = self._asked.get()
+            try:
+                self._fetch(address, self._copies[address], wanted_bytes)
+            except Exception as error:  # a full disk, any error class of any store: reading goes on without a copy
+                reason = error if isinstance(error, ItemError) else f"{type(error).__name__}: {error}"
+                warnings.warn(f"{address} is not kept in {self.folder}: {reason}", stacklevel=1)
+            finally:
+                self._asked.task_done()
+
+    def _fetch(self, address: str, copy: _Copy, wanted_bytes: Callable[[], int]) -> None:
+        num_bytes, version = describe(address)
+        if wanted_bytes() <= MOST_SHARE * num_bytes or num_bytes > self.max_bytes:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         digest = hashlib.blake2b(f"{address}\0{version}".encode(), digest_size=16).hexdigest()
         path = self.folder / f"{digest}-{num_bytes}.tar"
-        with _locked(self.folder / f"{digest}.lock"):
-            if not _whole(path, num_bytes) and not self._store(address, path, num_bytes):
-                return None
-            os.utime(path)
-        return str(path)
+        with _locked(self.folder / f"{digest[:2]}.lock"):  # one process fetches, the others find it
+            if _is_whole(path, num_bytes) or self._store(address, path, num_bytes):
+                copy.path, copy.num_bytes = path, num_bytes
 
     def _store(self, address: str, path: Path, num_bytes: int) -> bool:
+        """False where there is no room."""
         temporary = self.folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
         try:
-            with _locked(self.folder / "space.lock"):
-                self._make_room(num_bytes)
-                with open(temporary, "wb") as file:
-                    os.truncate(file.fileno(), num_bytes)  # counted by whoever makes room next
-            if not _copy(address, temporary, num_bytes):
-                return False
-            os.replace(temporary, path)
+            with contextlib.ExitStack() as stack:
+                with _locked(self.folder / "room.lock"):
+                    if not self._make_room(num_bytes):
+                        return False
+                    file = stack.enter_context(open(temporary, "wb"))
+                    fcntl.flock(file, fcntl.LOCK_EX)  # as long as it is held, somebody is writing
+                    file.truncate(num_bytes)  # counted from now on by whoever makes room
+                _stream(address, file, num_bytes)
+                os.replace(temporary, path)
             self.num_fetched += 1
             return True
-        except Exception as error:  # a full disk, or any error class of any store: reading goes on without the cache
-            warnings.warn(f"{address} is not cached in {self.folder}: {type(error).__name__}: {error}", stacklevel=2)
-            return False
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _make_room(self, num_bytes: int) -> None:
-        entries = []
+    def _make_room(self, num_bytes: int) -> bool:
+        """Removes what nobody uses until so much more fits; False where that is not enough."""
+        copies = []
+        total = 0
         for entry in os.scandir(self.folder):
-            with contextlib.suppress(FileNotFoundError):  # another process is faster
-                entries.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
-        total = sum(size for _, size, _ in entries)
-        for _, size, path in sorted(entries):
-            if total + num_bytes <= self.max_bytes:
-                return
-            if path.endswith(".tar"):
-                Path(path).unlink(missing_ok=True)
-                total -= size
+            with contextlib.suppress(FileNotFoundError):  # renamed by the process that wrote it
+                if entry.name.startswith(_TEMPORARY) and _is_abandoned(entry.path):
+                    os.unlink(entry.path)
+                    continue
+                state = entry.stat()
+                total += state.st_size
+                if entry.name.endswith(".tar"):
+                    copies.append((state.st_mtime, state.st_size, entry.path))
+        idle = sorted(copy for copy in copies if copy[0] < time.time() - self.idle_s)
+        while total + num_bytes > self.max_bytes and idle:
+            _, size, path = idle.pop(0)
+            os.unlink(path)
+            total -= size
+        return total + num_bytes <= self.max_bytes
+
+    def _touch(self, copy: _Copy) -> None:
+        now = time.monotonic()
+        if now - copy.touched_s > min(_TOUCH_S, self.idle_s / 2):
+            copy.touched_s = now
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(copy.path)
 
 
-def _whole(path: Path, num_bytes: int) -> bool:
+def _is_whole(path: Path, num_bytes: int) -> bool:
     try:
         return path.stat().st_size == num_bytes
     except FileNotFoundError:
         return False
 
 
-def _copy(address: str, path: Path, num_bytes: int) -> bool:
-    """Streams the shard into the file; False when it had another length than announced."""
-    from training.shard_reader import filesystem_of
+def _is_abandoned(path: str) -> bool:
+    """Whether the process that was writing it is gone."""
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
+
+def _stream(address: str, file: IO[bytes], num_bytes: int) -> None:
+    """Raises ItemError "truncated-shard" when the store sends another length than it announced."""
     filesystem, remote = filesystem_of(address)
     num_copied = 0
-    with filesystem.open(remote, "rb", block_size=CHUNK_BYTES, cache_type="readahead") as source:
-        with open(path, "r+b") as file:
-            while chunk := source.read(CHUNK_BYTES):
-                file.write(chunk)
-                num_copied += len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-    return num_copied == num_bytes
+    with filesystem.open(remote, "rb", block_size=_CHUNK_BYTES, cache_type="readahead") as source:
+        while chunk := source.read(_CHUNK_BYTES):
+            num_copied += file.write(chunk)
+    if num_copied != num_bytes:
+        raise ItemError("truncated-shard", f"{num_copied} bytes came, {num_bytes} were announced")
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; a process that dies lets go."""
+    """One process at a time, and one thread of it; a process that dies lets go."""
     with open(path, "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

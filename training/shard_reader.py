@@ -7,20 +7,21 @@ fetched whole, once, and read locally from then on.
 """
 
 import os
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pipeline.errors import ItemError, UserError
+from pipeline.errors import ItemError
 from training.shard_cache import ShardCache
+from training.stores import as_item_error, read_ranges, scheme_of
 
 # A gap costs a local file nothing but the bytes that are copied for it: the kernel reads ahead anyway.
 LOCAL_GAP_BYTES = 16_384
 # A request costs a store some 30 ms before its first byte, in which a connection of 50 MB/s would have sent 1.5 MB.
 REMOTE_GAP_BYTES = 1_000_000
-MOST_SHARE = 0.5  # a shard is fetched whole when the run wants more of its bytes than this
 _OPEN_FILES = 128
 _PAUSES_S = (0.5, 2.0, 8.0)  # before asking a store again
 
@@ -45,13 +46,12 @@ class ShardReader:
     """For one process and one thread.
 
     root    folder or URL that shards are relative to
-    wanted  bytes of a shard that the run wants in all; asked once per shard, only with a cache
+    wanted  bytes of a shard that the run wants in all; None: most of every shard. Asked only with a cache
     """
 
     def __init__(self, root: str, cache: ShardCache | None = None, wanted: Callable[[str], int] | None = None):
         self.root, self.cache, self.wanted = root, cache, wanted
         self._files = _OpenFiles()
-        self._local_copies: dict[str, str | None] = {}  # of remote shards: path of the cached file, None: read ranges
 
     def read(self, ranges: Sequence[Range]) -> list[memoryview | ItemError]:
         """The bytes of each range, in order, or why they are not there: "shard-missing", "truncated-shard",
@@ -89,27 +89,17 @@ class ShardReader:
             return address
         if address.startswith("file://"):
             return address.removeprefix("file://")
-        if self.cache is None or self._local_copies.get(shard, "") is None:
+        if self.cache is None:
             return None
-        path = self._local_copies.get(shard)
-        if path is None or not self._opens(path):  # other processes may have thrown it out meanwhile
-            path = self._local_copies[shard] = self._cached(shard, address)
-        return path if path is not None and self._opens(path) else None
+        path = self.cache.local(address, lambda: self.wanted(shard) if self.wanted else sys.maxsize)
+        return path if path is not None and self._opens_copy(path) else None
 
-    def _cached(self, shard: str, address: str) -> str | None:
+    def _opens_copy(self, path: str) -> bool:
+        """Another process may have removed or replaced it. Once it is open it stays readable all the same."""
         try:
-            size, version = _describe(address)
-        except ItemError:
-            return None  # the reads themselves will say what is wrong
-        wanted = self.wanted(shard) if self.wanted else size
-        if wanted <= MOST_SHARE * size:
-            return None
-        return self.cache.fetch(address, size, version)
-
-    def _opens(self, path: str) -> bool:
-        """Whether the file is there; from then on it is open, and stays readable should it be removed."""
-        try:
-            self._files.open(path)
+            if not os.path.samestat(os.fstat(self._files.open(path)), os.stat(path)):
+                self._files.forget(path)
+                self._files.open(path)
         except OSError:
             return False
         return True
@@ -119,7 +109,7 @@ class ShardReader:
         try:
             descriptor = self._files.open(path)
         except OSError as error:
-            failure = _failure(error, path)
+            failure = as_item_error(error, path)
             for number in numbers:
                 found[number] = failure
             return
@@ -129,7 +119,7 @@ class ShardReader:
             try:
                 data: bytes | ItemError = _pread(descriptor, read.start, read.end)
             except OSError as error:
-                data = _failure(error, path)
+                data = as_item_error(error, path)
             _hand_out(read, data, ranges, found, path)
 
     # --- Stores
@@ -139,8 +129,8 @@ class ShardReader:
         for number in numbers:
             by_shard.setdefault(ranges[number].shard, []).append(number)
         reads = [read for shard in by_shard.values() for read in _merged(ranges, shard, REMOTE_GAP_BYTES)]
-        for scheme in dict.fromkeys(_scheme(self.address(read.shard)) for read in reads):
-            ours = [read for read in reads if _scheme(self.address(read.shard)) == scheme]
+        for scheme in dict.fromkeys(scheme_of(self.address(read.shard)) for read in reads):
+            ours = [read for read in reads if scheme_of(self.address(read.shard)) == scheme]
             for read, data in zip(ours, self._fetched(ours), strict=True):
                 _hand_out(read, data, ranges, found, self.address(read.shard))
 
@@ -151,7 +141,7 @@ class ShardReader:
         for pause_s in (0.0, *_PAUSES_S):
             time.sleep(pause_s)
             addresses = [self.address(reads[number].shard) for number in left]
-            answers = _cat(addresses, [reads[n].start for n in left], [reads[n].end for n in left])
+            answers = read_ranges(addresses, [reads[n].start for n in left], [reads[n].end for n in left])
             for number, answer in zip(left, answers, strict=True):
                 results[number] = answer
             left = [n for n in left if isinstance(results[n], ItemError) and results[n].transient]
@@ -223,59 +213,9 @@ class _OpenFiles:
         self.descriptors.move_to_end(path)
         return self.descriptors[path]
 
+    def forget(self, path: str) -> None:
+        os.close(self.descriptors.pop(path))
+
     def close(self) -> None:
         while self.descriptors:
             os.close(self.descriptors.popitem()[1])
-
-
-def _scheme(address: str) -> str:
-    return address.split("://")[0]
-
-
-def filesystem_of(address: str) -> tuple[Any, str]:
-    """(fsspec filesystem, path in it) of a URL. Raises UserError where its scheme needs a package that is missing."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(address)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"shards at {_scheme(address)}:// cannot be read: {error}") from error
-
-
-def _describe(address: str) -> tuple[int, str]:
-    """(size, what the store says that tells one version of the file from another). Raises ItemError."""
-    filesystem, path = filesystem_of(address)
-    try:
-        info = filesystem.info(path)
-    except Exception as error:  # every store has error classes of its own
-        raise _failure(error, address) from error
-    if not info.get("size"):
-        raise ItemError("shard-unreadable", f"{address}: its store does not tell its size")
-    marks = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "LastModified", "last_modified", "Last-Modified")
-    marks += ("mtime", "updated", "created", "generation")
-    return int(info["size"]), " ".join(f"{mark}={info[mark]}" for mark in marks if info.get(mark))
-
-
-def _cat(addresses: list[str], starts: list[int], ends: list[int]) -> list[bytes | ItemError]:
-    filesystem = filesystem_of(addresses[0])[0]
-    paths = [filesystem_of(address)[1] for address in addresses]
-    try:
-        answers = filesystem.cat_ranges(paths, starts, ends, on_error="return")
-    except Exception as error:  # as above
-        answers = [error] * len(paths)
-    results: list[bytes | ItemError] = []
-    for address, start, end, answer in zip(addresses, starts, ends, answers, strict=True):
-        if isinstance(answer, BaseException):
-            results.append(_failure(answer, address))
-        elif len(answer) > end - start:
-            results.append(ItemError("shard-unreadable", f"{address}: its server ignores byte ranges"))
-        else:
-            results.append(answer)
-    return results
-
-
-def _failure(error: BaseException, path: str) -> ItemError:
-    """Missing files stay missing; whatever else goes wrong may heal."""
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return ItemError("shard-missing", f"{path} is not there")
-    return ItemError("shard-unreadable", f"{path}: {type(error).__name__}: {error}", transient=True)

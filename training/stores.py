@@ -1,0 +1,65 @@
+"""Files in any store that fsspec knows, with its errors told as ours."""
+
+import functools
+from typing import Any
+
+from pipeline.errors import ItemError, UserError
+
+# What stores call the thing that changes when a file does.
+_VERSIONS = (
+    *("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "generation"),
+    *("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "created"),
+)
+
+
+def scheme_of(address: str) -> str:
+    return address.split("://")[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def filesystem_of(address: str) -> tuple[Any, str]:
+    """(fsspec filesystem, path in it) of a URL. Raises UserError where its scheme needs a package that is missing."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(address)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"shards at {scheme_of(address)}:// cannot be read: {error}") from error
+
+
+def describe(address: str) -> tuple[int, str]:
+    """(size, what tells this version of the file from another). Raises ItemError shard-missing, shard-unreadable."""
+    filesystem, path = filesystem_of(address)
+    try:
+        info = filesystem.info(path)
+    except Exception as error:  # every store has error classes of its own
+        raise as_item_error(error, address) from error
+    if not info.get("size"):
+        raise ItemError("shard-unreadable", f"{address}: its store does not tell its size")
+    return int(info["size"]), " ".join(f"{name}={info[name]}" for name in _VERSIONS if info.get(name))
+
+
+def read_ranges(addresses: list[str], starts: list[int], ends: list[int]) -> list[bytes | ItemError]:
+    """Of files of one store, asked for together. A file that ends early gives what it has."""
+    filesystem = filesystem_of(addresses[0])[0]
+    paths = [filesystem_of(address)[1] for address in addresses]
+    try:
+        answers = filesystem.cat_ranges(paths, starts, ends, on_error="return")
+    except Exception as error:  # as above
+        answers = [error] * len(paths)
+    results: list[bytes | ItemError] = []
+    for address, start, end, answer in zip(addresses, starts, ends, answers, strict=True):
+        if isinstance(answer, BaseException):
+            results.append(as_item_error(answer, address))
+        elif len(answer) > end - start:
+            results.append(ItemError("shard-unreadable", f"{address}: its server ignores byte ranges"))
+        else:
+            results.append(answer)
+    return results
+
+
+def as_item_error(error: BaseException, path: str) -> ItemError:
+    """Missing files stay missing; whatever else goes wrong may heal."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return ItemError("shard-missing", f"{path} is not there")
+    return ItemError("shard-unreadable", f"{path}: {type(error).__name__}: {error}", transient=True)
