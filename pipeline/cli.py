@@ -201,6 +201,7 @@ def evaluate(
     corpus: Annotated[
         str | None, typer.Option(help="A corpus folder, or plain tars; none: the run's.", show_default=False)
     ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Settings to evaluate a model with.", show_default=False)] = None,
     select: Annotated[str | None, typer.Option(help="Search the clips of this SELECT.", metavar="SQL")] = None,
     where: Annotated[
         str | None, typer.Option(help="Search the clips of this condition; none: the run's eval.where.", metavar="SQL")
@@ -223,6 +224,7 @@ def evaluate(
         run,
         model,
         corpus,
+        recipe=recipe,
         select=select,
         where=where,
         text=text,

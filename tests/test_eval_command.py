@@ -109,6 +109,20 @@ def test_a_model_is_evaluated_on_every_sample_in_float32(corpus: Path, weights: 
         run_eval(model=str(weights), corpus=corpus, assignments=[*SETTINGS, "data.max_text_tokens=60"], console=quiet())
 
 
+def test_a_recipe_gives_a_model_its_settings_and_its_clips(corpus: Path, weights: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data: {num_frames: 3, max_text_tokens: 24}\neval: {where: n > 4, text: caption}")
+    metrics = run_eval(
+        model=str(weights),
+        corpus=corpus,
+        recipe=str(recipe),
+        assignments=["data.loader_processes=0", "eval.batch_size=5", "train.precision=fp32"],
+        console=quiet(),
+    )
+    same = expected(corpus, 0, "n > 4", "eval.text=caption", "data.num_frames=3")
+    assert {key: metrics[key] for key in same} == same
+
+
 def test_the_table_shows_the_numbers_and_what_they_are_over(tmp_path: Path, weights: Path) -> None:
     sql = "UPDATE clips SET text = 'red' WHERE n < 2; UPDATE clips SET text = '' WHERE n = 3"
     corpus, console = packed_corpus(tmp_path / "corpus", 5, sql), quiet()
@@ -150,6 +164,7 @@ def test_mistakes_are_named_before_anything_is_computed(
         ({"model": model, "corpus": tmp_path}, "manifest"),
         ({"model": "nosuch", "corpus": corpus}, "nosuch"),
         ({"run": tmp_path}, "no run"),
+        ({"run": run.root, "recipe": "demo"}, "--recipe goes with --model"),
     ):
         with pytest.raises(UserError, match=words):
             run_eval(**arguments, console=quiet())

@@ -100,6 +100,27 @@ def test_the_same_sentence_of_two_clips_is_exactly_as_near_and_counts_against_bo
     assert retrieval_metrics(perfect, made.text_to_video_M)["v2t"]["r1"] == 9 / 11
 
 
+def test_texts_that_are_the_same_to_the_model_are_exactly_as_near(tmp_path: Path) -> None:
+    """They differ in case and punctuation, in words that it does not know, or where they have been cut."""
+    sql = """
+        UPDATE clips SET text = 'Red, blue!' WHERE n = 1;
+        UPDATE clips SET text = 'red blue' WHERE n = 2;
+        UPDATE clips SET text = 'red zebra' WHERE n = 3;
+        UPDATE clips SET text = 'red giraffe' WHERE n = 4;
+        UPDATE clips SET text = repeat('sea ', 30) || 'left' WHERE n = 5;
+        UPDATE clips SET text = repeat('sea ', 30) || 'right' WHERE n = 6;
+    """
+    selection = selected(packed_corpus(tmp_path / "corpus", 9, sql))
+    metrics, made = (
+        function(small_model(), selection, small_settings("eval.batch_size=2"), ALONE)
+        for function in (evaluate, features)
+    )
+    asked = {made.clip_ids[video].rpartition(".")[2]: row for row, video in enumerate(made.text_to_video_M)}
+    for one, other in (("1", "2"), ("3", "4"), ("5", "6")):
+        assert torch.equal(made.similarity_MN[asked[one]], made.similarity_MN[asked[other]])
+    assert metrics["num_repeated_texts"] == 6 and len(made.distinct_M.unique()) == 6
+
+
 def test_several_texts_of_a_clip_are_asked_one_by_one() -> None:
     table = pa.table({"texts": [["one", "two"], None, [], ["three", "", " "], ["four", None]]})
     rows, texts = queries(table, "texts")

@@ -48,6 +48,7 @@ def run_eval(
     model: str | None = None,
     corpus: str | Path | None = None,
     *,
+    recipe: str | None = None,
     select: str | None = None,
     where: str | None = None,
     text: str | None = None,
@@ -61,16 +62,17 @@ def run_eval(
     """Evaluates, prints, and returns the metrics of `training.retrieval.evaluate` with `model`, `corpus`, `where`.
 
     run, model     one of them: a run folder, whose newest whole checkpoint is taken with the run's settings; or what
-                   `model.init` may be, in float32 unless `train.precision` is set
+                   `model.init` may be, with the settings of `recipe`, else the defaults in float32
     corpus         None: the run's
-    select, where  a SELECT with clip_id, or a condition on `catalog`; neither: the run's eval.where, else every sample
+    select, where  a SELECT with clip_id, or a condition on `catalog`; neither: eval.where, which is empty by default:
+                   every sample
     ema            the run's averaged weights
     Raises UserError.
     """
     if save_similarity is not None:
         similarity_format(save_similarity)
     assignments = [*assignments, *([f"eval.text={text}"] if text else [])]
-    subject = open_subject(run, model, ema, assignments)
+    subject = open_subject(run, model, recipe, ema, assignments)
     settings, corpus = subject.settings, corpus or subject.corpus
     chosen = _chosen(select, where, settings.eval.where)
     if corpus is None:
@@ -101,15 +103,19 @@ def run_eval(
 # --- What is evaluated, on what
 
 
-def open_subject(run: str | Path | None, model: str | None, ema: bool, assignments: Sequence[str]) -> Subject:
+def open_subject(
+    run: str | Path | None, model: str | None, recipe: str | None, ema: bool, assignments: Sequence[str]
+) -> Subject:
     """Raises UserError."""
     if (run is None) == (model is None):
         raise UserError("give either --run DIR or --model MODEL, one of the two.")
     if run is not None:
+        if recipe:
+            raise UserError("--recipe goes with --model: a run has its own settings, which --set changes.")
         return _of_run(RunFolder(run).require(), ema, list(assignments))
     if ema:
         raise UserError("--ema goes with --run: a model's file has one set of weights.")
-    return _of_model(model, list(assignments))
+    return _of_model(model, recipe, list(assignments))
 
 
 def _of_run(folder: RunFolder, ema: bool, assignments: list[str]) -> Subject:
@@ -126,13 +132,15 @@ def _of_run(folder: RunFolder, ema: bool, assignments: list[str]) -> Subject:
     return Subject(name, model, settings, record.corpus, folder.root / SELECTION_FILE)
 
 
-def _of_model(name: str, assignments: list[str]) -> Subject:
-    """Texts are cut at what the model reads, where the settings do not say otherwise."""
-    base: dict[str, Any] = {"model": {"init": name}, "train": {"precision": "fp32"}}
-    settings = resolve(base, None, assignments)
+def _of_model(name: str, recipe: str | None, assignments: list[str]) -> Subject:
+    """Without a recipe texts are cut at what the model reads, unless the settings say where."""
+    assignments = [f"model.init={json.dumps(name)}", *assignments]
+    base: dict[str, Any] = {"train": {"precision": "fp32"}}
+    settings = resolve(base, recipe, assignments)
     model = models.load(settings.model)
-    limit = min(RunSettings().data.max_text_tokens, model.config.context_length)
-    settings = resolve(base | {"data": {"max_text_tokens": limit}}, None, assignments)
+    if not recipe:
+        limit = min(settings.data.max_text_tokens, model.config.context_length)
+        settings = resolve(base | {"data": {"max_text_tokens": limit}}, None, assignments)
     return Subject(name, model, settings, None, None)
 
 

@@ -7,16 +7,16 @@
 3. Every process then ranks the whole matrix [texts, videos] (`training.evaluate`), so all of them return the same.
 
 The same sentence said in several clips counts as it does in the published benchmarks: each clip asks with it, and only
-that clip is right. The other clips are exactly as near, and a tie counts against the query, so such sentences bound the
-recalls from above. `num_repeated_texts` says how many there are, and SQL can leave them out:
-`SELECT clip_id FROM catalog QUALIFY count(*) OVER (PARTITION BY caption) = 1`.
+that clip is right. Video to text, the other clips' sentences are exactly as near, and a tie counts against the query:
+such sentences bound the recalls from above. `num_repeated_texts` says how many there are, and SQL can leave them out:
+`SELECT clip_id FROM catalog QUALIFY count(*) OVER (PARTITION BY caption) = 1`. What is the same is decided by the
+model's tokens: it cannot tell "A dog." from "a dog", nor texts that differ behind the place where they are cut.
 
 Legend: N clips that could be read, M texts, U distinct texts, D the features' size, B a batch, L tokens of a text.
 """
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,7 @@ class EvalFeatures:
     texts: list[str]  # M: one per clip that has one, or several
     text_MD: Tensor
     text_to_video_M: Tensor  # int64: the row of `video_ND` that a text belongs to
+    distinct_M: Tensor  # int64: equal where texts are the same to the model
     similarity_MN: Tensor  # larger is nearer
     failures: list[dict[str, str]]  # clip_id, error_class and message of the clips that could not be read
 
@@ -102,7 +103,7 @@ def metrics_of(made: EvalFeatures, text: str, dsl: Dsl | None = None) -> dict[st
         "num_videos": len(made.clip_ids),
         "num_texts": len(made.texts),
         "num_without_text": len(made.clip_ids) - num_asking,
-        "num_repeated_texts": sum(count for count in Counter(made.texts).values() if count > 1),
+        "num_repeated_texts": int((made.distinct_M.bincount()[made.distinct_M] > 1).sum()),
         "num_failures": len(made.failures),
         "failures": made.failures,
     }
@@ -126,24 +127,25 @@ def features(
     Frames are `eval_indices`, never jittered. Arithmetic is bf16 where `train.precision` says so.
     """
     rows, texts = queries(selection.take(np.arange(selection.num_clips)), settings.eval.text)
-    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    ids_UL, distinct = _distinct(text_encoder(model.config, settings.data.max_text_tokens)(texts))
     with _evaluating(model):
         video_ND, read, failures = _videos(model, selection, settings, process, progress)
-        text_UD = _texts(model, list(number), settings, process)
+        text_UD = _texts(model, ids_UL, settings, process)
         if not _needs_pairs(model):  # bf16 leaves unit vectors a few thousandths too long or too short
             video_ND, text_UD = normalize(video_ND, dim=1), normalize(text_UD, dim=1)
         similarity_UN = _similarity(model, text_UD, video_ND, settings, process)
     column = np.full(selection.num_clips, -1)
     column[read] = np.arange(len(read))
     asking = np.flatnonzero(column[rows] >= 0)
-    numbers_M = [number[texts[i]] for i in asking]
+    distinct_M = distinct[asking]
     return EvalFeatures(
         clip_ids=selection.take(read)["clip_id"].to_pylist(),
         video_ND=video_ND,
         texts=[texts[i] for i in asking],
-        text_MD=text_UD[numbers_M],
+        text_MD=text_UD[distinct_M],
         text_to_video_M=torch.from_numpy(column[rows[asking]]),
-        similarity_MN=similarity_UN[numbers_M],
+        distinct_M=distinct_M,
+        similarity_MN=similarity_UN[distinct_M],
         failures=failures,
     )
 
@@ -195,13 +197,19 @@ def _loader(
     )
 
 
-def _texts(model: nn.Module, texts: Sequence[str], settings: RunSettings, process: Process) -> Tensor:
+def _distinct(ids_ML: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct rows [U, L] in the order of their first appearance, and for each of M which of them it is."""
+    numbers: dict[bytes, int] = {}
+    distinct_M = torch.tensor([numbers.setdefault(row.tobytes(), len(numbers)) for row in ids_ML.numpy()]).long()
+    ids_UL = torch.from_numpy(np.frombuffer(b"".join(numbers), np.int64).reshape(-1, ids_ML.shape[1]).copy())
+    return ids_UL, distinct_M
+
+
+def _texts(model: nn.Module, ids_UL: Tensor, settings: RunSettings, process: Process) -> Tensor:
     """[U, D] of distinct texts."""
     encode = model.text_features if _needs_pairs(model) else model.encode_text
-    to_ids = text_encoder(model.config, settings.data.max_text_tokens)
-    mine = _share(len(texts), settings.eval.batch_size, process)
-    ids = (to_ids([texts[i] for i in numbers]).to(process.device) for numbers in mine)
-    parts = [_encoded(encode, ids_BL, settings) for ids_BL in ids]
+    mine = _share(len(ids_UL), settings.eval.batch_size, process)
+    parts = [_encoded(encode, ids_UL[numbers].to(process.device), settings) for numbers in mine]
     return _of_all(_tensors(mine), parts, (model.config.embed_dim,), process)[1]
 
 

@@ -1,4 +1,4 @@
-"""`clipmill demo`: make the world, serve it, build a corpus from its URLs, ask the corpus a few things."""
+"""`clipmill demo`: make the world, serve it, build a corpus from its URLs, ask the corpus a few things, train on it."""
 
 import json
 import time
@@ -37,6 +37,8 @@ BROKEN = ("not-found", "html", "truncated", "empty", "audio-only", "unavailable-
 
 def run_demo(folder: Path, num_videos: int) -> int:
     """Everything under `folder`; a second call goes on where the first was stopped. Returns the exit code."""
+    from training.demo import run_training_demo
+
     console, started = plain_console(), time.perf_counter()
     world, corpus = folder / "world", folder / "corpus"
     _make_world(console, world, num_videos)
@@ -57,8 +59,9 @@ def run_demo(folder: Path, num_videos: int) -> int:
         )
     display.finished(result, corpus)
     _ask(console, corpus)
+    trained = run_training_demo(console, corpus, folder / "run")
     _last_screen(console, folder, corpus, result, time.perf_counter() - started)
-    return 0 if not _unexpected(world, result) else 1
+    return 1 if _unexpected(world, result) else trained
 
 
 def _make_world(console: Console, world: Path, num_videos: int) -> None:
@@ -105,6 +108,8 @@ def _last_screen(console: Console, folder: Path, corpus: Path, result: BuildRepo
             f"  clipmill verify {corpus}              every byte of every shard against the manifest\n"
             f"  clipmill status {corpus} --set cut.fps=2         what a change would cost, before it is made\n"
             f"  clipmill run caption --corpus {corpus} --set caption.max_tokens=12    caption again, and nothing else\n"
+            f"  clipmill eval --run {folder}/run --text caption --dsl       search by captions, with dual softmax\n"
+            f"  tensorboard --logdir {folder}              the curves of the training in {folder}/run\n"
             f"  clipmill demo {folder}                again: nothing is left to do",
             title="clipmill",
             expand=False,

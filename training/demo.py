@@ -1,0 +1,97 @@
+"""The second half of `clipmill demo`: the image model searched, post-pretrained on the corpus, and searched again.
+
+The clips searched are those that the `demo` recipe holds out. Zero-shot is the image model as it ships: frame by frame,
+the unit vectors averaged, which is how an image-text model looks at a video.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from shards.sql import open_manifest, rows_of
+from training.eval_command import ROWS, cells, run_eval
+from training.plots import bars, lines
+from training.settings import RunSettings, resolve
+from training.train_command import run_train
+
+RECIPE = "demo"
+BEFORE, AFTER = "image model, zero-shot", "after post-pretraining"
+RECALLS = {"r1": "R@1", "r5": "R@5", "r10": "R@10"}
+DIRECTIONS = ("t2v", "v2t")
+Results = dict[str, dict[str, Any]]
+
+
+def run_training_demo(console: Console, corpus: Path, run: Path) -> int:
+    """Evaluates, trains into `run` (or goes on there), evaluates; prints and plots. Returns the exit code."""
+    settings = resolve(None, RECIPE, [])
+    if too_few := _too_few(corpus, settings):
+        console.print(f"\nNothing is trained: {escape(too_few)}", soft_wrap=True)
+        return 0
+    model = settings.model.init
+    command = f"clipmill eval --model {model} --corpus {corpus} --recipe {RECIPE} --set model.pooling=mean"
+    _announce(console, "4. Search", "held-out clips with the image model as it ships", command)
+    before = run_eval(model=model, corpus=corpus, recipe=RECIPE, assignments=["model.pooling=mean"], console=console)
+    _announce(console, "5. Train", "on the others", f"clipmill train --corpus {corpus} --run {run} --recipe {RECIPE}")
+    report = run_train(str(corpus), run, recipe=RECIPE)
+    if report.reason != "done":
+        return 1
+    _announce(console, "6. Search", "the same clips again", f"clipmill eval --run {run} --corpus {corpus}")
+    after = run_eval(run=run, corpus=corpus, console=console)
+    results = {BEFORE: before, AFTER: after}
+    console.print("\n[bold]What it was good for[/]: right answers among the nearest 1, 5 and 10\n")
+    console.print(comparison(results))
+    drawn = plot_retrieval(run / "retrieval.svg", results), plot_loss(run / "loss.svg", run / "log.jsonl")
+    console.print(f"\ndrawn: {drawn[0]} · {drawn[1]}", highlight=False)
+    return 0
+
+
+def _too_few(corpus: Path, settings: RunSettings) -> str | None:
+    """Why a world this small cannot be trained on, if so: a fourth is held out, and its near-duplicates with it."""
+    with open_manifest(corpus) as connection:
+        [num_samples] = rows_of(connection, "SELECT count(*) FROM samples")
+    least = 2 * settings.train.batch_size
+    return None if num_samples >= least else f"{num_samples} samples; the demo's training takes {least} at least."
+
+
+def _announce(console: Console, verb: str, what: str, command: str) -> None:
+    console.print(f"\n[bold]{verb}[/] {what}\n\n   [cyan]{escape(command)}[/]\n", highlight=False, soft_wrap=True)
+
+
+def comparison(results: Results) -> Table:
+    """Both directions, a line per result and one for guessing."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "", *RECALLS.values(), "median rank", "mean rank"):
+        table.add_column(column, justify="right" if column else "left")
+    for direction in DIRECTIONS:
+        levels = {name: metrics[direction] for name, metrics in results.items()} | {
+            "guessing": _chance(results, direction)
+        }
+        for name, values in levels.items():
+            table.add_row(ROWS[direction], name, *cells(values))
+    return table
+
+
+def plot_retrieval(path: Path, results: Results) -> Path:
+    """Bars of all recalls, guessing as a dashed line."""
+    groups, marks = {}, {}
+    for direction in DIRECTIONS:
+        for key, label in RECALLS.items():
+            group = f"{ROWS[direction].replace(' ', '')} {label}"
+            groups[group] = {name: 100 * metrics[direction][key] for name, metrics in results.items()}
+            marks[group] = 100 * _chance(results, direction)[key]
+    return bars(path, "Retrieval on held-out demo videos", groups, y_label="share of queries (%)", marks=marks)
+
+
+def plot_loss(path: Path, log: Path) -> Path:
+    """The loss of every logged step."""
+    rows = map(json.loads, log.read_text().splitlines())
+    losses = [(row["step"], row["loss"]) for row in rows]
+    return lines(path, "Training loss", {"loss": losses}, x_label="step", y_label="loss")
+
+
+def _chance(results: Results, direction: str) -> dict[str, float]:
+    return next(iter(results.values()))["chance"][direction]
