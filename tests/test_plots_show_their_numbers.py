@@ -40,6 +40,19 @@ def test_bars_are_as_high_as_their_numbers(tmp_path: Path) -> None:
     assert {"Title", "percent", "start", "after", "chance", "R@5 <&>", "40"} <= set(texts(path))
 
 
+def test_long_names_of_groups_are_broken_between_words(tmp_path: Path) -> None:
+    groups = {f"a name of some length, number {n}": {"x": float(n)} for n in range(7)}
+    path = bars(tmp_path / "b.svg", "T", groups, y_label="y")
+    named = [
+        element for element in elements(path, "text") if element["font-size"] == "12" and "transform" not in element
+    ]
+    places = {element["x"] for element in named if element["text-anchor"] == "middle"}
+    shown = [text for text in texts(path) if text in " ".join(groups) and text != "0"]
+    assert len(places) == 7 and len(shown) > 7 and max(map(len, shown)) * 6.7 < WIDTH / 7
+    lowest = max(float(text["y"]) for text in elements(path, "text"))
+    assert lowest <= HEIGHT - 8
+
+
 def test_the_same_plot_is_the_same_bytes_and_replaces_the_old_one(tmp_path: Path) -> None:
     first = bars(tmp_path / "b.svg", "T", GROUPS, y_label="y").read_bytes()
     assert bars(tmp_path / "b.svg", "T", GROUPS, y_label="y").read_bytes() == first

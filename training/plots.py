@@ -5,6 +5,7 @@ colours are those of Okabe and Ito, which people with any colour vision can tell
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ FONT = "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', Helvetica, Arial, sans-ser
 
 WIDTH, HEIGHT = 760.0, 440.0
 LEFT, RIGHT, BOTTOM = 68.0, 24.0, 58.0
-TITLE_Y, LEGEND_Y, LEGEND_ROW = 34.0, 60.0, 20.0
+TITLE_Y, LEGEND_Y, LEGEND_ROW, LABEL_LINE = 34.0, 60.0, 20.0, 16.0
 CHARACTER = 6.7  # generous width of one of 12 pixels: text is not measured here
 
 
@@ -37,6 +38,7 @@ def bars(
 ) -> Path:
     """Writes bars that stand on zero: {group: {series: value}}, the series in the order in which they first appear.
 
+    A group's name is broken between words where it is wider than its bars.
     marks  a level for some of the groups, drawn as a dashed line across their bars (`mark_label` in the legend)
     label  the text above a bar
     """
@@ -45,10 +47,13 @@ def bars(
     keys += [_Key(mark_label, INK, dashed=True)] if marks else []
     pairs = [_pair(value) for group in groups.values() for value in group.values()]
     levels = [0.0, *(marks or {}).values(), *(value + sign * spread for value, spread in pairs for sign in (-1, 1))]
-    frame = _Frame(_legend_rows(keys), 0, len(groups), min(levels), max(levels))
+    labels = [textwrap.wrap(name, int((WIDTH - LEFT - RIGHT) / len(groups) / CHARACTER)) for name in groups]
+    bottom = 26 + LABEL_LINE * max(map(len, labels))
+    frame = _Frame(_legend_rows(keys), 0, len(groups), min(levels), max(levels), bottom=bottom)
     parts = [*_y_axis(frame, y_label), *_legend(keys)]
     for position, (name, group) in enumerate(groups.items()):
-        parts.append(_text(frame.x(position + 0.5), frame.bottom + 22, name, size=13))
+        for row, line in enumerate(labels[position]):
+            parts.append(_text(frame.x(position + 0.5), frame.bottom + 20 + row * LABEL_LINE, line))
         parts += _bar_group(frame, position, group, series, label)
         if marks and name in marks:
             y = frame.y(marks[name])
@@ -89,12 +94,12 @@ def lines(
 
 
 def ticks(low: float, high: float, num: int = 5) -> list[float]:
-    """About `num` round numbers (1, 2, 2.5, 5 times a power of ten) from at most `low` to at least `high`."""
+    """About `num` round numbers (1, 2 or 5 times a power of ten) from at most `low` to at least `high`."""
     if not high > low:
         high = low + (abs(low) or 1.0)
     rough = (high - low) / num
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
@@ -114,8 +119,17 @@ class _Key:
 class _Frame:
     """From values to pixels. The y axis is widened to round numbers, the x axis is as wide as the data."""
 
-    def __init__(self, num_rows: int, x_low: float, x_high: float, y_low: float, y_high: float, log_x: bool = False):
-        self.top, self.bottom = LEGEND_Y + num_rows * LEGEND_ROW, HEIGHT - BOTTOM
+    def __init__(
+        self,
+        num_rows: int,
+        x_low: float,
+        x_high: float,
+        y_low: float,
+        y_high: float,
+        log_x: bool = False,
+        bottom: float = BOTTOM,
+    ):
+        self.top, self.bottom = LEGEND_Y + num_rows * LEGEND_ROW, HEIGHT - bottom
         self.y_ticks = ticks(y_low, y_high)
         self.log_x = log_x
         x_high = x_high if x_high > x_low else x_low + (abs(x_low) or 1.0)
