@@ -279,7 +279,7 @@ def write_epoch(folder: str | Path, spec: PlanSpec, epoch: int, groups: Sequence
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")  # hosts may share the folder
     try:
         with open(temporary, "wb") as file:
             np.save(file, epoch_rows(spec, epoch, groups))
