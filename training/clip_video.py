@@ -152,7 +152,7 @@ def _from_container(data: Bytes, choose: Choose, picture: Picture) -> tuple[Pixe
     """By the packets' timestamps; where those get it wrong, by what comes out of the decoder."""
     if not data:
         raise ItemError("empty-file", "the clip has no bytes")
-    with _named(data) as path:
+    with _named(data) as path, _told_without(path):
         for listed in (lambda counts: list_frames(path, LIMITS), lambda counts: list_by_decoding(path, LIMITS, counts)):
             counts = DecodeCounts()
             try:
@@ -184,6 +184,16 @@ def _named(data: Bytes) -> Iterator[str]:
         file.write(data)
         file.flush()
         yield file.name
+
+
+@contextlib.contextmanager
+def _told_without(path: str) -> Iterator[None]:
+    """Errors do not name a file that is nowhere else."""
+    try:
+        yield
+    except ItemError as error:
+        message = error.message.removeprefix(f"{os.path.basename(path)}: ").replace(f"file:{path}", "the clip")
+        raise ItemError(error.error_class, message) from error
 
 
 # --- JPEGs
