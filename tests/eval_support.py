@@ -8,6 +8,8 @@ from clip_vip_support import tiny_model
 from shard_support import change_manifest, make_corpus, pack
 
 from shards.pack import PackSettings
+from training.clip4clip_model import Clip4Clip
+from training.clip4clip_settings import Clip4ClipSettings
 from training.distributed import Process
 from training.model import ClipVip
 from training.selection import Selection, freeze
@@ -20,6 +22,10 @@ ALONE = Process(torch.device("cpu"))
 
 def small_model(seed: int = 0, **changes: Any) -> ClipVip:
     return tiny_model(seed, vocab_size=len(WORDS) + 4, words=WORDS, context_length=24, **changes)
+
+
+def small_clip4clip(head: str) -> Clip4Clip:
+    return Clip4Clip(small_model(num_added=0, num_times=0), Clip4ClipSettings(head=head, num_layers=1))
 
 
 def small_settings(*assignments: str) -> RunSettings:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from eval_support import ALONE, packed_corpus, selected, small_model, small_settings
+from eval_support import ALONE, packed_corpus, selected, small_clip4clip, small_model, small_settings
 from test_retrieval_on_a_selection import damage
 
 from training.distributed import Process
@@ -28,7 +28,8 @@ def run_rank(rank: int, world_size: int, selection_path: str, folder: str) -> No
     model, selection, settings = small_model(), Selection.open(selection_path), small_settings(*SETTINGS)
     made = features(model, selection, settings, process)
     metrics = evaluate(model, selection, settings, process, save_similarity=f"{folder}/sim-{world_size}.npz")
-    torch.save((made, metrics), f"{folder}/{world_size}.{rank}.pt")
+    pairs = features(small_clip4clip("tightTransf"), selection, settings, process).similarity_MN
+    torch.save((made, metrics, pairs), f"{folder}/{world_size}.{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -40,15 +41,17 @@ def test_any_number_of_processes_gives_the_same_features_and_metrics(tmp_path: P
     multiprocessing.set_forkserver_preload(["training.retrieval"])  # imported once, not by each process
     alone: EvalFeatures = features(small_model(), selection, small_settings(*SETTINGS), ALONE)
     metrics = evaluate(small_model(), selection, small_settings(*SETTINGS), ALONE)
+    pairs = features(small_clip4clip("tightTransf"), selection, small_settings(*SETTINGS), ALONE).similarity_MN
     assert len(alone.clip_ids) == 11 and metrics["num_failures"] == 1
     for world_size in (2, 3):  # of 3, one process has nothing to do
         arguments = (world_size, str(selection.path), str(tmp_path))
         mp.start_processes(run_rank, arguments, nprocs=world_size, start_method="forkserver")
         for rank in range(world_size):
-            made, theirs = torch.load(tmp_path / f"{world_size}.{rank}.pt", weights_only=False)
+            made, theirs, their_pairs = torch.load(tmp_path / f"{world_size}.{rank}.pt", weights_only=False)
             assert (made.clip_ids, made.texts) == (alone.clip_ids, alone.texts)
             assert [f["clip_id"] for f in made.failures] == [f["clip_id"] for f in alone.failures]
             for name in ("video_ND", "text_MD", "text_to_video_M", "similarity_MN"):
                 assert torch.equal(getattr(made, name), getattr(alone, name)), name
             assert theirs | {"failures": []} == metrics | {"failures": []}
+            assert torch.equal(their_pairs, pairs)
     assert len(list(tmp_path.glob("sim-*.npz"))) == 2

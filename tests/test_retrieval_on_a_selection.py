@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from eval_support import ALONE, packed_corpus, selected, small_model, small_settings
+from eval_support import ALONE, packed_corpus, selected, small_clip4clip, small_model, small_settings
 from safetensors import safe_open
 
 from pipeline.errors import UserError
@@ -122,10 +122,10 @@ def test_texts_that_are_the_same_to_the_model_are_exactly_as_near(tmp_path: Path
 
 
 def test_several_texts_of_a_clip_are_asked_one_by_one() -> None:
-    table = pa.table({"texts": [["one", "two"], None, [], ["three", "", " "], ["four", None]]})
-    rows, texts = queries(table, "texts")
+    lists = pa.chunked_array([[["one", "two"], None, []], [["three", "", " "], ["four", None]]])
+    rows, texts = queries(lists)
     assert rows.tolist() == [0, 0, 3, 4] and texts == ["one", "two", "three", "four"]
-    rows, texts = queries(pa.table({"caption": ["a", None, "", "b"]}), "caption")
+    rows, texts = queries(pa.chunked_array([["a", None, "", "b"]]))
     assert rows.tolist() == [0, 3] and texts == ["a", "b"]
 
 
@@ -167,6 +167,24 @@ def test_nothing_to_rank_is_said(tmp_path: Path) -> None:
         damage(corpus, selection, row)
     with pytest.raises(UserError, match="0 could be read and 3 could not"):
         evaluate(small_model(), selection, small_settings("eval.text=caption"), ALONE)
+
+
+@pytest.mark.parametrize("head", ["meanP", "seqLSTM", "seqTransf", "tightTransf"])
+def test_clip4clip_heads_rank_by_their_own_similarity(selection: Selection, head: str) -> None:
+    """Frames and texts are encoded once; tightTransf then scores every pair, the others compare a vector per video."""
+    model, settings = small_clip4clip(head).eval(), small_settings()
+    made = features(model, selection, settings, ALONE)
+    reader = SampleReader(selection, settings.data, text_encoder(model.config, 24), 32, train=False)
+    with torch.no_grad(), Loader(reader, num_processes=0) as loader:
+        [batch] = loader.read([Request(np.arange(12), 0)])
+        frames = model.frame_features(normalise(batch.video_BT3SS))
+        texts = model.text_features(text_encoder(model.config, 24)(made.texts))
+        scores = model.similarity(texts, frames)
+    by_id = {clip_id: row for row, clip_id in enumerate(selection.column("clip_id").to_pylist())}
+    scores = scores[:, [by_id[clip_id] for clip_id in made.clip_ids]]
+    scale = 1 if head == "tightTransf" else model.logit_scale.exp().item()
+    torch.testing.assert_close(made.similarity_MN * scale, scores, rtol=1e-5, atol=1e-5)
+    assert made.video_ND.shape == ((12, 4, 16) if head == "tightTransf" else (12, 16))
 
 
 def test_the_model_is_left_as_it_was(selection: Selection) -> None:

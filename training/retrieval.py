@@ -126,7 +126,7 @@ def features(
            it is left as it was
     Frames are `eval_indices`, never jittered. Arithmetic is bf16 where `train.precision` says so.
     """
-    rows, texts = queries(selection.take(np.arange(selection.num_clips)), settings.eval.text)
+    rows, texts = queries(selection.column(settings.eval.text))
     ids_UL, distinct = _distinct(text_encoder(model.config, settings.data.max_text_tokens)(texts))
     with _evaluating(model):
         video_ND, read, failures = _videos(model, selection, settings, process, progress)
@@ -150,13 +150,10 @@ def features(
     )
 
 
-def queries(table: pa.Table, column: str) -> tuple[np.ndarray, list[str]]:
+def queries(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
     """(row, text) of every text in a column of strings, or of lists of them; what is null or blank asks nothing."""
-    values = table[column].to_pylist()
-    pairs = [
-        (row, text) for row, value in enumerate(values) for text in (value if isinstance(value, list) else [value])
-    ]
-    pairs = [(row, text) for row, text in pairs if text and not text.isspace()]
+    lists = ([value] if value is None or isinstance(value, str) else value for value in column.to_pylist())
+    pairs = [(row, text) for row, texts in enumerate(lists) for text in texts if text and not text.isspace()]
     return np.array([row for row, _ in pairs], dtype=np.int64), [text for _, text in pairs]
 
 
