@@ -31,6 +31,9 @@ SetOption = Annotated[
     typer.Option("--set", help="Change a setting and keep it, e.g. --set cut.fps=2.", metavar="SECTION.KEY=VALUE"),
 ]
 RunOption = Annotated[Path, typer.Option("--run", help="The run folder.", show_default=False)]
+RunRecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="A recipe's name or a YAML file of settings, e.g. clip_vip_b32.")
+]
 TableOption = Annotated[
     list[str] | None,
     typer.Option(help="Load a file as a table, e.g. feedback=run/feedback.parquet.", metavar="NAME=FILE"),
@@ -162,9 +165,7 @@ def train(
         typer.Option(help="A corpus folder, or a pattern of plain tars; none: the run's.", show_default=False),
     ] = None,
     run: RunOption = Path("run"),
-    recipe: Annotated[
-        str | None, typer.Option(help="A recipe's name or a YAML file of settings, e.g. clip_vip_b32.")
-    ] = None,
+    recipe: RunRecipeOption = None,
     select: Annotated[str | None, typer.Option(help="Train on the clips of this SELECT.", metavar="SQL")] = None,
     where: Annotated[
         str | None, typer.Option(help="Train on the clips of this condition on `catalog`.", metavar="SQL")
@@ -189,6 +190,41 @@ def train(
         assignments=set_ or [],
         tables=[(name, str(path)) for name, path in named_tables(table or []).items()],
         command=_command(),
+    )
+
+
+@app.command()
+def plan(
+    corpus: Annotated[str, typer.Option(help="A corpus folder, or a pattern of plain tars.", show_default=False)],
+    recipe: RunRecipeOption = None,
+    select: Annotated[str | None, typer.Option(help="Train on the clips of this SELECT.", metavar="SQL")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="Train on the clips of this condition on `catalog`.", metavar="SQL")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Training processes, a device each.")] = 1,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="A GPU to estimate the time on, e.g. H100; none: a few.", metavar="NAME")
+    ] = None,
+    table: TableOption = None,
+    format: Annotated[str, typer.Option(help="table or json.")] = "table",
+    set_: SetOption = None,
+) -> None:
+    """What a training run would cost: steps, bytes, memory, FLOPs, time. Reads the corpus, starts nothing."""
+    from shards.sql import named_tables
+    from training.plan_command import run_plan
+
+    if format not in ("table", "json"):
+        raise UserError(f"--format {format}: choose table or json.")
+    run_plan(
+        corpus,
+        recipe=recipe,
+        select=select,
+        where=where,
+        workers=workers,
+        gpus=gpu or (),
+        assignments=set_ or [],
+        tables=named_tables(table or []),
+        format=format,
     )
 
 

@@ -14,14 +14,13 @@ from shard_support import make_corpus, pack
 
 from pipeline.errors import UserError
 from training import models
-from training.epochs import Epochs, plan_spec
+from training.epochs import Epochs, plan_spec, total_steps
 from training.estimate import Device, StepCost, estimate, kept_bytes, speed_on
 from training.model import ClipVip, ModelConfig, TowerConfig, sample_flops
 from training.plan import plan_path
 from training.plan_command import run_plan
 from training.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze_run
 from training.settings import DataSettings, TrainSettings, resolve
-from training.trainer import total_steps
 
 NUM_CLIPS = 90
 HELD_OUT = "video_id = (SELECT min(video_id) FROM videos)"

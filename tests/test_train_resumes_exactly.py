@@ -1,8 +1,12 @@
 """A run that is killed, stopped or resumed elsewhere ends as one that was left alone: same batches, same losses."""
 
+import os
 import signal
 import subprocess
+import threading
+import time
 
+import psutil
 import pytest
 from training_support import (
     assert_same_run,
@@ -70,6 +74,7 @@ def test_two_processes_of_torchrun_go_on_with_what_one_began(corpus, undisturbed
     kill_at_step(train_command(corpus, run, NUM_STEPS), run, 8)
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = train_command(None, run)
+    command[command.index("train") : command.index("train")] = ["--"]  # torchrun takes --run for one of its own
     command[1:1] = together
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=quiet())
     assert done.returncode == 0, done.stderr
@@ -78,13 +83,7 @@ def test_two_processes_of_torchrun_go_on_with_what_one_began(corpus, undisturbed
 
 @pytest.mark.slow
 def test_a_worker_of_ray_train_that_dies_is_started_again_and_nothing_is_lost(corpus, undisturbed, tmp_path):
-    """Four workers of a run that one process began; one of them is killed on the way."""
-    import os
-    import threading
-    import time
-
-    import psutil
-
+    """Two workers go on with a run that one process began; one of them is killed on the way."""
     run = tmp_path / "run"
     kill_at_step(train_command(corpus, run, NUM_STEPS), run, 6)
     killed = []

@@ -1,4 +1,4 @@
-"""One process, two or four, copied or sharded, in one piece or in chunks: after some updates the weights are the same."""
+"""One process, two or four, copied or sharded, whole or in chunks: after some updates the weights are the same."""
 
 import shutil
 import tempfile

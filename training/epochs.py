@@ -25,11 +25,12 @@ from training.plan import (
     num_conflicts,
     open_epoch,
     plan_path,
+    steps_before,
     steps_in_epoch,
     write_epoch,
 )
 from training.selection import Selection
-from training.settings import DataSettings, Group
+from training.settings import DataSettings, Group, TrainSettings
 
 PLAN_FOLDER = "plan"  # of a run
 
@@ -59,6 +60,14 @@ def spec_without_groups(num_clips: int, data: DataSettings, batch_size: int, sel
         window_steps=data.window_steps,
         unmet=data.unmet,
     )
+
+
+def total_steps(spec: PlanSpec, train: TrainSettings) -> int:
+    """Updates in the whole run: `train.max_steps`, else what `train.epochs` come to."""
+    if train.max_steps is not None:
+        return train.max_steps
+    whole = int(train.epochs)
+    return max(1, steps_before(spec, whole) + round((train.epochs - whole) * steps_in_epoch(spec, whole)))
 
 
 class Epochs:

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from training import models
 from training.choice import Choice, Samples, choose_run, open_samples
 from training.encoder import sources_of
-from training.epochs import spec_without_groups
+from training.epochs import spec_without_groups, total_steps
 from training.loss import TERMS
 from training.model import ClipVip, ModelConfig, TowerConfig, sample_flops
 from training.peaks import gpu_peak, peak_flops
@@ -125,7 +125,6 @@ def estimate(
     tables: Mapping[str, str | Path] | None = None,
 ) -> Estimate:
     """What `clipmill train` with these settings will cost. Raises UserError wherever that would."""
-    from training.trainer import total_steps
 
     data, train = settings.data, settings.train
     config = models.config_of(settings.model)

@@ -25,7 +25,7 @@ from training.batch import Batch
 from training.counting import mix
 from training.distributed import Process, join
 from training.encoder import sources_of
-from training.epochs import Epochs, plan_spec
+from training.epochs import Epochs, plan_spec, total_steps
 from training.feedback import Feedback
 from training.full_state import OptimiserState, State, full_state, random_state, restore_optimiser, set_random_state
 from training.learner import Learner, Values
@@ -33,9 +33,10 @@ from training.loader import Loader, default_processes
 from training.meter import Meter
 from training.model import ClipVip, sample_flops
 from training.peaks import peak_flops
-from training.plan import PlanSpec, locate, num_steps_done, rank_slots, state_dict, steps_before, steps_in_epoch
+from training.plan import PlanSpec, locate, num_steps_done, rank_slots, state_dict
 from training.prepare import Prepared, Request, prepare, requested_settings
 from training.retrieval import evaluate
+from training.run_checkpoints import Checkpoint
 from training.run_folder import RunFolder
 from training.run_log import RunLog, cut_after
 from training.samples import Failure, SampleReader
@@ -75,22 +76,28 @@ class Trainer:
         train, data = self.settings.train, self.settings.data
         _use_threads(train, process)
         torch.manual_seed(data.seed)
-        self.spec = plan_spec(prepared.selection, data, train.batch_size)
+        step = process.first(self.folder.checkpoints.find_latest)
+        checkpoint = None if step is None else self.folder.checkpoints.load(step)
+        self.spec = process.first(lambda: self._plan_spec(checkpoint))
         self.epochs = Epochs(self.folder.plan_path, self.spec, prepared.selection.path, data.apart)
         self.slots = rank_slots(self.spec, process.rank, process.world_size)
         self.total_steps = total_steps(self.spec, train)
-        step = process.first(self.folder.checkpoints.find_latest)
-        self.learner = self._begin() if step is None else self._resume(step)
+        self.learner = self._begin() if checkpoint is None else self._resume(checkpoint)
         self.start_step = self.learner.step
 
     # -- beginning and resuming ---------------------------------------------------------------------------------------
 
+    def _plan_spec(self, checkpoint: Checkpoint | None) -> PlanSpec:
+        """The checkpoint's, whose selection this is: hashing the groups of a hundred million clips takes seconds."""
+        if checkpoint is not None:
+            return PlanSpec(**checkpoint.state["plan"]["spec"])
+        return plan_spec(self.prepared.selection, self.settings.data, self.settings.train.batch_size)
+
     def _begin(self) -> Learner:
         return self._learner(models.load(self.settings.model, seed=self.settings.data.seed))
 
-    def _resume(self, step: int) -> Learner:
-        """Raises UserError where the checkpoint's plan is not this run's."""
-        checkpoint = self.folder.checkpoints.load(step)
+    def _resume(self, checkpoint: Checkpoint) -> Learner:
+        """Raises UserError where the checkpoint's plan is of another version."""
         learner = self._learner(checkpoint.model())
         restore_optimiser(learner.model, learner.optimiser, checkpoint.optimiser)
         learner.step = num_steps_done(self.spec, checkpoint.state["plan"])
@@ -276,14 +283,6 @@ def _told(step: int, metrics: dict[str, Any]) -> str:
         for key, name in (("t2v", "text → video"), ("v2t", "video → text"))
     )
     return f"evaluation at step {step:,}, {metrics['num_videos']:,} clips: {'; '.join(ways)}"
-
-
-def total_steps(spec: PlanSpec, train: TrainSettings) -> int:
-    """Updates in the whole run: `train.max_steps`, else what `train.epochs` come to."""
-    if train.max_steps is not None:
-        return train.max_steps
-    whole = int(train.epochs)
-    return max(1, steps_before(spec, whole) + round((train.epochs - whole) * steps_in_epoch(spec, whole)))
 
 
 def _use_threads(train: TrainSettings, process: Process) -> None:
