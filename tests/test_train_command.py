@@ -1,0 +1,154 @@
+"""What a user of `clipmill train` meets: odd data, other ways to run, mistakes."""
+
+import json
+import subprocess
+import sys
+
+import duckdb
+import pytest
+from training_support import (
+    SMALL,
+    assert_same_run,
+    curve,
+    lines,
+    losses,
+    quiet,
+    run_training,
+    small_corpus,
+    train_command,
+)
+
+from pipeline.errors import UserError
+from training.prepare import Request
+from training.trainer import Report, train
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return small_corpus(tmp_path_factory.mktemp("corpus") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def plain_run(corpus, tmp_path_factory):
+    run = tmp_path_factory.mktemp("plain") / "run"
+    train_here(corpus, run)
+    return run
+
+
+def train_here(corpus, run, *settings: str) -> Report:
+    """Six steps in this process."""
+    chosen = (*SMALL, "train.max_steps=6", "data.loader_processes=0", *settings)
+    return train(Request(str(run), str(corpus), "demo", chosen))
+
+
+@pytest.mark.slow
+def test_every_line_says_how_it_goes(plain_run):
+    (line, *_), terms = lines(plain_run), ("subtitle_to_video", "video_to_caption", "frame_to_caption")
+    wanted = {"step", "epoch", "loss", "lr", "logit_scale", "grad_norm", "samples_per_s", "data_wait", "mfu", "eta_s"}
+    assert wanted | set(terms) <= line.keys()
+    assert line["loss"] == pytest.approx(sum(line[key] for key in line if "_to_" in key), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_sharded_averaged_recomputed_and_observed_it_is_the_same_run(corpus, plain_run, tmp_path):
+    """Two processes of torchrun with FSDP2, activation checkpointing, gradient caching, EMA and feedback."""
+    options = ("train.parallel=fsdp", "train.activation_checkpointing=true", "train.chunk_size=2", "train.ema=0.9")
+    command = train_command(corpus, tmp_path / "run", "train.max_steps=6", "train.feedback=true", *options)
+    command[command.index("train") : command.index("train")] = ["--"]
+    command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=quiet())
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", plain_run)
+    assert (tmp_path / "run/checkpoints/step-00000006/ema.safetensors").exists()
+    feedback = duckdb.sql(f"SELECT sum(times_seen), count(loss) FROM '{tmp_path}/run/feedback.parquet'").fetchall()
+    assert feedback[0][0] == 6 * 8 and feedback[0][1] > 0
+
+
+@pytest.mark.slow
+def test_unreadable_samples_are_holes_and_rows(corpus, plain_run, tmp_path):
+    broken = tmp_path / "corpus"
+    subprocess.run(["cp", "-r", str(corpus), str(broken)], check=True)
+    rows = duckdb.connect(str(broken / "manifest.duckdb"), read_only=True)
+    spots = rows.execute("SELECT shard, mp4_offset, mp4_bytes FROM samples ORDER BY clip_id LIMIT 12").fetchall()
+    rows.close()
+    for shard, offset, size in spots:
+        with open(broken / "shards" / shard, "r+b") as file:
+            file.seek(offset)
+            file.write(b"\0" * size)
+    report = train_here(broken, tmp_path / "run", "data.max_failures=0.5", "train.max_steps=15")
+    assert report.step == 15
+    failures = lines(tmp_path / "run", "failures.jsonl")
+    assert len({row["item_id"] for row in failures}) == 12
+    assert {row["stage"] for row in failures} == {"train"} and all(row["message"] for row in failures)
+    assert curve(tmp_path / "run")[:6] == curve(plain_run), "holes move nobody else"
+    with pytest.raises(UserError, match=r"data\.max_failures"):
+        train_here(broken, tmp_path / "strict", "data.max_failures=0.01", "train.max_steps=15")
+
+
+@pytest.mark.slow
+def test_plain_tars_train_without_a_manifest(corpus, plain_run, tmp_path):
+    report = train_here(corpus / "shards" / "{000000..000023}.tar", tmp_path / "run", "data.apart=[]")
+    assert report.reason == "done" and len(losses(tmp_path / "run")) == 6
+
+
+@pytest.mark.slow
+def test_a_run_keeps_what_it_froze_when_the_corpus_changes(corpus, plain_run, tmp_path):
+    own = tmp_path / "corpus"
+    subprocess.run(["cp", "-r", str(corpus), str(own)], check=True)
+    train_here(own, tmp_path / "run", "train.max_steps=3")
+    with duckdb.connect(str(own / "manifest.duckdb")) as connection:
+        connection.execute("UPDATE samples SET caption = 'something else'")
+    train(Request(str(tmp_path / "run"), assignments=("train.max_steps=6",)))
+    assert curve(tmp_path / "run") == curve(plain_run)
+
+
+@pytest.mark.slow
+def test_settings_that_make_it_another_run_are_refused_by_name(plain_run):
+    with pytest.raises(UserError, match=r"train\.lr: 0\.0003 → 0\.1"):
+        train(Request(str(plain_run), assignments=("train.lr=0.1",)))
+
+
+@pytest.mark.slow
+def test_held_out_clips_in_training_are_an_error_unless_told_otherwise(corpus, tmp_path):
+    held_out = "eval.where=clip_id IN (SELECT clip_id FROM clips ORDER BY clip_id LIMIT 10)"
+    with pytest.raises(UserError, match=r"eval\.overlap"):
+        train_here(corpus, tmp_path / "run", held_out, "eval.overlap=error")
+    train_here(corpus, tmp_path / "run", held_out, "eval.overlap=exclude", "train.max_steps=1", "eval.text=caption")
+    steps = [row["step"] for row in lines(tmp_path / "run", "eval.jsonl")]
+    assert steps == [0, 1]
+
+
+@pytest.mark.slow
+def test_two_trainings_never_write_one_run(corpus, tmp_path):
+    run = tmp_path / "run"
+    first = subprocess.Popen(train_command(corpus, run, "train.max_steps=400"), stderr=subprocess.PIPE, env=quiet())
+    try:
+        while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
+            assert first.poll() is None, first.stderr.read()
+        second = run_training(None, run)
+        assert second.returncode == 2 and "is being trained by process" in second.stderr
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_mistakes_are_told_in_a_line(tmp_path):
+    def told(*arguments: str) -> str:
+        command = [sys.executable, "-m", "pipeline.cli", "train", "--run", str(tmp_path / "run"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=quiet())
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "--corpus is missing" in told()
+    assert "no manifest.duckdb" in told("--corpus", str(tmp_path))
+    assert "train.batch_sizes: there is no such setting" in told("--corpus", "x", "--set", "train.batch_sizes=1")
+    assert "--select or --where" in told("--corpus", "x", "--select", "SELECT 1", "--where", "true")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_a_model_that_others_open(plain_run):
+    from training.checkpoint import load_model
+
+    folder = plain_run / "checkpoints" / "step-00000006"
+    assert load_model(folder).config.words
+    assert json.loads((folder / "state.json").read_text())["state"]["plan"]["num_steps_done"] == 6
