@@ -34,7 +34,7 @@ from training.batch import Batch
 from training.distributed import Process
 from training.epochs import Epochs, plan_spec
 from training.learner import Learner
-from training.loader import Loader
+from training.loader import Loader, SampleReader
 from training.model import ClipVip, ModelConfig, TowerConfig, sample_flops
 from training.models import text_encoder
 from training.peaks import peak_flops
@@ -143,8 +143,9 @@ def loader_batches(corpus: str, config: ModelConfig, batch_size: int, stack: Exi
     selection = Selection.open(folder / "selection.arrow")
     spec = plan_spec(selection, data, batch_size)
     epochs = Epochs(folder, spec, selection.path)
-    loader = Loader(selection, epochs, data, text_encoder(config, NUM_TOKENS), config.image_size)
-    return iter(stack.enter_context(loader).batches(0, 1_000_000))
+    reader = SampleReader(selection, data, text_encoder(config, NUM_TOKENS), config.image_size)
+    loader = stack.enter_context(Loader(reader, pin_memory=torch.cuda.is_available()))
+    return loader.batches(epochs, slice(0, batch_size), 0, 1_000_000)
 
 
 def main() -> None:
