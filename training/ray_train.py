@@ -4,7 +4,6 @@ Ray places the processes, joins them, and starts them again when one dies; each 
 which goes on from the run's last checkpoint. The run folder and the corpus must be where every node sees them.
 """
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -48,14 +47,14 @@ def train_on_ray(request: Request, num_workers: int, address: str | None = None)
     finally:
         if started:
             ray.shutdown()
-    outcome = json.loads(result.metrics["outcome"])
+    outcome = result.return_value
     if "mistake" in outcome:
         raise UserError(outcome["mistake"])
     return Report(Path(outcome["run"]), outcome["step"], outcome["total_steps"], outcome["reason"])
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """One training process. What it has to say travels as Ray Train's metrics: JSON, since they allow no objects."""
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    """One training process: its report as plain values, or the user's mistake, which no restart would heal."""
     import ray.train
 
     os.environ["LOCAL_WORLD_SIZE"] = str(ray.train.get_context().get_local_world_size())
@@ -63,10 +62,9 @@ def _worker(config: dict[str, Any]) -> None:
     request |= {name: tuple(map(_tuple, request[name])) for name in ("assignments", "tables")}
     try:
         report = train(Request(**request))
-        outcome = asdict(report) | {"run": str(report.run)}
+        return asdict(report) | {"run": str(report.run)}
     except UserError as error:
-        outcome = {"mistake": str(error)}
-    ray.train.report({"outcome": json.dumps(outcome)})
+        return {"mistake": str(error)}
 
 
 def _tuple(value: Any) -> Any:
