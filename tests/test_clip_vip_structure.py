@@ -209,3 +209,10 @@ def test_bfloat16_autocast_stays_near_float32_and_trains() -> None:
     (video.sum() + text.sum()).backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert missing == ["logit_scale"]
+
+
+def test_features_have_length_one_under_bf16_too():
+    model = tiny_model()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = torch.cat([model.encode_video(random_pixels(6, 2)), model.encode_text(random_texts(6))])
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(12), rtol=0, atol=1e-5)

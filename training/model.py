@@ -228,8 +228,8 @@ class ClipVip(nn.Module):
             return torch.func.functional_call(self, widened, (pixels,))
         pixels = pixels.to(self.logit_scale.dtype)
         if self.config.pooling == "proxy":
-            return F.normalize(self.visual_projection(self.vision(pixels)), dim=-1)
-        frames = F.normalize(self.visual_projection(self.vision(pixels.flatten(0, 1).unsqueeze(1))), dim=-1)
+            return self._unit(self.visual_projection(self.vision(pixels)))
+        frames = self._unit(self.visual_projection(self.vision(pixels.flatten(0, 1).unsqueeze(1))))
         return F.normalize(frames.unflatten(0, pixels.shape[:2]).mean(dim=1), dim=-1)
 
     def encode_text(self, ids: Tensor, mask: Tensor | None = None, *, cut: bool = True) -> Tensor:
@@ -241,7 +241,11 @@ class ClipVip(nn.Module):
         if cut:
             ids, mask = cut_texts(ids, mask)
         self.check_texts(ids)
-        return F.normalize(self.text_projection(self.text(ids, mask)), dim=-1)
+        return self._unit(self.text_projection(self.text(ids, mask)))
+
+    def _unit(self, features: Tensor) -> Tensor:
+        """In the weights' dtype: divided in bf16, as autocast leaves them, vectors are up to 0.4 % off their length."""
+        return F.normalize(features.to(self.logit_scale.dtype), dim=-1)
 
     def forward(self, pixels: Tensor | None = None, ids: Tensor | None = None, mask: Tensor | None = None) -> Any:
         """Whichever of the two encoders has an input, a pair where both have: for wrappers that only know `forward`."""
