@@ -35,11 +35,16 @@ def benchmark_set(
         path = folder / f"bench{index}.mp4"
         if not path.exists():
             num_frames = int(duration_s * FPS)
-            frames = _footage(footage, index) if footage else _synthetic(index)
+            frames = pictures_of(index, footage)
             _encode((next(frames) for _ in range(num_frames)), path)
         videos.append({"path": str(path), "spans": spans_of(index, duration_s)})
     (folder / "spans.json").write_text(json.dumps(videos, indent=1))
     return videos
+
+
+def pictures_of(index: int, footage: Path | None = None) -> Iterator[Planes]:
+    """Endless yuv420p frames of one of the three videos, 1280x720 at 30 fps."""
+    return _footage(footage, index) if footage else _synthetic(index)
 
 
 def spans_of(index: int, duration_s: float = DURATION_S) -> list[list[float]]:

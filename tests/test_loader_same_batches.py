@@ -173,3 +173,25 @@ def test_pixels_lie_as_a_gpu_copies_them(run):
     assert batch.video_BT3SS.permute(0, 1, 3, 4, 2).is_contiguous()
     assert batch.frame_B13SS.permute(0, 1, 3, 4, 2).is_contiguous()
     assert batch.video_BT3SS.shape == (8, 4, 3, SIZE, SIZE) and batch.video_BT3SS.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_a_batch_that_is_kept_stays_as_it_is(run, expected, num_processes):
+    """Memory is used again only where nobody holds any part of a batch."""
+    kept, copies = [], []
+    with run.loader(num_processes) as loader:
+        for step, batch in enumerate(loader.batches(run.epochs, slice(0, 8), 0, 12)):
+            if step % 3 == 0:
+                kept.append(batch.video_BT3SS[2, 1:, 0])  # a view of a view
+                copies.append(kept[-1].clone())
+            assert_equal(batch, expected[step])
+            del batch
+    assert all(torch.equal(one, other) for one, other in zip(kept, copies, strict=True))
+
+
+def test_memory_is_used_again(run):
+    with run.loader(0) as loader:
+        places = [
+            batch.video_BT3SS.data_ptr() for batch in loader.batches(run.epochs, slice(0, 8), 0, 12) for _ in range(1)
+        ]
+    assert len(set(places)) <= 3

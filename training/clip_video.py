@@ -239,11 +239,7 @@ def _rgb(frame: av.VideoFrame) -> Pixels:
     converter = _converter(frame.width, frame.height, frame.format.name)
     rgb = converter.reformat(frame, format="rgb24", src_colorspace=matrix, dst_color_range=ColorRange.JPEG, threads=1)
     plane = rgb.planes[0]
-    return (
-        np.frombuffer(plane, np.uint8)
-        .reshape(rgb.height, plane.line_size)[:, : 3 * rgb.width]
-        .reshape(rgb.height, rgb.width, 3)
-    )
+    return np.ndarray((rgb.height, rgb.width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))
 
 
 @functools.lru_cache(maxsize=16)

@@ -12,6 +12,7 @@ Unreadable samples are masked holes. They are counted against `data.max_failures
 
 import os
 import queue
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,13 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.errors import UserError
 from training.batch import Batch
 from training.epochs import Epochs
 from training.loader_pool import Pool, Request, warm_up
 from training.plan import locate
-from training.samples import HOLE, Canvas, Failure, Part, SampleReader, copy, join
+from training.samples import HOLE, Canvas, Failure, Part, SampleReader, join
 
 __all__ = ["Loader", "LoaderTimes", "SampleReader", "default_processes", "requests_of"]
 
@@ -113,8 +116,9 @@ class Loader:
     # --- In this process
 
     def _alone(self, requests: Iterable[Request]) -> Iterator[Part]:
+        buffers = _Buffers(self.pin_memory)
         for request in requests:
-            maker = _BatchMaker(len(request.rows), self.reader, self.pin_memory)
+            maker = _BatchMaker(len(request.rows), self.reader, buffers)
             for piece in _pieces(request, PART_SAMPLES):
                 maker.add(self.reader.read(piece.rows, piece.epoch, canvas=maker.room(len(piece.rows))))
             yield maker.joined()
@@ -170,10 +174,10 @@ class Loader:
                     sizes.put(len(request.rows))
                     yield from _pieces(request, part_size)
 
-            maker: _BatchMaker | None = None
+            maker, buffers = None, _Buffers(self.pin_memory)
             for part in pool.parts(pieces()):
-                maker = maker or _BatchMaker(sizes.get(), self.reader, self.pin_memory)
-                copy(part.canvas, maker.room(len(part.rows_B)))
+                maker = maker or _BatchMaker(sizes.get(), self.reader, buffers)
+                maker.room(len(part.rows_B)).copy(part.canvas)
                 maker.add(part)
                 if maker.complete:
                     yield maker.joined()
@@ -222,12 +226,32 @@ def _pieces(request: Request, size: int) -> Iterator[Request]:
         yield Request(request.rows[start : start + size], request.epoch)
 
 
+class _Buffers:
+    """Memory for batches. What nobody looks at any more is used again: fresh memory costs a page fault every 4 KB.
+
+    Page-locked memory is torch's to use again, which knows when a copy to a GPU has ended.
+    """
+
+    def __init__(self, pin_memory: bool):
+        self.pin_memory = pin_memory
+        self.buffers: list[NDArray[np.uint8]] = []
+
+    def take(self, num_bytes: int) -> Tensor:
+        if self.pin_memory:
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self.buffers = [buffer for buffer in self.buffers if len(buffer) == num_bytes]
+        for number in range(len(self.buffers)):
+            if sys.getrefcount(self.buffers[number]) == 2:  # the list's, and this call's: no tensor is on it
+                return torch.from_numpy(self.buffers[number])
+        self.buffers.append(np.empty(num_bytes, np.uint8))
+        return torch.from_numpy(self.buffers[-1])
+
+
 class _BatchMaker:
     """A batch in the making."""
 
-    def __init__(self, num_samples: int, reader: SampleReader, pin_memory: bool):
-        buffer = torch.empty(num_samples * reader.sample_bytes, dtype=torch.uint8, pin_memory=pin_memory)
-        self.canvas = reader.canvas(num_samples, buffer.numpy())
+    def __init__(self, num_samples: int, reader: SampleReader, buffers: _Buffers):
+        self.canvas = reader.canvas(num_samples, buffers.take(num_samples * reader.sample_bytes))
         self.num_samples, self.num_done = num_samples, 0
         self.parts: list[Part] = []
 

@@ -27,6 +27,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pipeline.errors import ItemError, UserError
 from training.plan import Rows
@@ -164,7 +165,7 @@ class Pool:
             raise answer
         worker.tickets.remove(number)
         ticket = self.tickets[number]
-        answer.canvas = self.reader.canvas(len(ticket.request.rows), self.slots[ticket.slot])
+        answer.canvas = self.reader.canvas(len(ticket.request.rows), _memory(self.slots[ticket.slot]))
         ticket.part = answer
         self._num_lost = 0
 
@@ -219,6 +220,10 @@ def warm_up(reader: SampleReader) -> Any:
     return context
 
 
+def _memory(slot: Any) -> Tensor:
+    return torch.frombuffer(slot, dtype=torch.uint8)
+
+
 def _ended(code: int | None) -> str:
     if code is not None and code < 0:
         return f"by {signal.Signals(-code).name}"
@@ -243,7 +248,7 @@ def _work(connection: Connection, reader: SampleReader, slots: list[Any], at: An
             at[0], at[1] = number, position
 
         try:
-            canvas = reader.canvas(len(rows), slots[slot])
+            canvas = reader.canvas(len(rows), _memory(slots[slot]))
             answer: Part | Exception = reader.read(rows, epoch, canvas=canvas, lost=lost, watch=watch)
             answer.canvas = None
         except UserError as error:

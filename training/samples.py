@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipeline.errors import ItemError
 from training.batch import Batch
@@ -39,21 +40,25 @@ class Failure(NamedTuple):
 
 
 class Canvas(NamedTuple):
-    """Where pixels are written: dense arrays each, so that they go to a GPU in one copy."""
+    """Where pixels are written, uint8 in channels-last order: two dense arrays, each of which a GPU takes in one copy."""
 
-    frames_BTSS3: Pixels
-    stills_B1SS3: Pixels
+    frames_BTSS3: Tensor
+    stills_B1SS3: Tensor
 
     def part(self, slots: slice) -> "Canvas":
         return Canvas(self.frames_BTSS3[slots], self.stills_B1SS3[slots])
 
     def sample(self, slot: int) -> list[Pixels]:
-        """The sample's pictures: T frames and the still one."""
-        return [*self.frames_BTSS3[slot], self.stills_B1SS3[slot, 0]]
+        """The sample's pictures [S, S, 3]: T frames and the still one."""
+        return [*self.frames_BTSS3[slot].numpy(), self.stills_B1SS3[slot, 0].numpy()]
 
     def clear(self, slot: int) -> None:
         self.frames_BTSS3[slot] = 0
         self.stills_B1SS3[slot] = 0
+
+    def copy(self, source: "Canvas") -> None:
+        for pixels, others in zip(self, source, strict=True):
+            pixels.copy_(others)
 
 
 @dataclass
@@ -72,24 +77,18 @@ class Part:
     decode_s: float  # wall time from bytes to pixels
 
     def batch(self) -> Batch:
-        """Views of the arrays. Pixels lie channels last in memory, which is how they come and what GPUs like."""
+        """Views. Pixels stay channels last in memory, which is how they come and what GPUs like."""
         assert self.canvas is not None
-        pixels = [torch.from_numpy(array).permute(0, 1, 4, 2, 3) for array in self.canvas]
         return Batch(
             rows_B=torch.from_numpy(self.rows_B),
-            video_BT3SS=pixels[0],
-            frame_B13SS=pixels[1],
+            video_BT3SS=self.canvas.frames_BTSS3.permute(0, 1, 4, 2, 3),
+            frame_B13SS=self.canvas.stills_B1SS3.permute(0, 1, 4, 2, 3),
             subtitle_BL=torch.from_numpy(self.subtitle_BL),
             caption_BL=torch.from_numpy(self.caption_BL),
             video_mask_B=torch.from_numpy(self.video_mask_B),
             subtitle_mask_B=torch.from_numpy(self.subtitle_mask_B),
             caption_mask_B=torch.from_numpy(self.caption_mask_B),
         )
-
-
-def copy(source: Canvas, target: Canvas) -> None:
-    for pixels, place in zip(source, target, strict=True):
-        place[:] = pixels
 
 
 def join(parts: list[Part], canvas: Canvas) -> Part:
@@ -145,14 +144,14 @@ class SampleReader:
         """Of a sample's pixels."""
         return (self.data.num_frames + 1) * self.image_size * self.image_size * 3
 
-    def canvas(self, num_samples: int, buffer: Any = None) -> Canvas:
-        """Uninitialised, on a writable buffer of `num_samples * sample_bytes` where one is given."""
+    def canvas(self, num_samples: int, buffer: Tensor | None = None) -> Canvas:
+        """Uninitialised, on a flat buffer of at least `num_samples * sample_bytes` bytes where one is given."""
         if buffer is None:
-            buffer = np.empty(num_samples * self.sample_bytes, np.uint8)
+            buffer = torch.empty(num_samples * self.sample_bytes, dtype=torch.uint8)
         size, num_frames = self.image_size, self.data.num_frames
-        pixels = np.frombuffer(buffer, np.uint8, num_samples * self.sample_bytes).reshape(-1, size, size, 3)
-        frames, stills = np.split(pixels, [num_samples * num_frames])
-        return Canvas(frames.reshape(num_samples, num_frames, size, size, 3), stills[:, None])
+        pixels = buffer[: num_samples * self.sample_bytes].view(-1, size, size, 3)
+        frames, stills = pixels.tensor_split([num_samples * num_frames])
+        return Canvas(frames.view(num_samples, num_frames, size, size, 3), stills.unsqueeze(1))
 
     def read(
         self,
