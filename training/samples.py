@@ -40,7 +40,7 @@ class Failure(NamedTuple):
 
 
 class Canvas(NamedTuple):
-    """Where pixels are written, uint8 in channels-last order: two dense arrays, each of which a GPU takes in one copy."""
+    """Where pixels are written, uint8, channels last: two dense arrays, each of which a GPU takes in one copy."""
 
     frames_BTSS3: Tensor
     stills_B1SS3: Tensor
