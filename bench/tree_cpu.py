@@ -1,4 +1,4 @@
-"""CPU seconds of a command and of everything it started, orphans included, by looking at all of them ten times a second.
+"""CPU seconds of a command and of all that it started, orphans included, by looking at them ten times a second.
 
 The kernel's own sum (RUSAGE_CHILDREN) leaves out processes whose parent ignores SIGCHLD, as Ray's raylet does with its
 workers. Here each process counts with the CPU time it was last seen with. The measuring process becomes the reaper of

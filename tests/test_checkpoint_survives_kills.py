@@ -17,6 +17,7 @@ from pipeline.config import digest
 from pipeline.errors import UserError
 from training import run_checkpoints
 from training.checkpoint import load_clip_vip, load_model
+from training.models import writer
 from training.run_checkpoints import Checkpoint, Checkpoints
 
 torch.set_num_threads(1)
@@ -35,7 +36,7 @@ def optimiser_of(step: int) -> dict[str, dict[str, Any]]:
 def save(checkpoints: Checkpoints, step: int, **options: Any) -> Path:
     return checkpoints.save(
         step,
-        tiny_config(),
+        writer(tiny_model()),
         tensors_of(step),
         state={"plan": {"num_steps_done": step}},
         optimiser=optimiser_of(step),
@@ -47,8 +48,8 @@ def save(checkpoints: Checkpoints, step: int, **options: Any) -> Path:
 
 def assert_is_of_step(checkpoint: Checkpoint, step: int) -> None:
     assert checkpoint.step == step and checkpoint.state == {"plan": {"num_steps_done": step}}
-    for model, expected in ((checkpoint.model(), tensors_of(step)), (checkpoint.ema(), tensors_of(step + 1))):
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    for path, expected in ((checkpoint.weights, tensors_of(step)), (checkpoint.averaged, tensors_of(step + 1))):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in load_clip_vip(path).state_dict().items())
     values = checkpoint.optimiser["vision.class_embedding"]
     assert values["step"] == step and torch.equal(values["exp_avg"], torch.full([32], float(step)))
     assert checkpoint.random["cpu"].tolist() == [step]
@@ -75,9 +76,9 @@ def test_weights_of_a_checkpoint_open_as_a_model(tmp_path: Path) -> None:
 def test_log_scale_is_clamped_in_checkpoints(tmp_path: Path) -> None:
     high = tensors_of(1) | {"logit_scale": torch.tensor(9.0)}
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, tiny_config(), high, state={}, optimiser={}, random={}, ema=high)
-    for model in (checkpoints.load(1).model(), checkpoints.load(1).ema()):
-        assert model.logit_scale.exp().item() == pytest.approx(200)
+    checkpoints.save(1, writer(tiny_model()), high, state={}, optimiser={}, random={}, ema=high)
+    for path in (checkpoints.load(1).weights, checkpoints.load(1).averaged):
+        assert load_clip_vip(path).logit_scale.exp().item() == pytest.approx(200)
 
 
 def test_attached_files_are_part_of_the_checkpoint(tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ class Mischief:
 def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "run")
     evil = {"a": {"exp_avg": Mischief(tmp_path / "ran")}}
-    checkpoints.save(1, tiny_config(), tensors_of(1), state={}, optimiser=evil, random={})
+    checkpoints.save(1, writer(tiny_model()), tensors_of(1), state={}, optimiser=evil, random={})
     with pytest.raises(UserError, match="cannot be read"):
         checkpoints.load(1)
     assert not (tmp_path / "ran").exists()

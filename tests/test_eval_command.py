@@ -14,6 +14,7 @@ from pipeline.cli import app
 from pipeline.errors import UserError
 from training.checkpoint import save
 from training.eval_command import run_eval
+from training.models import writer
 from training.retrieval import evaluate
 from training.run_folder import RunFolder, RunRecord
 from training.selection import freeze
@@ -47,7 +48,7 @@ def run(corpus: Path, tmp_path_factory) -> RunFolder:
     for step, seed in ((3, 1), (7, 2)):
         model, averaged = small_model(seed), small_model(seed + 1)
         folder.checkpoints.save(
-            step, model.config, model.state_dict(), state={}, optimiser={}, random={}, ema=averaged.state_dict()
+            step, writer(model), model.state_dict(), state={}, optimiser={}, random={}, ema=averaged.state_dict()
         )
     return folder
 

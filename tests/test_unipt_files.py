@@ -52,7 +52,7 @@ def test_a_released_file_brings_its_own_clip(tmp_path: Path, suffix: str) -> Non
     model = UniPtClip(plain, UniPtSettings(reduction=4), seed=7)
     released = to_released({f"clip.{name}": t.clone() for name, t in plain.state_dict().items()}, "meanP", "2d")
     path = tmp_path / f"pytorch_model{suffix}"
-    tensors = released | {name: tensor.clone() for name, tensor in side_tensors(model).items()}
+    tensors = released | {name: tensor.clone() for name, tensor in side_tensors(model.state_dict()).items()}
     save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
     loaded = load_unipt(path)
     assert loaded.settings == UniPtSettings(reduction=4)
@@ -76,7 +76,7 @@ def test_side_networks_of_another_backbone_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_foreign_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
-    tensors = {name: t.clone() for name, t in side_tensors(UniPtClip(tiny_model())).items()}
+    tensors = {name: t.clone() for name, t in side_tensors(UniPtClip(tiny_model()).state_dict()).items()}
     path = tmp_path / "side.safetensors"
     cases = {
         r"lacks 1 tensors, text_adapter.gate_layer.bias": lambda t: t.pop("text_adapter.gate_layer.bias"),

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from pipeline.errors import UserError
 from training.batch import Batch
 from training.distributed import Process
 from training.frames import normalise
@@ -66,6 +67,8 @@ class Wrapped:
         self.model = model.to(process.device)
         encoder: nn.Module = Encoder(self.model, sources_of(settings.loss))
         self.is_sharded = process.group is not None and settings.parallel == "fsdp"
+        if self.is_sharded and not isinstance(model, ClipVip):
+            raise UserError("train.parallel = 'fsdp' is for model.method = 'clip_vip'; allowed here: ddp.")
         if self.is_sharded:
             _shard(encoder, self.model)
         self.module = encoder

@@ -125,9 +125,10 @@ def _of_run(folder: RunFolder, ema: bool, assignments: list[str]) -> Subject:
     if step is None:
         raise UserError(f"{folder.root} has no checkpoint yet: nothing to evaluate.")
     checkpoint = folder.checkpoints.load(step)
-    model = checkpoint.ema() if ema else checkpoint.model()
-    if model is None:
+    weights = checkpoint.averaged if ema else checkpoint.weights
+    if weights is None:
         raise UserError(f"--ema: {checkpoint.path} holds no averaged weights; the run's train.ema was not set.")
+    model = models.read(weights, settings.model, settings.data.seed)
     name = f"{folder.root} at step {step}" + (", averaged weights" if ema else "")
     return Subject(name, model, settings, record.corpus, folder.root / SELECTION_FILE)
 

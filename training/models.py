@@ -1,39 +1,71 @@
 """The model of a run's settings, and what its texts become."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import UserError
-from training.checkpoint import from_open_clip_model, load_model, model_config, with_shape
-from training.clip4clip import load_clip4clip
+from training.checkpoint import (
+    from_open_clip_model,
+    load_clip_vip,
+    load_model,
+    model_config,
+    save,
+    with_shape,
+    write_model,
+)
+from training.clip4clip import file_contents, load_clip4clip
 from training.clip4clip_model import Clip4Clip
 from training.configs import config_from_open_clip
+from training.full_state import State
 from training.model import ClipVip, ModelConfig
 from training.settings import ModelSettings
 from training.texts import TextEncoder
-from training.unipt import UniPtClip
+from training.unipt import UniPtClip, side_tensors
+from training.unipt_files import load_unipt, unipt_header
+
+Model = ClipVip | Clip4Clip | UniPtClip
 
 _PLAIN = {"num_added": 0, "num_times": 0, "pooling": "mean"}  # a CLIP that nothing was added to
 
 
-def load(settings: ModelSettings, seed: int = 0) -> ClipVip | Clip4Clip | UniPtClip:
+def load(settings: ModelSettings, seed: int = 0) -> Model:
     """float32 on the CPU. `seed` draws what the method adds and a plain CLIP lacks. Raises UserError."""
-    shape = settings.model_dump(include={"num_added", "num_times", "pooling"}, exclude_none=True)
-    _refuse_settings_of_others(settings, shape)
+    _refuse_settings_of_others(settings, _shape(settings))
     if settings.method == "clip4clip":
         return _clip4clip(settings, seed)
-    demo = settings.init == "demo"
-    model = _demo_model(seed, shape) if demo else load_model(settings.init, seed=seed, **shape)
+    model = _clip_vip(settings, seed)
     return _unipt(model, settings, seed) if settings.method == "unipt" else model
+
+
+def read(weights: Path, settings: ModelSettings, seed: int = 0) -> Model:
+    """The model of a checkpoint's weights, as its run's settings say what they are of. Raises UserError."""
+    if settings.method == "clip4clip":
+        frozen = settings.clip4clip.frozen_layers
+        return load_clip4clip(weights, head=None, frozen_layers=frozen, seed=seed)
+    if settings.method == "unipt":
+        return load_unipt(weights, _clip_vip(settings, seed))
+    return load_clip_vip(weights)
+
+
+def writer(model: Model) -> Callable[[State, Path], Any]:
+    """A function that writes such a model's state, whole and on the CPU, to a folder or a .safetensors file."""
+    if isinstance(model, UniPtClip):
+        header = unipt_header(model)
+        return lambda tensors, path: write_model(side_tensors(tensors), header, path)
+    if isinstance(model, Clip4Clip):
+        return lambda tensors, path: write_model(*file_contents(tensors, model.config, model.settings), path)
+    return lambda tensors, path: save(_with_tensors(model.config, tensors), path)
 
 
 def config_of(settings: ModelSettings) -> ModelConfig:
     """The configuration of `load(settings)`, weights unread: that of the CLIP inside. Raises UserError."""
-    shape = settings.model_dump(include={"num_added", "num_times", "pooling"}, exclude_none=True)
+    shape = _shape(settings)
     _refuse_settings_of_others(settings, shape)
     if settings.method == "clip4clip":
         if Path(settings.init).exists():  # only the tensors themselves tell what such a file holds
@@ -62,6 +94,23 @@ def _refuse_settings_of_others(settings: ModelSettings, shape: dict) -> None:
     for name in ("clip4clip", "unipt"):
         if settings.method != name and getattr(settings, name) != ModelSettings.model_fields[name].default:
             raise UserError(f"model.{name} is for model.method = {name!r}; here it is {settings.method!r}")
+
+
+def _shape(settings: ModelSettings) -> dict[str, Any]:
+    return settings.model_dump(include={"num_added", "num_times", "pooling"}, exclude_none=True)
+
+
+def _clip_vip(settings: ModelSettings, seed: int) -> ClipVip:
+    shape = _shape(settings)
+    return _demo_model(seed, shape) if settings.init == "demo" else load_model(settings.init, seed=seed, **shape)
+
+
+def _with_tensors(config: ModelConfig, tensors: State) -> ClipVip:
+    """The tensors as a model; nothing is copied or initialised."""
+    with torch.device("meta"):
+        model = ClipVip(config)
+    model.load_state_dict(tensors, assign=True)
+    return model
 
 
 def _clip4clip(settings: ModelSettings, seed: int) -> Clip4Clip:

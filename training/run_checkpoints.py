@@ -25,10 +25,9 @@ import torch
 
 from pipeline.config import digest
 from pipeline.errors import UserError
-from training.checkpoint import load_clip_vip
-from training.checkpoint import save as save_weights
 from training.full_state import OptimiserState, State
-from training.model import ClipVip, ModelConfig
+
+WriteWeights = Callable[[State, Path], Any]
 
 FORMAT = 1  # of the folder; newer ones are refused
 
@@ -43,13 +42,15 @@ class Checkpoint:
     optimiser: OptimiserState
     random: State
 
-    def model(self) -> ClipVip:
-        """On the CPU."""
-        return load_clip_vip(self.path / "model.safetensors")
+    @property
+    def weights(self) -> Path:
+        return self.path / "model.safetensors"
 
-    def ema(self) -> ClipVip | None:
-        weights = self.path / "ema.safetensors"
-        return load_clip_vip(weights) if weights.exists() else None
+    @property
+    def averaged(self) -> Path | None:
+        """The averaged weights, where the run keeps them."""
+        path = self.path / "ema.safetensors"
+        return path if path.exists() else None
 
 
 def warn(line: str) -> None:
@@ -78,7 +79,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        config: ModelConfig,
+        write: WriteWeights,
         tensors: State,
         *,
         state: Mapping[str, Any],
@@ -91,6 +92,7 @@ class Checkpoints:
     ) -> Path:
         """Writes a checkpoint, then removes all but the latest `keep` and those of the steps in `also_keep`.
 
+        write                    writes weights to a folder or a .safetensors file (`training.models.writer`)
         tensors, optimiser, ema  as `full_state` and `Ema.full_state` give them on the first process
         state                    JSON data: the plan's position, settings, the selection's hash
         attach                   further files by name, each written by its function before the checkpoint is sealed
@@ -101,7 +103,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f".tmp-{step:08d}-{os.getpid()}"
             try:
-                _write_weights(temporary, config, tensors, ema)
+                _write_weights(temporary, write, tensors, ema)
                 torch.save({"optimiser": optimiser, "random": random}, temporary / "training.pt")
                 for name, write in (attach or {}).items():
                     write(temporary / name)
@@ -186,20 +188,12 @@ class Checkpoints:
         return Checkpoint(sealed["step"], path, sealed["state"], training["optimiser"], training["random"])
 
 
-def _write_weights(folder: Path, config: ModelConfig, tensors: State, ema: State | None) -> None:
+def _write_weights(folder: Path, write: WriteWeights, tensors: State, ema: State | None) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    save_weights(_model(config, tensors), folder)
+    write(tensors, folder)
     if ema is not None:
-        save_weights(_model(config, ema), folder / "ema.safetensors")
-
-
-def _model(config: ModelConfig, tensors: State) -> ClipVip:
-    """The tensors as a model; nothing is copied or initialised."""
-    with torch.device("meta"):
-        model = ClipVip(config)
-    model.load_state_dict(tensors, assign=True)
-    return model
+        write(ema, folder / "ema.safetensors")
 
 
 def _seal(folder: Path, state: dict[str, Any]) -> None:

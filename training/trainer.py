@@ -31,7 +31,7 @@ from training.full_state import OptimiserState, State, full_state, random_state,
 from training.learner import Learner, Values
 from training.loader import Loader, default_processes
 from training.meter import Meter
-from training.model import ClipVip, sample_flops
+from training.model import sample_flops
 from training.peaks import peak_flops
 from training.plan import PlanSpec, locate, num_steps_done, rank_slots, state_dict
 from training.prepare import Prepared, Request, prepare, requested_settings
@@ -98,17 +98,18 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> Learner:
         """Raises UserError where the checkpoint's plan is of another version."""
-        learner = self._learner(checkpoint.model())
+        settings, seed = self.settings.model, self.settings.data.seed
+        learner = self._learner(models.read(checkpoint.weights, settings, seed))
         restore_optimiser(learner.model, learner.optimiser, checkpoint.optimiser)
         learner.step = num_steps_done(self.spec, checkpoint.state["plan"])
-        if learner.ema and (averaged := checkpoint.ema()) is not None:
-            learner.ema.restore(averaged.state_dict())
+        if learner.ema and checkpoint.averaged:
+            learner.ema.restore(dict(models.read(checkpoint.averaged, settings, seed).named_parameters()))
         if learner.feedback and learner.feedback.is_first and (checkpoint.path / FEEDBACK_FILE).exists():
             learner.feedback.load(checkpoint.path / FEEDBACK_FILE)
         set_random_state(checkpoint.random)
         return learner
 
-    def _learner(self, model: ClipVip) -> Learner:
+    def _learner(self, model: models.Model) -> Learner:
         train = self.settings.train
         process, num_clips = self.process, self.prepared.selection.num_clips
         feedback = Feedback(num_clips, process.group, process.control) if train.feedback else None
@@ -178,7 +179,7 @@ class Trainer:
         feedback = self.learner.feedback
         self.folder.checkpoints.save(
             self.step,
-            self.learner.model.config,
+            models.writer(self.learner.model),
             tensors,
             state={"plan": state_dict(self.spec, self.step), "settings": self.settings.model_dump(mode="json")},
             optimiser=optimiser,

@@ -7,7 +7,7 @@ Each layer's tokens enter only through sums over tokens, so their map to the inn
 and to the sums afterwards, never to the tokens: same numbers, no [N, S, I] tensor and S times fewer products.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -258,6 +258,6 @@ def _adapter(config: ModelConfig, tower: str, settings: UniPtSettings) -> Adapte
     return Adapter([sizes.width] * num_read, config.embed_dim, settings.reduction)
 
 
-def side_tensors(model: UniPtClip) -> dict[str, Tensor]:
-    """What training changes, by its published names."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(PREFIXES)}
+def side_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What training changes of a model's state, by its published names."""
+    return {name: tensor for name, tensor in state.items() if name.startswith(PREFIXES)}

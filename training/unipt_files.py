@@ -28,9 +28,14 @@ def save_unipt(model: UniPtClip, path: str | Path) -> Path:
 
     Returns the weights' path.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in side_tensors(model).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in side_tensors(model.state_dict()).items()}
+    return write_model(tensors, unipt_header(model), path)
+
+
+def unipt_header(model: UniPtClip) -> dict[str, Any]:
+    """What a file of ours says besides its tensors."""
     header = {"model_type": "unipt", "unipt": model.settings.model_dump(mode="json")}
-    return write_model(tensors, header | {"backbone": backbone_digest(model.backbone)}, path)
+    return header | {"backbone": backbone_digest(model.backbone)}
 
 
 def load_unipt(weights: str | Path, backbone: ClipVip | None = None) -> UniPtClip:
@@ -60,7 +65,7 @@ def load_unipt(weights: str | Path, backbone: ClipVip | None = None) -> UniPtCli
 
 def fill(model: UniPtClip, tensors: Mapping[str, Tensor], source: str) -> None:
     """Fills both side networks. Raises UserError unless the names and shapes are exactly theirs."""
-    ours = side_tensors(model)
+    ours = side_tensors(model.state_dict())
     for problem, names in {"lacks": ours.keys() - tensors.keys(), "has besides": tensors.keys() - ours.keys()}.items():
         if names:
             raise UserError(f"{source} {problem} {len(names)} tensors, {sorted(names)[0]} the first of them")
