@@ -166,6 +166,9 @@ def train(
     ] = None,
     run: RunOption = Path("run"),
     recipe: RunRecipeOption = None,
+    init: Annotated[
+        str | None, typer.Option(help="Start from a run, a file or folder, open_clip:NAME/TAG.", show_default=False)
+    ] = None,
     select: Annotated[str | None, typer.Option(help="Train on the clips of this SELECT.", metavar="SQL")] = None,
     where: Annotated[
         str | None, typer.Option(help="Train on the clips of this condition on `catalog`.", metavar="SQL")
@@ -183,6 +186,7 @@ def train(
         corpus,
         run,
         recipe=recipe,
+        init=init,
         select=select,
         where=where,
         workers=workers,
@@ -191,6 +195,9 @@ def train(
         tables=[(name, str(path)) for name, path in named_tables(table or []).items()],
         command=_command(),
     )
+
+
+app.command("finetune", help="Fine-tune a model for retrieval: `train` with a recipe such as msrvtt_b32.")(train)
 
 
 @app.command()

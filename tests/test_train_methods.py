@@ -3,10 +3,14 @@
 import json
 
 import pytest
+from shard_support import change_manifest
 from training_support import SMALL, losses, small_corpus
 
 from training.eval_command import run_eval
+from training.frames import drawn_text
 from training.prepare import Request
+from training.run_folder import RunFolder
+from training.train_command import run_train
 from training.trainer import train
 
 METHODS = {
@@ -36,3 +40,30 @@ def test_a_method_trains_resumes_and_is_searched(corpus, tmp_path, method):
     for averaged in (False, True):
         metrics = run_eval(run=run, corpus=corpus, where="true", ema=averaged, format="json")
         assert metrics["num_videos"] == 120 and json.dumps(metrics)
+
+
+@pytest.mark.slow
+def test_fine_tuning_draws_one_of_a_clips_texts_at_every_visit_and_is_searched_by_all(corpus, tmp_path):
+    """A corpus with reference texts, as a benchmark's: one run post-pretrained, another fine-tuned from it."""
+    change_manifest(
+        corpus,
+        """
+        DELETE FROM texts;
+        INSERT INTO texts BY NAME SELECT clip_id, video_id, n, 'text ' || n || ' of a red circle' AS text
+        FROM samples, range(4) r(n)
+        """,
+    )
+    settings = [*SMALL, "train.max_steps=2", "data.loader_processes=0"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_train(str(corpus), first, recipe="demo", assignments=settings)
+    fine = [*settings, "data.subtitle=texts", "eval.text=texts", "train.loss=vs"]
+    run_train(str(corpus), second, recipe="demo", init=str(first), assignments=fine)
+    assert RunFolder(second).load().settings["model"]["init"].endswith("step-00000002")
+    metrics = run_eval(run=second, corpus=corpus, where="true", format="json")
+    assert metrics["num_texts"] == 4 * metrics["num_videos"] and metrics["v2t"]["num_queries"] == metrics["num_videos"]
+
+
+def test_over_the_epochs_every_text_of_a_clip_is_drawn():
+    draws = [drawn_text(4, seed=0, epoch=epoch, clip_id="a.0") for epoch in range(40)]
+    assert set(draws) == {0, 1, 2, 3}
+    assert draws == [drawn_text(4, seed=0, epoch=epoch, clip_id="a.0") for epoch in range(40)]

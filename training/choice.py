@@ -64,10 +64,16 @@ def open_samples(corpus: str | Path, tables: Tables | None = None) -> Iterator[S
 
 
 def _prepared(samples: Samples) -> Samples:
-    """Adds `_groups` by row of `samples`, and `_copies`: videos with the bytes of an earlier one."""
+    """Adds `_groups` and `_texts` by row of `samples`, and `_copies`: videos with the bytes of an earlier one."""
     samples.connection.execute("""
         CREATE TEMP TABLE _groups AS SELECT s.rowid AS row, g.duplicate_group
         FROM scores g JOIN samples s USING (clip_id) WHERE g.duplicate_group IS NOT NULL ORDER BY row
+    """)
+    known = samples.row("SELECT count(*) FROM information_schema.tables WHERE table_name = 'texts'")[0]
+    texts = "texts" if known else "(SELECT '' AS clip_id, '' AS text, 0 AS n LIMIT 0)"  # an older manifest has none
+    samples.connection.execute(f"""
+        CREATE TEMP TABLE _texts AS SELECT s.rowid AS row, list(t.text ORDER BY t.n) AS texts
+        FROM {texts} t JOIN samples s USING (clip_id) GROUP BY ALL ORDER BY row
     """)
     samples.connection.execute("""
         CREATE TEMP TABLE _copies AS SELECT video_id, duplicate_of FROM videos WHERE duplicate_of IS NOT NULL

@@ -60,6 +60,11 @@ def middle_index(num_frames: int) -> int:
     return num_frames // 2
 
 
+def drawn_text(num_texts: int, *, seed: int, epoch: int, clip_id: str) -> int:
+    """Which of a clip's reference texts a visit takes: one at random, as in the published fine-tuning."""
+    return _draws(seed, epoch, f"text of {clip_id}")[0] % num_texts
+
+
 def _draws(seed: int, epoch: int, clip_id: str) -> tuple[int, int]:
     """Two independent 64-bit integers; a hash rather than a generator, whose stream could change between versions."""
     digest = hashlib.blake2b(f"{seed}:{epoch}:{clip_id}".encode(), digest_size=16).digest()

@@ -70,7 +70,8 @@ class Loader:
     ):
         self.reader, self.on_failures = reader, on_failures
         self.num_processes = default_processes() if num_processes is None else num_processes
-        self.prefetch_samples, self.max_failures, self.pin_memory = prefetch_samples, max_failures, pin_memory
+        self.prefetch_samples, self.max_failures = prefetch_samples, max_failures
+        self._buffers = _Buffers(pin_memory)
         self.times = LoaderTimes()
         self.num_read = self.num_failed = 0
         self.reasons: Counter[str] = Counter()
@@ -116,9 +117,8 @@ class Loader:
     # --- In this process
 
     def _alone(self, requests: Iterable[Request]) -> Iterator[Part]:
-        buffers = _Buffers(self.pin_memory)
         for request in requests:
-            maker = _BatchMaker(len(request.rows), self.reader, buffers)
+            maker = _BatchMaker(len(request.rows), self.reader, self._buffers)
             for piece in _pieces(request, PART_SAMPLES):
                 maker.add(self.reader.read(piece.rows, piece.epoch, canvas=maker.room(len(piece.rows))))
             yield maker.joined()
@@ -174,9 +174,9 @@ class Loader:
                     sizes.put(len(request.rows))
                     yield from _pieces(request, part_size)
 
-            maker, buffers = None, _Buffers(self.pin_memory)
+            maker: _BatchMaker | None = None
             for part in pool.parts(pieces()):
-                maker = maker or _BatchMaker(sizes.get(), self.reader, buffers)
+                maker = maker or _BatchMaker(sizes.get(), self.reader, self._buffers)
                 maker.room(len(part.rows_B)).copy(part.canvas)
                 maker.add(part)
                 if maker.complete:

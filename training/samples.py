@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.errors import ItemError
 from training.batch import Batch
 from training.clip_video import Picture, Pixels, decode_clip, decode_still
-from training.frames import eval_indices, middle_index, train_indices
+from training.frames import drawn_text, eval_indices, middle_index, train_indices
 from training.plan import PAD
 from training.selection import Selection
 from training.settings import DataSettings
@@ -193,8 +193,8 @@ class SampleReader:
         failures = [Failure(named[slot]["clip_id"], int(rows[slot]), error) for slot, error in errors.items()]
         readable_B = np.isin(np.arange(len(rows)), slots) & ~np.isin(np.arange(len(rows)), list(errors))
         clips_B = [named.get(slot) for slot in range(len(rows))]
-        subtitle_BL, subtitle_mask_B = self._ids(clips_B, self.data.subtitle, readable_B)
-        caption_BL, caption_mask_B = self._ids(clips_B, "caption", readable_B)
+        subtitle_BL, subtitle_mask_B = self._ids(clips_B, self.data.subtitle, readable_B, epoch)
+        caption_BL, caption_mask_B = self._ids(clips_B, "caption", readable_B, epoch)
         rows_B = np.where(rows == PAD, HOLE, rows)
         texts = (subtitle_BL, caption_BL, readable_B, subtitle_mask_B, caption_mask_B)
         return Part(canvas, rows_B, *texts, failures, read_s, decode_s)
@@ -238,13 +238,20 @@ class SampleReader:
         return eval_indices(total, data.num_frames)
 
     def _ids(
-        self, clips_B: list[dict[str, Any] | None], column: str, readable_B: NDArray[np.bool_]
+        self, clips_B: list[dict[str, Any] | None], column: str, readable_B: NDArray[np.bool_], epoch: int
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """(ids [B, L] cut to the longest, mask [B]). No text is the empty text, masked."""
-        texts = [(clip and clip[column] or "").strip() for clip in clips_B]
+        texts = [self._text(clip, column, epoch).strip() if clip else "" for clip in clips_B]
         mask_B = np.array([bool(text) for text in texts]) & readable_B
         ids_BL = self.texts([text if there else "" for text, there in zip(texts, mask_B.tolist(), strict=True)]).numpy()
         return ids_BL[:, : num_tokens(ids_BL)], mask_B
+
+    def _text(self, clip: dict[str, Any], column: str, epoch: int) -> str:
+        text = clip[column] or ""
+        if isinstance(text, str):
+            return text
+        draw = drawn_text(len(text), seed=self.data.seed, epoch=epoch, clip_id=clip["clip_id"])
+        return text[draw if self.train else 0]
 
     # --- How much of a shard the run wants
 

@@ -36,6 +36,7 @@ SELECTION = pa.schema(
         ("num_frames", pa.int32()),  # null where nobody counted
         ("subtitle", pa.string()),  # null or "": none
         ("caption", pa.string()),
+        ("texts", pa.list_(pa.string())),  # reference texts of a benchmark; null: none
         ("duplicate_group", pa.string()),  # null: no near-duplicates
     ]
 )
@@ -127,9 +128,9 @@ def _lines(column: pa.ChunkedArray) -> str:
 
 def selected_rows(samples: Samples, choice: Choice) -> Iterator[pa.RecordBatch]:
     """The file's record batches, one after the other."""
-    columns = ", ".join(name for name in SELECTION.names if name not in ("shard", "duplicate_group"))
+    columns = ", ".join(name for name in SELECTION.names if name not in ("shard", "texts", "duplicate_group"))
     prefix = samples.shard_prefix.replace("'", "''")
-    for table in rows_in_order(samples, choice, f"{columns}, '{prefix}' || shard AS shard, duplicate_group"):
+    for table in rows_in_order(samples, choice, f"{columns}, '{prefix}' || shard AS shard, t.texts, duplicate_group"):
         yield from table.select(SELECTION.names).cast(SELECTION).to_batches(max_chunksize=_BATCH_ROWS)
 
 
@@ -142,6 +143,7 @@ def rows_in_order(samples: Samples, choice: Choice, columns: str) -> Iterator[pa
             f"""
             SELECT s.rowid AS row, {columns} FROM samples s
             LEFT JOIN (SELECT * FROM _groups WHERE row BETWEEN {low} AND {high}) g ON g.row = s.rowid
+            LEFT JOIN (SELECT * FROM _texts WHERE row BETWEEN {low} AND {high}) t ON t.row = s.rowid
             WHERE s.shard BETWEEN ? AND ? AND s.rowid BETWEEN {low} AND {high} ORDER BY s.shard, s.mp4_offset
             """,
             [first, last],

@@ -17,7 +17,7 @@ Variant = Literal["vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc", "joint"]
 Decay = Literal["cosine", "linear", "invsqrt", "constant", "clip4clip"]
 Update = Literal["adamw", "clip_vip", "clip4clip"]
 Group = Literal["video", "duplicate"]
-TextColumn = Literal["subtitle", "caption"]
+TextColumn = Literal["subtitle", "caption", "texts"]
 
 
 class ModelSettings(Settings):
@@ -56,7 +56,9 @@ class DataSettings(Settings):
     fit: Literal["squash", "crop"] = "squash"  # to a square: as published, or keeping the aspect and cutting the middle
     antialias: bool = True  # of the bicubic resize
     max_text_tokens: int = Field(70, ge=3)  # both ends included; longer texts are cut
-    subtitle: TextColumn = "subtitle"  # which text column is S in the losses
+    # Which text is S in the losses: what is said, the caption, or one of a benchmark's reference texts, drawn at every
+    # visit.
+    subtitle: TextColumn = "subtitle"
 
     max_failures: float = operational(0.01, ge=0, le=1)  # share of unreadable samples above which the run stops
     loader_processes: int | None = operational(None, ge=0)  # per training process; None: one per core, shared fairly
@@ -106,7 +108,7 @@ class EvalSettings(Settings):
 
     where: str = ""  # as `data.where`; empty: no evaluation during training
     every: int | None = operational(None, ge=1)  # steps; None: only before the first and after the last
-    text: TextColumn = "subtitle"  # what a clip is searched by
+    text: TextColumn = "subtitle"  # what a clip is searched by; of "texts" by each
     overlap: Literal["error", "exclude", "allow"] = "error"  # training clips of its videos or their near-duplicates
     batch_size: int = operational(32, ge=1)
 

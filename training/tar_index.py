@@ -69,9 +69,12 @@ def open_tars(pattern: str, tables: Mapping[str, str | Path] | None = None) -> I
         connection.register("indexed", index.samples)
         connection.execute("""
             CREATE TABLE samples AS
-            SELECT * EXCLUDE (duplicate_group), NULL::VARCHAR AS mp4_sha256, NULL::VARCHAR AS jpg_sha256 FROM indexed;
+            SELECT * EXCLUDE (duplicate_group, texts), NULL::VARCHAR AS mp4_sha256, NULL::VARCHAR AS jpg_sha256
+            FROM indexed;
             CREATE TABLE scores AS
             SELECT clip_id, duplicate_group FROM indexed WHERE duplicate_group IS NOT NULL;
+            CREATE TABLE texts AS
+            SELECT clip_id, unnest(texts) AS text, generate_subscripts(texts, 1) - 1 AS n FROM indexed;
             CREATE TABLE videos AS SELECT DISTINCT video_id, NULL::VARCHAR AS duplicate_of FROM indexed;
             CREATE VIEW catalog AS
             SELECT clip_id, video_id, shard, mp4_bytes AS num_bytes, num_frames, subtitle AS text, caption,
@@ -307,6 +310,7 @@ def _row(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any] 
         "num_frames": _count(facts.get("num_frames")),
         "subtitle": sample.texts.get("txt", _text(facts.get("subtitle")) or _text(facts.get("text"))),
         "caption": _text(facts.get("caption")) or _text(first_caption),
+        "texts": _texts(facts.get("texts")),
         "duplicate_group": _text(facts.get("duplicate_group")),
     }
 
@@ -323,6 +327,11 @@ def _facts(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any
         return facts
     problems.append(Problem(f"{path}/{sample.key}.json", "bad-json", f"{type(facts).__name__}, not an object"))
     return {}
+
+
+def _texts(value: Any) -> list[str] | None:
+    texts = [_text(text) for text in value] if isinstance(value, list) else []
+    return [text for text in texts if text] or None
 
 
 def _text(value: Any) -> str | None:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from pipeline.errors import UserError
 from training.prepare import Request
+from training.run_folder import RunFolder
 from training.trainer import Report, train
 
 
@@ -16,6 +17,7 @@ def run_train(
     run: str | Path,
     *,
     recipe: str | None = None,
+    init: str | None = None,
     select: str | None = None,
     where: str | None = None,
     workers: int = 1,
@@ -27,6 +29,7 @@ def run_train(
     """Begins a run, or goes on with it. Raises UserError.
 
     corpus         a corpus folder or a pattern of plain tars; None: the run's
+    init           what to start from: a run, whose latest checkpoint is taken, or what `model.init` may be
     select, where  a SELECT with clip_id, or a condition on `catalog`: `data.where`
     workers        training processes under Ray Train; 1: this process (which may be one of torchrun's)
     """
@@ -35,6 +38,7 @@ def run_train(
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1 process has to train.")
     chosen = [f"data.where={_yaml(select or where)}"] if select or where else []
+    chosen += [f"model.init={_yaml(_start(init))}"] if init else []
     request = Request(
         run=str(Path(run).absolute()),
         corpus=None if corpus is None else str(Path(corpus).absolute()) if Path(corpus).is_dir() else corpus,
@@ -54,6 +58,17 @@ def run_train(
     if int(os.environ.get("RANK", 0)) == 0:
         _show(report)
     return report
+
+
+def _start(init: str) -> str:
+    """Raises UserError for a run without a checkpoint."""
+    folder = RunFolder(init)
+    if not folder.exists:
+        return init
+    step = folder.checkpoints.find_latest()
+    if step is None:
+        raise UserError(f"--init {init}: the run has no checkpoint yet.")
+    return str(folder.checkpoints.path(step))
 
 
 def _yaml(text: str) -> str:
