@@ -25,10 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import UserError
 from training.batch import Batch
 from training.epochs import Epochs
-from training.loader_pool import Pool, Request, warm_up
+from training.loader_pool import LoaderError, Pool, Request, warm_up
 from training.plan import locate
 from training.samples import HOLE, Canvas, Failure, Part, SampleReader, join
 
@@ -198,7 +197,7 @@ class Loader:
         if self.num_read >= _JUDGED_AFTER and self.num_failed > self.max_failures * self.num_read:
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common(3))
             last = f" The last: {failures[-1].clip_id}: {failures[-1].error}." if failures else ""
-            raise UserError(
+            raise LoaderError(
                 f"{self.num_failed} of {self.num_read} samples cannot be read ({reasons}); data.max_failures = "
                 f"{self.max_failures:g} allows a share of so much.{last} Allowed: a data.where that leaves them out, "
                 "or a higher data.max_failures."

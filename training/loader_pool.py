@@ -39,6 +39,10 @@ _DEADLY = 2  # deaths at one sample that make it a failure
 _STUCK_S = 300.0  # at one sample, or at reading one part's bytes with all their retries: more than any of them takes
 
 
+class LoaderError(UserError):
+    """A mistake that one training process meets alone: the others wait for it and have to be ended."""
+
+
 class Request(NamedTuple):
     """One part of a step."""
 
@@ -202,7 +206,7 @@ class Pool:
         else:
             self._num_lost += 1
         if self._num_lost > _MAX_LOST:
-            raise UserError(
+            raise LoaderError(
                 f"loader processes keep dying, the last one {ended}. Where memory runs out: a lower "
                 "data.loader_processes or data.prefetch_samples. data.loader_processes = 0 reads in this process."
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from training.loader import LoaderError
 from training.prepare import Request, requested_settings
 from training.trainer import Report, train
 
@@ -54,7 +55,7 @@ def train_on_ray(request: Request, num_workers: int, address: str | None = None)
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """One training process: its report as plain values, or the user's mistake, which no restart would heal."""
+    """One training process: its report as plain values, or the mistake that all of them have met."""
     import ray.train
 
     os.environ["LOCAL_WORLD_SIZE"] = str(ray.train.get_context().get_local_world_size())
@@ -63,6 +64,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
     try:
         report = train(Request(**request))
         return asdict(report) | {"run": str(report.run)}
+    except LoaderError:
+        raise  # Ray ends the others, which wait for this one
     except UserError as error:
         return {"mistake": str(error)}
 

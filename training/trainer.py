@@ -138,7 +138,8 @@ class Trainer:
                 self._save_if_due()
                 self._evaluate_if_due()
             self._save()
-        return Report(self.folder.root, self.step, self.total_steps, stop.name or "done")
+        stopped_by = stop.name if self.step < self.total_steps else None
+        return Report(self.folder.root, self.step, self.total_steps, stopped_by or "done")
 
     def _digest(self, batch: Batch) -> int:
         """What this process read of the step, to be added to what the others did: the same sum is the same batch."""
