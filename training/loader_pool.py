@@ -43,6 +43,9 @@ class LoaderError(UserError):
     """A mistake that one training process meets alone: the others wait for it and have to be ended."""
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
 class Request(NamedTuple):
     """One part of a step."""
 
@@ -228,6 +231,17 @@ def _memory(slot: Any) -> Tensor:
     return torch.frombuffer(slot, dtype=torch.uint8)
 
 
+def keep_freed_memory() -> None:
+    """Tells glibc to keep the memory of pictures that are done for the next ones.
+
+    By default it may hand it back to the kernel and get it anew, a page fault every 4 KB: a tenth of the reading time.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # as large as it may be: all but the largest pictures
+        libc.mallopt(_M_TRIM_THRESHOLD, 512 << 20)
+
+
 def _ended(code: int | None) -> str:
     if code is not None and code < 0:
         return f"by {signal.Signals(-code).name}"
@@ -242,6 +256,7 @@ def _work(connection: Connection, reader: SampleReader, slots: list[Any], at: An
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they ask the trainer, which may be in one group with its processes
     torch.set_num_threads(1)
+    keep_freed_memory()
     while True:
         try:
             number, slot, rows, epoch, lost = connection.recv()
