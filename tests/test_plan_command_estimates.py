@@ -65,7 +65,7 @@ def test_its_steps_and_files_are_those_of_the_run(corpus, settings, found, tmp_p
     epochs = Epochs(tmp_path, spec, selection.path, settings.data.apart)
     said = epochs.describe(0)
     assert found.step.steps_per_epoch == said["num_steps"] and found.step.num_dropped == said["num_left"]
-    assert found.step.total_steps == total_steps(spec, settings.train) == 20 * said["num_steps"]
+    assert found.step.total_steps == total_steps(spec, settings.train) == settings.train.epochs * said["num_steps"]
     assert 0 <= plan_path(tmp_path, spec, 0).stat().st_size - found.data.plan_bytes < 1000
     assert found.data.selection_bytes == pytest.approx(selection.path.stat().st_size, rel=0.3)
 
