@@ -283,7 +283,7 @@ def evaluate(
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where to make it.", metavar="[DIR]")] = Path("demo"),
-    videos: Annotated[int, typer.Option(help="How many videos the demo world has.")] = 24,
+    videos: Annotated[int, typer.Option(help="How many videos the demo world has.")] = 48,
 ) -> None:
     """The whole job on a small made-up world of videos, served on this machine."""
     from pipeline.demo.demo import run_demo

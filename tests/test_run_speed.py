@@ -98,4 +98,4 @@ def test_a_cpu_is_measured_once_and_quickly() -> None:
     before = time.perf_counter()
     assert peak_flops(torch.device("cpu"), "fp32") == first
     assert time.perf_counter() - before < 0.01
-    assert 1e9 < first < 1e14 and measured_s < 2, "a quarter of a second on an idle machine"
+    assert 1e9 < first < 1e14 and measured_s < 5, "half a second on an idle machine"

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -149,14 +150,20 @@ class Loader:
 
         thread = threading.Thread(target=work, name="clipmill-loader", daemon=True)
         thread.start()
+
+        def halt() -> None:
+            stop.set()
+            thread.join()
+
+        # Also when the process ends while somebody is still reading: before multiprocessing ends its children.
+        halted = Finalize(thread, halt, exitpriority=10)
         try:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
-            stop.set()
-            thread.join()
+            halted()
 
     def _assembled(self, requests: Iterable[Request], stop: threading.Event) -> Iterator[Part]:
         requests = iter(requests)

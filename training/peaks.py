@@ -47,14 +47,14 @@ _KNOWN: tuple[tuple[str, Peak], ...] = (
     (r"MI300X", Peak(1307, 654, 163)),
 )
 
-_MEASURED_FOR_S = 0.25
-_SIZE = 768  # of the square matrices measured on a CPU: large enough for full speed, milliseconds each
+_MEASURED_FOR_S = 0.5
+_SIZE = 2048  # of the square matrices measured on a CPU: large enough for full speed, a tenth of a second each
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
     """FLOP/s of one device at the precision of the matrix products; None for a GPU that is not in the table.
 
-    A CPU is measured, with this process's threads, once: a quarter of a second.
+    A CPU is measured, with this process's threads, once: half a second.
     """
     if device.type == "cuda":
         return gpu_peak(
