@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 from training import loader_pool
 from training.loader import requests_of
 from training.loader_pool import Request
+from training.selection import Selection
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,7 @@ def test_processes_that_cannot_start_end_the_run(run):
         run.batches(0, 5, 2, reader=run.reader(kind=BornDead))
 
 
+@pytest.mark.slow
 def test_a_sample_that_never_ends_is_a_failure(run, tmp_path, monkeypatch):
     monkeypatch.setattr(loader_pool, "_STUCK_S", 3.0)
     failures = []
@@ -90,27 +92,60 @@ def test_a_broken_invariant_is_no_failure_row(run):
             list(loader.read([Request(np.array([4_000]), 0)]))
 
 
-def test_processes_end_with_their_parent(run, tmp_path):
-    """Even when it is killed and cleans up nothing."""
-    script = tmp_path / "parent.py"
-    script.write_text(f"""
+SCRIPT = """
 import sys
-sys.path[:0] = {sys.path!r}
+sys.path[:0] = {path!r}
 from pathlib import Path
 from loader_support import open_run
 if __name__ == "__main__":
-    run = open_run(Path({str(tmp_path)!r}), Path({str(run.corpus)!r}))
-    with run.loader(2) as loader:
-        for batch in loader.batches(run.epochs, slice(0, 8), 0, 100_000):
-            print("batch", flush=True)
-""")
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    run = open_run(Path({folder!r}), Path({corpus!r}))
+    loader = run.loader(2)
+    for step, batch in enumerate(loader.batches(run.epochs, slice(0, 8), 0, 100_000)):
+        print("batch", flush=True)
+        if step == 3:
+            {then}
+"""
+
+
+def _start(run, folder, then: str) -> subprocess.Popen:
+    script = folder / "parent.py"
+    script.write_text(SCRIPT.format(path=sys.path, folder=str(folder), corpus=str(run.corpus), then=then))
+    return subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder
+    )
+
+
+@pytest.mark.slow
+def test_processes_end_with_their_parent(run, tmp_path):
+    """Even when it is killed and cleans up nothing."""
+    parent = _start(run, tmp_path, "import time; time.sleep(1000)")
     assert parent.stdout.readline() == "batch\n"
     family = descendants(parent.pid)
     assert len(family) >= 3
     parent.kill()
-    parent.wait()
+    parent.communicate()
     assert wait_until_gone(family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("then", "said"), [("sys.exit(3)", ""), ("raise RuntimeError('enough')", "enough")])
+def test_ending_in_the_middle_of_reading_is_quiet(run, tmp_path, then, said):
+    """An exception, or an end, that leaves the loader open: nothing hangs, nothing is added to what is said."""
+    parent = _start(run, tmp_path, then)
+    _, errors = parent.communicate(timeout=120)
+    assert parent.returncode == (1 if said else 3)
+    assert errors.count("Traceback") == bool(said) and said in errors
+
+
+def test_a_process_that_goes_elsewhere_still_reads(run, expected, tmp_path, monkeypatch):
+    """Relative paths mean what they meant when the selection was opened."""
+    monkeypatch.chdir(run.selection.path.parent)
+    reader = run.reader()
+    reader.selection = Selection.open("selection.arrow")
+    with run.loader(2, reader=reader) as loader:
+        batches = loader.batches(run.epochs, slice(0, 8), 0, 5)
+        first = next(batches)
+        assert_all_equal([first, *batches], expected[:5])
 
 
 def test_no_process_outlives_the_loader(run):

@@ -193,6 +193,7 @@ def _hammer(url: str, folder: str, max_bytes: int, seed: int, outcome) -> None:
         outcome.put(str(error))
 
 
+@pytest.mark.slow
 def test_several_processes_under_a_tight_cap_read_only_true_bytes(store, tmp_path):
     context = multiprocessing.get_context("spawn")
     outcome = context.Queue()

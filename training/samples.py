@@ -125,14 +125,14 @@ class SampleReader:
         self, selection: Selection, data: DataSettings, texts: TextEncoder, image_size: int, *, train: bool = True
     ):
         self.selection, self.data, self.texts, self.image_size, self.train = selection, data, texts, image_size, train
+        self.cache_dir = Path(data.cache_dir).absolute() if data.cache_dir else None  # wherever it is read from
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("shards", "_blank")}
+        return {name: value for name, value in self.__dict__.items() if name != "shards"}
 
     @cached_property
     def shards(self) -> ShardReader:
-        data = self.data
-        cache = ShardCache(Path(data.cache_dir), data.cache_bytes) if data.cache_dir else None
+        cache = ShardCache(self.cache_dir, self.data.cache_bytes) if self.cache_dir else None
         return ShardReader(self.selection.root, cache, self.wanted_bytes)
 
     @property
@@ -169,7 +169,7 @@ class SampleReader:
         watch   told which slot is about to be decoded, -1 when none is
         """
         rows = np.asarray(rows, np.int64)
-        canvas = canvas or self.canvas(len(rows))
+        canvas = self.canvas(len(rows)) if canvas is None else canvas
         slots = np.flatnonzero(rows != PAD)
         clips = self.selection.take(rows[slots]).to_pylist()
         lost = lost or {}

@@ -185,7 +185,7 @@ class Selection:
         return cls(path)
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
-        return Selection, (self.path,)
+        return Selection, (self.path.absolute(),)
 
     @property
     def num_clips(self) -> int:
