@@ -35,7 +35,7 @@ from training.samples import HOLE, Canvas, Failure, Part, SampleReader, join
 __all__ = ["Loader", "LoaderTimes", "SampleReader", "default_processes", "requests_of"]
 
 PART_SAMPLES = 16  # at most: large enough that a shard's neighbours are read together and messages cost nothing
-_BATCHES_AHEAD = 2  # put together and waiting, besides what the slots hold
+_BATCHES_AHEAD = 1  # put together and waiting, besides the one in the making and what the slots hold
 _JUDGED_AFTER = 100  # samples: before that, a share says nothing
 
 
@@ -170,7 +170,7 @@ class Loader:
         first = next(requests, None)
         if first is None:
             return
-        part_size = max(1, min(PART_SAMPLES, -(-len(first.rows) // self.num_processes)))
+        part_size = self._part_size(len(first.rows))
         num_slots = max(1, self.prefetch_samples // part_size)
         with Pool(self.reader, self.num_processes, part_size, num_slots, stop) as pool:
             sizes: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -188,6 +188,13 @@ class Loader:
                 if maker.complete:
                     yield maker.joined()
                     maker = None
+
+    def _part_size(self, batch_size: int) -> int:
+        """Small enough that every process has a share of each batch, and that a few parts for each fit into memory:
+        they are handed out in order, so while one is late others wait in theirs.
+        """
+        share, room = -(-batch_size // self.num_processes), self.prefetch_samples // (4 * self.num_processes)
+        return max(1, min(PART_SAMPLES, share, room))
 
     # --- Failures
 

@@ -9,6 +9,8 @@
    tickets go to the others and a new process takes its place. A process that stays at one sample for minutes is killed.
    A sample that two processes died at is not tried a third time: it is the failure "decoder-died".
 
+torch's DataLoader says only that some worker has died and ends with it, and it makes shared memory anew for each batch.
+
 Processes are forked from a fork server, which holds no threads or devices of the training process and has the imports
 ready, so that starting one costs milliseconds.
 """

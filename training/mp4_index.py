@@ -35,7 +35,7 @@ def plain_track(data: bytes | memoryview) -> Track | None:
     """None for whatever is not of the plain shape, or damaged: FFmpeg's demuxer is then the one to ask."""
     try:
         return _plain_track(memoryview(data))
-    except (_NotPlain, struct.error, ValueError, IndexError):
+    except (_NotPlain, struct.error, ValueError, IndexError, KeyError):
         return None
 
 
@@ -44,7 +44,7 @@ class _NotPlain(Exception):
 
 
 def _plain_track(data: memoryview) -> Track:
-    movie = _only(_boxes(data), b"moov")
+    movie = _inside(_boxes(data), b"moov")
     _need(b"mvex" not in movie)  # pictures in fragments
     tracks = [_boxes(box) for box in movie.get(b"trak", [])]
     tracks = [track for track in tracks if _handler(track) == b"vide"]
@@ -52,7 +52,7 @@ def _plain_track(data: memoryview) -> Track:
     (track,) = tracks
     _need(bytes(track[b"tkhd"][0][-44:-8]) == _UPRIGHT)
     for edits in track.get(b"edts", []):
-        _check_edits(_only(_boxes(edits), b"elst", parse=False))
+        _check_edits(_only(_boxes(edits), b"elst"))
     table = _table(track)
     _need(b"ctts" not in table)  # stored in another order than shown
     extradata, tagged = _format(table[b"stsd"][0])
@@ -88,19 +88,25 @@ def _walk(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
         at += size
 
 
-def _only(boxes: Boxes, kind: bytes, parse: bool = True):
+def _only(boxes: Boxes, kind: bytes) -> memoryview:
     _need(len(boxes.get(kind, [])) == 1)
-    return _boxes(boxes[kind][0]) if parse else boxes[kind][0]
+    return boxes[kind][0]
+
+
+def _inside(boxes: Boxes, *path: bytes) -> Boxes:
+    """The boxes in the only box of a kind, in the only one in that, …"""
+    for kind in path:
+        boxes = _boxes(_only(boxes, kind))
+    return boxes
 
 
 def _handler(track: Boxes) -> bytes:
-    media = _only(track, b"mdia")
+    media = _inside(track, b"mdia")
     return bytes(media[b"hdlr"][0][8:12])
 
 
 def _table(track: Boxes) -> Boxes:
-    information = _only(_only(track, b"mdia"), b"minf")
-    table = _only(information, b"stbl")
+    table = _inside(track, b"mdia", b"minf", b"stbl")
     _need({b"stsd", b"stsz", b"stsc"} <= table.keys())
     return table
 
@@ -118,7 +124,7 @@ def _format(descriptions: memoryview) -> tuple[bytes, bool]:
     ((kind, entry),) = _walk(descriptions[8:])
     _need(kind == b"avc1")
     boxes = _boxes(entry[_SAMPLE_ENTRY_BYTES:])
-    return bytes(_only(boxes, b"avcC", parse=False)), b"colr" in boxes
+    return bytes(_only(boxes, b"avcC")), b"colr" in boxes
 
 
 def _sizes(box: memoryview) -> NDArray[np.int64]:
