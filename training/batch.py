@@ -39,9 +39,3 @@ class Batch:
         """Chunks of at most `size` slots: views, nothing is copied."""
         columns = [getattr(self, f.name).split(size) for f in fields(self)]
         return [Batch(*parts) for parts in zip(*columns, strict=True)]
-
-
-def concatenate(parts: list[Batch]) -> Batch:
-    if len(parts) == 1:
-        return parts[0]
-    return Batch(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Batch)))

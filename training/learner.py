@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from training.augment import augment
 from training.batch import Batch
 from training.distributed import Process
 from training.ema import Ema
@@ -33,6 +34,7 @@ class Learner:
         total_steps: int,
         process: Process,
         feedback: Feedback | None = None,
+        seed: int = 0,
     ):
         self.settings, self.total_steps, self.process = settings, total_steps, process
         self.wrapped = Wrapped(model, settings, process)
@@ -45,11 +47,13 @@ class Learner:
         )
         self.optimiser = build_optimiser(groups, settings.update)
         self.ema = Ema(self.model, settings.ema) if settings.ema else None
-        self.feedback = feedback
+        self.feedback, self.seed = feedback, seed
         self.step = 0
 
     def train_step(self, batch: Batch) -> Values:
         """One update; returns what a log line says of it. Nothing here waits for the device."""
+        if self.settings.augment:
+            batch = augment(batch, self.settings.augment, seed=self.seed, step=self.step)
         rate = self._learning_rate()
         set_learning_rate(self.optimiser, rate)
         self.optimiser.zero_grad(set_to_none=True)

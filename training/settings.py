@@ -74,6 +74,9 @@ class TrainSettings(Settings):
     max_steps: int | None = Field(None, ge=1)  # updates in all; None: `epochs` decides
     epochs: float = Field(5, gt=0)
     loss: Variant = "vsc_fc"
+    # On the device, the same for all frames of a clip; none as published. "flip" is not for texts that say left or
+    # right.
+    augment: tuple[Literal["flip", "brightness", "contrast"], ...] = ()
     chunk_size: int | None = operational(
         None, ge=1
     )  # samples a process encodes at a time (gradient caching); None: all

@@ -113,7 +113,7 @@ class Trainer:
         train = self.settings.train
         process, num_clips = self.process, self.prepared.selection.num_clips
         feedback = Feedback(num_clips, process.group, process.control) if train.feedback else None
-        return Learner(model, train, self.total_steps, process, feedback)
+        return Learner(model, train, self.total_steps, process, feedback, self.settings.data.seed)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
