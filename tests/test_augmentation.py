@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from training.augment import RANGE, augment, uniform
-from training.batch import Batch, concatenate
+from training.batch import Batch
 
 NUM_CLIPS = 400
 
@@ -28,11 +28,15 @@ def test_draws_are_uniform_and_of_every_row_its_own():
 def test_half_of_the_clips_are_mirrored_all_frames_alike():
     before = batch_of()
     after = augment(before, ["flip"], seed=0, step=3)
-    mirrored = [torch.equal(clip, other.flip(-1)) for clip, other in zip(after.video_BT3SS, before.video_BT3SS)]
-    stills = [torch.equal(clip, other.flip(-1)) for clip, other in zip(after.frame_B13SS, before.frame_B13SS)]
+    mirrored = [
+        torch.equal(clip, other.flip(-1)) for clip, other in zip(after.video_BT3SS, before.video_BT3SS, strict=True)
+    ]
+    stills = [
+        torch.equal(clip, other.flip(-1)) for clip, other in zip(after.frame_B13SS, before.frame_B13SS, strict=True)
+    ]
     assert mirrored == stills and 150 < sum(mirrored) < 250
-    kept = [torch.equal(clip, other) for clip, other in zip(after.video_BT3SS, before.video_BT3SS)]
-    assert all(a != b for a, b in zip(mirrored, kept))
+    kept = [torch.equal(clip, other) for clip, other in zip(after.video_BT3SS, before.video_BT3SS, strict=True)]
+    assert all(a != b for a, b in zip(mirrored, kept, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["brightness", "contrast"])
@@ -47,7 +51,8 @@ def test_light_changes_within_its_range(kind):
 def test_parts_of_a_batch_get_what_the_whole_gets():
     kinds = ["flip", "brightness", "contrast"]
     whole = augment(batch_of(), kinds, seed=1, step=9)
-    parts = concatenate([augment(part, kinds, seed=1, step=9) for part in batch_of().split(7)])
-    assert torch.equal(whole.video_BT3SS, parts.video_BT3SS) and torch.equal(whole.frame_B13SS, parts.frame_B13SS)
+    parts = [augment(part, kinds, seed=1, step=9) for part in batch_of().split(7)]
+    assert torch.equal(whole.video_BT3SS, torch.cat([part.video_BT3SS for part in parts]))
+    assert torch.equal(whole.frame_B13SS, torch.cat([part.frame_B13SS for part in parts]))
     other = augment(batch_of(), kinds, seed=1, step=10)
     assert not torch.equal(whole.video_BT3SS, other.video_BT3SS)
