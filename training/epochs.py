@@ -32,8 +32,6 @@ from training.plan import (
 from training.selection import Selection
 from training.settings import DataSettings, Group, TrainSettings
 
-PLAN_FOLDER = "plan"  # of a run
-
 
 def plan_spec(selection: Selection, data: DataSettings, batch_size: int) -> PlanSpec:
     """The plan that a run's settings mean. As many streams as a batch has slots, so that any number of processes that
