@@ -8,12 +8,15 @@ READY := .venv/.ready
 demo: env
 	$(BIN)/clipmill demo
 
-# The whole suite; `make fast` leaves out what is marked slow.
+# The whole suite; `make fast` leaves out what is marked slow. PROCESSES=0 runs it in one process.
+PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup
+
 test: env
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 fast: env
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: env
 	$(BIN)/ruff check .

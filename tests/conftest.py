@@ -1,6 +1,7 @@
 """What every test gets: quiet native threads, and the folder of real footage where it is there."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,20 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several test processes: a file's tests in one of them, and all that need Ray, so that it is started once."""
+    for item in items:
+        needs_ray = "local_ray" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if needs_ray else item.path.stem))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Sums in fp32 depend on the number of threads, which training in this process may have set."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

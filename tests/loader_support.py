@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from shard_support import make_corpus, pack
 
@@ -142,14 +143,9 @@ def descendants(pid: int) -> list[int]:
 
 
 def loader_processes() -> list[int]:
-    """Those of this process: forked from the fork server, so they are grandchildren."""
-    children = set(_children(os.getpid()))
-    return [process for process in descendants(os.getpid()) if process not in children]
-
-
-def _children(pid: int) -> list[int]:
-    below = descendants(pid)
-    return [process for process in below if not any(process in descendants(other) for other in below)]
+    """Those of this process, forked from its fork server; not, say, Ray's, which another test may have started."""
+    servers = [child for child in psutil.Process().children() if any("forkserver" in word for word in child.cmdline())]
+    return [process.pid for server in servers for process in server.children()]
 
 
 def wait_until_gone(processes: list[int], timeout_s: float = 20) -> bool:

@@ -16,8 +16,6 @@ from captioning.captioner import Caption, Captioner, fingerprint_of, load_captio
 from captioning.settings import CaptionSettings  # noqa: E402
 from pipeline.errors import ItemError, UserError  # noqa: E402
 
-torch.set_num_threads(1)
-
 CONFIG = {
     "embed_dim": 24,
     "vision_cfg": {

@@ -15,8 +15,6 @@ from captioning.captioner import Captioner, fingerprint_of, load_captioner  # no
 from captioning.settings import CaptionSettings  # noqa: E402
 from pipeline.errors import ItemError, UserError  # noqa: E402
 
-torch.set_num_threads(1)
-
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"word{n}" for n in range(60))]
 TEXT = {"vocab_size": len(WORDS), "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
 

@@ -19,8 +19,6 @@ from training.configs import config_from_dict, config_to_dict
 from training.model import ClipVip, without_proxies
 from training.names import to_published
 
-torch.set_num_threads(1)
-
 
 def published(model: ClipVip, prefix: str = "clipmodel.") -> dict[str, Tensor]:
     return to_published({name: tensor.detach() for name, tensor in model.state_dict().items()}, prefix)

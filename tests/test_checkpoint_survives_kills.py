@@ -20,8 +20,6 @@ from training.checkpoint import load_clip_vip, load_model
 from training.models import writer
 from training.run_checkpoints import Checkpoint, Checkpoints
 
-torch.set_num_threads(1)
-
 
 def tensors_of(step: int) -> dict[str, Tensor]:
     """Weights that say which step they are of."""

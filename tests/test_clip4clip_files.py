@@ -18,8 +18,6 @@ from training.clip4clip_names import to_released
 from training.clip4clip_settings import Clip4ClipSettings
 from training.model import ClipVip, ModelConfig, TowerConfig
 
-torch.set_num_threads(1)
-
 HEADS = ("meanP", "seqLSTM", "seqTransf", "tightTransf")
 
 

@@ -12,8 +12,6 @@ from training.optim import build_optimiser, set_learning_rate
 from training.pair_losses import cross_entropy, max_margin, mil_nce, symmetric_cross_entropy
 from training.schedule import learning_rate, rate_factor
 
-torch.set_num_threads(1)
-
 CASES = ("meanP", "seqLSTM", "seqTransf", "tightTransf", "meanP_3d")
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
 

@@ -13,8 +13,6 @@ from training.loss import omnisource_loss
 from training.optim import parameter_groups
 from training.pair_losses import mil_nce, symmetric_cross_entropy
 
-torch.set_num_threads(1)
-
 HEADS = ("meanP", "seqLSTM", "seqTransf", "tightTransf")
 LOOSE = HEADS[:3]
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])

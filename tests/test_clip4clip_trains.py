@@ -11,8 +11,6 @@ from training.distributed import Process
 from training.learner import Learner
 from training.settings import TrainSettings, resolve
 
-torch.set_num_threads(1)
-
 
 def batch(num_clips: int = 6) -> Batch:
     pixels = torch.randint(0, 255, (num_clips, 4, 3, 32, 32), generator=torch.Generator().manual_seed(0))

@@ -14,8 +14,6 @@ from training.loss import omnisource_loss
 from training.model import ClipVip
 from training.names import to_published
 
-torch.set_num_threads(1)
-
 CASES = {"p16": ("T4", "T7", "T2"), "p32": ("T4", "T6"), "p16_notemporal": ("T4", "T5")}
 CASE_FRAMES = [(name, frames) for name, all_frames in CASES.items() for frames in all_frames]
 VARIANTS = {"NCELearnableTempLoss_vsc_fc": "vsc_fc", "NCELearnableTempLoss_vs_vc_fc": "vs_vc_fc"}

@@ -12,8 +12,6 @@ from pipeline.errors import UserError
 from training.attention import proxy_attention
 from training.model import ModelConfig, TowerConfig, cut_texts, resample_times, sample_flops
 
-torch.set_num_threads(1)
-
 
 def dense_attention(qkv: Tensor, num_proxies: int, num_frames: int) -> Tensor:
     """The same pattern as one softmax over all tokens under a boolean mask (spec 2.2)."""

@@ -14,7 +14,6 @@ from captioning.scorer import ScoreInput, load_scorer  # noqa: E402
 from captioning.settings import CaptionSettings, ScoreSettings  # noqa: E402
 from pipeline.demo.grammar import STILL_TEMPLATES, VOCABULARY, still_text  # noqa: E402
 
-torch.set_num_threads(1)
 WEIGHTS = Path(__file__).resolve().parents[1] / "captioning" / "weights"
 
 

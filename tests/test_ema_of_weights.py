@@ -7,8 +7,6 @@ from clip_vip_support import tiny_model
 from training.ema import Ema
 from training.model import MAX_LOG_SCALE, ClipVip
 
-torch.set_num_threads(1)
-
 
 def moved(model: ClipVip, seed: int) -> None:
     """Stands for an update."""

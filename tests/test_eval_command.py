@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from eval_support import ALONE, packed_corpus, selected, small_model, small_settings
 from rich.console import Console
 from typer.testing import CliRunner
@@ -19,7 +18,6 @@ from training.retrieval import evaluate
 from training.run_folder import RunFolder, RunRecord
 from training.selection import freeze
 
-torch.set_num_threads(1)
 SETTINGS = ["data.num_frames=4", "data.loader_processes=0", "eval.batch_size=5"]
 CAPTIONED = "SELECT clip_id FROM captions WHERE current"
 

@@ -20,8 +20,6 @@ from training.batch import Batch
 from training.feedback import Feedback, row_feedback
 from training.selection import Selection, freeze
 
-torch.set_num_threads(1)
-
 NUM_CLIPS, BATCH, DIM = 10, 6, 4
 SCALE = torch.tensor(2.0)
 

@@ -11,7 +11,6 @@ from pipeline.errors import UserError
 from training import frames
 from training.frames import eval_indices, jitter_ranges, middle_index, normalise, resize, train_indices
 
-torch.set_num_threads(1)
 settings.register_profile("shared machine", deadline=None)  # a deadline would measure the neighbours
 settings.load_profile("shared machine")
 

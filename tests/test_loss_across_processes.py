@@ -18,8 +18,6 @@ from training.gradient_cache import cached_backward
 from training.loss import TERMS, OmnisourceLoss, omnisource_loss
 from training.model import ClipVip
 
-torch.set_num_threads(1)
-
 BATCH = 8
 Batch = dict[str, Tensor]
 

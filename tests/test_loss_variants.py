@@ -13,8 +13,6 @@ from torch.nn import functional as F
 from pipeline.errors import UserError
 from training.loss import TERMS, omnisource_loss
 
-torch.set_num_threads(1)
-
 PUBLISHED = {
     "NCELearnableTempLoss": "vs",
     "VidImgDivideNCELearnableTempLoss": "vs_fc",

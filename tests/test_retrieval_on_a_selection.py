@@ -21,8 +21,6 @@ from training.retrieval import EvalFeatures, evaluate, features, queries
 from training.samples import SampleReader
 from training.selection import Selection
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def selection(tmp_path_factory) -> Selection:

@@ -8,8 +8,6 @@ from pipeline.errors import UserError
 from training.optim import PublishedAdamW, build_optimiser, parameter_groups, set_learning_rate
 from training.schedule import learning_rate, rate_factor
 
-torch.set_num_threads(1)
-
 
 def test_every_tabulated_rate_equals_the_reference() -> None:
     tables = numbers("schedule", "lr.json")["tables"]

@@ -19,8 +19,6 @@ from captioning.settings import ScoreSettings  # noqa: E402
 from pipeline.errors import ItemError, UserError  # noqa: E402
 from shards.schema import TABLES  # noqa: E402
 
-torch.set_num_threads(1)
-
 CONFIG = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},

@@ -11,8 +11,6 @@ from pydantic import ValidationError
 from pipeline.errors import ItemError, UserError
 from pipeline.transcribe import TranscribeSettings, load_whisper, transcribe_video
 
-torch.set_num_threads(1)
-
 TONE = (0.3 * np.sin(2 * np.pi * 440 * np.arange(16_000 * 2) / 16_000)).astype(np.float32)
 
 

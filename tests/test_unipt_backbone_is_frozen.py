@@ -17,8 +17,6 @@ from training.optim import build_optimiser, parameter_groups, set_learning_rate
 from training.unipt import UniPtClip
 from training.unipt_settings import UniPtSettings
 
-torch.set_num_threads(1)
-
 
 def loss_of(model: nn.Module, pixels: Tensor, ids: Tensor) -> Tensor:
     video, text = model(pixels, ids)

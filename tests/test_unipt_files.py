@@ -14,8 +14,6 @@ from training.unipt import UniPtClip, side_tensors
 from training.unipt_files import load_unipt, save_unipt
 from training.unipt_settings import UniPtSettings
 
-torch.set_num_threads(1)
-
 SETTINGS = UniPtSettings(reduction=2, every=2, tokens="frames")
 
 

@@ -13,8 +13,6 @@ from training.settings import TrainSettings
 from training.unipt import UniPtClip
 from training.unipt_settings import UniPtSettings
 
-torch.set_num_threads(1)
-
 
 def learn(train: TrainSettings, dtype: torch.dtype = torch.float64) -> tuple[UniPtClip, list[float]]:
     model = UniPtClip(tiny_model(), UniPtSettings(tokens="frames")).to(dtype)

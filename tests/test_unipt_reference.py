@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from training.unipt import Adapted, Adapter, UniPtClip
 from training.unipt_files import load_unipt
 
-torch.set_num_threads(1)
-
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
 PRECISIONS = pytest.mark.parametrize("precision, limit", [("f32", 2e-6), ("f64", 1e-12)])
 

@@ -14,8 +14,6 @@ from training.settings import ModelSettings, resolve
 from training.unipt import UniPtClip
 from training.unipt_settings import UniPtSettings
 
-torch.set_num_threads(1)
-
 RECIPES = ("unipt_msrvtt", "unipt_msvd", "unipt_clip_vip_msrvtt")
 
 

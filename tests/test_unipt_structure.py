@@ -13,8 +13,6 @@ from training.model import ClipVip, ModelConfig, TowerConfig
 from training.unipt import Adapter, UniPtClip, side_tensors
 from training.unipt_settings import UniPtSettings
 
-torch.set_num_threads(1)
-
 
 def tiny_unipt(seed: int = 0, pooling: str = "proxy", **settings) -> UniPtClip:
     """Float64, weights large enough to matter: the published start is a small correction."""

@@ -28,8 +28,6 @@ from training.edit_scores import FrameFeatures, FrameScorer, draw_bank, mean_fra
 from training.edit_settings import EditSettings
 from training.video_editing import EDITS, Floats, Spans, VideoClips, edit_videos
 
-torch.set_num_threads(1)
-
 SETTINGS = EditSettings()
 NUM_TOPICS = 6000  # of the trained host's world: hardly two captions say the same
 
