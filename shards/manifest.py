@@ -17,6 +17,7 @@ from shards.duplicates import duplicate_groups
 from shards.fragments import TEMPORARY
 from shards.ledger import Ledger
 from shards.schema import INDEX, MANIFEST
+from shards.tombstones import FORGOTTEN
 
 MANIFEST_NAME = "manifest.duckdb"
 
@@ -74,6 +75,11 @@ def _prepare(ledger: Ledger, groups: bool) -> None:
     connection.unregister("groups")
     _load_parquet(connection, "indexed_samples", ledger.root / "shards", INDEX)
     _load_parquet(connection, "recorded_runs", ledger.root / "fragments" / "runs", MANIFEST["runs"])
+    _load_parquet(connection, "tombstones", ledger.root / "fragments" / FORGOTTEN, MANIFEST["forgotten"])
+    connection.execute(
+        "DELETE FROM indexed_samples WHERE video_id IN (SELECT video_id FROM (SELECT DISTINCT video_id FROM "
+        "indexed_samples) WHERE sha256(video_id) IN (SELECT video_hash FROM tombstones))"
+    )
     connection.execute(f"CREATE OR REPLACE TEMP TABLE standing_failures AS {ledger.failures_sql()}")
 
 
@@ -106,16 +112,29 @@ _SELECT = {
     "sentences": "SELECT $columns FROM current_sentences ORDER BY video_id, n",
     "spans": "SELECT $columns FROM current_spans ORDER BY video_id, n",
     "clips": "SELECT $columns FROM current_clips ORDER BY video_id, n",
-    "texts": "SELECT $columns FROM current_texts SEMI JOIN current_clips USING (clip_id) ORDER BY video_id, clip_id, n",
+    "texts": """
+        SELECT x.clip_id, x.n, x.text, x.video_id, k.sha256 AS clip_sha256
+        FROM current_texts x JOIN current_clips k USING (clip_id) ORDER BY x.video_id, x.clip_id, x.n
+    """,
     "captions": "SELECT $columns FROM current_captions ORDER BY clip_id, frame_index, fingerprint",
     "scores": """
         SELECT s.* EXCLUDE (item_id, unit, key, fragment, fresh), g.duplicate_group
         FROM current_scores s LEFT JOIN duplicate_groups g USING (clip_id) ORDER BY s.clip_id
     """,
     "samples": "SELECT $columns FROM indexed_samples ORDER BY shard, position",
+    "clip_edits": "SELECT $columns FROM clip_edits SEMI JOIN sources USING (video_id) ORDER BY editing, round, clip_id",
+    "edited_clips": """
+        SELECT $columns FROM edited_clips SEMI JOIN sources USING (video_id) ORDER BY editing, round, clip_id
+    """,
+    "edit_rounds": """
+        SELECT r.* EXCLUDE (item_id, unit, key, fragment), l."at"
+        FROM edit_rounds r JOIN ledger l ON l.stage = 'edit' AND l.item_id = r.item_id AND l.key = r.key
+        ORDER BY r.editing, r.round
+    """,
     "failures": """
         SELECT stage, failed_id AS item_id, error_class, message, transient, attempts, "at", unit
         FROM standing_failures ORDER BY stage, item_id
     """,
+    "forgotten": 'SELECT $columns FROM tombstones ORDER BY "at", video_hash',
     "runs": "SELECT $columns FROM recorded_runs ORDER BY started_at",
 }

@@ -18,6 +18,12 @@ SUBTITLE_FILE = pa.struct(
 FRAME = pa.struct(
     [("time_s", DOUBLE), ("sha256", STRING), ("offset", INT64), ("num_bytes", INT64)]
 )  # a caption frame: a JPEG member of the clips tar
+# Room that a forgotten clip leaves in the order of packing, so that the other clips stay in the shards they are in.
+PLACE = pa.struct(
+    [("seed", INT64), ("rank", pa.uint64()), ("mp4_bytes", INT64), ("jpg_bytes", INT64), ("txt_bytes", INT64)]
+)
+BIN = pa.struct([("from", DOUBLE), ("num_clips", INT64)])  # of a histogram; the first bin reaches down without end
+REASON = pa.struct([("reason", STRING), ("num_clips", INT64)])
 
 
 def _schema(**columns: pa.DataType) -> pa.Schema:
@@ -93,6 +99,7 @@ TABLES: dict[str, pa.Schema] = {
         language=STRING,
         origin=STRING,  # manual | auto | given | sidecar | whisper | none
         word_times=STRING,  # tags | cues | asr | none: where the words' times come from
+        source_sha256=STRING,  # of the video file; null in rows of before there was this column
         words=pa.list_(WORD),  # de-overlapped, in time order
         num_words=INT32,
         digest=STRING,  # of language and words: segmenting again is needed only when this changes
@@ -107,6 +114,7 @@ TABLES: dict[str, pa.Schema] = {
         num_words=INT32,
         align_cost=DOUBLE,  # mean DTW cost, 0 = every word found as it is
         clip_id=STRING,  # the span that holds it, null if it was dropped
+        source_sha256=STRING,  # of the video file that the words were heard in; null: unknown
     ),
     # … and the spans chosen to become clips
     "spans": _schema(
@@ -120,6 +128,7 @@ TABLES: dict[str, pa.Schema] = {
         num_words=INT32,
         num_sentences=INT32,
         align_cost=DOUBLE,
+        source_sha256=STRING,  # as in sentences
     ),
     # cut: one row per clip; offsets point into clips/…tar
     "clips": _schema(
@@ -174,7 +183,47 @@ TABLES: dict[str, pa.Schema] = {
         words_per_s=DOUBLE,
         repeated_word_ratio=DOUBLE,  # 1 - distinct words / words
     ),
+    # edit: boundaries that a teacher moved. One row per clip and round, whether it moved or not: those of one round
+    # are the boundaries after it. Spans, texts and clips stay as they are.
+    "clip_edits": _schema(
+        editing=STRING,  # which `clipmill edit`: a hash of its first teacher, its settings and its clips
+        clip_id=STRING,
+        video_id=STRING,
+        round=INT32,
+        start_s=DOUBLE,  # after the round
+        end_s=DOUBLE,
+        base_start_s=DOUBLE,  # of the clip as it was first made
+        base_end_s=DOUBLE,
+        teacher=STRING,  # hash of the weights that scored
+        score_before=DOUBLE,  # of the boundaries before the round
+        score_after=DOUBLE,  # of those after it; equal where nothing was accepted
+        accepted=BOOL,
+        reason=STRING,  # better | no-better | no-candidate | not-lowest | not-cut, with -without-source behind it
+        text_md5=STRING,  # of the text that the clip was held against
+    ),
+    "edit_rounds": _schema(
+        editing=STRING,
+        round=INT32,  # 0: the warm-up, from 1 on the edits
+        teacher=STRING,  # that edited; after the warm-up: the teacher it gave. Two of them are joined by "+"
+        validation=DOUBLE,  # R@1 of the student after the round; null: none was trained
+        best_before=DOUBLE,  # what it had to exceed; null for the warm-up
+        outcome=STRING,  # warm-up | kept | rolled-back | collapsed | untrained
+        step_scale=DOUBLE,  # of the steps of settings, in this round
+        threshold=DOUBLE,  # clips that scored more than this were left alone; null: none
+        num_clips=INT64,
+        num_accepted=INT64,
+        num_failed=INT64,  # videos that could not be scored
+        num_overlapping=INT64,  # pairs of clips of one video that overlap by more than half of the shorter
+        median_change=DOUBLE,  # of the clips' length, against the first boundaries
+        share_at_limit=DOUBLE,
+        reasons=pa.list_(REASON),
+        length_changes=pa.list_(BIN),  # of e-folds of change from the first length
+        shifts=pa.list_(BIN),  # of the middle, in seconds from the first boundaries'
+        settings=STRING,  # of the editing, as JSON
+    ),
 }
+# edit, too: clips cut again where the boundaries moved; span_start_s and span_end_s are those of the edit
+TABLES["edited_clips"] = pa.schema([("editing", STRING), ("round", INT32), *TABLES["clips"]])
 
 # shards/NNNNNN.parquet, and the table `samples`: one row per sample of a shard, in the tar's order
 INDEX = _schema(
@@ -260,6 +309,7 @@ MANIFEST: dict[str, pa.Schema] = {
         n=INT32,  # from 0, in the order of the source list
         text=STRING,
         video_id=STRING,
+        clip_sha256=STRING,  # of the mp4 that it is about
     ),
     "captions": _schema(**{field.name: field.type for field in TABLES["captions"]}, current=BOOL),
     "scores": _schema(
@@ -267,6 +317,9 @@ MANIFEST: dict[str, pa.Schema] = {
         duplicate_group=STRING,  # clip_id of the group's first clip; null for a clip without near-duplicates
     ),
     "samples": INDEX,
+    "clip_edits": TABLES["clip_edits"],
+    "edited_clips": TABLES["edited_clips"],
+    "edit_rounds": pa.schema([*TABLES["edit_rounds"], ("at", pa.timestamp("us", tz="UTC"))]),
     "failures": _schema(
         stage=STRING,
         item_id=STRING,
@@ -276,6 +329,15 @@ MANIFEST: dict[str, pa.Schema] = {
         attempts=INT32,
         at=pa.timestamp("us", tz="UTC"),
         unit=STRING,
+    ),
+    # What the corpus was told to forget. It holds hashes alone: enough to know the video again, not to name it.
+    "forgotten": _schema(
+        video_hash=STRING,  # SHA-256 of the video_id
+        url_hash=STRING,  # SHA-256 of the canonical URL
+        sha256=STRING,  # of the video file; null: there was none
+        reason=STRING,  # as --reason gave it, or null
+        at=pa.timestamp("us", tz="UTC"),
+        places=pa.list_(PLACE),  # of its clips in the order of packing
     ),
     "runs": _schema(
         run_id=STRING,

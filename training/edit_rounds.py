@@ -3,6 +3,7 @@
 A round: the teacher edits every clip from the present boundaries; the student trains an epoch on them and is validated
 on held-out clips of the same weak kind. When the student is better than ever, the teacher takes its weights, the
 boundaries stay and the step doubles again (up to where it began); else the boundaries go back and the step is halved.
+Without a student every round's boundaries stay, and editing ends when a round moves none.
 The student's own weights are not taken back: it meets the old boundaries again in the next round.
 
 What happened is in two tables, `EDITS` and `ROUNDS`, and nothing else: `state_after` reads where an editing stands from
@@ -10,7 +11,7 @@ their rows, so that one that was killed goes on where it was.
 """
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -19,24 +20,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import ItemError, UserError
+from shards.schema import TABLES
 from training.edit_settings import EditSettings
-from training.video_editing import EDITS, Drift, Floats, Spans, VideoClips, drift, edit_videos, lowest_threshold
+from training.video_editing import EDITS, Drift, Edited, Floats, Spans, VideoClips, drift, edit_videos, lowest_threshold
 
-ROUNDS = pa.schema(
-    [
-        ("round", pa.int32()),  # 0: the warm-up, from 1 on the edits
-        ("teacher", pa.string()),  # that edited; after the warm-up: the teacher it gave
-        ("validation", pa.float64()),  # the student's, after the round
-        ("best_before", pa.float64()),  # what it had to exceed; null for the warm-up
-        ("outcome", pa.string()),  # warm-up | kept | rolled-back | collapsed
-        ("step_scale", pa.float64()),  # of the steps of settings, in this round
-        ("num_clips", pa.int64()),
-        ("num_accepted", pa.int64()),
-        ("num_failed", pa.int64()),  # videos that could not be scored
-        ("median_change", pa.float64()),  # of the clips' length, against the first boundaries
-        ("share_at_limit", pa.float64()),
-    ]
-)
+# The table's columns that the rounds decide; the others are its report
+_REPORTED = ("editing", "threshold", "num_overlapping", "reasons", "length_changes", "shifts", "settings")
+ROUNDS = pa.schema([field for field in TABLES["edit_rounds"] if field.name not in _REPORTED])
+
+
+HELD = ("kept", "untrained")  # outcomes of rounds whose boundaries stay
 
 
 class Host(Protocol):
@@ -48,8 +41,11 @@ class Host(Protocol):
     def score(self, video: VideoClips, offered: Sequence[Floats]) -> Sequence[Floats]:
         """The teacher's `Scorer`."""
 
-    def train(self, spans: Mapping[str, Floats]) -> float:
-        """Trains the student one epoch on clips with these boundaries; returns its validation R@1."""
+    def train(self, spans: Mapping[str, Floats]) -> float | None:
+        """Trains the student one epoch on clips with these boundaries; returns its validation R@1.
+
+        None: no student is trained here, and the boundaries stay as the teacher wants them.
+        """
 
     def promote(self) -> None:
         """The teacher takes the student's weights."""
@@ -68,6 +64,10 @@ class State:
     num_failed_rounds: int  # since the last improvement
     spans: Spans
     is_over: bool = False
+
+
+# One round's edits of all clips, by whatever computes them
+Edit = Callable[[Sequence[VideoClips], Host, EditSettings, State], Edited]
 
 
 class Round(NamedTuple):
@@ -105,12 +105,27 @@ def warm_up(videos: Sequence[VideoClips], host: Host, settings: EditSettings) ->
     return Round(EDITS.empty_table(), _table(row), State(1, best, 1.0, 0, spans), [])
 
 
+def edit_here(videos: Sequence[VideoClips], host: Host, settings: EditSettings, state: State) -> Edited:
+    """By the host's `score`, in this process."""
+    return edit_videos(
+        videos,
+        state.spans,
+        host.score,
+        settings,
+        round_number=state.round_number,
+        teacher=host.teacher(),
+        step_scale=state.step_scale,
+        threshold=lowest_threshold(videos, state.spans, host.score, settings),
+    )
+
+
 def rounds(
     videos: Sequence[VideoClips],
     host: Host,
     settings: EditSettings,
     state: State,
     held_out: Collection[str] = (),
+    edit: Edit = edit_here,
 ) -> Iterator[Round]:
     """Plays rounds until one of the stops of section 6; each is given as soon as it is decided.
 
@@ -121,7 +136,7 @@ def rounds(
     if shared:
         raise UserError(f"{len(shared)} videos to edit are held out for evaluation, {min(shared)} among them")
     while not is_done(state, settings):
-        played = play_round(videos, host, settings, state)
+        played = play_round(videos, host, settings, state, edit)
         state = played.state
         yield played
 
@@ -135,22 +150,17 @@ def is_done(state: State, settings: EditSettings) -> bool:
     )
 
 
-def play_round(videos: Sequence[VideoClips], host: Host, settings: EditSettings, state: State) -> Round:
+def play_round(
+    videos: Sequence[VideoClips], host: Host, settings: EditSettings, state: State, edit: Edit = edit_here
+) -> Round:
     """One round. A round whose boundaries collapse is not trained on: it is taken back and is the last."""
     teacher = host.teacher()
-    edited = edit_videos(
-        videos,
-        state.spans,
-        host.score,
-        settings,
-        round_number=state.round_number,
-        teacher=teacher,
-        step_scale=state.step_scale,
-        threshold=lowest_threshold(videos, state.spans, host.score, settings),
-    )
+    edited = edit(videos, host, settings, state)
     change = drift(videos, edited.spans, settings)
-    validation = None if has_collapsed(change, settings) else host.train(edited.spans)
-    outcome = "collapsed" if validation is None else "kept" if validation > state.best else "rolled-back"
+    outcome, validation = "collapsed", None
+    if not has_collapsed(change, settings):
+        validation = host.train(edited.spans)
+        outcome = "untrained" if validation is None else "kept" if validation > state.best else "rolled-back"
     if outcome == "kept":
         host.promote()
     row = {
@@ -197,7 +207,7 @@ def boundaries_at(edits: pa.Table, rounds: pa.Table, last_round: int | None = No
     concerns, and whose captions of the old middle frame are stale.
     """
     happened = [row for row in rounds.to_pylist() if last_round is None or row["round"] <= last_round]
-    kept = pa.array([row["round"] for row in happened if row["outcome"] == "kept"], pa.int32())
+    kept = pa.array([row["round"] for row in happened if row["outcome"] in HELD], pa.int32())
     rows = edits.filter(pc.is_in(edits["round"], kept)).sort_by([("clip_id", "ascending"), ("round", "descending")])
     ids = rows["clip_id"].to_numpy(zero_copy_only=False)
     return rows.filter(pa.array(np.append(True, ids[1:] != ids[:-1])[: len(ids)], pa.bool_()))
@@ -214,6 +224,8 @@ def _next_state(state: State, row: Mapping[str, Any], edited: Spans) -> State:
         return replace(state, is_over=True)
     if row["outcome"] == "rolled-back":
         return replace(state, step_scale=state.step_scale / 2, num_failed_rounds=state.num_failed_rounds + 1)
+    if row["outcome"] == "untrained":
+        return replace(state, spans=edited, is_over=row["num_accepted"] == 0)
     scale = min(1.0, 2 * state.step_scale)
     return replace(state, best=row["validation"], step_scale=scale, num_failed_rounds=0, spans=edited)
 

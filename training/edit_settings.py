@@ -1,13 +1,15 @@
 """What decides how a teacher edits clip boundaries. Nothing heavy is imported here.
 
-The paper's own numbers are not known to us (spec/video_editing.md): the defaults are that file's proposals.
+The paper's own numbers are not known to us (spec/video_editing.md): where a default is not that file's proposal,
+docs/video_editing.md has the measurement that chose it.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Settings
+from pipeline.config import Settings, operational, resolve_settings
+from training.settings import RECIPES, RunSettings
 
 
 class EditSettings(Settings):
@@ -31,9 +33,17 @@ class EditSettings(Settings):
     bank_size: int = Field(512, ge=0)  # captions of other videos that a clip's own is measured against; 0: none
     same_caption: float = Field(0.95, gt=0, le=1)  # captions with a larger cosine say the same: not measured against
 
+    # What the teacher sees of a video, and how far from its first boundaries a clip may go at most.
+    frames_per_s: float = Field(2.0, gt=0, le=60)
+    margin_s: float = Field(4.0, ge=0)
+
+    holdout: float = Field(0.1, gt=0, lt=1)  # share of videos held out for validation where no split says which
+    folds: Literal[1, 2] = 1  # 2: each half of the videos is edited by a teacher trained on the other half
+    epochs: float = Field(1.0, gt=0)  # that the student trains in a round
+
     warmup_patience: int = Field(2, ge=1)  # evaluations without a rise that end the warm-up
     max_warmup_epochs: int = Field(20, ge=1)
-    max_rounds: int = Field(10, ge=1)
+    max_rounds: int = operational(10, ge=1)
     patience: int = Field(3, ge=1)  # rounds without improvement that end the editing
     # A round that leaves the median length further than this from the first clips', or more than this share of clips
     # newly at a limit, is taken back and ends the editing. None: not watched (fixed clips are meant to change a lot).
@@ -45,3 +55,14 @@ class EditSettings(Settings):
         if self.min_length_s > self.max_length_s:
             raise ValueError(f"min_length_s {self.min_length_s} is above max_length_s {self.max_length_s}")
         return self
+
+
+class EditRunSettings(RunSettings):
+    """Those of a run, for the student, and how boundaries are edited."""
+
+    edit: EditSettings = EditSettings()
+
+
+def resolve_edit(base: dict[str, Any], recipe: str | None, assignments: list[str]) -> EditRunSettings:
+    """The teacher's run settings, or a recipe, with `--set` on top. Raises UserError."""
+    return resolve_settings(EditRunSettings, RECIPES, base, recipe, assignments)

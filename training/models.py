@@ -37,6 +37,8 @@ _PLAIN = {"num_added": 0, "num_times": 0, "pooling": "mean"}  # a CLIP that noth
 def load(settings: ModelSettings, seed: int = 0) -> Model:
     """float32 on the CPU. `seed` draws what the method adds and a plain CLIP lacks. Raises UserError."""
     _refuse_settings_of_others(settings, _shape(settings))
+    if settings.weights is not None:
+        return read(Path(settings.weights), settings, seed)
     if settings.method == "clip4clip":
         return _clip4clip(settings, seed)
     model = _clip_vip(settings, seed)

@@ -4,7 +4,7 @@ Nothing heavy is imported here, so that the command line can name every setting 
 """
 
 from importlib import resources
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ Decay = Literal["cosine", "linear", "invsqrt", "constant", "clip4clip"]
 Update = Literal["adamw", "clip_vip", "clip4clip"]
 Group = Literal["video", "duplicate"]
 TextColumn = Literal["subtitle", "caption", "texts"]
+Round = Annotated[int, Field(ge=1)]
 
 
 class ModelSettings(Settings):
@@ -26,6 +27,8 @@ class ModelSettings(Settings):
     # A folder or file of weights, "open_clip:NAME/TAG", one of OpenAI's names ("ViT-B/32"), or "demo": the small CLIP
     # that ships with clipmill.
     init: str = "open_clip:ViT-B-32-quickgelu/openai"
+    # A checkpoint of this very method to begin with; `init` then says what it was built on. None: begin with `init`.
+    weights: str | None = None
     # Proxy tokens besides CLIP's class token, rows of the temporal table, and how frames become a video; None: as the
     # file has them, else 3, 12 and "proxy".
     num_added: int | None = Field(None, ge=0)
@@ -41,6 +44,11 @@ class DataSettings(Settings):
     """Which clips a run sees, and what it sees of each."""
 
     where: str = ""  # SQL condition on `catalog`, or a SELECT with a clip_id column; empty: every sample
+    # Boundaries that `clipmill edit` gave clips: of its last round that held, of a round (its number), or none; of
+    # another than the newest editing as "EDITING:accepted", "EDITING:3".
+    edits: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^(none|(e[0-9a-f]+:)?(accepted|\d+))$")] = (
+        "none"
+    )
     # Clips that may never be in one batch, where they would be each other's negatives: those of one video, those of one
     # near-duplicate group.
     apart: tuple[Group, ...] = ("video", "duplicate")

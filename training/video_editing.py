@@ -18,27 +18,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import ItemError
+from shards.schema import TABLES
 from training.edit_settings import EditSettings
 
 Floats = NDArray[np.float64]
 Spans = dict[str, Floats]  # present boundaries [N, 2] by video_id, in the order of the video's clips
 
-EDITS = pa.schema(
-    [
-        ("clip_id", pa.string()),
-        ("video_id", pa.string()),
-        ("round", pa.int32()),
-        ("start_s", pa.float64()),  # after the round
-        ("end_s", pa.float64()),
-        ("base_start_s", pa.float64()),  # of the clip as it was first made
-        ("base_end_s", pa.float64()),
-        ("teacher", pa.string()),  # hash of the weights that scored
-        ("score_before", pa.float64()),  # of the boundaries before the round
-        ("score_after", pa.float64()),  # of those after it; equal where nothing was accepted
-        ("accepted", pa.bool_()),
-        ("reason", pa.string()),  # better | no-better | no-candidate | not-lowest
-    ]
-)
+# The table's columns but those that name the editing and the text
+EDITS = pa.schema([field for field in TABLES["clip_edits"] if field.name not in ("editing", "text_md5")])
 
 
 @dataclass(frozen=True)
@@ -50,6 +37,8 @@ class VideoClips:
     clip_ids: tuple[str, ...]
     timestamps_N: Floats
     base_N2: Floats
+    room_N2: Floats  # what a clip may not leave: where there are frames of it
+    has_source: bool = True  # False: the frames are the clips' own
 
     def __len__(self) -> int:
         return len(self.clip_ids)
@@ -69,8 +58,11 @@ def video_clips(
     timestamps_s: Sequence[float],
     settings: EditSettings,
     spans_s: Sequence[Sequence[float]] | None = None,
+    frames_s: Sequence[Sequence[float]] | None = None,
 ) -> VideoClips:
     """One video's clips, in any order, with boundaries from their timestamps or, where given, with `spans_s`.
+
+    frames_s  what there is of each clip where the source video is gone; None: all of the video
 
     Raises ItemError "bad-duration", "bad-timestamp" or "bad-span".
     """
@@ -86,8 +78,15 @@ def video_clips(
         base = _checked_spans(np.asarray(spans_s, dtype=np.float64).reshape(-1, 2)[order], ids, times, duration_s)
     else:
         base = {"midpoint": midpoint_spans, "fixed": fixed_spans}[settings.initial](times, duration_s, settings)
-    times.flags.writeable = base.flags.writeable = False
-    return VideoClips(video_id, float(duration_s), ids, times, base)
+    room = np.repeat([[0.0, duration_s]], len(times), axis=0)
+    if frames_s is not None:
+        room = np.asarray(frames_s, dtype=np.float64).reshape(-1, 2)[order]
+        room = np.stack([np.minimum(room[:, 0], base[:, 0]), np.maximum(room[:, 1], base[:, 1])], axis=1)
+    elif spans_s is not None:
+        room = (base + [-settings.margin_s, settings.margin_s]).clip(0, duration_s)
+    for array in (times, base, room):
+        array.flags.writeable = False
+    return VideoClips(video_id, float(duration_s), ids, times, base, room, frames_s is None)
 
 
 def midpoint_spans(timestamps_N: Floats, duration_s: float, settings: EditSettings) -> Floats:
@@ -141,8 +140,8 @@ def candidates(
 ) -> Floats:
     """[K, 2]: the present boundaries of a clip, then those it might get, each once (section 5).
 
-    A move beyond a limit goes to the limit. The limits: the timestamp stays inside; neither the video's ends nor the
-    nearest other timestamps are passed; the length stays between the least and the largest. A limit that the present
+    A move beyond a limit goes to the limit. The limits: the timestamp stays inside; neither the clip's room nor the
+    nearest other timestamps are left; the length stays between the least and the largest. A limit that the present
     boundaries break already (fixed clips reach over their neighbours' timestamps) may not be broken further.
     """
     start, end = spans_N2[number]
@@ -159,11 +158,12 @@ def candidates(
 
 
 def reach(video: VideoClips) -> Floats:
-    """[N, 2]: the nearest other timestamps before and behind each clip's own, the video's ends where there is none."""
+    """[N, 2]: how far each clip may go: to the nearest other timestamps before and behind its own, inside its room."""
     times = video.timestamps_N
     bounded = np.concatenate([[0.0], times, [video.duration_s]])
     before, behind = np.searchsorted(times, times, "left"), np.searchsorted(times, times, "right") + 1
-    return np.stack([bounded[before], bounded[behind]], axis=1)
+    low_N, high_N = video.room_N2.T
+    return np.stack([np.maximum(bounded[before], low_N), np.minimum(bounded[behind], high_N)], axis=1)
 
 
 def overlap(one: Floats, others_K2: Floats) -> Floats:
@@ -305,7 +305,7 @@ def _row(video: VideoClips, number: int, span: Floats, before: float, after: flo
         "score_before": float(before),
         "score_after": float(after),
         "accepted": reason == "better",
-        "reason": reason,
+        "reason": reason if video.has_source else f"{reason}-without-source",
     }
 
 
