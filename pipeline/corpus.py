@@ -46,9 +46,10 @@ class Corpus:
         """Make the folders. Raises UserError for a folder that cannot be written or holds something else."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            if not self.exists and any(not entry.name.startswith(".") for entry in self.root.iterdir()):
+            begun = self.exists or self.private.exists()  # the latter alone: stopped before its settings were saved
+            if not begun and any(not entry.name.startswith(".") for entry in self.root.iterdir()):
                 raise UserError(f"{self.root} is not empty and not a corpus: give --corpus a new or an empty folder.")
-            for name in ("fragments", "sources", "clips", "shards", ".clipmill"):
+            for name in (".clipmill", "fragments", "sources", "clips", "shards"):
                 (self.root / name).mkdir(exist_ok=True)
             readme = self.root / "README.txt"
             if not readme.exists() or readme.read_text() != README:

@@ -4,6 +4,7 @@
 
   "status": 503            answer this instead of the file
   "cut_after_bytes": n     close the connection after n bytes of the body, although the header promised more
+  "extra_bytes": n         announce n bytes more than there are; for n < 0, announce and send so many fewer
   "delay_s": x             wait before answering
   "content_type": "…"      claim this type
   "times": n               do so for the first n requests of the path only (GET and HEAD alike); without it, always
@@ -124,15 +125,19 @@ class _Handler(BaseHTTPRequestHandler):
         if span is None:
             return self._say(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, {"Content-Range": f"bytes */{stat.st_size}"})
         start, stop, partial = span
+        extra = fault.get("extra_bytes", 0)
+        announced = max(0, stop - start + extra)
+        stop = min(stop, start + announced)
         self.send_response(HTTPStatus.PARTIAL_CONTENT if partial else HTTPStatus.OK)
         if partial:
-            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{stat.st_size}")
+            self.send_header("Content-Range", f"bytes {start}-{start + announced - 1}/{stat.st_size + extra}")
         self.send_header("Content-Type", fault.get("content_type", _content_type(path)))
-        self.send_header("Content-Length", str(stop - start))
+        self.send_header("Content-Length", str(announced))
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", etag)
         self.send_header("Last-Modified", email.utils.formatdate(stat.st_mtime, usegmt=True))
         self.end_headers()
+        self.close_connection |= extra > 0  # or the client would wait for the rest
         if with_body:
             self._send_bytes(file, start, stop, fault.get("cut_after_bytes"))
 

@@ -1,0 +1,464 @@
+"""A build of the demo world while everything that can die does, compared with a quiet one.
+
+    python -m bench.chaos                       100 faults, 12 videos, three Ray nodes (10 minutes or so)
+    python -m bench.chaos --faults 15 --videos 4 --seed 7
+
+gate           shards, tables and failures are those of the quiet build, to the byte · no orphan file · nothing was done
+               more often than the faults explain
+informational  what was done twice, minutes
+
+Faults come in a seeded order at seeded moments; what they hit depends on the moment, so two runs of one seed are not
+the same run. A fault counts when it has really hit: a process that was there is dead, an answer has been spoilt, the
+disk has been full while a build ran. The disk is a tmpfs, which takes root to mount; where it cannot be, that kind is
+left out and the summary says so. Exit code 1 when a gate fails.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench.same_corpus import differences, orphans
+
+SETTINGS = (
+    "ingest.unit_videos=2",
+    "cut.short_side=96",
+    "pack.shard_bytes=1000000",
+    "engine.publish_every_s=0.5",
+    "engine.max_attempts=1000",  # here faults are what fails, not sources
+    "engine.downloads_per_node=2",
+    "engine.batch_video_s=40",
+    "engine.batch_clips=16",
+    "download.retries=5",
+    "download.backoff_s=0.1",
+    "download.stall_timeout_s=2",
+    "download.cooldown_s=0.5",
+)
+PROCESS_KINDS = ("driver", "worker", "actor", "node")
+HTTP_KINDS = ("http-drop", "http-stall", "http-length", "http-429", "http-503")
+KINDS = (*PROCESS_KINDS, *HTTP_KINDS, "torn", "disk-full")
+# Pieces of work that a death can cost: those in flight on two nodes of one CPU and the head (downloads, cuts, models).
+MOST_IN_FLIGHT = 3 * 2 + 3 + 2
+DISK_BYTES = 400 << 20
+
+
+@dataclass
+class Summary:
+    faults: Counter = field(default_factory=Counter)
+    num_builds: int = 0  # commands that were started
+    num_needed: int = 0  # commits of the quiet build
+    num_made: int = 0  # commits of the tormented one, those made again included
+    wrong: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def num_explained(self) -> int:
+        """Commits that the faults may have cost at most."""
+        deaths = sum(self.faults[kind] for kind in (*PROCESS_KINDS, "disk-full"))
+        return deaths * MOST_IN_FLIGHT + self.faults["torn"] + sum(self.faults[kind] for kind in HTTP_KINDS)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{self.faults[kind]} {kind}" for kind in KINDS if self.faults[kind])
+        lines = [
+            f"{self.faults.total()} faults in {self.seconds / 60:.1f} minutes: {kinds}",
+            f"{self.num_builds} builds; {self.num_made} commits for {self.num_needed} that were needed "
+            f"(the faults explain {self.num_explained} more)",
+            *(f"left out: {reason}" for reason in self.left_out),
+            *(f"WRONG: {problem}" for problem in self.wrong),
+        ]
+        return "\n".join([*lines, "FAILED" if self.wrong else "the same bytes as the quiet build"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--videos", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="a folder to work in that is kept, with the builds' output")
+    arguments = parser.parse_args()
+    with _scratch(arguments.keep) as folder:
+        summary = torment(folder, arguments.faults, arguments.videos, arguments.seed, print)
+    print(summary)
+    sys.exit(bool(summary.wrong))
+
+
+def torment(
+    folder: Path, num_faults: int, num_videos: int, seed: int, say: Callable[[str], Any], kinds: tuple[str, ...] = KINDS
+) -> Summary:
+    """Build quietly, build with faults, compare. The work is done in `folder`."""
+    from pipeline.demo.server import serve
+    from pipeline.demo.world import WorldSettings, make_world, write_sources
+
+    world, summary = folder / "world", Summary()
+    broken = ("not-found", "html", "truncated", "empty", "audio-only", "duplicate")
+    make_world(world, WorldSettings(num_videos=num_videos, min_video_s=15, max_video_s=30, broken=broken, seed=seed))
+    spoiler, started = Spoiler(random.Random(seed)), time.monotonic()
+    with serve(world, faults=spoiler) as base_url:
+        spoiler.always = _listed_faults(world)
+        write_sources(world, base_url, folder / "sources.jsonl")
+        with _small_disk(folder / "disk", summary) as disk, _cluster() as cluster:
+            quiet = Build(folder / "quiet", folder, cluster.address)
+            with CommitCount(quiet.corpus) as needed:
+                say(f"quiet build of {num_videos} videos")
+                _finish(quiet)
+            tormented = Build(disk / "corpus", folder, cluster.address)
+            with CommitCount(tormented.corpus) as made:
+                chaos = Chaos(tormented, cluster, spoiler, random.Random(seed), summary)
+                wanted = [kind for kind in kinds if kind != "disk-full" or not summary.left_out]
+                chaos.run(num_faults, wanted, say)
+                say("no more faults: the last build")
+                spoiler.stop()
+                _finish(tormented)
+                again = made.total()
+                _finish(tormented)
+            summary.num_builds = tormented.num_started
+            summary.num_needed, summary.num_made = needed.total(), made.total()
+            summary.wrong = differences(quiet.corpus, tormented.corpus)
+            summary.wrong += [f"orphan: {name}" for name in orphans(tormented.corpus)]
+            if made.total() != again:
+                summary.wrong.append(f"a build of the finished corpus made {made.total() - again} commits")
+            if summary.num_made - summary.num_needed > summary.num_explained:
+                summary.wrong.append("more was done again than the faults explain")
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+# -- the faults -------------------------------------------------------------------------------------------------------
+
+
+class Chaos:
+    """Keeps a build running and hits it, its cluster, its server and its disk."""
+
+    def __init__(self, build: "Build", cluster: "RayNodes", spoiler: "Spoiler", rng: random.Random, summary: Summary):
+        self.build, self.cluster, self.spoiler, self.rng, self.summary = build, cluster, spoiler, rng, summary
+
+    def run(self, num_faults: int, kinds: list[str], say: Callable[[str], Any]) -> None:
+        queue: list[str] = []
+        while self._num_hit() < num_faults:
+            if not self.build.running():
+                if self.build.finished():
+                    self._tear(3)  # there is nothing left to disturb: make some work
+                self.build.start()
+            queue = queue or self.rng.sample(kinds, len(kinds))
+            time.sleep(self.rng.uniform(0.1, 1.5))
+            kind = queue.pop()
+            if self._strike(kind):
+                self.summary.faults[kind] += 1
+                say(f"{self._num_hit():4} {kind}")
+
+    def _num_hit(self) -> int:
+        self.summary.faults.update(self.spoiler.take_spoilt())
+        return self.summary.faults.total()
+
+    def _strike(self, kind: str) -> bool:
+        """Whether it has hit. Spoilt answers are counted by the server, when one has been."""
+        match kind:
+            case "driver":
+                return self.build.kill()
+            case "worker":
+                return self._kill_one(lambda title: title.startswith("ray::") and not _is_actor(title))
+            case "actor":
+                return self._kill_one(_is_actor)
+            case "node":
+                return self.cluster.replace_one(self.rng)
+            case "torn":
+                return self._tear(1) > 0
+            case "disk-full":
+                return self._fill_disk()
+        self.spoiler.order(kind)
+        return False
+
+    def _kill_one(self, wanted: Callable[[str], bool]) -> bool:
+        victims = sorted((p for p in self.cluster.workers() if wanted(_title(p))), key=lambda p: p.pid)
+        if not victims:
+            return False
+        with suppress(psutil.NoSuchProcess):
+            self.rng.choice(victims).kill()
+            return True
+        return False
+
+    def _tear(self, num_files: int) -> int:
+        """What a crash may leave: a file cut short under a temporary name, or (no sync) under its final one."""
+        files = sorted(self.build.corpus.glob("fragments/*/[!.]*.parquet"))
+        files += sorted(self.build.corpus.glob("clips/[!.]*.tar"))
+        victims = self.rng.sample(files, min(num_files, len(files)))
+        torn = 0
+        for path in victims:
+            with suppress(FileNotFoundError):
+                data = path.read_bytes()
+                half = data[: self.rng.randrange(len(data))]
+                if self.rng.random() < 0.5:
+                    path.with_name(f".tmp-{path.name}").write_bytes(half)
+                elif not self.build.running():  # a file that a running build has read already may be needed by it
+                    _replace(path, half)
+                else:
+                    continue
+                torn += 1
+        return torn
+
+    def _fill_disk(self) -> bool:
+        """Until the build has ended for want of room, or for three seconds."""
+        ballast, room = self.build.corpus.parent / "ballast", shutil.disk_usage(self.build.corpus.parent).free
+        if not self.build.running() or room == 0:
+            return False
+        try:
+            with ballast.open("wb") as file, suppress(OSError):
+                while True:
+                    file.write(b"\0" * (1 << 20))
+        except OSError:  # the last block does not fit when the file is closed either
+            pass
+        until = time.monotonic() + 3
+        while self.build.running() and time.monotonic() < until:
+            time.sleep(0.05)
+        ballast.unlink()
+        return True
+
+
+class Spoiler(dict):
+    """The server's faults: those of bad sources always, and one bad answer for each that was ordered."""
+
+    def __init__(self, rng: random.Random):
+        super().__init__()
+        self.rng, self.always = rng, {}
+        self._ordered: list[str] = []
+        self._spoilt: Counter = Counter()
+        self._lock = threading.Lock()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        with self._lock:
+            if name in self.always or not name.startswith("videos/") or not self._ordered:
+                return self.always.get(name, default)
+            kind = self._ordered.pop()
+            self._spoilt[kind] += 1
+        return self._answer(kind)
+
+    def _answer(self, kind: str) -> dict[str, Any]:
+        some_bytes = self.rng.randrange(1, 200_000)
+        return {
+            "http-drop": {"cut_after_bytes": some_bytes},
+            "http-stall": {"delay_s": 4},
+            "http-length": {"extra_bytes": self.rng.choice((-1, 1)) * self.rng.randrange(1, 2000)},
+            "http-429": {"status": 429},
+            "http-503": {"status": 503},
+        }[kind]
+
+    def order(self, kind: str) -> None:
+        with self._lock:
+            if len(self._ordered) < 3:
+                self._ordered.append(kind)
+
+    def take_spoilt(self) -> Counter:
+        with self._lock:
+            taken, self._spoilt = self._spoilt, Counter()
+        return taken
+
+    def stop(self) -> None:
+        with self._lock:
+            self._ordered.clear()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    aside = path.with_name(f".tmp-{path.name}.torn")
+    aside.write_bytes(data)
+    os.replace(aside, path)
+
+
+def _listed_faults(world: Path) -> dict[str, Any]:
+    listed = world / "faults.json"
+    return json.loads(listed.read_text()) if listed.exists() else {}
+
+
+# -- what is hit ------------------------------------------------------------------------------------------------------
+
+
+class Build:
+    """The command, run again whenever it has been killed; its output goes to a file."""
+
+    def __init__(self, corpus: Path, folder: Path, address: str):
+        self.corpus, self.sources, self.log = corpus, folder / "sources.jsonl", folder / f"{corpus.name}.log"
+        self.environment = {**os.environ, "RAY_ADDRESS": address}
+        self.process: subprocess.Popen | None = None
+        self.num_started = 0
+
+    def start(self) -> None:
+        settings = [word for setting in SETTINGS for word in ("--set", setting)]
+        words = ["build", str(self.sources), "--corpus", str(self.corpus), "--recipe", "demo", *settings]
+        self.num_started += 1
+        with self.log.open("ab") as log:
+            self._log_start = log.tell()
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.cli", *words],
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+                start_new_session=True,
+            )
+
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def finished(self) -> bool:
+        """It ended by itself; the bad sources make it 1."""
+        return self.process is not None and self.process.poll() in (0, 1)
+
+    def said(self) -> str:
+        """What the last command printed."""
+        return self.log.read_bytes()[self._log_start :].decode(errors="replace")
+
+    def kill(self) -> bool:
+        if not self.running():
+            return False
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        return True
+
+
+def _finish(build: Build, timeout_s: float = 900) -> None:
+    """Let it end in peace."""
+    if not build.running():
+        build.start()
+    code = build.process.wait(timeout_s)
+    if code not in (0, 1):  # what had been hit before died of it now
+        build.start()
+        code = build.process.wait(timeout_s)
+    assert code in (0, 1) and "Traceback" not in build.said(), f"the build ended with {code}, see {build.log}"
+
+
+class RayNodes:
+    """A head and two nodes on this machine, each with its own raylet and workers."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(2)]
+
+    @property
+    def address(self) -> str:
+        return self.cluster.address
+
+    def workers(self) -> Iterator[psutil.Process]:
+        """Processes that run tasks and actors of this cluster: children of its raylets."""
+        for node in [self.cluster.head_node, *self.nodes]:
+            for raylet in node.all_processes.get("raylet", []):
+                with suppress(psutil.NoSuchProcess):
+                    yield from (
+                        p for p in psutil.Process(raylet.process.pid).children() if _title(p).startswith("ray::")
+                    )
+
+    def replace_one(self, rng: random.Random) -> bool:
+        """A node that is gone without a word, and another that joins."""
+        victim = self.nodes.pop(rng.randrange(len(self.nodes)))
+        self.cluster.remove_node(victim, allow_graceful=False)
+        self.nodes.append(self.cluster.add_node(num_cpus=1))
+        return True
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _is_actor(title: str) -> bool:
+    return title.startswith(("ray::ModelWorker", "ray::HostGovernor"))
+
+
+class CommitCount:
+    """How often each commit was made: its ledger fragment is renamed into place each time, which a new inode shows."""
+
+    def __init__(self, corpus: Path):
+        self.folder = corpus / "fragments" / "ledger"
+        self._seen: set[tuple[str, int, int]] = set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "CommitCount":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look()
+
+    def total(self) -> int:
+        self._look()
+        return len(self._seen)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            self._look()
+
+    def _look(self) -> None:
+        with suppress(FileNotFoundError):
+            for entry in os.scandir(self.folder):
+                with suppress(FileNotFoundError):
+                    if not entry.name.startswith("."):
+                        stat = entry.stat()
+                        self._seen.add((entry.name, stat.st_ino, stat.st_mtime_ns))
+
+
+# -- where it happens -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _scratch(keep: Path | None) -> Iterator[Path]:
+    if keep:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep
+        return
+    with tempfile.TemporaryDirectory(prefix="clipmill-chaos-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _small_disk(folder: Path, summary: Summary) -> Iterator[Path]:
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        summary.left_out.append("disk-full (no tmpfs can be mounted here)")
+    try:
+        yield folder
+    finally:
+        if not mounted.returncode:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextmanager
+def _cluster() -> Iterator[RayNodes]:
+    """Ray's files go to a folder of their own, so that nothing else on this machine joins this cluster by chance."""
+    with tempfile.TemporaryDirectory(prefix="cmc-", ignore_cleanup_errors=True) as folder:
+        before = os.environ.get("RAY_TMPDIR")
+        os.environ.update(RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0")
+        nodes = RayNodes()
+        try:
+            yield nodes
+        finally:
+            nodes.cluster.shutdown()
+            os.environ.pop("RAY_TMPDIR")
+            if before is not None:
+                os.environ["RAY_TMPDIR"] = before
+
+
+if __name__ == "__main__":
+    main()

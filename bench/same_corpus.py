@@ -1,0 +1,56 @@
+"""Whether two corpora are the same: shards to the byte, tables row by row, failures by what and why. Orphan files."""
+
+import hashlib
+from pathlib import Path
+
+import duckdb
+
+TABLES = ("videos", "sentences", "spans", "clips", "texts", "captions", "scores", "samples")
+# Where media lie before packing follows from how the work was cut into pieces, which a fault changes.
+PLACES = {"clips": ("tar", "mp4_offset", "frames")}
+OWNED = ("transcripts", "sentences", "spans", "clips", "captions", "scores")
+TEMPORARY = (".tmp-", ".next", ".part")
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What differs, in words; empty where nothing does."""
+    found = [f"shard {name}" for name in _unequal(_hashes(one), _hashes(other))]
+    with _open(one) as ours, _open(other) as theirs:
+        for table in TABLES:
+            without = PLACES.get(table)
+            columns = f"* EXCLUDE ({', '.join(without)})" if without else "*"
+            rows = [set(map(str, c.execute(f"SELECT {columns} FROM {table}").fetchall())) for c in (ours, theirs)]
+            if rows[0] != rows[1]:
+                sample = sorted(rows[0] ^ rows[1])[0]
+                found.append(
+                    f"table {table}: {len(rows[0] - rows[1])} and {len(rows[1] - rows[0])} rows, e.g. {sample}"
+                )
+        failures = "SELECT stage, item_id, error_class FROM failures ORDER BY ALL"
+        rows = [set(c.execute(failures).fetchall()) for c in (ours, theirs)]
+        found += [f"failure {row}" for row in sorted(rows[0] ^ rows[1])]
+    return found
+
+
+def orphans(corpus: Path) -> list[str]:
+    """Temporary files, and fragments and clips that no commit names."""
+    files = [path.relative_to(corpus) for path in corpus.rglob("*") if path.is_file()]
+    files = [path for path in files if ".clipmill" not in path.parts]
+    owners = {path.stem for path in (corpus / "fragments" / "ledger").glob("*.parquet")}
+    left = [path for path in files if any(mark in path.name for mark in TEMPORARY)]
+    left += [path for path in files if path.parts[0] == "clips" and path.stem not in owners and path not in left]
+    owned = [path for path in files if path.parts[0] == "fragments" and path.parts[1] in OWNED and path not in left]
+    return sorted(str(path) for path in [*left, *(path for path in owned if path.stem not in owners)])
+
+
+def _hashes(corpus: Path) -> dict[str, str]:
+    """Of shards; their indexes hold what is served now, and the same rows make the same file."""
+    files = sorted(path for path in (corpus / "shards").glob("*") if path.is_file())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _unequal(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+def _open(corpus: Path) -> duckdb.DuckDBPyConnection:
+    return duckdb.connect(str(corpus / "manifest.duckdb"), read_only=True)
