@@ -281,6 +281,28 @@ def evaluate(
 
 
 @app.command()
+def study(
+    name: Annotated[str | None, typer.Argument(help="Which one; none: a list of them.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="Where its rows, table and plot go.", show_default=False)] = None,
+    size: Annotated[str, typer.Option(help="default, or small: to see it run.")] = "default",
+    seeds: Annotated[int | None, typer.Option(help="How many; none: the study's own number.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; none: one per core.")] = None,
+    cache: Annotated[Path, typer.Option(help="What studies share: rendered clips, corpora.")] = Path("runs/studies"),
+) -> None:
+    """Test a claim of one of the methods in miniature, on the demo world. Resumes."""
+    from rich.console import Console
+
+    from training.study_command import list_studies, run_named
+
+    if name is None:
+        list_studies(Console())
+        return
+    if out is None:
+        raise UserError("clipmill study NAME --out DIR: it needs to know where its rows go.")
+    run_named(name, out, size, seeds, cache, workers, Console())
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where to make it.", metavar="[DIR]")] = Path("demo"),
     videos: Annotated[int, typer.Option(help="How many videos the demo world has.")] = 48,

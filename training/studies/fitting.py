@@ -1,0 +1,100 @@
+"""Training and scoring for studies: the project's learner and metrics on arrays in memory.
+
+Shape letters: N clips, T frames, S pixels a side, B clips of a batch, M texts, D the features' size.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.batch import Batch
+from training.distributed import Process
+from training.evaluate import ranks_of
+from training.frames import middle_index, normalise
+from training.learner import Learner
+from training.models import Model, text_encoder
+from training.settings import TrainSettings
+
+MAX_TOKENS = 40  # of a text; longer ones are cut
+CHUNK = 64  # clips or texts encoded at once when scoring
+
+
+class Texts(NamedTuple):
+    """What the clips of a batch are paired with; None: the clip has no such text."""
+
+    subtitles: Sequence[str | None]
+    captions: Sequence[str | None]
+
+
+Draw = Callable[[np.random.Generator], tuple[NDArray[np.int64], Texts]]  # rows of a batch, and the texts of this visit
+
+
+def fit(model: Model, pixels_NT3SS: np.ndarray, draw: Draw, settings: TrainSettings, seed: int) -> Model:
+    """`settings.max_steps` updates of the model, in place; returns it in evaluation mode."""
+    assert settings.max_steps is not None
+    learner = Learner(model.train(), settings, settings.max_steps, Process(torch.device("cpu")), seed=seed)
+    rng = np.random.default_rng([seed, 7])
+    for _ in range(settings.max_steps):
+        rows, texts = draw(rng)
+        learner.train_step(make_batch(model, pixels_NT3SS, rows, texts))
+    return learner.model.eval()
+
+
+def make_batch(model: Model, pixels_NT3SS: np.ndarray, rows: NDArray[np.int64], texts: Texts) -> Batch:
+    video_BT3SS = torch.from_numpy(np.ascontiguousarray(pixels_NT3SS[rows]))
+    middle = middle_index(video_BT3SS.shape[1])
+    return Batch(
+        rows_B=torch.from_numpy(rows),
+        video_BT3SS=video_BT3SS,
+        frame_B13SS=video_BT3SS[:, middle : middle + 1],
+        subtitle_BL=_ids(model, texts.subtitles),
+        caption_BL=_ids(model, texts.captions),
+        video_mask_B=torch.ones(len(rows), dtype=torch.bool),
+        subtitle_mask_B=torch.tensor([text is not None for text in texts.subtitles]),
+        caption_mask_B=torch.tensor([text is not None for text in texts.captions]),
+    )
+
+
+def _ids(model: Model, texts: Sequence[str | None]) -> Tensor:
+    """[B, L], cut behind the longest text."""
+    ids_BL = text_encoder(model.config, MAX_TOKENS)([text or "" for text in texts])
+    return ids_BL[:, : int(ids_BL.argmax(dim=1).max()) + 1]
+
+
+@torch.no_grad()
+def video_features(model: Model, pixels_NT3SS: np.ndarray) -> Tensor:
+    """Unit vectors [N, D]."""
+    mean, std = model.config.image_mean, model.config.image_std
+    chunks = (torch.from_numpy(np.ascontiguousarray(chunk)) for chunk in _chunks(pixels_NT3SS))
+    return torch.cat([model.encode_video(normalise(chunk, mean, std)) for chunk in chunks])
+
+
+@torch.no_grad()
+def text_features(model: Model, texts: Sequence[str]) -> Tensor:
+    """Unit vectors [M, D]."""
+    return torch.cat([model.encode_text(_ids(model, chunk)) for chunk in _chunks(texts)])
+
+
+def similarities(model: Model, texts: Sequence[str], pixels_NT3SS: np.ndarray) -> NDArray[np.float64]:
+    """Cosines [M, N]."""
+    return (text_features(model, texts).double() @ video_features(model, pixels_NT3SS).double().T).numpy()
+
+
+def recall(similarity_MN: NDArray[np.float64], k: int = 1, answers: NDArray[np.int64] | None = None) -> float:
+    """Share of texts whose own video is among the k nearest; ties count half. None: text i's is video i."""
+    ranks = ranks_of(similarity_MN, np.arange(len(similarity_MN)) if answers is None else answers, ties="mean")
+    return float((ranks <= k).mean())
+
+
+def recall_within(similarity_MN: NDArray[np.float64], size: int, k: int = 1) -> float:
+    """`recall` where text i's video is i and its rivals are only those of the same block of `size`."""
+    blocks = [similarity_MN[start : start + size, start : start + size] for start in range(0, len(similarity_MN), size)]
+    return float(np.mean([recall(block, k) for block in blocks]))
+
+
+def _chunks(items: Sequence) -> list:
+    return [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]

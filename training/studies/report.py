@@ -1,0 +1,77 @@
+"""A study's rows as a page: what was asked, what came out, and how to run it again."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from shards.tar import replacing
+from training.studies.study import Arm, Claim, Study, Table
+
+DEFAULT_OUT = "docs/studies"
+
+
+def write_report(study: Study, size: str, num_seeds: int, table: Table, out: Path) -> None:
+    """DIR/plot.svg and DIR/README.md. Says nothing of the machine or the day: same rows, same bytes."""
+    study.draw(table, out / "plot.svg")
+    with replacing(out / "README.md") as file:
+        file.write(page(study, size, num_seeds, table).encode())
+
+
+def page(study: Study, size: str, num_seeds: int, table: Table) -> str:
+    command = f"clipmill study {study.name} --out {DEFAULT_OUT}/{study.name}"
+    command += "" if size == "default" else f" --size {size}"
+    command += "" if num_seeds == study.num_seeds else f" --seeds {num_seeds}"
+    settings = ", ".join(f"{key} {value}" for key, value in asdict(study.sizes[size]).items())
+    parts = [
+        f"# {study.title}",
+        study.question,
+        f"**Claimed.** {study.claimed}",
+        f"**Here.** {study.setting}",
+        "![The scores](plot.svg)",
+        f"Mean ± standard deviation over {num_seeds} seeds" + (", in percent." if study.percent else "."),
+        scores(study, table),
+        "## Did it come out?",
+        claims(study, table),
+        f"Differences are taken within seeds: mean ± standard error over {num_seeds} of them. “Yes” and “no” are what "
+        "lies beyond the 95 % interval of Student's t; everything else is undecided.",
+        study.notes,
+        "## Again",
+        f"```\n{command}\n```",
+        f"Size `{size}`: {settings}. All rows: [rows.csv](rows.csv).",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def scores(study: Study, table: Table) -> str:
+    """A Markdown table: a line per arm, a column per metric."""
+    under_conditions = any(arm.condition for arm in study.arms)
+    head = (["", "condition"] if under_conditions else [""]) + list(study.metrics.values())
+    lines = [head, ["---"] * len(head)]
+    for arm in study.arms:
+        names = [arm.name, arm.condition] if under_conditions else [arm.name]
+        lines.append(names + [_cell(study, table, arm, metric) for metric in study.metrics])
+    return _markdown(lines)
+
+
+def claims(study: Study, table: Table) -> str:
+    lines = [["claimed", "on", "difference", "came out"], ["---"] * 4]
+    lines += [_claim(study, claim, table) for claim in study.claims]
+    return _markdown(lines)
+
+
+def _cell(study: Study, table: Table, arm: Arm, metric: str) -> str:
+    mean, deviation = table.mean(arm, metric)
+    return f"{_number(study, mean)} ± {_number(study, deviation)}"
+
+
+def _claim(study: Study, claim: Claim, table: Table) -> list[str]:
+    outcome = table.outcome(claim)
+    difference = f"{_number(study, outcome.mean + claim.by, True)} ± {_number(study, outcome.error)}"
+    return [claim.says, study.metrics[claim.metric], difference, f"**{outcome.verdict}**"]
+
+
+def _number(study: Study, value: float, sign: bool = False) -> str:
+    return f"{value * (100 if study.percent else 1):{'+' if sign else ''}{'.1f' if study.percent else '.3g'}}"
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -1,0 +1,32 @@
+"""`clipmill study`: what there is, or one of them run."""
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as Lines
+
+from training.studies import STUDIES
+
+
+def list_studies(console: Console) -> None:
+    lines = Lines(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, (_, question) in STUDIES.items():
+        lines.add_row(name, question)
+    console.print(lines)
+
+
+def run_named(
+    name: str, out: Path, size: str, num_seeds: int | None, cache: Path, workers: int | None, console: Console
+) -> None:
+    """Raises UserError."""
+    from training.studies import load
+    from training.studies.runner import run_study
+
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    run_study(name, out, size=size, num_seeds=num_seeds, cache=cache, workers=workers, progress=_say(console))
+    console.print(f"\n{out / 'README.md'} has the table of {load(name).title!r}.", soft_wrap=True, highlight=False)
+
+
+def _say(console: Console):
+    return lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False)
