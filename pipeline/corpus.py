@@ -3,10 +3,13 @@
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 
 import yaml
 
@@ -79,27 +82,27 @@ class Corpus:
 
     @contextmanager
     def writer(self):
-        """Hold the corpus lock. Raises UserError when another process has it; a dead holder's lock is simply free."""
-        path = self.private / "lock"
-        with open(path, "a+") as file:
-            if not take_lock(file):
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise UserError(f"{self.root} is being written by {holder}. Wait for it or stop it; reading is fine.")
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+        """Hold the corpus lock. Raises UserError when another process has it; a dead holder's lock is taken over."""
+        since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        file = _take_named(self._lock, f"process {os.getpid()} on {socket.gethostname()} since {since}")
+        if file is None:
+            holder = _said_by(self._lock) or "another process"
+            raise UserError(f"{self.root} is being written by {holder}. Wait for it or stop it; reading is fine.")
+        with file:
             yield
 
+    @property
+    def _lock(self) -> Path:
+        return self.private / "lock"
+
     def is_being_written(self) -> bool:
-        path = self.private / "lock"
-        if not path.exists():
+        if not self._lock.exists():
             return False
-        with open(path) as file:
+        with open(self._lock) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return True
+                return not _is_left_by_the_dead(self._lock)
         return False
 
     # -- progress of the running process, for `clipmill status` ----------------------------------------------------
@@ -128,6 +131,63 @@ def take_lock(file, patience_s: float = 1.0) -> bool:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
+
+
+def _take_named(path: Path, name: str) -> IO[str] | None:
+    """The lock's file with our name in it, locked while it is open; None where another process has it.
+
+    The kernel frees a dead process's lock, but not while a child that it forked lives on: then the file is replaced.
+    """
+    while True:
+        file = open(path, "a+")
+        if take_lock(file):
+            file.truncate(0)
+            file.write(name)
+            file.flush()
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        elif not _remove_dead(path):
+            file.close()
+            return None
+        file.close()
+
+
+def _remove_dead(lock: Path) -> bool:
+    """Removes the lock where a dead process left it. A new holder writes its name at once, and has had a second."""
+    with open(lock.with_name("lock.takeover"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        dead = _is_left_by_the_dead(lock)
+        if dead:
+            lock.unlink()
+        return dead
+
+
+def _said_by(lock: Path) -> str:
+    try:
+        return lock.read_text().strip()
+    except OSError:
+        return ""  # it has been given back meanwhile
+
+
+def _is_left_by_the_dead(lock: Path) -> bool:
+    """Whether the lock names a process of this host that is no more; of another host's nobody here can tell."""
+    named = re.match(r"process (\d+) on (\S+) since", _said_by(lock))
+    if not named or named[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(named[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False  # alive, and another user's
+    return _is_zombie(int(named[1]))
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False  # a system without /proc, or it has just ended
 
 
 def write_text_atomically(path: Path, text: str) -> None:

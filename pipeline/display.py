@@ -41,6 +41,7 @@ class Terminal:
         self.console.print(
             f"[bold]ingest[/] {report.num_seen:,} sources read: {report.num_new:,} new, "
             f"{report.num_duplicates:,} known or repeated, {report.num_problems:,} unreadable"
+            + (f", {report.num_forgotten:,} to be forgotten and left out" if report.num_forgotten else "")
         )
         for split, num_videos, num_texts, num_repeated in report.splits:
             self.console.print(

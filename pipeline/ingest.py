@@ -4,6 +4,7 @@ Pure: the result is a function of what the lists say and of the sources that the
 """
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.identity import canonical_urls, video_ids
 from pipeline.source_lists import Problem, SourceList, read_sources
 from shards.schema import TABLES
+from shards.tombstones import hash_of
 
 __all__ = ["IngestSettings", "Ingested", "Problem", "SourceList", "ingest", "read_sources"]
 
@@ -41,6 +43,7 @@ class Ingested:
     problems: list[Problem]
     num_seen: int  # usable rows of the lists
     num_duplicates: int  # of them, rows whose source was there before (in the corpus or earlier in the lists)
+    num_forgotten: int = 0  # of them, rows whose source the corpus was told to forget
 
     def splits(self) -> list[tuple[str, int, int, int]]:
         """(split, videos, texts, texts that another one of the split equals) of the new sources of a benchmark."""
@@ -54,15 +57,19 @@ class Ingested:
         return [(split, videos[split], found.total(), repeated[split]) for split, found in texts.items()]
 
 
-def ingest(arguments: list[str], settings: IngestSettings, known: pa.Table) -> Ingested:
+def ingest(
+    arguments: list[str], settings: IngestSettings, known: pa.Table, forgotten: Collection[str] = ()
+) -> Ingested:
     """The sources that the arguments name and `known` lacks (video_id, url, unit, ordinal, split, texts; all so far).
 
     Rows with the same canonical URL are one source, the first wins. The same id for another URL is a problem
     "duplicate-id", the first wins too. Raises UserError as `read_sources` does, and for a source that is there already
     with another split or other reference texts.
+
+    forgotten  SHA-256 of canonical URLs and ids that are to stay out; rows of theirs are counted and said nothing of
     """
     listed = read_sources(arguments, settings)
-    table = listed.table.combine_chunks()
+    table, num_forgotten = _without(listed.table.combine_chunks(), forgotten)
     canonical = _array(table, "canonical")
     ids = video_ids(canonical, pc.coalesce(_array(table, "video_id"), _array(table, "source_id")))
     _require_same_references(canonical.to_pylist(), table, known)
@@ -78,7 +85,19 @@ def ingest(arguments: list[str], settings: IngestSettings, known: pa.Table) -> I
     rows = pa.array(new, pa.int64())
     picked = table.drop_columns("video_id").take(rows).append_column("video_id", [ids.take(rows)])
     sources = _with_units(picked, settings.unit_videos, known)
-    return Ingested(sources, problems, table.num_rows, table.num_rows - len(new) - len(clashes))
+    num_duplicates = table.num_rows - len(new) - len(clashes)
+    return Ingested(sources, problems, table.num_rows + num_forgotten, num_duplicates, num_forgotten)
+
+
+def _without(table: pa.Table, forgotten: Collection[str]) -> tuple[pa.Table, int]:
+    """The rows that are not forgotten, and how many are."""
+    if not forgotten:
+        return table, 0
+    canonical = _array(table, "canonical")
+    ids = video_ids(canonical, pc.coalesce(_array(table, "video_id"), _array(table, "source_id")))
+    pairs = zip(canonical.to_pylist(), ids.to_pylist(), strict=True)
+    stays = [hash_of(url) not in forgotten and hash_of(video_id) not in forgotten for url, video_id in pairs]
+    return table.filter(pa.array(stays, pa.bool_())), stays.count(False)
 
 
 def _array(table: pa.Table, name: str) -> pa.Array:

@@ -14,6 +14,7 @@ from pipeline.config import digest
 from pipeline.ingest import Ingested, Problem, ingest
 from shards.fragments import commit_name, fragment_path, table_schema, write_commit
 from shards.schema import LEDGER
+from shards.tombstones import read_tombstones
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,16 @@ class IngestReport:
     num_duplicates: int
     num_problems: int
     splits: list[tuple[str, int, int, int]]  # split, videos, texts, repeated texts: of the new sources of a benchmark
+    num_forgotten: int = 0  # the corpus was told to forget them, so they stay out
 
 
 def ingest_sources(session, arguments: list[str]) -> IngestReport:
     """Read the lists, commit the sources that are new and the lines that are bad."""
     columns = "video_id, url, unit, ordinal, split, texts"
     known = session.ledger.connection.sql(f"SELECT {columns} FROM sources").to_arrow_table()
-    found = ingest(arguments, session.settings.ingest, known)
+    tombstones = read_tombstones(session.corpus.root)
+    forgotten = {*tombstones["video_hash"].to_pylist(), *tombstones["url_hash"].to_pylist()}
+    found = ingest(arguments, session.settings.ingest, known, forgotten)
     root, names = session.corpus.root, []
     if found.table.num_rows:
         names.append(_commit_sources(session, found))
@@ -37,7 +41,9 @@ def ingest_sources(session, arguments: list[str]) -> IngestReport:
     session.ledger.load(names)
     assert (root / "fragments").is_dir()
     num_new, num_problems = found.table.num_rows, len(found.problems)
-    return IngestReport(found.num_seen, num_new, found.num_duplicates, num_problems, found.splits())
+    return IngestReport(
+        found.num_seen, num_new, found.num_duplicates, num_problems, found.splits(), found.num_forgotten
+    )
 
 
 def _commit_sources(session, found: Ingested) -> str:

@@ -17,8 +17,10 @@ from pipeline.errors import ItemError
 from shards.fragments import fragment_path, write_commit
 from shards.index import read_index, refresh_index
 from shards.pack import (
+    PackSettings,
     ShardPlan,
     commit_shards,
+    forgotten_places,
     pending_shards,
     plan_shards,
     rows_by_shard,
@@ -48,7 +50,7 @@ def pack_corpus(session, display, *, write: bool, redo: bool) -> PackReport:
     report = PackReport()
     with open_manifest(root) as connection:
         if write:
-            plans = plan_shards(select_samples(connection, settings), settings)
+            plans = planned(connection, settings)
             todo = plans if redo else pending_shards(root, plans, retry_missing=True)
             report.failures = _write_all(session, connection, todo, display)
             report.num_written, num_removed = commit_shards(root, plans, fsync=settings.fsync)
@@ -61,13 +63,18 @@ def pack_corpus(session, display, *, write: bool, redo: bool) -> PackReport:
     return report
 
 
+def planned(connection, settings: PackSettings) -> list[ShardPlan]:
+    """The shards that ought to exist, from the manifest."""
+    return plan_shards(select_samples(connection, settings), settings, forgotten_places(connection))
+
+
 def pack_state(session) -> dict[str, int]:
     """How many samples are packed as planned, and how many are in shards that are still to be written or removed."""
     root = session.corpus.root
     if not (root / "manifest.duckdb").exists():
         return {"packed": 0, "to_pack": 0}
     with open_manifest(root) as connection:
-        plans = plan_shards(select_samples(connection, session.settings.pack), session.settings.pack)
+        plans = planned(connection, session.settings.pack)
     todo = {plan.name for plan in pending_shards(root, plans)}
     sizes = {plan.name: len(plan.clip_ids) for plan in plans}
     return {

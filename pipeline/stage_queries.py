@@ -62,7 +62,8 @@ TRANSCRIBE = StageQuery(
     """,
     current=(f"CREATE OR REPLACE TEMP TABLE current_transcripts AS {_rows_of('transcribe', 'transcripts')}",),
     payload="""
-        SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.duration_s, v.subtitles, v.audio_codec,
+        SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.sha256, v.duration_s, v.subtitles,
+               v.audio_codec,
                coalesce(s.language, v.language) AS language
         FROM work w JOIN current_videos v ON v.video_id = w.item_id JOIN sources s ON s.video_id = w.item_id
         ORDER BY w.item_id
@@ -94,7 +95,8 @@ SEGMENT = StageQuery(
         """,
     ),
     payload="""
-        SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.duration_s, t.words, s.spans AS given_spans
+        SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.sha256, v.duration_s, t.words,
+               s.spans AS given_spans
         FROM work w JOIN current_videos v ON v.video_id = w.item_id JOIN current_transcripts t ON t.video_id = w.item_id
         JOIN sources s ON s.video_id = w.item_id
         ORDER BY w.item_id
@@ -120,6 +122,7 @@ CUT = StageQuery(
                if(x.text IS NULL, p.align_cost, NULL) AS align_cost, p.origin, t.language
         FROM ({_rows_of("cut", "clips")}) r
         JOIN current_spans p ON p.clip_id = r.clip_id AND p.start_s = r.span_start_s AND p.end_s = r.span_end_s
+             AND coalesce(p.source_sha256 = r.source_sha256, true)
         LEFT JOIN current_transcripts t ON t.video_id = r.video_id
         LEFT JOIN current_texts x ON x.clip_id = r.clip_id AND x.n = 0
         """,
@@ -146,8 +149,7 @@ CAPTION = StageQuery(
         CREATE OR REPLACE TEMP TABLE current_captions AS
         SELECT r.* EXCLUDE (fragment), r.unit AS caption_unit, coalesce(c.item_id IS NOT NULL, false) AS current
         FROM captions r
-        JOIN current_clips k ON k.clip_id = r.clip_id
-             AND list_contains(list_transform(k.frames, lambda f: f.sha256), r.frame_sha256)
+        JOIN current_clips k ON k.clip_id = r.clip_id AND k.frames[r.frame_index + 1].sha256 = r.frame_sha256
         LEFT JOIN chosen_caption c ON c.item_id = r.item_id AND c.key = r.key AND c.fragment = r.fragment
         QUALIFY row_number() OVER (PARTITION BY r.clip_id, r.frame_index, r.frame_sha256, r.fingerprint
                                    ORDER BY c.item_id IS NULL, r.fragment DESC) = 1

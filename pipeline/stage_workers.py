@@ -25,6 +25,7 @@ from pipeline.words import Word
 from pipeline.worker import GOVERNOR, Outcome, Result, Stopwatch, Work
 from shards.fragments import TEMPORARY
 from shards.tar import Blob, write_clips_tar
+from shards.tombstones import FORGOTTEN, read_tombstones
 
 PROBE_TIMEOUT_S = 60.0
 SPEECH_TIMEOUT_S = 1800.0
@@ -42,16 +43,25 @@ def run_download(work: Work) -> Result:
     root = Path(work.root)
     folder = root / "sources" / work.unit
     governor = _governor(work)
+    forgotten = set(read_tombstones(root)["sha256"].to_pylist())
 
     def one(item: dict) -> Outcome:
         with Stopwatch(item["item_id"]) as outcome:
             row = fetch(item, folder, work.settings, corpus_root=root, governor=governor, probe=_probe_in_sandbox)
+            if row["sha256"] in forgotten:
+                _remove_files(folder, item["video_id"])
+                raise ItemError(FORGOTTEN, "these are the bytes of a video that the corpus was told to forget")
             outcome.rows["downloads"] = [row]
             outcome.parts = list(_subtitle_failures(row))
         return outcome
 
     with ThreadPoolExecutor(max_workers=len(work.items), thread_name_prefix="download") as pool:
         return list(pool.map(one, work.items)), []
+
+
+def _remove_files(folder: Path, video_id: str) -> None:
+    for path in folder.glob(f"{video_id}.*"):
+        path.unlink()
 
 
 def _subtitle_failures(row: dict) -> Iterator[tuple[str, ItemError]]:
@@ -89,7 +99,7 @@ def run_transcribe(work: Work) -> Result:
             except ItemError as error:
                 row, problems = Transcript("none").as_row(), [*problems, error]
             row["digest"] = digest([row["language"], row["words"]])
-            outcome.rows["transcripts"] = [{"video_id": item["video_id"], **row}]
+            outcome.rows["transcripts"] = [{"video_id": item["video_id"], "source_sha256": item["sha256"], **row}]
             outcome.parts = [(f"{item['video_id']}.speech", problem) for problem in problems[-1:]]
         outcomes.append(outcome)
     return outcomes, []
@@ -122,7 +132,9 @@ def run_segment(work: Work) -> Result:
             words, given = [Word(**word) for word in item["words"]], item["given_spans"]
             shots = _shots(work, item) if needs_shots(words, given, work.settings) else None
             segmented = segment_video(item["video_id"], words, item["duration_s"], given, shots, work.settings)
-            outcome.rows.update(sentences=segmented.sentences, spans=segmented.spans)
+            stamp = {"source_sha256": item["sha256"]}
+            outcome.rows["sentences"] = [{**row, **stamp} for row in segmented.sentences]
+            outcome.rows["spans"] = [{**row, **stamp} for row in segmented.spans]
         outcomes.append(outcome)
     return outcomes, []
 

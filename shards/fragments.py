@@ -60,8 +60,13 @@ def write_atomically(path: Path, table: pa.Table) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_commit(root: Path, name: str, rows: dict[str, pa.Table], ledger: pa.Table, media: list[str]) -> None:
-    """Write the fragments of one commit, the ledger last. `media`: paths under root that the rows point into."""
+def write_commit(
+    root: Path, name: str, rows: dict[str, pa.Table], ledger: pa.Table, media: list[str], replaces: str | None = None
+) -> None:
+    """Write the fragments of one commit, the ledger last. `media`: paths under root that the rows point into.
+
+    replaces  a commit that this one takes the place of: it counts no more from the moment that this one is there
+    """
     outputs = {}
     for table, data in sorted(rows.items()):
         path = fragment_path(root, table, name)
@@ -70,6 +75,7 @@ def write_commit(root: Path, name: str, rows: dict[str, pa.Table], ledger: pa.Ta
     for relative in media:
         outputs[relative] = (root / relative).stat().st_size
     metadata = {"clipmill.outputs": json.dumps(outputs, sort_keys=True)}
+    metadata |= {"clipmill.replaces": replaces} if replaces else {}
     write_atomically(fragment_path(root, "ledger", name), ledger.cast(LEDGER).replace_schema_metadata(metadata))
 
 
@@ -79,9 +85,16 @@ def outputs_of(ledger_fragment: Path) -> dict[str, int]:
     return json.loads(metadata.get(b"clipmill.outputs", b"{}"))
 
 
+def replaced_by(ledger_fragment: Path) -> list[str]:
+    """The commit that this one took the place of, if any."""
+    metadata = pq.read_schema(ledger_fragment).metadata or {}
+    return [metadata[b"clipmill.replaces"].decode()] if b"clipmill.replaces" in metadata else []
+
+
 def sweep_temporaries(root: Path) -> int:
     """Remove what killed writers left; only for the holder of the corpus lock. Returns how many files went."""
     leftovers = [p for folder in ("fragments", "clips", "shards") for p in (root / folder).glob(f"**/{TEMPORARY}*")]
+    leftovers += [*root.glob(f"{TEMPORARY}*"), *(root / ".clipmill").glob(f"{TEMPORARY}*")]
     for path in leftovers:
         path.unlink() if path.is_file() else _remove_folder(path)
     return len(leftovers)

@@ -16,10 +16,11 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from shards.fragments import fragment_path, outputs_of, table_schema
+from shards.fragments import fragment_path, outputs_of, replaced_by, table_schema
 from shards.schema import LEDGER, TABLES
+from shards.tombstones import read_tombstones, tombstone_files
 
-LEDGER_VERSION = 2  # of the working database's own layout; another version is rebuilt from the fragments
+LEDGER_VERSION = 3  # of the working database's own layout; another version is rebuilt from the fragments
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Ledger:
         self.path = root / ".clipmill" / "ledger.duckdb"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.connection = _connect(self.path, memory_limit, threads)
+        self.tombstones: tuple[str, ...] = ()  # the files that the tables obey
         self._create_tables()
 
     def close(self) -> None:
@@ -79,9 +81,17 @@ class Ledger:
         new = [name for name, (_, _, unchanged) in whole.items() if not unchanged]
         for name in set(present) - set(whole):  # a commit that lost a part never happened
             fragment_path(self.root, "ledger", name).unlink(missing_ok=True)
-        self.forget(gone)
-        self.load(new)
+        replaced = self._remove_replaced(new, whole)
+        self.forget([*gone, *replaced])
+        self.load([name for name in new if name not in replaced])
         return len(new), len(gone)
+
+    def _remove_replaced(self, new: Iterable[str], whole: Iterable[str]) -> set[str]:
+        """Commits in whose place others are by now; whoever put those there was killed before it removed these."""
+        names = {old for name in new for old in replaced_by(fragment_path(self.root, "ledger", name))} & set(whole)
+        for name in names:
+            fragment_path(self.root, "ledger", name).unlink()
+        return names
 
     def remove_orphans(self) -> int:
         """Delete files that no commit names: what a killed worker had written before it could commit. Returns how many.
@@ -152,6 +162,8 @@ class Ledger:
                 self._insert(table, paths)
         self.connection.executemany("INSERT INTO fragments VALUES (?, ?, ?, ?)", files)
         self.connection.execute("COMMIT")
+        if by_table["sources"]:
+            self.tombstones = ()  # some of them may be forgotten
 
     def _insert(self, table: str, paths: list[str]) -> None:
         self.connection.execute(
@@ -166,6 +178,7 @@ class Ledger:
         self, fingerprints: dict[str, str], *, units: Iterable[str] | None, run_id: str, max_attempts: int
     ) -> None:
         """Fill the temp tables `input_S`, `chosen_S`, `state_S` and `current_…` for the given units (None: all)."""
+        self.leave_out_forgotten()
         if units is None:
             self.connection.execute("CREATE OR REPLACE TEMP TABLE scope AS SELECT DISTINCT unit FROM sources")
         else:
@@ -183,6 +196,23 @@ class Ledger:
             )
             for statement in stage.current:
                 self.connection.execute(statement)
+
+    def leave_out_forgotten(self) -> None:
+        """Drops the sources that have a tombstone by now. All else is derived from sources, failures of lists apart.
+
+        Their other rows stay in this cache until `shards.compact` has it made anew.
+        """
+        files = tombstone_files(self.root)
+        if files == self.tombstones:
+            return
+        self.connection.register("tombstones", read_tombstones(self.root))
+        self.connection.execute("DELETE FROM sources WHERE sha256(video_id) IN (SELECT video_hash FROM tombstones)")
+        self.connection.execute(
+            "DELETE FROM ledger WHERE stage = 'pack' "
+            "AND sha256(split_part(item_id, '.', 1)) IN (SELECT video_hash FROM tombstones)"
+        )
+        self.connection.unregister("tombstones")
+        self.tombstones = files
 
     def force(self, stage: str, item_ids: Sequence[str]) -> None:
         """Make these items pending once in this run although they are done or failed."""
@@ -227,7 +257,7 @@ class Ledger:
         """(stage, error class, count, an example) of what failed with its present inputs and was not done since."""
         return self._rows(
             f"SELECT stage, error_class, count(*), min(failed_id || ': ' || message) FROM ({self.failures_sql()}) "
-            "GROUP BY ALL ORDER BY ALL"
+            "WHERE stage <> 'edit' GROUP BY ALL ORDER BY ALL"
         )
 
     def failures_sql(self) -> str:
@@ -238,6 +268,9 @@ class Ledger:
         return f"""
             SELECT * FROM ({_LAST_FAILURE}) l
             WHERE stage IN ('ingest', 'pack')
+               OR (stage = 'edit' AND split_part(failed_id, '.', 1) IN (SELECT video_id FROM sources)
+                   AND (failed_id, "at") IN
+                   (SELECT item_id, max("at") FROM ledger WHERE stage = 'edit' GROUP BY item_id))
                OR ((stage, failed_key, split_part(failed_id, '.', 1)) IN (FROM ({present}))
                    AND NOT EXISTS (SELECT 1 FROM ledger d WHERE d.status = 'done' AND d.stage = l.stage
                                    AND d.item_id = l.failed_id AND d.key = l.failed_key))

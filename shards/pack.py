@@ -124,29 +124,48 @@ def select_samples(connection: duckdb.DuckDBPyConnection, settings: PackSettings
         raise UserError(f"pack.where: {error}") from error
 
 
-def plan_shards(samples: pa.Table, settings: PackSettings) -> list[ShardPlan]:
-    """Which clips go into which shard, in which order. Pure: depends on the samples (not their order) and settings."""
-    samples = samples.take(_shuffled(samples["clip_id"], settings.seed))
-    bounds = _bounds(_tar_bytes(samples, settings.members), settings)
+def plan_shards(samples: pa.Table, settings: PackSettings, places: pa.Table | None = None) -> list[ShardPlan]:
+    """Which clips go into which shard, in which order. Pure: depends on the samples (not their order) and settings.
+
+    places  see `forgotten_places`: room that is kept as if a clip were there; a shard of nothing else is no shard
+    """
+    samples = samples.take(pc.sort_indices(samples["clip_id"]))
+    ranks, sizes = _ranks(samples["clip_id"], settings.seed), _tar_bytes(samples, settings.members)
+    if places is not None:
+        places = places.filter(pc.field("seed") == settings.seed)
+        ranks = np.concatenate([ranks, places["rank"].to_numpy()])
+        sizes = np.concatenate([sizes, _tar_bytes(places, settings.members)])
+    order = np.argsort(ranks, kind="stable")
+    bounds = _bounds(sizes[order], settings)
     plans = []
     for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        piece = samples.slice(start, end - start)
+        rows = order[start:end]
+        piece = samples.take(rows[rows < samples.num_rows])
         name = f"{number:06d}.tar"
         clip_ids = piece["clip_id"].combine_chunks()
-        plans.append(ShardPlan(name, clip_ids, settings.members, _plan_key(name, piece, settings.members)))
+        if len(clip_ids):
+            plans.append(ShardPlan(name, clip_ids, settings.members, _plan_key(name, piece, settings.members)))
     return plans
 
 
-def _shuffled(clip_ids: pa.ChunkedArray, seed: int) -> np.ndarray:
-    """Positions in order of the hash of (seed, clip_id); the id itself settles a tie."""
-    by_id = pc.sort_indices(clip_ids).to_numpy()
-    hashes = np.fromiter(
-        (_order(seed, clip_id) for clip_id in clip_ids.take(by_id).to_pylist()), dtype=np.uint64, count=len(by_id)
-    )
-    return by_id[np.argsort(hashes, kind="stable")]
+def forgotten_places(connection: duckdb.DuckDBPyConnection) -> pa.Table:
+    """The room that forgotten clips have left (fields of `PLACE`): it is kept, so that the others need not move."""
+    return connection.sql("SELECT unnest(places, max_depth := 2) FROM forgotten").to_arrow_table()
 
 
-def _order(seed: int, clip_id: str) -> int:
+def places_of(samples: pa.Table, seed: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """(clip_id, its place as tombstones keep it) of rows of `select_samples`."""
+    for row in samples.select(["clip_id", "mp4_bytes", "jpg_bytes", "txt_bytes"]).to_pylist():
+        clip_id = row.pop("clip_id")
+        yield clip_id, {"seed": seed, "rank": _rank(seed, clip_id), **row}
+
+
+def _ranks(clip_ids: pa.ChunkedArray, seed: int) -> np.ndarray:
+    """[N] the hash of (seed, clip_id), by which clips are ordered; the id itself settles a tie."""
+    return np.fromiter((_rank(seed, clip_id) for clip_id in clip_ids.to_pylist()), np.uint64, count=len(clip_ids))
+
+
+def _rank(seed: int, clip_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {clip_id}".encode(), digest_size=8).digest(), "big")
 
 

@@ -1,0 +1,85 @@
+"""Tombstones: what a corpus was told to forget, as hashes by which the forgotten is known again and nothing else.
+
+They are the files `fragments/forgotten/*.parquet`, written whole and never changed. Writing one takes no lock: a build
+that runs, a training run's loaders and every later build look into the folder, and leave out what has a tombstone from
+then on, long before its bytes are gone (`shards.compact`).
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.fragments import fragment_path, write_atomically
+from shards.schema import MANIFEST
+
+TOMBSTONE = MANIFEST["forgotten"]
+FORGOTTEN = "forgotten"  # the error class of what was kept out
+LOOK_EVERY_S = 1.0
+
+
+def hash_of(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def write_tombstones(root: Path, rows: list[dict[str, Any]]) -> Path:
+    """One file, named by the videos it is about: forgetting the same ones again writes the same file."""
+    named = "\n".join(sorted(row["video_hash"] for row in rows))
+    path = fragment_path(root, FORGOTTEN, f"forget-{hash_of(named)[:12]}")
+    write_atomically(path, pa.Table.from_pylist(rows, TOMBSTONE))
+    return path
+
+
+def read_tombstones(root: Path) -> pa.Table:
+    """Every tombstone, in order of the files' names."""
+    paths = [_folder(root) / name for name in tombstone_files(root)]
+    return pa.concat_tables([TOMBSTONE.empty_table(), *(pq.read_table(path, schema=TOMBSTONE) for path in paths)])
+
+
+def tombstone_files(root: Path) -> tuple[str, ...]:
+    """Their names: when these are the same, so is what is forgotten."""
+    try:
+        names = os.listdir(_folder(root))
+    except FileNotFoundError:
+        return ()
+    return tuple(sorted(name for name in names if name.endswith(".parquet") and not name.startswith(".")))
+
+
+def _folder(root: Path) -> Path:
+    return root / "fragments" / FORGOTTEN
+
+
+class Tombstones:
+    """The tombstones of a corpus for somebody who goes on asking: looks at most once a second whether there are more.
+
+    Pickles as its folder. A root that is no folder here has none.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self._looked_at, self._files = -LOOK_EVERY_S, ()
+        self.hashes: frozenset[str] = frozenset()
+
+    def __reduce__(self):
+        return Tombstones, (self.root,)
+
+    def cover(self, video_ids: Iterable[str]) -> list[bool]:
+        """Which of the videos are to be forgotten."""
+        self._look()
+        if not self.hashes:
+            return [False for _ in video_ids]
+        return [hash_of(video_id) in self.hashes for video_id in video_ids]
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_EVERY_S:
+            return
+        self._looked_at, files = now, tombstone_files(self.root)
+        if files != self._files:
+            self.hashes = frozenset(read_tombstones(self.root)["video_hash"].to_pylist())
+            self._files = files
