@@ -156,7 +156,7 @@ class Chaos:
                     self._tear(3)  # there is nothing left to disturb: make some work
                 self.build.start()
             queue = queue or self.rng.sample(kinds, len(kinds))
-            time.sleep(self.rng.uniform(0.1, 1.5))
+            time.sleep(self.rng.uniform(0.1, 5))
             kind = queue.pop()
             if self._strike(kind):
                 self.summary.faults[kind] += 1

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from shards.schema import LEDGER, LEDGER_COLUMNS, TABLES
 
+PARQUET_END = b"PAR1"
 TEMPORARY = ".tmp-"  # prefix of every file that is being written; the owner of the corpus lock may delete them
 
 
@@ -58,6 +59,13 @@ def write_atomically(path: Path, table: pa.Table) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a Parquet file ends as all of them do, which one that was cut short does not."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - len(PARQUET_END)))
+        return file.read() == PARQUET_END
 
 
 def write_commit(

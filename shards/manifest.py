@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pipeline.config import digest
 from shards.duplicates import duplicate_groups
-from shards.fragments import TEMPORARY
+from shards.fragments import TEMPORARY, is_whole
 from shards.ledger import Ledger
 from shards.schema import INDEX, MANIFEST
 from shards.tombstones import FORGOTTEN
@@ -35,7 +35,7 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
     connection.execute(f"ATTACH '{_sql_text(temporary)}' AS manifest")
     try:
         for table, schema in MANIFEST.items():
-            columns = ", ".join(schema.names)
+            columns = ", ".join(f'"{name}"' for name in schema.names)  # `at` is a reserved word
             connection.execute(f"CREATE TABLE manifest.{table} AS {_SELECT[table].replace('$columns', columns)}")
     finally:
         connection.execute("DETACH manifest")
@@ -87,7 +87,8 @@ def _load_parquet(connection: duckdb.DuckDBPyConnection, table: str, folder: Pat
     connection.register("empty", schema.empty_table())
     connection.execute(f"CREATE OR REPLACE TEMP TABLE {table} AS SELECT * FROM empty")
     connection.unregister("empty")
-    files = sorted(str(path) for path in folder.glob("[!.]*.parquet"))
+    # Torn ones (a crash, and no journal): a shard is then packed again, a run's record is lost.
+    files = sorted(str(path) for path in folder.glob("[!.]*.parquet") if is_whole(path))
     if files:
         connection.execute(
             f"INSERT INTO {table} BY NAME SELECT {', '.join(schema.names)} FROM read_parquet(?)", [files]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.corpus import Corpus
 from pipeline.errors import UserError
 from pipeline.stages import STAGE_NAMES
 from tests.build_support import ask, build_here, clipmill, write_list
@@ -114,6 +115,14 @@ def test_a_corpus_that_cannot_be_written_is_a_clear_message(built, tmp_path):
     folder.write_text("not a folder")
     result = clipmill("build", built[0] / "corpus.yaml", "--corpus", folder / "corpus")
     assert result.returncode == 2 and "cannot be written" in result.stderr
+
+
+def test_a_corpus_that_was_begun_on_a_full_disk_is_a_corpus(tmp_path):
+    """Stopped before its settings were saved: the same command makes it."""
+    (tmp_path / "corpus" / ".clipmill").mkdir(parents=True)
+    (tmp_path / "corpus" / "fragments").mkdir()
+    Corpus(tmp_path / "corpus").create()
+    assert (tmp_path / "corpus" / "shards").is_dir()
 
 
 def test_a_folder_that_is_something_else_is_left_alone(tmp_path):

@@ -4,6 +4,8 @@ import pytest
 
 from pipeline.errors import ItemError
 from shards.fragments import fragment_path
+from shards.manifest import publish
+from shards.sql import open_manifest
 from tests.ledger_support import STAGES, FragmentCorpus
 
 
@@ -91,6 +93,17 @@ def test_a_torn_ledger_fragment_never_happened(corpus):
     corpus.reopen()
     assert corpus.synchronised == (0, 1)
     assert corpus.work_off() == {"transcribe": 1}
+
+
+def test_a_torn_record_of_a_run_is_left_out(corpus):
+    folder = corpus.root / "fragments" / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "20261121T150706-1.parquet").write_bytes(b"PAR1 and no more")
+    (folder / "20261121T150707-1.parquet").write_bytes(b"")
+    corpus.derive()
+    publish(corpus.ledger)
+    with open_manifest(corpus.root) as connection:
+        assert connection.execute("SELECT count(*) FROM runs").fetchone() == (0,)
 
 
 def test_fragments_without_their_ledger_are_not_counted(corpus):
