@@ -14,7 +14,7 @@ from tar_support import write_members
 from pipeline.errors import UserError
 from shards.tar import read_member
 from training.selection import SELECTION, Selection, freeze, freeze_run, select
-from training.settings import EvalSettings
+from training.settings import DataSettings, EvalSettings
 from training.tar_index import expand_braces, index_tars, is_tars
 
 NUM_CLIPS = 40
@@ -62,14 +62,13 @@ def test_offsets_give_what_webdataset_reads(corpus):
 def test_a_run_is_frozen_from_tars_and_held_out_clips_are_guarded(corpus, tmp_path):
     pattern = f"{corpus}/shards/*.tar"
     held_out = "video_id = (SELECT min(video_id) FROM catalog)"
-    training, evaluation = freeze_run(
-        tmp_path, pattern, "num_frames > 2", EvalSettings(where=held_out, overlap="allow")
-    )
+    data = DataSettings(where="num_frames > 2")
+    training, evaluation = freeze_run(tmp_path, pattern, data, EvalSettings(where=held_out, overlap="allow"))
     assert 0 < evaluation.num_clips < NUM_CLIPS and training.num_shared > 0
     trained = Selection.open(tmp_path / "selection.arrow")
     assert trained.root == "" and min(trained.column("num_frames").to_pylist()) > 2
     with pytest.raises(UserError, match="eval.overlap"):
-        freeze_run(tmp_path, pattern, "", EvalSettings(where=held_out))
+        freeze_run(tmp_path, pattern, DataSettings(), EvalSettings(where=held_out))
 
 
 def test_a_condition_on_what_tars_do_not_say_names_what_they_do(corpus):

@@ -8,7 +8,7 @@ from shard_support import change_manifest
 
 from pipeline.errors import UserError
 from training.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze_run
-from training.settings import EvalSettings
+from training.settings import DataSettings, EvalSettings
 
 NUM_CLIPS = 600  # 20 videos of 30
 
@@ -37,7 +37,7 @@ def videos(corpus):
 
 def run(corpus, where, held_out, overlap):
     folder = corpus.parent / "run"
-    training, _ = freeze_run(folder, corpus, where, EvalSettings(where=held_out, overlap=overlap))
+    training, _ = freeze_run(folder, corpus, DataSettings(where=where), EvalSettings(where=held_out, overlap=overlap))
     return training, Selection.open(folder / SELECTION_FILE), Selection.open(folder / EVAL_FILE)
 
 
@@ -112,6 +112,6 @@ def test_a_mistake_in_the_held_out_condition_names_it(corpus):
 
 
 def test_without_a_held_out_condition_there_is_no_second_file(corpus, tmp_path):
-    training, held_out = freeze_run(tmp_path / "run", corpus, "", EvalSettings())
+    training, held_out = freeze_run(tmp_path / "run", corpus, DataSettings(), EvalSettings())
     assert held_out is None and not (tmp_path / "run" / EVAL_FILE).exists()
     assert Selection.open(tmp_path / "run" / SELECTION_FILE).num_clips == training.num_clips

@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.errors import UserError
-from training.settings import EvalSettings
+from training.settings import DataSettings, EvalSettings
 from training.tar_index import Problem, is_tars, open_tars
 
 Overlap = Literal["error", "exclude", "allow"]
@@ -94,10 +94,16 @@ class Choice:
     num_excluded: int = 0  # left out of training because evaluation has their video or a near-duplicate
     num_shared: int = 0  # in both all the same, because eval.overlap is "allow"
     problems: tuple[Problem, ...] = ()  # met on the way: rows for the run's failures
+    edited: NDArray[np.bool_] | None = None  # a mask, too: clips that are read with edited boundaries
+    editing: str = ""  # by which editing
 
     @cached_property
     def num_clips(self) -> int:
         return int(np.count_nonzero(self.mask))
+
+    @property
+    def num_edited(self) -> int:
+        return 0 if self.edited is None else int(np.count_nonzero(self.edited))
 
     def notes(self) -> list[str]:
         """What a person should hear about the clips that are not simply in."""
@@ -105,6 +111,7 @@ class Choice:
             (self.num_unpacked, "selected clips are in no shard and left out"),
             (self.num_excluded, "clips left out of training: evaluation has their video or a near-duplicate"),
             (self.num_shared, "training clips share a video or a near-duplicate group with evaluation"),
+            (self.num_edited, f"clips with edited boundaries ({self.editing}), without their captions"),
         )
         by_class = Counter(problem.error_class for problem in self.problems)
         examples = {problem.error_class: f"{problem.item_id}: {problem.message}" for problem in self.problems}
@@ -218,12 +225,19 @@ def apply_overlap(samples: Samples, training: Choice, held_out: Choice, policy: 
             f"eval.overlap = exclude: all {training.num_clips:,} training clips share videos or near-duplicates with "
             "those of eval.where. Allowed: an eval.where that picks fewer videos, or another data.where."
         )
-    return replace(training, mask=mask, num_excluded=len(found.rows))
+    edited = None if training.edited is None else training.edited & mask
+    return replace(training, mask=mask, edited=edited, num_excluded=len(found.rows))
 
 
-def choose_run(samples: Samples, where: str, evaluation: EvalSettings) -> tuple[Choice, Choice | None]:
-    """What a run trains on, and what it is evaluated on where `eval.where` is given. Raises UserError."""
-    training = replace(choose(samples, where, "data.where"), problems=samples.problems)
+def choose_run(samples: Samples, data: DataSettings, evaluation: EvalSettings) -> tuple[Choice, Choice | None]:
+    """What a run trains on, and what it is evaluated on where `eval.where` is given. Raises UserError.
+
+    Training clips are as `data.edits` has them; those of evaluation are never edited.
+    """
+    from training.edit_selection import with_edits
+
+    training = replace(choose(samples, data.where, "data.where"), problems=samples.problems)
+    training = with_edits(samples, training, data.edits, data.apart)
     if not evaluation.where.strip():
         return training, None
     held_out = choose(samples, evaluation.where, "eval.where")

@@ -130,7 +130,7 @@ def estimate(
     config = models.config_of(settings.model)
     models.text_encoder(config, data.max_text_tokens)
     with open_samples(corpus, tables) as samples:
-        training, held_out = choose_run(samples, data.where, settings.eval)
+        training, held_out = choose_run(samples, data, settings.eval)
         cost = data_cost(samples, training, held_out, settings)
     spec = spec_without_groups(cost.num_clips, data, train.batch_size)
     step = step_cost(config, settings, spec, total_steps(spec, train), num_devices)

@@ -76,6 +76,6 @@ def prepare(request: Request) -> list[str]:
 
 
 def _freeze(folder: RunFolder, corpus: str, settings: RunSettings, tables: Tables) -> list[str]:
-    training, held_out = freeze_run(folder.root, corpus, settings.data.where, settings.eval, tables)
+    training, held_out = freeze_run(folder.root, corpus, settings.data, settings.eval, tables)
     choices: list[Choice] = [training, *([held_out] if held_out else [])]
     return [note for choice in choices for note in choice.notes()]

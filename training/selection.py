@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UserError
 from training.choice import Choice, Samples, Tables, choose, choose_run, open_samples
+from training.edit_selection import edited_rows
 from training.plan import hash_selection
-from training.settings import EvalSettings, Group
+from training.settings import DataSettings, EvalSettings, Group
 
 SELECTION = pa.schema(
     [
@@ -70,14 +71,14 @@ def freeze(
 
 
 def freeze_run(
-    folder: str | Path, corpus: str | Path, where: str, evaluation: EvalSettings, tables: Tables | None = None
+    folder: str | Path, corpus: str | Path, data: DataSettings, evaluation: EvalSettings, tables: Tables | None = None
 ) -> tuple[Choice, Choice | None]:
     """A run's selections from one state of the corpus: `selection.arrow`, and `eval.arrow` where eval.where is given.
 
     `selection.arrow` is written last: where it is, both are complete. Raises UserError.
     """
     with open_samples(corpus, tables) as samples:
-        training, held_out = choose_run(samples, where, evaluation)
+        training, held_out = choose_run(samples, data, evaluation)
         if held_out:
             write(samples, held_out, Path(folder) / EVAL_FILE)
         write(samples, training, Path(folder) / SELECTION_FILE)
@@ -129,26 +130,35 @@ def _lines(column: pa.ChunkedArray) -> str:
 def selected_rows(samples: Samples, choice: Choice) -> Iterator[pa.RecordBatch]:
     """The file's record batches, one after the other."""
     columns = ", ".join(name for name in SELECTION.names if name not in ("shard", "texts", "duplicate_group"))
-    prefix = samples.shard_prefix.replace("'", "''")
-    for table in rows_in_order(samples, choice, f"{columns}, '{prefix}' || shard AS shard, t.texts, duplicate_group"):
+    for table in rows_in_order(samples, choice, f"{columns}, path AS shard, t.texts, duplicate_group"):
         yield from table.select(SELECTION.names).cast(SELECTION).to_batches(max_chunksize=_BATCH_ROWS)
 
 
 def rows_in_order(samples: Samples, choice: Choice, columns: str) -> Iterator[pa.Table]:
-    """The chosen rows by (shard, mp4_offset), a few shards at a time, so that memory does not grow with the corpus."""
+    """The chosen rows by (path, mp4_offset), a few shards at a time, so that memory does not grow with the corpus.
+
+    `path` is the shard's, from the root. Edited clips, of which all rows are held, come first: so do their tars.
+    """
+    mask = choice.mask
+    if choice.edited is not None:
+        mask = mask & ~choice.edited
+        yield edited_rows(samples, choice, columns)
+    prefix = samples.shard_prefix.replace("'", "''")
     for first, last, low, high in _shard_ranges(samples):
-        if not choice.mask[low : high + 1].any():
+        if not mask[low : high + 1].any():
             continue
         table = samples.arrow(
             f"""
-            SELECT s.rowid AS row, {columns} FROM samples s
-            LEFT JOIN (SELECT * FROM _groups WHERE row BETWEEN {low} AND {high}) g ON g.row = s.rowid
-            LEFT JOIN (SELECT * FROM _texts WHERE row BETWEEN {low} AND {high}) t ON t.row = s.rowid
-            WHERE s.shard BETWEEN ? AND ? AND s.rowid BETWEEN {low} AND {high} ORDER BY s.shard, s.mp4_offset
+            SELECT s.row, {columns}
+            FROM (SELECT *, rowid AS row, '{prefix}' || shard AS path FROM samples
+                  WHERE shard BETWEEN ? AND ? AND rowid BETWEEN {low} AND {high}) s
+            LEFT JOIN (SELECT * FROM _groups WHERE row BETWEEN {low} AND {high}) g ON g.row = s.row
+            LEFT JOIN (SELECT * FROM _texts WHERE row BETWEEN {low} AND {high}) t ON t.row = s.row
+            ORDER BY s.shard, s.mp4_offset
             """,
             [first, last],
         )
-        yield table.filter(pa.array(choice.mask[table["row"].to_numpy()])).drop_columns("row")
+        yield table.filter(pa.array(mask[table["row"].to_numpy()])).drop_columns("row")
 
 
 def _shard_ranges(samples: Samples) -> Iterator[tuple[str, str, int, int]]:

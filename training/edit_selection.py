@@ -1,0 +1,119 @@
+"""Training on edited boundaries: which clips `data.edits` replaces, and by which bytes.
+
+A clip whose boundaries were moved is read from the tar of clips that `clipmill edit` has cut again; everything else of
+it stays: its id, its text, its place in SQL. Its caption was written for another middle frame and is left out. An edit
+counts only for the clip and the text that it was made for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+from training.choice import Choice, Samples
+from training.edit_rounds import HELD
+from training.settings import Group
+
+NONE = "none"
+
+
+def with_edits(samples: Samples, choice: Choice, edits: str | int, apart: Sequence[Group]) -> Choice:
+    """The same clips, those with an edit as edited: `_edits` has what they have otherwise, by row of `samples`.
+
+    Raises UserError where there is no such editing or round, and where clips of one video may be each other's
+    negatives: edited, they may show the same picture.
+    """
+    if edits == NONE:
+        return choice
+    if "video" not in apart:
+        raise UserError("data.edits: clips of a video may overlap then. Allowed: a data.apart with video in it.")
+    editing, number = _meant(samples, edits)
+    held = _held_rounds(samples, editing)
+    if number is None and not held:
+        raise UserError(f"data.edits = {edits!r}: no round of editing {editing} held. Allowed: a round's number, none.")
+    if number is not None and not _has_rows(samples, editing, number):
+        raise UserError(f"data.edits = {edits!r}: editing {editing} has no round {number}.")
+    counted = [played for played in held if number is None or played < number] + [number] * (number is not None)
+    edited = np.zeros_like(choice.mask)
+    edited[_make_table(samples, editing, counted)] = True
+    return replace(choice, edited=edited & choice.mask, editing=f"{editing}, round {counted[-1]}")
+
+
+def _meant(samples: Samples, edits: str | int) -> tuple[str, int | None]:
+    """(editing, round); None: as accepted."""
+    name, _, which = str(edits).rpartition(":")
+    number = None if which == "accepted" else int(which)
+    known = _editings(samples)
+    if not known or (name and name not in known):
+        said = ", ".join(known) or "none: `clipmill edit` makes one"
+        raise UserError(f"data.edits = {edits!r}: {samples.name} has no such editing. Known here: {said}.")
+    return name or known[-1], number
+
+
+def _editings(samples: Samples) -> list[str]:
+    """By when they began."""
+    if (
+        samples.root == ""
+        or not samples.row("SELECT count(*) FROM information_schema.tables WHERE table_name = 'edit_rounds'")[0]
+    ):
+        return []
+    sql = 'SELECT editing FROM edit_rounds GROUP BY editing ORDER BY min("at"), editing'
+    return samples.arrow(sql)["editing"].to_pylist()
+
+
+def _held_rounds(samples: Samples, editing: str) -> list[int]:
+    sql = "SELECT round FROM edit_rounds WHERE editing = ? AND list_contains(?, outcome) ORDER BY round"
+    return samples.arrow(sql, [editing, list(HELD)])["round"].to_pylist()
+
+
+def _has_rows(samples: Samples, editing: str, number: int) -> bool:
+    sql = "SELECT 1 FROM clip_edits WHERE editing = ? AND round = ? LIMIT 1"
+    return samples.arrow(sql, [editing, number]).num_rows > 0
+
+
+def _make_table(samples: Samples, editing: str, rounds: list[int]) -> NDArray[np.int64]:
+    """A clip's latest row of those rounds counts; back at its first boundaries it is as it was."""
+    parameters: list[Any] = [editing, rounds, editing]
+    table = samples.arrow(
+        """
+        WITH present AS (
+            SELECT * FROM clip_edits WHERE editing = ? AND list_contains(?, round)
+            QUALIFY row_number() OVER (PARTITION BY clip_id ORDER BY round DESC) = 1
+        ), media AS (
+            SELECT * FROM edited_clips WHERE editing = ?
+            QUALIFY row_number() OVER (PARTITION BY clip_id, span_start_s, span_end_s ORDER BY round) = 1
+        )
+        SELECT s.rowid AS row, m.tar AS path, m.mp4_offset, m.num_bytes AS mp4_bytes, m.sha256 AS mp4_sha256,
+               m.frames[1]."offset" AS jpg_offset, m.frames[1].num_bytes AS jpg_bytes, m.frame_sha256 AS jpg_sha256,
+               m.num_frames
+        FROM present p
+        JOIN media m ON m.clip_id = p.clip_id AND m.span_start_s = p.start_s AND m.span_end_s = p.end_s
+        JOIN clips c ON c.clip_id = p.clip_id AND md5(c.text) = p.text_md5 AND c.source_sha256 = m.source_sha256
+             AND c.span_start_s = p.base_start_s AND least(c.span_end_s, p.base_end_s) = p.base_end_s
+        JOIN samples s ON s.clip_id = p.clip_id AND s.mp4_offset IS NOT NULL
+        WHERE (p.start_s, p.end_s) <> (p.base_start_s, p.base_end_s)
+        ORDER BY m.tar, m.mp4_offset
+        """,
+        parameters,
+    )
+    samples.connection.register("edited_rows", table)
+    samples.connection.execute("CREATE OR REPLACE TEMP TABLE _edits AS SELECT * FROM edited_rows")
+    samples.connection.unregister("edited_rows")
+    return table["row"].to_numpy()
+
+
+def edited_rows(samples: Samples, choice: Choice, columns: str) -> pa.Table:
+    """The edited samples as `training.selection.rows_in_order` has the others, in order of (path, mp4_offset)."""
+    assert choice.edited is not None
+    table = samples.arrow(f"""
+        SELECT s.row, {columns}
+        FROM (SELECT e.*, s.clip_id, s.video_id, s.subtitle, NULL::VARCHAR AS caption
+              FROM _edits e JOIN samples s ON s.rowid = e.row) s
+        LEFT JOIN _groups g ON g.row = s.row LEFT JOIN _texts t ON t.row = s.row
+        ORDER BY s.path, s.mp4_offset
+    """)
+    return table.filter(pa.array(choice.edited[table["row"].to_numpy()])).drop_columns("row")
