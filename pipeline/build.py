@@ -25,7 +25,7 @@ from pipeline.settings import CorpusSettings, resolve
 from pipeline.stage_queries import QUERIES
 from pipeline.stages import STAGES, Stage, fingerprints
 from shards.fragments import fragment_path, sweep_temporaries, write_atomically
-from shards.ledger import Ledger
+from shards.ledger import Ledger, remove_cache
 from shards.manifest import MANIFEST_NAME, is_current, publish
 from shards.schema import MANIFEST
 
@@ -92,9 +92,12 @@ class Session:
 
 @contextmanager
 def session(
-    root: str | Path, recipe: str | None, assignments: list[str], command: str, *, create: bool
+    root: str | Path, recipe: str | None, assignments: list[str], command: str, *, create: bool, fresh: bool = False
 ) -> Iterator[tuple[Session, list[str]]]:
-    """Open a corpus for writing; yields it with the settings that changed. Raises UserError."""
+    """Open a corpus for writing; yields it with the settings that changed. Raises UserError.
+
+    fresh  make the working database anew: rows that were deleted from it have left their bytes
+    """
     corpus = Corpus(root)
     if not create:
         corpus.require()
@@ -107,6 +110,8 @@ def session(
         if resolved != saved:
             corpus.save_settings(resolved)
         sweep_temporaries(corpus.root)
+        if fresh:
+            remove_cache(corpus.root)
         ledger = Ledger(corpus.root, QUERIES, memory_limit=settings.engine.driver_memory)
         try:
             ledger.synchronise()
@@ -153,6 +158,7 @@ def build(
                 (current.corpus.root / path).unlink(missing_ok=True)
         if report.did_something:
             current.record_run(ended=True)
+        if report.did_something or not is_current(current.corpus.root):  # somebody may have had a video forgotten
             current.publish()
         report.failures = current.failures()
     return report
@@ -180,12 +186,12 @@ def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
     """Items of a stage for which an SQL condition over the manifest holds.
 
     It may use the columns of `catalog` for stages that work on clips and of `videos` for the others, and error_class,
-    message and attempts of the item's failure in this stage. Raises UserError for bad SQL.
+    message, attempts and quarantined of the item's failure in this stage. Raises UserError for bad SQL.
     """
     from shards.sql import open_manifest, rows_of
 
     table, item = ("catalog", "clip_id") if stage.pool == "model" else ("videos", "video_id")
-    failures = f"SELECT item_id, error_class, message, attempts FROM failures WHERE stage = '{stage.name}'"
+    failures = f"SELECT item_id, error_class, message, attempts, quarantined FROM failures WHERE stage = '{stage.name}'"
     sql = (
         f"SELECT DISTINCT {item} FROM (SELECT t.*, f.* EXCLUDE (item_id) FROM {table} t LEFT JOIN ({failures}) f "
         f"ON f.item_id = t.{item} OR split_part(f.item_id, '.', 1) = t.{item}) WHERE ({where}) ORDER BY 1"

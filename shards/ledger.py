@@ -261,12 +261,18 @@ class Ledger:
         )
 
     def failures_sql(self) -> str:
-        """One row per item that failed and stands failed, from what was derived last for all units."""
+        """One row per item that failed and stands failed, from what was derived last for all units.
+
+        quarantined: trying again could heal it, but its attempts are used up; it waits until somebody asks for it.
+        """
+        quarantined = " UNION ALL ".join(
+            f"SELECT '{name}', item_id FROM state_{name} WHERE status = 'quarantined'" for name in self.stages
+        )
         present = " UNION ALL ".join(
             f"SELECT '{name}', key, split_part(item_id, '.', 1) FROM input_{name}" for name in self.stages
         )
         return f"""
-            SELECT * FROM ({_LAST_FAILURE}) l
+            SELECT *, (stage, failed_id) IN (FROM ({quarantined})) AS quarantined FROM ({_LAST_FAILURE}) l
             WHERE stage IN ('ingest', 'pack')
                OR (stage = 'edit' AND split_part(failed_id, '.', 1) IN (SELECT video_id FROM sources)
                    AND (failed_id, "at") IN
@@ -287,7 +293,7 @@ class Ledger:
         """Stage → status → number of items, for the units derived last.
 
         Besides pending, retry, done and failed: `waiting`, done items whose video has work left in a stage before, and
-        which that work may make pending.
+        which that work may make pending; `quarantined`, items whose attempts are used up.
         """
         return {name: dict(self._rows(self._count_sql(name))) for name in self.stages}
 
@@ -352,7 +358,8 @@ SELECT i.item_id, i.unit, i.key, i.cost, coalesce(t.attempts, 0) AS attempts,
        CASE WHEN f.item_id IS NOT NULL AND NOT coalesce(t.in_this_run, false) THEN 'pending'
             WHEN c.fresh THEN 'done'
             WHEN t.attempts IS NULL THEN 'pending'
-            WHEN t.transient AND t.attempts < $max_attempts AND NOT t.in_this_run THEN 'retry'
+            WHEN t.transient AND t.attempts >= $max_attempts THEN 'quarantined'
+            WHEN t.transient AND NOT t.in_this_run THEN 'retry'
             ELSE 'failed' END AS status
 FROM input_$stage i
 LEFT JOIN chosen_$stage c ON c.item_id = i.item_id AND c.fresh
@@ -422,6 +429,13 @@ def _connect(path: Path, memory_limit: str, threads: int) -> duckdb.DuckDBPyConn
         path.unlink(missing_ok=True)  # a cache: of another layout or torn, it is rebuilt from the fragments
         path.with_name(path.name + ".wal").unlink(missing_ok=True)
     raise AssertionError("unreachable")
+
+
+def remove_cache(root: Path) -> None:
+    """The working database of a corpus, which nobody has open."""
+    path = root / ".clipmill" / "ledger.duckdb"
+    path.unlink(missing_ok=True)
+    path.with_name(path.name + ".wal").unlink(missing_ok=True)
 
 
 def _quoted(text: str) -> str:

@@ -17,9 +17,10 @@ from shards.duplicates import duplicate_groups
 from shards.fragments import TEMPORARY, is_whole
 from shards.ledger import Ledger
 from shards.schema import INDEX, MANIFEST
-from shards.tombstones import FORGOTTEN
+from shards.tombstones import FORGOTTEN, read_tombstones
 
 MANIFEST_NAME = "manifest.duckdb"
+UNFINISHED = ".clipmill/compact.unfinished"  # there while `compact` runs: members move before the manifest says so
 
 
 def publish(ledger: Ledger, *, groups: bool = True) -> None:
@@ -35,8 +36,8 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
     connection.execute(f"ATTACH '{_sql_text(temporary)}' AS manifest")
     try:
         for table, schema in MANIFEST.items():
-            columns = ", ".join(f'"{name}"' for name in schema.names)  # `at` is a reserved word
-            connection.execute(f"CREATE TABLE manifest.{table} AS {_SELECT[table].replace('$columns', columns)}")
+            select = _SELECT[table].replace("$columns", _columns(schema))
+            connection.execute(f"CREATE TABLE manifest.{table} AS {select}")
     finally:
         connection.execute("DETACH manifest")
     with duckdb.connect(str(temporary)) as fresh:
@@ -46,14 +47,17 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
 
 
 def is_current(root: Path) -> bool:
-    """Whether there is a manifest, and of the tables and views that this version publishes."""
+    """Whether there is a manifest, of the tables and views that this version publishes, that obeys every tombstone."""
     path = root / MANIFEST_NAME
-    if not path.is_file():
+    if not path.is_file() or (root / UNFINISHED).exists():
         return False
     with duckdb.connect() as connection:
         connection.execute(f"ATTACH '{_sql_text(path)}' AS manifest (READ_ONLY)")
         sql = "SELECT comment FROM duckdb_views() WHERE database_name = 'manifest' AND view_name = 'catalog'"
-        return connection.execute(sql).fetchall() == [(_layout(),)]
+        if connection.execute(sql).fetchall() != [(_layout(),)]:
+            return False
+        num_obeyed = connection.execute("SELECT count(*) FROM manifest.forgotten").fetchall()[0][0]
+    return num_obeyed == read_tombstones(root).num_rows
 
 
 def _views() -> str:
@@ -90,9 +94,11 @@ def _load_parquet(connection: duckdb.DuckDBPyConnection, table: str, folder: Pat
     # Torn ones (a crash, and no journal): a shard is then packed again, a run's record is lost.
     files = sorted(str(path) for path in folder.glob("[!.]*.parquet") if is_whole(path))
     if files:
-        connection.execute(
-            f"INSERT INTO {table} BY NAME SELECT {', '.join(schema.names)} FROM read_parquet(?)", [files]
-        )
+        connection.execute(f"INSERT INTO {table} BY NAME SELECT {_columns(schema)} FROM read_parquet(?)", [files])
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f'"{name}"' for name in schema.names)  # `at` is a reserved word
 
 
 def _sql_text(path: Path) -> str:
@@ -133,7 +139,7 @@ _SELECT = {
         ORDER BY r.editing, r.round
     """,
     "failures": """
-        SELECT stage, failed_id AS item_id, error_class, message, transient, attempts, "at", unit
+        SELECT stage, failed_id AS item_id, error_class, message, transient, attempts, "at", unit, quarantined
         FROM standing_failures ORDER BY stage, item_id
     """,
     "forgotten": 'SELECT $columns FROM tombstones ORDER BY "at", video_hash',

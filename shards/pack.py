@@ -211,11 +211,11 @@ def _is_there(root: Path, plan: ShardPlan, retry_missing: bool) -> bool:
 def _stamp_of(root: Path, plan: ShardPlan) -> Stamp | None:
     """The stamp of a complete shard of this plan, wherever tar and index are at the moment.
 
-    Under `.next` the index is written after the tar, and `_place` removes the old pair before it moves the new tar and
+    Under `.next` the index is written after the tar, and `place` removes the old pair before it moves the new tar and
     then its index. So a pair in place always belongs together, and an index that waits under `.next` without its tar
     belongs to the tar that is in place without an index.
     """
-    next_tar, next_index = _next_paths(root, plan)
+    next_tar, next_index = next_paths(root, plan)
     tar, index = root / "shards" / plan.name, root / "shards" / plan.index_name
     waiting, placed = read_stamp(next_index), read_stamp(index)
     if waiting and waiting.plan_key == plan.key:
@@ -232,7 +232,7 @@ def _has_size(path: Path, num_bytes: int) -> bool:
     return path.is_file() and path.stat().st_size == num_bytes
 
 
-def _next_paths(root: Path, plan: ShardPlan) -> tuple[Path, Path]:
+def next_paths(root: Path, plan: ShardPlan) -> tuple[Path, Path]:
     stem = root / "shards" / NEXT / f"{Path(plan.name).stem}-{plan.key}"
     return stem.with_suffix(".tar"), stem.with_suffix(".parquet")
 
@@ -285,7 +285,7 @@ def write_shard(plan: ShardPlan, rows: pa.Table, root: Path, *, fsync: bool = Fa
             packed.append(row)
             yield sample
 
-    tar, index = _next_paths(root, plan)
+    tar, index = next_paths(root, plan)
     index.unlink(missing_ok=True)  # an index under `.next` says that its tar is complete
     members = {member.name: member for member in write_tar(tar, samples(), fsync=fsync)}
     lines = [_index_line(row, plan, position, members) for position, row in enumerate(packed)]
@@ -303,7 +303,7 @@ def commit_shards(root: Path, plans: list[ShardPlan], *, fsync: bool = False) ->
     folder = root / "shards"
     for plan in plans:
         assert _stamp_of(root, plan), f"{plan.name} was not written"
-    placed = sum(_place(root, plan) for plan in plans)
+    placed = sum(place(root, plan) for plan in plans)
     if fsync and placed:
         sync_folder(folder)
     wanted = {plan.name for plan in plans} | {plan.index_name for plan in plans}
@@ -315,9 +315,9 @@ def commit_shards(root: Path, plans: list[ShardPlan], *, fsync: bool = False) ->
     return placed, len(stale)
 
 
-def _place(root: Path, plan: ShardPlan) -> bool:
+def place(root: Path, plan: ShardPlan) -> bool:
     """Moves a shard from `.next` into place, the index last (see `_stamp_of`); False when it is there already."""
-    next_tar, next_index = _next_paths(root, plan)
+    next_tar, next_index = next_paths(root, plan)
     tar, index = root / "shards" / plan.name, root / "shards" / plan.index_name
     if not next_index.exists():
         return False

@@ -152,6 +152,7 @@ ORDER BY v.split;
 -- Why things are not there: failures counted by stage and class, the most frequent first.
 CREATE OR REPLACE VIEW failures_by_reason AS
 SELECT stage, error_class, count(*) AS num_items, count(*) FILTER (transient) AS num_transient,
+       count(*) FILTER (quarantined) AS num_quarantined,
        max(attempts) AS max_attempts, min(message) AS example
 FROM failures
 GROUP BY stage, error_class

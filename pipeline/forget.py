@@ -1,0 +1,170 @@
+"""`forget` and `compact`: a video leaves the corpus, first for every reader and then to the last byte.
+
+forget    which videos: by id, by URL, by SQL, and every copy of their files; a tombstone for each
+compact   what has a tombstone is removed from shards, clips, sources and fragments
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.build import session
+from pipeline.corpus import Corpus
+from pipeline.errors import UserError
+from pipeline.identity import canonical_url, canonical_urls, video_id_for
+from pipeline.pack_stage import planned
+from pipeline.settings import resolve
+from shards.compact import CompactReport, Remains, compact_commits, compact_shards, redact, remove_sources
+from shards.manifest import UNFINISHED
+from shards.pack import places_of, select_samples
+from shards.sql import open_manifest, rows_of
+from shards.tombstones import hash_of, read_tombstones, write_tombstones
+
+
+@dataclass(frozen=True)
+class Doomed:
+    """What is to be forgotten, as the manifest has it. `urls`: of sources that the corpus does not have (any more)."""
+
+    videos: list[dict] = field(default_factory=list)  # video_id, url, kind, path, sha256, is_copy, num_clips …
+    urls: list[str] = field(default_factory=list)
+
+    @property
+    def video_ids(self) -> list[str]:
+        return [video["video_id"] for video in self.videos]
+
+    def total(self, name: str) -> int:
+        return sum(video[name] or 0 for video in self.videos)
+
+
+# --- forget
+
+
+def find(root: str | Path, ids: Sequence[str], urls: Sequence[str], where: str | None) -> Doomed:
+    """The videos named, and those with the same bytes. Raises UserError for what names nothing."""
+    corpus = Corpus(root).require()
+    known = set(read_tombstones(corpus.root)["url_hash"].to_pylist())
+    if not (ids or urls or where):
+        raise UserError("say what to forget: --video ID, --url URL or --where SQL (a condition on `videos`).")
+    with open_manifest(corpus.root) as connection:
+        named = [_known_id(connection, video_id) for video_id in ids]
+        by_url = {url: _id_of_url(connection, url) for url in urls}
+        named += [video_id for video_id in by_url.values() if video_id]
+        named += rows_of(connection, _videos_where(where)) if where else []
+        if where and not named:
+            raise UserError(f"--where {where}: no video meets it.")
+        unknown = [url for url, video_id in by_url.items() if video_id is None]
+        videos = connection.sql(_DOOMED, params={"ids": sorted(set(named))}).to_arrow_table().to_pylist()
+    return Doomed(videos, [url for url in unknown if hash_of(canonical_url(url)) not in known])
+
+
+_DOOMED = """
+WITH named AS (SELECT unnest($ids::VARCHAR[]) AS video_id),
+doomed AS (
+    SELECT v.*, v.video_id NOT IN (SELECT video_id FROM named) AS is_copy FROM videos v
+    WHERE v.video_id IN (SELECT video_id FROM named)
+       OR v.sha256 IN (SELECT sha256 FROM videos SEMI JOIN named USING (video_id))
+)
+SELECT d.video_id, d.url, d.kind, d.title, d.path, d.num_bytes, d.sha256, d.is_copy,
+       (SELECT count(*) FROM clips c WHERE c.video_id = d.video_id) AS num_clips,
+       (SELECT count(*) FROM samples s WHERE s.video_id = d.video_id) AS num_samples,
+       (SELECT count(*) FROM captions t WHERE split_part(t.clip_id, '.', 1) = d.video_id) AS num_captions,
+       (SELECT count(*) FROM sentences s WHERE s.video_id = d.video_id) AS num_sentences
+FROM doomed d ORDER BY d.is_copy, d.video_id
+"""
+
+
+def _known_id(connection, video_id: str) -> str:
+    if not connection.execute("SELECT 1 FROM videos WHERE video_id = ?", [video_id]).fetchall():
+        near = get_close_matches(video_id, rows_of(connection, "SELECT video_id FROM videos ORDER BY 1"), n=3)
+        raise UserError(f"--video {video_id}: there is no such video." + (f" Near: {', '.join(near)}." if near else ""))
+    return video_id
+
+
+def _id_of_url(connection, url: str) -> str | None:
+    """The video of a URL in any spelling, or of a file's path; None where the corpus has none."""
+    try:
+        canonical = canonical_url(url if "://" in url else str(Path(url).absolute()))
+    except ValueError as error:
+        raise UserError(f"--url {url}: {error}") from error
+    videos = connection.sql("SELECT video_id, url FROM videos").to_arrow_table().combine_chunks()
+    row = pc.index(canonical_urls(pa.array(videos["url"].to_pylist(), pa.string())), canonical).as_py()
+    return videos["video_id"][row].as_py() if row >= 0 else None
+
+
+def _videos_where(where: str) -> str:
+    where = where.strip().rstrip(";")
+    if where.lower().startswith(("select", "with", "from")):
+        return f"SELECT video_id FROM videos WHERE video_id IN (SELECT picked.video_id FROM (\n{where}\n) picked)"
+    return f"SELECT video_id FROM videos WHERE (\n{where}\n)"
+
+
+def forget(root: str | Path, doomed: Doomed, reason: str | None) -> bool:
+    """Puts the tombstones; from then on nothing reads these videos. True when the manifest is without them already,
+    False when a build is running, which publishes it without them.
+    """
+    corpus, at = Corpus(root).require(), datetime.now(UTC)
+    places = _places(corpus, doomed)
+    rows = [
+        {
+            "video_hash": hash_of(video["video_id"]),
+            "url_hash": hash_of(canonical_url(video["url"])),
+            "sha256": video["sha256"],
+            "places": places.get(video["video_id"], []),
+        }
+        for video in doomed.videos
+    ]
+    rows += [
+        {"video_hash": hash_of(video_id_for(url)), "url_hash": hash_of(canonical_url(url)), "places": []}
+        for url in doomed.urls
+    ]
+    write_tombstones(corpus.root, [{**row, "reason": reason, "at": at} for row in rows])
+    try:
+        with session(corpus.root, None, [], "forget", create=False) as (current, _):
+            current.publish()
+    except UserError:
+        if corpus.is_being_written():
+            return False
+        raise
+    return True
+
+
+def _places(corpus: Corpus, doomed: Doomed) -> dict[str, list[dict]]:
+    """Video → the places of its clips in the order of packing; none where nothing is packed yet."""
+    settings, found = resolve(corpus.load_settings(), None, []).pack, {}
+    with open_manifest(corpus.root) as connection:
+        if not rows_of(connection, "SELECT 1 FROM samples LIMIT 1"):
+            return {}
+        samples = select_samples(connection, settings)
+    gone = set(doomed.video_ids)
+    for clip_id, place in places_of(samples, settings.seed):
+        if (video_id := clip_id.rpartition(".")[0]) in gone:
+            found.setdefault(video_id, []).append(place)
+    return found
+
+
+# --- compact
+
+
+def compact(root: str | Path) -> CompactReport:
+    """Removes every byte and row of what has a tombstone. Killed anywhere and run again, it ends in the same bytes."""
+    corpus, report = Corpus(root).require(), CompactReport()
+    with session(corpus.root, None, [], "compact", create=False) as (current, _):
+        current.publish()  # without the forgotten, whoever wrote the last one
+        (corpus.root / UNFINISHED).touch()
+        remains = Remains.of(corpus.root)
+        with open_manifest(corpus.root) as connection:
+            plans = planned(connection, current.settings.pack)
+            compact_shards(corpus.root, connection, plans, remains, report)
+        redact(corpus.root, remains, report)
+        remove_sources(corpus.root, remains, report)
+        compact_commits(corpus.root, remains, report)
+    with session(corpus.root, None, [], "compact", create=False, fresh=True) as (current, _):
+        current.publish()
+        (corpus.root / UNFINISHED).unlink()
+    report.settings = [name for name in remains.names if name in corpus.settings_path.read_text()]
+    return report

@@ -1,0 +1,353 @@
+"""Compacting: what has a tombstone is taken out of the files, of those that hold any of it and of no others.
+
+1. Shards: the tar is copied without the forgotten samples, the index with it, by the same two steps as in packing.
+   A KEY.json that names a forgotten clip as its near-duplicate group loses that name.
+2. Commits: written again without the forgotten rows and clips under the name of what is left, saying which commit they
+   replace; then the old one goes, its ledger fragment first. So a kill leaves the old commit, the new one, or both, and
+   a ledger that meets both takes the new one.
+3. The fragments of `sources` come last, because they alone tell which units and names to look for.
+
+Nothing here depends on the time or on what was done before, so a second run after a kill ends in the same bytes.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.config import digest
+from pipeline.errors import ItemError, UserError
+from shards.fragments import commit_name, fragment_path, outputs_of, write_atomically, write_commit
+from shards.index import Stamp, read_index, read_stamp, write_index
+from shards.pack import EXTENSIONS, LATE, NEXT, Extension, ShardPlan, next_paths, place, rows_by_shard, sample_json
+from shards.schema import INDEX, LEDGER
+from shards.tar import Blob, Member, Sample, list_members, read_member, write_clips_tar, write_tar
+from shards.tombstones import hash_of, read_tombstones
+
+REDACTED = "[forgotten]"
+
+
+@dataclass
+class CompactReport:
+    num_shards: int = 0
+    num_samples: int = 0
+    num_commits: int = 0
+    num_files: int = 0  # of sources/
+    num_bytes: int = 0  # that the corpus is smaller by
+    settings: list[str] = field(default_factory=list)  # names that corpus.yaml still has in a setting
+
+    @property
+    def did_something(self) -> bool:
+        return bool(self.num_shards or self.num_commits or self.num_files)
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What there still is of the forgotten: by hashes, and by the names that the fragments of `sources` give them."""
+
+    hashes: frozenset[str]
+    names: tuple[str, ...] = ()  # ids and URLs
+    units: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, root: Path) -> "Remains":
+        remains = cls(frozenset(read_tombstones(root)["video_hash"].to_pylist()))
+        names, units = set(), set()
+        for path in _fragments(root, "sources") if remains.hashes else ():
+            table = pq.read_table(path, columns=["video_id", "url", "source_id", "unit"])
+            for row in table.filter(remains.mask(table["video_id"])).to_pylist():
+                units.add(row.pop("unit"))
+                names.update(name for name in row.values() if name)
+        return cls(remains.hashes, tuple(sorted(names)), tuple(sorted(units)))
+
+    def covers(self, item_id: str) -> bool:
+        """Whether a video, a clip or a part of one is to be forgotten."""
+        return hash_of(item_id.partition(".")[0]) in self.hashes
+
+    def mask(self, ids: pa.ChunkedArray) -> pa.Array:
+        return pa.array([self.covers(item_id) for item_id in ids.to_pylist()], pa.bool_())
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Any of the names, whole."""
+        names = "|".join(re.escape(name) for name in sorted(self.names, key=len, reverse=True))
+        return re.compile(rf"(?<![A-Za-z0-9_-])(?:{names})(?![A-Za-z0-9_-])" if names else r"(?!)")
+
+
+# -- shards ---------------------------------------------------------------------------------------------------------
+
+
+def compact_shards(
+    root: Path,
+    connection: duckdb.DuckDBPyConnection,
+    plans: Sequence[ShardPlan],
+    remains: Remains,
+    report: CompactReport,
+) -> None:
+    """Rewrites the shards that hold something of the forgotten. `plans`: what packing wants now, without them.
+
+    Raises UserError for a shard that cannot be read.
+    """
+    _settle(root)
+    if not remains.hashes:
+        return
+    planned = {plan.name: plan for plan in plans}
+    for path in sorted((root / "shards").glob("[0-9]*.parquet")):
+        try:
+            shard = _Shard(root, path)
+            if shard.is_touched(remains):
+                shard.rewrite(connection, planned.get(shard.name), remains, report)
+        except (ItemError, pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{path} or its tar cannot be read ({error}): `clipmill run pack` writes it anew."
+            ) from error
+
+
+def _settle(root: Path) -> None:
+    """What a killed packing left: a shard that lacks only its index gets it, the rest is thrown away."""
+    folder = root / "shards" / NEXT
+    for index in sorted(folder.glob("*.parquet")):
+        stamp, name = read_stamp(index), index.name.partition("-")[0]
+        tar, placed = root / "shards" / f"{name}.tar", root / "shards" / f"{name}.parquet"
+        complete = tar.is_file() and stamp is not None and tar.stat().st_size == stamp.tar_bytes
+        if complete and not placed.exists() and not index.with_suffix(".tar").exists():
+            index.replace(placed)
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+class _Shard:
+    """A shard in place."""
+
+    def __init__(self, root: Path, index: Path):
+        self.root, self.tar = root, index.with_suffix(".tar")
+        self.name = self.tar.name
+        self.index, self.stamp = read_index(index), read_stamp(index)
+        if self.stamp is None:
+            raise ItemError("bad-index", "it does not say which plan it was written for")
+
+    def is_touched(self, remains: Remains) -> bool:
+        if any(remains.mask(self.index["video_id"]).to_pylist()):
+            return True
+        return any(_group_is_forgotten(data, remains) for data in self._json_members())
+
+    def _json_members(self) -> Iterator[bytes]:
+        """Every KEY.json, by byte range."""
+        places = zip(self.index["json_offset"].to_pylist(), self.index["json_bytes"].to_pylist(), strict=True)
+        with open(self.tar, "rb") as file:
+            for offset, num_bytes in places:
+                if offset is not None:
+                    yield os.pread(file.fileno(), num_bytes, offset)
+
+    def rewrite(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        plan: ShardPlan | None,
+        remains: Remains,
+        report: CompactReport,
+    ) -> None:
+        before = self.tar.stat().st_size
+        rows = self.index.filter(pc.invert(remains.mask(self.index["video_id"]))).to_pylist()
+        report.num_shards += 1
+        report.num_samples += self.index.num_rows - len(rows)
+        missing = tuple(clip_id for clip_id in self.stamp.missing if not remains.covers(clip_id))
+        if not rows:
+            self.tar.with_suffix(".parquet").unlink()
+            self.tar.unlink()
+            report.num_bytes += before
+            return
+        if plan is None or not self._is_as_planned(connection, plan, rows, missing):
+            clip_ids = [row["clip_id"] for row in rows]
+            key = digest([self.stamp.plan_key, clip_ids])  # of no plan: packing writes it again when it comes to it
+            plan = ShardPlan(self.name, pa.array(clip_ids, pa.string()), EXTENSIONS, key)
+        tar, index = next_paths(self.root, plan)
+        members = {m.name: m for m in write_tar(tar, (self._sample(row, remains) for row in rows))}
+        lines = [_moved(row, position, members) for position, row in enumerate(rows)]
+        write_index(index, pa.Table.from_pylist(lines, INDEX), Stamp(plan.key, tar.stat().st_size, missing))
+        place(self.root, plan)
+        report.num_bytes += before - self.tar.stat().st_size
+
+    def _sample(self, row: dict[str, Any], remains: Remains) -> Sample:
+        content = {extension: self._member(row, extension) for extension in _extensions(row)}
+        if "json" in content and _group_is_forgotten(content["json"], remains):
+            values = json.loads(content["json"])
+            del values["duplicate_group"]
+            content["json"] = json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+        return Sample(row["key"], content)
+
+    def _member(self, row: dict[str, Any], extension: Extension) -> bytes:
+        return read_member(self.tar, row[f"{extension}_offset"], row[f"{extension}_bytes"])
+
+    def _is_as_planned(
+        self, connection: duckdb.DuckDBPyConnection, plan: ShardPlan, rows: list[dict[str, Any]], missing: tuple
+    ) -> bool:
+        """Whether packing would write these samples, late columns apart, so that its key may stand on them."""
+        wanted = next(table for _, table in rows_by_shard(connection, [plan])).to_pylist()
+        wanted = [row for row in wanted if row["clip_id"] not in missing]
+        if [row["clip_id"] for row in wanted] != [row["clip_id"] for row in rows]:
+            return False
+        return all(
+            set(_extensions(row)) == {e for e in plan.members if e != "jpg" or want["frames"]}
+            and "json" in plan.members
+            and _fixed(self._member(row, "json")) == _fixed(sample_json(want))
+            for row, want in zip(rows, wanted, strict=True)
+        )
+
+
+def _extensions(row: dict[str, Any]) -> list[Extension]:
+    return [extension for extension in EXTENSIONS if row[f"{extension}_offset"] is not None]
+
+
+def _fixed(data: bytes) -> dict[str, Any]:
+    return {name: value for name, value in json.loads(data).items() if name not in LATE}
+
+
+def _group_is_forgotten(data: bytes, remains: Remains) -> bool:
+    return b'"duplicate_group"' in data and remains.covers(json.loads(data)["duplicate_group"])
+
+
+def _moved(row: dict[str, Any], position: int, members: dict[str, Member]) -> dict[str, Any]:
+    line = row | {"position": position}
+    for extension in _extensions(row):
+        member = members[f"{row['key']}.{extension}"]
+        line |= {f"{extension}_offset": member.offset, f"{extension}_bytes": member.num_bytes}
+    return line
+
+
+# -- sources and words ----------------------------------------------------------------------------------------------
+
+
+def remove_sources(root: Path, remains: Remains, report: CompactReport) -> None:
+    """Downloaded files, of attempts too. Files that a list names where they lie are not the corpus's."""
+    for path in sorted((root / "sources").glob("*/*")):
+        if remains.covers(path.name):
+            report.num_files += 1
+            report.num_bytes += path.stat().st_size if path.is_file() else 0
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def redact(root: Path, remains: Remains, report: CompactReport) -> None:
+    """The words of runs and of lists' problems that name the forgotten."""
+    for path in _fragments(root, "runs"):
+        table = pq.read_table(path)
+        rows = [{**row, "command": remains.pattern.sub(REDACTED, row["command"])} for row in table.to_pylist()]
+        _replace(path, table, pa.Table.from_pylist(rows, table.schema), report)
+    for path in [
+        *(root / "fragments" / "ledger").glob("ingest-problems-*.parquet"),
+        fragment_path(root, "ledger", "pack"),
+    ]:
+        if path.is_file():
+            table = pq.read_table(path)
+            kept = [row for row in table.to_pylist() if not _tells_of(row, remains)]
+            _replace(path, table, pa.Table.from_pylist(kept, table.schema), report)
+
+
+def _tells_of(row: dict[str, Any], remains: Remains) -> bool:
+    text = f"{row['item_id']} {row['message'] or ''}"
+    return (row["stage"] == "pack" and remains.covers(row["item_id"])) or bool(remains.pattern.search(text))
+
+
+def _replace(path: Path, before: pa.Table, after: pa.Table, report: CompactReport) -> None:
+    """In place: these fragments name no other file."""
+    if after.equals(before):
+        return
+    report.num_commits += 1
+    if after.num_rows:
+        write_atomically(path, after.replace_schema_metadata(before.schema.metadata))
+    else:
+        path.unlink()
+
+
+# -- commits --------------------------------------------------------------------------------------------------------
+
+
+def compact_commits(root: Path, remains: Remains, report: CompactReport) -> None:
+    """Every commit of the units that held something of the forgotten; those of `sources` last."""
+    ledger = root / "fragments" / "ledger"
+    names = sorted({path.stem for unit in remains.units for path in ledger.glob(f"[!.]*-{unit}-*.parquet")})
+    for name in names:
+        if not name.startswith("ingest-"):
+            _compact_commit(root, name, remains, report)
+    for path in _fragments(root, "sources"):
+        _compact_commit(root, path.stem, remains, report)
+
+
+def _compact_commit(root: Path, name: str, remains: Remains, report: CompactReport) -> None:
+    path = fragment_path(root, "ledger", name)
+    outputs, ledger = outputs_of(path), pq.read_table(path)
+    tables = {Path(output).parts[1]: pq.read_table(root / output) for output in outputs if output.endswith(".parquet")}
+    if not any(any(remains.mask(table["item_id"]).to_pylist()) for table in (ledger, *tables.values())):
+        return
+    report.num_commits += 1
+    kept = {table: _without(data, remains) for table, data in tables.items()}
+    _write_in_place_of(
+        root, name, {table: data for table, data in kept.items() if data.num_rows}, _without(ledger, remains)
+    )
+    path.unlink()
+    for output, num_bytes in outputs.items():
+        report.num_bytes += num_bytes
+        (root / output).unlink(missing_ok=True)
+
+
+def _without(table: pa.Table, remains: Remains) -> pa.Table:
+    return table.filter(pc.invert(remains.mask(table["item_id"])))
+
+
+def _write_in_place_of(root: Path, old: str, tables: dict[str, pa.Table], ledger: pa.Table) -> None:
+    """The commit of what is left, if anything is."""
+    stage, unit = old.split("-")[:2]
+    if stage == "ingest":
+        if not tables:
+            return
+        items = [(item_id, "ingested") for item_id in tables["sources"]["item_id"].to_pylist()]
+        name = commit_name(stage, unit, items)
+        row = {**ledger.to_pylist()[0], "item_id": name, "num_rows": len(items)}
+        ledger = pa.Table.from_pylist([row], LEDGER)
+    elif not ledger.num_rows:
+        return
+    else:
+        name = commit_name(stage, unit, zip(ledger["item_id"].to_pylist(), ledger["key"].to_pylist(), strict=True))
+    media = []
+    for table in {"clips", "edited_clips"} & set(tables):
+        media = [f"clips/{name}.tar"]
+        tables[table] = _copy_clips(root, media[0], tables[table])
+    write_commit(root, name, tables, ledger, media, replaces=old)
+
+
+def _copy_clips(root: Path, tar: str, clips: pa.Table) -> pa.Table:
+    """A tar of these clips alone, in the order that they had, and their rows pointing into it."""
+    rows = clips.to_pylist()
+    pieces = [piece for row in rows for piece in _pieces(row)]
+    names = {
+        (old, member.offset): member.name
+        for old in {old for old, _, _ in pieces}
+        for member in list_members(root / old)
+    }
+    blobs = [Blob(names[old, offset], root / old, offset, num_bytes) for old, offset, num_bytes in pieces]
+    moved = iter(write_clips_tar(root / tar, blobs))
+    for row in rows:
+        row |= {"tar": tar, "mp4_offset": next(moved).offset}
+        for frame in row["frames"] or ():
+            frame["offset"] = next(moved).offset
+    return pa.Table.from_pylist(rows, clips.schema)
+
+
+def _pieces(row: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """(tar, offset, size) of a clip's mp4 and of its frames."""
+    yield row["tar"], row["mp4_offset"], row["num_bytes"]
+    for frame in row["frames"] or ():
+        yield row["tar"], frame["offset"], frame["num_bytes"]
+
+
+def _fragments(root: Path, table: str) -> list[Path]:
+    return sorted((root / "fragments" / table).glob("[!.]*.parquet"))
