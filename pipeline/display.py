@@ -203,12 +203,13 @@ def _show_idle(console: Console, current: Status) -> None:
     for line in current.changed:
         console.print(f"[yellow]if set[/] {escape(line)}")
     table = Table(box=None, pad_edge=False)
-    for column in ("stage", "done", "pending", "waiting", "failed", ""):
+    for column in ("stage", "done", "pending", "waiting", "failed", "quarantined", ""):
         table.add_column(column, justify="left" if column in ("stage", "") else "right")
     for stage in STAGES:
         row = current.counts[stage.name]
         num_open = sum(row.get(status, 0) for status in OPEN)
-        cells = (row.get("done", 0), num_open, row.get("waiting", 0), row.get("failed", 0))
+        ended = (row.get("waiting", 0), row.get("failed", 0), row.get("quarantined", 0))
+        cells = (row.get("done", 0), num_open, *ended)
         table.add_row(stage.name, *(f"{n:,}" if n else "" for n in cells), f"[dim]{stage.help}[/]")
     pack = current.pack
     table.add_row(
@@ -217,11 +218,14 @@ def _show_idle(console: Console, current: Status) -> None:
         f"{pack['to_pack']:,}" if pack["to_pack"] else "",
         "",
         "",
+        "",
         "[dim]clips → shards[/]",
     )
     console.print(table)
     if any(row.get("waiting") for row in current.counts.values()):
         console.print("[dim]waiting: done, but what it was made from is pending, so it may have to be done again[/]")
+    if any(row.get("quarantined") for row in current.counts.values()):
+        console.print("[dim]quarantined: tried engine.max_attempts times; `run STAGE --where quarantined` tries again[/]")
     print_failures(console, current.failures)
 
 

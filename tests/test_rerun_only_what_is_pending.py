@@ -141,6 +141,7 @@ def test_a_transient_failure_is_tried_once_a_run_and_three_times_in_all(corpus):
     assert corpus.work_off() == {}, "three attempts over all runs, then it stands"
     attempts = corpus.ledger.connection.execute("SELECT max(attempts) FROM ledger WHERE item_id = 'b'").fetchall()[0]
     assert attempts == (3,)
+    assert corpus.derive()["download"] == {"done": 2, "quarantined": 1}
 
 
 def test_a_healed_failure_is_no_failure_any_more(corpus):
