@@ -226,6 +226,8 @@ def _next_state(state: State, row: Mapping[str, Any], edited: Spans) -> State:
         return replace(state, step_scale=state.step_scale / 2, num_failed_rounds=state.num_failed_rounds + 1)
     if row["outcome"] == "untrained":
         return replace(state, spans=edited, is_over=row["num_accepted"] == 0)
+    if row["validation"] is None:  # a warm-up of a teacher that stays
+        return replace(state, num_failed_rounds=0, spans=edited)
     scale = min(1.0, 2 * state.step_scale)
     return replace(state, best=row["validation"], step_scale=scale, num_failed_rounds=0, spans=edited)
 

@@ -1,0 +1,94 @@
+"""Who edits units: this process, or Ray actors beside each other. The same rows either way."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from pipeline.errors import UserError
+from shards.fragments import Commit
+from training.edit_scores import Bank
+from training.edit_worker import Editor, Job, Plan, Texts
+
+
+class Editors(Protocol):
+    """Some `Editor`s, used as one."""
+
+    def banks(self, weights: Sequence[str], texts: Texts) -> list[Bank | None]: ...
+    def scores(self, jobs: Sequence[Job]) -> Iterator[list[float]]: ...
+    def edit(self, jobs: Sequence[Job]) -> Iterator[Commit]: ...
+
+
+@contextmanager
+def pool(plan: Plan, num_workers: int, device: str) -> Iterator[Editors]:
+    """Raises UserError where Ray's workers die again and again."""
+    if num_workers == 1:
+        yield _Here(plan)
+        return
+    import ray
+
+    with _ray(num_workers):
+        use_gpu = device != "cpu" and ray.cluster_resources().get("GPU", 0) >= num_workers
+        actor = ray.remote(Editor).options(num_gpus=int(use_gpu), max_restarts=2, max_task_retries=2)
+        actors = [actor.remote(plan) for _ in range(num_workers)]
+        try:
+            yield _Actors(actors)
+        except ray.exceptions.ActorDiedError as error:
+            raise UserError(f"--workers {num_workers}: they die ({error}). What is committed stays.") from error
+        finally:
+            for one in actors:
+                ray.kill(one)
+
+
+class _Here:
+    def __init__(self, plan: Plan):
+        self.editor = Editor(plan)
+
+    def banks(self, weights: Sequence[str], texts: Texts) -> list[Bank | None]:
+        return self.editor.banks(weights, texts)
+
+    def scores(self, jobs: Sequence[Job]) -> Iterator[list[float]]:
+        return map(self.editor.present_scores, jobs)
+
+    def edit(self, jobs: Sequence[Job]) -> Iterator[Commit]:
+        return map(self.editor.edit, jobs)
+
+
+class _Actors:
+    def __init__(self, actors: list[Any]):
+        self.actors = actors
+
+    def banks(self, weights: Sequence[str], texts: Texts) -> list[Bank | None]:
+        import ray
+
+        return ray.get(self.actors[0].banks.remote(list(weights), texts))
+
+    def scores(self, jobs: Sequence[Job]) -> Iterator[list[float]]:
+        return self._map("present_scores", jobs)
+
+    def edit(self, jobs: Sequence[Job]) -> Iterator[Commit]:
+        return self._map("edit", jobs)
+
+    def _map(self, method: str, jobs: Sequence[Job]) -> Iterator[Any]:
+        """In the order of the jobs, each given to whichever actor is free."""
+        from ray.util import ActorPool
+
+        return ActorPool(self.actors).map(lambda actor, job: getattr(actor, method).remote(job), list(jobs))
+
+
+@contextmanager
+def _ray(num_workers: int) -> Iterator[None]:
+    """The Ray that is there, that RAY_ADDRESS names, or one on this machine for as long as it is needed."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
+    import ray
+
+    started = not ray.is_initialized()
+    if started and os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level="ERROR")
+    elif started:
+        ray.init(num_cpus=max(num_workers, os.cpu_count() or 1), include_dashboard=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()

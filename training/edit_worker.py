@@ -1,0 +1,251 @@
+"""One unit of videos in one round: frames encoded by the teacher, candidates scored, what moved cut again, committed.
+
+`Editor` is one process's part: this one, or a Ray actor beside others. What it commits is a function of the job alone:
+on a CPU it computes on one thread, because sums in fp32 depend on how many there are; work is spread over units.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import md5
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.config import digest
+from pipeline.cut import CutSettings, SpanRequest
+from pipeline.errors import ItemError
+from pipeline.worker import Outcome, Stopwatch, Work, commit
+from shards.fragments import TEMPORARY, Commit
+from training import models
+from training.clip4clip_model import Clip4Clip
+from training.clip_video import Picture, Pixels
+from training.distributed import join
+from training.edit_clips import Video, no_text
+from training.edit_frames import cut_again, read_frames, write_cut_clips
+from training.edit_scores import Bank, FrameFeatures, FrameScorer, draw_bank
+from training.edit_settings import EditRunSettings
+from training.frames import normalise
+from training.video_editing import Floats, VideoClips, edit_video, scores_of
+
+CODE_VERSION = 1  # raised when the same job gives other rows
+_FRAMES_AT_ONCE = 64
+
+Texts = list[tuple[str, str]]  # (video_id, text)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all jobs of an editing share. Teacher f edits the videos of `teacher_of`."""
+
+    root: str
+    editing: str
+    settings: EditRunSettings
+    cut: CutSettings
+    run_id: str
+
+    def key(self, video_id: str, round_number: int) -> str:
+        return digest([CODE_VERSION, self.editing, round_number, video_id])
+
+
+@dataclass(frozen=True)
+class Job:
+    """The videos of one unit in one round. `spans` are their present boundaries."""
+
+    unit: str
+    round_number: int
+    teachers: tuple[str, ...]  # weights files
+    hashes: tuple[str, ...]
+    banks: tuple[Bank | None, ...]
+    videos: tuple[Video, ...]
+    spans: tuple[Floats, ...]
+    silent: tuple[str, ...]  # clips without a text, told once
+    step_scale: float
+    threshold: float
+
+    def teacher_of(self, video: Video) -> int:
+        """Of several teachers the one that was not trained on the video's fold."""
+        return (video.items[0]["fold"] + 1) % len(self.teachers)
+
+
+def work_of(plan: Plan, job: Job) -> Work:
+    """The commit that a job makes."""
+    ids = [video.video_id for video in job.videos] + list(job.silent)
+    items = [{"item_id": name, "key": plan.key(name, job.round_number), "attempts": 0, "cost": 1.0} for name in ids]
+    return Work("edit", job.unit, items, plan.settings, plan.editing, plan.root, plan.run_id)
+
+
+class Editor:
+    """Encodes, scores, cuts and commits. Holds the teachers that it was last asked for."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.settings = plan, plan.settings
+        self.teachers: dict[str, Teacher] = {}
+
+    def banks(self, weights: Sequence[str], texts: Texts) -> list[Bank | None]:
+        """Captions that clips are measured against, by each teacher; drawn by the texts and their order alone."""
+        edit = self.settings.edit
+        if not edit.bank_size:
+            return [None for _ in weights]
+        rows = np.sort(np.random.default_rng(self.settings.data.seed).permutation(len(texts))[: edit.bank_size])
+        drawn = [texts[row] for row in rows]
+        video_ids = [video_id for video_id, _ in drawn]
+        with self._computing():
+            features = [self._teacher(path).text_features([text for _, text in drawn]) for path in weights]
+        return [draw_bank(video_ids, feature, len(drawn)) for feature in features]
+
+    def present_scores(self, job: Job) -> list[float]:
+        """Of the present boundaries, clip after clip. Videos that cannot be scored are left out; `edit` tells."""
+        scores: list[float] = []
+        with self._computing():
+            for number, video in enumerate(job.videos):
+                try:
+                    clips = video.clips(self.settings.edit)
+                    offered = list(job.spans[number][:, None])
+                    kept = scores_of(clips, offered, self._scorer(job, video, clips), self.settings.edit)
+                except ItemError:
+                    continue
+                scores += [float(of_clip[0]) for of_clip in kept]
+        return scores
+
+    def edit(self, job: Job) -> Commit:
+        """The unit's rows of `clip_edits` and `edited_clips`, and the tar these are in."""
+        work = work_of(self.plan, job)
+        name = f"clips/{work.name}.tar"
+        folder = Path(self.plan.root) / "clips" / f"{TEMPORARY}{work.name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            with self._computing():
+                outcomes = [self._edit_video(job, number, folder) for number in range(len(job.videos))]
+            outcomes += self._silent(job)
+            rows = [row for outcome in outcomes for row in outcome.rows.get("edited_clips", [])]
+            if rows:
+                write_cut_clips(Path(self.plan.root) / name, folder, rows)
+            for row in rows:
+                row["tar"] = name
+            return commit(work, outcomes, [name] if rows else [])
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _silent(self, job: Job) -> list[Outcome]:
+        return [Outcome(clip_id, failure=no_text(clip_id)[1]) for clip_id in job.silent]
+
+    def _edit_video(self, job: Job, number: int, folder: Path) -> Outcome:
+        video = job.videos[number]
+        edit = self.settings.edit
+        with Stopwatch(video.video_id) as outcome:
+            clips = video.clips(edit)
+            scorer = self._scorer(job, video, clips)
+            rows = edit_video(clips, job.spans[number], scorer, edit, job.step_scale, job.threshold)
+            cut, outcome.parts = self._cut(video, rows, clips, job.spans[number], folder)
+            outcome.rows = {
+                "clip_edits": [self._named(job, video, row) for row in rows],
+                "edited_clips": [row | {"editing": self.plan.editing, "round": job.round_number} for row in cut],
+            }
+        return outcome
+
+    def _cut(
+        self, video: Video, rows: list[dict[str, Any]], clips: VideoClips, present_N2: Floats, folder: Path
+    ) -> tuple[list[dict[str, Any]], list[tuple[str, ItemError]]]:
+        """Cuts what was accepted; an edit that cannot be cut is taken back in its row."""
+        numbers = {item["clip_id"]: item["n"] for item in video.items}
+        wanted = [
+            SpanRequest(row["clip_id"], numbers[row["clip_id"]], row["start_s"], row["end_s"])
+            for row in rows
+            if row["accepted"] and (row["start_s"], row["end_s"]) != (row["base_start_s"], row["base_end_s"])
+        ]
+        cut, failures = cut_again(Path(self.plan.root), video, wanted, self.plan.cut, folder)
+        failed = {clip_id for clip_id, _ in failures}
+        for row, (start_s, end_s) in zip(rows, present_N2.tolist(), strict=True):
+            if row["clip_id"] in failed:
+                row |= {"start_s": start_s, "end_s": end_s, "score_after": row["score_before"], "accepted": False}
+                row["reason"] = row["reason"].replace("better", "not-cut", 1)
+        return cut, failures
+
+    def _named(self, job: Job, video: Video, row: dict[str, Any]) -> dict[str, Any]:
+        text = next(item["text"] for item in video.items if item["clip_id"] == row["clip_id"])
+        return row | {
+            "editing": self.plan.editing,
+            "round": job.round_number,
+            "teacher": job.hashes[job.teacher_of(video)],
+            "text_md5": md5(text.encode()).hexdigest(),
+        }
+
+    def _scorer(self, job: Job, video: Video, clips: VideoClips) -> FrameScorer:
+        """Raises ItemError for a video that cannot be read."""
+        number = job.teacher_of(video)
+        teacher = self._teacher(job.teachers[number])
+        times_F, pixels = read_frames(
+            Path(self.plan.root), video, clips, self.settings.edit, self.plan.cut, teacher.picture
+        )
+        frames = {video.video_id: FrameFeatures(times_F, teacher.frame_features(pixels))}
+        features = teacher.text_features([item["text"] for item in video.items])
+        texts = {item["clip_id"]: feature for item, feature in zip(video.items, features, strict=True)}
+        return FrameScorer(frames, texts, job.banks[number], teacher.log_scale, self.settings.edit.same_caption)
+
+    def _teacher(self, weights: str) -> "Teacher":
+        if weights not in self.teachers:
+            self.teachers = {weights: Teacher(weights, self.settings)} | (
+                self.teachers if len(self.teachers) < self.settings.edit.folds else {}
+            )
+        return self.teachers[weights]
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """One thread, and as many as before again: this may be a process that trains, too."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            torch.set_num_threads(before)
+
+
+class Teacher:
+    """A model that scores: pictures and texts to features."""
+
+    def __init__(self, weights: str, settings: EditRunSettings):
+        self.settings = settings
+        with join(settings.train.device) as process:
+            self.device = process.device
+        self.model = models.read(Path(weights), settings.model, settings.data.seed).to(self.device).eval()
+        self.log_scale = float(self.model.logit_scale)
+
+    @property
+    def picture(self) -> Picture:
+        data = self.settings.data
+        return Picture(self.model.config.image_size, data.fit, data.antialias)
+
+    def frame_features(self, pixels_FSS3: Pixels) -> NDArray[np.float32]:
+        """[F, C]: each frame as a video of its own."""
+        return self._in_pieces(self._encode_frames, torch.from_numpy(pixels_FSS3), _FRAMES_AT_ONCE)
+
+    def text_features(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """[N, C] of as many texts."""
+        ids_NL = self._tokens(list(texts))
+        return self._in_pieces(self.model.encode_text, ids_NL, self.settings.eval.batch_size)
+
+    @cached_property
+    def _tokens(self) -> Any:
+        return models.text_encoder(self.model.config, self.settings.data.max_text_tokens)
+
+    def _encode_frames(self, pixels_FSS3: Tensor) -> Tensor:
+        config = self.model.config
+        pixels_F3SS = normalise(pixels_FSS3.permute(0, 3, 1, 2), config.image_mean, config.image_std)
+        if isinstance(self.model, Clip4Clip):
+            return self.model.frame_features(pixels_F3SS.unsqueeze(0))[0]
+        return self.model.encode_video(pixels_F3SS.unsqueeze(1))
+
+    def _in_pieces(self, encode: Any, inputs: Tensor, size: int) -> NDArray[np.float32]:
+        enabled = self.settings.train.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+            parts = [encode(part.to(self.device)).float().cpu() for part in inputs.split(size)]
+        return torch.cat(parts).numpy()
