@@ -303,6 +303,48 @@ def study(
 
 
 @app.command()
+def edit(
+    corpus: Annotated[Path | None, typer.Option(help="The corpus folder; none: OUT's.", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The teacher: a run, or any model as for `eval`; none: OUT's.", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="A folder for the students' runs; where it goes on.")] = Path("edit"),
+    recipe: RunRecipeOption = None,
+    where: Annotated[
+        str | None, typer.Option(help="Edit the clips of this condition on `catalog`; none: the run's.", metavar="SQL")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="At most so many rounds; 0: one, by the given teacher alone.", show_default=False)
+    ] = None,
+    train: Annotated[
+        bool | None, typer.Option("--train/--no-train", help="Train a student between rounds, as by default, or not.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that score, on Ray when more than one.")] = 1,
+    table: TableOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Move clips' boundaries to where their texts are shown: rows, for `train --set data.edits=accepted`."""
+    from shards.sql import named_tables
+    from training.edit_command import run_edit
+
+    rows = run_edit(
+        corpus,
+        model,
+        out,
+        recipe=recipe,
+        where=where,
+        rounds=rounds,
+        trains=train,
+        workers=workers,
+        assignments=set_ or [],
+        tables=[(name, str(path)) for name, path in named_tables(table or []).items()],
+        command=_command(),
+    )
+    raise typer.Exit(1 if any(row["num_failed"] for row in rows) else 0)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where to make it.", metavar="[DIR]")] = Path("demo"),
     videos: Annotated[int, typer.Option(help="How many videos the demo world has.")] = 48,
