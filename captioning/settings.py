@@ -18,6 +18,9 @@ class ModelSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = operational("auto")  # auto: a GPU where there is one
     batch_size: int = operational(32, ge=1, le=4096)  # images per forward pass: 32 frames of ViT-L fit in 8 GB
     num_threads: int | None = operational(None, ge=1)  # CPU threads of torch in this process; None: as torch chose
+    # The model may take this long for a piece of work, and so much for each image of it, before it counts as hung.
+    timeout_base_s: float = operational(600.0, gt=0)
+    timeout_per_image_s: float = operational(30.0, gt=0)
 
 
 class CaptionSettings(ModelSettings):

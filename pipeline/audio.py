@@ -1,14 +1,18 @@
 """The speech of a video as a recogniser wants it: 16 kHz mono samples on the clock of the picture."""
 
+import os
 import subprocess
+import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import ItemError
-from pipeline.media import CONTAINERS, open_media
+from pipeline.media import SHUT_IN, open_media
 
 SPEECH_RATE = 16_000  # Hz, what Whisper takes
+CHUNK_BYTES = 1 << 20
 
 
 def extract_speech(path: str | Path, timeout_s: float = 1800.0, longest_s: float = 6 * 3600.0) -> np.ndarray:
@@ -22,22 +26,37 @@ def extract_speech(path: str | Path, timeout_s: float = 1800.0, longest_s: float
     import imageio_ffmpeg
 
     origin_s = _origin_s(path)
-    source = ffmpeg.input(f"file:{path}", protocol_whitelist="file", format_whitelist=CONTAINERS)
+    source = ffmpeg.input(f"file:{path}", **SHUT_IN)
     sound = source.audio.filter("asetpts", f"PTS-({origin_s:.6f})/TB")
     sound = sound.filter("aresample", SPEECH_RATE, **{"async": 1, "first_pts": 0})
     output = sound.output("pipe:", format="f32le", ac=1, ar=SPEECH_RATE, t=longest_s)
     command = output.global_args("-copyts", "-nostdin", "-v", "error", "-threads", "1")
-    process = command.run_async(imageio_ffmpeg.get_ffmpeg_exe(), pipe_stdout=True, pipe_stderr=True)
-    try:
-        data, errors = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        raise ItemError("timeout", f"extracting the sound took more than {timeout_s:.0f} s") from None
-    finally:
-        process.kill()
-        process.wait()
-    if not data:
-        raise ItemError("undecodable-audio", errors.decode(errors="replace")[-1500:] or "no sample came out")
-    return np.frombuffer(data, np.float32)
+    samples, errors = _output_of(command.compile(imageio_ffmpeg.get_ffmpeg_exe()), timeout_s)
+    if not samples:
+        raise ItemError("undecodable-audio", errors or "no sample came out")
+    return np.frombuffer(samples, np.float32, len(samples) // 4)
+
+
+def _output_of(command: list[str], timeout_s: float) -> tuple[bytearray, str]:
+    """What a command writes, held once, and the end of what it complains about."""
+    with tempfile.TemporaryFile() as complaints:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints)
+        over = threading.Event()
+        timer = threading.Timer(timeout_s, lambda: (over.set(), process.kill()))
+        timer.start()
+        try:
+            data = bytearray()
+            while part := process.stdout.read(CHUNK_BYTES):
+                data += part
+        finally:
+            timer.cancel()
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        if over.is_set():
+            raise ItemError("timeout", f"extracting the sound took more than {timeout_s:.0f} s")
+        complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - 1500))
+        return data, complaints.read().decode(errors="replace")
 
 
 def _origin_s(path: str | Path) -> float:

@@ -40,6 +40,7 @@ from pipeline.file_kinds import (
 from pipeline.governor import HostGovernor, hold, host_of
 from pipeline.http_fetch import CHUNK_BYTES, download_http
 from pipeline.sidecars import sidecars
+from pipeline.watchdog import GRACE_S, time_limit
 
 MEDIA_EXTENSIONS = frozenset(
     "mp4 m4v mov mkv webm avi flv f4v wmv asf ts m2ts mts mpg mpeg vob ogv ogg 3gp 3g2 mxf ivf gif".split()
@@ -88,6 +89,8 @@ class DownloadSettings(Settings):
     timeout_s: float = operational(7200, gt=0)
     # Seconds without a byte before a connection counts as dead.
     stall_timeout_s: float = operational(30, gt=0)
+    # Looking at a file that has come may take this long before it counts as one that hangs the decoder.
+    probe_timeout_s: float = operational(60, gt=0)
     # Larger files are refused, by their header where it says so, else when they get there.
     max_bytes: int = operational(20_000_000_000, ge=1)
     # Tries after the first one, for failures that can heal.
@@ -195,7 +198,9 @@ class _Job:
         """A known site's page through its extractor; else the link itself; a page found there by the generic one."""
         from pipeline.site_fetch import site_extractor
 
-        if site_extractor(self.url):
+        with time_limit(GRACE_S, f"looking up {self.url}"):
+            extractor = site_extractor(self.url)
+        if extractor:
             return self._attempts(self.url, lambda gate: self._site(gate, generic=False))
         extension = _extension_of(self.url)
         if extension in PLAYLIST_EXTENSIONS and self.settings.generic_pages:
@@ -255,7 +260,8 @@ class _Job:
             with hold(self.governor, host_of(url), self.holder) as slot:
                 started = time.monotonic()
                 try:
-                    with Gate(settings.allow_private_addresses, left_s) as gate:
+                    limit = time_limit(left_s + GRACE_S, f"downloading {url}")
+                    with Gate(settings.allow_private_addresses, left_s) as gate, limit:
                         return attempt(gate)
                 except DownloadError as error:
                     failure = error

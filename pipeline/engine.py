@@ -17,6 +17,7 @@ from pipeline.corpus import Corpus
 from pipeline.errors import ItemError, UserError
 from pipeline.settings import CorpusSettings
 from pipeline.stages import STAGES, Stage, fingerprints
+from pipeline.watchdog import sweep_reports, take_report
 from pipeline.worker import GOVERNOR, Outcome, Work, commit
 from shards.fragments import Commit
 from shards.ledger import Ledger
@@ -35,11 +36,19 @@ class StageProgress:
     seconds: float = 0.0  # wall seconds of its finished tasks
 
 
-@dataclass
+@dataclass(eq=False)  # one is not another, though it carries the same
 class Flight:
     work: Work
     deaths: int = 0
     actor: object | None = None
+
+
+@dataclass(frozen=True)
+class Death:
+    """What there is instead of a commit when a worker died."""
+
+    message: str
+    innocent: bool = False  # the work had not begun: it waited for an actor that another work killed
 
 
 @dataclass
@@ -83,6 +92,7 @@ class Engine:
         waiting = deque(self.ledger.units_with_work(stage.name for stage in self.stages))
         if not waiting:
             return self.report
+        sweep_reports(self.corpus.root)
         self.pools = Pools(self.settings)
         if any(stage.pool == "model" for stage in self.stages):
             self.pools.warm_up(
@@ -203,17 +213,22 @@ class Engine:
         self._load(commits)
         return free
 
-    def _after_death(self, flight: Flight, message: str) -> list[Commit]:
-        """The worker died under this work: give it again, in halves, and at last as failures."""
-        work, deaths = flight.work, flight.deaths + 1
+    def _after_death(self, flight: Flight, death: Death) -> list[Commit]:
+        """The worker died under this work: give it again, then item by item, and at last as a failure.
+
+        What hung would hang again, so it is not given a second time as it was. What only waited for a worker that
+        another work killed has no part in it.
+        """
+        work, deaths = flight.work, flight.deaths + (not death.innocent)
+        hung = take_report(self.corpus.root, work.name)
         stage = next(stage for stage in self.stages if stage.name == work.stage)
-        if len(work.items) > 1 and deaths >= MAX_DEATHS - 1:
+        if len(work.items) > 1 and (hung or deaths >= MAX_DEATHS - 1):
             for item in work.items:
                 self._enqueue(stage, self._piece(stage, work.unit, [item]), deaths)
-        elif deaths < MAX_DEATHS:
+        elif deaths < MAX_DEATHS and not hung:
             self._enqueue(stage, work, deaths)
         else:
-            error = ItemError("worker-died", message, transient=True)
+            error = ItemError("timeout" if hung else "worker-died", hung or death.message, transient=True)
             return [commit(work, [Outcome(item["item_id"], failure=error) for item in work.items], [])]
         return []
 
@@ -255,7 +270,8 @@ class Pools:
         self.running = {"io": 0, "cpu": 0}
         self.active_units = self.settings.active_units or 4 * self.cpus + self.limits["io"]
         self.num_actors = self.settings.model_workers or self.gpus or max(1, self.cpus // 8)
-        self.actors: dict[object, int] = {}  # actor → pieces it has
+        self.actors: dict[object, list[Flight]] = {}  # actor → pieces it has, the first of them running
+        self.dead: dict[object, list[Flight]] = {}  # and those it had when it died
         self.governor = None
         self.task = ray.remote(max_retries=0)(_execute)
 
@@ -263,7 +279,7 @@ class Pools:
         if pool != "model":
             return self.running[pool] < self.limits[pool]
         self._start_actors()  # again where one has died
-        return min(self.actors.values()) < 2  # one running, one waiting beside it
+        return min(map(len, self.actors.values())) < 2  # one running, one waiting beside it
 
     def warm_up(self, settings: dict) -> None:
         """Start the actors at once, all of them: importing and loading their models takes as long as the first cuts."""
@@ -273,8 +289,8 @@ class Pools:
 
     def start(self, pool: str, flight: Flight):
         if pool == "model":
-            actor = min(self.actors, key=self.actors.get)
-            self.actors[actor] += 1
+            actor = min(self.actors, key=lambda actor: len(self.actors[actor]))
+            self.actors[actor].append(flight)
             flight.actor = actor
             return actor.execute.remote(flight.work)
         self.running[pool] += 1
@@ -292,22 +308,28 @@ class Pools:
         ready, _ = self.ray.wait(references, num_returns=1, timeout=0.5)
         return ready
 
-    def result(self, reference, flight: Flight) -> Commit | str:
+    def result(self, reference, flight: Flight) -> Commit | Death:
         """The commit, or what killed the worker."""
-        pool = "model" if flight.actor is not None else next(s.pool for s in STAGES if s.name == flight.work.stage)
-        if pool == "model":
-            self.actors[flight.actor] = self.actors.get(flight.actor, 1) - 1
-        else:
-            self.running[pool] -= 1
+        if flight.actor is None:
+            self.running[next(stage.pool for stage in STAGES if stage.name == flight.work.stage)] -= 1
         try:
-            return self.ray.get(reference)
+            result = self.ray.get(reference)
+            self._leave(flight)
+            return result
+        except self.ray.exceptions.RayActorError as error:
+            if flight.actor in self.actors:
+                self.dead[flight.actor] = self.actors.pop(flight.actor)
+            return Death(str(error), innocent=self.dead[flight.actor][0] is not flight)
         except self.ray.exceptions.RayError as error:
-            if isinstance(error, self.ray.exceptions.RayActorError):
-                self.actors.pop(flight.actor, None)
+            self._leave(flight)
             cause = getattr(error, "cause", None)
             if isinstance(cause, (UserError, OSError)):
                 raise cause from None  # a setting that only the worker could check; a disk that takes no more
-            return str(error)
+            return Death(str(error))
+
+    def _leave(self, flight: Flight) -> None:
+        if flight.actor is not None:
+            (self.actors.get(flight.actor) or self.dead[flight.actor]).remove(flight)
 
     def _start_governor(self, settings) -> None:
         from pipeline.governor import HostGovernor
@@ -318,7 +340,7 @@ class Pools:
     def _start_actors(self) -> None:
         options = {"num_cpus": self.settings.model_cpus, "num_gpus": 1 if self.gpus else 0, "max_restarts": 0}
         while len(self.actors) < self.num_actors:
-            self.actors[self.ray.remote(**options)(ModelWorker).remote()] = 0
+            self.actors[self.ray.remote(**options)(ModelWorker).remote()] = []
 
     def close(self) -> None:
         for actor in [*self.actors, *([self.governor] if self.governor else [])]:

@@ -14,6 +14,12 @@ from pipeline.errors import ItemError
 CONTAINERS = "mov,matroska,webm,avi,flv,asf,mpegts,mpeg,mpegvideo,ogg,wav,mp3,flac,aac,gif,m4v,h264,hevc,ivf,mxf"
 
 
+# Options of every demuxer that meets bytes from elsewhere: these containers, no other protocol, no references out of it.
+SHUT_IN = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
+# And of libavformat itself, where options that a demuxer does not have are no error.
+NO_REFERENCES = SHUT_IN | {"enable_drefs": "0"}
+
+
 @dataclass(frozen=True)
 class MediaInfo:
     """What the container says, checked against nothing: `duration_s` of a lying header is still a lie."""
@@ -43,9 +49,8 @@ def open_media(path: str | Path):
         raise ItemError("source-missing", f"{path} is not there (was sources/ cleaned?)")
     if path.stat().st_size == 0:
         raise ItemError("empty-file", f"{path.name} has no bytes")
-    options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "enable_drefs": "0"}
     try:
-        return av.open(f"file:{path}", options=options, metadata_errors="replace")
+        return av.open(f"file:{path}", options=NO_REFERENCES, metadata_errors="replace")
     except (av.FFmpegError, ValueError) as error:
         raise ItemError("not-a-video", f"{path.name}: {error}") from error
 

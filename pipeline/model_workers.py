@@ -6,12 +6,14 @@ fails its stage's items, not the build: everything else is finished, and the ite
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from captioning.captioner import Caption, load_captioner
 from captioning.scorer import ScoreInput, load_scorer
 from pipeline.config import Settings
 from pipeline.errors import ItemError, UserError
+from pipeline.watchdog import time_limit
 from pipeline.worker import Outcome, Result, Work
 from shards.tar import read_member
 
@@ -22,7 +24,9 @@ def run_caption(work: Work) -> Result:
         return _all_failed(work, captioner)
     frames = [(item, index, frame) for item in work.items for index, frame in enumerate(item["frames"])]
     images, unreadable = _read_frames(work, [(item["tar"], frame) for item, _, frame in frames])
-    answers = iter(captioner.caption([image for image in images if image is not None]))
+    readable = [image for image in images if image is not None]
+    with _limit(work, "captioning", len(readable)):
+        answers = iter(captioner.caption(readable))
     outcomes = {item["item_id"]: Outcome(item["item_id"]) for item in work.items}
     for (item, index, frame), image, problem in zip(frames, images, unreadable, strict=True):
         outcome, answer = outcomes[item["item_id"]], problem if image is None else next(answers)
@@ -60,7 +64,8 @@ def run_score(work: Work) -> Result:
         for item, image in zip(work.items, images, strict=True)
         if image is not None
     ]
-    answers, outcomes = iter(scorer.score(inputs)), []
+    with _limit(work, "scoring", len(inputs)):
+        answers, outcomes = iter(scorer.score(inputs)), []
     for item, image, problem in zip(work.items, images, unreadable, strict=True):
         answer = problem if image is None else next(answers)
         if isinstance(answer, ItemError):
@@ -76,6 +81,11 @@ def warm_up(stages: dict[str, tuple[Settings, str]]) -> None:
     for stage, load in (("caption", load_captioner), ("score", load_scorer)):
         if stage in stages:
             _load(load, *stages[stage])
+
+
+def _limit(work: Work, what: str, num_images: int) -> AbstractContextManager:
+    limit_s = work.settings.timeout_base_s + work.settings.timeout_per_image_s * num_images
+    return time_limit(limit_s, f"{what} {num_images:,} images")
 
 
 _unavailable: dict[str, ItemError] = {}  # stage fingerprint → why its model does not load; not tried again and again

@@ -72,7 +72,8 @@ class Sandbox:
                 self._stop()
                 self._child = _Child()
             try:
-                status, value = pickle.loads(self._child.ask(request, timeout_s))
+                answer, *buffers = self._child.ask(request, timeout_s)
+                status, value = pickle.loads(answer, buffers=buffers)
             except BaseException:  # also a keyboard interrupt: the child may be in the middle of anything
                 self._stop()
                 raise
@@ -131,16 +132,16 @@ class _Child:
         """Not after a fork either: two parents would talk to one child."""
         return self.pid == os.getpid() and self.num_calls < most_calls and self.process.poll() is None
 
-    def ask(self, request: bytes, timeout_s: float) -> bytes:
-        """The answer's bytes; ItemError when there is none."""
+    def ask(self, request: bytes, timeout_s: float) -> list[bytearray]:
+        """The answer's pickle and its buffers; ItemError when there is none."""
         self.num_calls += 1
         deadline = time.monotonic() + timeout_s
         self.stderr.seek(0)  # the child writes through the same file position
         self.stderr.truncate()
         try:
             self._write(HEADER.pack(len(request)) + request, deadline)
-            (size,) = HEADER.unpack(self._read(HEADER.size, deadline))
-            return self._read(size, deadline)
+            num_parts = self._read_number(deadline)
+            return [self._read(self._read_number(deadline), deadline) for _ in range(num_parts)]
         except TimeoutError:
             raise ItemError("timeout", f"not done after {timeout_s:.0f} s") from None
         except (EOFError, BrokenPipeError):
@@ -152,16 +153,18 @@ class _Child:
             _wait(self.requests, select.POLLOUT, deadline)
             view = view[os.write(self.requests, view[:65536]) :]
 
-    def _read(self, size: int, deadline: float) -> bytes:
-        parts = []
-        while size:
+    def _read_number(self, deadline: float) -> int:
+        return HEADER.unpack(self._read(HEADER.size, deadline))[0]
+
+    def _read(self, size: int, deadline: float) -> bytearray:
+        data, done = bytearray(size), 0
+        while done < size:
             _wait(self.answers, select.POLLIN, deadline)
-            part = os.read(self.answers, min(size, 2**20))
-            if not part:
+            num_bytes = os.readv(self.answers, [memoryview(data)[done : done + 2**20]])
+            if not num_bytes:
                 raise EOFError
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+            done += num_bytes
+        return data
 
     def _post_mortem(self) -> ItemError:
         """What a child died of, as far as its status and its last words tell.
@@ -219,10 +222,13 @@ def serve(requests: int, answers: int, lifeline: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with open(requests, "rb") as source, open(answers, "wb") as sink:
         while header := source.read(HEADER.size):
-            answer = _answer(source.read(HEADER.unpack(header)[0]))
-            sink.write(HEADER.pack(len(answer)))
-            sink.write(answer)
+            parts = _answer(source.read(HEADER.unpack(header)[0]))
+            sink.write(HEADER.pack(len(parts)))
+            for part in parts:
+                sink.write(HEADER.pack(len(part)))
+                sink.write(part)
             sink.flush()
+            parts.clear()
 
 
 def _die_with_parent(lifeline: int) -> None:
@@ -241,15 +247,18 @@ def _die_with_parent(lifeline: int) -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def _answer(request: bytes) -> bytes:
+def _answer(request: bytes) -> list[bytes | memoryview]:
+    """A pickle, and the large arrays of it as they lie in memory: pickling them would take as much again."""
     try:
         limits, function, args, kwargs = pickle.loads(request)
         _limit(*limits)
-        return pickle.dumps(("returned", function(*args, **kwargs)), pickle.HIGHEST_PROTOCOL)
+        buffers: list[pickle.PickleBuffer] = []
+        answer = pickle.dumps(("returned", function(*args, **kwargs)), 5, buffer_callback=buffers.append)
+        return [answer, *(buffer.raw() for buffer in buffers)]
     except ItemError as error:
-        return pickle.dumps(("raised", error))
+        return [pickle.dumps(("raised", error))]
     except Exception as error:
-        return pickle.dumps(("raised", _item_error(error)))
+        return [pickle.dumps(("raised", _item_error(error)))]
 
 
 def _limit(memory_bytes: int, file_bytes: int) -> None:

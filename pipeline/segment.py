@@ -21,6 +21,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.config import operational
 from pipeline.errors import ItemError
 from pipeline.sentences import (
     Sentence,
@@ -38,6 +39,13 @@ from pipeline.words import Word, join_words
 class SegmentSettings(SentenceSettings):
     # given-else-sentences: spans that the source list gives win, as HD-VILA's own lists want it
     mode: Literal["given-else-sentences", "sentences", "shots"] = "given-else-sentences"
+
+    # Finding the shots of a video may take this long, and so much for each second that it lasts; making spans of its
+    # words may take this long.
+    timeout_base_s: float = operational(600.0, gt=0)
+    timeout_per_second: float = operational(5.0, gt=0)
+    # … and never longer than this, whatever a header says.
+    timeout_most_s: float = operational(4 * 3600.0, gt=0)
 
     target_s: float = Field(13.4, gt=0)  # lengths are chosen around this: HD-VILA's mean clip, 32.5 words of speech
     min_s: float = Field(2.0, gt=0)  # shorter clips show too little to learn from

@@ -6,9 +6,9 @@ videos are decoded in this process's sandbox, so that a crash, a hang or a ballo
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from pipeline.audio import extract_speech
@@ -20,16 +20,19 @@ from pipeline.media import probe
 from pipeline.sandbox import Sandbox
 from pipeline.segment import needs_shots, segment_video
 from pipeline.shots import detect_shots
-from pipeline.transcribe import TranscribeSettings, Transcript, load_whisper, transcribe_video
+from pipeline.transcribe import (
+    TranscribeSettings,
+    Transcript,
+    load_whisper,
+    transcribe_video,
+    transcript_of_subtitles,
+)
+from pipeline.watchdog import time_limit
 from pipeline.words import Word
 from pipeline.worker import GOVERNOR, Outcome, Result, Stopwatch, Work
 from shards.fragments import TEMPORARY
 from shards.tar import Blob, write_clips_tar
 from shards.tombstones import FORGOTTEN, read_tombstones
-
-PROBE_TIMEOUT_S = 60.0
-SPEECH_TIMEOUT_S = 1800.0
-SHOTS_TIMEOUT_PER_VIDEO_S = 5.0  # wall seconds per second of video, and never under a minute
 
 
 @lru_cache(maxsize=1)
@@ -47,7 +50,8 @@ def run_download(work: Work) -> Result:
 
     def one(item: dict) -> Outcome:
         with Stopwatch(item["item_id"]) as outcome:
-            row = fetch(item, folder, work.settings, corpus_root=root, governor=governor, probe=_probe_in_sandbox)
+            probe = partial(_probe_in_sandbox, work.settings.probe_timeout_s)
+            row = fetch(item, folder, work.settings, corpus_root=root, governor=governor, probe=probe)
             if row["sha256"] in forgotten:
                 _remove_files(folder, item["video_id"])
                 raise ItemError(FORGOTTEN, "these are the bytes of a video that the corpus was told to forget")
@@ -71,8 +75,8 @@ def _subtitle_failures(row: dict) -> Iterator[tuple[str, ItemError]]:
         yield f"{row['video_id']}.subtitle{number}", ItemError(problem["error_class"], message)
 
 
-def _probe_in_sandbox(path: Path):
-    return sandbox().call(probe, path, timeout_s=PROBE_TIMEOUT_S)
+def _probe_in_sandbox(timeout_s: float, path: Path):
+    return sandbox().call(probe, path, timeout_s=timeout_s)
 
 
 def _governor(work: Work):
@@ -95,7 +99,15 @@ def run_transcribe(work: Work) -> Result:
             files = [{**file, "path": str(root / file["path"])} for file in item["subtitles"] or []]
             problems: list[ItemError] = []
             try:
-                row = transcribe_video(files, root / item["path"], work.settings, _whisper, _speech, problems)
+                row = transcribe_video(
+                    files,
+                    root / item["path"],
+                    work.settings,
+                    _whisper,
+                    partial(_speech, work.settings),
+                    problems,
+                    _read,
+                )
             except ItemError as error:
                 row, problems = Transcript("none").as_row(), [*problems, error]
             row["digest"] = digest([row["language"], row["words"]])
@@ -105,8 +117,17 @@ def run_transcribe(work: Work) -> Result:
     return outcomes, []
 
 
-def _speech(path: Path):
-    return sandbox().call(extract_speech, path, timeout_s=SPEECH_TIMEOUT_S)
+def _speech(settings: TranscribeSettings, path: Path):
+    return _in_sandbox(settings, extract_speech, path, settings.timeout_s, settings.max_speech_s)
+
+
+def _read(files: Sequence[dict], settings: TranscribeSettings):
+    return _in_sandbox(settings, transcript_of_subtitles, files, settings)
+
+
+def _in_sandbox(settings: TranscribeSettings, function: Callable, *arguments):
+    limits = {"timeout_s": settings.timeout_s, "memory_bytes": settings.memory_mb * 2**20}
+    return sandbox().call(function, *arguments, **limits)
 
 
 @lru_cache(maxsize=1)
@@ -131,7 +152,8 @@ def run_segment(work: Work) -> Result:
         with Stopwatch(item["item_id"]) as outcome:
             words, given = [Word(**word) for word in item["words"]], item["given_spans"]
             shots = _shots(work, item) if needs_shots(words, given, work.settings) else None
-            segmented = segment_video(item["video_id"], words, item["duration_s"], given, shots, work.settings)
+            with time_limit(work.settings.timeout_base_s, f"segmenting {len(words):,} words"):
+                segmented = segment_video(item["video_id"], words, item["duration_s"], given, shots, work.settings)
             stamp = {"source_sha256": item["sha256"]}
             outcome.rows["sentences"] = [{**row, **stamp} for row in segmented.sentences]
             outcome.rows["spans"] = [{**row, **stamp} for row in segmented.spans]
@@ -140,7 +162,9 @@ def run_segment(work: Work) -> Result:
 
 
 def _shots(work: Work, item: dict) -> list[tuple[float, float]]:
-    limit_s = max(60.0, SHOTS_TIMEOUT_PER_VIDEO_S * (item["duration_s"] or 0))
+    settings = work.settings
+    limit_s = settings.timeout_base_s + settings.timeout_per_second * (item["duration_s"] or 0)
+    limit_s = min(limit_s, settings.timeout_most_s)
     return sandbox().call(detect_shots, Path(work.root) / item["path"], work.settings.shots, timeout_s=limit_s)
 
 

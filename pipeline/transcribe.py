@@ -7,6 +7,7 @@ Nothing heavy is imported before a model is needed.
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,8 @@ from pydantic import Field, field_validator
 
 from pipeline.config import operational
 from pipeline.errors import ItemError, UserError
-from pipeline.subtitles import Cue, Mark, SubtitleSettings, clean, read_subtitles, words_of
+from pipeline.subtitles import Cue, Mark, SubtitleSettings, clean, read_subtitles, unreadable, words_of
+from pipeline.watchdog import time_limit
 from pipeline.words import Word
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16_000  # what Whisper hears
+START_S = 300.0  # of recognition, before the first word
 
 
 class TranscribeSettings(SubtitleSettings):
@@ -42,8 +45,19 @@ class TranscribeSettings(SubtitleSettings):
     # Tried one after the other while the text is repetitive or improbable; above 0 it is sampled, from a fixed seed.
     whisper_temperatures: list[float] = Field([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], min_length=1)
     whisper_condition_on_previous: bool = False  # the text before as a prompt: smoother, but loops spread
+    # Recognition may take this long for each second of sound, and five minutes more, before it counts as hung.
+    whisper_timeout_per_second: float = operational(60.0, gt=0)
     whisper_device: str | None = operational(None)  # "cuda", "cpu"; None: a GPU if there is one
     whisper_folder: str | None = operational(None)  # where downloaded models are kept; None: Whisper's own cache
+
+    # Reading the subtitles of a video, and getting at its sound, may take this long each …
+    timeout_s: float = operational(1800.0, gt=0)
+    # … and this much memory: six hours of sound need 2.8 GB.
+    memory_mb: int = operational(3072, ge=256)
+    # What comes after is not listened to.
+    max_speech_s: float = operational(6 * 3600.0, gt=0)
+    # A subtitle file with more words than this is none: nobody speaks a hundred hours.
+    max_words: int = operational(1_000_000, ge=1)
 
     @field_validator("whisper", mode="before")
     @classmethod
@@ -52,6 +66,7 @@ class TranscribeSettings(SubtitleSettings):
 
 
 Extract = Callable[[Path], "np.ndarray | None"]  # a video's speech as float32 at 16 kHz, mono
+Read = Callable[[Sequence[dict], TranscribeSettings], "tuple[Transcript | None, list[ItemError]]"]
 LoadModel = Callable[[TranscribeSettings], Any]
 
 
@@ -108,17 +123,18 @@ def transcribe_video(
     load_model: LoadModel = load_whisper,
     extract: Extract | None = None,
     problems: list[ItemError] | None = None,
+    read: Read | None = None,
 ) -> dict:
     """Row of `transcripts` without video_id.
 
     `subtitle_files` are dicts with path, language (or None), kind (manual, auto, given, sidecar) and format (or None).
-    Speech is got by `extract`, by default `pipeline.audio.extract_speech`. A video without sound, or in which nothing
+    Subtitles are read by `read`, by default `transcript_of_subtitles`; speech is got by `extract`, by default
+    `pipeline.audio.extract_speech`. Both meet hostile files: callers give ones that run in a sandbox. A video without sound, or in which nothing
     is said, has origin "none" or no words; that is no failure. Subtitle files that could not be used although the
     words come from elsewhere are appended to `problems`, else logged. Raises ItemError: subtitle-unreadable where no
     file can be read and Whisper is off, model-unavailable, asr-failed, and what `extract` raises.
     """
-    found: list[ItemError] = []
-    transcript = _from_subtitles(_ranked(subtitle_files, settings), settings, found)
+    transcript, found = _read_safely(_ranked(subtitle_files, settings), settings, read or transcript_of_subtitles)
     if transcript is None and settings.whisper is not None:
         transcript = _from_speech(Path(video_path), settings, load_model, extract or _extract_speech)
     elif transcript is None and found and len(found) == len(subtitle_files):
@@ -164,10 +180,35 @@ def _code(language: str) -> str:
     return language.casefold().replace("_", "-")
 
 
+def _read_safely(
+    files: Sequence[dict], settings: TranscribeSettings, read: Read
+) -> tuple[Transcript | None, list[ItemError]]:
+    """What `read` makes of the files; where one of them breaks it, what it makes of each alone."""
+    problems: list[ItemError] = []
+    for some in [files, *([file] for file in files if len(files) > 1)] if files else []:
+        try:
+            transcript, found = read(some, settings)
+        except ItemError as error:
+            names = ", ".join(Path(file["path"]).name for file in some)
+            problems.append(ItemError(error.error_class, f"{names}: {error.message}", transient=error.transient))
+            continue
+        problems += found
+        if transcript is not None or some is files:
+            return transcript, problems
+    return None, problems
+
+
+def transcript_of_subtitles(
+    files: Sequence[dict], settings: TranscribeSettings
+) -> tuple[Transcript | None, list[ItemError]]:
+    """The transcript of the first file with enough words, None where none has, and what was wrong with files."""
+    problems: list[ItemError] = []
+    return _from_subtitles(files, settings, problems), problems
+
+
 def _from_subtitles(
     files: Sequence[dict], settings: TranscribeSettings, problems: list[ItemError]
 ) -> Transcript | None:
-    """The transcript of the first file with enough words; None where none has."""
     for file in files:
         transcript = _read(file, settings, problems)
         if transcript is None or len(transcript.words) < settings.min_words:
@@ -181,6 +222,9 @@ def _from_subtitles(
 def _read(file: dict, settings: TranscribeSettings, problems: list[ItemError]) -> Transcript | None:
     try:
         cues = read_subtitles(file["path"], file.get("format"), settings)
+        words, word_times = words_of(cues)
+        if len(words) > settings.max_words:
+            raise unreadable(f"{len(words):,} words, at most transcribe.max_words = {settings.max_words:,} are taken")
     except ItemError as error:
         problem = ItemError(error.error_class, f"{Path(file['path']).name}: {error.message}")
         if problem.args not in [known.args for known in problems]:
@@ -188,7 +232,6 @@ def _read(file: dict, settings: TranscribeSettings, problems: list[ItemError]) -
         return None
     if cues.repairs:
         log.info("%s: set right: %s", Path(file["path"]).name, cues.repairs)
-    words, word_times = words_of(cues)
     return Transcript(file["kind"], file.get("language") or cues.language, word_times, words)
 
 
@@ -252,7 +295,7 @@ def recognise(samples: "np.ndarray", model: Any, settings: TranscribeSettings) -
     }
     try:
         gpus = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=gpus), torch.inference_mode():
+        with _recognition_limit(samples, settings), torch.random.fork_rng(devices=gpus), torch.inference_mode():
             torch.manual_seed(0)
             result = model.transcribe(
                 samples.copy(),  # torch wants to own what it reads
@@ -266,6 +309,12 @@ def recognise(samples: "np.ndarray", model: Any, settings: TranscribeSettings) -
     limit_s = len(samples) / SAMPLE_RATE
     cues = [cue for segment in result["segments"] if (cue := _segment_cue(segment, limit_s, settings))]
     return result["language"], words_of(cues)[0]
+
+
+def _recognition_limit(samples: "np.ndarray", settings: TranscribeSettings) -> AbstractContextManager:
+    duration_s = len(samples) / SAMPLE_RATE
+    limit_s = START_S + settings.whisper_timeout_per_second * duration_s
+    return time_limit(limit_s, f"listening to {duration_s:,.0f} s of sound")
 
 
 def _segment_cue(segment: dict, limit_s: float, settings: TranscribeSettings) -> Cue | None:

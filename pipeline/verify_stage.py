@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from pipeline.corpus import Corpus
 from pipeline.errors import ItemError
-from pipeline.media import CONTAINERS
+from pipeline.media import NO_REFERENCES
 from pipeline.sandbox import Sandbox
 from shards.sql import open_manifest
 from shards.verify import Problem, verify
@@ -51,7 +51,7 @@ def count_frames(data: bytes) -> int:
     import av
 
     try:
-        with av.open(io.BytesIO(data), options={"format_whitelist": CONTAINERS}) as container:
+        with av.open(io.BytesIO(data), options=NO_REFERENCES) as container:
             return sum(1 for _ in container.decode(video=0))
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise ItemError("undecodable", str(error)) from error

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from pipeline.config import Settings
 from pipeline.errors import ItemError, UserError
+from pipeline.watchdog import reporting
 from shards.fragments import Commit, commit_name, table_schema, write_commit
 from shards.schema import LEDGER
 
@@ -70,7 +71,8 @@ def execute(work: Work) -> Commit:
     """Run the work and commit it. Whatever a single item raises becomes that item's failure."""
     module, _, runner = RUNNERS[work.stage].partition(":")
     started = time.perf_counter()
-    outcomes, media = getattr(importlib.import_module(module), runner)(work)
+    with reporting(Path(work.root), work.name):
+        outcomes, media = getattr(importlib.import_module(module), runner)(work)
     return commit(work, outcomes, media, time.perf_counter() - started)
 
 
