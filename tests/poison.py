@@ -1,0 +1,33 @@
+"""A captioner that some pictures are poison to: tests of builds whose workers hang and die."""
+
+import io
+import os
+import re
+import signal
+from pathlib import Path
+
+from PIL import Image, ImageStat
+
+from captioning.captioner import Caption
+from captioning.settings import CaptionSettings
+
+
+class Poisoned:
+    """Hangs at dark pictures, is killed by bright ones, captions the others; all of them once `antidote` is there."""
+
+    name, fingerprint = "poisoned", "poisoned-1"
+
+    def __init__(self, settings: CaptionSettings):
+        self.antidote = Path(settings.options["antidote"])
+
+    def caption(self, images):
+        return [self._caption(image) for image in images]
+
+    def _caption(self, image) -> Caption:
+        (luma,) = ImageStat.Stat(Image.open(io.BytesIO(image)).convert("L")).mean
+        if not self.antidote.exists():
+            if luma < 60:
+                re.match(r"(a+)+$", "a" * 60 + "b")  # never gives the interpreter back
+            if luma > 200:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return Caption(f"a picture of brightness {luma:.0f}", None, 5)

@@ -1,0 +1,118 @@
+"""What hangs or kills its worker is ended, recorded, counted over runs and at last left alone; the rest is finished."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from http_support import media_server
+
+from pipeline.download import DownloadSettings
+from pipeline.watchdog import sweep_reports, take_report
+from tests.build_support import ask, build_here
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("ingest", "download", "transcribe", "segment", "cut", "caption")
+
+
+def flat_video(path: Path, luma: int) -> Path:
+    import imageio_ffmpeg
+
+    colour = f"color=0x{luma:02x}{luma:02x}{luma:02x}:s=64x48:r=5:d=3"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "lavfi", "-i", colour]
+    subprocess.run([*command, "-c:v", "libx264", "-preset", "ultrafast", "-threads", "1", str(path)], check=True)
+    return path
+
+
+@pytest.mark.slow
+def test_poisonous_videos_cost_themselves_and_are_quarantined(tmp_path, local_ray):
+    """One clip hangs the captioner, one kills its process, every time; they share a unit with one that is sound."""
+    folder, corpus, antidote = tmp_path / "videos", tmp_path / "corpus", tmp_path / "antidote"
+    folder.mkdir()
+    for name, luma in (("hangs", 0x10), ("kills", 0xF0), ("sound", 0x80)):
+        flat_video(folder / f"{name}.mp4", luma)
+    settings = [
+        "ingest.unit_videos=3", "transcribe.whisper=null", "segment.mode=shots", "caption.captioner=tests.poison:Poisoned",
+        f"caption.options={{antidote: {antidote}}}", "caption.timeout_base_s=2", "caption.timeout_per_image_s=0.1",
+        "engine.max_attempts=1", "engine.model_workers=2",
+    ]  # fmt: skip
+    build_here(corpus, [str(folder)], *settings, stages=STAGES)
+    assert ask(corpus, "SELECT clip_id LIKE 'sound-%' FROM captions") == [(True,)]
+    failures = "SELECT split_part(item_id, '-', 1), error_class, attempts, quarantined FROM failures ORDER BY 1"
+    assert ask(corpus, failures) == [("hangs", "timeout", 1, True), ("kills", "worker-died", 1, True)]
+    ((message,),) = ask(corpus, "SELECT message FROM failures WHERE error_class = 'timeout'")
+    assert "captioning 1 images took more than 2 s" in message and "poison.py" in message, "it says where it hung"
+
+    antidote.touch()
+    report = build_here(corpus, [], recipe=None, stages=["caption"], where="quarantined")
+    assert report.pending_before["caption"] == {"done": 1, "pending": 2}
+    assert ask(corpus, "SELECT count(*) FROM captions") == [(3,)] and ask(corpus, failures) == []
+    assert list((corpus / ".clipmill" / "hung").iterdir()) == []
+
+
+HANG = """
+import re, sys, threading, time
+from pathlib import Path
+from pipeline.watchdog import reporting, time_limit
+root, way = Path(sys.argv[1]), sys.argv[2]
+with reporting(root, "cut-u1"):
+    with time_limit(60, "the whole of it"), time_limit(0.2, "one small thing"):
+        if way == "lock":
+            re.match(r"(a+)+$", "a" * 60 + "b")
+        time.sleep(0.01 if way == "ends" else 60)
+    time.sleep(0.5)
+print("through")
+"""
+
+
+@pytest.mark.parametrize("way, code", [("lock", 1), ("sleep", 1), ("ends", 0)])
+def test_a_worker_that_hangs_ends_whatever_it_hangs_in(tmp_path, way, code):
+    begun = time.monotonic()
+    run = subprocess.run([sys.executable, "-c", HANG, tmp_path, way], cwd=ROOT, capture_output=True, timeout=30)
+    assert (run.returncode, run.stdout) == (code, b"" if code else b"through\n") and time.monotonic() - begun < 20
+    report = take_report(tmp_path, "cut-u1")
+    if code:
+        assert report.startswith("one small thing took more than 0 s\nTimeout") and "File" in report
+    assert take_report(tmp_path, "cut-u1") is None
+
+
+def test_a_worker_that_dies_of_something_else_leaves_no_report_of_a_hang(tmp_path):
+    killed = "time.sleep(0.01); import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    code = HANG.replace("    time.sleep(0.5)", f"        {killed}")
+    assert subprocess.run([sys.executable, "-c", code, tmp_path, "ends"], cwd=ROOT, timeout=30).returncode == -9
+    assert (tmp_path / ".clipmill" / "hung" / "cut-u1.txt").exists()
+    assert take_report(tmp_path, "cut-u1") is None
+    sweep_reports(tmp_path)
+    assert list((tmp_path / ".clipmill").iterdir()) == []
+
+
+DOWNLOAD = """
+import re, sys
+from pathlib import Path
+from pipeline import download
+from pipeline.site_fetch import site_extractor
+site_extractor(sys.argv[2])  # loads every extractor there is
+download.GRACE_S = 1.0
+def hang(*_args, **_kwargs):
+    re.match(r"(a+)+$", "a" * 60 + "b")
+download.download_http = hang
+settings = download.DownloadSettings(timeout_s=0.2, allow_private_addresses=True)
+with watchdog.reporting(Path(sys.argv[1]), "download-u1"):
+    download.fetch({"video_id": "v", "url": sys.argv[2], "kind": "url"}, Path(sys.argv[1]) / "sources", settings)
+"""
+
+
+def test_a_download_that_computes_for_ever_is_ended(tmp_path):
+    """Connections end at download.timeout_s by themselves; what hangs in code that reads them is ended a little later."""
+    with media_server() as server:
+        url = server.add("/a.mp4", b"x")
+        run = subprocess.run([sys.executable, "-c", DOWNLOAD, tmp_path, url], cwd=ROOT, capture_output=True, timeout=60)
+    assert run.returncode == 1, run.stderr
+    assert take_report(tmp_path, "download-u1").startswith(f"downloading {url} took more than")
+
+
+def test_limits_are_settings_that_change_no_fingerprint():
+    assert (
+        DownloadSettings().fingerprint() == DownloadSettings(timeout_s=1, probe_timeout_s=1, max_bytes=1).fingerprint()
+    )
