@@ -225,7 +225,8 @@ def _show_idle(console: Console, current: Status) -> None:
     if any(row.get("waiting") for row in current.counts.values()):
         console.print("[dim]waiting: done, but what it was made from is pending, so it may have to be done again[/]")
     if any(row.get("quarantined") for row in current.counts.values()):
-        console.print("[dim]quarantined: tried engine.max_attempts times; `run STAGE --where quarantined` tries again[/]")
+        hint = "failed engine.max_attempts times; `run STAGE --where quarantined` tries again"
+        console.print(f"[dim]quarantined: {hint}[/]")
     print_failures(console, current.failures)
 
 

@@ -14,7 +14,7 @@ from pipeline.errors import ItemError
 CONTAINERS = "mov,matroska,webm,avi,flv,asf,mpegts,mpeg,mpegvideo,ogg,wav,mp3,flac,aac,gif,m4v,h264,hevc,ivf,mxf"
 
 
-# Options of every demuxer that meets bytes from elsewhere: these containers, no other protocol, no references out of it.
+# Options of every demuxer that meets bytes from elsewhere: these containers, files alone.
 SHUT_IN = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
 # And of libavformat itself, where options that a demuxer does not have are no error.
 NO_REFERENCES = SHUT_IN | {"enable_drefs": "0"}
