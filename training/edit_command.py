@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,109 +18,112 @@ from pipeline.display import plain_console
 from pipeline.errors import UserError
 from training import models
 from training.edit_clips import freeze_items
-from training.edit_host import CorpusHost, Editing
+from training.edit_host import CorpusHost
 from training.edit_report import show
+from training.edit_rounds import HELD
 from training.edit_settings import EditRunSettings, resolve_edit
+from training.edit_students import Editing
 from training.run_folder import RunFolder
 from training.selection import EVAL_FILE, Selection
 
 
-def run_edit(
-    corpus: str | Path | None,
-    model: str | None,
-    out: str | Path,
-    *,
-    recipe: str | None = None,
-    where: str | None = None,
-    rounds: int | None = None,
-    trains: bool | None = None,
-    workers: int = 1,
-    assignments: Sequence[str] = (),
-    tables: Sequence[tuple[str, str]] = (),
-    command: str = "",
-    console: Console | None = None,
-) -> list[dict[str, Any]]:
-    """Edits, or goes on editing in OUT; prints and returns the rows of `edit_rounds`. Raises UserError.
+@dataclass(frozen=True)
+class EditRequest:
+    """A `clipmill edit` command.
 
     corpus, model  None: OUT's. A model is a run, whose latest checkpoint is taken with its settings, or what
                    `model.init` may be, with those of `recipe`
     where          a condition on `catalog`, or a SELECT with clip_id; None: the run's data.where on its own corpus
     rounds         at most so many; 0: one, and no student
     trains         False: the given teacher edits all rounds, and no student is trained; None: OUT's, else True
+    workers        processes that score, on Ray when more than one
     """
-    out = Path(out).expanduser().absolute()
+
+    out: Path
+    corpus: str | Path | None = None
+    model: str | None = None
+    recipe: str | None = None
+    where: str | None = None
+    rounds: int | None = None
+    trains: bool | None = None
+    workers: int = 1
+    assignments: tuple[str, ...] = ()
+    tables: tuple[tuple[str, str], ...] = ()
+    command: str = ""
+
+    @property
+    def settings(self) -> list[str]:
+        """`--set`, and what other options set."""
+        return [*self.assignments, *([f"edit.max_rounds={max(1, self.rounds)}"] if self.rounds is not None else [])]
+
+    @property
+    def wants_students(self) -> bool | None:
+        return False if self.rounds == 0 else self.trains
+
+    def check(self) -> None:
+        """Raises UserError."""
+        if self.rounds is not None and self.rounds < 0:
+            raise UserError(f"--rounds {self.rounds}: give 0 for one round by the given teacher alone, or more.")
+        if self.rounds == 0 and self.trains:
+            raise UserError("--rounds 0 is one round by the given teacher alone; it goes without --train.")
+        if self.workers < 1:
+            raise UserError(f"--workers {self.workers}: at least 1 process has to score.")
+
+
+def run_edit(request: EditRequest, console: Console | None = None) -> list[dict[str, Any]]:
+    """Edits, or goes on editing in OUT; prints and returns the rows of `edit_rounds`. Raises UserError."""
+    request.check()
     console = console or plain_console()
-    if rounds is not None and rounds < 0:
-        raise UserError(
-            f"--rounds {rounds}: 0 is edits by the given teacher alone, 1 or more are rounds with students."
-        )
-    if workers < 1:
-        raise UserError(f"--workers {workers}: at least 1 process has to score.")
-    if rounds == 0:
-        rounds, trains = 1, False
-    assignments = [*assignments, *([f"edit.max_rounds={rounds}"] if rounds else [])]
+    out = request.out.expanduser().absolute()
     with _writer(out):
         saved = _load(out)
-        trains = (saved["trains"] if saved else True) if trains is None else trains
-        asked = _resume(out, saved, corpus, model, recipe, where, trains, workers, assignments, command)
-        if saved is None:
-            asked = _begin(out, corpus, model, recipe, where, trains, workers, assignments, dict(tables), command)
-        host = CorpusHost(asked)
-        console.print(f"[bold]editing {host.editing}[/] of {escape(str(asked.corpus))}", soft_wrap=True)
+        editing = _begin(out, request) if saved is None else _resume(out, saved, request)
+        host = CorpusHost(editing)
+        console.print(f"[bold]editing {host.editing}[/] of {escape(str(editing.corpus))}", soft_wrap=True)
         rows = host.play(lambda row: show(row, console))
-        _next(host, rows, console)
+    _say_what_next(host, rows, console)
     return rows
 
 
 # --- Beginning
 
 
-def _begin(
-    out: Path,
-    corpus: str | Path | None,
-    model: str | None,
-    recipe: str | None,
-    where: str | None,
-    trains: bool,
-    workers: int,
-    assignments: list[str],
-    tables: dict[str, str],
-    command: str,
-) -> Editing:
-    """The folder of a new editing: its clips and its teacher, and last its settings."""
-    if corpus is None or model is None:
+def _begin(out: Path, request: EditRequest) -> Editing:
+    """The folder of a new editing: its clips, its teacher, and last its settings."""
+    if request.corpus is None or request.model is None:
         raise UserError(f"--corpus and --model are missing: {out} is no editing yet that would know them.")
-    root = Corpus(corpus).require().root
-    run = RunFolder(model) if RunFolder(model).exists else None
-    settings, where_of_run, never = _settings(run, model, root, recipe, assignments)
-    where = where if where is not None else where_of_run
-    freeze_items(out / "clips.arrow", root, where, settings.edit, trains=trains, never=never, tables=tables)
+    corpus = Corpus(request.corpus).require().root
+    run = RunFolder(request.model) if RunFolder(request.model).exists else None
+    if run:
+        settings, where, never = _of_run(run, corpus, request)
+    else:
+        settings, where, never = _of_model(request.model, request.recipe, request.settings), "", frozenset()
+    where = where if request.where is None else request.where
+    trains = request.wants_students is not False
+    freeze_items(
+        out / "clips.arrow", corpus, where, settings.edit, trains=trains, never=never, tables=dict(request.tables)
+    )
     _copy_teacher(run, settings, out / "teacher")
-    saved = {"corpus": str(root), "where": where, "trains": trains, "settings": settings.model_dump(mode="json")}
+    saved = {"corpus": str(corpus), "where": where, "trains": trains, "settings": settings.model_dump(mode="json")}
     text = "# An editing of clips' boundaries. Go on with `clipmill edit --out DIR`.\n"
     write_text_atomically(out / "edit.yaml", text + yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
-    return Editing(root, out, settings, where, trains, workers, command)
+    return Editing(corpus, out, settings, where, trains, request.workers, request.command)
 
 
-def _settings(
-    run: RunFolder | None, model: str, corpus: Path, recipe: str | None, assignments: list[str]
-) -> tuple[EditRunSettings, str, frozenset[str]]:
+def _of_run(run: RunFolder, corpus: Path, request: EditRequest) -> tuple[EditRunSettings, str, frozenset[str]]:
     """The settings; the condition of the run's clips; the videos that the run is measured on and that stay."""
-    if run is None:
-        return _settings_of_model(model, recipe, assignments), "", frozenset()
-    if recipe:
+    if request.recipe:
         raise UserError("--recipe goes with a model's file: a run has its own settings, which --set changes.")
     record = run.load()
-    settings = resolve_edit(record.settings, None, assignments)
+    settings = resolve_edit(record.settings, None, request.settings)
+    if Path(record.corpus) != corpus:
+        return settings, "", frozenset()
     measured = run.root / EVAL_FILE
-    same_corpus = Path(record.corpus) == corpus
-    never: frozenset[str] = frozenset()
-    if same_corpus and measured.exists():
-        never = frozenset(Selection.open(measured).column("video_id").to_pylist())
-    return settings, settings.data.where if same_corpus else "", never
+    never = Selection.open(measured).column("video_id").to_pylist() if measured.exists() else []
+    return settings, settings.data.where, frozenset(never)
 
 
-def _settings_of_model(model: str, recipe: str | None, assignments: list[str]) -> EditRunSettings:
+def _of_model(model: str, recipe: str | None, assignments: list[str]) -> EditRunSettings:
     """Without a recipe texts are cut at what the model reads, and precision is full."""
     assignments = [f"model.init={json.dumps(model)}", *assignments]
     if recipe:
@@ -160,44 +164,33 @@ def _load(out: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} cannot be read as an editing's settings: {error}") from error
 
 
-def _resume(
-    out: Path,
-    saved: dict[str, Any] | None,
-    corpus: str | Path | None,
-    model: str | None,
-    recipe: str | None,
-    where: str | None,
-    trains: bool,
-    workers: int,
-    assignments: list[str],
-    command: str,
-) -> Editing | None:
-    """What OUT is of; None: nothing yet. Raises UserError where the command asks for something else.
+def _resume(out: Path, saved: dict[str, Any], request: EditRequest) -> Editing:
+    """What OUT is of. Raises UserError where the command asks for something else.
 
     How far it goes may change, and how the work is done; the model is the one that was copied when it began.
     """
-    if saved is None:
-        return None
-    if recipe:
+    if request.recipe:
         raise UserError(f"--recipe: {out} has begun with its settings. Give --out another folder.")
-    settings = resolve_edit(saved["settings"], None, assignments)
-    asked = {"corpus": str(Path(corpus).absolute()) if corpus else saved["corpus"], "where": where or saved["where"]}
-    asked |= {"trains": trains}
-    before = resolve_edit(saved["settings"], None, [])
-    changed = difference(_decisive(before), _decisive(settings))
-    changed += difference({name: saved[name] for name in asked}, asked)
+    settings = resolve_edit(saved["settings"], None, request.settings)
+    changed = difference(_decisive(resolve_edit(saved["settings"], None, [])), _decisive(settings))
+    asked = {
+        "corpus": str(Path(request.corpus).expanduser().absolute()) if request.corpus else None,
+        "where": request.where,
+        "trains": request.wants_students,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    changed += difference({name: saved[name] for name in given}, given)
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
         raise UserError(f"{out} was begun otherwise:\n{lines}\nGo on with the old values, or give --out a new folder.")
-    return Editing(Path(saved["corpus"]), out, settings, saved["where"], saved["trains"], workers, command)
+    trains, workers = saved["trains"], request.workers
+    return Editing(Path(saved["corpus"]), out, settings, saved["where"], trains, workers, request.command)
 
 
 def _decisive(settings: EditRunSettings) -> dict[str, Any]:
     """Settings without those that only say how far or how quickly."""
-    return {
-        name: getattr(settings, name).model_dump(mode="json", exclude=getattr(settings, name)._operational())
-        for name in type(settings).model_fields
-    }
+    sections = {name: getattr(settings, name) for name in type(settings).model_fields}
+    return {name: section.model_dump(mode="json", exclude=section._operational()) for name, section in sections.items()}
 
 
 @contextmanager
@@ -207,24 +200,20 @@ def _writer(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / ".lock").exists() and any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise UserError(f"{out} is not empty and no editing: give --out a new or an empty folder.")
-        with open(out / ".lock", "a") as file:
-            if not take_lock(file):
-                raise UserError(f"{out} is being worked on by another process. Stop it, or give --out another folder.")
-            yield
+        lock = open(out / ".lock", "a")
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}.") from error
+    with lock:
+        if not take_lock(lock):
+            raise UserError(f"{out} is being worked on by another process. Stop it, or give --out another folder.")
+        yield
 
 
-def _next(host: CorpusHost, rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """What became of it, and how to use it."""
-    held = [row["round"] for row in rows if row["outcome"] in ("kept", "untrained") and row["num_accepted"]]
+def _say_what_next(host: CorpusHost, rows: Sequence[dict[str, Any]], console: Console) -> None:
+    held = [row["round"] for row in rows if row["outcome"] in HELD and row["num_accepted"]]
     if not held:
-        console.print("No round held: the clips stay as they are.")
-        return
-    console.print(
-        f"Rounds that held: {', '.join(map(str, held))}. Their clips are cut again beside the old ones.\n"
-        f"  clipmill train --corpus {host.asked.corpus} --run DIR --set data.edits={host.editing}:accepted …",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
-    )
+        said = "No round held: the clips stay as they are."
+    else:
+        said = f"Rounds that held: {', '.join(map(str, held))}. Their clips are cut again beside the old ones.\n"
+        said += f"  clipmill train --corpus {host.asked.corpus} --run DIR --set data.edits={host.editing}:accepted …"
+    console.print(said, soft_wrap=True, markup=False, highlight=False)

@@ -16,74 +16,43 @@ OUT/
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import yaml
 
 from captioning.identity import file_sha256
 from pipeline.build import Session, session
 from pipeline.config import digest
-from pipeline.corpus import write_text_atomically
+from pipeline.corpus import Corpus
 from pipeline.errors import ItemError
+from pipeline.settings import resolve
 from pipeline.worker import Outcome, Work, commit
 from shards.fragments import fragment_path
-from training import models
-from training.distributed import join
-from training.edit_clips import Items, Video
-from training.edit_pool import pool
+from training.edit_clips import Video
+from training.edit_pool import Editors, pool
 from training.edit_report import measures
 from training.edit_rounds import ROUNDS, Host, Round, State, base_spans, rounds, state_after
-from training.edit_settings import EditRunSettings, EditSettings
+from training.edit_settings import EditSettings
+from training.edit_students import Editing, Students
 from training.edit_worker import CODE_VERSION, Job, Plan, work_of
-from training.prepare import Request
-from training.retrieval import evaluate
-from training.run_folder import RunFolder
-from training.selection import Selection, freeze
-from training.settings import RunSettings
-from training.trainer import train
 from training.video_editing import EDITS, Edited, Floats, Spans, VideoClips
 
-VALIDATION = "edit_validation"  # tables of clip ids, for conditions of students' settings
-TRAINING = "edit_clips"
 UNIT = "rounds"  # of the commits that tell of whole rounds
 
 Say = Callable[[Mapping[str, Any]], None]
 
 
-@dataclass(frozen=True)
-class Editing:
-    """What is asked for. `settings` are the student's and those of editing."""
-
-    corpus: Path
-    out: Path
-    settings: EditRunSettings
-    where: str
-    trains: bool
-    workers: int = 1
-    command: str = ""
-
-    @property
-    def teacher_path(self) -> Path:
-        return self.out / "teacher" / "model.safetensors"
-
-    @cached_property
-    def items(self) -> Items:
-        return Items(self.out / "clips.arrow")
-
-
 class CorpusHost:
-    """A `Host`. Teachers and students are weights files; of two, each edits and learns half of the videos."""
+    """A `Host` whose teachers and students are weights files. Of two, each edits and learns half of the videos."""
 
     def __init__(self, asked: Editing):
         self.asked, self.settings, self.items = asked, asked.settings, asked.items
-        self.weights = [asked.teacher_path]
         self.editing = _identity(asked)
+        self.students = Students(asked, self.editing)
+        self.weights: list[Path] = []
         self.threshold: float | None = None
         self.round_number = 0
 
@@ -96,152 +65,20 @@ class CorpusHost:
         raise AssertionError("units are edited by `edit`")
 
     def train(self, spans: Mapping[str, Floats]) -> float | None:
-        """The round's student, an ordinary run, trained to its end: its R@1 on the videos held out."""
-        if not self.asked.trains:
-            return None
-        return float(np.mean([self._student(self.round_number, fold) for fold in self._folds]))
+        return self.students.train(self.round_number) if self.asked.trains else None
 
     def promote(self) -> None:
-        self.weights = self._students(self.round_number)
+        self.weights = self.students.weights(self.round_number)
 
     def restore(self) -> None:
-        raise AssertionError("the warm-up is a run that `clipmill train` made")
-
-    # -- a round's edits ----------------------------------------------------------------------------------------------
-
-    def edit(self, videos: Sequence[VideoClips], host: Host, settings: EditSettings, state: State) -> Edited:
-        """Units that have not been committed are edited; the manifest then knows the round."""
-        self.round_number = state.round_number
-        with self._session() as current:
-            plan = self._plan(current)
-            with pool(plan, self.asked.workers, self.settings.train.device) as editors:
-                jobs = self._jobs(state, editors)
-                todo = [job for job in jobs if not _is_committed(plan, job)]
-                for done in editors.edit(todo):
-                    current.ledger.load([done.name])
-            current.publish()
-            rows, failures = self._rows_of(current, state.round_number), self._failures_of(current, plan, jobs)
-        return Edited(rows, state.spans | _spans(videos, rows), failures)
-
-    def _plan(self, current: Session) -> Plan:
-        return Plan(str(current.corpus.root), self.editing, self.settings, current.settings.cut, current.run_id)
-
-    def _jobs(self, state: State, editors: Any) -> list[Job]:
-        """One for each unit; those of the first round also tell of clips without a text."""
-        by_unit: dict[str, list[Video]] = {}
-        for video in self.items.videos:
-            by_unit.setdefault(video.unit, []).append(video)
-        silent = self.items.silent if state.round_number == 1 else {}
-        weights, texts = tuple(map(str, self.weights)), _texts(self.items)
-        banks = tuple(editors.banks(weights, texts))
-
-        def job(unit: str, threshold: float) -> Job:
-            videos = tuple(by_unit.get(unit, ()))
-            spans = tuple(state.spans.get(video.video_id, np.zeros((0, 2))) for video in videos)
-            told = tuple(silent.get(unit, ()))
-            hashes = tuple(map(_hash, self.weights))
-            shared = (weights, hashes, banks, videos, spans, told, state.step_scale, threshold)
-            return Job(unit, state.round_number, *shared)
-
-        units = sorted({*by_unit, *silent})
-        threshold = np.inf
-        if self.settings.edit.lowest_share < 1:
-            scores = [score for of_unit in editors.scores([job(unit, np.inf) for unit in units]) for score in of_unit]
-            if scores:
-                threshold = float(np.quantile(scores, self.settings.edit.lowest_share, method="lower"))
-        self.threshold = None if np.isinf(threshold) else threshold
-        return [job(unit, threshold) for unit in units]
-
-    def _rows_of(self, current: Session, round_number: int) -> pa.Table:
-        columns = ", ".join(EDITS.names)
-        sql = f"SELECT {columns} FROM clip_edits WHERE editing = ? AND round = ? ORDER BY video_id, start_s, clip_id"
-        connection = current.ledger.connection
-        return connection.sql(sql, params=[self.editing, round_number]).to_arrow_table().cast(EDITS)
-
-    def _failures_of(self, current: Session, plan: Plan, jobs: Sequence[Job]) -> list[tuple[str, ItemError]]:
-        keys = {plan.key(video.video_id, job.round_number): video.video_id for job in jobs for video in job.videos}
-        sql = "SELECT key, item_id, error_class, message FROM ledger WHERE stage = 'edit' AND status = 'failed'"
-        rows = current.ledger.connection.execute(sql + " ORDER BY item_id").fetchall()
-        return [(item, ItemError(name, message)) for key, item, name, message in rows if keys.get(key) == item]
-
-    # -- students -----------------------------------------------------------------------------------------------------
-
-    @property
-    def _folds(self) -> list[int | None]:
-        """Of each teacher the half of the videos that it is trained on; None: all."""
-        return [0, 1] if self.settings.edit.folds == 2 else [None]
-
-    def _students(self, round_number: int) -> list[Path]:
-        return [_weights_of(self._student_folder(round_number, fold)) for fold in self._folds]
-
-    def _student_folder(self, round_number: int, fold: int | None) -> Path:
-        name = f"round-{round_number:02d}" if round_number else "warm-up"
-        return self.asked.out / (name if fold is None else f"{name}-fold-{fold + 1}")
-
-    def _student(self, round_number: int, fold: int | None) -> float:
-        """Trains it from the weights of the round before, kept or not; from where it stands."""
-        before = self._before(round_number, fold)
-        changes = {
-            "model.weights": str(before),
-            "data.edits": f"{self.editing}:{round_number}",
-            "train.epochs": self.settings.edit.epochs,
-            "train.max_steps": None,
-        }
-        return self._run(self._student_folder(round_number, fold), fold, changes)
-
-    def _before(self, round_number: int, fold: int | None) -> Path:
-        if round_number == 1 and fold is None:
-            return self.asked.teacher_path
-        return _weights_of(self._student_folder(round_number - 1, fold))
-
-    def _first_teachers(self) -> list[Path]:
-        """The one that was given; with two folds, those trained here as the given one was, on half of the videos each.
-
-        A teacher of fold f edits the videos of the other.
-        """
-        if self.settings.edit.folds == 1:
-            return [self.asked.teacher_path]
-        for fold in self._folds:
-            self._run(self._student_folder(0, fold), fold, {})
-        return self._students(0)
-
-    def _run(self, folder: Path, fold: int | None, changes: Mapping[str, Any]) -> float:
-        """A training run on the clips to edit, of one fold; returns its validation, 0 where there is none."""
-        tables = self._tables(fold)
-        settings = self.settings.model_dump(mode="json", exclude={"edit"})
-        settings["data"]["where"] = f"SELECT clip_id FROM {TRAINING}"
-        held_out = f"SELECT clip_id FROM {VALIDATION}" if VALIDATION in tables else ""
-        settings["eval"] |= {"where": held_out, "overlap": "exclude", "every": None}
-        for name, value in changes.items():
-            section, _, key = name.partition(".")
-            settings[section][key] = value
-        recipe = folder.with_name(f"{folder.name}.yaml")
-        write_text_atomically(recipe, yaml.safe_dump(settings, sort_keys=False))
-        files = tuple((name, str(path)) for name, path in tables.items())
-        report = train(Request(str(folder), str(self.asked.corpus), str(recipe), (), files, self.asked.command))
-        if report.reason != "done":
-            raise KeyboardInterrupt
-        return _last_recall(folder) if held_out else 0.0
-
-    def _tables(self, fold: int | None) -> dict[str, Path]:
-        """Files of clip ids: what a student trains on and what it is validated on."""
-        suffix = "" if fold is None else f"-fold-{fold + 1}"
-        ids = {TRAINING: self.items.ids("edit", fold), VALIDATION: self.items.ids("validation")}
-        paths = {TRAINING: self.asked.out / f"train{suffix}.parquet", VALIDATION: self.asked.out / "validation.parquet"}
-        for name, path in paths.items():
-            pq.write_table(pa.table({"clip_id": pa.array(ids[name], pa.string())}), path)
-        return {name: path for name, path in paths.items() if ids[name]}
+        raise AssertionError("the warm-up is what `clipmill train` did before")
 
     # -- the whole ----------------------------------------------------------------------------------------------------
 
     def play(self, say: Say) -> list[dict[str, Any]]:
         """All rounds that are left, each said when it is over; returns the rows of all."""
         videos = self._video_clips()
-        rows, state = self._stand(videos)
-        if state is None:
-            rows, state = [self._warm_up(videos)], State(1, -np.inf, 1.0, 0, base_spans(videos))
-            if rows[0]["validation"] is not None:
-                state = State(1, rows[0]["validation"], 1.0, 0, state.spans)
+        rows, state = self._stand(videos) or self._warm_up(videos)
         for row in rows:
             say(row)
         for played in rounds(videos, self, self.settings.edit, state, self.items.held_out_videos, self.edit):
@@ -259,34 +96,79 @@ class CorpusHost:
                 continue
         return clips
 
-    def _stand(self, videos: Sequence[VideoClips]) -> tuple[list[dict[str, Any]], State | None]:
+    def _stand(self, videos: Sequence[VideoClips]) -> tuple[list[dict[str, Any]], State] | None:
         """What has been recorded, and where the editing stands after it; None: it is new."""
         with self._session() as current:
             query = "SELECT * EXCLUDE (item_id, unit, key, fragment) FROM edit_rounds WHERE editing = ? ORDER BY round"
             table = current.ledger.connection.sql(query, params=[self.editing]).to_arrow_table()
             if not table.num_rows:
-                return [], None
+                return None
             edits = pa.concat_tables(self._rows_of(current, number) for number in table["round"].to_pylist())
         rows = table.to_pylist()
         kept = [row["round"] for row in rows if row["outcome"] == "kept"]
-        self.weights = self._students(kept[-1]) if kept else self._first_teachers()
+        self.weights = self.students.weights(kept[-1]) if kept else self.students.begin()
         return rows, state_after(videos, edits, table.select(ROUNDS.names).cast(ROUNDS))
 
-    def _warm_up(self, videos: Sequence[VideoClips]) -> dict[str, Any]:
-        self.weights = self._first_teachers()
-        validation = float(np.mean([self._validation(path) for path in self.weights])) if self.asked.trains else None
+    def _warm_up(self, videos: Sequence[VideoClips]) -> tuple[list[dict[str, Any]], State]:
+        self.weights = self.students.begin()
+        validation = self.students.validate(self.weights) if self.asked.trains else None
         row = {"round": 0, "teacher": self.teacher(), "validation": validation, "outcome": "warm-up"}
         row |= {"step_scale": 1.0, "num_clips": sum(map(len, videos)), "num_accepted": 0, "num_failed": 0}
         row |= {"median_change": 0.0, "share_at_limit": 0.0}
-        return self._write_round(row | measures(EDITS.empty_table(), [], {}))
+        best = -np.inf if validation is None else validation
+        rows = [self._write_round(row | measures(EDITS.empty_table(), [], {}))]
+        return rows, State(1, best, 1.0, 0, base_spans(videos))
 
-    def _validation(self, weights: Path) -> float:
-        path = self.asked.out / "validation.arrow"
-        freeze(path, self.asked.corpus, f"SELECT clip_id FROM {VALIDATION}", tables=self._tables(None))
-        with join(self.settings.train.device) as process:
-            model = models.read(weights, self.settings.model, self.settings.data.seed).to(process.device)
-            settings = RunSettings.model_validate(self.settings.model_dump(exclude={"edit"}))
-            return float(evaluate(model, Selection.open(path), settings, process)["t2v"]["r1"])
+    # -- a round ------------------------------------------------------------------------------------------------------
+
+    def edit(self, videos: Sequence[VideoClips], host: Host, settings: EditSettings, state: State) -> Edited:
+        """Units that have not been committed are edited; the manifest then knows the round."""
+        self.round_number = state.round_number
+        with self._session() as current:
+            plan = Plan(str(current.corpus.root), self.editing, self.settings, current.settings.cut, current.run_id)
+            with pool(plan, self.asked.workers, self.settings.train.device) as editors:
+                jobs = self._jobs(state, editors)
+                for done in editors.edit([job for job in jobs if not _is_committed(plan, job)]):
+                    current.ledger.load([done.name])
+            current.publish()
+            rows, failures = self._rows_of(current, state.round_number), self._failures_of(current, plan, jobs)
+        return Edited(rows, state.spans | _spans(videos, rows), failures)
+
+    def _jobs(self, state: State, editors: Editors) -> list[Job]:
+        """One for each unit; those of the first round also tell of clips without a text."""
+        by_unit: dict[str, list[Video]] = {}
+        for video in self.items.videos:
+            by_unit.setdefault(video.unit, []).append(video)
+        silent = self.items.silent if state.round_number == 1 else {}
+        weights, hashes = tuple(map(str, self.weights)), tuple(map(_hash, self.weights))
+        texts = [(video.video_id, item["text"]) for video in self.items.videos for item in video.items]
+        teachers = (weights, hashes, tuple(editors.banks(weights, texts)))
+
+        def job(unit: str, threshold: float) -> Job:
+            videos = tuple(by_unit.get(unit, ()))
+            spans = tuple(state.spans.get(video.video_id, np.zeros((0, 2))) for video in videos)
+            told = tuple(silent.get(unit, ()))
+            return Job(unit, state.round_number, *teachers, videos, spans, told, state.step_scale, threshold)
+
+        units = sorted({*by_unit, *silent})
+        threshold = np.inf
+        if self.settings.edit.lowest_share < 1:
+            scores = [score for of_unit in editors.scores([job(unit, np.inf) for unit in units]) for score in of_unit]
+            threshold = float(np.quantile(scores or [np.inf], self.settings.edit.lowest_share, method="lower"))
+        self.threshold = None if np.isinf(threshold) else threshold
+        return [job(unit, threshold) for unit in units]
+
+    def _rows_of(self, current: Session, round_number: int) -> pa.Table:
+        columns = ", ".join(EDITS.names)
+        sql = f"SELECT {columns} FROM clip_edits WHERE editing = ? AND round = ? ORDER BY video_id, start_s, clip_id"
+        connection = current.ledger.connection
+        return connection.sql(sql, params=[self.editing, round_number]).to_arrow_table().cast(EDITS)
+
+    def _failures_of(self, current: Session, plan: Plan, jobs: Sequence[Job]) -> list[tuple[str, ItemError]]:
+        keys = {plan.key(video.video_id, job.round_number): video.video_id for job in jobs for video in job.videos}
+        sql = "SELECT key, item_id, error_class, message FROM ledger WHERE stage = 'edit' AND status = 'failed'"
+        rows = current.ledger.connection.execute(sql + " ORDER BY item_id").fetchall()
+        return [(item, ItemError(name, message)) for key, item, name, message in rows if keys.get(key) == item]
 
     def _record(self, videos: Sequence[VideoClips], played: Round) -> dict[str, Any]:
         [row] = played.row.to_pylist()
@@ -311,7 +193,7 @@ class CorpusHost:
 
     @contextmanager
     def _session(self) -> Iterator[Session]:
-        """The corpus for writing, for as long as nobody trains: a build may run meanwhile."""
+        """The corpus for writing, but never while a student trains: a build may run then."""
         with session(self.asked.corpus, None, [], self.asked.command, create=False) as (current, _):
             yield current
 
@@ -319,8 +201,9 @@ class CorpusHost:
 def _identity(asked: Editing) -> str:
     """Of everything that decides an editing's rows but how many rounds there are."""
     settings = asked.settings
+    cut = resolve(Corpus(asked.corpus).require().load_settings(), None, []).cut
     parts = [CODE_VERSION, _hash(asked.teacher_path), settings.edit.fingerprint(), settings.model.fingerprint()]
-    parts += [settings.data.fingerprint(), asked.items.hash, asked.trains]
+    parts += [settings.data.fingerprint(), cut.fingerprint(), asked.items.hash, asked.trains]
     if asked.trains or settings.edit.folds == 2:
         parts += [settings.train.fingerprint(), settings.eval.text]
     return f"e{digest(parts)[:12]}"
@@ -330,34 +213,15 @@ def _is_committed(plan: Plan, job: Job) -> bool:
     return fragment_path(Path(plan.root), "ledger", work_of(plan, job).name).exists()
 
 
-def _last_recall(run: Path) -> float:
-    """R@1 of a run's last evaluation."""
-    return float(json.loads((run / "eval.jsonl").read_text().splitlines()[-1])["t2v"]["r1"])
-
-
+@lru_cache(maxsize=64)
 def _hash(weights: Path) -> str:
     return file_sha256(weights)[:16]
 
 
-def _weights_of(run: Path) -> Path:
-    folder = RunFolder(run).require()
-    step = folder.checkpoints.find_latest()
-    assert step is not None, f"{run} ended without a checkpoint"
-    return folder.checkpoints.path(step) / "model.safetensors"
-
-
-def _texts(items: Items) -> list[tuple[str, str]]:
-    return [(video.video_id, item["text"]) for video in items.videos for item in video.items]
-
-
 def _spans(videos: Sequence[VideoClips], rows: pa.Table) -> Spans:
     """Boundaries after a round, of the videos that have rows in it, in the order of their clips."""
-    of_clip = {
-        clip_id: (start, end)
-        for clip_id, start, end in zip(
-            *(rows[name].to_pylist() for name in ("clip_id", "start_s", "end_s")), strict=True
-        )
-    }
+    columns = (rows[name].to_pylist() for name in ("clip_id", "start_s", "end_s"))
+    of_clip = {clip_id: (start, end) for clip_id, start, end in zip(*columns, strict=True)}
     return {
         video.video_id: np.array([of_clip[clip_id] for clip_id in video.clip_ids])
         for video in videos

@@ -1,0 +1,150 @@
+"""The students of an editing: ordinary training runs on clips as edited, one a round, or one a round and fold.
+
+Each begins with the weights of the one before, whether its round was kept or not, and has an optimiser and a schedule
+of its own. It is a run like any other: killed and called again, it goes on where it stood. Of two folds, each half of
+the videos has a student that is trained on it and a teacher, the other half's, that edits it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from pipeline.corpus import write_text_atomically
+from training import models
+from training.distributed import join
+from training.edit_clips import Items
+from training.edit_settings import EditRunSettings
+from training.prepare import Request
+from training.retrieval import evaluate
+from training.run_folder import RunFolder
+from training.selection import Selection, freeze
+from training.settings import RunSettings
+from training.trainer import train
+
+VALIDATION, TRAINING = "edit_validation", "edit_clips"  # tables of clip ids, for conditions of students' settings
+
+
+@dataclass(frozen=True)
+class Editing:
+    """What is asked for. `settings` are the students' and those of editing."""
+
+    corpus: Path
+    out: Path
+    settings: EditRunSettings
+    where: str
+    trains: bool
+    workers: int = 1
+    command: str = ""
+
+    @property
+    def teacher_path(self) -> Path:
+        return self.out / "teacher" / "model.safetensors"
+
+    @cached_property
+    def items(self) -> Items:
+        return Items(self.out / "clips.arrow")
+
+    @property
+    def run_settings(self) -> RunSettings:
+        return RunSettings.model_validate(self.settings.model_dump(exclude={"edit"}))
+
+
+class Students:
+    """Of the editing with that name."""
+
+    def __init__(self, asked: Editing, editing: str):
+        self.asked, self.editing = asked, editing
+
+    @property
+    def folds(self) -> list[int | None]:
+        """Of each student the half of the videos that it is trained on; None: all."""
+        return [0, 1] if self.asked.settings.edit.folds == 2 else [None]
+
+    def weights(self, round_number: int) -> list[Path]:
+        """Of a round's students; of round 0 what the editing began with."""
+        return [self._weights(round_number, fold) for fold in self.folds]
+
+    def begin(self) -> list[Path]:
+        """The teachers: the one that was given, or two trained as it was, on half of the videos each."""
+        for fold in self.folds:
+            if fold is not None:
+                self._run(0, fold, {})
+        return self.weights(0)
+
+    def train(self, round_number: int) -> float:
+        """A round's students, to their end: their mean R@1 on the videos held out."""
+        edit = self.asked.settings.edit
+        changes = {"data.edits": f"{self.editing}:{round_number}", "train.epochs": edit.epochs, "train.max_steps": None}
+        before = self.weights(round_number - 1)
+        return float(
+            np.mean(
+                [
+                    self._run(round_number, fold, changes | {"model.weights": str(weights)})
+                    for fold, weights in zip(self.folds, before, strict=True)
+                ]
+            )
+        )
+
+    def validate(self, weights: list[Path]) -> float:
+        """Mean R@1 of these on the videos held out."""
+        path, settings = self.asked.out / "validation.arrow", self.asked.run_settings
+        freeze(path, self.asked.corpus, f"SELECT clip_id FROM {VALIDATION}", tables=self._tables(None))
+        recalls = []
+        for of_one in weights:
+            with join(settings.train.device) as process:
+                model = models.read(of_one, settings.model, settings.data.seed).to(process.device)
+                recalls.append(evaluate(model, Selection.open(path), settings, process)["t2v"]["r1"])
+        return float(np.mean(recalls))
+
+    def _weights(self, round_number: int, fold: int | None) -> Path:
+        if round_number == 0 and fold is None:
+            return self.asked.teacher_path
+        run = RunFolder(self._folder(round_number, fold)).require()
+        step = run.checkpoints.find_latest()
+        assert step is not None, f"{run.root} ended without a checkpoint"
+        return run.checkpoints.path(step) / "model.safetensors"
+
+    def _folder(self, round_number: int, fold: int | None) -> Path:
+        name = f"round-{round_number:02d}" if round_number else "warm-up"
+        return self.asked.out / (name if fold is None else f"{name}-fold-{fold + 1}")
+
+    def _run(self, round_number: int, fold: int | None, changes: Mapping[str, Any]) -> float:
+        """A run on the clips to edit, of one fold; returns its last R@1, 0 where nothing is held out."""
+        folder, tables = self._folder(round_number, fold), self._tables(fold)
+        settings = self.asked.run_settings.model_dump(mode="json")
+        settings["data"]["where"] = f"SELECT clip_id FROM {TRAINING}"
+        held_out = f"SELECT clip_id FROM {VALIDATION}" if VALIDATION in tables else ""
+        settings["eval"] |= {"where": held_out, "overlap": "exclude", "every": None}
+        for name, value in changes.items():
+            section, _, key = name.partition(".")
+            settings[section][key] = value
+        recipe = folder.with_name(f"{folder.name}.yaml")
+        write_text_atomically(recipe, yaml.safe_dump(settings, sort_keys=False))
+        files = tuple((name, str(path)) for name, path in tables.items())
+        report = train(Request(str(folder), str(self.asked.corpus), str(recipe), (), files, self.asked.command))
+        if report.reason != "done":
+            raise KeyboardInterrupt  # it was asked to stop, and so are the rounds
+        return _last_recall(folder) if held_out else 0.0
+
+    def _tables(self, fold: int | None) -> dict[str, Path]:
+        """Files of clip ids: what a student trains on and what it is validated on."""
+        out, items = self.asked.out, self.asked.items
+        suffix = "" if fold is None else f"-fold-{fold + 1}"
+        ids = {TRAINING: items.ids("edit", fold), VALIDATION: items.ids("validation")}
+        paths = {TRAINING: out / f"train{suffix}.parquet", VALIDATION: out / "validation.parquet"}
+        for name, path in paths.items():
+            pq.write_table(pa.table({"clip_id": pa.array(ids[name], pa.string())}), path)
+        return {name: path for name, path in paths.items() if ids[name]}
+
+
+def _last_recall(run: Path) -> float:
+    """R@1 of a run's last evaluation."""
+    return float(json.loads((run / "eval.jsonl").read_text().splitlines()[-1])["t2v"]["r1"])
