@@ -326,21 +326,22 @@ def edit(
 ) -> None:
     """Move clips' boundaries to where their texts are shown: rows, for `train --set data.edits=accepted`."""
     from shards.sql import named_tables
-    from training.edit_command import run_edit
+    from training.edit_command import EditRequest, run_edit
 
-    rows = run_edit(
-        corpus,
-        model,
+    request = EditRequest(
         out,
+        corpus=corpus,
+        model=model,
         recipe=recipe,
         where=where,
         rounds=rounds,
         trains=train,
         workers=workers,
-        assignments=set_ or [],
-        tables=[(name, str(path)) for name, path in named_tables(table or []).items()],
+        assignments=tuple(set_ or []),
+        tables=tuple((name, str(path)) for name, path in named_tables(table or []).items()),
         command=_command(),
     )
+    rows = run_edit(request)
     raise typer.Exit(1 if any(row["num_failed"] for row in rows) else 0)
 
 
