@@ -46,7 +46,7 @@ class Member:
 
     @property
     def end(self) -> int:
-        return self.offset + _padded(self.num_bytes)
+        return self.offset + padded(self.num_bytes)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Blob:
 
 def member_bytes(num_bytes: int) -> int:
     """What a member of that size adds to a tar: its header and its data in whole blocks."""
-    return BLOCK + _padded(num_bytes)
+    return BLOCK + padded(num_bytes)
 
 
 def write_tar(path: str | Path, samples: Iterable[Sample], *, fsync: bool = False) -> list[Member]:
@@ -262,5 +262,6 @@ def _check_end(file: IO[bytes], offset: int, size: int, tar_name: str) -> None:
         raise ItemError("bad-tar", f"{tar_name}: no proper end mark at {offset}")
 
 
-def _padded(num_bytes: int) -> int:
+def padded(num_bytes: int) -> int:
+    """In whole blocks."""
     return -(-num_bytes // BLOCK) * BLOCK
