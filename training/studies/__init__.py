@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 # Name on the command line: the module here that holds it, and the question in a few words
 STUDIES = {
-    "proxies": ("proxies", "video proxies, mean pooling or CLIP4Clip heads, where only motion answers"),
+    "proxies": ("proxies", "video proxies, mean pooling or CLIP4Clip heads, where only the order of frames answers"),
+    "losses": ("losses", "the losses over videos, frames, subtitles and captions, with wrong subtitles"),
+    "corpus-size": ("corpus_size", "fine-tuned scores against the number of clips post-pretrained on"),
+    "language": ("language", "how far subtitles, captions and queries are apart, by the NMI of k-means"),
+    "editing": ("editing", "clips from single timestamps, and a teacher that edits their boundaries"),
 }
 
 

@@ -3,7 +3,7 @@
 Shape letters: N clips, T frames, S pixels a side, B clips of a batch, M texts, D the features' size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.demo.grammar import Scene, motion_text, still_text
 from training.batch import Batch
 from training.distributed import Process
 from training.evaluate import ranks_of
 from training.frames import middle_index, normalise
 from training.learner import Learner
 from training.models import Model, text_encoder
-from training.settings import TrainSettings
+from training.settings import TrainSettings, Variant
 
 MAX_TOKENS = 40  # of a text; longer ones are cut
 CHUNK = 64  # clips or texts encoded at once when scoring
@@ -33,6 +34,19 @@ class Texts(NamedTuple):
 Draw = Callable[[np.random.Generator], tuple[NDArray[np.int64], Texts]]  # rows of a batch, and the texts of this visit
 
 
+def settings_of(loss: Variant, steps: int, lr: float, lr_factors: Mapping[str, float] | None = None) -> TrainSettings:
+    """What the studies' trainings have in common."""
+    return TrainSettings(
+        loss=loss,
+        max_steps=steps,
+        lr=lr,
+        lr_factors=dict(lr_factors or {}),
+        warmup_ratio=0.1,
+        precision="fp32",
+        grad_clip=1.0,
+    )
+
+
 def fit(model: Model, pixels_NT3SS: np.ndarray, draw: Draw, settings: TrainSettings, seed: int) -> Model:
     """`settings.max_steps` updates of the model, in place; returns it in evaluation mode."""
     assert settings.max_steps is not None
@@ -44,8 +58,22 @@ def fit(model: Model, pixels_NT3SS: np.ndarray, draw: Draw, settings: TrainSetti
     return learner.model.eval()
 
 
+def random_batches(subtitles: Sequence[str | None], captions: Sequence[str | None], batch_size: int) -> Draw:
+    """Every clip once in random order, then again in another; the last of an order may be short of a batch and wait."""
+    num = len(subtitles)
+    waiting: list[int] = []
+
+    def draw(rng: np.random.Generator) -> tuple[NDArray[np.int64], Texts]:
+        if len(waiting) < batch_size:
+            waiting[:] = rng.permutation(num).tolist()
+        rows = [waiting.pop() for _ in range(min(batch_size, num))]
+        return np.array(rows), Texts([subtitles[row] for row in rows], [captions[row] for row in rows])
+
+    return draw
+
+
 def make_batch(model: Model, pixels_NT3SS: np.ndarray, rows: NDArray[np.int64], texts: Texts) -> Batch:
-    video_BT3SS = torch.from_numpy(np.ascontiguousarray(pixels_NT3SS[rows]))
+    video_BT3SS = torch.from_numpy(pixels_NT3SS[rows])
     middle = middle_index(video_BT3SS.shape[1])
     return Batch(
         rows_B=torch.from_numpy(rows),
@@ -69,7 +97,7 @@ def _ids(model: Model, texts: Sequence[str | None]) -> Tensor:
 def video_features(model: Model, pixels_NT3SS: np.ndarray) -> Tensor:
     """Unit vectors [N, D]."""
     mean, std = model.config.image_mean, model.config.image_std
-    chunks = (torch.from_numpy(np.ascontiguousarray(chunk)) for chunk in _chunks(pixels_NT3SS))
+    chunks = (torch.from_numpy(np.array(chunk)) for chunk in _chunks(pixels_NT3SS))
     return torch.cat([model.encode_video(normalise(chunk, mean, std)) for chunk in chunks])
 
 
@@ -84,10 +112,24 @@ def similarities(model: Model, texts: Sequence[str], pixels_NT3SS: np.ndarray) -
     return (text_features(model, texts).double() @ video_features(model, pixels_NT3SS).double().T).numpy()
 
 
-def recall(similarity_MN: NDArray[np.float64], k: int = 1, answers: NDArray[np.int64] | None = None) -> float:
-    """Share of texts whose own video is among the k nearest; ties count half. None: text i's is video i."""
-    ranks = ranks_of(similarity_MN, np.arange(len(similarity_MN)) if answers is None else answers, ties="mean")
-    return float((ranks <= k).mean())
+def recall(similarity_MN: NDArray[np.float64], k: int = 1) -> float:
+    """Share of texts whose own video (text i's is video i) is among the k nearest; a tie at the border counts half."""
+    answers = np.arange(len(similarity_MN))
+    best, worst = (ranks_of(similarity_MN, answers, ties=ties) for ties in ("optimistic", "pessimistic"))
+    return float(((best <= k).mean() + (worst <= k).mean()) / 2)
+
+
+def written_texts(scenes: Sequence[Scene]) -> list[str]:
+    """A sentence of looks and motion per scene, as a benchmark's annotator might write it, in changing words."""
+    return [f"{still_text(scene, i)} and {motion_text(scene, i)}" for i, scene in enumerate(scenes)]
+
+
+def written_scores(model: Model, scenes: Sequence[Scene], pixels_NT3SS: np.ndarray) -> dict[str, float]:
+    """Retrieval as in a benchmark: written sentences of looks and motion, and of looks alone; a clip per scene."""
+    looks, whole = [still_text(scene, i) for i, scene in enumerate(scenes)], written_texts(scenes)
+    video_ND = video_features(model, pixels_NT3SS).double()
+    by_whole, by_looks = ((text_features(model, texts).double() @ video_ND.T).numpy() for texts in (whole, looks))
+    return {"r1": recall(by_whole), "r5": recall(by_whole, 5), "looks_r1": recall(by_looks)}
 
 
 def recall_within(similarity_MN: NDArray[np.float64], size: int, k: int = 1) -> float:

@@ -12,12 +12,8 @@ import numpy as np
 
 from pipeline.config import digest
 from pipeline.demo import grammar, render
-from pipeline.demo.grammar import SINGLE_RADII, Scene
+from pipeline.demo.grammar import Scene
 from training.studies.keep import kept
-
-# A clip of the first played backwards is one of the second, and has the same frames: only their order tells which.
-REVERSED = {"left": "right", "up": "down", "growing": "shrinking"}
-DIRECTIONS = tuple(motion for pair in REVERSED.items() for motion in pair)
 
 
 def frames_of(scenes: Sequence[Scene], num_frames: int, image_size: int, seconds: float, cache: Path) -> np.ndarray:
@@ -43,38 +39,26 @@ def _drawn_by() -> str:
     return digest(Path(render.__file__).read_text())
 
 
-def families(num: int, seed: Sequence[int]) -> list[tuple[Scene, ...]]:
-    """Per family one scene for each of `REVERSED`'s keys: same looks, place and pace, so that the motion is all that
-    differs. While there are enough of them, no two families have the same colour and shape.
-    """
+def single_scenes(num: int, seed: Sequence[int], pair_fraction: float = 0.3) -> list[Scene]:
+    """Scenes as the world has them; `pair_fraction` of them of two objects."""
     rng = np.random.default_rng(seed)
-    names = [(colour, shape) for colour in grammar.COLOURS for shape in grammar.SHAPES]
-    order = [int(i) for _ in range(-(-num // len(names))) for i in rng.permutation(len(names))]
-    return [_family(rng, *names[i]) for i in order[:num]]
+    return [grammar.sample_scene(rng, 6.0, pair_fraction=pair_fraction) for _ in range(num)]
 
 
-def _family(rng: np.random.Generator, colour: str, shape: str) -> tuple[Scene, ...]:
-    scene = grammar.sample_scene(rng, 6.0, lambda combination: combination[2] == "left", pair_fraction=0.0)
-    thing = replace(scene.objects[0], colour=colour, shape=shape)
-    low, high = SINGLE_RADII[thing.size]
-    radii = {"growing": (low, high)}
+def growing_scenes(num: int, seed: Sequence[int], seconds: float) -> list[Scene]:
+    """Of one object each, which grows; in the first `seconds` it does not begin anew."""
+    rng = np.random.default_rng(seed)
     scenes = []
-    for motion in REVERSED:
-        radius, max_radius = radii.get(motion, (thing.radius, thing.max_radius))
-        phase, lane = rng.random(2)
-        changed = {"motion": motion, "radius": radius, "max_radius": max_radius, "phase": float(phase)}
-        scenes.append(replace(scene, objects=(replace(thing, **changed, lane=float(0.1 + 0.8 * lane)),)))
-    return tuple(scenes)
+    for _ in range(num):
+        scene = grammar.sample_scene(rng, 6.0, lambda combination: combination[2] == "growing", pair_fraction=0.0)
+        thing = scene.objects[0]
+        phase = thing.phase * (1 - seconds / thing.period_s)
+        scenes.append(replace(scene, objects=(replace(thing, phase=phase),)))
+    return scenes
 
 
-def with_reversed(scenes: Sequence[Scene], pixels_NT3SS: np.ndarray) -> tuple[list[Scene], np.ndarray]:
-    """Every clip, and behind it the same played backwards: [2 N, T, 3, S, S]."""
-    both = np.stack([pixels_NT3SS, pixels_NT3SS[:, ::-1]], axis=1)
-    told = [one for scene in scenes for one in (scene, _backwards(scene))]
-    return told, both.reshape(-1, *pixels_NT3SS.shape[1:])
-
-
-def _backwards(scene: Scene) -> Scene:
-    """As texts tell it; its phase is not that of the clip."""
+def backwards(scene: Scene) -> Scene:
+    """What a text may say of a growing scene's clip played backwards."""
     (thing,) = scene.objects
-    return replace(scene, objects=(replace(thing, motion=REVERSED[thing.motion]),))
+    assert thing.motion == "growing"
+    return replace(scene, objects=(replace(thing, motion="shrinking"),))
