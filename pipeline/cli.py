@@ -159,6 +159,46 @@ def verify(
 
 
 @app.command()
+def forget(
+    corpus: CorpusArgument,
+    video: Annotated[list[str] | None, typer.Option(help="A video_id; may be given again.", metavar="ID")] = None,
+    url: Annotated[
+        list[str] | None, typer.Option(help="A URL, in any spelling; also one that is to be kept out.", metavar="URL")
+    ] = None,
+    where: Annotated[
+        str | None, typer.Option(help="A condition on `videos`, e.g. \"channel = 'x'\".", metavar="SQL")
+    ] = None,
+    reason: Annotated[str | None, typer.Option(help="Kept with the tombstone.", show_default=False)] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+) -> None:
+    """Forget videos for good, copies of their files too: nothing reads or fetches them any more."""
+    from pipeline.forget_command import run_forget
+
+    raise typer.Exit(run_forget(corpus, video or [], url or [], where, reason=reason, yes=yes, dry_run=dry_run))
+
+
+@app.command()
+def compact(corpus: CorpusArgument) -> None:
+    """Remove every byte of what was forgotten, rewriting only the files that hold any of it."""
+    from pipeline.forget_command import run_compact
+
+    raise typer.Exit(run_compact(corpus))
+
+
+@app.command()
+def explain(
+    corpus: CorpusArgument,
+    id: Annotated[str, typer.Argument(help="A video_id, clip_id, sample key or URL.", metavar="ID")],
+    json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+) -> None:
+    """The whole story of a source, a clip or a sample: every stage and attempt, and where its bytes are."""
+    from pipeline.explain_command import run_explain
+
+    raise typer.Exit(run_explain(corpus, id, as_json=json))
+
+
+@app.command()
 def train(
     corpus: Annotated[
         str | None,
@@ -368,7 +408,9 @@ def _run() -> int:
     try:
         app()
     except UserError as error:
-        typer.echo(f"clipmill: {error}", err=True)
+        from pipeline.printable import visible
+
+        typer.echo(f"clipmill: {visible(str(error), keep=chr(10))}", err=True)
         return 2
     except KeyboardInterrupt:
         typer.echo("\nclipmill: stopped. The same command goes on from here.", err=True)

@@ -111,16 +111,25 @@ def compact_shards(
             raise UserError(
                 f"{path} or its tar cannot be read ({error}): `clipmill run pack` writes it anew."
             ) from error
+    _settle(root)
 
 
 def _settle(root: Path) -> None:
-    """What a killed packing left: a shard that lacks only its index gets it, the rest is thrown away."""
+    """What a kill left between two shards' states (see `shards.pack.place`) is brought to the second one; what else
+    waits under `.next` is thrown away.
+    """
     folder = root / "shards" / NEXT
     for index in sorted(folder.glob("*.parquet")):
         stamp, name = read_stamp(index), index.name.partition("-")[0]
-        tar, placed = root / "shards" / f"{name}.tar", root / "shards" / f"{name}.parquet"
-        complete = tar.is_file() and stamp is not None and tar.stat().st_size == stamp.tar_bytes
-        if complete and not placed.exists() and not index.with_suffix(".tar").exists():
+        tar, next_tar, placed = (
+            root / "shards" / f"{name}.tar",
+            index.with_suffix(".tar"),
+            root / "shards" / f"{name}.parquet",
+        )
+        if not tar.exists() and next_tar.exists():
+            placed.unlink(missing_ok=True)
+            next_tar.replace(tar)
+        if not placed.exists() and tar.is_file() and stamp is not None and tar.stat().st_size == stamp.tar_bytes:
             index.replace(placed)
     if folder.exists():
         shutil.rmtree(folder)

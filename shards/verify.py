@@ -23,6 +23,7 @@ from shards.index import TEXT_COLUMNS, read_index, read_stamp
 from shards.pack import EXTENSIONS, NEXT, SHARDS_AT_ONCE
 from shards.schema import INDEX, sample_key
 from shards.tar import Member, scan
+from shards.tombstones import Tombstones
 
 MAX_TEXT_BYTES = 16_000_000  # a KEY.txt or KEY.json beyond this is reported, not read
 
@@ -52,7 +53,7 @@ class Problem:
 
     kinds: missing-file, orphan-file, bad-index, bad-tar, missing-member, extra-member, misplaced-member, hash-mismatch,
     text-mismatch, bad-json, sample-mismatch, clip-mismatch, unknown-clip, stale-text, undecodable, frame-count,
-    missing-sample; and the warning same-caption.
+    missing-sample, wrong-pair; and the warnings same-caption, forgotten, unknown-origin.
     """
 
     path: str
@@ -62,7 +63,7 @@ class Problem:
 
     @property
     def is_warning(self) -> bool:
-        return self.kind == "same-caption"
+        return self.kind in ("same-caption", "forgotten", "unknown-origin")
 
 
 def verify(
@@ -79,22 +80,24 @@ def verify(
     progress       called with (shards checked, shards in all)
     """
     root = Path(root)
-    problems = _files(root, connection)
+    forgotten = Tombstones(root)
+    problems = _files(root, connection, forgotten)
     names = _shard_names(connection)
-    for number, found in enumerate(_checked(root, connection, names, decode_frames, max(1, workers)), 1):
+    for number, found in enumerate(_checked(root, connection, names, forgotten, decode_frames, max(1, workers)), 1):
         problems += found
         if progress:
             progress(number, len(names))
-    return problems + _same_captions(connection)
+    problems += [*wrong_pairs(connection), *_same_captions(connection)]
+    return sorted(problems, key=lambda problem: problem.is_warning)
 
 
-def _checked(root, connection, names, decode_frames, workers: int) -> Iterator[list[Problem]]:
+def _checked(root, connection, names, forgotten, decode_frames, workers: int) -> Iterator[list[Problem]]:
     """Problems shard by shard, in order. Rows are asked for here, by the one thread that has the connection, and only
     for the shards that are being read and the next few: a corpus's rows need not fit into memory.
     """
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[list[Problem]]] = deque()
-        for shard in _expected_shards(connection, names):
+        for shard in _expected_shards(connection, names, forgotten):
             waiting.append(pool.submit(shard.check, root, decode_frames))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
@@ -109,7 +112,9 @@ def _shard_names(connection: duckdb.DuckDBPyConnection) -> list[str]:
     return [row[0] for row in connection.execute("SELECT DISTINCT shard FROM samples ORDER BY shard").fetchall()]
 
 
-def _expected_shards(connection: duckdb.DuckDBPyConnection, names: list[str]) -> Iterator["_Shard"]:
+def _expected_shards(
+    connection: duckdb.DuckDBPyConnection, names: list[str], forgotten: Tombstones
+) -> Iterator["_Shard"]:
     """The manifest's shards one after the other; it is asked for several at a time, as each question costs a join."""
     for start in range(0, len(names), SHARDS_AT_ONCE):
         some = names[start : start + SHARDS_AT_ONCE]
@@ -128,19 +133,78 @@ def _expected_shards(connection: duckdb.DuckDBPyConnection, names: list[str]) ->
         )
         samples, clips = samples.to_arrow_table().cast(INDEX), clips.to_arrow_table()
         for name in some:
-            yield _Shard(name, samples.filter(pc.field("shard") == name), clips.filter(pc.field("in_shard") == name))
+            rows = samples.filter(pc.field("shard") == name), clips.filter(pc.field("in_shard") == name)
+            yield _Shard(name, *rows, forgotten)
 
 
-def _files(root: Path, connection: duckdb.DuckDBPyConnection) -> list[Problem]:
+def _files(root: Path, connection: duckdb.DuckDBPyConnection, forgotten: Tombstones) -> list[Problem]:
     """Files in shards/ that no sample lies in, and what a killed packing left."""
     wanted = {name for shard in _shard_names(connection) for name in (shard, str(Path(shard).with_suffix(".parquet")))}
     problems = []
     for path in sorted((root / "shards").glob("*")):
         if path.name == NEXT:
             problems.append(Problem(f"shards/{NEXT}", "", "orphan-file", "shards of a packing that did not end"))
+        elif path.name not in wanted and _keys_of_forgotten(path.with_suffix(".parquet"), forgotten):
+            problems.append(Problem(f"shards/{path.name}", "", "forgotten", "`clipmill compact` removes it"))
         elif path.name not in wanted:
             problems.append(Problem(f"shards/{path.name}", "", "orphan-file", "no sample of the manifest lies in it"))
     return problems
+
+
+def _keys_of_forgotten(index: Path, forgotten: Tombstones) -> set[str]:
+    """Keys of the samples that a shard still holds though they have a tombstone; none where its index is unreadable."""
+    try:
+        rows = read_index(index)
+    except (pa.ArrowException, OSError, KeyError):
+        return set()
+    return set(pc.filter(rows["key"], pa.array(forgotten.cover(rows["video_id"].to_pylist()))).to_pylist())
+
+
+# What was made of what: (table, its column, the rows it is held against, their column, what that is).
+_PAIRS = (
+    ("captions", "frame_sha256", "clips c USING (clip_id)", "c.frames[t.frame_index + 1].sha256", "the clip's frame"),
+    ("captions", "frame_sha256", "samples c USING (clip_id)", "c.jpg_sha256", "the shard's frame"),
+    ("scores", "frame_sha256", "clips c USING (clip_id)", "c.frame_sha256", "the clip's frame"),
+    ("scores", "frame_sha256", "samples c USING (clip_id)", "c.jpg_sha256", "the shard's frame"),
+    ("spans", "source_sha256", "clips c USING (clip_id)", "c.source_sha256", "the clip's video"),
+    ("sentences", "source_sha256", "clips c USING (clip_id)", "c.source_sha256", "the clip's video"),
+    ("texts", "clip_sha256", "clips c USING (clip_id)", "c.sha256", "the clip"),
+)
+_SERVED = {"captions": "t.current AND t.frame_index = 0 AND"}
+
+
+def wrong_pairs(connection: duckdb.DuckDBPyConnection) -> list[Problem]:
+    """Captions, scores and texts that were made from other bytes than those they stand beside.
+
+    Rows of before there were such hashes are counted, not accused.
+    """
+    problems, known = [], connection.execute("SELECT table_name, column_name FROM duckdb_columns()").fetchall()
+    unknown: dict[tuple[str, str], int] = {}
+    for table, column, others, other, what in _PAIRS:
+        if (table, column) not in known:
+            unknown[table, column] = _count(connection, table, "true")
+            continue
+        unknown[table, column] = _count(connection, table, f"t.{column} IS NULL")
+        rows = connection.execute(
+            f"SELECT clip_id, t.{column}, {other} FROM {table} t JOIN {others} "
+            f"WHERE {_SERVED.get(table, '')} t.{column} <> {other} ORDER BY ALL"
+        ).fetchall()
+        problems += [
+            Problem(
+                "manifest.duckdb", clip_id, "wrong-pair", f"its row of {table} was made from {made}, {what} is {has}"
+            )
+            for clip_id, made, has in rows
+        ]
+    return problems + [
+        Problem("manifest.duckdb", "", "unknown-origin", f"{count:,} rows of {table} have no {column}")
+        for (table, column), count in unknown.items()
+        if count
+    ]
+
+
+def _count(connection: duckdb.DuckDBPyConnection, table: str, condition: str) -> int:
+    there = connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [table]).fetchall()
+    return connection.execute(f"SELECT count(*) FROM {table} t WHERE {condition}").fetchall()[0][0] if there else 0
 
 
 def _same_captions(connection: duckdb.DuckDBPyConnection) -> list[Problem]:
@@ -174,18 +238,22 @@ class _Shard:
     name: str
     samples: pa.Table
     clips: pa.Table
+    forgotten: Tombstones
 
     @property
     def index_name(self) -> str:
         return str(Path(self.name).with_suffix(".parquet"))
 
     def check(self, root: Path, decode_frames: Callable[[bytes], int] | None) -> list[Problem]:
+        waiting = _keys_of_forgotten(root / "shards" / self.index_name, self.forgotten)
         problems = list(self._index_problems(root / "shards" / self.index_name))
         problems += self._clip_problems()
+        if waiting:
+            problems.append(self._problem("", "forgotten", f"{len(waiting)} samples of it wait for `clipmill compact`"))
         path = root / "shards" / self.name
         if not path.is_file():
             return [*problems, self._problem("", "missing-file", "the manifest has samples in it")]
-        reader = _TarReader(self, decode_frames)
+        reader = _TarReader(self, decode_frames, waiting)
         return problems + reader.read(path)
 
     def _problem(self, item: str, kind: str, message: str) -> Problem:
@@ -207,6 +275,7 @@ class _Shard:
         elif stamp.missing:
             message = f"{len(stamp.missing)} clips could not be packed, the first is {stamp.missing[0]}"
             yield Problem(where, "", "missing-sample", message)
+        index = index.filter(pc.invert(pa.array(self.forgotten.cover(index["video_id"].to_pylist()), pa.bool_())))
         if index["clip_id"].to_pylist() != self.samples["clip_id"].to_pylist():
             yield Problem(where, "", "sample-mismatch", "it lists other clips than the manifest's samples")
             return
@@ -248,8 +317,8 @@ def _differences(where: str, name: str, rows: pa.Table, wanted: Any, kind: str, 
 class _TarReader:
     """Compares one tar with its samples' rows while it streams by, holding at most one member's bytes."""
 
-    def __init__(self, shard: _Shard, decode_frames: Callable[[bytes], int] | None):
-        self.shard = shard
+    def __init__(self, shard: _Shard, decode_frames: Callable[[bytes], int] | None, forgotten: set[str]):
+        self.shard, self.forgotten = shard, forgotten
         self.decode_frames = decode_frames
         self.rows = {row["key"]: row for row in shard.samples.to_pylist()}
         self.expected = dict(_expected_members(self.rows.values()))
@@ -263,7 +332,7 @@ class _TarReader:
                 found.add(member.name)
                 if member.name in self.expected:
                     self._check(member, digest)
-                else:
+                elif member.name.partition(".")[0] not in self.forgotten:
                     self._note(member.name, "extra-member", "no sample of the manifest has it")
         except (ItemError, OSError) as error:
             message = error.message if isinstance(error, ItemError) else str(error)

@@ -69,3 +69,22 @@ def built(local_ray, world, tmp_path_factory):
 
     corpus = tmp_path_factory.mktemp("built") / "corpus"
     return corpus, build_here(corpus, [str(world.sources)])
+
+
+@pytest.fixture(scope="session")
+def numbered(tmp_path_factory):
+    """A packed corpus of videos that show their frames' numbers, for tests of editing: they copy what they change."""
+    from tests.edit_support import build_corpus
+
+    return build_corpus(tmp_path_factory.mktemp("numbered") / "corpus")
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A corpus of eight videos with every stage's rows and media, made without Ray; to look at or copy."""
+    from whole_corpus_support import VIDEOS, build_whole, url_of, write_sources
+
+    folder = tmp_path_factory.mktemp("whole")
+    sources = write_sources(folder / "list.jsonl", VIDEOS)
+    build_whole(folder / "corpus", sources, command=f"clipmill build {url_of('video-b')} {url_of('video-a')}")
+    return folder / "corpus"

@@ -47,11 +47,12 @@ _FILL = {
                (i % $per_video) * 14.0 AS start_s, (i % $per_video) * 14.0 + seconds(i) AS end_s,
                'sentences' AS origin, sentence(i, words(i)) AS text,
                words(i) AS num_words,
-               CASE WHEN words(i) > 0 THEN 1 ELSE 0 END AS num_sentences, u(i, 'align') * 0.2 AS align_cost
+               CASE WHEN words(i) > 0 THEN 1 ELSE 0 END AS num_sentences, u(i, 'align') * 0.2 AS align_cost,
+               hex64(i // $per_video, 'video') AS source_sha256
         FROM range($num_clips) r(i)
     """,
     "sentences": """
-        SELECT video_id, n, start_s, end_s, text, num_words, align_cost, clip_id FROM spans WHERE num_words > 0
+        SELECT video_id, n, start_s, end_s, text, num_words, align_cost, clip_id, source_sha256 FROM spans WHERE num_words > 0
     """,
     "clips": """
         SELECT vid(i // $per_video) AS video_id, cid(i) AS clip_id, i % $per_video AS n,

@@ -35,9 +35,10 @@ def make_corpus(root: Path, num_clips: int = 12, seed: int = 0) -> Path:
         connection.execute("DELETE FROM samples")
         clip_ids = [row[0] for row in connection.execute("SELECT clip_id FROM clips ORDER BY clip_id").fetchall()]
         _write_media(root, connection, clip_ids, seed)
-        connection.execute(
-            "UPDATE captions c SET frame_sha256 = k.frame_sha256 FROM clips k WHERE k.clip_id = c.clip_id"
-        )
+        for table in ("captions", "scores"):
+            connection.execute(
+                f"UPDATE {table} c SET frame_sha256 = k.frame_sha256 FROM clips k WHERE k.clip_id = c.clip_id"
+            )
     return root
 
 

@@ -18,6 +18,7 @@ from tests.build_support import write_list
 SETTINGS = ["ingest.unit_videos=3", "pack.max_samples=4", "download.allow_private_addresses=true"]
 STAGES = ("download", "transcribe", "segment", "cut", "caption", "score")
 CLIPS_PER_VIDEO = 3
+VIDEOS = [f"video-{letter}" for letter in "abcdefgh"]  # of the fixture `whole`
 
 
 def url_of(video_id: str) -> str:

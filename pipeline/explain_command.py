@@ -1,0 +1,146 @@
+"""What people see of `explain`: the story in lines that fit 80 columns."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from shards.explain import Row, Story, explain
+from shards.explain import as_json as told_as_json
+from shards.sql import visible
+
+WIDTH = 80
+SHOWN = 30  # clips of a source, and lines of its history
+
+
+def run_explain(root: Path, name: str, *, as_json: bool) -> int:
+    story = explain(root, name)
+    print(told_as_json(story) if as_json else "\n".join(told(story)))
+    return 0
+
+
+def told(story: Story) -> Iterator[str]:
+    """Lines of at most 80 characters; nothing in them moves a terminal's cursor."""
+    for line in _lines(story):
+        line = visible(line)
+        yield line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+
+
+def _lines(story: Story) -> Iterator[str]:
+    yield f"{story.kind} {story.id}"
+    if story.tombstone:
+        row = story.tombstone
+        yield f"  forgotten at {row['at']}" + (f", because: {row['reason']}" if row["reason"] else "")
+        yield "  its bytes go, or went, with `clipmill compact`; no build fetches it again"
+        return
+    yield from _source_lines(story.source)
+    yield from _clip_lines(story) if story.kind == "clip" else _clips_lines(story.clips)
+    yield from _history_lines(story)
+    yield from _failure_lines(story.failures)
+    yield from _place_lines(story.places)
+
+
+def _source_lines(source: Row) -> Iterator[str]:
+    yield from _folded("  url      ", source["url"])
+    yield f"  title    {source['title'] or '-'}"
+    yield f"  video_id {source['video_id']}  unit {source['unit']}  number {source['ordinal']} of the corpus"
+    facts = [
+        f"{source[name]}" for name in ("category", "language", "licence", "channel", "upload_date") if source[name]
+    ]
+    if facts:
+        yield f"  known    {' · '.join(facts)}"
+    if source["path"]:
+        yield (
+            f"  video    {source['duration_s'] or 0:.1f} s, {source['width']}x{source['height']}, "
+            f"{source['num_bytes']:,} bytes, by {source['extractor']}"
+        )
+    if source["duplicate_of"]:
+        yield f"  the same file as {source['duplicate_of']}, so nothing is cut from it"
+    if source["transcript_origin"]:
+        yield f"  words    {source['num_words']} from {source['transcript_origin']}, times by {source['word_times']}"
+
+
+def _clip_lines(story: Story) -> Iterator[str]:
+    clip = story.clip
+    if not clip:
+        yield "  clip     not cut (yet)"
+        return
+    yield (
+        f"  clip     {clip['span_start_s']:.2f}–{clip['span_end_s']:.2f} s, {clip['num_frames']} frames, "
+        f"{clip['width']}x{clip['height']}, span by {clip['origin']}"
+    )
+    yield from _folded("  said     ", clip["text"] or "-")
+    for text in story.texts:
+        yield from _folded("  text     ", text)
+    for caption in story.captions:
+        mark = "served" if caption["current"] else "kept"
+        yield from _folded(
+            f"  {mark:<8} ", f"{caption['captioner']} (settings {caption['fingerprint'][:8]}): {caption['text']}"
+        )
+    numbers = {name: value for name, value in story.scores.items() if isinstance(value, float)}
+    if numbers:
+        yield from _folded("  scores   ", ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+    if story.scores.get("duplicate_group"):
+        yield f"  looks like {story.scores['duplicate_group']}"
+
+
+def _clips_lines(clips: list[Row]) -> Iterator[str]:
+    if not clips:
+        return
+    yield f"{len(clips)} clips"
+    for clip in clips[:SHOWN]:
+        shard = f"{clip['shard']} #{clip['position']}" if clip["shard"] else "in no shard"
+        state = shard if clip["tar"] else "not cut (yet)"
+        yield (
+            f"  {clip['clip_id']:<20} {clip['start_s']:8.2f}–{clip['end_s']:8.2f} s  "
+            f"{clip['num_captions']} captions  {state}"
+        )
+    if len(clips) > SHOWN:
+        yield f"  … and {len(clips) - SHOWN} more (--json has all)"
+
+
+def _history_lines(story: Story) -> Iterator[str]:
+    yield f"history ({len(story.attempts)} attempts in {len(story.runs)} runs)"
+    of_clips = [
+        row for row in story.attempts if story.kind == "source" and row["stage"] in ("caption", "score", "edit")
+    ]
+    for stage in dict.fromkeys(row["stage"] for row in of_clips):
+        ended = Counter(row["status"] for row in of_clips if row["stage"] == stage).items()
+        yield f"  {stage} of clips: {', '.join(f'{count} {status}' for status, count in ended)} (--json has each)"
+    for row in [row for row in story.attempts if row not in of_clips][-SHOWN:]:
+        took = f"{row['wall_s']:.1f} s" if row["wall_s"] else ""
+        state = row["status"] if row["status"] == "done" else f"{row['error_class']} (try {row['attempts']})"
+        yield (
+            f"  {row['at'][:19].replace('T', ' ')} {row['stage']:<10} {_part(row, story.source):<12} {state:<18} "
+            f"{row['fingerprint'][:8]} {took}"
+        )
+    for run in story.runs:
+        yield from _folded(f"  run {run['run_id']}: ", run["command"])
+
+
+def _part(row: Row, source: Row) -> str:
+    """Of an item's id what is not the video's."""
+    return row["item_id"].removeprefix(source["video_id"]) or "-"
+
+
+def _failure_lines(failures: list[Row]) -> Iterator[str]:
+    if failures:
+        yield f"{len(failures)} standing failures"
+    for row in failures:
+        yield from _folded(f"  {row['stage']} {row['error_class']}: ", " ".join((row["message"] or "").split()))
+
+
+def _place_lines(places: list[Row]) -> Iterator[str]:
+    if places:
+        yield "bytes"
+    for place in places:
+        yield f"  {place['what']:<18} {place['num_bytes']:>12,} bytes at {place['offset']:,}"
+        yield from _folded("    of ", place["file"])
+        if place["sha256"]:
+            yield f"    sha256 {place['sha256']}"
+
+
+def _folded(head: str, text: str) -> Iterator[str]:
+    """A text over as many lines as it takes, the later ones moved in; words are cut where they must be."""
+    text, room = visible(text), WIDTH - len(head)
+    for start in range(0, max(len(text), 1), room):
+        yield (head if start == 0 else " " * len(head)) + text[start : start + room]

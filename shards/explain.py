@@ -1,0 +1,214 @@
+"""The story of one source, clip or sample: what it is, what was done to it when, and where its bytes are.
+
+Facts come from the manifest; attempts from the ledger fragments of its unit, which also keep the superseded.
+"""
+
+import json
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError
+from pipeline.identity import canonical_url, canonical_urls
+from shards.schema import LEDGER
+from shards.sql import open_manifest
+from shards.tombstones import hash_of, read_tombstones
+
+Row = dict[str, Any]
+MEMBERS = ("mp4", "jpg", "txt", "json")
+
+
+@dataclass
+class Story:
+    """All that is known; empty where nothing is. Times are ISO 8601 in UTC."""
+
+    kind: str  # source | clip | forgotten
+    id: str
+    source: Row = field(default_factory=dict)
+    clip: Row = field(default_factory=dict)  # of a clip or sample
+    clips: list[Row] = field(default_factory=list)  # of a source
+    attempts: list[Row] = field(default_factory=list)
+    failures: list[Row] = field(default_factory=list)
+    captions: list[Row] = field(default_factory=list)
+    scores: Row = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
+    places: list[Row] = field(default_factory=list)  # what, file, offset, num_bytes, sha256
+    runs: list[Row] = field(default_factory=list)  # that did something about it
+    tombstone: Row = field(default_factory=dict)
+
+
+def explain(root: str | Path, name: str) -> Story:
+    """The story of a video_id, clip_id, sample key, URL or path. Raises UserError, with what is near, for others."""
+    root = Path(root)
+    with open_manifest(root) as connection:
+        video_id, clip_id = _resolve(connection, name)
+        if video_id is None:
+            return _forgotten(root, name) or _unknown(connection, name)
+        story = _story_of_clip(connection, clip_id) if clip_id else _story_of_source(connection, video_id)
+        story.source = _one(connection, "SELECT * FROM videos WHERE video_id = ?", video_id)
+        story.attempts = _attempts(root, story.source["unit"], clip_id or video_id)
+        story.failures = _rows(connection, _FAILURES, clip_id or video_id, video_id, f"{clip_id or video_id}.")
+        run_ids = sorted({row["run_id"] for row in story.attempts})
+        runs = "SELECT run_id, command, started_at, ended_at FROM runs WHERE run_id IN (SELECT unnest(?)) ORDER BY 3"
+        story.runs = _rows(connection, runs, run_ids)
+        story.places = [*_source_files(root, story.source), *story.places]
+    return story
+
+
+_FAILURES = """
+    SELECT stage, item_id, error_class, message, transient, attempts, "at" FROM failures
+    WHERE item_id IN (?, ?) OR starts_with(item_id, ?) ORDER BY "at"
+"""
+
+
+# -- who is meant ---------------------------------------------------------------------------------------------------
+
+
+def _resolve(connection: duckdb.DuckDBPyConnection, name: str) -> tuple[str | None, str | None]:
+    """(video_id, clip_id or None) of a name; (None, None) where nothing has it."""
+    if found := connection.execute("SELECT video_id FROM videos WHERE video_id = ?", [name]).fetchall():
+        return found[0][0], None
+    for table, column in (("clips", "clip_id"), ("spans", "clip_id"), ("samples", "key")):
+        sql = f"SELECT video_id, clip_id FROM {table} WHERE {column} = ?"
+        if found := connection.execute(sql, [name]).fetchall():
+            return found[0]
+    if found := connection.execute("SELECT video_id FROM videos WHERE source_id = ?", [name]).fetchall():
+        return found[0][0], None
+    return _by_url(connection, name), None
+
+
+def _by_url(connection: duckdb.DuckDBPyConnection, name: str) -> str | None:
+    videos = connection.sql("SELECT video_id, url FROM videos").to_arrow_table().combine_chunks()
+    row = pc.index(canonical_urls(pa.array(videos["url"].to_pylist(), pa.string())), _canonical(name)).as_py()
+    return videos["video_id"][row].as_py() if row >= 0 else None
+
+
+def _canonical(name: str) -> str:
+    try:
+        return canonical_url(name if "://" in name else str(Path(name).absolute()))
+    except ValueError:
+        return name
+
+
+def _forgotten(root: Path, name: str) -> Story | None:
+    hashes = {hash_of(name), hash_of(name.rpartition(".")[0] or name), hash_of(_canonical(name))}
+    for row in read_tombstones(root).to_pylist():
+        if hashes & {row["video_hash"], row["url_hash"]}:
+            row["num_clips"] = len(row.pop("places") or ())
+            return Story("forgotten", name, tombstone=_plain(row))
+    return None
+
+
+def _unknown(connection: duckdb.DuckDBPyConnection, name: str) -> Story:
+    """Raises UserError. Near are ids that begin alike or are spelt alike."""
+    sql = "SELECT video_id FROM videos UNION ALL SELECT clip_id FROM clips UNION ALL SELECT url FROM videos"
+    known = [row[0] for row in connection.execute(f"SELECT * FROM ({sql}) LIMIT 200000").fetchall()]
+    near = get_close_matches(name, known, n=3) or [other for other in known if name and name in other][:3]
+    hint = f" Near: {', '.join(near)}." if near else " Give a video_id, a clip_id, a sample's key or a URL."
+    raise UserError(f"ID {name}: the corpus has nothing of this name.{hint}")
+
+
+# -- what is known --------------------------------------------------------------------------------------------------
+
+
+def _story_of_source(connection: duckdb.DuckDBPyConnection, video_id: str) -> Story:
+    clips = """
+        SELECT s.clip_id, s.start_s, s.end_s, s.origin, c.num_frames, c.tar, c.mp4_offset, c.num_bytes,
+               p.shard, p.position, (SELECT count(*) FROM captions t WHERE t.clip_id = s.clip_id) AS num_captions
+        FROM spans s LEFT JOIN clips c USING (clip_id) LEFT JOIN samples p USING (clip_id)
+        WHERE s.video_id = ? ORDER BY s.n
+    """
+    return Story("source", video_id, clips=_rows(connection, clips, video_id))
+
+
+def _story_of_clip(connection: duckdb.DuckDBPyConnection, clip_id: str) -> Story:
+    story = Story("clip", clip_id, clip=_one(connection, "SELECT * FROM catalog WHERE clip_id = ?", clip_id))
+    story.captions = _rows(
+        connection, "SELECT * FROM captions WHERE clip_id = ? ORDER BY current DESC, frame_index, fingerprint", clip_id
+    )
+    story.scores = _one(connection, "SELECT * FROM scores WHERE clip_id = ?", clip_id)
+    story.texts = [
+        row["text"] for row in _rows(connection, "SELECT text FROM texts WHERE clip_id = ? ORDER BY n", clip_id)
+    ]
+    if story.clip.get("tar"):
+        story.places = list(_clip_places(story.clip))
+    for sample in _rows(connection, "SELECT * FROM samples WHERE clip_id = ?", clip_id):
+        story.places += _sample_places(sample)
+    return story
+
+
+def _clip_places(clip: Row) -> list[Row]:
+    first = [_place("clip", clip["tar"], clip["mp4_offset"], clip["num_bytes"], clip["sha256"])]
+    frames = enumerate(clip["frames"] or ())
+    return first + [_place(f"frame {n}", clip["tar"], f["offset"], f["num_bytes"], f["sha256"]) for n, f in frames]
+
+
+def _sample_places(sample: Row) -> list[Row]:
+    shard = f"shards/{sample['shard']}"
+    return [
+        _place(f"{sample['key']}.{m}", shard, sample[f"{m}_offset"], sample[f"{m}_bytes"], sample.get(f"{m}_sha256"))
+        for m in MEMBERS
+        if sample[f"{m}_offset"] is not None
+    ]
+
+
+def _place(what: str, file: str, offset: int | None, num_bytes: int, sha256: str | None) -> Row:
+    return {"what": what, "file": file, "offset": offset, "num_bytes": num_bytes, "sha256": sha256}
+
+
+def _source_files(root: Path, source: Row) -> list[Row]:
+    """The video's file where it is still there, and its subtitles beside it."""
+    if not source["path"]:
+        return []
+    path = root / source["path"]
+    beside = sorted(path.parent.glob(f"{source['video_id']}.*")) if path.is_relative_to(root) else [path]
+    return [
+        _place(
+            "source",
+            str(file.relative_to(root)) if file.is_relative_to(root) else str(file),
+            0,
+            file.stat().st_size,
+            source["sha256"] if file == path else None,
+        )
+        for file in beside
+        if file.is_file()
+    ]
+
+
+def _attempts(root: Path, unit: str, item_id: str) -> list[Row]:
+    """What the unit's ledger fragments say of a video and its parts, or of a clip and its video, in order of time."""
+    names = sorted((root / "fragments" / "ledger").glob(f"[!.]*-{unit}-*.parquet"))
+    video_id = item_id.partition(".")[0]
+    rows = []
+    for path in names:
+        table = pq.read_table(path, columns=LEDGER.names)
+        ids = table["item_id"]
+        mine = pc.or_(pc.equal(ids, video_id), pc.or_(pc.equal(ids, item_id), pc.starts_with(ids, f"{item_id}.")))
+        rows += [{**row, "commit": path.stem} for row in table.filter(mine).to_pylist() if row["stage"] != "ingest"]
+    return [_plain(row) for row in sorted(rows, key=lambda row: (row["at"], row["item_id"]))]
+
+
+def _one(connection: duckdb.DuckDBPyConnection, sql: str, *parameters: Any) -> Row:
+    return next(iter(_rows(connection, sql, *parameters)), {})
+
+
+def _rows(connection: duckdb.DuckDBPyConnection, sql: str, *parameters: Any) -> list[Row]:
+    return [_plain(row) for row in connection.sql(sql, params=list(parameters)).to_arrow_table().to_pylist()]
+
+
+def _plain(row: Row) -> Row:
+    """With times as text, so that it is JSON."""
+    return {
+        name: value.isoformat(timespec="seconds") if hasattr(value, "isoformat") else value
+        for name, value in row.items()
+    }
+
+
+def as_json(story: Story) -> str:
+    return json.dumps({name: value for name, value in vars(story).items() if value}, ensure_ascii=False, indent=2)

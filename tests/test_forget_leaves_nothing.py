@@ -1,0 +1,273 @@
+"""What is forgotten is seen by nobody at once, gone to the last byte after `compact`, and never fetched again."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import duckdb
+import pyarrow.parquet as pq
+import pytest
+from shard_support import mp4_bytes
+from whole_corpus_support import VIDEOS, build_whole, pack_here, source_bytes, url_of, write_sources
+
+from pipeline.build import session
+from pipeline.download import DownloadSettings
+from pipeline.errors import UserError
+from pipeline.file_kinds import hash_file
+from pipeline.forget import compact, find, forget
+from pipeline.forget_command import run_forget
+from pipeline.ingest_stage import ingest_sources
+from pipeline.pack_stage import pack_state
+from pipeline.stage_workers import run_download
+from pipeline.worker import Work
+from shards.manifest import is_current
+from shards.sql import open_manifest
+from shards.tar import read_member
+from shards.tombstones import FORGOTTEN, write_tombstones
+from shards.verify import verify
+from tests.build_support import ask
+
+GONE = "video-b"  # in the group of video-e's first clip
+
+
+@pytest.fixture
+def corpus(whole, tmp_path):
+    """A copy of the session's corpus, whose build command named two URLs."""
+    shutil.copytree(whole, tmp_path / "corpus")
+    return tmp_path / "corpus"
+
+
+@pytest.fixture(scope="module")
+def compacted(whole, tmp_path_factory):
+    """The corpus after video-b was forgotten and compacted; for tests that only look."""
+    root = tmp_path_factory.mktemp("compacted") / "corpus"
+    shutil.copytree(whole, root)
+    forget_video(root, GONE)
+    compact(root)
+    return root
+
+
+def forget_video(root: Path, *video_ids: str, reason: str | None = None) -> None:
+    assert forget(root, find(root, list(video_ids), [], None), reason)
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def lasting(root: Path) -> dict[str, bytes]:
+    """Every file that does not hold times of its own making."""
+    return {
+        name: data
+        for name, data in files(root).items()
+        if not name.startswith((".clipmill", "manifest", "fragments/forgotten"))
+    }
+
+
+def clip_bytes(root: Path, video_id: str) -> list[bytes]:
+    """The mp4s and pictures of a video's clips."""
+    rows = ask(root, f"SELECT tar, mp4_offset, num_bytes, frames FROM clips WHERE video_id = '{video_id}'")
+    pieces = [(tar, offset, size) for tar, offset, size, _ in rows]
+    pieces += [(tar, frame["offset"], frame["num_bytes"]) for tar, _, _, frames in rows for frame in frames]
+    return [read_member(root / tar, offset, size) for tar, offset, size in pieces]
+
+
+def own_bytes(root: Path, video_id: str) -> list[bytes]:
+    """Of each of them a piece that no other clip has."""
+    others = b"".join(piece for other in VIDEOS if other != video_id for piece in clip_bytes(root, other))
+    pieces = []
+    for data in clip_bytes(root, video_id):
+        slices = (data[start : start + 48] for start in range(0, len(data) - 48, 48))
+        pieces.append(next(piece for piece in slices if piece not in others))
+    return pieces
+
+
+def traces(root: Path, video_id: str, media: list[bytes]) -> list[str]:
+    """Files in which anything of a video is: its id, its URL, its title, words said in it, its bytes."""
+    words = [video_id, url_of(video_id), f"title of {video_id}", f"sesame{video_id}"]
+    needles = [word.encode() for word in words] + [source_bytes(video_id)[:64], *media]
+    found = {name for name in files(root) if video_id in name}
+    for name, data in files(root).items():
+        content = data + told(root / name)
+        found |= {name for needle in needles if needle in content}
+    return sorted(found)
+
+
+def told(path: Path) -> bytes:
+    """What a file says that packs its values, which a search of its bytes would not find."""
+    if path.suffix == ".parquet":
+        table = pq.read_table(path)
+        return f"{table.to_pylist()} {table.schema.metadata}".encode()
+    if path.suffix == ".duckdb":
+        with duckdb.connect() as connection:
+            connection.execute(f"ATTACH '{path}' AS told (READ_ONLY)")
+            tables = [name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()]
+            return b" ".join(
+                str(connection.sql(f'SELECT t::VARCHAR FROM told."{name}" t').fetchall()).encode() for name in tables
+            )
+    return b""
+
+
+def test_every_query_leaves_it_out_at_once(corpus):
+    forget_video(corpus, GONE)
+    for table in ("videos", "sentences", "spans", "clips", "samples", "catalog"):
+        assert ask(corpus, f"SELECT count(*) FROM {table} WHERE video_id = '{GONE}'") == [(0,)], table
+    for table in ("captions", "scores"):
+        assert ask(corpus, f"SELECT count(*) FROM {table} WHERE clip_id LIKE '{GONE}.%'") == [(0,)], table
+    assert ask(corpus, "SELECT count(*) FROM videos") == [(len(VIDEOS) - 1,)]
+    assert ask(corpus, "SELECT len(places) FROM forgotten") == [(3,)]
+
+
+def test_no_byte_and_no_row_is_left(whole, compacted):
+    media = own_bytes(whole, GONE)
+    assert len(traces(whole, GONE, media)) > 10, "the search must find what is there"
+    assert traces(compacted, GONE, media) == []
+
+
+def test_all_else_is_as_it_was(whole, compacted):
+    kept = f"WHERE video_id <> '{GONE}'"
+    for table, columns in (
+        ("videos", "*"),
+        ("sentences", "*"),
+        ("spans", "*"),
+        ("samples", "* EXCLUDE (position, mp4_offset, jpg_offset, txt_offset, json_offset, json_bytes)"),
+    ):
+        sql = f"SELECT {columns} FROM {table} {kept} ORDER BY ALL"
+        assert ask(compacted, sql) == ask(whole, sql), table
+    for video_id in ("video-a", "video-e"):
+        assert clip_bytes(compacted, video_id) == clip_bytes(whole, video_id)
+    with open_manifest(compacted) as connection:
+        assert verify(compacted, connection) == []
+
+
+def test_only_the_touched_files_are_written_again(whole, compacted):
+    before, after = lasting(whole), lasting(compacted)
+    same = {name for name in after if before.get(name) == after[name]}
+    holds_it = {shard for (shard,) in ask(whole, f"SELECT DISTINCT shard FROM samples WHERE video_id IN ('{GONE}')")}
+    holds_it |= {
+        shard for (shard,) in ask(whole, "SELECT shard FROM samples WHERE clip_id = 'video-e.0'")
+    }  # names its group
+    shards = {name.removeprefix("shards/") for name in before if name.startswith("shards/") and name.endswith(".tar")}
+    assert shards - holds_it, "some shard must be untouched, or this proves nothing"
+    assert {name for name in shards if f"shards/{name}" in same} == shards - holds_it
+    other_units = {name for name in before if "-u000001-" in name or "-u000002-" in name}
+    assert other_units and other_units <= same
+
+
+def test_a_build_after_it_has_nothing_to_pack(compacted, tmp_path):
+    root = tmp_path / "corpus"
+    shutil.copytree(compacted, root)
+    before = files(root / "shards")
+    with session(root, None, [], "test", create=False) as (current, _):
+        current.derive_all()
+        assert all(set(counts) <= {"done"} for counts in current.ledger.counts().values())
+        current.publish()
+        assert pack_state(current)["to_pack"] == 0
+        assert pack_here(current).num_written == 0
+    assert files(root / "shards") == before
+
+
+def test_packing_without_compacting_moves_no_other_clip(whole, corpus):
+    forget_video(corpus, "video-h")
+    with session(corpus, None, [], "test", create=False) as (current, _):
+        current.derive_all()
+        current.publish()
+        pack_here(current)
+        current.publish()
+    where = "SELECT clip_id, shard FROM samples WHERE video_id <> 'video-h' ORDER BY 1"
+    assert ask(corpus, where) == ask(whole, where)
+
+
+def test_the_same_list_does_not_bring_it_back(compacted, tmp_path):
+    root = tmp_path / "corpus"
+    shutil.copytree(compacted, root)
+    sources = write_sources(tmp_path / "list.jsonl", [*VIDEOS, "video-new"])
+    with session(root, None, [], "test", create=False) as (current, _):
+        report = ingest_sources(current, [str(sources)])
+        current.derive_all()
+        assert (report.num_new, report.num_forgotten, report.num_problems) == (1, 1, 0)
+        assert [item["video_id"] for item in current.ledger.work("download")] == ["video-new"]
+    assert traces(root, GONE, []) == []
+
+
+def test_a_url_is_kept_out_before_it_ever_was_in(corpus, tmp_path):
+    forget(corpus, find(corpus, [], [url_of("video-later").replace("http:", "HTTP:")], None), None)
+    sources = write_sources(tmp_path / "list.jsonl", ["video-later"])
+    with session(corpus, None, [], "test", create=False) as (current, _):
+        report = ingest_sources(current, [str(sources)])
+    assert (report.num_new, report.num_forgotten) == (0, 1)
+
+
+def test_copies_of_its_file_go_with_it(tmp_path):
+    sources = write_sources(tmp_path / "list.jsonl", ["video-a", "video-b", "video-c"])
+    build_whole(tmp_path / "corpus", sources, {"video-c": "video-a"})
+    doomed = find(tmp_path / "corpus", [], [url_of("video-a")], None)
+    assert [(video["video_id"], video["is_copy"]) for video in doomed.videos] == [("video-a", False), ("video-c", True)]
+    forget(tmp_path / "corpus", doomed, None)
+    compact(tmp_path / "corpus")
+    assert traces(tmp_path / "corpus", "video-a", []) == traces(tmp_path / "corpus", "video-c", []) == []
+
+
+def test_its_bytes_from_another_address_are_refused(corpus, tmp_path):
+    film = tmp_path / "film.mp4"
+    film.write_bytes(mp4_bytes(1, 3, 0))
+    tombstone = {"video_hash": "", "url_hash": "", "sha256": hash_file(film)[1], "at": datetime.now(UTC)}
+    write_tombstones(corpus, [tombstone])
+    source = {"video_id": "other", "url": str(film), "kind": "file", "subtitle": None, "language": None}
+    item = {"item_id": "other", "key": "k", "attempts": 0, "cost": 1, **source}
+    work = Work("download", "u000009", [item], DownloadSettings(reference_local_files=False), "f", str(corpus), "run")
+    outcomes, _ = run_download(work)
+    assert outcomes[0].failure.error_class == FORGOTTEN, outcomes[0].failure
+    assert list((corpus / "sources" / "u000009").iterdir()) == []
+
+
+def test_what_names_nothing_is_an_error_that_helps(corpus):
+    with pytest.raises(UserError, match="no such video. Near: video-"):
+        find(corpus, ["vide-b"], [], None)
+    with pytest.raises(UserError, match="no video meets it"):
+        find(corpus, [], [], "title = 'nothing'")
+    with pytest.raises(UserError, match="say what to forget"):
+        find(corpus, [], [], None)
+    assert [v["video_id"] for v in find(corpus, [], [], "title LIKE '%video-c'").videos] == ["video-c"]
+    with pytest.raises(UserError, match="add --yes"):  # nobody sits at the terminal
+        run_forget(corpus, [GONE], [], None, reason=None, yes=False, dry_run=False)
+    assert run_forget(corpus, [GONE], [], None, reason=None, yes=False, dry_run=True) == 0
+    assert ask(corpus, "SELECT count(*) FROM videos") == [(len(VIDEOS),)]
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {paths}
+from pathlib import Path
+import shards.compact, shards.tar, shards.fragments, pipeline.forget
+left = {calls}
+def dying(real):
+    def call(*arguments, **options):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+    return call
+os.replace, os.unlink = dying(os.replace), dying(os.unlink)  # which pathlib calls, too
+pipeline.forget.compact(Path({root!r}))
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_compacting_and_run_again_it_ends_in_the_same_bytes(corpus, compacted):
+    """Killed twice, each time before the so-many-th file is renamed or removed."""
+    forget_video(corpus, GONE)
+    for number in (8, 30):
+        script = KILLED.format(paths=sys.path, calls=number, root=str(corpus))
+        process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        assert not is_current(corpus), "a build must publish after a compaction that was killed"
+    compact(corpus)
+    assert lasting(corpus) == lasting(compacted)
+    assert traces(corpus, GONE, []) == []
+    with open_manifest(corpus) as connection:
+        assert verify(corpus, connection) == []
