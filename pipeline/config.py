@@ -69,6 +69,37 @@ def validate_settings(model: type[Model], data: dict[str, Any]) -> Model:
         raise UserError(_explain(model, error.errors())) from None
 
 
+MAX_YAML_VALUES = 100_000
+
+
+def read_yaml(text: str) -> Any:
+    """Plain values of a YAML text: tags that make objects are errors, as is what unfolds or nests without measure.
+
+    Raises yaml.YAMLError.
+    """
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None and _num_values(node, {}) > MAX_YAML_VALUES:
+            raise yaml.YAMLError(f"its aliases unfold to more than {MAX_YAML_VALUES:,} values")
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply, or an alias inside of what it stands for") from None
+    except ValueError as error:  # a date that is none, a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from error
+
+
+def _num_values(node: Any, known: dict[int, int]) -> int:
+    """How many values a node unfolds to, every alias counted as what it stands for."""
+    if isinstance(node.value, str):
+        return 1
+    if id(node) not in known:
+        parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_num_values(part, known) for part in parts)
+    return known[id(node)]
+
+
 def recipe_names(recipes: Traversable) -> list[str]:
     return sorted(path.name.removesuffix(".yaml") for path in recipes.iterdir() if path.name.endswith(".yaml"))
 
@@ -82,7 +113,7 @@ def load_recipe(recipes: Traversable, name: str) -> dict[str, Any]:
     if not source.is_file():
         raise UserError(f"--recipe {name}: neither a file nor one of {', '.join(shipped)}.")
     try:
-        data = yaml.safe_load(source.read_text()) or {}
+        data = read_yaml(source.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--recipe {name} is not YAML: {error}") from error
     if not isinstance(data, dict):
@@ -98,7 +129,7 @@ def _assign(data: dict[str, Any], assignment: str) -> None:
     if not equals or not sections:
         raise UserError(f"--set {assignment}: write it as section.key=value, for example --set cut.fps=2.")
     try:
-        value = yaml.safe_load(text) if text.strip() else ""  # nothing is said as `null`
+        value = read_yaml(text) if text.strip() else ""  # nothing is said as `null`
     except yaml.YAMLError as error:
         raise UserError(f"--set {assignment}: the value is not YAML ({error}).") from error
     for section in sections:
@@ -117,8 +148,13 @@ def _explain(model: type[Settings], problems: list[Any]) -> str:
             messages[f"setting {where}"] = [f"there is no such setting; known here are {known}"]
         else:
             text = problem["msg"][0].lower() + problem["msg"][1:]
-            messages.setdefault(f"setting {where} = {problem['input']!r}", []).append(text)
+            messages.setdefault(f"setting {where} = {_short(problem['input'])}", []).append(text)
     return "\n".join(f"{where}: {' or '.join(texts)}." for where, texts in messages.items())
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def _locate(model: type[Settings], location: tuple[Any, ...]) -> tuple[str, type[Settings]]:

@@ -13,6 +13,7 @@ from typing import IO
 
 import yaml
 
+from pipeline.config import read_yaml
 from pipeline.errors import UserError
 
 FORMAT = 1  # of the folder; a corpus of a newer format is refused
@@ -65,9 +66,9 @@ class Corpus:
     def load_settings(self) -> dict:
         """The saved settings as plain data. Raises UserError for an unreadable or newer corpus.yaml."""
         try:
-            saved = yaml.safe_load(self.settings_path.read_text())
+            saved = read_yaml(self.settings_path.read_text())
             version, settings = saved["format"], saved["settings"]
-        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
             raise UserError(f"{self.settings_path} cannot be read as a corpus's settings: {error}") from error
         if version != FORMAT:
             raise UserError(f"{self.root} has corpus format {version}; this clipmill reads format {FORMAT}.")

@@ -20,6 +20,7 @@ import duckdb
 import pyarrow as pa
 
 from pipeline.errors import UserError
+from pipeline.printable import CONTROL, escaped, visible
 
 Format = Literal["table", "csv", "json", "parquet"]
 FORMATS = ("table", "csv", "json", "parquet")
@@ -34,8 +35,6 @@ HINT = """Give a query, for instance
 or run `clipmill sql DIR` on a terminal for a prompt."""
 
 _ALLOWED = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI}  # MULTI: PIVOT
-# C0, DEL, C1, line and paragraph separators, and the marks that turn the direction of what follows.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _FORMULA = ("=", "+", "-", "@", "\t")
 
 
@@ -173,11 +172,6 @@ def check_selection(connection: duckdb.DuckDBPyConnection, where: str, setting: 
         ) from error
 
 
-def visible(value: str) -> str:
-    """Text that cannot steer a terminal: every control or direction character as \\xNN or \\uNNNN."""
-    return _CONTROL.sub(lambda found: _escaped(found.group()), value)
-
-
 def prompt(connection: duckdb.DuckDBPyConnection) -> None:
     """Reads statements (ended by `;` or an empty line) until Ctrl-D; it sees the corpus as it was at the start.
 
@@ -196,7 +190,7 @@ def prompt(connection: duckdb.DuckDBPyConnection) -> None:
             else:
                 run_query(connection, statement)
         except UserError as error:
-            print(visible(str(error)).replace("\\x0a", "\n"), file=sys.stderr)
+            print(visible(str(error), keep="\n"), file=sys.stderr)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
 
@@ -378,7 +372,7 @@ def _csv_field(value: Any) -> Any:
 
 def _csv_text(value: str) -> str:
     """A lone carriage return is escaped too: csv.writer leaves it bare, and readers begin a new row there."""
-    text = _CONTROL.sub(lambda found: found.group() if found.group() in "\t\n" else _escaped(found.group()), value)
+    text = CONTROL.sub(lambda found: found.group() if found.group() in "\t\n" else escaped(found.group()), value)
     return "'" + text if text.startswith(_FORMULA) else text
 
 
@@ -387,7 +381,7 @@ def _json_text(value: Any, plain: bool = False) -> str:
     value = _jsonable(value)
     if plain and isinstance(value, str):
         return value
-    return _CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", json.dumps(value, ensure_ascii=False))
+    return CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def _jsonable(value: Any) -> Any:
@@ -426,11 +420,6 @@ def _distinct(names: list[str]) -> list[str]:
             candidate = f"{name}_{count}"
         distinct[candidate] = None
     return list(distinct)
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def _counted(num_rows: int) -> str:

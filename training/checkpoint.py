@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,6 +31,8 @@ OPENAI_NAMES = {
     "ViT-L/14": "ViT-L-14-quickgelu",
     "ViT-L/14@336px": "ViT-L-14-336-quickgelu",
 }
+# All that reading a pickle may raise when it is none, or holds more than tensors.
+_STUMBLES = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError)
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
@@ -136,12 +138,17 @@ def read_tensors(path: Path, *, only_shapes: bool = False) -> dict[str, Tensor]:
     """
     if path.name.endswith(".index.json"):
         files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        if odd := [file for file in files if Path(file).name != file]:
+            raise UserError(f"weights {str(path)!r}: {odd[0]!r} is no file beside it")
         parts = (read_tensors(path.parent / file, only_shapes=only_shapes) for file in files)
         return {key: tensor for part in parts for key, tensor in part.items()}
     if not path.is_file():
         raise UserError(f"weights {str(path)!r}: no such file")
     if path.suffix == ".safetensors":
-        state = _shapes(path) if only_shapes else load_file(path)
+        try:
+            state = _shapes(path) if only_shapes else load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"weights {str(path)!r} are no safetensors file: {error}") from error
     else:
         state = _unpickle(path, "meta" if only_shapes else "cpu")
     state = {key.removeprefix("module.").removeprefix("clipmodel."): tensor for key, tensor in state.items()}
@@ -165,7 +172,7 @@ def _shapes(path: Path) -> dict[str, Tensor]:
 def _unpickle(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except _STUMBLES as error:
         raise UserError(f"weights {str(path)!r} cannot be read as plain tensors: {str(error)[:500]}") from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -309,6 +316,8 @@ def _load_open_clip(name: str, tag: str | None, shape: dict[str, Any], seed: int
     import open_clip
 
     model_cfg = _model_cfg(name)
+    if tag and Path(tag).is_file():
+        read_tensors(Path(tag), only_shapes=True)  # first of all: open_clip reads some files a second time, unchecked
     try:
         model = open_clip.create_model(name, pretrained=tag, precision="fp32", require_pretrained=True)
     except (RuntimeError, OSError) as error:

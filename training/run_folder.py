@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import yaml
 
-from pipeline.config import Settings, validate_settings
+from pipeline.config import Settings, read_yaml, validate_settings
 from pipeline.corpus import take_lock, write_text_atomically
 from pipeline.errors import UserError
 from training.run_checkpoints import Checkpoints, warn
@@ -88,12 +88,12 @@ class RunFolder:
     def load(self) -> RunRecord:
         """Raises UserError for an unreadable run.yaml or one of another format."""
         try:
-            saved = yaml.safe_load(self.record_path.read_text())
+            saved = read_yaml(self.record_path.read_text())
             version = saved.pop("format")
             if version != FORMAT:
                 raise UserError(f"{self.root} has run format {version}; this clipmill reads format {FORMAT}.")
             return RunRecord(**saved)
-        except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.record_path} cannot be read as a run's settings: {error}") from error
 
     def save(self, record: RunRecord) -> None:
