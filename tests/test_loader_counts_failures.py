@@ -27,7 +27,7 @@ def run(healthy, tmp_path):
     """A copy of the corpus that may be broken."""
     corpus = tmp_path / "corpus"
     shutil.copytree(healthy.corpus, corpus)
-    return open_run(tmp_path, corpus)
+    return open_run(tmp_path, corpus, hashed=False)
 
 
 def _shards(run) -> list[str]:

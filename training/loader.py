@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shards.tombstones import FORGOTTEN
 from training.batch import Batch
 from training.epochs import Epochs
 from training.loader_pool import LoaderError, Pool, Request, warm_up
@@ -204,7 +205,7 @@ class Loader:
         self.times.read_s += item.read_s
         self.times.decode_s += item.decode_s
         self.num_read += int(np.count_nonzero(item.rows_B != HOLE))
-        self.num_failed += len(failures)
+        self.num_failed += sum(failure.error.error_class != FORGOTTEN for failure in failures)
         self.reasons.update(failure.error.error_class for failure in failures)
         if failures:
             self.on_failures(failures)

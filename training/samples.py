@@ -4,6 +4,7 @@
 whichever neighbours, gets the same. What cannot be read is a masked hole and a `Failure`.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import ItemError
+from shards.tombstones import FORGOTTEN, Tombstones
 from training.batch import Batch
 from training.clip_video import Picture, Pixels, decode_clip, decode_still
 from training.frames import drawn_text, eval_indices, middle_index, train_indices
+from training.places import Places
 from training.plan import PAD
 from training.selection import Selection
 from training.settings import DataSettings
@@ -128,12 +131,20 @@ class SampleReader:
         self.cache_dir = Path(data.cache_dir).absolute() if data.cache_dir else None  # wherever it is read from
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "shards"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("shards", "places", "tombstones")}
 
     @cached_property
     def shards(self) -> ShardReader:
         cache = ShardCache(self.cache_dir, self.data.cache_bytes) if self.cache_dir else None
         return ShardReader(self.selection.root, cache, self.wanted_bytes)
+
+    @cached_property
+    def tombstones(self) -> Tombstones | None:
+        return Tombstones(self.selection.root) if self.selection.root else None
+
+    @cached_property
+    def places(self) -> Places:
+        return Places(self.selection.root)
 
     @property
     def picture(self) -> Picture:
@@ -172,9 +183,11 @@ class SampleReader:
         canvas = self.canvas(len(rows)) if canvas is None else canvas
         slots = np.flatnonzero(rows != PAD)
         clips = self.selection.take(rows[slots]).to_pylist()
-        lost = lost or {}
+        lost = {**(lost or {}), **self._forgotten(slots.tolist(), clips)}
         began = time.perf_counter()
-        sources = self._bytes(clips)
+        wanted = [slot not in lost for slot in slots.tolist()]
+        found = iter(self._bytes([clip for clip, reads in zip(clips, wanted, strict=True) if reads]))
+        sources = [next(found) if reads else None for reads in wanted]
         read_s, errors = time.perf_counter() - began, {}
         for slot in np.flatnonzero(rows == PAD):
             canvas.clear(slot)
@@ -199,17 +212,47 @@ class SampleReader:
         texts = (subtitle_BL, caption_BL, readable_B, subtitle_mask_B, caption_mask_B)
         return Part(canvas, rows_B, *texts, failures, read_s, decode_s)
 
+    def _forgotten(self, slots: list[int], clips: list[dict[str, Any]]) -> dict[int, ItemError]:
+        """Samples of videos that the corpus was told to forget since they were selected."""
+        if self.tombstones is None:
+            return {}
+        gone = self.tombstones.cover(clip["video_id"] for clip in clips)
+        error = ItemError(FORGOTTEN, "the corpus was told to forget its video")
+        return {slot: error for slot, is_gone in zip(slots, gone, strict=True) if is_gone}
+
     def _bytes(self, clips: list[dict[str, Any]]) -> list["_Source"]:
         """Of all clips together, so that neighbours in a shard are one read."""
         ranges = [Range(clip["shard"], clip["mp4_offset"], clip["mp4_bytes"]) for clip in clips]
+        hashes = [clip["mp4_sha256"] for clip in clips]
         stills = [clip for clip in clips if self._has_still(clip)]
         ranges += [Range(clip["shard"], clip["jpg_offset"], clip["jpg_bytes"]) for clip in stills]
-        found = self.shards.read(ranges)
+        hashes += [clip["jpg_sha256"] for clip in stills]
+        found = self._checked(ranges, hashes, self.shards.read(ranges))
         pictures = iter(found[len(clips) :])
         return [
             _Source(data, next(pictures) if self._has_still(clip) else None)
             for clip, data in zip(clips, found, strict=False)
         ]
+
+    def _checked(
+        self, ranges: list[Range], hashes: list[bytes | None], found: list[memoryview | ItemError]
+    ) -> list[memoryview | ItemError]:
+        """What was read where it is what was selected; else what is found elsewhere in the corpus, or an error."""
+        wrong = [n for n, (data, sha256) in enumerate(zip(found, hashes, strict=True)) if not _is(data, sha256)]
+        if not wrong or not self.selection.root:
+            return found
+        moved = self.places.find([hashes[n] for n in wrong])
+        again = [n for n, place in zip(wrong, moved, strict=True) if place is not None]
+        places = [place for place in moved if place is not None]
+        for shard in {place.shard for place in places}:
+            self.shards.reopen(shard)
+        checked = dict(zip(again, self.shards.read(places), strict=True))
+        for n in wrong:
+            data = checked.get(n, found[n])
+            if not _is(data, hashes[n]):
+                data = data if isinstance(data, ItemError) else _mismatch(ranges[n])
+            found[n] = data
+        return found
 
     def _has_still(self, clip: dict[str, Any]) -> bool:
         return self.data.still == "captioned" and clip["jpg_offset"] is not None
@@ -272,6 +315,16 @@ class SampleReader:
             else:
                 low = middle + 1
         return low
+
+
+def _is(data: memoryview | ItemError, sha256: bytes | None) -> bool:
+    """Whether the bytes are those that were selected; where nobody took a hash, nothing speaks against it."""
+    return sha256 is None or (not isinstance(data, ItemError) and hashlib.sha256(data).digest() == sha256)
+
+
+def _mismatch(wanted: Range) -> ItemError:
+    message = f"{wanted.shard} has other bytes at {wanted.offset} than were selected, and no shard has those"
+    return ItemError("hash-mismatch", message)
 
 
 class _Source(NamedTuple):

@@ -39,8 +39,11 @@ SELECTION = pa.schema(
         ("caption", pa.string()),
         ("texts", pa.list_(pa.string())),  # reference texts of a benchmark; null: none
         ("duplicate_group", pa.string()),  # null: no near-duplicates
+        ("mp4_sha256", pa.binary(32)),  # what is read has to have it; null: nobody took it
+        ("jpg_sha256", pa.binary(32)),
     ]
 )
+_HASHES = ("mp4_sha256", "jpg_sha256")  # selections of before there were these are read as if they had nulls
 SELECTION_FILE, EVAL_FILE = "selection.arrow", "eval.arrow"  # of a run folder
 
 _GROUP_COLUMNS: dict[Group, str] = {"video": "video_id", "duplicate": "duplicate_group"}
@@ -129,7 +132,8 @@ def _lines(column: pa.ChunkedArray) -> str:
 
 def selected_rows(samples: Samples, choice: Choice) -> Iterator[pa.RecordBatch]:
     """The file's record batches, one after the other."""
-    columns = ", ".join(name for name in SELECTION.names if name not in ("shard", "texts", "duplicate_group"))
+    plain = [name for name in SELECTION.names if name not in ("shard", "texts", "duplicate_group", *_HASHES)]
+    columns = ", ".join([*plain, *(f"if(length({name}) = 64, TRY(unhex({name})), NULL) AS {name}" for name in _HASHES)])
     for table in rows_in_order(samples, choice, f"{columns}, path AS shard, t.texts, duplicate_group"):
         yield from table.select(SELECTION.names).cast(SELECTION).to_batches(max_chunksize=_BATCH_ROWS)
 
@@ -185,7 +189,8 @@ class Selection:
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{self.path} cannot be read as a selection: {error}") from error
         schema = self._reader.schema
-        if not schema.equals(SELECTION) or not schema.metadata:
+        without = pa.schema([field for field in SELECTION if field.name not in _HASHES])
+        if not (schema.equals(SELECTION) or schema.equals(without)) or not schema.metadata:
             raise UserError(f"{self.path} is no selection of this clipmill: its columns are {', '.join(schema.names)}")
         self.root, self.snapshot, self.hash = (schema.metadata[key].decode() for key in (b"root", b"snapshot", b"hash"))
 
@@ -211,7 +216,7 @@ class Selection:
             raise IndexError(f"rows {rows.min()} … {rows.max()} of a selection of {self.num_clips}")
         order = np.argsort(rows, kind="stable")
         pieces = list(self._pieces(rows[order]))
-        table = pa.Table.from_batches(pieces, self._reader.schema)
+        table = pa.Table.from_batches(pieces, SELECTION)
         return table.combine_chunks().take(np.argsort(order))
 
     def column(self, name: str) -> pa.ChunkedArray:
@@ -238,8 +243,17 @@ class Selection:
     @cached_property
     def _batches(self) -> list[pa.RecordBatch]:
         """Views of the file: their headers are read, their data only where somebody looks."""
-        return [self._reader.get_batch(number) for number in range(self._reader.num_record_batches)]
+        batches = [self._reader.get_batch(number) for number in range(self._reader.num_record_batches)]
+        return [_with_hashes(batch) for batch in batches]
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
         return np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
+
+
+def _with_hashes(batch: pa.RecordBatch) -> pa.RecordBatch:
+    columns = [
+        batch[field.name] if field.name in batch.schema.names else pa.nulls(batch.num_rows, field.type)
+        for field in SELECTION
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SELECTION)

@@ -77,6 +77,12 @@ class ShardReader:
             return shard
         return f"{self.root.rstrip('/')}/{shard}"
 
+    def reopen(self, shard: str) -> None:
+        """The next read of a local shard sees the file that is there then, not the one that was open."""
+        path = self._local_path(shard)
+        if path in self._files.descriptors:
+            self._files.forget(path)
+
     def close(self) -> None:
         self._files.close()
 
