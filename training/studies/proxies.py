@@ -15,17 +15,12 @@ from training.studies.study import Arm, Claim, Study, Table
 
 MODELS: dict[str, dict[str, Any]] = {  # `ModelSettings` by arm
     "4 proxies": {"num_added": 3, "num_times": 12, "pooling": "proxy"},
-    "1 proxy": {"num_added": 0, "num_times": 12, "pooling": "proxy"},
     "mean pooling": {"pooling": "mean"},
     "seqTransf": {"method": "clip4clip", "clip4clip": {"head": "seqTransf"}},
     "seqLSTM": {"method": "clip4clip", "clip4clip": {"head": "seqLSTM"}},
 }
 # Tables of places in time. They start from zero, or far below what they are added to, and learn faster than the rest.
-TIME_TABLES = {
-    "4 proxies": "vision.time_embedding",
-    "1 proxy": "vision.time_embedding",
-    "seqTransf": "head.position_embedding",
-}
+TIME_TABLES = {"4 proxies": "vision.time_embedding", "seqTransf": "head.position_embedding"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class Size:
     num_test_pairs: int = 100
     num_frames: int = 4
     seconds: float = 2.4
-    steps: int = 60
+    steps: int = 80
     pairs_per_batch: int = 8
     lr: float = 4e-4
     time_factor: float = 10.0  # of the learning rate of the tables of time
@@ -135,7 +130,12 @@ STUDY = Study(
     "answers, and does it cost anything where any one frame answers?",
     claimed="Video proxies are above mean pooling (CLIP-ViP), and so is CLIP4Clip's seqTransf with enough data; on "
     "what any frame answers mean pooling is as good.",
-    setting="",
+    setting="Every clip has a twin, itself played backwards: exactly the same frames. In half of the pairs one scene "
+    "of the demo world gives way to another and the text says what is there now; in the others something grows or "
+    "shrinks and the text says which. Each model starts from the demo's image model, which has seen single frames "
+    "only, and trains with V-S on batches that hold both twins. Scores are of clips of other scenes, at the last step "
+    "(nothing is selected): the clip against its twin (guessing gives 50), against all clips of the kind, and for "
+    "looks against clips of which no two look the same.",
     arms=tuple(Arm(name) for name in MODELS),
     metrics={
         "change_twin": "now there, clip or twin, R@1",
@@ -152,7 +152,6 @@ STUDY = Study(
         Claim("seqTransf > mean pooling", "change_twin", "seqTransf", "mean pooling"),
         Claim("seqLSTM > mean pooling", "change_twin", "seqLSTM", "mean pooling"),
         Claim("4 proxies > seqTransf", "change_r1", "4 proxies", "seqTransf"),
-        Claim("4 proxies > 1 proxy", "change_r1", "4 proxies", "1 proxy"),
         Claim("4 proxies at most 5 points below mean pooling", "still_r1", "4 proxies", "mean pooling", by=-0.05),
         Claim("mean pooling at most 5 points below 4 proxies", "still_r1", "mean pooling", "4 proxies", by=-0.05),
     ),

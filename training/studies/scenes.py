@@ -45,6 +45,17 @@ def single_scenes(num: int, seed: Sequence[int], pair_fraction: float = 0.3) -> 
     return [grammar.sample_scene(rng, 6.0, pair_fraction=pair_fraction) for _ in range(num)]
 
 
+def alike_scenes(num: int, seed: Sequence[int]) -> list[Scene]:
+    """A hard gallery: scenes on one and the same background, no two described alike."""
+    rng = np.random.default_rng(seed)
+    background = grammar.sample_scene(rng).background
+    scenes: dict[str, Scene] = {}
+    while len(scenes) < num:
+        scene = replace(grammar.sample_scene(rng, 6.0), background=background)
+        scenes.setdefault(grammar.still_text(scene), scene)
+    return list(scenes.values())
+
+
 def growing_scenes(num: int, seed: Sequence[int], seconds: float) -> list[Scene]:
     """Of one object each, which grows; in the first `seconds` it does not begin anew."""
     rng = np.random.default_rng(seed)
