@@ -172,10 +172,8 @@ def test_ffmpeg_by_itself_would_follow_a_script(tmp_path, secret):
 def test_network_readers_are_never_tried(tmp_path):
     """A session description makes FFmpeg listen on UDP; nothing here does."""
     path = tmp_path / "stream.sdp"
-    path.write_text(
     session = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
     path.write_text(f"{session}m=video 45678 RTP/AVP 96\na=rtpmap:96 H264/90000\n")
-    )
     with pytest.raises(ItemError, match="not-a-video"):
         probe(path)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
