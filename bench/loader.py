@@ -62,7 +62,7 @@ from training.texts import TextEncoder
 
 GATE_PER_S, GATE_BARE, GATE_ORDINARY, GATE_RESUME_S = 60.0, 0.9, 2.0, 2.0
 SIZE, CLIP_FPS, SHORT_SIDE, BATCH = 224, 3, 256, 32
-ORDINARY = x264(preset="medium", crf="23", deterministic=False)
+ORDINARY = x264(preset="medium", crf="23")
 DEFAULT = ENCODINGS["fastdecode"]
 WORDS = "so the first thing that we want to do here is take the wheel off of the bike and then we are going to look at"
 
