@@ -129,7 +129,8 @@ def torment(
                 _finish(tormented)
             summary.num_builds = tormented.num_started
             summary.num_needed, summary.num_made = needed.total(), made.total()
-            summary.wrong = differences(quiet.corpus, tormented.corpus)
+            if summary.wrong := differences(quiet.corpus, tormented.corpus):
+                shutil.copytree(tormented.corpus, folder / "tormented")  # what is on the small disk goes with it
             summary.wrong += [f"orphan: {name}" for name in orphans(tormented.corpus)]
             if made.total() != again:
                 summary.wrong.append(f"a build of the finished corpus made {made.total() - again} commits")
