@@ -129,7 +129,8 @@ def torment(
                 _finish(tormented)
             summary.num_builds = tormented.num_started
             summary.num_needed, summary.num_made = needed.total(), made.total()
-            if summary.wrong := differences(quiet.corpus, tormented.corpus):
+            summary.wrong = differences(quiet.corpus, tormented.corpus)
+            if summary.wrong:
                 shutil.copytree(tormented.corpus, folder / "tormented")  # what is on the small disk goes with it
             summary.wrong += [f"orphan: {name}" for name in orphans(tormented.corpus)]
             if made.total() != again:

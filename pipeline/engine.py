@@ -23,6 +23,7 @@ from shards.fragments import Commit
 from shards.ledger import Ledger
 from shards.manifest import publish
 
+LOOK_EVERY_S = 3.0  # at the cluster's size
 MAX_DEATHS = 3  # a piece of work whose worker died this often is split, and failed when it is a single item
 
 
@@ -259,21 +260,30 @@ class Pools:
 
         self.ray, self.settings = ray, settings.engine
         self.started_ray = start_ray(settings)
-        resources = ray.cluster_resources()
-        nodes = sum(key.startswith("node:") and key != "node:__internal_head__" for key in resources)
-        self.cpus = max(1, int(resources.get("CPU", 1)))
-        self.gpus = int(resources.get("GPU", 0))
-        self.limits = {
-            "io": self.settings.downloads_per_node * max(1, nodes),
-            "cpu": self.cpus + max(1, self.cpus // 4),  # a little more than runs, so that no core waits for the driver
-        }
         self.running = {"io": 0, "cpu": 0}
-        self.active_units = self.settings.active_units or 4 * self.cpus + self.limits["io"]
-        self.num_actors = self.settings.model_workers or self.gpus or max(1, self.cpus // 8)
+        self._look()
         self.actors: dict[object, list[Flight]] = {}  # actor → pieces it has, the first of them running
         self.dead: dict[object, list[Flight]] = {}  # and those it had when it died
         self.governor = None
         self.task = ray.remote(max_retries=0)(_execute)
+
+    def _look(self) -> None:
+        """What the cluster has: nodes may have joined or left since the last look."""
+        resources = self.ray.cluster_resources()
+        nodes = sum(key.startswith("node:") and key != "node:__internal_head__" for key in resources)
+        cpus, self.gpus = max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
+        self.limits = {
+            "io": self.settings.downloads_per_node * max(1, nodes),
+            "cpu": cpus + max(1, cpus // 4),  # a little more than runs, so that no core waits for the driver
+        }
+        self.active_units = self.settings.active_units or 4 * cpus + self.limits["io"]
+        self.num_actors = self.settings.model_workers or self._num_actors(resources) or max(1, cpus // 8)
+        self.looked_at = time.monotonic()
+
+    def _num_actors(self, resources: dict[str, float]) -> int:
+        """As many model actors as what they need is there for; 0 where they need nothing special."""
+        needs = self.settings.model_resources or ({"GPU": 1} if self.gpus else {})
+        return min((int(resources.get(name, 0) / amount) for name, amount in needs.items()), default=0)
 
     def has_room(self, pool: str) -> bool:
         if pool != "model":
@@ -300,6 +310,8 @@ class Pools:
         return self.task.options(**options, name=f"{flight.work.stage} {flight.work.unit}").remote(flight.work)
 
     def wait(self, references: list) -> list:
+        if time.monotonic() - self.looked_at > LOOK_EVERY_S:
+            self._look()
         if not references:
             return []
         ready, _ = self.ray.wait(references, num_returns=len(references), timeout=0.05)
@@ -334,11 +346,12 @@ class Pools:
     def _start_governor(self, settings) -> None:
         from pipeline.governor import HostGovernor
 
-        actor = self.ray.remote(num_cpus=0)(HostGovernor).options(name=GOVERNOR, max_restarts=-1)
+        actor = self.ray.remote(num_cpus=0)(HostGovernor).options(name=GOVERNOR, max_restarts=-1, max_task_retries=-1)
         self.governor = actor.remote(settings.per_host, settings.min_interval_s, patience_s=settings.lockout_patience_s)
 
     def _start_actors(self) -> None:
         options = {"num_cpus": self.settings.model_cpus, "num_gpus": 1 if self.gpus else 0, "max_restarts": 0}
+        options["resources"] = self.settings.model_resources
         while len(self.actors) < self.num_actors:
             self.actors[self.ray.remote(**options)(ModelWorker).remote()] = []
 

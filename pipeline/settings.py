@@ -3,7 +3,7 @@
 from importlib import resources
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from captioning.settings import CaptionSettings, ScoreSettings
 from pipeline.config import Settings, resolve_settings, validate_settings
@@ -21,8 +21,12 @@ class EngineSettings(Settings):
     address: str | None = None  # Ray cluster to join ("auto", "ray://…"); None: the surrounding one, or this machine
     cpus: int | None = Field(None, ge=1)  # CPUs Ray may use when it starts on this machine; None: all
     downloads_per_node: int = Field(4, ge=1)  # download tasks at a time on a node, each one unit; hosts have own caps
-    model_workers: int | None = Field(None, ge=1)  # actors that hold models; None: one per GPU, else one per 8 CPUs
+    model_workers: int | None = Field(
+        None, ge=1
+    )  # actors that hold models; None: what GPUs or model_resources allow, else one per 8 CPUs
     model_cpus: float = Field(0, ge=0)  # CPUs reserved per such actor; 0 lets it share with cutting
+    # Custom resources that each such actor takes: {"captioner": 1} places them on the nodes that were started with it.
+    model_resources: dict[str, PositiveFloat] = {}
     batch_video_s: float = Field(300, gt=0)  # seconds of video per cutting task: bounds what a lost task costs
     batch_clips: int = Field(512, ge=1)  # clips per caption or score task
     active_units: int | None = Field(None, ge=1)  # units in flight; None: four per CPU
