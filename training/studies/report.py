@@ -74,4 +74,4 @@ def _number(study: Study, value: float, sign: bool = False) -> str:
 
 
 def _markdown(lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)
