@@ -1,0 +1,45 @@
+"""A cluster of unlike nodes that come and go while a build runs makes the corpus that one machine makes."""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.build_support import SMALL, hashes, tables
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
+
+from bench.chaos import Build, local_cluster  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = (*SMALL, "engine.model_resources={captioner: 1}")
+
+
+def commits(corpus: Path, stage: str) -> int:
+    return len(list((corpus / "fragments" / "ledger").glob(f"{stage}-*.parquet")))
+
+
+def wait_for(condition, build: Build, timeout_s: float = 120) -> None:
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert build.running(), build.said()
+        assert time.monotonic() < until, build.said()
+        time.sleep(0.05)
+
+
+def test_nodes_of_two_kinds_come_and_go(built, world, tmp_path):
+    """The model actors wait for a node that is marked for them; the node that cut leaves before."""
+    with local_cluster(num_nodes=1) as cluster:
+        shutil.copy(world.sources, tmp_path / "sources.jsonl")
+        build = Build(tmp_path / "corpus", tmp_path / "sources.jsonl", cluster.address, SETTINGS)
+        build.start()
+        wait_for(lambda: commits(build.corpus, "cut") >= 1, build)
+        assert commits(build.corpus, "caption") == 0
+        cluster.add(num_cpus=0, resources={"captioner": 1})
+        cluster.remove(cluster.nodes[0])
+        assert build.process.wait(300) == 1, build.said()  # 1: the links that are made to fail
+    assert hashes(build.corpus / "shards") == hashes(built[0] / "shards")
+    assert tables(build.corpus) == tables(built[0])
