@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,13 +111,14 @@ def torment(
     spoiler, started = Spoiler(random.Random(seed)), time.monotonic()
     with serve(world, faults=spoiler) as base_url:
         spoiler.always = _listed_faults(world)
-        write_sources(world, base_url, folder / "sources.jsonl")
-        with _small_disk(folder / "disk", summary) as disk, _cluster() as cluster:
-            quiet = Build(folder / "quiet", folder, cluster.address)
+        sources = folder / "sources.jsonl"
+        write_sources(world, base_url, sources)
+        with _small_disk(folder / "disk", summary) as disk, local_cluster() as cluster:
+            quiet = Build(folder / "quiet", sources, cluster.address)
             with CommitCount(quiet.corpus) as needed:
                 say(f"quiet build of {num_videos} videos")
                 _finish(quiet)
-            tormented = Build(disk / "corpus", folder, cluster.address)
+            tormented = Build(disk / "corpus", sources, cluster.address)
             with CommitCount(tormented.corpus) as made:
                 chaos = Chaos(tormented, cluster, spoiler, random.Random(seed), summary)
                 wanted = [kind for kind in kinds if kind != "disk-full" or not summary.left_out]
@@ -129,16 +130,21 @@ def torment(
                 _finish(tormented)
             summary.num_builds = tormented.num_started
             summary.num_needed, summary.num_made = needed.total(), made.total()
-            summary.wrong = differences(quiet.corpus, tormented.corpus)
-            if summary.wrong:
-                shutil.copytree(tormented.corpus, folder / "tormented")  # what is on the small disk goes with it
-            summary.wrong += [f"orphan: {name}" for name in orphans(tormented.corpus)]
             if made.total() != again:
                 summary.wrong.append(f"a build of the finished corpus made {made.total() - again} commits")
-            if summary.num_made - summary.num_needed > summary.num_explained:
-                summary.wrong.append("more was done again than the faults explain")
+            _compare(quiet.corpus, tormented.corpus, folder / "tormented", summary)
     summary.seconds = time.monotonic() - started
     return summary
+
+
+def _compare(quiet: Path, tormented: Path, keep_in: Path, summary: Summary) -> None:
+    """What is wrong, into the summary; a wrong corpus is copied from the small disk, which goes with the run."""
+    summary.wrong += differences(quiet, tormented)
+    summary.wrong += [f"orphan: {name}" for name in orphans(tormented)]
+    if summary.num_made - summary.num_needed > summary.num_explained:
+        summary.wrong.append("more was done again than the faults explain")
+    if summary.wrong:
+        shutil.copytree(tormented, keep_in)
 
 
 # -- the faults -------------------------------------------------------------------------------------------------------
@@ -290,16 +296,17 @@ def _listed_faults(world: Path) -> dict[str, Any]:
 
 
 class Build:
-    """The command, run again whenever it has been killed; its output goes to a file."""
+    """The command, run again whenever it has been killed; its output goes to a file beside the list of sources."""
 
-    def __init__(self, corpus: Path, folder: Path, address: str):
-        self.corpus, self.sources, self.log = corpus, folder / "sources.jsonl", folder / f"{corpus.name}.log"
+    def __init__(self, corpus: Path, sources: Path, address: str, settings: Sequence[str] = SETTINGS):
+        self.corpus, self.sources, self.settings = corpus, sources, settings
+        self.log = sources.with_name(f"{corpus.name}.log")
         self.environment = {**os.environ, "RAY_ADDRESS": address}
         self.process: subprocess.Popen | None = None
         self.num_started = 0
 
     def start(self) -> None:
-        settings = [word for setting in SETTINGS for word in ("--set", setting)]
+        settings = [word for setting in self.settings for word in ("--set", setting)]
         words = ["build", str(self.sources), "--corpus", str(self.corpus), "--recipe", "demo", *settings]
         self.num_started += 1
         with self.log.open("ab") as log:
@@ -343,13 +350,15 @@ def _finish(build: Build, timeout_s: float = 900) -> None:
 
 
 class RayNodes:
-    """A head and two nodes on this machine, each with its own raylet and workers."""
+    """A head and other nodes on this machine, each of one CPU, with its own raylet and workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_nodes: int) -> None:
         from ray.cluster_utils import Cluster
 
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(2)]
+        self.nodes: list[Any] = []
+        for _ in range(num_nodes):
+            self.add(num_cpus=1)
 
     @property
     def address(self) -> str:
@@ -364,11 +373,18 @@ class RayNodes:
                         p for p in psutil.Process(raylet.process.pid).children() if _title(p).startswith("ray::")
                     )
 
+    def add(self, **resources: Any) -> None:
+        """A node that joins; `resources` as `ray start` has them."""
+        self.nodes.append(self.cluster.add_node(**resources))
+
+    def remove(self, node: Any) -> None:
+        """A node that is gone without a word."""
+        self.nodes.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)
+
     def replace_one(self, rng: random.Random) -> bool:
-        """A node that is gone without a word, and another that joins."""
-        victim = self.nodes.pop(rng.randrange(len(self.nodes)))
-        self.cluster.remove_node(victim, allow_graceful=False)
-        self.nodes.append(self.cluster.add_node(num_cpus=1))
+        self.remove(rng.choice(self.nodes))
+        self.add(num_cpus=1)
         return True
 
 
@@ -447,12 +463,12 @@ def _small_disk(folder: Path, summary: Summary) -> Iterator[Path]:
 
 
 @contextmanager
-def _cluster() -> Iterator[RayNodes]:
+def local_cluster(num_nodes: int = 2) -> Iterator[RayNodes]:
     """Ray's files go to a folder of their own, so that nothing else on this machine joins this cluster by chance."""
     with tempfile.TemporaryDirectory(prefix="cmc-", ignore_cleanup_errors=True) as folder:
         before = os.environ.get("RAY_TMPDIR")
         os.environ.update(RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0")
-        nodes = RayNodes()
+        nodes = RayNodes(num_nodes)
         try:
             yield nodes
         finally:
