@@ -1,18 +1,20 @@
 """What the studies' clips and texts are: twins of the same frames, noise that grows, blind models that are blind."""
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from pipeline.demo.grammar import FILLER, spoken_sentences  # noqa: E402
+from pipeline.demo.grammar import FILLER, spoken_sentences, still_text  # noqa: E402
 from training import models  # noqa: E402
 from training.settings import ModelSettings  # noqa: E402
-from training.studies import losses, proxies  # noqa: E402
+from training.studies import load, losses, proxies  # noqa: E402
 from training.studies.fitting import random_batches, recall, recall_within, similarities, written_texts  # noqa: E402
-from training.studies.scenes import frames_of, growing_scenes, single_scenes  # noqa: E402
+from training.studies.scenes import alike_scenes, frames_of, growing_scenes, single_scenes  # noqa: E402
+from training.studies.study import Cell, Table  # noqa: E402
 
 SMALL = proxies.STUDY.sizes["small"]
 
@@ -48,6 +50,12 @@ def test_what_grows_does_not_begin_anew() -> None:
     for scene in growing_scenes(20, [5], seconds=2.4):
         radii = [locate(scene.objects[0], time_s, 80, 80)[2] for time_s in np.linspace(0, 2.4, 9)]
         assert all(np.diff(radii) > 0)
+
+
+def test_a_hard_gallery_has_one_background_and_no_text_twice() -> None:
+    scenes = alike_scenes(60, [0, 3])
+    assert len({scene.background for scene in scenes}) == 1
+    assert len({still_text(scene) for scene in scenes}) == 60
 
 
 def test_frames_are_drawn_once_and_held_out_ones_are_others(tmp_path: Path) -> None:
@@ -94,3 +102,25 @@ def test_recalls_count_ties_half() -> None:
 def test_written_texts_tell_looks_and_motion() -> None:
     (scene,) = growing_scenes(1, [1], seconds=2.0)
     assert written_texts([scene])[0].endswith(f"background and the {scene.objects[0].name} grows")
+
+
+STUDIES = ("proxies", "losses", "corpus-size")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_run_is_a_function_of_its_arm_and_seed(name: str, tmp_path: Path) -> None:
+    study = load(name)
+    arm, small = study.arms[1], study.sizes["small"]
+    first = study.run(arm, 0, small, tmp_path)
+    assert set(first) == set(study.metrics) and all(0 <= value <= 1 for value in first.values())
+    assert study.run(arm, 0, small, tmp_path) == first
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_plot_has_every_arm(name: str, tmp_path: Path) -> None:
+    study = load(name)
+    cells = [Cell(arm, seed) for arm in study.arms for seed in range(3)]
+    table = Table({cell: dict.fromkeys(study.metrics, 0.1 * cell.seed) for cell in cells})
+    drawn = "".join(ElementTree.fromstring(study.draw(table, tmp_path / "plot.svg").read_text()).itertext())
+    told = {part for arm in study.arms for part in (arm.name, arm.condition)}
+    assert study.title in drawn and (name == "corpus-size" or all(part in drawn for part in told))

@@ -38,7 +38,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
         scenes = single_scenes(max(NUM_CLIPS.values()), [seed, 2])
         subtitles, captions = noisy_subtitles(scenes, size.noise, seed)[:num], captions_of(scenes, seed)[:num]
         batches = random_batches(subtitles, captions, size.batch_size)
-        fit(model, frames_of(scenes, *shape), batches, settings_of("vsc_fc", size.steps, size.lr), seed)
+        fit(model, frames_of(scenes[:num], *shape), batches, settings_of("vsc_fc", size.steps, size.lr), seed)
     before = written_scores(model, held_out, held_out_frames)
     tuned = single_scenes(size.num_tuned, [seed, 4])
     batches = random_batches(written_texts(tuned), [None] * len(tuned), size.batch_size)
