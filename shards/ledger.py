@@ -205,13 +205,13 @@ class Ledger:
         files = tombstone_files(self.root)
         if files == self.tombstones:
             return
-        self.connection.register("tombstones", read_tombstones(self.root))
-        self.connection.execute("DELETE FROM sources WHERE sha256(video_id) IN (SELECT video_hash FROM tombstones)")
+        self.connection.register("to_forget", read_tombstones(self.root))
+        self.connection.execute("DELETE FROM sources WHERE sha256(video_id) IN (SELECT video_hash FROM to_forget)")
         self.connection.execute(
             "DELETE FROM ledger WHERE stage = 'pack' "
-            "AND sha256(split_part(item_id, '.', 1)) IN (SELECT video_hash FROM tombstones)"
+            "AND sha256(split_part(item_id, '.', 1)) IN (SELECT video_hash FROM to_forget)"
         )
-        self.connection.unregister("tombstones")
+        self.connection.unregister("to_forget")
         self.tombstones = files
 
     def force(self, stage: str, item_ids: Sequence[str]) -> None:

@@ -1,0 +1,143 @@
+"""One writer at a time, told apart from a dead one; readers see whole snapshots while a build publishes."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from pipeline.build import build
+from pipeline.corpus import Corpus
+from pipeline.errors import UserError
+from shards.fragments import sweep_temporaries
+from shards.sql import open_manifest
+from shards.tombstones import hash_of, write_tombstones
+
+HOLDS = """
+import os, sys, time
+sys.path[:0] = {paths}
+from pipeline.corpus import Corpus
+with Corpus({root!r}).writer():
+    if {forks} and os.fork() == 0:
+        os.write(1, f"child {{os.getpid()}}\\n".encode())
+        time.sleep(60)
+        os._exit(0)
+    os.write(1, b"held\\n")
+    time.sleep(60)
+"""
+
+PUBLISHES = """
+import sys
+sys.path[:0] = {paths}
+from pathlib import Path
+from ledger_support import FragmentCorpus
+from shards.manifest import publish
+corpus = FragmentCorpus(Path({root!r}))
+number = 0
+while True:
+    corpus.add_sources(f"v{{number}}a", f"v{{number}}b", unit=f"u{{number:06d}}")
+    corpus.work_off(["download", "transcribe"])
+    corpus.derive()
+    publish(corpus.ledger)
+    print("published", flush=True)
+    number += 1
+"""
+
+
+@contextmanager
+def process(script: str, **values):
+    """A real process, killed with SIGKILL at the end."""
+    code = script.format(paths=sys.path, **values)
+    running = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.wait()
+        running.stdout.close()
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Corpus:
+    made = Corpus(tmp_path / "corpus")
+    made.create()
+    made.save_settings({})
+    return made
+
+
+def test_a_second_writer_is_told_who_where_and_since_when(corpus):
+    with process(HOLDS, root=str(corpus.root), forks=False) as holder:
+        holder.stdout.readline()
+        with pytest.raises(UserError, match="is being written by") as refused:
+            build(corpus.root, [], stages=["cut"], recipe=None, assignments=[], command="test")
+        assert corpus.is_being_written()
+    said = rf"process {holder.pid} on {re.escape(socket.gethostname())} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+    assert re.search(said, str(refused.value))
+
+
+def test_the_lock_of_a_killed_process_is_free(corpus):
+    with process(HOLDS, root=str(corpus.root), forks=False) as holder:
+        holder.stdout.readline()
+    assert not corpus.is_being_written()
+    with corpus.writer():
+        assert f"process {os.getpid()} on" in (corpus.private / "lock").read_text()
+
+
+def test_a_lock_that_only_a_dead_holders_child_keeps_is_taken_over(corpus):
+    with process(HOLDS, root=str(corpus.root), forks=True) as holder:
+        said = {holder.stdout.readline().strip(), holder.stdout.readline().strip()}
+        child = int(next(line for line in said if line.startswith("child")).split()[1])
+        with pytest.raises(UserError, match="is being written by"), corpus.writer():
+            pass
+    try:
+        os.kill(child, 0)
+        with corpus.writer():
+            assert f"process {os.getpid()} on" in (corpus.private / "lock").read_text()
+            with pytest.raises(UserError, match=f"process {os.getpid()} "), Corpus(corpus.root).writer():
+                pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_readers_see_whole_snapshots_while_a_build_publishes(tmp_path):
+    """Every video of a snapshot is downloaded and transcribed, and videos come in pairs; a kill changes nothing.
+
+    A tombstone needs no lock: the process that publishes takes note of it, though nobody told it.
+    """
+    facts = (
+        "SELECT count(*), count(path), count(transcript_origin), count(DISTINCT unit) * 2, max(ordinal) + 1 FROM videos"
+    )
+    with process(PUBLISHES, root=str(tmp_path)) as writer:
+        writer.stdout.readline()
+        with open_manifest(tmp_path) as first:
+            seen = [first.execute(facts).fetchall()[0]]
+            deadline = time.monotonic() + 60
+            while len(set(seen)) < 3 and time.monotonic() < deadline:
+                with open_manifest(tmp_path) as connection:
+                    seen.append(connection.execute(facts).fetchall()[0])
+            assert first.execute(facts).fetchall()[0] == seen[0], "an open reader keeps its snapshot"
+        write_tombstones(tmp_path, [{"video_hash": hash_of("v0a"), "url_hash": "", "places": []}])
+        while "v0a" in ids_in(tmp_path) and time.monotonic() < deadline:
+            writer.stdout.readline()
+    assert len(set(seen)) >= 3, "too few snapshots were published to prove anything"
+    assert all(len(set(counts)) == 1 for counts in seen), set(seen)
+    assert "v0a" not in ids_in(tmp_path) and "v0b" in ids_in(tmp_path)
+
+
+def ids_in(root) -> list[str]:
+    with open_manifest(root) as connection:
+        return [row[0] for row in connection.execute("SELECT video_id FROM videos").fetchall()]
+
+
+def test_what_a_killed_publisher_left_is_swept(corpus):
+    for name in (".tmp-99-manifest.duckdb", "fragments/clips/.tmp-99-x.parquet", ".clipmill/.tmp-99-progress.json"):
+        (corpus.root / name).parent.mkdir(exist_ok=True)
+        (corpus.root / name).write_bytes(b"half")
+    assert sweep_temporaries(corpus.root) == 3
+    assert not list(corpus.root.rglob(".tmp-*"))
