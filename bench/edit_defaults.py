@@ -14,6 +14,8 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +25,39 @@ from pipeline.build import session
 from training.edit_clips import Items, freeze_items
 from training.edit_frames import read_frames
 from training.edit_rounds import base_spans, fold_of
-from training.edit_scores import FrameFeatures, FrameScorer, draw_bank
+from training.edit_scores import FrameFeatures, FrameScorer, VideoScorer, draw_bank
 from training.edit_settings import EditSettings, resolve_edit
 from training.edit_worker import Teacher
 from training.run_folder import RunFolder
 from training.selection import EVAL_FILE, Selection
-from training.video_editing import Floats, Spans, VideoClips, drift, edit_videos, iou
+from training.video_editing import Floats, Scorer, Spans, VideoClips, drift, edit_videos, iou
 
 LENGTH_WEIGHTS, MIN_GAINS, BANKS = (0.005, 0.02), (0.002, 0.01, 0.03), (0, 512)
 NUM_ROUNDS = 5
-Features = tuple[dict[str, FrameFeatures], dict[str, np.ndarray], float]  # by video, by clip, the logit scale
 Truth = dict[str, tuple[float, float]]  # by clip_id
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the teacher makes of all videos, once."""
+
+    teacher: Teacher
+    frames: dict[str, FrameFeatures]  # by video
+    pixels: dict[str, tuple[np.ndarray, np.ndarray]]  # by video: times and frames
+    texts: dict[str, np.ndarray]  # by clip
+
+    def scorer(self, videos: Sequence[VideoClips], settings: EditSettings) -> Scorer:
+        owners = [(video.video_id, clip_id) for video in videos for clip_id in video.clip_ids]
+        features = np.stack([self.texts[clip_id] for _, clip_id in owners])
+        bank = draw_bank([owner for owner, _ in owners], features, settings.bank_size) if settings.bank_size else None
+        by_frames = FrameScorer(self.frames, self.texts, bank, self.teacher.log_scale, settings.same_caption)
+        if not settings.reencode:
+            return by_frames
+        again = {
+            name: VideoScorer(by_frames, partial(self.teacher.video_features, *pixels), settings.reencode)
+            for name, pixels in self.pixels.items()
+        }
+        return lambda video, offered: again[video.video_id](video, offered)
 
 
 def main() -> None:
@@ -47,17 +71,20 @@ def main() -> None:
         items, teacher = _prepared(demo, Path(folder))
         items = _shifted(items, asked.shift)
         scenes, offsets = _truth(demo / "world" / "truth.jsonl", items)
-        features = _features(demo / "corpus", items, teacher)
+        seen = _seen(demo / "corpus", items, teacher)
     print("length_weight min_gain margin_s rings | … | after 0, 1, 3 and 5 rounds: edits of the last one, IoU, inside")
     print("(of videos with late or early subtitles: IoU, inside), change of the median length")
     for settings in _settings():
-        _play(settings, items, features, scenes, offsets)
+        with torch.no_grad():
+            _play(settings, items, seen, scenes, offsets)
 
 
 def _settings() -> Iterator[EditSettings]:
     for bank, weight, gain in itertools.product(BANKS, LENGTH_WEIGHTS, MIN_GAINS):
-        yield EditSettings(length_weight=weight, min_gain=gain, bank_size=bank)
+        yield EditSettings(length_weight=weight, min_gain=gain, bank_size=bank, reencode=0)
     for changes in ({"margin_s": 2.0}, {"rings": 2}, {"same_caption": 0.9}):
+        yield EditSettings(reencode=0, **changes)
+    for changes in ({}, {"bank_size": 0}, {"bank_size": 0, "reencode": 4}):
         yield EditSettings(**changes)
 
 
@@ -81,17 +108,19 @@ def _shifted(items: Items, shift_s: float) -> Items:
     return items
 
 
-def _features(corpus: Path, items: Items, teacher: Teacher) -> Features:
+def _seen(corpus: Path, items: Items, teacher: Teacher) -> Seen:
     with session(corpus, None, [], "", create=False) as (current, _):
         cut = current.settings.cut
-    frames, texts = {}, {}
+    seen = Seen(teacher, {}, {}, {})
     for video in items.videos:
-        wide = video.clips(EditSettings())
-        times_F, pixels = read_frames(corpus, video, wide, EditSettings(), cut, teacher.picture)
-        frames[video.video_id] = FrameFeatures(times_F, teacher.frame_features(pixels))
+        clips = video.clips(EditSettings())
+        times_F, pixels = seen.pixels[video.video_id] = read_frames(
+            corpus, video, clips, EditSettings(), cut, teacher.picture
+        )
+        seen.frames[video.video_id] = FrameFeatures(times_F, teacher.frame_features(pixels))
         features = teacher.text_features([item["text"] for item in video.items])
-        texts |= {item["clip_id"]: feature for item, feature in zip(video.items, features, strict=True)}
-    return frames, texts, teacher.log_scale
+        seen.texts.update((item["clip_id"], feature) for item, feature in zip(video.items, features, strict=True))
+    return seen
 
 
 def _truth(path: Path, items: Items) -> tuple[Truth, Mapping[str, float]]:
@@ -112,14 +141,9 @@ def _words(text: str) -> str:
     return " ".join(re.findall(r"[a-z]+", text.lower()))
 
 
-def _play(
-    settings: EditSettings, items: Items, features: Features, scenes: Truth, offsets: Mapping[str, float]
-) -> None:
-    frames, texts, log_scale = features
+def _play(settings: EditSettings, items: Items, seen: Seen, scenes: Truth, offsets: Mapping[str, float]) -> None:
     videos = [video.clips(settings) for video in items.videos]
-    owners = [video.video_id for video in videos for _ in video.clip_ids]
-    bank = draw_bank(owners, np.stack([texts[c] for video in videos for c in video.clip_ids]), settings.bank_size)
-    scorer = FrameScorer(frames, texts, bank if settings.bank_size else None, log_scale, settings.same_caption)
+    scorer = seen.scorer(videos, settings)
     spans, told = base_spans(videos), [_told(0, videos, base_spans(videos), scenes, offsets, settings)]
     for number in range(1, NUM_ROUNDS + 1):
         edited = edit_videos(videos, spans, scorer, settings, round_number=number, teacher="demo")
@@ -127,7 +151,7 @@ def _play(
         if number in (1, 3, 5):
             told.append(_told(num_accepted, videos, spans, scenes, offsets, settings))
     name = f"{settings.length_weight:5g} {settings.min_gain:5g} {settings.margin_s:3g} {settings.rings}"
-    other = {"same_caption": settings.same_caption, "bank_size": settings.bank_size}
+    other = {"same_caption": settings.same_caption, "bank_size": settings.bank_size, "reencode": settings.reencode}
     print(name, *(f"{k}={v}" for k, v in other.items() if v != EditSettings.model_fields[k].default), *told, sep=" | ")
 
 

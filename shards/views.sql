@@ -187,3 +187,13 @@ FROM (SELECT clip_id, duplicate_group FROM scores WHERE duplicate_group IS NOT N
 JOIN clips c USING (clip_id)
 GROUP BY s.duplicate_group
 ORDER BY num_clips DESC, s.duplicate_group;
+
+-- What teachers did with clips' boundaries, by round and reason. Growth and shift are against the first boundaries.
+CREATE OR REPLACE VIEW edits_by_reason AS
+SELECT editing, round, reason, count(*) AS num_clips, avg(score_before) AS mean_score,
+       avg(score_after - score_before) AS mean_gain,
+       avg(end_s - start_s - (base_end_s - base_start_s)) AS mean_growth_s,
+       avg((start_s + end_s - base_start_s - base_end_s) / 2) AS mean_shift_s
+FROM clip_edits
+GROUP BY editing, round, reason
+ORDER BY editing, round, num_clips DESC, reason;

@@ -1,44 +1,45 @@
 """A corpus of numbered frames, built by the real stages in this process, and editings of it."""
 
+import io
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from media_support import SHORT_GOP, Shape, make_video
+from media_support import SHORT_GOP, Shape, expected_numbers, make_video, numbers_in
+from rich.console import Console
 
 from pipeline.build import Silent, session
 from pipeline.ingest_stage import ingest_sources
 from pipeline.pack_stage import pack_corpus
 from pipeline.stages import STAGES, fingerprints
 from pipeline.worker import Work, execute
+from shards.sql import open_manifest
+from shards.tar import read_member
+from training.edit_command import EditRequest, run_edit
 
-FPS = 6
+FPS, CLIP_FPS = 6, 3
 STAGES_RUN = ("download", "transcribe", "segment", "cut")
-SETTINGS = [
-    "ingest.unit_videos=2",
-    "cut.short_side=source",
-    "cut.fps=3",
-    "segment.target_s=6",
-    "segment.min_s=3",
-    "segment.max_s=8",
-]
+SETTINGS = ["ingest.unit_videos=2", "cut.short_side=source", f"cut.fps={CLIP_FPS}", "segment.wordless=fixed"]
+SETTINGS += ["segment.target_s=6", "segment.min_s=3", "segment.max_s=8"]
 SENTENCES = (
     ((3.0, 8.0), "A red circle moves to the left over the sea."),
     ((12.0, 17.0), "The blue square is very small and it spins."),
     ((20.0, 26.0), "We see a green star that jumps up and down."),
 )
+# Every clip moves, and as far as it likes
+EAGER = ("edit.min_gain=0", "edit.length_weight=0", "edit.max_median_change=null", "edit.max_share_at_limit=null")
 
 
-def build_corpus(root: Path, num_videos: int = 4) -> Path:
-    """Videos of 30 s with three sentences each; clips are what is said, cut at 3 frames a second."""
+def build_corpus(root: Path, num_videos: int = 4, num_silent: int = 1) -> Path:
+    """Videos of 30 s with three sentences each, the last ones without any; clips at 3 frames a second."""
     videos = root.with_name(f"{root.name}-videos")
     videos.mkdir(parents=True)
-    for number in range(num_videos):
-        shape = Shape(
-            f"video{number}.mp4", num_frames=30 * FPS + number, fps=FPS, size=(96, 64), options=dict(SHORT_GOP)
-        )
-        make_video(videos, shape)
-        (videos / f"video{number}.srt").write_text(_subtitles(number))
+    for number in range(num_videos + num_silent):
+        frames = {"num_frames": 30 * FPS + number, "fps": FPS, "size": (96, 64)}  # no two files are the same
+        make_video(videos, Shape(f"video{number}.mp4", options=dict(SHORT_GOP), **frames))
+        if number < num_videos:
+            (videos / f"video{number}.srt").write_text(_subtitles(number))
     with session(root, None, SETTINGS, "test", create=True) as (current, _):
         ingest_sources(current, [str(videos)])
         for stage in STAGES:
@@ -73,5 +74,44 @@ def _clock(seconds: float) -> str:
     return f"00:00:{int(seconds):02d},{round(seconds % 1 * 1000):03d}"
 
 
+def copy_of(corpus: Path, folder: Path) -> Path:
+    """A corpus for one test to change; its source videos stay where they are."""
+    return Path(shutil.copytree(corpus, folder / "corpus"))
+
+
+def edit(corpus: Path, out: Path, *settings: str, **asked: Any) -> list[dict[str, Any]]:
+    """`clipmill edit` with the demo's model in this process; the rows of its rounds."""
+    asked = {"corpus": corpus, "model": "demo", "rounds": 0} | asked
+    asked["assignments"] = (*EAGER, *settings)
+    return run_edit(EditRequest(out, **asked), Console(file=io.StringIO()))
+
+
 def edit_command(*arguments: Any) -> list[str]:
     return [sys.executable, "-m", "pipeline.cli", "edit", *map(str, arguments)]
+
+
+def rows(corpus: Path, sql: str) -> list[dict[str, Any]]:
+    with open_manifest(corpus) as connection:
+        return connection.sql(sql).to_arrow_table().to_pylist()
+
+
+def edits(corpus: Path) -> list[dict[str, Any]]:
+    return rows(corpus, "SELECT * FROM clip_edits ORDER BY editing, round, clip_id")
+
+
+def edit_tables(corpus: Path) -> dict[str, list[dict[str, Any]]]:
+    """What editing has written, without what tells of time."""
+    tables = {name: rows(corpus, f"SELECT * FROM {name} ORDER BY ALL") for name in ("clip_edits", "edited_clips")}
+    return tables | {"edit_rounds": rows(corpus, 'SELECT * EXCLUDE ("at") FROM edit_rounds ORDER BY editing, round')}
+
+
+def shown(corpus: Path, tar: str, offset: int, num_bytes: int) -> list[int]:
+    """The numbers of the source frames that a clip shows."""
+    return numbers_in(read_member(corpus / tar, offset, num_bytes))
+
+
+def numbers_of(clip_id: str, start_s: float, end_s: float) -> list[int]:
+    """Those that a clip of these boundaries ought to show."""
+    number = int(clip_id.removeprefix("video")[0])
+    shape = Shape("x.mp4", num_frames=30 * FPS + number, fps=FPS)
+    return expected_numbers(shape.times_s(), shape.end_s(), start_s, end_s, CLIP_FPS)

@@ -21,7 +21,7 @@ from training.edit_clips import freeze_items
 from training.edit_host import CorpusHost
 from training.edit_report import show
 from training.edit_rounds import HELD
-from training.edit_settings import EditRunSettings, resolve_edit
+from training.edit_settings import EditRunSettings, EditSettings, resolve_edit
 from training.edit_students import Editing
 from training.run_folder import RunFolder
 from training.selection import EVAL_FILE, Selection
@@ -98,6 +98,7 @@ def _begin(out: Path, request: EditRequest) -> Editing:
         settings, where, never = _of_run(run, corpus, request)
     else:
         settings, where, never = _of_model(request.model, request.recipe, request.settings), "", frozenset()
+    _refuse_settings_of_others(settings)
     where = where if request.where is None else request.where
     trains = request.wants_students is not False
     freeze_items(
@@ -108,6 +109,15 @@ def _begin(out: Path, request: EditRequest) -> Editing:
     text = "# An editing of clips' boundaries. Go on with `clipmill edit --out DIR`.\n"
     write_text_atomically(out / "edit.yaml", text + yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
     return Editing(corpus, out, settings, where, trains, request.workers, request.command)
+
+
+def _refuse_settings_of_others(settings: EditRunSettings) -> None:
+    """Raises UserError for what only a host without a corpus does."""
+    for name in ("initial", "half_length_s", "warmup_patience", "max_warmup_epochs"):
+        if getattr(settings.edit, name) != EditSettings.model_fields[name].default:
+            raise UserError(
+                f"edit.{name}: a corpus's clips begin with their spans, its teacher with what it was taught."
+            )
 
 
 def _of_run(run: RunFolder, corpus: Path, request: EditRequest) -> tuple[EditRunSettings, str, frozenset[str]]:

@@ -13,6 +13,7 @@ OUT/
   warm-up-fold-1/ …  with edit.folds = 2: runs that trained a teacher on half of the videos each
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,8 +23,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
+from safetensors import safe_open
 
-from captioning.identity import file_sha256
 from pipeline.build import Session, session
 from pipeline.config import digest
 from pipeline.corpus import Corpus
@@ -177,7 +179,8 @@ class CorpusHost:
         return self._write_round(row | {"threshold": self.threshold} | measures(played.edits, edited, spans))
 
     def _write_round(self, row: dict[str, Any]) -> dict[str, Any]:
-        settings = {"edit": self.settings.edit.model_dump(mode="json"), "where": self.asked.where}
+        edit = self.settings.edit
+        settings = {"edit": edit.model_dump(mode="json", exclude=edit._operational()), "where": self.asked.where}
         settings |= {"model": self.settings.model.model_dump(mode="json"), "trains": self.asked.trains}
         row = {"best_before": None, "threshold": None} | row
         row |= {"editing": self.editing, "settings": json.dumps(settings, sort_keys=True)}
@@ -215,7 +218,14 @@ def _is_committed(plan: Plan, job: Job) -> bool:
 
 @lru_cache(maxsize=64)
 def _hash(weights: Path) -> str:
-    return file_sha256(weights)[:16]
+    """Of the tensors alone: two files of the same weights may say in another order what they are of."""
+    digest_of = hashlib.sha256()
+    with safe_open(weights, "pt") as file:
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            digest_of.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest_of.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest_of.hexdigest()[:16]
 
 
 def _spans(videos: Sequence[VideoClips], rows: pa.Table) -> Spans:

@@ -5,7 +5,7 @@ every candidate is the mean of its frames, taken from running sums. numpy only. 
 `training.video_editing`, and    F frames of a video   J captions of the bank   C embed_dim
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import ItemError, UserError
 from training.video_editing import Floats, VideoClips
+
+_OUT = 2.0  # what a candidate that was not looked at again is below the present one: more than cosines can differ
 
 
 def contrastive_score(own: Floats, bank_J: Floats, log_scale: float) -> Floats:
@@ -90,16 +92,47 @@ class FrameScorer:
             raise ItemError("no-frames", f"video {video.video_id} has no frame features")
         sums_FC = running_sums(frames.features_FC)
         return [
-            self._score(video.video_id, self.texts[clip_id], mean_frames(frames.times_F, sums_FC, spans_K2))
+            self.score(video.video_id, self.texts[clip_id], mean_frames(frames.times_F, sums_FC, spans_K2))
             for clip_id, spans_K2 in zip(video.clip_ids, offered, strict=True)
         ]
 
-    def _score(self, video_id: str, text_C: NDArray[Any], clips_KC: Floats) -> Floats:
+    def score(self, video_id: str, text_C: NDArray[Any], clips_KC: Floats) -> Floats:
+        """[K] of a text and unit vectors of clips of that video."""
         text_C = _unit(text_C)
         if self.bank is None:
             return clips_KC @ text_C
         bank_JC = self.bank.against(video_id, text_C, self.same)
         return contrastive_score(clips_KC @ text_C, clips_KC @ bank_JC.T, self.log_scale)
+
+
+class VideoScorer:
+    """A `Scorer` for models whose video is more than the mean of its frames: the candidates that look best by their
+    frames, and the present boundaries, are looked at again as videos (section 5); the others are out.
+
+    encode  features [K, C] of as many pieces [K, 2] of the video that `frames` is of
+    """
+
+    def __init__(self, frames: FrameScorer, encode: Callable[[Floats], NDArray[Any]], num_best: int):
+        self.frames, self.encode, self.num_best = frames, encode, num_best
+
+    def __call__(self, video: VideoClips, offered: Sequence[Floats]) -> list[Floats]:
+        """Raises what `FrameScorer` raises."""
+        chosen = [
+            np.append(0, 1 + np.argsort(-scores_K[1:], kind="stable")[: self.num_best])
+            for scores_K in self.frames(video, offered)
+        ]
+        pieces = [spans_K2[best] for spans_K2, best in zip(offered, chosen, strict=True)]
+        features = _unit(self.encode(np.concatenate(pieces)))
+        ends = np.cumsum([len(best) for best in chosen])[:-1]
+        scored = []
+        for clip_id, spans_K2, best, of_clip in zip(
+            video.clip_ids, offered, chosen, np.split(features, ends), strict=True
+        ):
+            found = self.frames.score(video.video_id, self.frames.texts[clip_id], of_clip)
+            scores_K = np.full(len(spans_K2), found[0] - _OUT)
+            scores_K[best] = found
+            scored.append(scores_K)
+        return scored
 
 
 def running_sums(features_FC: NDArray[Any]) -> Floats:

@@ -13,7 +13,8 @@ from training.settings import RECIPES, RunSettings
 
 
 class EditSettings(Settings):
-    # Clips from single timestamps: from the midpoint between neighbours to the next, or a fixed length around each.
+    # Clips from single timestamps: from the midpoint between neighbours to the next, or a fixed length around each. Not
+    # for a corpus, whose clips have boundaries already.
     initial: Literal["midpoint", "fixed"] = "midpoint"
     half_length_s: float = Field(10.0, gt=0)  # of a fixed clip; of the only clip of a video, either way
 
@@ -37,10 +38,15 @@ class EditSettings(Settings):
     frames_per_s: float = Field(2.0, gt=0, le=60)
     margin_s: float = Field(4.0, ge=0)
 
+    # Where a model's video is more than the mean of its frames: so many of a clip's candidates, the best by their
+    # frames, are encoded as videos, and so are the present boundaries. 0: frames decide.
+    reencode: int = Field(2, ge=0)
+
     holdout: float = Field(0.1, gt=0, lt=1)  # share of videos held out for validation where no split says which
     folds: Literal[1, 2] = 1  # 2: each half of the videos is edited by a teacher trained on the other half
     epochs: float = Field(1.0, gt=0)  # that the student trains in a round
 
+    # Where a host trains from nothing; a corpus's teacher has been trained before.
     warmup_patience: int = Field(2, ge=1)  # evaluations without a rise that end the warm-up
     max_warmup_epochs: int = Field(20, ge=1)
     max_rounds: int = operational(10, ge=1)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import md5
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,13 @@ from training.clip_video import Picture, Pixels
 from training.distributed import join
 from training.edit_clips import Video, no_text
 from training.edit_frames import cut_again, read_frames, write_cut_clips
-from training.edit_scores import Bank, FrameFeatures, FrameScorer, draw_bank
+from training.edit_scores import Bank, FrameFeatures, FrameScorer, VideoScorer, draw_bank
 from training.edit_settings import EditRunSettings
-from training.frames import normalise
-from training.video_editing import Floats, VideoClips, edit_video, scores_of
+from training.frames import eval_indices, normalise
+from training.video_editing import Floats, Scorer, VideoClips, edit_video, scores_of
 
 CODE_VERSION = 1  # raised when the same job gives other rows
-_FRAMES_AT_ONCE = 64
+_FRAMES_AT_ONCE, _VIDEOS_AT_ONCE = 64, 8
 
 Texts = list[tuple[str, str]]  # (video_id, text)
 
@@ -178,7 +178,7 @@ class Editor:
             "text_md5": md5(text.encode()).hexdigest(),
         }
 
-    def _scorer(self, job: Job, video: Video, clips: VideoClips) -> FrameScorer:
+    def _scorer(self, job: Job, video: Video, clips: VideoClips) -> Scorer:
         """Raises ItemError for a video that cannot be read."""
         number = job.teacher_of(video)
         teacher = self._teacher(job.teachers[number])
@@ -188,7 +188,10 @@ class Editor:
         frames = {video.video_id: FrameFeatures(times_F, teacher.frame_features(pixels))}
         features = teacher.text_features([item["text"] for item in video.items])
         texts = {item["clip_id"]: feature for item, feature in zip(video.items, features, strict=True)}
-        return FrameScorer(frames, texts, job.banks[number], teacher.log_scale, self.settings.edit.same_caption)
+        scorer = FrameScorer(frames, texts, job.banks[number], teacher.log_scale, self.settings.edit.same_caption)
+        if not (teacher.looks_again and self.settings.edit.reencode):
+            return scorer
+        return VideoScorer(scorer, partial(teacher.video_features, times_F, pixels), self.settings.edit.reencode)
 
     def _teacher(self, weights: str) -> "Teacher":
         if weights not in self.teachers:
@@ -228,6 +231,26 @@ class Teacher:
         """[F, C]: each frame as a video of its own."""
         return self._in_pieces(self._encode_frames, torch.from_numpy(pixels_FSS3), _FRAMES_AT_ONCE)
 
+    @property
+    def looks_again(self) -> bool:
+        """Whether its video is more than the mean of its frames, and has a vector at all."""
+        if isinstance(self.model, Clip4Clip):
+            return self.model.settings.head in ("seqLSTM", "seqTransf")
+        return self.model.config.pooling == "proxy"
+
+    def video_features(self, times_F: Floats, pixels_FSS3: Pixels, spans_K2: Floats) -> NDArray[np.float32]:
+        """[K, C] of pieces of a video, from the frames that are known of it."""
+        rows_KT = torch.from_numpy(np.stack([self._frames_of(times_F, span) for span in spans_K2]))
+        pixels = torch.from_numpy(pixels_FSS3)
+        return self._in_pieces(lambda some_KT: self._encode_video(pixels[some_KT.cpu()]), rows_KT, _VIDEOS_AT_ONCE)
+
+    def _frames_of(self, times_F: Floats, span: Floats) -> NDArray[np.int64]:
+        """[T] frames of [start, end), as evaluation takes a clip's; the nearest one where there is none."""
+        first, last = np.searchsorted(times_F, span).tolist()
+        if first == last:
+            first = int(np.abs(times_F - span.mean()).argmin())
+        return first + eval_indices(max(last - first, 1), self.settings.data.num_frames)
+
     def text_features(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """[N, C] of as many texts."""
         ids_NL = self._tokens(list(texts))
@@ -238,11 +261,16 @@ class Teacher:
         return models.text_encoder(self.model.config, self.settings.data.max_text_tokens)
 
     def _encode_frames(self, pixels_FSS3: Tensor) -> Tensor:
-        config = self.model.config
-        pixels_F3SS = normalise(pixels_FSS3.permute(0, 3, 1, 2), config.image_mean, config.image_std)
         if isinstance(self.model, Clip4Clip):
-            return self.model.frame_features(pixels_F3SS.unsqueeze(0))[0]
-        return self.model.encode_video(pixels_F3SS.unsqueeze(1))
+            return self.model.frame_features(self._normalised(pixels_FSS3).unsqueeze(0))[0]
+        return self.model.encode_video(self._normalised(pixels_FSS3).unsqueeze(1))
+
+    def _encode_video(self, pixels_KTSS3: Tensor) -> Tensor:
+        return self.model.encode_video(self._normalised(pixels_KTSS3.to(self.device)))
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        config = self.model.config
+        return normalise(pixels.movedim(-1, -3), config.image_mean, config.image_std)
 
     def _in_pieces(self, encode: Any, inputs: Tensor, size: int) -> NDArray[np.float32]:
         enabled = self.settings.train.precision == "bf16"
