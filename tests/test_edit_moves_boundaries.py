@@ -223,6 +223,21 @@ def test_a_condition_says_which_clips_are_edited(numbered, tmp_path):
         edit(corpus, tmp_path / "another", where="no_such_column")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("model.method=clip4clip", "model.clip4clip.head=seqTransf"),
+        ("model.method=clip4clip", "model.clip4clip.head=tightTransf"),
+        ("model.method=unipt", "model.pooling=mean"),
+    ],
+    ids=" ".join,
+)
+def test_a_model_of_any_method_edits(numbered, tmp_path, settings):
+    corpus = copy_of(numbered, tmp_path)
+    [_, played] = edit(corpus, tmp_path / "edit", *settings, where="n < 2")
+    assert played["num_failed"] == 0 and played["num_accepted"] > 0
+
+
 def test_videos_kept_for_measuring_are_never_edited(numbered, tmp_path):
     corpus = copy_of(numbered, tmp_path)
     ids = [row["video_id"] for row in rows(corpus, "SELECT video_id FROM videos ORDER BY video_id")]
