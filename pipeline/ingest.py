@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from pipeline.config import Settings
+from pipeline.config import Settings, operational
 from pipeline.errors import UserError
 from pipeline.identity import canonical_urls, video_ids
 from pipeline.source_lists import Problem, SourceList, read_sources
@@ -33,6 +33,8 @@ class IngestSettings(Settings):
     url_column: str | None = None
     # The column that holds the id; by default the first of id, video_id, videoid, source_id, …
     id_column: str | None = None
+    # A packed list (.gz) may unpack to so many bytes: a few megabytes can be made to fill any memory.
+    max_unpacked_bytes: int = operational(4_000_000_000, ge=1)
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import yt_dlp
 from yt_dlp.downloader import get_suitable_downloader
 from yt_dlp.networking._requests import RequestsRH
+from yt_dlp.networking.common import Response
 from yt_dlp.networking.exceptions import HTTPError, RequestError, TransportError
 from yt_dlp.utils import GeoRestrictedError, UnsupportedError
 
 from pipeline.address_guard import Gate
 from pipeline.download_errors import DownloadError, from_http_status, from_os_error
 from pipeline.errors import ItemError, UserError
-from pipeline.http_fetch import check_behind_proxy, load_cookies
+from pipeline.http_fetch import CHUNK_BYTES, check_behind_proxy, load_cookies
 from pipeline.media import CONTAINERS
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ RESERVED_OPTIONS |= {
     "writesubtitles",
     "enable_file_urls",
 }
+MAX_PAGE_BYTES = 1 << 26  # of a page, a playlist or a site's data
 _FFMPEG_STEPS = "merger fixupm3u8 fixupm4a fixupstretched fixupduplicatemoov fixuptimestamp fixupduration".split()
 
 # Pattern in yt-dlp's message (case-insensitive) → error class, first match wins.
@@ -179,7 +181,7 @@ class _GatedYoutubeDL(yt_dlp.YoutubeDL):
                     gate.check()
                     if settings.proxy:
                         check_behind_proxy(request.url, settings.allow_private_addresses)
-                    return super()._send(request)
+                    return _bounded(super()._send(request), request.url, gate)
                 except ItemError as error:  # the director would take any other class for a fault of the handler
                     raise RequestError(str(error), cause=error) from error
 
@@ -219,6 +221,27 @@ class _GatedYoutubeDL(yt_dlp.YoutubeDL):
             return super().dl(name, info, subtitle, test)
         finally:
             self.params = parameters
+
+
+def _bounded(response: Response, url: str, gate: Gate) -> Response:
+    """A response whose body is not taken whole when it is no page: extractors read pages into memory at once."""
+    read = response.read
+
+    def bounded(amt: int | None = None) -> bytes:
+        if amt is not None and amt >= 0:
+            return read(amt)
+        parts, num_bytes = [], 0
+        while part := read(CHUNK_BYTES):
+            gate.check()
+            num_bytes += len(part)
+            if num_bytes > MAX_PAGE_BYTES:
+                error = DownloadError("too-large", f"{url}: a page of more than {MAX_PAGE_BYTES} bytes")
+                raise RequestError(str(error), cause=error)
+            parts.append(part)
+        return b"".join(parts)
+
+    response.read = bounded
+    return response
 
 
 class _Silent:

@@ -145,7 +145,7 @@ def _read_list(path: Path, settings: "IngestSettings") -> Iterator[_Rows]:
         if extension == ".parquet":
             yield _read_parquet(path, settings)
             return
-        data = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
+        data = _unpacked(path, settings) if packed else path.read_bytes()
     except (OSError, EOFError, pa.ArrowInvalid) as error:
         raise UserError(f"SOURCES: {path} cannot be read: {error}") from error
     if extension in (".csv", ".tsv"):
@@ -154,6 +154,17 @@ def _read_list(path: Path, settings: "IngestSettings") -> Iterator[_Rows]:
         yield from _read_json(path, data, settings)
     else:
         yield from _read_lines(str(path), path.parent.absolute(), data, settings)
+
+
+def _unpacked(path: Path, settings: "IngestSettings") -> bytes:
+    with gzip.open(path) as file:
+        data = file.read(settings.max_unpacked_bytes + 1)
+    if len(data) > settings.max_unpacked_bytes:
+        raise UserError(
+            f"SOURCES: {path} unpacks to more than ingest.max_unpacked_bytes = {settings.max_unpacked_bytes:,}; "
+            "raise that if the list is really so long."
+        )
+    return data
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
