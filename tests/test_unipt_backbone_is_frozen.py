@@ -1,9 +1,7 @@
 """UniPT trains its side networks alone, keeps nothing for a backward pass through the backbone, and still learns."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 
 from training.gradient_cache import cached_backward
 from training.loss import omnisource_loss
+from training.memory import saved_bytes
 from training.model import ClipVip, ModelConfig, TowerConfig
 from training.optim import build_optimiser, parameter_groups, set_learning_rate
 from training.unipt import UniPtClip
@@ -69,21 +68,6 @@ def test_gradient_caching_gives_the_whole_batchs_gradient() -> None:
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
-
-
-def saved_bytes(model: nn.Module, step: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps for the backward pass, each storage once, without the model's own weights."""
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in own:
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def test_nothing_is_kept_for_a_backward_pass_through_the_backbone() -> None:

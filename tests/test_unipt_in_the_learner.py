@@ -38,3 +38,12 @@ def test_an_update_leaves_the_backbone_as_it_was(changes: dict) -> None:
     start = UniPtClip(tiny_model(), UniPtSettings(tokens="frames"))
     assert not torch.equal(model.image_adapter.gate_layer.weight, start.image_adapter.gate_layer.weight)
     assert all(math.isfinite(value) for value in losses)
+
+
+def test_an_update_tells_how_much_each_layer_counts() -> None:
+    model = UniPtClip(tiny_model(), UniPtSettings(tokens="frames"))
+    values = Learner(model, settings(loss="vs"), 10, Process(torch.device("cpu"))).train_step(whole_batch(0))
+    for side, tower in (("image", model.config.vision), ("text", model.config.text)):
+        shares = [float(values[f"{side}_layer_{n}"]) for n in range(1 + tower.num_layers)]
+        assert sum(shares) == pytest.approx(1) and min(shares) > 0
+        assert shares == model.layer_confidence()[side]

@@ -20,6 +20,7 @@ from training.model import ClipVip
 from training.optim import build_optimiser, parameter_groups, set_learning_rate
 from training.schedule import learning_rate
 from training.settings import TrainSettings
+from training.unipt import UniPtClip
 
 Values = dict[str, Tensor | float]
 
@@ -65,7 +66,8 @@ class Learner:
             self.ema.update()
         self.step += 1
         scale = self.model.logit_scale.detach().clone()
-        return {"loss": loss.total.detach(), **loss.terms, "grad_norm": norm, "logit_scale": scale, "lr": rate}
+        values = {"loss": loss.total.detach(), **loss.terms, "grad_norm": norm, "logit_scale": scale, "lr": rate}
+        return values | (self.model.log_values() if isinstance(self.model, UniPtClip) else {})
 
     def whole_model(self) -> ClipVip:
         """The model for other uses than training it, whole on every process, which call this together."""

@@ -203,9 +203,17 @@ class UniPtClip(nn.Module):
         return (video, text) if video is not None and text is not None else video if text is None else text
 
     def layer_confidence(self) -> dict[str, list[float]]:
-        """Each network's mean share of the layers it reads, first to last, in the last forward pass: for logs."""
+        """Each network's mean share of the layers it reads, first to last, in the last forward pass."""
+        return {name: shares_Y.tolist() for name, shares_Y in self._mean_confidence().items()}
+
+    def log_values(self) -> dict[str, Tensor]:
+        """The same for a line of the log: a number for each layer, still on the device."""
+        named = self._mean_confidence().items()
+        return {f"{name}_layer_{n}": share for name, shares_Y in named for n, share in enumerate(shares_Y.unbind())}
+
+    def _mean_confidence(self) -> dict[str, Tensor]:
         adapters = {"image": self.image_adapter, "text": self.text_adapter}
-        return {name: a.mean_confidence_Y.tolist() for name, a in adapters.items() if a.mean_confidence_Y is not None}
+        return {name: a.mean_confidence_Y for name, a in adapters.items() if a.mean_confidence_Y is not None}
 
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
         if enabled:

@@ -34,6 +34,8 @@ STUDIES = {
     "losses": ("losses", "the losses over videos, frames, subtitles and captions, with wrong subtitles"),
     "corpus-size": ("corpus_size", "fine-tuned scores against the number of clips post-pretrained on"),
     "language": ("language", "how far subtitles, captions and queries are apart, by the NMI of k-means"),
+    "selections": ("selections", "which SQL selection of a noisy corpus teaches best at the same budget"),
+    "tuning": ("tuning", "what UniPT reaches and keeps in memory against full fine-tuning and a frozen model"),
     "editing": ("editing", "clips from single timestamps, and a teacher that edits their boundaries"),
 }
 

@@ -1,0 +1,250 @@
+"""Study g: which selection of one built corpus teaches best, at the same budget of clips and of updates.
+
+The corpus is a real one: a noisy world, of which some videos were uploaded several times in other containers, through
+`clipmill build`; an arm is the SQL that a user would give `clipmill train --select`, and the run is the real trainer's.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import digest
+from pipeline.errors import UserError
+from training.studies.keep import kept
+from training.studies.study import Arm, Claim, Study, Table
+
+COPIES = ("h264-mkv", "h264-ts", "mpeg4-mov")  # containers in which some videos are there once more
+WORLD_SEED = 71
+
+# What each arm may draw from; `half` of the clips, the better ones. Clips without a text are in none.
+USABLE = "text <> '' AND caption <> ''"
+POOLS = {
+    "all": f"SELECT clip_id FROM catalog WHERE {USABLE}",
+    "captions like their frames": f"SELECT clip_id FROM catalog WHERE {USABLE} "
+    "QUALIFY percent_rank() OVER (ORDER BY caption_similarity DESC) < {half}",
+    "subtitles like captions": f"SELECT clip_id FROM catalog WHERE {USABLE} "
+    "QUALIFY percent_rank() OVER (ORDER BY text_similarity DESC) < {half}",
+    "words with times": f"SELECT clip_id FROM catalog WHERE {USABLE} AND word_times = 'tags'",
+    "no duplicates": f"SELECT clip_id FROM catalog WHERE {USABLE} "
+    "QUALIFY row_number() OVER (PARTITION BY coalesce(duplicate_group, clip_id) ORDER BY clip_id) = 1",
+    "no duplicates, subtitles like captions": f"SELECT clip_id FROM (SELECT * FROM catalog WHERE {USABLE} "
+    "QUALIFY row_number() OVER (PARTITION BY coalesce(duplicate_group, clip_id) ORDER BY clip_id) = 1) "
+    "QUALIFY percent_rank() OVER (ORDER BY text_similarity DESC) < {half}",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    num_videos: int = 44
+    num_copied: int = 10  # of them, each once more in every container of COPIES
+    video_s: float = 40.0
+    filler: float = 0.4  # share of the scenes that are talked over with something else
+    shifted: float = 0.4  # share of the videos whose subtitles are up to 4 s late or early
+    share: float = 0.5  # `half`
+    budget: int = 96  # clips of a selection
+    steps: int = 40
+    batch_size: int = 16
+    num_frames: int = 3
+    lr: float = 3e-4
+    loss: str = "vsc_fc"
+    num_test: int = 100
+
+
+def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
+    """The same corpus for all; the seed draws the clips, the batches and the clips that are searched."""
+    from training.studies.fitting import recall, similarities, written_scores
+    from training.studies.scenes import frames_of
+
+    corpus = corpus_of(size, cache)
+    select = drawn(POOLS[arm.name].format(half=size.share), size.budget, seed)
+    model = trained(corpus, select, seed, size)
+    scenes, spoken = held_out(size.num_test, seed)
+    pixels = frames_of(scenes, size.num_frames, model.config.image_size, 4.0, cache)
+    return written_scores(model, scenes, pixels) | {
+        "spoken_r1": recall(similarities(model, spoken, pixels)),
+        **facts(corpus, select),
+    }
+
+
+def drawn(pool: str, budget: int, seed: int) -> str:
+    """So many clips of a pool, at random: a function of the seed and of the clips' ids."""
+    return f"SELECT clip_id FROM ({pool}) ORDER BY md5(clip_id || ':{seed}') LIMIT {budget}"
+
+
+def held_out(num: int, seed: int) -> tuple[list, list[str]]:
+    """Scenes that no video of the corpus has, and what is said over them."""
+    import numpy as np
+
+    from pipeline.demo.grammar import sample_scene, spoken_sentences
+
+    rng = np.random.default_rng([seed, 31])
+    scenes = [sample_scene(rng, float(rng.uniform(4, 12))) for _ in range(num)]
+    return scenes, [" ".join(spoken_sentences(scene, rng, num_words=26)) for scene in scenes]
+
+
+def facts(corpus: Path, select: str) -> dict[str, float]:
+    """What an arm's clips are: how many show something that none of the others shows, and how many are talked over."""
+    from pipeline.demo.grammar import FILLER, words_of
+    from shards.sql import open_manifest
+
+    with open_manifest(corpus) as connection:
+        rows = connection.execute(
+            f"SELECT coalesce(duplicate_group, clip_id), text FROM catalog WHERE clip_id IN ({select})"
+        ).fetchall()
+    phrases = [" ".join(words_of(sentence)) for sentence in FILLER]
+    talked = [any(phrase in " ".join(words_of(text)) for phrase in phrases) for _, text in rows]
+    return {"distinct": len({group for group, _ in rows}) / len(rows), "filler": sum(talked) / len(rows)}
+
+
+# --- The corpus
+
+
+def corpus_of(size: Size, cache: Path) -> Path:
+    """Built once. The world stays beside it: sources are referred to, not copied."""
+    of_world = [size.num_videos, size.num_copied, size.video_s, size.filler, size.shifted]
+    name = digest([of_world, COPIES, WORLD_SEED])
+    world = kept(cache / f"world-{name}", lambda path: _make_world(path, size)).absolute()
+    return kept(cache / f"corpus-{name}", lambda path: _build(path, world))
+
+
+def _make_world(path: Path, size: Size) -> None:
+    """A folder per container, the first with all videos, and the list of them all."""
+    from pipeline.demo.world import WorldSettings, make_world
+
+    common = {
+        "seed": WORLD_SEED,
+        "min_video_s": size.video_s * 0.8,
+        "max_video_s": size.video_s * 1.2,
+        "sizes": ("320x240",),
+        "rates": ("12.5",),
+        "rotation": False,
+        "audio_fraction": 0.0,
+        "missing_fraction": 0.0,
+        "filler_fraction": size.filler,
+        "shifted_fraction": size.shifted,
+        "max_shift_s": 4.0,
+        "workers": 1,
+    }
+    counts = {"h264-mp4": size.num_videos} | dict.fromkeys(COPIES, size.num_copied)
+    for container, count in counts.items():
+        make_world(path / container, WorldSettings(num_videos=count, formats=(container,), **common))
+    (path / "containers.json").write_text(json.dumps(list(counts)))
+
+
+def _sources(world: Path) -> list[dict[str, str]]:
+    from pipeline.demo.world import read_truth
+
+    return [
+        {
+            "url": str(world / container / video["file"]),
+            "id": f"{video['video_id']}-{container}",
+            "subtitle": str(world / container / video["subtitle"]["file"]),
+        }
+        for container in json.loads((world / "containers.json").read_text())
+        for video in read_truth(world / container)
+    ]
+
+
+def _build(path: Path, world: Path) -> None:
+    """By the command itself, in a process of its own. Raises UserError with what it said where it fails."""
+    with tempfile.TemporaryDirectory(prefix="clipmill-study-") as folder:
+        sources = Path(folder) / "sources.jsonl"
+        sources.write_text("".join(json.dumps(row) + "\n" for row in _sources(world)))
+        command = [sys.executable, "-m", "pipeline.cli", "build", str(sources), "--corpus", str(path)]
+        command += ["--recipe", "demo", "--set", "cut.short_side=128"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"study selections: the corpus could not be built.\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+# --- Training
+
+
+def trained(corpus: Path, select: str, seed: int, size: Size) -> Any:
+    """The model of the last checkpoint of a run on the clips of a SELECT."""
+    from training import models
+    from training.prepare import Request
+    from training.run_folder import RunFolder
+    from training.settings import resolve
+    from training.trainer import train
+
+    settings = [
+        f"data.where={json.dumps(select)}",
+        f"data.seed={seed}",
+        f"data.num_frames={size.num_frames}",
+        "data.loader_processes=0",
+        f"train.batch_size={size.batch_size}",
+        f"train.max_steps={size.steps}",
+        f"train.lr={size.lr}",
+        f"train.loss={size.loss}",
+        "train.threads=1",
+        "train.device=cpu",
+        "train.tensorboard=false",
+        "eval.where=",
+    ]
+    with tempfile.TemporaryDirectory(prefix="clipmill-study-") as folder:
+        run = Path(folder) / "run"
+        train(Request(str(run), str(corpus.absolute()), "demo", tuple(settings), command="study selections"))
+        checkpoints = RunFolder(run).checkpoints
+        weights = checkpoints.load(checkpoints.find_latest()).weights
+        return models.read(weights, resolve(None, "demo", settings).model, seed).eval()
+
+
+# --- The study
+
+
+def draw(table: Table, path: Path) -> Path:
+    from training.plots import bars
+
+    shown = {"r1": "R@1, written queries", "filler": "clips talked over", "distinct": "clips unlike the others"}
+    groups = {
+        arm.name: {told: tuple(100 * v for v in table.mean(arm, metric)) for metric, told in shown.items()}
+        for arm in STUDY.arms
+    }
+    return bars(path, STUDY.title, groups, y_label="percent", label="{:.0f}".format)
+
+
+STUDY = Study(
+    name="selections",
+    title="Which selection of a corpus teaches best",
+    question="The same number of clips for the same number of updates, drawn by different SQL from one corpus: which "
+    "of the manifest's columns is worth selecting by?",
+    claimed="Nobody's yet. We expected that clips whose subtitles agree with the captions, and clips without "
+    "near-duplicates, teach more than clips drawn from all.",
+    setting="One corpus of the demo world, built by `clipmill build`: 44 videos, ten of them uploaded three times more "
+    "in other containers; 40 % of the scenes are talked over with something else, and 40 % of the videos have "
+    "subtitles that come up to 4 s late or early. Every arm draws its clips at random from what its SQL leaves (the "
+    "better half, where it orders), and the trainer post-pretrains the demo's image model on them with the loss "
+    "V-(S,C) + F-C. Scenes of other videos are searched by written sentences of looks and motion, of looks alone, and "
+    "by what is said over them.",
+    arms=tuple(Arm(name) for name in POOLS),
+    metrics={
+        "r1": "R@1, looks and motion",
+        "r5": "R@5",
+        "looks_r1": "R@1, looks",
+        "spoken_r1": "R@1, spoken",
+        "distinct": "clips unlike the others",
+        "filler": "clips talked over",
+    },
+    claims=(
+        Claim("subtitles like captions > all", "r1", "subtitles like captions", "all"),
+        Claim("subtitles like captions > all, spoken", "spoken_r1", "subtitles like captions", "all"),
+        Claim("captions like their frames > all", "r1", "captions like their frames", "all"),
+        Claim("words with times > all", "r1", "words with times", "all"),
+        Claim("no duplicates > all", "r1", "no duplicates", "all"),
+        Claim("both > all", "r1", "no duplicates, subtitles like captions", "all"),
+    ),
+    sizes={
+        "default": Size(),
+        "small": Size(
+            num_videos=4, num_copied=1, video_s=15.0, budget=4, steps=1, batch_size=2, num_frames=2, num_test=4
+        ),
+    },
+    run=run,
+    draw=draw,
+)
