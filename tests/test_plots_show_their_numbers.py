@@ -90,3 +90,9 @@ def test_ticks_are_few_round_and_reach_around_the_data(low: float, width: float)
     step = found[1] - found[0]
     assert found[0] <= low + step * 1e-6 and found[-1] >= low + width - step * 1e-6
     assert 2 <= len(found) <= 8 and found == sorted(found)
+
+
+def test_an_axis_ends_where_it_is_told(tmp_path: Path) -> None:
+    groups = {"a": {"x": (98.0, 4.0)}}
+    free, ended = (texts(bars(tmp_path / f"{top}.svg", "T", groups, y_label="y", top=top)) for top in (None, 100))
+    assert "150" in free and "100" in ended and "150" not in ended

@@ -35,12 +35,14 @@ def bars(
     marks: Mapping[str, float] | None = None,
     mark_label: str = "chance",
     label: Callable[[float], str] = "{:.3g}".format,
+    top: float | None = None,
 ) -> Path:
     """Writes bars that stand on zero: {group: {series: value}}, the series in the order in which they first appear.
 
     A group's name is broken between words where it is wider than its bars.
     marks  a level for some of the groups, drawn as a dashed line across their bars (`mark_label` in the legend)
     label  the text above a bar
+    top    where the y axis ends; None: above everything. A spread may reach beyond it
     """
     series = list(dict.fromkeys(name for group in groups.values() for name in group))
     keys = [_Key(name, COLOURS[i % len(COLOURS)]) for i, name in enumerate(series)]
@@ -49,7 +51,8 @@ def bars(
     levels = [0.0, *(marks or {}).values(), *(value + sign * spread for value, spread in pairs for sign in (-1, 1))]
     labels = [textwrap.wrap(name, int((WIDTH - LEFT - RIGHT) / len(groups) / CHARACTER)) for name in groups]
     bottom = 26 + LABEL_LINE * max(map(len, labels))
-    frame = _Frame(_legend_rows(keys), 0, len(groups), min(levels), max(levels), bottom=bottom)
+    highest = max(levels) if top is None else top
+    frame = _Frame(_legend_rows(keys), 0, len(groups), min(levels), highest, bottom=bottom)
     parts = [*_y_axis(frame, y_label), *_legend(keys)]
     for position, (name, group) in enumerate(groups.items()):
         for row, line in enumerate(labels[position]):

@@ -110,17 +110,17 @@ def draw(table: Table, path: Path) -> Path:
     from training.plots import bars
 
     shown = {
-        "change_twin": "what is there now: clip or twin",
+        "change_twin": "now there: clip or twin",
         "motion_twin": "grows or shrinks: clip or twin",
-        "change_r1": "what is there now: all clips",
-        "still_r1": "one frame answers: all clips",
+        "change_r1": "now there: all clips",
+        "still_r1": "looks: all clips",
     }
     groups = {
         told: {arm.name: tuple(100 * value for value in table.mean(arm, metric)) for arm in STUDY.arms}
         for metric, told in shown.items()
     }
     marks = dict.fromkeys(list(groups)[:2], 50.0)
-    return bars(path, STUDY.title, groups, y_label="R@1, percent", marks=marks, label="{:.0f}".format)
+    return bars(path, STUDY.title, groups, y_label="R@1, percent", marks=marks, label="{:.0f}".format, top=100)
 
 
 STUDY = Study(
