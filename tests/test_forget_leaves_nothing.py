@@ -121,6 +121,15 @@ def test_every_query_leaves_it_out_at_once(corpus):
     assert ask(corpus, "SELECT len(places) FROM forgotten") == [(3,)]
 
 
+def test_verify_says_what_waits_for_compact_and_calls_nothing_wrong(corpus):
+    forget_video(corpus, GONE)
+    with open_manifest(corpus) as connection:
+        problems = verify(corpus, connection)
+    assert {problem.kind for problem in problems} == {"forgotten"} and all(problem.is_warning for problem in problems)
+    holds_it = ask(corpus, "SELECT count(DISTINCT shard) FROM samples")[0][0]
+    assert 0 < len(problems) <= holds_it + 2
+
+
 def test_no_byte_and_no_row_is_left(whole, compacted):
     media = own_bytes(whole, GONE)
     assert len(traces(whole, GONE, media)) > 10, "the search must find what is there"
