@@ -45,7 +45,7 @@ class Terminal:
         )
         for split, num_videos, num_texts, num_repeated in report.splits:
             self.console.print(
-                f"  {escape(split)}: {num_videos:,} videos, {num_texts:,} texts, {num_repeated:,} of them repeated"
+                f"  {escape(_printable(split))}: {num_videos:,} videos, {num_texts:,} texts, {num_repeated:,} of them repeated"
             )
 
     def plan(self, counts: dict[str, dict[str, int]], stages: Sequence[str]) -> None:
@@ -169,7 +169,8 @@ def print_failures(console: Console, failures: list[tuple[str, str, int, str]]) 
         return
     console.print(f"[red]{sum(count for _, _, count, _ in failures):,} failed[/]")
     for stage, error_class, count, example in failures:
-        text = f"  {stage:<10} {error_class:<18} {count:>7,}  [dim]{escape(_printable(example))}[/]"
+        error_class, example = escape(_printable(error_class)), escape(_printable(example))
+        text = f"  {stage:<10} {error_class:<18} {count:>7,}  [dim]{example}[/]"
         console.print(text, no_wrap=True, overflow="ellipsis", highlight=False)
 
 

@@ -1,0 +1,38 @@
+"""Mutated videos and subtitles never escape: a short seeded run of `bench.fuzz`; thousands are run by hand."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
+
+from bench import fuzz  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    return fuzz.made_seeds(tmp_path_factory.mktemp("seeds"))
+
+
+@pytest.mark.slow
+def test_mutated_videos_and_subtitles_give_results_or_classed_errors(seeds):
+    videos, subtitles = seeds
+    tally = fuzz.fuzz(videos, subtitles, seed=7, numbers=iter(range(16)), limit_s=30)
+    assert tally.findings == [] and tally.num_cases == 16
+    classes = {outcome for _, outcome in tally.outcomes}
+    assert "ok" in classes and len(classes) > 2, "too tame to prove anything"
+
+
+def test_a_case_is_a_function_of_seed_and_number(seeds):
+    data = seeds[0][0].read_bytes()
+    assert fuzz.mutated(data, random.Random("1:5")) == fuzz.mutated(data, random.Random("1:5"))
+    assert len({fuzz.mutated(data, random.Random(f"1:{n}")) for n in range(50)} - {data}) > 45
+
+
+def test_an_exception_that_nobody_foresaw_is_a_finding(seeds, monkeypatch):
+    """A sandbox that only hands on what it is given would otherwise hide one."""
+    monkeypatch.setattr(fuzz, "VIDEO_STEPS", {"cut": fuzz.mutated})  # called without its second argument
+    tally = fuzz.fuzz(seeds[0][:1], [], seed=1, numbers=iter([0]), limit_s=30)
+    assert len(tally.findings) == 1 and tally.findings[0].startswith("internal-error: cut --seed 1 --only 0")
