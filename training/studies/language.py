@@ -179,8 +179,15 @@ def draw(table: Table, path: Path) -> Path:
     from training.plots import bars
 
     shown = {"nmi": "NMI of k-means", "probe": "told apart by a linear map"}
-    groups = {arm.name: {told: table.mean(arm, metric) for metric, told in shown.items()} for arm in STUDY.arms}
-    return bars(path, STUDY.title, groups, y_label="0 nothing … 1 all", label="{:.2f}".format)
+    groups = {
+        arm.name: {told: _bounded(*table.mean(arm, metric)) for metric, told in shown.items()} for arm in STUDY.arms
+    }
+    return bars(path, STUDY.title, groups, y_label="0: not at all, 1: wholly", label="{:.2f}".format)
+
+
+def _bounded(mean: float, spread: float) -> tuple[float, float]:
+    """A spread is not drawn beyond 0 and 1, where there are no values."""
+    return mean, min(spread, mean, 1 - mean)
 
 
 STUDY = Study(
