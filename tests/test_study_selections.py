@@ -1,4 +1,4 @@
-"""The selections that the study of selections compares: what each leaves, drawn alike for a seed, and described truly."""
+"""The selections that the study of selections compares: what each leaves, drawn alike for a seed, described truly."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from shards.sql import open_manifest
 from training.selection import select
 from training.studies.selections import POOLS, drawn, facts
 
-NUM_CLIPS, HALF = 40, 0.5
+NUM_CLIPS, HALF = 60, 0.5
 
 
 @pytest.fixture(scope="module")
