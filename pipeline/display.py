@@ -44,8 +44,9 @@ class Terminal:
             + (f", {report.num_forgotten:,} to be forgotten and left out" if report.num_forgotten else "")
         )
         for split, num_videos, num_texts, num_repeated in report.splits:
+            name = escape(_printable(split))
             self.console.print(
-                f"  {escape(_printable(split))}: {num_videos:,} videos, {num_texts:,} texts, {num_repeated:,} of them repeated"
+                f"  {name}: {num_videos:,} videos, {num_texts:,} texts, {num_repeated:,} of them repeated"
             )
 
     def plan(self, counts: dict[str, dict[str, int]], stages: Sequence[str]) -> None:

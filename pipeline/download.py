@@ -154,7 +154,7 @@ def fetch(
         given = job.given_subtitles()
         fetched = job.fetch()
         fetched.subtitles[:0] = given
-        info = _checked(fetched.path, probe or media.probe)
+        info = _checked(fetched, probe or media.probe)
         row = job.publish(fetched, info, Path(corpus_root) if corpus_root else job.folder.parent)
         shutil.rmtree(job.work)
         return row
@@ -326,6 +326,8 @@ class _Job:
             check_regular(path, MAX_SUBTITLE_BYTES)
             subtitle_format(path)
         except ItemError as error:
+            if error.error_class == "bad-subtitle" and not path.is_relative_to(self.work):
+                error = DownloadError("bad-subtitle", "it is no subtitle file")  # of which nothing is quoted
             self._note(str(path), error)
             return False
         return True
@@ -427,12 +429,17 @@ def _object_chunks(url: str, max_bytes: int):
         raise DownloadError("empty-file", f"{url}: the object has no bytes")
 
 
-def _checked(path: Path, probe: Callable[[Path], Any]) -> Any:
-    """The probe's MediaInfo of a file that is media and complete. Raises ItemError."""
+def _checked(fetched: _Fetched, probe: Callable[[Path], Any]) -> Any:
+    """The probe's MediaInfo of a file that is media and complete. Raises ItemError.
+
+    What came is quoted, a file that was here already is not: a list may name any file of this machine.
+    """
+    path = fetched.path
     with open(path, "rb") as file:
         head = file.read(SNIFF_BYTES)
     text = is_text(head)
     if text:
-        raise DownloadError("not-a-video", f"{path.name} is {text}: {head[:200].decode('utf-8', 'replace')!r}")
+        quoted = "" if fetched.extractor == "file" else f": {head[:200].decode('utf-8', 'replace')!r}"
+        raise DownloadError("not-a-video", f"{path.name} is {text}{quoted}")
     check_boxes(path)
     return probe(path)
