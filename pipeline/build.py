@@ -24,6 +24,7 @@ from pipeline.pack_stage import PackReport, pack_corpus, pack_state
 from pipeline.settings import CorpusSettings, resolve
 from pipeline.stage_queries import QUERIES
 from pipeline.stages import STAGES, Stage, fingerprints
+from pipeline.watchdog import sweep_reports
 from shards.fragments import fragment_path, sweep_temporaries, write_atomically
 from shards.ledger import Ledger, remove_cache
 from shards.manifest import MANIFEST_NAME, is_current, publish
@@ -110,6 +111,7 @@ def session(
         if resolved != saved:
             corpus.save_settings(resolved)
         sweep_temporaries(corpus.root)
+        sweep_reports(corpus.root)
         if fresh:
             remove_cache(corpus.root)
         ledger = Ledger(corpus.root, QUERIES, memory_limit=settings.engine.driver_memory)

@@ -17,7 +17,7 @@ from pipeline.corpus import Corpus
 from pipeline.errors import ItemError, UserError
 from pipeline.settings import CorpusSettings
 from pipeline.stages import STAGES, Stage, fingerprints
-from pipeline.watchdog import sweep_reports, take_report
+from pipeline.watchdog import take_report
 from pipeline.worker import GOVERNOR, Outcome, Work, commit
 from shards.fragments import Commit
 from shards.ledger import Ledger
@@ -93,7 +93,6 @@ class Engine:
         waiting = deque(self.ledger.units_with_work(stage.name for stage in self.stages))
         if not waiting:
             return self.report
-        sweep_reports(self.corpus.root)
         self.pools = Pools(self.settings)
         if any(stage.pool == "model" for stage in self.stages):
             self.pools.warm_up(
