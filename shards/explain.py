@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.identity import canonical_url, canonical_urls
+from shards.fragments import fragment_path
 from shards.schema import LEDGER
 from shards.sql import open_manifest
 from shards.tombstones import hash_of, read_tombstones
@@ -52,7 +53,10 @@ def explain(root: str | Path, name: str) -> Story:
             return _forgotten(root, name) or _unknown(connection, name)
         story = _story_of_clip(connection, clip_id) if clip_id else _story_of_source(connection, video_id)
         story.source = _one(connection, "SELECT * FROM videos WHERE video_id = ?", video_id)
-        story.attempts = _attempts(root, story.source["unit"], clip_id or video_id)
+        story.attempts = [
+            *_ingested(root, video_id),
+            *_attempts(root, story.source["unit"], clip_id or video_id),
+        ]
         story.failures = _rows(connection, _FAILURES, clip_id or video_id, video_id, f"{clip_id or video_id}.")
         run_ids = sorted({row["run_id"] for row in story.attempts})
         runs = "SELECT run_id, command, started_at, ended_at FROM runs WHERE run_id IN (SELECT unnest(?)) ORDER BY 3"
@@ -179,6 +183,15 @@ def _source_files(root: Path, source: Row) -> list[Row]:
         for file in beside
         if file.is_file()
     ]
+
+
+def _ingested(root: Path, video_id: str) -> list[Row]:
+    """When the source was first seen."""
+    for path in sorted((root / "fragments" / "sources").glob("[!.]*.parquet")):
+        if pc.index(pq.read_table(path, columns=["video_id"])["video_id"], video_id).as_py() >= 0:
+            [row] = pq.read_table(fragment_path(root, "ledger", path.stem), columns=LEDGER.names).to_pylist()
+            return [_plain({**row, "item_id": video_id, "num_rows": 1, "commit": path.stem})]
+    return []
 
 
 def _attempts(root: Path, unit: str, item_id: str) -> list[Row]:

@@ -15,8 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.fragments import fragment_path, write_atomically
+from pipeline.errors import UserError
+from shards.fragments import fragment_path
 from shards.schema import MANIFEST
+from shards.tar import replacing
 
 TOMBSTONE = MANIFEST["forgotten"]
 FORGOTTEN = "forgotten"  # the error class of what was kept out
@@ -28,17 +30,28 @@ def hash_of(text: str) -> str:
 
 
 def write_tombstones(root: Path, rows: list[dict[str, Any]]) -> Path:
-    """One file, named by the videos it is about: forgetting the same ones again writes the same file."""
+    """One file, named by the videos it is about: forgetting the same ones again replaces it. Survives a power cut."""
     named = "\n".join(sorted(row["video_hash"] for row in rows))
     path = fragment_path(root, FORGOTTEN, f"forget-{hash_of(named)[:12]}")
-    write_atomically(path, pa.Table.from_pylist(rows, TOMBSTONE))
+    with replacing(path, fsync=True) as file:
+        pq.write_table(pa.Table.from_pylist(rows, TOMBSTONE), file, compression="zstd")
     return path
 
 
 def read_tombstones(root: Path) -> pa.Table:
-    """Every tombstone, in order of the files' names."""
+    """Every tombstone, in order of the files' names. Raises UserError for a damaged file: nobody may pass over it."""
     paths = [_folder(root) / name for name in tombstone_files(root)]
-    return pa.concat_tables([TOMBSTONE.empty_table(), *(pq.read_table(path, schema=TOMBSTONE) for path in paths)])
+    return pa.concat_tables([TOMBSTONE.empty_table(), *map(_read, paths)])
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, schema=TOMBSTONE)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): it says what this corpus was told to forget. Forget those videos "
+            "again, then remove the file."
+        ) from error
 
 
 def tombstone_files(root: Path) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from pipeline.worker import Work
 from shards.manifest import is_current
 from shards.sql import open_manifest
 from shards.tar import read_member
-from shards.tombstones import FORGOTTEN, write_tombstones
+from shards.tombstones import FORGOTTEN, read_tombstones, write_tombstones
 from shards.verify import verify
 from tests.build_support import ask
 
@@ -231,6 +231,13 @@ def test_its_bytes_from_another_address_are_refused(corpus, tmp_path):
     outcomes, _ = run_download(work)
     assert outcomes[0].failure.error_class == FORGOTTEN, outcomes[0].failure
     assert list((corpus / "sources" / "u000009").iterdir()) == []
+
+
+def test_a_damaged_tombstone_is_not_passed_over(tmp_path):
+    path = write_tombstones(tmp_path, [{"video_hash": "a", "url_hash": "b"}])
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UserError, match="is damaged .* Forget those videos again"):
+        read_tombstones(tmp_path)
 
 
 def test_what_names_nothing_is_an_error_that_helps(corpus):
