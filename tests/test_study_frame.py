@@ -105,6 +105,12 @@ def test_a_torn_run_is_done_again(toy, tmp_path: Path) -> None:
     assert toy() == 1
 
 
+def test_two_at_once_do_not_mix(toy, tmp_path: Path) -> None:
+    with runner.only_writer(tmp_path / "out"), pytest.raises(UserError, match="now"):
+        toy()
+    assert toy() == 6
+
+
 def test_rows_of_other_settings_are_not_mixed(toy) -> None:
     toy()
     with pytest.raises(UserError, match="size"):

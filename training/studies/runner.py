@@ -6,13 +6,15 @@ DIR/README.md, DIR/plot.svg   once all rows are there
 """
 
 import csv
+import fcntl
 import io
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,20 +52,27 @@ def run_study(
     for option, number in (("--seeds", num_seeds), ("--workers", workers)):
         if number is not None and number < 1:
             raise UserError(f"{option} {number}: at least 1.")
-    folder = StudyFolder(out, study, size)
-    seeds = range(num_seeds or study.num_seeds)
+    with only_writer(out):
+        return _run_missing(StudyFolder(out, study, size), num_seeds or study.num_seeds, cache, workers, progress)
+
+
+def _run_missing(
+    folder: "StudyFolder", num_seeds: int, cache: Path, workers: int, progress: Callable[[str], None]
+) -> Table:
+    study, size = folder.study, folder.size
+    seeds = range(num_seeds)
     missing = [Cell(arm, seed) for seed in seeds for arm in study.arms if Cell(arm, seed) not in folder.values]
     num_there = len(seeds) * len(study.arms) - len(missing)
     if num_there:
         progress(f"{num_there} of {len(seeds) * len(study.arms)} runs are there already.")
-    with closing(_results(name, size, missing, cache, workers)) as results:
+    with closing(_results(study.name, size, missing, cache, workers)) as results:
         for done in results:
             folder.add(done)
             num_there += 1
             told = "  ".join(f"{metric} {value:.3g}" for metric, value in done.values.items())
             progress(f"{num_there:3}  {done.cell.arm.label}, seed {done.cell.seed}: {told}  ({done.cpu_s:.0f} s)")
     table = Table({cell: values for cell, values in folder.values.items() if cell.seed in seeds})
-    write_report(study, size, len(seeds), table, out)
+    write_report(study, size, num_seeds, table, folder.path)
     return table
 
 
@@ -97,11 +106,26 @@ def _run(name: str, size: str, cell: Cell, cache: Path) -> Done:
     return Done(cell, rounded, time.process_time() - begun)
 
 
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Raises UserError while another process writes there: each would replace the other's rows."""
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--out {path}: a study is being run there now.") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class StudyFolder:
     """The rows of one study at one size. Opening it refuses those of another. Raises UserError."""
 
     def __init__(self, path: Path, study: Study, size: str):
-        self.path, self.study = path, study
+        self.path, self.study, self.size = path, study, size
         description = {"study": study.name, "size": size, "settings": asdict(study.sizes[size])}
         self.values: dict[Cell, Values] = {}
         self.cpu_s = 0.0
