@@ -190,6 +190,15 @@ def test_a_teacher_that_took_over_is_found_again(numbered, tmp_path, scripted):
     assert edit_tables(again) == edit_tables(corpus)
 
 
+def test_an_editing_whose_students_are_elsewhere_says_so(numbered, tmp_path, scripted, monkeypatch):
+    corpus = copy_of(numbered, tmp_path)
+    scripted += [0.1, 0.2]
+    edit(corpus, tmp_path / "edit", "edit.holdout=0.4", rounds=1, trains=True)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"round-01 is not there, but the corpus has that round .* begun in"):
+        edit(corpus, tmp_path / "other", "edit.holdout=0.4", rounds=1, trains=True)
+
+
 def test_videos_held_out_for_the_student_are_not_edited(numbered, tmp_path, scripted):
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
     scripted += [0.1, 0.2]

@@ -13,16 +13,19 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline.build import difference
+from pipeline.config import digest
 from pipeline.corpus import Corpus, take_lock, write_text_atomically
 from pipeline.display import plain_console
 from pipeline.errors import UserError
+from pipeline.settings import resolve
 from training import models
-from training.edit_clips import freeze_items
-from training.edit_host import CorpusHost
+from training.edit_clips import Items, freeze_items
+from training.edit_host import CorpusHost, hash_of
 from training.edit_report import show
 from training.edit_rounds import HELD
 from training.edit_settings import EditRunSettings, EditSettings, resolve_edit
 from training.edit_students import Editing
+from training.edit_worker import CODE_VERSION
 from training.run_folder import RunFolder
 from training.selection import EVAL_FILE, Selection
 
@@ -104,11 +107,13 @@ def _begin(out: Path, request: EditRequest) -> Editing:
     freeze_items(
         out / "clips.arrow", corpus, where, settings.edit, trains=trains, never=never, tables=dict(request.tables)
     )
-    _copy_teacher(run, settings, out / "teacher")
-    saved = {"corpus": str(corpus), "where": where, "trains": trains, "settings": settings.model_dump(mode="json")}
+    teacher = _copy_teacher(run, settings, out / "teacher")
+    editing = _name(teacher, settings, Items(out / "clips.arrow"), corpus, trains)
+    saved = {"editing": editing, "corpus": str(corpus), "where": where, "trains": trains}
+    saved |= {"settings": settings.model_dump(mode="json")}
     text = "# An editing of clips' boundaries. Go on with `clipmill edit --out DIR`.\n"
     write_text_atomically(out / "edit.yaml", text + yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
-    return Editing(corpus, out, settings, where, trains, request.workers, request.command)
+    return Editing(editing, corpus, out, settings, where, trains, request.workers, request.command)
 
 
 def _refuse_settings_of_others(settings: EditRunSettings) -> None:
@@ -144,12 +149,23 @@ def _of_model(model: str, recipe: str | None, assignments: list[str]) -> EditRun
     return resolve_edit(base | {"data": {"max_text_tokens": limit}}, None, assignments)
 
 
-def _copy_teacher(run: RunFolder | None, settings: EditRunSettings, folder: Path) -> None:
+def _name(teacher: Path, settings: EditRunSettings, items: Items, corpus: Path, trains: bool) -> str:
+    """A hash of everything that decides an editing's rows but how many rounds there are."""
+    cut = resolve(Corpus(corpus).load_settings(), None, []).cut
+    parts = [CODE_VERSION, hash_of(teacher), settings.edit.fingerprint(), settings.model.fingerprint()]
+    parts += [settings.data.fingerprint(), cut.fingerprint(), items.hash, trains]
+    if trains or settings.edit.folds == 2:
+        parts += [settings.train.fingerprint(), settings.eval.text]
+    return f"e{digest(parts)[:12]}"
+
+
+def _copy_teacher(run: RunFolder | None, settings: EditRunSettings, folder: Path) -> Path:
     """The weights it begins with, kept because a run goes on and drops old checkpoints."""
+    weights = folder / "model.safetensors"
     if run is None:
         model = models.load(settings.model, settings.data.seed)
         models.writer(model)(model.state_dict(), folder)
-        return
+        return weights
     step = run.checkpoints.find_latest()
     if step is None:
         raise UserError(f"--model {run.root} has no checkpoint yet: nothing that could edit.")
@@ -158,6 +174,7 @@ def _copy_teacher(run: RunFolder | None, settings: EditRunSettings, folder: Path
     for name in ("model.safetensors", "config.json"):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
+    return weights
 
 
 # --- Going on
@@ -169,7 +186,7 @@ def _load(out: Path) -> dict[str, Any] | None:
         return None
     try:
         saved = yaml.safe_load(path.read_text())
-        return {name: saved[name] for name in ("corpus", "where", "trains", "settings")}
+        return {name: saved[name] for name in ("editing", "corpus", "where", "trains", "settings")}
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as an editing's settings: {error}") from error
 
@@ -193,8 +210,8 @@ def _resume(out: Path, saved: dict[str, Any], request: EditRequest) -> Editing:
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
         raise UserError(f"{out} was begun otherwise:\n{lines}\nGo on with the old values, or give --out a new folder.")
-    trains, workers = saved["trains"], request.workers
-    return Editing(Path(saved["corpus"]), out, settings, saved["where"], trains, workers, request.command)
+    own = (saved["editing"], Path(saved["corpus"]), out, settings, saved["where"], saved["trains"])
+    return Editing(*own, request.workers, request.command)
 
 
 def _decisive(settings: EditRunSettings) -> dict[str, Any]:

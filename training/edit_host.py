@@ -28,9 +28,7 @@ from safetensors import safe_open
 
 from pipeline.build import Session, session
 from pipeline.config import digest
-from pipeline.corpus import Corpus
 from pipeline.errors import ItemError
-from pipeline.settings import resolve
 from pipeline.worker import Outcome, Work, commit
 from shards.fragments import fragment_path
 from training.edit_clips import Video
@@ -52,8 +50,8 @@ class CorpusHost:
 
     def __init__(self, asked: Editing):
         self.asked, self.settings, self.items = asked, asked.settings, asked.items
-        self.editing = _identity(asked)
-        self.students = Students(asked, self.editing)
+        self.editing = asked.editing
+        self.students = Students(asked)
         self.weights: list[Path] = []
         self.threshold: float | None = None
         self.round_number = 0
@@ -61,7 +59,7 @@ class CorpusHost:
     # -- Host ---------------------------------------------------------------------------------------------------------
 
     def teacher(self) -> str:
-        return "+".join(map(_hash, self.weights))
+        return "+".join(map(hash_of, self.weights))
 
     def score(self, video: VideoClips, offered: Sequence[Floats]) -> Sequence[Floats]:
         raise AssertionError("units are edited by `edit`")
@@ -142,7 +140,7 @@ class CorpusHost:
         for video in self.items.videos:
             by_unit.setdefault(video.unit, []).append(video)
         silent = self.items.silent if state.round_number == 1 else {}
-        weights, hashes = tuple(map(str, self.weights)), tuple(map(_hash, self.weights))
+        weights, hashes = tuple(map(str, self.weights)), tuple(map(hash_of, self.weights))
         texts = [(video.video_id, item["text"]) for video in self.items.videos for item in video.items]
         teachers = (weights, hashes, tuple(editors.banks(weights, texts)))
 
@@ -201,23 +199,12 @@ class CorpusHost:
             yield current
 
 
-def _identity(asked: Editing) -> str:
-    """Of everything that decides an editing's rows but how many rounds there are."""
-    settings = asked.settings
-    cut = resolve(Corpus(asked.corpus).require().load_settings(), None, []).cut
-    parts = [CODE_VERSION, _hash(asked.teacher_path), settings.edit.fingerprint(), settings.model.fingerprint()]
-    parts += [settings.data.fingerprint(), cut.fingerprint(), asked.items.hash, asked.trains]
-    if asked.trains or settings.edit.folds == 2:
-        parts += [settings.train.fingerprint(), settings.eval.text]
-    return f"e{digest(parts)[:12]}"
-
-
 def _is_committed(plan: Plan, job: Job) -> bool:
     return fragment_path(Path(plan.root), "ledger", work_of(plan, job).name).exists()
 
 
 @lru_cache(maxsize=64)
-def _hash(weights: Path) -> str:
+def hash_of(weights: Path) -> str:
     """Of the tensors alone: two files of the same weights may say in another order what they are of."""
     digest_of = hashlib.sha256()
     with safe_open(weights, "pt") as file:

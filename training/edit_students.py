@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from pipeline.corpus import write_text_atomically
+from pipeline.errors import UserError
 from training import models
 from training.distributed import join
 from training.edit_clips import Items
@@ -34,8 +35,9 @@ VALIDATION, TRAINING = "edit_validation", "edit_clips"  # tables of clip ids, fo
 
 @dataclass(frozen=True)
 class Editing:
-    """What is asked for. `settings` are the students' and those of editing."""
+    """What is asked for. `settings` are the students' and those of editing; `editing` is its name in the rows."""
 
+    editing: str
     corpus: Path
     out: Path
     settings: EditRunSettings
@@ -58,10 +60,10 @@ class Editing:
 
 
 class Students:
-    """Of the editing with that name."""
+    """Of an editing."""
 
-    def __init__(self, asked: Editing, editing: str):
-        self.asked, self.editing = asked, editing
+    def __init__(self, asked: Editing):
+        self.asked = asked
 
     @property
     def folds(self) -> list[int | None]:
@@ -69,7 +71,7 @@ class Students:
         return [0, 1] if self.asked.settings.edit.folds == 2 else [None]
 
     def weights(self, round_number: int) -> list[Path]:
-        """Of a round's students; of round 0 what the editing began with."""
+        """Of a round's students; of round 0 what the editing began with. Raises UserError where they are not here."""
         return [self._weights(round_number, fold) for fold in self.folds]
 
     def begin(self) -> list[Path]:
@@ -81,17 +83,14 @@ class Students:
 
     def train(self, round_number: int) -> float:
         """A round's students, to their end: their mean R@1 on the videos held out."""
-        edit = self.asked.settings.edit
-        changes = {"data.edits": f"{self.editing}:{round_number}", "train.epochs": edit.epochs, "train.max_steps": None}
-        before = self.weights(round_number - 1)
-        return float(
-            np.mean(
-                [
-                    self._run(round_number, fold, changes | {"model.weights": str(weights)})
-                    for fold, weights in zip(self.folds, before, strict=True)
-                ]
-            )
-        )
+        epochs, before = self.asked.settings.edit.epochs, self.weights(round_number - 1)
+        changes = {"data.edits": f"{self.asked.editing}:{round_number}", "train.epochs": epochs}
+        changes |= {"train.max_steps": None}
+        recalls = [
+            self._run(round_number, fold, changes | {"model.weights": str(weights)})
+            for fold, weights in zip(self.folds, before, strict=True)
+        ]
+        return float(np.mean(recalls))
 
     def validate(self, weights: list[Path]) -> float:
         """Mean R@1 of these on the videos held out."""
@@ -107,7 +106,12 @@ class Students:
     def _weights(self, round_number: int, fold: int | None) -> Path:
         if round_number == 0 and fold is None:
             return self.asked.teacher_path
-        run = RunFolder(self._folder(round_number, fold)).require()
+        run = RunFolder(self._folder(round_number, fold))
+        if not run.exists:
+            raise UserError(
+                f"{run.root} is not there, but the corpus has that round of editing {self.asked.editing}: give --out "
+                "the folder that it was begun in."
+            )
         step = run.checkpoints.find_latest()
         assert step is not None, f"{run.root} ended without a checkpoint"
         return run.checkpoints.path(step) / "model.safetensors"
