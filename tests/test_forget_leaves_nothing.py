@@ -1,5 +1,6 @@
 """What is forgotten is seen by nobody at once, gone to the last byte after `compact`, and never fetched again."""
 
+import hashlib
 import shutil
 import signal
 import subprocess
@@ -22,13 +23,14 @@ from pipeline.forget_command import run_forget
 from pipeline.ingest_stage import ingest_sources
 from pipeline.pack_stage import pack_state
 from pipeline.stage_workers import run_download
-from pipeline.worker import Work
+from pipeline.worker import Outcome, Work, commit
 from shards.manifest import is_current
 from shards.sql import open_manifest
-from shards.tar import read_member
+from shards.tar import Blob, read_member, write_clips_tar
 from shards.tombstones import FORGOTTEN, read_tombstones, write_tombstones
 from shards.verify import verify
 from tests.build_support import ask
+from training.places import Places
 
 GONE = "video-b"  # in the group of video-e's first clip
 
@@ -271,6 +273,36 @@ def dying(real):
 os.replace, os.unlink = dying(os.replace), dying(os.unlink)  # which pathlib calls, too
 pipeline.forget.compact(Path({root!r}))
 """
+
+
+def commit_edits(root: Path) -> None:
+    """Edited clips of video-a and video-b, as `clipmill edit` leaves them: a commit with a tar of its own."""
+    [path] = (root / "fragments" / "clips").glob("*-u000000-*.parquet")
+    rows = [row for row in pq.read_table(path).to_pylist() if row["clip_id"] in ("video-a.1", "video-b.1")]
+    items = [{"item_id": row["video_id"], "key": "k", "attempts": 0, "cost": 1} for row in rows]
+    work = Work("edit", "u000000", items, None, "f", str(root), "run")
+    blobs = [Blob(f"{row['clip_id']}.mp4", root / row["tar"], row["mp4_offset"], row["num_bytes"]) for row in rows]
+    name, outcomes = f"clips/{work.name}.tar", []
+    for row, member in zip(rows, write_clips_tar(root / name, blobs), strict=True):
+        row |= {"editing": "e", "round": 1, "tar": name, "mp4_offset": member.offset, "frames": []}
+        moved = {"editing": "e", "round": 1, "clip_id": row["clip_id"], "video_id": row["video_id"]}
+        outcomes.append(Outcome(row["video_id"], {"edited_clips": [row], "clip_edits": [moved]}))
+    commit(work, outcomes, [name])
+
+
+def test_edited_clips_go_too_and_others_are_found_where_they_moved(corpus):
+    commit_edits(corpus)
+    forget_video(corpus, GONE)
+    compact(corpus)
+    assert traces(corpus, GONE, []) == []
+    [(clip_id, sha256, tar, offset, size)] = ask(
+        corpus, "SELECT clip_id, sha256, tar, mp4_offset, num_bytes FROM edited_clips"
+    )
+    data = read_member(corpus / tar, offset, size)
+    assert clip_id == "video-a.1" and hashlib.sha256(data).hexdigest() == sha256
+    assert ask(corpus, "SELECT clip_id FROM clip_edits") == [("video-a.1",)]
+    [place] = Places(corpus).find([bytes.fromhex(sha256)])
+    assert read_member(corpus / place.shard, place.offset, place.num_bytes) == data
 
 
 @pytest.mark.slow
