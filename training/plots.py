@@ -52,7 +52,7 @@ def bars(
     labels = [textwrap.wrap(name, int((WIDTH - LEFT - RIGHT) / len(groups) / CHARACTER)) for name in groups]
     bottom = 26 + LABEL_LINE * max(map(len, labels))
     highest = max(levels) if top is None else top
-    frame = _Frame(_legend_rows(keys), 0, len(groups), min(levels), highest, bottom=bottom)
+    frame = _Frame(_legend_rows(keys) + (top is not None), 0, len(groups), min(levels), highest, bottom=bottom)
     parts = [*_y_axis(frame, y_label), *_legend(keys)]
     for position, (name, group) in enumerate(groups.items()):
         for row, line in enumerate(labels[position]):

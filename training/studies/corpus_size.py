@@ -89,4 +89,5 @@ STUDY = Study(
     },
     run=run,
     draw=draw,
+    num_seeds=5,
 )
