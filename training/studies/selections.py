@@ -36,6 +36,7 @@ POOLS = {
     "QUALIFY row_number() OVER (PARTITION BY coalesce(duplicate_group, clip_id) ORDER BY clip_id) = 1) "
     "QUALIFY percent_rank() OVER (ORDER BY text_similarity DESC) < {half}",
 }
+UNTRAINED = Arm("untrained")
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,23 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
     from training.studies.scenes import frames_of
 
     corpus = corpus_of(size, cache)
-    select = drawn(POOLS[arm.name].format(half=size.share), size.budget, seed)
-    model = trained(corpus, select, seed, size)
+    if arm == UNTRAINED:
+        model, told = image_model(), {"distinct": 0.0, "filler": 0.0}
+    else:
+        select = drawn(POOLS[arm.name].format(half=size.share), size.budget, seed)
+        model, told = trained(corpus, select, seed, size), facts(corpus, select)
     scenes, spoken = held_out(size.num_test, seed)
     pixels = frames_of(scenes, size.num_frames, model.config.image_size, 4.0, cache)
-    return written_scores(model, scenes, pixels) | {
-        "spoken_r1": recall(similarities(model, spoken, pixels)),
-        **facts(corpus, select),
-    }
+    spoken_r1 = recall(similarities(model, spoken, pixels))
+    return {"spoken_r1": spoken_r1} | written_scores(model, scenes, pixels) | told
+
+
+def image_model() -> Any:
+    """Every frame by itself, the unit vectors averaged: what an image model makes of a video."""
+    from training import models
+    from training.settings import ModelSettings
+
+    return models.load(ModelSettings(init="demo", pooling="mean")).eval()
 
 
 def drawn(pool: str, budget: int, seed: int) -> str:
@@ -201,7 +211,7 @@ def trained(corpus: Path, select: str, seed: int, size: Size) -> Any:
 def draw(table: Table, path: Path) -> Path:
     from training.plots import bars
 
-    shown = {"r1": "R@1, written queries", "filler": "clips talked over", "distinct": "clips unlike the others"}
+    shown = {"spoken_r1": "R@1, spoken queries", "r1": "R@1, written queries", "filler": "clips talked over"}
     groups = {
         arm.name: {told: tuple(100 * v for v in table.mean(arm, metric)) for metric, told in shown.items()}
         for arm in STUDY.arms
@@ -212,32 +222,33 @@ def draw(table: Table, path: Path) -> Path:
 STUDY = Study(
     name="selections",
     title="Which selection of a corpus teaches best",
-    question="The same number of clips for the same number of updates, drawn by different SQL from one corpus: which "
-    "of the manifest's columns is worth selecting by?",
+    question="The same number of clips for the same number of updates, drawn by different SQL from one corpus: which of "
+    "the manifest's columns is worth selecting by?",
     claimed="Nobody's yet. We expected that clips whose subtitles agree with the captions, and clips without "
     "near-duplicates, teach more than clips drawn from all.",
     setting="One corpus of the demo world, built by `clipmill build`: 44 videos, ten of them uploaded three times more "
     "in other containers; 40 % of the scenes are talked over with something else, and 40 % of the videos have "
-    "subtitles that come up to 4 s late or early. Every arm draws its clips at random from what its SQL leaves (the "
-    "better half, where it orders), and the trainer post-pretrains the demo's image model on them with the loss "
-    "V-(S,C) + F-C. Scenes of other videos are searched by written sentences of looks and motion, of looks alone, and "
-    "by what is said over them.",
-    arms=tuple(Arm(name) for name in POOLS),
+    "subtitles that come up to 4 s late or early. Every arm draws its clips at random from what its SQL leaves "
+    "(the better half, where it orders), and the trainer post-pretrains the demo's image model on them with the"
+    " loss V-(S,C) + F-C. Scenes of other videos are searched by written sentences of looks and motion, of "
+    "looks alone, and by what is said over them.",
+    arms=(*(Arm(name) for name in POOLS), UNTRAINED),
     metrics={
-        "r1": "R@1, looks and motion",
-        "r5": "R@5",
-        "looks_r1": "R@1, looks",
         "spoken_r1": "R@1, spoken",
-        "distinct": "clips unlike the others",
+        "r1": "R@1, written looks and motion",
+        "r5": "R@5 of these",
+        "looks_r1": "R@1, written looks",
+        "distinct": "clips without their like",
         "filler": "clips talked over",
     },
-    claims=(
-        Claim("subtitles like captions > all", "r1", "subtitles like captions", "all"),
-        Claim("subtitles like captions > all, spoken", "spoken_r1", "subtitles like captions", "all"),
-        Claim("captions like their frames > all", "r1", "captions like their frames", "all"),
-        Claim("words with times > all", "r1", "words with times", "all"),
-        Claim("no duplicates > all", "r1", "no duplicates", "all"),
-        Claim("both > all", "r1", "no duplicates, subtitles like captions", "all"),
+    claims=tuple(
+        Claim(f"{better} > {worse}", metric, better, worse)
+        for metric in ("spoken_r1", "r1")
+        for better, worse in (
+            *((name, "all") for name in POOLS if name != "all"),
+            ("all", UNTRAINED.name),
+            ("no duplicates, subtitles like captions", UNTRAINED.name),
+        )
     ),
     sizes={
         "default": Size(),
@@ -247,4 +258,13 @@ STUDY = Study(
     },
     run=run,
     draw=draw,
+    notes="The image model has learned written texts of looks, so on those there is nothing left to learn from so few"
+    " clips, and talk beside the point only makes it forget; what is said it can learn, and there the "
+    "selections differ. Taking duplicates away alone takes clips away whose subtitles were as good as others'. "
+    "The cost of alignment is in no arm: nothing is spoken in the demo world's sound, so `align_cost` is 0 for "
+    "every clip. “Words with times”, automatic subtitles that tell each word's time, stands in for it; whether "
+    "a whole file of subtitles is late neither can know. Tried before, with one seed: 60 updates of 24 clips, "
+    "by which the first two selections came to 67 % (all) and 76 % (subtitles like captions) of spoken, 84 % "
+    "and 93 % of written queries. For the untrained model there is no selection: its last two columns are 0.",
+    num_seeds=6,
 )
