@@ -323,7 +323,10 @@ def evaluate(
 @app.command()
 def study(
     name: Annotated[str | None, typer.Argument(help="Which one; none: a list of them.", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option(help="Where its rows, table and plot go.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where its rows, table and plot go; without NAME, of an index.", show_default=False),
+    ] = None,
     size: Annotated[str, typer.Option(help="default, or small: to see it run.")] = "default",
     seeds: Annotated[int | None, typer.Option(help="How many; none: the study's own number.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; none: one per core.")] = None,
@@ -335,7 +338,7 @@ def study(
     from training.study_command import list_studies, run_named
 
     if name is None:
-        list_studies(Console())
+        list_studies(Console(), out)
         return
     if out is None:
         raise UserError("clipmill study NAME --out DIR: it needs to know where its rows go.")

@@ -166,6 +166,17 @@ def test_the_command_lists_what_there_is() -> None:
     assert isinstance(CliRunner().invoke(app, ["study", "proxies"]).exception, UserError)
 
 
+def test_an_index_tells_what_came_out(toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "STUDIES", {"toy": ("toy", "toys"), "never": ("never", "run")})
+    with pytest.raises(UserError, match="no study"):
+        runner.index(tmp_path)
+    toy()
+    (tmp_path / "out").rename(tmp_path / "toy")
+    runner.index(tmp_path)
+    row = "| [toy](toy/README.md) | High is. | 2 yes, 1 no, 1 undecided | 0 |"
+    assert row in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_a_small_study_by_the_command(tmp_path: Path) -> None:
     command = ["study", "proxies", "--out", str(tmp_path / "out"), "--size", "small", "--seeds", "1", "--workers", "1"]

@@ -1,4 +1,4 @@
-"""`clipmill study`: what there is, or one of them run."""
+"""`clipmill study`: what there is and what came out, or one of them run."""
 
 import os
 from pathlib import Path
@@ -9,11 +9,17 @@ from rich.table import Table as Lines
 from training.studies import STUDIES
 
 
-def list_studies(console: Console) -> None:
+def list_studies(console: Console, out: Path | None) -> None:
+    """Also writes the index of the studies that were run into folders of `out`. Raises UserError."""
     lines = Lines(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, (_, question) in STUDIES.items():
         lines.add_row(name, question)
     console.print(lines)
+    if out is not None:
+        from training.studies.runner import index
+
+        index(out)
+        console.print(f"\n{out / 'README.md'} has what came out.", soft_wrap=True, highlight=False)
 
 
 def run_named(

@@ -1,12 +1,27 @@
 """A study's rows as a page: what was asked, what came out, and how to run it again."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from shards.tar import replacing
-from training.studies.study import Arm, Claim, Study, Table
+from training.studies.study import VERDICTS, Arm, Claim, Study, Table
 
 DEFAULT_OUT = "docs/studies"
+INDEX = """# Studies
+
+Claims of the methods' papers tried in miniature on the demo world, where the truth is known: small models, minutes of
+training, several seeds, held-out clips. Each page has its table, its plot, what was tried, and whether each ordering
+came out: “yes” and “no” where the differences within seeds lie beyond the 95 % interval of Student's t, else
+“undecided”. What comes out here need not come out on real videos, and the other way round.
+
+```
+clipmill study                                        # which there are
+clipmill study proxies --out docs/studies/proxies     # runs one, or goes on with it; --seeds, --workers, --size small
+clipmill study --out docs/studies                     # writes this page from the rows of all
+```
+
+How one is written: [training/studies](../../training/studies/__init__.py)."""
 
 
 def write_report(study: Study, size: str, num_seeds: int, table: Table, out: Path) -> None:
@@ -14,6 +29,19 @@ def write_report(study: Study, size: str, num_seeds: int, table: Table, out: Pat
     study.draw(table, out / "plot.svg")
     with replacing(out / "README.md") as file:
         file.write(page(study, size, num_seeds, table).encode())
+
+
+def write_index(folder: Path, done: Mapping[str, tuple[Study, Table, float]]) -> None:
+    """FOLDER/README.md: of every study that was run into a folder of its name there, by name with its rows and
+    processor seconds, what was claimed and what came out.
+    """
+    lines = [["study", "claimed", "came out", "processor minutes"], ["---"] * 4]
+    for name, (study, table, cpu_s) in done.items():
+        verdicts = [table.outcome(claim).verdict for claim in study.claims]
+        counts = ", ".join(f"{verdicts.count(word)} {word}" for word in VERDICTS if word in verdicts)
+        lines.append([f"[{name}]({name}/README.md)", study.claimed, counts, f"{cpu_s / 60:.0f}"])
+    with replacing(folder / "README.md") as file:
+        file.write(f"{INDEX}\n\n{_markdown(lines)}\n".encode())
 
 
 def page(study: Study, size: str, num_seeds: int, table: Table) -> str:

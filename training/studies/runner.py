@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 from shards.tar import replacing
-from training.studies import load
-from training.studies.report import write_report
+from training.studies import STUDIES, load
+from training.studies.report import write_index, write_report
 from training.studies.study import Arm, Cell, Study, Table, Values
 
 COLUMNS = ("condition", "arm", "seed", "metric", "value")
@@ -54,6 +54,18 @@ def run_study(
             raise UserError(f"{option} {number}: at least 1.")
     with only_writer(out):
         return _run_missing(StudyFolder(out, study, size), num_seeds or study.num_seeds, cache, workers, progress)
+
+
+def index(folder: Path) -> None:
+    """FOLDER/README.md of the studies that were run into FOLDER/NAME. Raises UserError where there is none."""
+    done = {}
+    for name in STUDIES:
+        if (folder / name / "README.md").exists():
+            study, cpu_s = load(name), json.loads((folder / name / "study.json").read_text())["cpu_s"]
+            done[name] = study, Table(read_rows(folder / name / "rows.csv", study)), cpu_s
+    if not done:
+        raise UserError(f"--out {folder}: no study was run into a folder of its name there.")
+    write_index(folder, done)
 
 
 def _run_missing(

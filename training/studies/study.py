@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 Values = Mapping[str, float]  # by metric
+VERDICTS = ("yes", "no", "undecided")
 
 
 @dataclass(frozen=True)
