@@ -222,16 +222,16 @@ def draw(table: Table, path: Path) -> Path:
 STUDY = Study(
     name="selections",
     title="Which selection of a corpus teaches best",
-    question="The same number of clips for the same number of updates, drawn by different SQL from one corpus: which of "
-    "the manifest's columns is worth selecting by?",
+    question="The same number of clips for the same number of updates, drawn by different SQL from one corpus: which"
+    " of the manifest's columns is worth selecting by?",
     claimed="Nobody's yet. We expected that clips whose subtitles agree with the captions, and clips without "
     "near-duplicates, teach more than clips drawn from all.",
-    setting="One corpus of the demo world, built by `clipmill build`: 44 videos, ten of them uploaded three times more "
-    "in other containers; 40 % of the scenes are talked over with something else, and 40 % of the videos have "
-    "subtitles that come up to 4 s late or early. Every arm draws its clips at random from what its SQL leaves "
-    "(the better half, where it orders), and the trainer post-pretrains the demo's image model on them with the"
-    " loss V-(S,C) + F-C. Scenes of other videos are searched by written sentences of looks and motion, of "
-    "looks alone, and by what is said over them.",
+    setting="One corpus of the demo world, built by `clipmill build`: 44 videos, ten of them uploaded three times "
+    "more in other containers; 40 % of the scenes are talked over with something else, and 40 % of the "
+    "videos have subtitles that come up to 4 s late or early. Every arm draws its clips at random from what"
+    " its SQL leaves (the better half, where it orders), and the trainer post-pretrains the demo's image "
+    "model on them with the loss V-(S,C) + F-C. Scenes of other videos are searched by written sentences of"
+    " looks and motion, of looks alone, and by what is said over them.",
     arms=(*(Arm(name) for name in POOLS), UNTRAINED),
     metrics={
         "spoken_r1": "R@1, spoken",
@@ -258,13 +258,14 @@ STUDY = Study(
     },
     run=run,
     draw=draw,
-    notes="The image model has learned written texts of looks, so on those there is nothing left to learn from so few"
-    " clips, and talk beside the point only makes it forget; what is said it can learn, and there the "
-    "selections differ. Taking duplicates away alone takes clips away whose subtitles were as good as others'. "
-    "The cost of alignment is in no arm: nothing is spoken in the demo world's sound, so `align_cost` is 0 for "
-    "every clip. “Words with times”, automatic subtitles that tell each word's time, stands in for it; whether "
-    "a whole file of subtitles is late neither can know. Tried before, with one seed: 60 updates of 24 clips, "
-    "by which the first two selections came to 67 % (all) and 76 % (subtitles like captions) of spoken, 84 % "
-    "and 93 % of written queries. For the untrained model there is no selection: its last two columns are 0.",
+    notes="The image model has learned written texts of looks, so on those there is nothing left to learn from so"
+    " few clips, and talk beside the point only makes it forget; what is said it can learn, and there the "
+    "selections differ. Taking duplicates away alone takes clips away whose subtitles were as good as "
+    "others'. The cost of alignment is in no arm: nothing is spoken in the demo world's sound, so "
+    "`align_cost` is 0 for every clip. “Words with times”, automatic subtitles that tell each word's time, "
+    "stands in for it; whether a whole file of subtitles is late neither can know. Tried before, with one "
+    "seed: 60 updates of 24 clips, by which the first two selections came to 67 % (all) and 76 % (subtitles"
+    " like captions) of spoken, 84 % and 93 % of written queries. For the untrained model there is no "
+    "selection: its last two columns are 0.",
     num_seeds=6,
 )
