@@ -47,11 +47,12 @@ class Doomed:
 def find(root: str | Path, ids: Sequence[str], urls: Sequence[str], where: str | None) -> Doomed:
     """The videos named, and those with the same bytes. Raises UserError for what names nothing."""
     corpus = Corpus(root).require()
-    known = set(read_tombstones(corpus.root)["url_hash"].to_pylist())
+    tombstones = read_tombstones(corpus.root)
+    forgotten = {*tombstones["url_hash"].to_pylist(), *tombstones["video_hash"].to_pylist()}
     if not (ids or urls or where):
         raise UserError("say what to forget: --video ID, --url URL or --where SQL (a condition on `videos`).")
     with open_manifest(corpus.root) as connection:
-        named = [_known_id(connection, video_id) for video_id in ids]
+        named = [_known_id(connection, video_id) for video_id in ids if hash_of(video_id) not in forgotten]
         by_url = {url: _id_of_url(connection, url) for url in urls}
         named += [video_id for video_id in by_url.values() if video_id]
         named += rows_of(connection, _videos_where(where)) if where else []
@@ -59,7 +60,7 @@ def find(root: str | Path, ids: Sequence[str], urls: Sequence[str], where: str |
             raise UserError(f"--where {where}: no video meets it.")
         unknown = [url for url, video_id in by_url.items() if video_id is None]
         videos = connection.sql(_DOOMED, params={"ids": sorted(set(named))}).to_arrow_table().to_pylist()
-    return Doomed(videos, [url for url in unknown if hash_of(canonical_url(url)) not in known])
+    return Doomed(videos, [url for url in unknown if hash_of(canonical_url(url)) not in forgotten])
 
 
 _DOOMED = """

@@ -18,7 +18,7 @@ from pipeline.build import session
 from pipeline.download import DownloadSettings
 from pipeline.errors import UserError
 from pipeline.file_kinds import hash_file
-from pipeline.forget import compact, find, forget
+from pipeline.forget import Doomed, compact, find, forget
 from pipeline.forget_command import run_forget
 from pipeline.ingest_stage import ingest_sources
 from pipeline.pack_stage import pack_state
@@ -115,6 +115,7 @@ def told(path: Path) -> bytes:
 
 def test_every_query_leaves_it_out_at_once(corpus):
     forget_video(corpus, GONE)
+    assert find(corpus, [GONE], [url_of(GONE)], None) == Doomed(), "asking again finds nothing to do"
     for table in ("videos", "sentences", "spans", "clips", "samples", "catalog"):
         assert ask(corpus, f"SELECT count(*) FROM {table} WHERE video_id = '{GONE}'") == [(0,)], table
     for table in ("captions", "scores"):
