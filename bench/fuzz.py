@@ -16,10 +16,12 @@ import argparse
 import importlib
 import random
 import resource
+import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -131,16 +133,17 @@ def fuzz(videos: list[Path], subtitles: list[Path], seed: int, numbers: Iterator
     before = _resident_bytes()
     box = partial(Sandbox, MEMORY_BYTES, file_bytes=1 << 28, calls_per_child=1000)
     with box() as media, box() as trainer, TemporaryDirectory() as folder:
-        for number in numbers:
-            rng = random.Random(f"{seed}:{number}")
-            source = rng.choice(seeds)
-            case = Path(folder, f"case{source.suffix}")
-            case.write_bytes(mutated(source.read_bytes(), rng))
-            tally.num_cases += 1
-            for name, step in steps[source].items():
-                sandbox = trainer if step is _train else media
-                sandbox.call(_warm_up, step is _train, timeout_s=IMPORT_S)
-                _run(sandbox, name, step, case, f"--seed {seed} --only {number} ({source.name})", limit_s, tally)
+        with suppress(KeyboardInterrupt):  # what was done by then is told
+            for number in numbers:
+                rng = random.Random(f"{seed}:{number}")
+                source = rng.choice(seeds)
+                case = Path(folder, f"case{source.suffix}")
+                case.write_bytes(mutated(source.read_bytes(), rng))
+                for name, step in steps[source].items():
+                    sandbox = trainer if step is _train else media
+                    sandbox.call(_warm_up, step is _train, timeout_s=IMPORT_S)
+                    _run(sandbox, name, step, case, f"--seed {seed} --only {number} ({source.name})", limit_s, tally)
+                tally.num_cases += 1
     tally.growth_mb = (_resident_bytes() - before) / (1 << 20)
     if tally.growth_mb > GROWTH_BYTES / (1 << 20):
         tally.findings.append(f"escape: this process grew by {tally.growth_mb:,.0f} MB")
@@ -221,6 +224,8 @@ def main() -> int:
     parser.add_argument("--limit-s", type=float, default=20.0, help="of each step of a case")
     parser.add_argument("--footage", type=Path, help="a folder of videos and subtitles to mutate as well")
     given = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     numbers = [given.only] if given.only is not None else range(given.first, given.first + given.count)
     with TemporaryDirectory() as folder:
         videos, subtitles = made_seeds(Path(folder))
