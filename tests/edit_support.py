@@ -1,6 +1,7 @@
 """A corpus of numbered frames, built by the real stages in this process, and editings of it."""
 
 import io
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -31,17 +32,22 @@ SENTENCES = (
 EAGER = ("edit.min_gain=0", "edit.length_weight=0", "edit.max_median_change=null", "edit.max_share_at_limit=null")
 
 
-def build_corpus(root: Path, num_videos: int = 4, num_silent: int = 1) -> Path:
-    """Videos of 30 s with three sentences each, the last ones without any; clips at 3 frames a second."""
+def build_corpus(root: Path, num_videos: int = 4) -> Path:
+    """Videos video0, video1, … of 30 s with three sentences each, the last one without any; 3 frames a second."""
     videos = root.with_name(f"{root.name}-videos")
     videos.mkdir(parents=True)
-    for number in range(num_videos + num_silent):
+    lines = []
+    for number in range(num_videos):
         frames = {"num_frames": 30 * FPS + number, "fps": FPS, "size": (96, 64)}  # no two files are the same
-        make_video(videos, Shape(f"video{number}.mp4", options=dict(SHORT_GOP), **frames))
-        if number < num_videos:
+        path = make_video(videos, Shape(f"video{number}.mp4", options=dict(SHORT_GOP), **frames))
+        line = {"id": f"video{number}", "path": str(path)}
+        if number < num_videos - 1:
             (videos / f"video{number}.srt").write_text(_subtitles(number))
+            line["subtitle"] = str(path.with_suffix(".srt"))
+        lines.append(json.dumps(line) + "\n")
+    (videos / "list.jsonl").write_text("".join(lines))
     with session(root, None, SETTINGS, "test", create=True) as (current, _):
-        ingest_sources(current, [str(videos)])
+        ingest_sources(current, [str(videos / "list.jsonl")])
         for stage in STAGES:
             if stage.name in STAGES_RUN:
                 _run_stage(current, stage)
