@@ -175,6 +175,10 @@ def test_an_index_tells_what_came_out(toy, tmp_path: Path, monkeypatch: pytest.M
     runner.index(tmp_path)
     row = "| [toy](toy/README.md) | High is. | 2 yes, 1 no, 1 undecided | 0 |"
     assert row in (tmp_path / "README.md").read_text()
+    rows = tmp_path / "toy" / "rows.csv"
+    rows.write_text("".join(line for line in rows.read_text().splitlines(keepends=True) if ",high," not in line))
+    runner.index(tmp_path)
+    assert "| not finished |" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.slow

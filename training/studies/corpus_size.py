@@ -71,7 +71,7 @@ the arms do.
 Tried with the first seed: held-out clips with backgrounds of their own instead of one, where everything is right nine
 times in ten whatever it was trained on (none 96, 25 clips 97 after fine-tuning); then, with one background, 80 updates
 at a learning rate of 1e-3, where 400 clips reach 40.0 after fine-tuning and 25 clips 36.0, both below what the gentler
-rate gives them. A size that could decide it would take more than the minutes that a study may last here."""
+rate gives them. More updates on more clips may decide it; they were not tried."""
 
 STUDY = Study(
     name="corpus-size",

@@ -37,11 +37,15 @@ def write_index(folder: Path, done: Mapping[str, tuple[Study, Table, float]]) ->
     """
     lines = [["study", "claimed", "came out", "processor minutes"], ["---"] * 4]
     for name, (study, table, cpu_s) in done.items():
-        verdicts = [table.outcome(claim).verdict for claim in study.claims]
-        counts = ", ".join(f"{verdicts.count(word)} {word}" for word in VERDICTS if word in verdicts)
-        lines.append([f"[{name}]({name}/README.md)", study.claimed, counts, f"{cpu_s / 60:.0f}"])
+        outcome = "not finished" if table.lacks(study) else _verdicts(study, table)
+        lines.append([f"[{name}]({name}/README.md)", study.claimed, outcome, f"{cpu_s / 60:.0f}"])
     with replacing(folder / "README.md") as file:
         file.write(f"{INDEX}\n\n{_markdown(lines)}\n".encode())
+
+
+def _verdicts(study: Study, table: Table) -> str:
+    verdicts = [table.outcome(claim).verdict for claim in study.claims]
+    return ", ".join(f"{verdicts.count(word)} {word}" for word in VERDICTS if word in verdicts)
 
 
 def page(study: Study, size: str, num_seeds: int, table: Table) -> str:

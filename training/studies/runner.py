@@ -60,7 +60,7 @@ def index(folder: Path) -> None:
     """FOLDER/README.md of the studies that were run into FOLDER/NAME. Raises UserError where there is none."""
     done = {}
     for name in STUDIES:
-        if (folder / name / "README.md").exists():
+        if (folder / name / "study.json").exists():
             study, cpu_s = load(name), json.loads((folder / name / "study.json").read_text())["cpu_s"]
             done[name] = study, Table(read_rows(folder / name / "rows.csv", study)), cpu_s
     if not done:

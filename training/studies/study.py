@@ -90,6 +90,11 @@ class Table:
         """By seed."""
         return {c.seed: values[metric] for c, values in self.values.items() if c.arm == arm and metric in values}
 
+    def lacks(self, study: Study) -> list[Arm]:
+        """Arms without a single seed."""
+        there = {cell.arm for cell in self.values}
+        return [arm for arm in study.arms if arm not in there]
+
     def mean(self, arm: Arm, metric: str) -> tuple[float, float]:
         """Mean and standard deviation (n - 1) over seeds."""
         values = list(self.of(arm, metric).values())
