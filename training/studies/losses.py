@@ -97,8 +97,8 @@ STUDY = Study(
     title="Which loss, when subtitles are wrong",
     question="Which of the losses over videos V, frames F, subtitles S and captions C gives the best search, and "
     "how does that depend on how many subtitles talk about something else?",
-    claimed="V-(S,C) + F-C is what CLIP-ViP adopts; captions beside subtitles are above subtitles alone (its "
-    "ablation as remembered, unconfirmed: spec/clip_vip.md section 9).",
+    claimed="V-(S,C) + F-C is the one that CLIP-ViP (arXiv 2209.06430) adopts and its released settings name. That "
+    "captions beside subtitles are above subtitles alone is its ablation as remembered, without figures.",
     setting="Clips of one scene of the demo world. S is what its narrator says of looks and motion, but for a share of "
     "clips: half of these have another clip's S, half talk about nothing seen. C says the looks of the middle frame, "
     "without mistakes. CLIP-ViP with four proxies starts from the demo's image model and is post-pretrained with each "
