@@ -329,7 +329,7 @@ MANIFEST: dict[str, pa.Schema] = {
         attempts=INT32,
         at=pa.timestamp("us", tz="UTC"),
         unit=STRING,
-        quarantined=BOOL,  # its attempts (engine.max_attempts, over all runs) are used up: only `run --where` tries again
+        quarantined=BOOL,  # engine.max_attempts are used up, over all runs: only `run --where` tries again
     ),
     # What the corpus was told to forget. It holds hashes alone: enough to know the video again, not to name it.
     "forgotten": _schema(

@@ -52,7 +52,8 @@ _FILL = {
         FROM range($num_clips) r(i)
     """,
     "sentences": """
-        SELECT video_id, n, start_s, end_s, text, num_words, align_cost, clip_id, source_sha256 FROM spans WHERE num_words > 0
+        SELECT video_id, n, start_s, end_s, text, num_words, align_cost, clip_id, source_sha256
+        FROM spans WHERE num_words > 0
     """,
     "clips": """
         SELECT vid(i // $per_video) AS video_id, cid(i) AS clip_id, i % $per_video AS n,
