@@ -88,7 +88,8 @@ def probe(path: str | Path) -> MediaInfo:
         name = container.format.name
         duration = container.duration / av.time_base if container.duration else 0.0
         rate = stream.average_rate or Fraction(0)
-        codec, audio_codec = stream.codec_context.name, audio.codec_context.name if audio else None
+        codec = stream.codec_context.name
+        audio_codec = audio.codec_context.name if audio and audio.codec_context else None  # of no known codec: silent
         try:
             frame = next(container.decode(stream))
         except (StopIteration, av.FFmpegError) as error:

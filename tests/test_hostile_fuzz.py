@@ -9,6 +9,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
 
 from bench import fuzz  # noqa: E402
+from pipeline.audio import extract_speech  # noqa: E402
+from pipeline.cut import CutSettings, SpanRequest, cut_video  # noqa: E402
+from pipeline.errors import ItemError  # noqa: E402
+from pipeline.media import probe  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +27,20 @@ def test_mutated_videos_and_subtitles_give_results_or_classed_errors(seeds):
     assert tally.findings == [] and tally.num_cases == 16
     classes = {outcome for _, outcome in tally.outcomes}
     assert "ok" in classes and len(classes) > 2, "too tame to prove anything"
+
+
+def test_sound_of_no_known_kind_costs_the_sound_alone(seeds, tmp_path):
+    """Found by `bench.fuzz --seed 2`."""
+    content = seeds[0][0].read_bytes()
+    assert content.count(b"mp4a") == 1
+    (tmp_path / "odd.mp4").write_bytes(content.replace(b"mp4a", b"zzzz").replace(b"esds", b"zzzz"))
+    info = probe(tmp_path / "odd.mp4")
+    assert (info.video_codec, info.audio_codec) == ("h264", None)
+    with pytest.raises(ItemError, match="audio"):
+        extract_speech(tmp_path / "odd.mp4")
+    spans = [SpanRequest("v.0", 0, 0.0, 1.0)]
+    (row,) = cut_video(tmp_path / "odd.mp4", spans, CutSettings(audio=True), tmp_path / "out").rows
+    assert row["has_audio"] is False
 
 
 def test_a_case_is_a_function_of_seed_and_number(seeds):
