@@ -120,9 +120,9 @@ def torment(
                 _finish(quiet)
             tormented = Build(disk / "corpus", sources, cluster.address)
             with CommitCount(tormented.corpus) as made:
-                chaos = Chaos(tormented, cluster, spoiler, random.Random(seed), summary)
+                chaos = Chaos(tormented, made, cluster, spoiler, seed)
                 wanted = [kind for kind in kinds if kind != "disk-full" or not summary.left_out]
-                chaos.run(num_faults, wanted, say)
+                summary.faults = chaos.run(num_faults, wanted, say)
                 say("no more faults: the last build")
                 spoiler.stop()
                 _finish(tormented)
@@ -153,26 +153,40 @@ def _compare(quiet: Path, tormented: Path, keep_in: Path, summary: Summary) -> N
 class Chaos:
     """Keeps a build running and hits it, its cluster, its server and its disk."""
 
-    def __init__(self, build: "Build", cluster: "RayNodes", spoiler: "Spoiler", rng: random.Random, summary: Summary):
-        self.build, self.cluster, self.spoiler, self.rng, self.summary = build, cluster, spoiler, rng, summary
+    def __init__(self, build: "Build", made: "CommitCount", cluster: "RayNodes", spoiler: "Spoiler", seed: int):
+        self.build, self.made, self.cluster, self.spoiler = build, made, cluster, spoiler
+        self.rng, self.faults = random.Random(seed), Counter()
 
-    def run(self, num_faults: int, kinds: list[str], say: Callable[[str], Any]) -> None:
+    def run(self, num_faults: int, kinds: list[str], say: Callable[[str], Any]) -> Counter:
+        """What has hit, by kind."""
         queue: list[str] = []
         while self._num_hit() < num_faults:
-            if not self.build.running():
-                if self.build.finished():
-                    self._tear(3)  # there is nothing left to disturb: make some work
-                self.build.start()
+            self._keep_building()
             queue = queue or self.rng.sample(kinds, len(kinds))
             time.sleep(self.rng.uniform(0.1, 5))
             kind = queue.pop()
             if self._strike(kind):
-                self.summary.faults[kind] += 1
+                self.faults[kind] += 1
                 say(f"{self._num_hit():4} {kind}")
+        return self.faults
+
+    def _keep_building(self) -> None:
+        """A build that is hit again before it has begun anew teaches nothing; one that is done is given work."""
+        if not self.build.running():
+            if self.build.finished():
+                self.faults["torn"] += self._tear(3)
+            made = self.made.total()
+            self.build.start()
+            self._wait_for_more_than(made)
+
+    def _wait_for_more_than(self, num_commits: int, timeout_s: float = 20) -> None:
+        until = time.monotonic() + timeout_s
+        while self.build.running() and self.made.total() <= num_commits and time.monotonic() < until:
+            time.sleep(0.1)
 
     def _num_hit(self) -> int:
-        self.summary.faults.update(self.spoiler.take_spoilt())
-        return self.summary.faults.total()
+        self.faults.update(self.spoiler.take_spoilt())
+        return self.faults.total()
 
     def _strike(self, kind: str) -> bool:
         """Whether it has hit. Spoilt answers are counted by the server, when one has been."""

@@ -23,6 +23,7 @@ from shards.fragments import Commit
 from shards.ledger import Ledger
 from shards.manifest import publish
 
+JOIN_ATTEMPTS = 4  # at joining a cluster
 LOOK_EVERY_S = 3.0  # at the cluster's size
 MAX_DEATHS = 3  # a piece of work whose worker died this often is split, and failed when it is a single item
 
@@ -393,7 +394,23 @@ def start_ray(settings: CorpusSettings) -> bool:
     quiet = {"logging_level": "ERROR", "log_to_driver": False, "ignore_reinit_error": True}
     address = settings.engine.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, **quiet)
-        return True
-    ray.init(num_cpus=settings.engine.cpus, include_dashboard=False, **quiet)
+        _join(address, quiet)
+    else:
+        ray.init(num_cpus=settings.engine.cpus, include_dashboard=False, **quiet)
     return True
+
+
+def _join(address: str, quiet: dict) -> None:
+    """Raises UserError where no cluster answers. A node that has just died may be asked first: then the next one is."""
+    import ray
+
+    for attempt in range(JOIN_ATTEMPTS):
+        try:
+            ray.init(address=address, **quiet)
+            return
+        except ConnectionError as error:
+            if attempt == JOIN_ATTEMPTS - 1:
+                raise UserError(
+                    f"engine.address or RAY_ADDRESS: the Ray cluster at {address} cannot be joined ({error})."
+                ) from error
+            time.sleep(3)
