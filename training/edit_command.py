@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline.build import difference
-from pipeline.config import digest
+from pipeline.config import digest, read_yaml
 from pipeline.corpus import Corpus, take_lock, write_text_atomically
 from pipeline.display import plain_console
 from pipeline.errors import UserError
@@ -185,7 +185,7 @@ def _load(out: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        saved = yaml.safe_load(path.read_text())
+        saved = read_yaml(path.read_text())
         return {name: saved[name] for name in ("editing", "corpus", "where", "trains", "settings")}
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as an editing's settings: {error}") from error
