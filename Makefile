@@ -8,9 +8,9 @@ READY := .venv/.ready
 demo: env
 	$(BIN)/clipmill demo
 
-# The whole suite; `make fast` leaves out what is marked slow. PROCESSES=0 runs it in one process.
+# The whole suite; `make fast` leaves out what is marked slow. PROCESSES=0 runs it in one process, 2 a file in each.
 PROCESSES ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
 
 test: env
 	$(PYTEST)
