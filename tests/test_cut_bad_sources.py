@@ -188,8 +188,8 @@ def test_the_sandbox_gives_the_same_answer(tmp_path, sandbox):
 
 
 def test_limits_of_the_settings_hold_in_the_sandbox(tmp_path, sandbox):
-    path = make_video(tmp_path, Shape("good.mp4", num_frames=60, size=(1280, 720)))
-    spans = [request(0.0, 2.0)]
+    path = make_video(tmp_path, Shape("good.mp4", num_frames=240, size=(1280, 720)))
+    spans = [request(0.0, 8.0)]
     slow = CutSettings(timeout_base_s=0.001, timeout_per_second=0.001)
     with pytest.raises(ItemError, match="timeout"):
         cut_in_sandbox(sandbox, path, spans, slow, tmp_path / "out")
