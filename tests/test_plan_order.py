@@ -243,6 +243,16 @@ def test_no_batch_holds_two_clips_of_one_group_whenever_there_is_room(spec: Plan
     assert sorted(rows.ravel().tolist()) == sorted(plain.ravel().tolist())
 
 
+def test_a_clip_that_a_swap_brings_in_is_parted_too() -> None:
+    """One case of the above: the only swap that leaves fewer pairs brings in a clip that shares a group itself."""
+    spec = spec_of(199, 12, seed=1, tail="drop", num_streams=3, block_size=1, window_steps=5)
+    sizes = [1, 9, 12, 12, 15, 11, 16, 16, 4, 1, 5, 4, 7, 12]
+    codes = np.repeat(np.arange(len(sizes)), sizes)
+    codes = np.concatenate([codes, np.full(199 - len(codes), -1)])[permutation(199, 0)]
+    changed = {"selection_hash": "8fa140db6b017c85c7384a1899e7c1eb", "groups_hash": hash_groups([codes])}
+    assert_parted(epoch_rows(PlanSpec(**{**vars(spec), **changed}), 1, [codes]), codes)
+
+
 @pytest.mark.parametrize("tail", ["drop", "pad", "carry"])
 @pytest.mark.parametrize("block_size", [1, 64])
 def test_videos_and_near_duplicates_are_kept_apart_at_once(tail: str, block_size: int) -> None:

@@ -70,17 +70,19 @@ def repair(
     failures = 0
     for step in steps.tolist():
         for slot in _repeated_slots(rows[step], groups):
-            if not _conflicts(rows, groups, step, slot):
-                continue  # an earlier swap has parted the pair
-            swapped = _swap_at_random(rows, groups, step, slot, key, shape)
-            if not swapped and failures < _MOST_FAILURES:
-                swapped = _swap_anywhere(rows, groups, step, slot, key, unmet)
-            failures = 0 if swapped else failures + 1
-            if not swapped and unmet == "error":
-                raise UserError(
-                    f"step {step} must hold two clips of one group: no swap parts them. "
-                    "Allowed: a smaller batch_size, fewer kinds of groups, or unmet 'keep'"
-                )
+            # until nothing is shared: what a swap brings in may share a group itself, if that leaves fewer pairs
+            while _conflicts(rows, groups, step, slot):
+                swapped = _swap_at_random(rows, groups, step, slot, key, shape)
+                if not swapped and failures < _MOST_FAILURES:
+                    swapped = _swap_anywhere(rows, groups, step, slot, key, unmet)
+                failures = 0 if swapped else failures + 1
+                if not swapped and unmet == "error":
+                    raise UserError(
+                        f"step {step} must hold two clips of one group: no swap parts them. "
+                        "Allowed: a smaller batch_size, fewer kinds of groups, or unmet 'keep'"
+                    )
+                if not swapped:
+                    break
             if failures >= _MOST_FAILURES:
                 return
 
