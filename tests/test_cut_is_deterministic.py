@@ -38,7 +38,7 @@ def test_bytes_and_rows_are_the_same_in_every_process(video, tmp_path, encoding)
 @pytest.mark.skipif("avx512f" not in cpu_flags(), reason="this processor has no AVX-512 to be kept from")
 @pytest.mark.parametrize("encoding", [name for name, encoding in ENCODINGS.items() if encoding.codec == "libx264"])
 def test_x264_is_kept_from_avx512(encoding):
-    """Its AVX-512 code gives other bytes about once in 500 clips (`bench.clip_bytes`): seldom enough to escape a test."""
+    """Its AVX-512 code gives other bytes once in 500 clips (`bench.clip_bytes`): seldom enough to escape a test."""
     names = dict([ENCODINGS[encoding].options["x264-params"].split("=")])["asm"].split(",")
     assert "AVX2" in names and "AVX512" not in names
 
