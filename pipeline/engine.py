@@ -7,6 +7,7 @@ dies again, and becomes a failure row of the item at last.
 """
 
 import heapq
+import math
 import os
 import time
 from collections import deque
@@ -73,7 +74,7 @@ class Engine:
         self.queues: dict[str, list] = {"io": [], "cpu": [], "model": []}  # heaps: later stages first, then longest
         self.busy: dict[str, int] = {}  # unit → pieces queued or in flight
         self.order = 0
-        self.published_at, self.publish_cost_s = 0.0, 0.0
+        self.published_at, self.publish_cost_s = -math.inf, 0.0
 
     def derive(self, units: Sequence[str] | None = None) -> None:
         self.ledger.derive(
@@ -94,6 +95,7 @@ class Engine:
         waiting = deque(self.ledger.units_with_work(stage.name for stage in self.stages))
         if not waiting:
             return self.report
+        self._publish_when_due()  # before Ray starts: whoever asks sees the sources from now on
         self.pools = Pools(self.settings)
         if any(stage.pool == "model" for stage in self.stages):
             self.pools.warm_up(

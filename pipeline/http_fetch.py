@@ -50,6 +50,7 @@ class _State:
     url: str
     etag: str = ""
     last_modified: str = ""
+    content_type: str = ""  # of the first answer: a later one, "there is no more than you have", has its own
 
     @property
     def validator(self) -> str:
@@ -77,9 +78,10 @@ def download_http(
                 raise DownloadError("truncated", f"{url}: the server does not have what was left to fetch")
             if start == 0:  # in this order: new validators never stand beside old bytes
                 part.unlink(missing_ok=True)
-                _write_state(state_path, _State(url, *_validators(response)))
+                state = _State(url, *_validators(response), response.headers.get("Content-Type", ""))
+                _write_state(state_path, state)
             digest, num_bytes = _save(response, part, start, _Limits(max_bytes, media, gate, url))
-            return HttpFile(part, num_bytes, digest, exchange.url, response.headers.get("Content-Type", ""))
+            return HttpFile(part, num_bytes, digest, exchange.url, state.content_type)
     except OSError as error:
         gate.check()
         raise from_os_error(error) from error

@@ -203,8 +203,8 @@ class _Child:
 def _wait(fd: int, event: int, deadline: float) -> None:
     poll = select.poll()
     poll.register(fd, event)
-    left_ms = max(0, int((deadline - time.monotonic()) * 1000))
-    if not poll.poll(left_ms):
+    left_s = deadline - time.monotonic()
+    if left_s <= 0 or not poll.poll(left_s * 1000):  # late is late, also where the answer lies there by now
         raise TimeoutError
 
 

@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
         body, status, headers = route.body, route.status, dict(route.headers)
         start = self._range_start(route)
         if start is not None and start >= len(body):
-            self._send(416, {"Content-Range": f"bytes */{len(body)}"}, b"", route)
+            self._send(416, {"Content-Range": f"bytes */{len(body)}"}, b"<h1>416</h1>", Route(etag=None))
             return
         if start is not None:
             status, body = 206, body[start:]

@@ -306,6 +306,12 @@ def test_a_transient_failure_is_continued_by_the_next_build(server: MediaServer,
     assert server.asked("/a.mp4")[-1]["Range"] == f"bytes={10_000 * (SETTINGS.retries + 1)}-"
 
 
+def test_a_file_that_was_whole_already_keeps_the_type_it_came_with(server: MediaServer, tmp_path, video):
+    row = get(server.add("/a.mp4", video, content_type="video/mp4", length_delta=7), tmp_path)
+    assert server.asked("/a.mp4")[1]["Range"] == f"bytes={len(video)}-"
+    assert json.loads(row["meta"])["content_type"] == "video/mp4"
+
+
 def test_another_container_leaves_no_old_file_behind(server: MediaServer, tmp_path, video):
     url = server.add("/a", video, content_type="video/mp4")
     get(url, tmp_path)
