@@ -3,7 +3,8 @@
 One loop, one thread, one writer. A unit moves through the stages by itself: when nothing of it is in flight the ledger
 is asked again what it lacks, so downloads, cutting and captioning of different units overlap, and nothing but unit
 names is kept in memory. Ray's own retries are off: work whose worker dies is given again here, in single items if it
-dies again, and becomes a failure row of the item at last.
+dies again, and becomes a failure row of the item. When all else is done such items get one last round, since workers
+that died in a row (a node that went, memory that ran out) say little of the item, and packing waits for its rows.
 """
 
 import heapq
@@ -75,6 +76,7 @@ class Engine:
         self.busy: dict[str, int] = {}  # unit → pieces queued or in flight
         self.order = 0
         self.published_at, self.publish_cost_s = -math.inf, 0.0
+        self.given_up: list[tuple[str, str, int]] = []  # (stage, item, attempts) of those whose workers died too often
 
     def derive(self, units: Sequence[str] | None = None) -> None:
         self.ledger.derive(
@@ -106,18 +108,35 @@ class Engine:
                 }
             )
         try:
-            examine: list[str] = []
-            while waiting or examine or self.flights or any(self.queues.values()):
-                room = self.pools.active_units - len(self.busy) - len(examine)
-                examine += [waiting.popleft() for _ in range(min(max(room, 0), len(waiting)))]
-                self._examine(examine)
-                self._submit()
-                examine = self._collect()
-                self._publish_when_due()
-                on_tick(self)
+            self._work_off(waiting, on_tick)
+            if self.given_up:
+                self._work_off(self._last_round(), on_tick)
         finally:
             self.pools.close()
         return self.report
+
+    def _work_off(self, waiting: deque[str], on_tick: Callable[["Engine"], None]) -> None:
+        """Work until these units lack nothing that can be had."""
+        examine: list[str] = []
+        while waiting or examine or self.flights or any(self.queues.values()):
+            room = self.pools.active_units - len(self.busy) - len(examine)
+            examine += [waiting.popleft() for _ in range(min(max(room, 0), len(waiting)))]
+            self._examine(examine)
+            self._submit()
+            examine = self._collect()
+            self._publish_when_due()
+            on_tick(self)
+
+    def _last_round(self) -> deque[str]:
+        """The units of items that were given up, which may be tried once more, as far as their attempts go."""
+        self.ledger.try_again(self.given_up)
+        self.derive()
+        counts = self.ledger.counts()
+        for stage in self.stages:
+            num_again = counts[stage.name].get("retry", 0)
+            self.report.by_stage[stage.name].failed -= num_again
+            self.report.num_failed -= num_again
+        return deque(self.ledger.units_with_work(stage.name for stage in self.stages))
 
     def _examine(self, units: list[str]) -> None:
         """Ask what these units lack; queue the first stage of each that lacks something."""
@@ -144,9 +163,7 @@ class Engine:
         if "download" not in names:
             return False
         readers = [name for name in ("transcribe", "segment", "cut") if name in names]
-        lost = [
-            video_id for video_id, path in self.ledger.sources_of(readers) if not (self.corpus.root / path).exists()
-        ]
+        lost = [video_id for video_id, path in self.ledger.sources_of(readers) if not self.corpus.files.has(path)]
         self.ledger.force("download", lost)
         return bool(lost)
 
@@ -183,6 +200,7 @@ class Engine:
             fingerprint=self.fingerprints[stage.name],
             root=str(self.corpus.root),
             run_id=self.run_id,
+            store=self.corpus.store,
         )
 
     def _enqueue(self, stage: Stage, work: Work, deaths: int = 0) -> None:
@@ -232,6 +250,8 @@ class Engine:
             self._enqueue(stage, work, deaths)
         else:
             error = ItemError("timeout" if hung else "worker-died", hung or death.message, transient=True)
+            if not hung:
+                self.given_up += [(work.stage, item["item_id"], item["attempts"] + 1) for item in work.items]
             return [commit(work, [Outcome(item["item_id"], failure=error) for item in work.items], [])]
         return []
 

@@ -220,6 +220,15 @@ class Ledger:
         self.connection.execute(f"INSERT INTO forced SELECT '{stage}', item_id FROM named")
         self.connection.unregister("named")
 
+    def try_again(self, tried: Sequence[tuple[str, str, int]]) -> None:
+        """Give failures that trying again may heal one more attempt in the run in which they failed.
+
+        tried  (stage, item_id, attempts): once an item has been tried more often than that, this counts no more
+        """
+        self.connection.execute("DELETE FROM once_more")
+        if tried:
+            self.connection.executemany("INSERT INTO once_more VALUES (?, ?, ?)", list(tried))
+
     def work(self, stage: str) -> list[dict]:
         """What the worker needs for every item to be done of a stage, for the units derived last, in item order."""
         self.connection.execute(
@@ -335,6 +344,7 @@ class Ledger:
             "(name VARCHAR, num_bytes BIGINT, mtime_ns BIGINT, outputs MAP(VARCHAR, BIGINT))"
         )
         self.connection.execute("CREATE TEMP TABLE forced (stage VARCHAR, item_id VARCHAR)")
+        self.connection.execute("CREATE TEMP TABLE once_more (stage VARCHAR, item_id VARCHAR, attempts INT)")
 
 
 # The row that counts for an item: the one made with the item's present key, else the newest of another key.
@@ -359,12 +369,13 @@ SELECT i.item_id, i.unit, i.key, i.cost, coalesce(t.attempts, 0) AS attempts,
             WHEN c.fresh THEN 'done'
             WHEN t.attempts IS NULL THEN 'pending'
             WHEN t.transient AND t.attempts >= $max_attempts THEN 'quarantined'
-            WHEN t.transient AND NOT t.in_this_run THEN 'retry'
+            WHEN t.transient AND (NOT t.in_this_run OR o.item_id IS NOT NULL) THEN 'retry'
             ELSE 'failed' END AS status
 FROM input_$stage i
 LEFT JOIN chosen_$stage c ON c.item_id = i.item_id AND c.fresh
 LEFT JOIN tried t ON t.item_id = i.item_id AND t.key = i.key
 LEFT JOIN (SELECT DISTINCT item_id FROM forced WHERE stage = '$stage') f ON f.item_id = i.item_id
+LEFT JOIN once_more o ON o.stage = '$stage' AND o.item_id = i.item_id AND o.attempts = t.attempts
 """
 
 

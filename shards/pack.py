@@ -4,7 +4,8 @@
 2. `plan_shards` orders them by a hash of (seed, clip_id) and fills shards up to a size. It is a pure function: the same
    clips and seed give the same shards whatever was packed before. A plan's key covers every byte that is to be in the
    tar except the columns that come late (captions, scores, groups), which KEY.json holds as of packing and the index
-   serves as they are: recaptioning never makes a shard pending.
+   serves as they are: recaptioning never makes a shard pending. Where a caption or a score has failed, though, the key
+   says that it is awaited: the clip is packed without, and its shard again once it is there.
 3. `write_shard`, one task per pending shard, writes tar and index under `shards/.next/`, the plan's key in their names.
 4. `commit_shards` runs when all are there: it renames them into place and removes what no plan names any more. Killed
    anywhere, the next run reuses what is complete and ends in the same bytes.
@@ -115,13 +116,22 @@ def select_samples(connection: duckdb.DuckDBPyConnection, settings: PackSettings
         SELECT clip_id, num_bytes AS mp4_bytes, coalesce(frames[1].num_bytes, 0) AS jpg_bytes,
                strlen(text) AS txt_bytes,
                md5(concat(to_json({{{hashed}}})::VARCHAR, if(split IS NULL AND texts IS NULL, NULL,
-                                                             to_json({{{referred}}})::VARCHAR))) AS content
+                                                             to_json({{{referred}}})::VARCHAR),
+                          if(clip_id IN ({_AWAITED}), 'awaited', NULL))) AS content
         FROM ({selection(settings.where)}) ORDER BY clip_id
     """
     try:
         return connection.sql(sql).to_arrow_table()
     except duckdb.Error as error:  # a value that does not convert, say: found only while the rows are made
         raise UserError(f"pack.where: {error}") from error
+
+
+# Clips whose first caption or whose scores could not be made yet.
+_AWAITED = """
+    SELECT item_id FROM failures WHERE stage = 'score'
+    UNION ALL SELECT item_id FROM failures WHERE stage = 'caption'
+        AND item_id NOT IN (SELECT clip_id FROM captions WHERE current AND frame_index = 0)
+"""
 
 
 def plan_shards(samples: pa.Table, settings: PackSettings, places: pa.Table | None = None) -> list[ShardPlan]:

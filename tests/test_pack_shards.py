@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -154,6 +155,45 @@ def test_new_captions_change_the_index_and_no_tar(corpus):
         assert rows["caption"].to_pylist() == [captions[clip_id] for clip_id in rows["clip_id"].to_pylist()]
         assert set(rows["caption_score"].to_pylist()) <= {-9.0, None}
         assert read_stamp(corpus / "shards" / plan.index_name).plan_key == plan.key
+
+
+def test_a_clip_whose_caption_had_failed_is_packed_anew_once_it_has_one(corpus, tmp_path):
+    quiet = shutil.copytree(corpus, tmp_path / "quiet")
+    pack(quiet)
+    with open_manifest(corpus) as connection:
+        clip_id = plans_of(corpus)[0].clip_ids[0].as_py()
+        caption = connection.sql(f"SELECT * FROM captions WHERE clip_id = '{clip_id}'").to_arrow_table()
+    _fail_caption(corpus, clip_id, transient=True)
+    pack(corpus)
+    without = shard_bytes(corpus)
+    assert [name for name in without if without[name] != shard_bytes(quiet)[name]] == ["000000.parquet", "000000.tar"]
+    pack(corpus)
+    assert shard_bytes(corpus) == without, "as long as it is awaited there is nothing to do"
+    _heal_caption(corpus, caption)
+    assert [plan.name for plan in pending_shards(corpus, plans_of(corpus))] == ["000000.tar"]
+    pack(corpus)
+    assert shard_bytes(corpus) == shard_bytes(quiet)
+
+
+def test_a_failed_recaptioning_packs_nothing_anew(corpus):
+    pack(corpus)
+    with duckdb.connect(str(corpus / "manifest.duckdb")) as connection:
+        connection.execute("INSERT INTO failures BY NAME SELECT 'caption' AS stage, clip_id AS item_id FROM clips")
+    assert pending_shards(corpus, plans_of(corpus)) == []
+
+
+def _fail_caption(root: Path, clip_id: str, transient: bool) -> None:
+    with duckdb.connect(str(root / "manifest.duckdb")) as connection:
+        connection.execute("DELETE FROM captions WHERE clip_id = ?", [clip_id])
+        row = "SELECT 'caption' AS stage, ? AS item_id, 'worker-died' AS error_class, ? AS transient"
+        connection.execute(f"INSERT INTO failures BY NAME {row}", [clip_id, transient])
+
+
+def _heal_caption(root: Path, caption: pa.Table) -> None:
+    with duckdb.connect(str(root / "manifest.duckdb")) as connection:
+        connection.register("caption", caption)
+        connection.execute("INSERT INTO captions BY NAME FROM caption")
+        connection.execute("DELETE FROM failures WHERE stage = 'caption'")
 
 
 def test_a_changed_subtitle_repacks_exactly_its_shard(corpus):

@@ -144,6 +144,19 @@ def test_a_transient_failure_is_tried_once_a_run_and_three_times_in_all(corpus):
     assert corpus.derive()["download"] == {"done": 2, "quarantined": 1}
 
 
+def test_a_failure_may_be_given_one_more_attempt_in_its_run_and_no_more_than_there_are(corpus):
+    corpus.fail["download:b"] = ItemError("worker-died", "again and again", transient=True)
+    corpus.work_off()
+    assert corpus.derive()["download"] == {"done": 2, "failed": 1}
+    corpus.ledger.try_again([("download", "b", 1)])
+    assert corpus.derive()["download"] == {"done": 2, "retry": 1}
+    corpus._do("download", corpus.ledger.work("download"))
+    assert corpus.derive()["download"] == {"done": 2, "failed": 1}, "it has had its attempt"
+    corpus.work_off()
+    corpus.ledger.try_again([("download", "b", 3)])
+    assert corpus.derive()["download"] == {"done": 2, "quarantined": 1}
+
+
 def test_a_healed_failure_is_no_failure_any_more(corpus):
     corpus.fail["download:b"] = ItemError("timeout", "slow", transient=True)
     corpus.work_off()

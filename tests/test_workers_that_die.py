@@ -1,0 +1,94 @@
+"""Work whose worker dies is given again, and once more when all else is done; what kills every worker is given up.
+
+The engine with workers that are functions here: no Ray, no media.
+"""
+
+from collections import Counter
+
+import pytest
+from ledger_support import STAGES, FragmentCorpus
+
+from pipeline import engine as engines
+from pipeline.config import Settings
+from pipeline.corpus import Corpus
+from pipeline.engine import MAX_DEATHS, Death, Engine
+from pipeline.errors import ItemError
+from pipeline.settings import CorpusSettings
+from pipeline.worker import commit
+
+
+class Workers:
+    """One piece at a time; `deaths` says how many workers an item will kill before one lives through it."""
+
+    active_units = 8
+
+    def __init__(self, corpus: FragmentCorpus, deaths: Counter):
+        self.corpus, self.deaths, self.tried = corpus, deaths, Counter()
+
+    def warm_up(self, settings: dict) -> None: ...
+
+    def close(self) -> None: ...
+
+    def has_room(self, pool: str) -> bool:
+        return True
+
+    def start(self, pool: str, flight) -> int:
+        return id(flight)
+
+    def wait(self, references: list) -> list:
+        return references
+
+    def result(self, reference, flight):
+        work = flight.work
+        self.tried.update(item["item_id"] for item in work.items)
+        killers = [item["item_id"] for item in work.items if self.deaths[f"{work.stage}:{item['item_id']}"] > 0]
+        if killers:
+            self.deaths[f"{work.stage}:{killers[0]}"] -= 1
+            return Death(f"killed by {killers[0]}")
+        return commit(work, [self.corpus._outcome(work.stage, item) for item in work.items], [])
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    corpus = FragmentCorpus(tmp_path)
+    corpus.add_sources("a", "b")
+    monkeypatch.setattr(engines, "fingerprints", lambda settings: corpus.fingerprints)
+    monkeypatch.setattr("pipeline.stages.Stage.settings", lambda stage, settings: Settings())
+    return corpus
+
+
+def run(corpus: FragmentCorpus, monkeypatch, name: str = "run", **deaths: int):
+    """One run of every stage; returns (the engine's report, its workers)."""
+    workers = Workers(corpus, Counter({item.replace("_", ":", 1): count for item, count in deaths.items()}))
+    monkeypatch.setattr(engines, "Pools", lambda settings: workers)
+    engine = Engine(Corpus(corpus.root), CorpusSettings(), corpus.ledger, name, STAGES)
+    engine.derive()
+    report = engine.run(lambda engine: None)
+    engine.derive()
+    return report, workers
+
+
+def test_an_item_whose_workers_died_too_often_is_done_in_the_last_round(corpus, monkeypatch):
+    report, _ = run(corpus, monkeypatch, **{"caption_a.0": MAX_DEATHS + 1})
+    assert corpus.ledger.counts()["caption"] == {"done": 4} and corpus.ledger.counts()["score"] == {"done": 4}
+    assert corpus.ledger.standing_failures() == []
+    assert report.num_failed == 0 and report.by_stage["caption"].failed == 0
+
+
+def test_an_item_that_kills_every_worker_is_given_up_and_costs_itself(corpus, monkeypatch):
+    _, workers = run(corpus, monkeypatch, **{"caption_a.0": 1000})
+    assert corpus.ledger.counts()["caption"] == {"done": 3, "failed": 1}
+    assert workers.tried["a.0"] <= 2 * MAX_DEATHS + 2  # … and its score, with nothing for a caption
+    assert [row[:3] for row in corpus.ledger.standing_failures()] == [("caption", "worker-died", 1)]
+    run(corpus, monkeypatch, name="next", **{"caption_a.0": 1000})
+    assert corpus.ledger.counts()["caption"] == {"done": 3, "quarantined": 1}
+    _, workers = run(corpus, monkeypatch, name="last", **{"caption_a.0": 1000})
+    assert not workers.tried
+
+
+def test_other_failures_are_not_tried_again_in_their_run(corpus, monkeypatch):
+    corpus.fail["download:b"] = ItemError("timeout", "slow", transient=True)
+    _, workers = run(corpus, monkeypatch, **{"caption_a.0": MAX_DEATHS})
+    assert workers.tried["b"] == 1
+    assert corpus.ledger.counts()["download"] == {"done": 1, "failed": 1}
+    assert corpus.ledger.counts()["caption"] == {"done": 2}
