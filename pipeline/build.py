@@ -80,8 +80,9 @@ class Session:
             "settings": json.dumps(self.settings.model_dump(mode="json"), sort_keys=True),
             "versions": json.dumps({**versions(), "driver_peak_mb": _peak_mb()}, sort_keys=True),
         }
-        table = pa.Table.from_pylist([row], MANIFEST["runs"])
-        write_atomically(fragment_path(self.corpus.root, "runs", self.run_id), table)
+        path = fragment_path(self.corpus.root, "runs", self.run_id)
+        write_atomically(path, pa.Table.from_pylist([row], MANIFEST["runs"]))
+        self.corpus.files.written(str(path.relative_to(self.corpus.root)))
 
     def publish(self) -> None:
         self.derive_all()
@@ -156,8 +157,7 @@ def build(
             report.pack = pack_corpus(current, display, write="pack" in stages, redo=redo and "pack" in stages)
             current.ledger.drop_superseded("cut")
         if not current.settings.download.keep_sources:
-            for path in current.ledger.sources_cut():
-                (current.corpus.root / path).unlink(missing_ok=True)
+            current.corpus.files.remove(*current.ledger.sources_cut())
         if report.did_something:
             current.record_run(ended=True)
         if report.did_something or not is_current(current.corpus.root):  # somebody may have had a video forgotten
@@ -227,7 +227,8 @@ def status(root: str | Path, assignments: list[str]) -> Status:
     corpus = Corpus(root).require()
     saved = corpus.load_settings()
     settings = resolve(saved, None, assignments)
-    with corpus.writer():
+    with corpus.alone_here(), corpus.files.here_only():
+        corpus.files.pull()
         ledger = Ledger(corpus.root, QUERIES, memory_limit=settings.engine.driver_memory)
         try:
             ledger.synchronise()

@@ -24,8 +24,12 @@ app = typer.Typer(
     help="From a list of video URLs to a queryable clip-text corpus, and to CLIP-ViP trained on any selection of it.",
 )
 
-CorpusOption = Annotated[Path, typer.Option("--corpus", help="The corpus folder.", show_default=False)]
-CorpusArgument = Annotated[Path, typer.Argument(help="The corpus folder.", metavar="DIR", show_default=False)]
+CorpusOption = Annotated[
+    str, typer.Option("--corpus", help="The corpus folder, or s3://BUCKET/PREFIX.", show_default=False)
+]
+CorpusArgument = Annotated[
+    str, typer.Argument(help="The corpus folder, or s3://BUCKET/PREFIX.", metavar="DIR", show_default=False)
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting and keep it, e.g. --set cut.fps=2.", metavar="SECTION.KEY=VALUE"),
@@ -51,7 +55,7 @@ def build(
             show_default=False,
         ),
     ] = None,
-    corpus: CorpusOption = Path("corpus"),
+    corpus: CorpusOption = "corpus",
     recipe: RecipeOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -78,7 +82,7 @@ def run(
     stage: Annotated[
         str, typer.Argument(help="download, transcribe, segment, cut, caption, score or pack.", show_default=False)
     ],
-    corpus: CorpusOption = Path("corpus"),
+    corpus: CorpusOption = "corpus",
     redo: Annotated[bool, typer.Option("--redo", help="Do all of it again, not only what is pending.")] = False,
     where: Annotated[
         str | None,
@@ -202,7 +206,7 @@ def explain(
 def train(
     corpus: Annotated[
         str | None,
-        typer.Option(help="A corpus folder, or a pattern of plain tars; none: the run's.", show_default=False),
+        typer.Option(help="A corpus folder or URL, or a pattern of plain tars; none: the run's.", show_default=False),
     ] = None,
     run: RunOption = Path("run"),
     recipe: RunRecipeOption = None,
@@ -242,7 +246,9 @@ app.command("finetune", help="Fine-tune a model for retrieval: `train` with a re
 
 @app.command()
 def plan(
-    corpus: Annotated[str, typer.Option(help="A corpus folder, or a pattern of plain tars.", show_default=False)],
+    corpus: Annotated[
+        str, typer.Option(help="A corpus folder or URL, or a pattern of plain tars.", show_default=False)
+    ],
     recipe: RunRecipeOption = None,
     select: Annotated[str | None, typer.Option(help="Train on the clips of this SELECT.", metavar="SQL")] = None,
     where: Annotated[
@@ -277,12 +283,12 @@ def plan(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path | None, typer.Option(help="A run: its latest checkpoint.", show_default=False)] = None,
+    run: Annotated[Path | None, typer.Option(help="A run.", show_default=False)] = None,
     model: Annotated[
         str | None, typer.Option(help="Or any model: a folder, a file, open_clip:NAME/TAG, demo.", show_default=False)
     ] = None,
     corpus: Annotated[
-        str | None, typer.Option(help="A corpus folder, or plain tars; none: the run's.", show_default=False)
+        str | None, typer.Option(help="A corpus folder or URL, or plain tars; none: the run's.", show_default=False)
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Settings to evaluate a model with.", show_default=False)] = None,
     select: Annotated[str | None, typer.Option(help="Search the clips of this SELECT.", metavar="SQL")] = None,
@@ -291,6 +297,10 @@ def evaluate(
     ] = None,
     text: Annotated[str | None, typer.Option(help="subtitle or caption: what a clip is searched by.")] = None,
     dsl: Annotated[bool, typer.Option("--dsl", help="Also with dual softmax over all queries.")] = False,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="best, last, or a step; none: best where RUN was validated.", show_default=False),
+    ] = None,
     ema: Annotated[bool, typer.Option("--ema", help="The run's averaged weights.")] = False,
     save_similarity: Annotated[
         Path | None, typer.Option(help="Keep the similarities: .npz or .safetensors.", show_default=False)
@@ -298,7 +308,7 @@ def evaluate(
     format: Annotated[str, typer.Option(help="table or json.")] = "table",
     set_: SetOption = None,
 ) -> None:
-    """Text-video retrieval both ways, by a run's latest checkpoint or any model."""
+    """Text-video retrieval both ways, by a run's checkpoint or any model."""
     from training.eval_command import run_eval
 
     if format not in ("table", "json"):
@@ -312,6 +322,7 @@ def evaluate(
         where=where,
         text=text,
         dsl=dsl,
+        checkpoint=checkpoint,
         ema=ema,
         save_similarity=save_similarity,
         assignments=set_ or [],

@@ -1,4 +1,8 @@
-"""A corpus on disk: where its parts are, its saved settings, and the lock that makes one process its writer."""
+"""A corpus: where its parts are, its saved settings, and the lock that makes one process its writer.
+
+Of a corpus in a store, `root` is this machine's mirror (`shards.files`): its one writer brings it up to date, and holds
+two locks, the store's (`pipeline.store_lock`) and that of the mirror.
+"""
 
 import fcntl
 import json
@@ -15,8 +19,12 @@ import yaml
 
 from pipeline.config import read_yaml
 from pipeline.errors import UserError
+from shards.files import Files, files_of, mirror, mirror_folder
+from shards.store import Store, is_url
 
+_OURS = ("README.txt", ".clipmill/")  # what a corpus in a store has before its settings
 FORMAT = 1  # of the folder; a corpus of a newer format is refused
+SETTINGS = "corpus.yaml"
 
 README = """A clipmill corpus.
   corpus.yaml                 the settings it is built with
@@ -30,19 +38,29 @@ README = """A clipmill corpus.
 
 class Corpus:
     def __init__(self, root: str | Path):
-        self.root = Path(root).expanduser().absolute()
-        self.settings_path = self.root / "corpus.yaml"
+        """`root`: a folder, s3://BUCKET/PREFIX, or the mirror of such a corpus that this process has opened before."""
+        if is_url(root):
+            store = Store.of(str(root))
+            self.root = mirror(mirror_folder(store, "corpus"), store).root
+        else:
+            self.root = Path(root).expanduser().absolute()
+        self.files: Files = files_of(self.root)
+        self.store = self.files.store
+        self.name = self.store.url if self.store else str(self.root)
+        self.settings_path = self.root / SETTINGS
         self.private = self.root / ".clipmill"  # lock, progress and caches: never part of the corpus
 
     @property
     def exists(self) -> bool:
+        if self.store and not self._is_held_here():  # a writer on this machine has the newest
+            self.files.update(SETTINGS)
         return self.settings_path.is_file()
 
     def require(self) -> "Corpus":
         """Raises UserError unless there is a corpus here."""
         if not self.exists:
             raise UserError(
-                f"{self.root} is no corpus (no corpus.yaml). Make one with `clipmill build SOURCES --corpus DIR`."
+                f"{self.name} is no corpus (no corpus.yaml). Make one with `clipmill build SOURCES --corpus DIR`."
             )
         return self
 
@@ -50,9 +68,7 @@ class Corpus:
         """Make the folders. Raises UserError for a folder that cannot be written or holds something else."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            begun = self.exists or self.private.exists()  # the latter alone: stopped before its settings were saved
-            if not begun and any(not entry.name.startswith(".") for entry in self.root.iterdir()):
-                raise UserError(f"{self.root} is not empty and not a corpus: give --corpus a new or an empty folder.")
+            self._refuse_others()
             for name in (".clipmill", "fragments", "sources", "clips", "shards"):
                 (self.root / name).mkdir(exist_ok=True)
             readme = self.root / "README.txt"
@@ -60,6 +76,16 @@ class Corpus:
                 readme.write_text(README)
         except OSError as error:
             raise UserError(f"--corpus {self.root} cannot be written: {error.strerror}.") from error
+
+    def _refuse_others(self) -> None:
+        if self.exists:
+            return
+        if self.store:
+            foreign = any(not key.startswith(_OURS) for key in self.store.list())
+        else:  # a private folder alone: stopped before its settings were saved
+            foreign = not self.private.exists() and any(e.name[0] != "." for e in self.root.iterdir())
+        if foreign:
+            raise UserError(f"{self.name} is not empty and not a corpus: give --corpus a new or an empty folder.")
 
     # -- settings -------------------------------------------------------------------------------------------------
 
@@ -71,24 +97,48 @@ class Corpus:
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
             raise UserError(f"{self.settings_path} cannot be read as a corpus's settings: {error}") from error
         if version != FORMAT:
-            raise UserError(f"{self.root} has corpus format {version}; this clipmill reads format {FORMAT}.")
+            raise UserError(f"{self.name} has corpus format {version}; this clipmill reads format {FORMAT}.")
         return settings
 
     def save_settings(self, settings: dict) -> None:
         text = "# Settings of this corpus, resolved. Change them with `clipmill build|run … --set stage.key=value`.\n"
         text += yaml.safe_dump({"format": FORMAT, "settings": settings}, sort_keys=False, allow_unicode=True)
         write_text_atomically(self.settings_path, text)
+        self.files.written("README.txt", SETTINGS)
 
     # -- one writer -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def writer(self):
-        """Hold the corpus lock. Raises UserError when another process has it; a dead holder's lock is taken over."""
+        """Hold the corpus lock. Raises UserError when another process has it; a dead holder's lock is taken over.
+
+        Of a corpus in a store the mirror is up to date in the block, but for media.
+        """
+        with self.alone_here():
+            if self.store is None:
+                yield
+                return
+            from pipeline.store_lock import StoreLock
+
+            lock = StoreLock(self.store)
+            lock.take()
+            try:
+                with self.files.guarded_by(lock.check):
+                    self.files.pull()
+                    yield
+            finally:
+                lock.release()
+
+    @contextmanager
+    def alone_here(self):
+        """Hold what this machine has of the corpus: a folder's lock, or that of a mirror that is only read from."""
+        if self.store:
+            self.private.mkdir(parents=True, exist_ok=True)
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         file = _take_named(self._lock, f"process {os.getpid()} on {socket.gethostname()} since {since}")
         if file is None:
             holder = _said_by(self._lock) or "another process"
-            raise UserError(f"{self.root} is being written by {holder}. Wait for it or stop it; reading is fine.")
+            raise UserError(f"{self.name} is being written by {holder}. Wait for it or stop it; reading is fine.")
         with file:
             yield
 
@@ -97,6 +147,15 @@ class Corpus:
         return self.private / "lock"
 
     def is_being_written(self) -> bool:
+        if self._is_held_here():
+            return True
+        if self.store is None:
+            return False
+        from pipeline.store_lock import is_held
+
+        return is_held(self.store)
+
+    def _is_held_here(self) -> bool:
         if not self._lock.exists():
             return False
         with open(self._lock) as file:
@@ -113,7 +172,7 @@ class Corpus:
 
     def read_progress(self) -> dict | None:
         """What the running build last said, None when nothing runs."""
-        if not self.is_being_written():
+        if not self._is_held_here():
             return None
         try:
             return json.loads((self.private / "progress.json").read_text())
@@ -175,13 +234,18 @@ def _is_left_by_the_dead(lock: Path) -> bool:
     named = re.match(r"process (\d+) on (\S+) since", _said_by(lock))
     if not named or named[2] != socket.gethostname():
         return False
+    return is_gone(int(named[1]))
+
+
+def is_gone(pid: int) -> bool:
+    """Whether there is no such process of this host, or only what is left of it."""
     try:
-        os.kill(int(named[1]), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:
         return False  # alive, and another user's
-    return _is_zombie(int(named[1]))
+    return _is_zombie(pid)
 
 
 def _is_zombie(pid: int) -> bool:

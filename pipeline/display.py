@@ -96,7 +96,7 @@ class Terminal:
         if done == total:
             self.console.print(f"[bold]pack[/] {total:,} shards written")
 
-    def finished(self, report: BuildReport, corpus: Path) -> None:
+    def finished(self, report: BuildReport, corpus: str | Path) -> None:
         if not report.did_something:
             self.console.print("Nothing to do: everything that can be done is done.")
         else:
@@ -180,7 +180,7 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)[:200]
 
 
-def show_status(root: Path, assignments: list[str]) -> None:
+def show_status(root: str | Path, assignments: list[str]) -> None:
     console = plain_console()
     running = Corpus(root).require().read_progress()
     if running and not assignments:
@@ -232,7 +232,7 @@ def _show_idle(console: Console, current: Status) -> None:
     print_failures(console, current.failures)
 
 
-def verify_corpus(root: Path, decode: bool) -> int:
+def verify_corpus(root: str | Path, decode: bool) -> int:
     """Print what is wrong with the shards; the exit code."""
     from pipeline.verify_stage import verify_with_sandbox
 

@@ -163,9 +163,7 @@ class Engine:
         if "download" not in names:
             return False
         readers = [name for name in ("transcribe", "segment", "cut") if name in names]
-        lost = [
-            video_id for video_id, path in self.ledger.sources_of(readers) if not (self.corpus.root / path).exists()
-        ]
+        lost = [video_id for video_id, path in self.ledger.sources_of(readers) if not self.corpus.files.has(path)]
         self.ledger.force("download", lost)
         return bool(lost)
 
@@ -202,6 +200,7 @@ class Engine:
             fingerprint=self.fingerprints[stage.name],
             root=str(self.corpus.root),
             run_id=self.run_id,
+            store=self.corpus.store,
         )
 
     def _enqueue(self, stage: Stage, work: Work, deaths: int = 0) -> None:

@@ -12,7 +12,7 @@ WIDTH = 80
 SHOWN = 30  # clips of a source, and lines of its history
 
 
-def run_explain(root: Path, name: str, *, as_json: bool) -> int:
+def run_explain(root: str | Path, name: str, *, as_json: bool) -> int:
     story = explain(root, name)
     print(told_as_json(story) if as_json else "\n".join(told(story)))
     return 0

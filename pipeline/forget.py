@@ -20,6 +20,7 @@ from pipeline.identity import canonical_url, canonical_urls, video_id_for
 from pipeline.pack_stage import planned
 from pipeline.settings import resolve
 from shards.compact import CompactReport, Remains, compact_commits, compact_shards, redact, remove_sources
+from shards.files import MANIFEST_NAME, for_reading
 from shards.manifest import UNFINISHED
 from shards.pack import places_of, select_samples
 from shards.sql import open_manifest, rows_of
@@ -46,12 +47,12 @@ class Doomed:
 
 def find(root: str | Path, ids: Sequence[str], urls: Sequence[str], where: str | None) -> Doomed:
     """The videos named, and those with the same bytes. Raises UserError for what names nothing."""
-    corpus = Corpus(root).require()
-    tombstones = read_tombstones(corpus.root)
+    here = for_reading(root, MANIFEST_NAME, "fragments/forgotten/")
+    tombstones = read_tombstones(here)
     forgotten = {*tombstones["url_hash"].to_pylist(), *tombstones["video_hash"].to_pylist()}
     if not (ids or urls or where):
         raise UserError("say what to forget: --video ID, --url URL or --where SQL (a condition on `videos`).")
-    with open_manifest(corpus.root) as connection:
+    with open_manifest(here) as connection:
         named = [_known_id(connection, video_id) for video_id in ids if hash_of(video_id) not in forgotten]
         by_url = {url: _id_of_url(connection, url) for url in urls}
         named += [video_id for video_id in by_url.values() if video_id]
@@ -137,7 +138,7 @@ def forget(root: str | Path, doomed: Doomed, reason: str | None) -> bool:
 def _places(corpus: Corpus, doomed: Doomed) -> dict[str, list[dict]]:
     """Video → the places of its clips in the order of packing; none where nothing is packed yet."""
     settings, found = resolve(corpus.load_settings(), None, []).pack, {}
-    with open_manifest(corpus.root) as connection:
+    with open_manifest(for_reading(corpus.name, MANIFEST_NAME)) as connection:
         if not rows_of(connection, "SELECT 1 FROM samples LIMIT 1"):
             return {}
         samples = select_samples(connection, settings)
@@ -154,6 +155,11 @@ def _places(corpus: Corpus, doomed: Doomed) -> dict[str, list[dict]]:
 def compact(root: str | Path) -> CompactReport:
     """Removes every byte and row of what has a tombstone. Killed anywhere and run again, it ends in the same bytes."""
     corpus, report = Corpus(root).require(), CompactReport()
+    if corpus.store:
+        raise UserError(
+            f"{corpus.name}: compact works on folders only. Copy the corpus into one, compact it there, and bring the "
+            "store to the same state (docs/object_store.md); nothing reads what was forgotten meanwhile."
+        )
     with session(corpus.root, None, [], "compact", create=False) as (current, _):
         current.publish()  # without the forgotten, whoever wrote the last one
         (corpus.root / UNFINISHED).touch()

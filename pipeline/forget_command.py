@@ -14,7 +14,14 @@ SHOWN = 20  # videos that are listed
 
 
 def run_forget(
-    root: Path, ids: list[str], urls: list[str], where: str | None, *, reason: str | None, yes: bool, dry_run: bool
+    root: str | Path,
+    ids: list[str],
+    urls: list[str],
+    where: str | None,
+    *,
+    reason: str | None,
+    yes: bool,
+    dry_run: bool,
 ) -> int:
     """The exit code."""
     console = Console(highlight=False)
@@ -61,7 +68,7 @@ def _agreed(console: Console) -> bool:
     return console.input("Forget them for good? [dim](y/N)[/] ").strip().lower() in ("y", "yes")
 
 
-def run_compact(root: Path) -> int:
+def run_compact(root: str | Path) -> int:
     """The exit code: 1 where a setting still names what was to be forgotten."""
     console = Console(highlight=False)
     report = compact(root)

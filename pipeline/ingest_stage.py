@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.benchmarks.sources import is_benchmark
 from pipeline.config import digest
 from pipeline.ingest import Ingested, Problem, ingest
-from shards.fragments import commit_name, fragment_path, table_schema, write_commit
+from shards.fragments import commit_name, table_schema, write_commit
 from shards.schema import LEDGER
 from shards.tombstones import read_tombstones
 
@@ -82,7 +82,7 @@ def _commit_problems(session, arguments: list[str], problems: list[Problem]) -> 
     if rows:
         write_commit(session.corpus.root, name, {}, pa.Table.from_pylist(rows, LEDGER), [])
         return [name]
-    fragment_path(session.corpus.root, "ledger", name).unlink()
+    session.corpus.files.remove(f"fragments/ledger/{name}.parquet")
     session.ledger.forget([name])
     return []
 

@@ -15,6 +15,7 @@ from pipeline.config import Settings
 from pipeline.errors import ItemError, UserError
 from pipeline.watchdog import time_limit
 from pipeline.worker import Outcome, Result, Work
+from shards.files import files_of
 from shards.tar import read_member
 
 
@@ -109,7 +110,7 @@ def _read_frames(work: Work, frames: list[tuple[str, dict]]) -> tuple[list[bytes
     images, problems = [], []
     for tar, frame in frames:
         try:
-            images.append(_read_frame(Path(work.root) / tar, frame))
+            images.append(_read_frame(files_of(work.root).local(tar), frame))
             problems.append(None)
         except ItemError as error:
             images.append(None)

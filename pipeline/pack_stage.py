@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.errors import ItemError
+from shards.files import files_of, mirror
 from shards.fragments import fragment_path, write_commit
 from shards.index import read_index, refresh_index
 from shards.pack import (
@@ -29,6 +30,7 @@ from shards.pack import (
 )
 from shards.schema import LEDGER
 from shards.sql import open_manifest
+from shards.store import Store
 
 FEW_SHARDS = 2  # so many are written here: starting Ray for them would take longer
 FAILURES = "pack"  # name of the one commit that holds the clips of the last packing that could not be packed
@@ -51,6 +53,7 @@ def pack_corpus(session, display, *, write: bool, redo: bool) -> PackReport:
     with open_manifest(root) as connection:
         if write:
             plans = planned(connection, settings)
+            session.corpus.files.look("shards")
             todo = plans if redo else pending_shards(root, plans, retry_missing=True)
             report.failures = _write_all(session, connection, todo, display)
             report.num_written, num_removed = commit_shards(root, plans, fsync=settings.fsync)
@@ -91,7 +94,7 @@ def _write_all(session, connection, plans: list[ShardPlan], display) -> list[tup
         waiting, num_done = deque(), 0
         for piece in chain(rows_by_shard(connection, plans), [None]):
             if piece is not None:
-                waiting.append(submit(*piece, root, fsync))
+                waiting.append(submit(*piece, root, session.corpus.store, fsync))
             while waiting and (piece is None or len(waiting) > 2 * submit.width):
                 failures += waiting.popleft()()
                 num_done += 1
@@ -134,7 +137,11 @@ class _RayTasks:
             self.ray.shutdown()
 
 
-def _write(plan: ShardPlan, rows: pa.Table, root: Path, fsync: bool) -> list[tuple[str, ItemError]]:
+def _write(
+    plan: ShardPlan, rows: pa.Table, root: Path, store: Store | None, fsync: bool
+) -> list[tuple[str, ItemError]]:
+    if store:
+        mirror(root, store)
     return write_shard(plan, rows, root, fsync=fsync).failures
 
 
@@ -165,7 +172,7 @@ def _record_failures(session, failures: list[tuple[str, ItemError]]) -> None:
         write_commit(root, FAILURES, {}, pa.Table.from_pylist(rows, LEDGER), [])
         session.ledger.load([FAILURES])
     elif fragment_path(root, "ledger", FAILURES).exists():
-        fragment_path(root, "ledger", FAILURES).unlink()
+        session.corpus.files.remove(f"fragments/ledger/{FAILURES}.parquet")
         session.ledger.forget([FAILURES])
 
 
@@ -179,5 +186,7 @@ def _refresh(root: Path, connection) -> int:
             "FROM catalog c SEMI JOIN packed USING (clip_id)"
         ).to_arrow_table()
         connection.unregister("packed")
-        num_changed += refresh_index(path, texts)
+        if refresh_index(path, texts):
+            files_of(root).written(f"shards/{path.name}")
+            num_changed += 1
     return num_changed

@@ -5,6 +5,7 @@ videos are decoded in this process's sandbox, so that a crash, a hang or a ballo
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from pipeline.transcribe import (
 from pipeline.watchdog import time_limit
 from pipeline.words import Word
 from pipeline.worker import GOVERNOR, Outcome, Result, Stopwatch, Work
+from shards.files import files_of
 from shards.fragments import TEMPORARY
 from shards.tar import Blob, write_clips_tar
 from shards.tombstones import FORGOTTEN, read_tombstones
@@ -55,6 +57,8 @@ def run_download(work: Work) -> Result:
             if row["sha256"] in forgotten:
                 _remove_files(folder, item["video_id"])
                 raise ItemError(FORGOTTEN, "these are the bytes of a video that the corpus was told to forget")
+            if not os.path.isabs(row["path"]):
+                files_of(root).written(*(str(p.relative_to(root)) for p in folder.glob(f"{item['video_id']}.*")))
             outcome.rows["downloads"] = [row]
             outcome.parts = list(_subtitle_failures(row))
         return outcome
@@ -93,15 +97,15 @@ def run_transcribe(work: Work) -> Result:
 
     It is a failure of the part VIDEO_ID.speech, which stands until the video is transcribed again.
     """
-    root, outcomes = Path(work.root), []
+    local, outcomes = files_of(work.root).local, []
     for item in work.items:
         with Stopwatch(item["item_id"]) as outcome:
-            files = [{**file, "path": str(root / file["path"])} for file in item["subtitles"] or []]
+            files = [{**file, "path": str(local(file["path"]))} for file in item["subtitles"] or []]
             problems: list[ItemError] = []
             try:
                 row = transcribe_video(
                     files,
-                    root / item["path"],
+                    local(item["path"]),
                     work.settings,
                     _whisper,
                     partial(_speech, work.settings),
@@ -165,7 +169,8 @@ def _shots(work: Work, item: dict) -> list[tuple[float, float]]:
     settings = work.settings
     limit_s = settings.timeout_base_s + settings.timeout_per_second * (item["duration_s"] or 0)
     limit_s = min(limit_s, settings.timeout_most_s)
-    return sandbox().call(detect_shots, Path(work.root) / item["path"], work.settings.shots, timeout_s=limit_s)
+    path = files_of(work.root).local(item["path"])
+    return sandbox().call(detect_shots, path, work.settings.shots, timeout_s=limit_s)
 
 
 def run_cut(work: Work) -> Result:
@@ -190,9 +195,8 @@ def _cut_video(work: Work, item: dict, folder: Path) -> Outcome:
     settings: CutSettings = work.settings
     with Stopwatch(item["item_id"]) as outcome:
         spans = [SpanRequest(**span) for span in item["spans"]]
-        result = cut_in_sandbox(
-            sandbox(), Path(work.root) / item["path"], spans, settings, folder / item["video_id"], item["duration_s"]
-        )
+        source = files_of(work.root).local(item["path"])
+        result = cut_in_sandbox(sandbox(), source, spans, settings, folder / item["video_id"], item["duration_s"])
         stamp = {"video_id": item["video_id"], "source_sha256": item["sha256"]}
         outcome.rows["clips"] = [{**row, **stamp} for row in result.rows]
         outcome.parts = list(result.failures)

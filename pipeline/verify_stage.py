@@ -8,26 +8,28 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline.corpus import Corpus
+from pipeline.corpus import SETTINGS, Corpus
 from pipeline.errors import ItemError
 from pipeline.media import NO_REFERENCES
 from pipeline.sandbox import Sandbox
+from shards.files import MANIFEST_NAME, for_reading
 from shards.sql import open_manifest
 from shards.verify import Problem, verify
 
 CLIP_TIMEOUT_S = 120.0
 
 
-def verify_with_sandbox(root: Path, decode: bool, console: Console) -> tuple[list[Problem], str]:
+def verify_with_sandbox(root: str | Path, decode: bool, console: Console) -> tuple[list[Problem], str]:
     """Problems of a corpus's shards, and in words what was checked."""
-    corpus = Corpus(root).require()
-    with open_manifest(corpus.root) as connection, Progress(console=console, transient=True) as progress:
+    here = for_reading(root, SETTINGS, MANIFEST_NAME, "fragments/forgotten/", "shards/")
+    Corpus(here).require()
+    with open_manifest(here) as connection, Progress(console=console, transient=True) as progress:
         num_shards, num_samples = connection.execute("SELECT count(DISTINCT shard), count(*) FROM samples").fetchall()[
             0
         ]
         task = progress.add_task("verify", total=num_shards)
         problems = verify(
-            corpus.root,
+            here,
             connection,
             decode_frames=_count_frames_safely if decode else None,
             workers=os.cpu_count() or 1,

@@ -19,8 +19,10 @@ import pyarrow as pa
 from pipeline.config import Settings
 from pipeline.errors import ItemError, UserError
 from pipeline.watchdog import reporting
+from shards.files import mirror
 from shards.fragments import Commit, commit_name, table_schema, write_commit
 from shards.schema import LEDGER
+from shards.store import Store
 
 GOVERNOR = "clipmill-governor"  # name of the Ray actor that limits how hard hosts are asked
 
@@ -45,6 +47,7 @@ class Work:
     fingerprint: str
     root: str
     run_id: str
+    store: Store | None = None  # where the corpus is, if that is no folder: `root` is then every node's mirror of it
 
     @property
     def cost(self) -> float:
@@ -71,6 +74,8 @@ def execute(work: Work) -> Commit:
     """Run the work and commit it. Whatever a single item raises becomes that item's failure."""
     module, _, runner = RUNNERS[work.stage].partition(":")
     started = time.perf_counter()
+    if work.store:
+        mirror(Path(work.root), work.store)
     with reporting(Path(work.root), work.name):
         outcomes, media = getattr(importlib.import_module(module), runner)(work)
     return commit(work, outcomes, media, time.perf_counter() - started)

@@ -179,7 +179,7 @@ class _Shard:
             clip_ids = [row["clip_id"] for row in rows]
             key = digest([self.stamp.plan_key, clip_ids])  # of no plan: packing writes it again when it comes to it
             plan = ShardPlan(self.name, pa.array(clip_ids, pa.string()), EXTENSIONS, key)
-        tar, index = next_paths(self.root, plan)
+        tar, index = (self.root / path for path in next_paths(plan))
         members = {m.name: m for m in write_tar(tar, (self._sample(row, remains) for row in rows))}
         lines = [_moved(row, position, members) for position, row in enumerate(rows)]
         write_index(index, pa.Table.from_pylist(lines, INDEX), Stamp(plan.key, tar.stat().st_size, missing))

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.identity import canonical_url, canonical_urls
+from shards.files import MANIFEST_NAME, for_reading
 from shards.fragments import fragment_path
 from shards.schema import LEDGER
 from shards.sql import open_manifest
@@ -46,7 +47,7 @@ class Story:
 
 def explain(root: str | Path, name: str) -> Story:
     """The story of a video_id, clip_id, sample key, URL or path. Raises UserError, with what is near, for others."""
-    root = Path(root)
+    root = for_reading(root, *_READ)
     with open_manifest(root) as connection:
         video_id, clip_id = _resolve(connection, name)
         if video_id is None:
@@ -64,6 +65,8 @@ def explain(root: str | Path, name: str) -> Story:
         story.places = [*_source_files(root, story.source), *story.places]
     return story
 
+
+_READ = (MANIFEST_NAME, "fragments/forgotten/", "fragments/sources/", "fragments/ledger/")
 
 _FAILURES = """
     SELECT stage, item_id, error_class, message, transient, attempts, "at" FROM failures

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.files import files_of
 from shards.schema import LEDGER, LEDGER_COLUMNS, TABLES
 
 PARQUET_END = b"PAR1"
@@ -82,9 +83,12 @@ def write_commit(
         outputs[str(path.relative_to(root))] = path.stat().st_size
     for relative in media:
         outputs[relative] = (root / relative).stat().st_size
+    files_of(root).written(*outputs)
     metadata = {"clipmill.outputs": json.dumps(outputs, sort_keys=True)}
     metadata |= {"clipmill.replaces": replaces} if replaces else {}
-    write_atomically(fragment_path(root, "ledger", name), ledger.cast(LEDGER).replace_schema_metadata(metadata))
+    path = fragment_path(root, "ledger", name)
+    write_atomically(path, ledger.cast(LEDGER).replace_schema_metadata(metadata))
+    files_of(root).written(str(path.relative_to(root)))
 
 
 def outputs_of(ledger_fragment: Path) -> dict[str, int]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from shards.files import Files, files_of
 from shards.fragments import fragment_path, outputs_of, replaced_by, table_schema
 from shards.schema import LEDGER, TABLES
 from shards.tombstones import read_tombstones, tombstone_files
@@ -51,7 +52,7 @@ class Ledger:
     """Holds the connection. `memory_limit` bounds DuckDB; nothing here keeps rows in Python."""
 
     def __init__(self, root: Path, stages: Sequence[StageQuery], *, memory_limit: str = "1GB", threads: int = 1):
-        self.root = root
+        self.root, self.files = root, files_of(root)
         self.stages = {stage.name: stage for stage in stages}
         self.path = root / ".clipmill" / "ledger.duckdb"
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ class Ledger:
         known = {
             name: (size, mtime) for name, size, mtime in self._rows("SELECT name, num_bytes, mtime_ns FROM fragments")
         }
-        listing = _Listing(self.root)
+        listing = _Listing(self.files)
         whole, outputs = {}, dict(self._rows("SELECT name, outputs FROM fragments"))
         for name, file in present.items():
             unchanged = known.get(name) == (file.num_bytes, file.mtime_ns)
@@ -79,8 +80,8 @@ class Ledger:
                 whole[name] = (file, named, unchanged)
         gone = [name for name in known if name not in whole]
         new = [name for name, (_, _, unchanged) in whole.items() if not unchanged]
-        for name in set(present) - set(whole):  # a commit that lost a part never happened
-            fragment_path(self.root, "ledger", name).unlink(missing_ok=True)
+        lost = set(present) - set(whole)  # a commit that lost a part never happened
+        self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(lost)))
         replaced = self._remove_replaced(new, whole)
         self.forget([*gone, *replaced])
         self.load([name for name in new if name not in replaced])
@@ -89,8 +90,7 @@ class Ledger:
     def _remove_replaced(self, new: Iterable[str], whole: Iterable[str]) -> set[str]:
         """Commits in whose place others are by now; whoever put those there was killed before it removed these."""
         names = {old for name in new for old in replaced_by(fragment_path(self.root, "ledger", name))} & set(whole)
-        for name in names:
-            fragment_path(self.root, "ledger", name).unlink()
+        self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(names)))
         return names
 
     def remove_orphans(self) -> int:
@@ -100,14 +100,9 @@ class Ledger:
         """
         owned = {relative for _, outputs in self._rows("SELECT name, outputs FROM fragments") for relative in outputs}
         folders = [*(f"fragments/{table}" for table in TABLES), "clips"]
-        orphans = [
-            self.root / folder / file.name
-            for folder in folders
-            for file in _scan(self.root / folder, strip=False)
-            if f"{folder}/{file.name}" not in owned
-        ]
-        for path in orphans:
-            path.unlink()
+        there = [f"{folder}/{name}" for folder in folders for name in self.files.sizes(folder)]
+        orphans = [relative for relative in there if relative not in owned]
+        self.files.remove(*orphans)
         return len(orphans)
 
     def drop_superseded(self, stage: str) -> int:
@@ -125,9 +120,8 @@ class Ledger:
         ]
         for name in names:
             outputs = self._rows("SELECT outputs FROM fragments WHERE name = ?", [name])[0][0]
-            fragment_path(self.root, "ledger", name).unlink(missing_ok=True)
-            for relative in outputs:
-                (self.root / relative).unlink(missing_ok=True)
+            self.files.remove(f"fragments/ledger/{name}.parquet")
+            self.files.remove(*outputs)
         self.forget(names)
         return len(names)
 
@@ -389,8 +383,8 @@ QUALIFY row_number() OVER (PARTITION BY stage, item_id, key ORDER BY "at" DESC, 
 class _Listing:
     """Which outputs exist with which size, one directory listing per folder instead of one stat per file."""
 
-    def __init__(self, root: Path):
-        self.root, self.folders = root, {}
+    def __init__(self, files: Files):
+        self.files, self.folders = files, {}
 
     def has_all(self, outputs: dict[str, int]) -> bool:
         return all(self._size(relative) == num_bytes for relative, num_bytes in outputs.items())
@@ -398,11 +392,11 @@ class _Listing:
     def _size(self, relative: str) -> int | None:
         folder, _, name = relative.rpartition("/")
         if folder not in self.folders:
-            self.folders[folder] = {file.name: file.num_bytes for file in _scan(self.root / folder, strip=False)}
+            self.folders[folder] = self.files.sizes(folder)
         return self.folders[folder].get(name)
 
 
-def _scan(folder: Path, *, strip: bool = True) -> list[FragmentFile]:
+def _scan(folder: Path) -> list[FragmentFile]:
     if not folder.is_dir():
         return []
     files = []
@@ -411,8 +405,7 @@ def _scan(folder: Path, *, strip: bool = True) -> list[FragmentFile]:
             if entry.name.startswith(".") or not entry.is_file():
                 continue
             stat = entry.stat()
-            name = entry.name.removesuffix(".parquet") if strip else entry.name
-            files.append(FragmentFile(name, stat.st_size, stat.st_mtime_ns))
+            files.append(FragmentFile(entry.name.removesuffix(".parquet"), stat.st_size, stat.st_mtime_ns))
     return sorted(files, key=lambda file: file.name)
 
 

@@ -14,12 +14,12 @@ import pyarrow as pa
 
 from pipeline.config import digest
 from shards.duplicates import duplicate_groups
+from shards.files import MANIFEST_NAME, files_of
 from shards.fragments import TEMPORARY, is_whole
 from shards.ledger import Ledger
 from shards.schema import INDEX, MANIFEST
 from shards.tombstones import FORGOTTEN, read_tombstones
 
-MANIFEST_NAME = "manifest.duckdb"
 UNFINISHED = ".clipmill/compact.unfinished"  # there while `compact` runs: members move before the manifest says so
 
 
@@ -44,6 +44,7 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
         fresh.execute(_views())
         fresh.execute(f"COMMENT ON VIEW catalog IS '{_layout()}'")
     os.replace(temporary, path)
+    files_of(ledger.root).written(MANIFEST_NAME)
 
 
 def is_current(root: Path) -> bool:

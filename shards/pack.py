@@ -16,7 +16,6 @@ Clips come in as rows of the manifest's `catalog`, media by byte range from `cli
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from pydantic import Field, field_validator
 
 from pipeline.config import Settings, digest, operational
 from pipeline.errors import ItemError, UserError
+from shards.files import files_of
 from shards.index import FORMAT, Stamp, read_stamp, write_index
 from shards.schema import INDEX, sample_key
 from shards.tar import Member, Sample, member_bytes, read_member, sync_folder, write_tar
@@ -225,26 +225,24 @@ def _stamp_of(root: Path, plan: ShardPlan) -> Stamp | None:
     then its index. So a pair in place always belongs together, and an index that waits under `.next` without its tar
     belongs to the tar that is in place without an index.
     """
-    next_tar, next_index = next_paths(root, plan)
-    tar, index = root / "shards" / plan.name, root / "shards" / plan.index_name
-    waiting, placed = read_stamp(next_index), read_stamp(index)
+    size_of = files_of(root).size
+    next_tar, next_index = next_paths(plan)
+    tar, index = f"shards/{plan.name}", f"shards/{plan.index_name}"
+    waiting, placed = read_stamp(root / next_index), read_stamp(root / index)
     if waiting and waiting.plan_key == plan.key:
-        if _has_size(next_tar, waiting.tar_bytes):
+        if size_of(next_tar) == waiting.tar_bytes:
             return waiting
-        if not next_tar.exists() and not index.exists() and _has_size(tar, waiting.tar_bytes):
+        if size_of(next_tar) is None and not (root / index).exists() and size_of(tar) == waiting.tar_bytes:
             return waiting
-    if placed and placed.plan_key == plan.key and _has_size(tar, placed.tar_bytes):
+    if placed and placed.plan_key == plan.key and size_of(tar) == placed.tar_bytes:
         return placed
     return None
 
 
-def _has_size(path: Path, num_bytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == num_bytes
-
-
-def next_paths(root: Path, plan: ShardPlan) -> tuple[Path, Path]:
-    stem = root / "shards" / NEXT / f"{Path(plan.name).stem}-{plan.key}"
-    return stem.with_suffix(".tar"), stem.with_suffix(".parquet")
+def next_paths(plan: ShardPlan) -> tuple[str, str]:
+    """Tar and index of a shard that is not in place yet, from the root."""
+    stem = f"shards/{NEXT}/{Path(plan.name).stem}-{plan.key}"
+    return f"{stem}.tar", f"{stem}.parquet"
 
 
 # -- writing --------------------------------------------------------------------------------------------------------
@@ -295,13 +293,15 @@ def write_shard(plan: ShardPlan, rows: pa.Table, root: Path, *, fsync: bool = Fa
             packed.append(row)
             yield sample
 
-    tar, index = next_paths(root, plan)
-    index.unlink(missing_ok=True)  # an index under `.next` says that its tar is complete
-    members = {member.name: member for member in write_tar(tar, samples(), fsync=fsync)}
+    files, (tar, index) = files_of(root), next_paths(plan)
+    files.remove(index)  # an index under `.next` says that its tar is complete
+    members = {member.name: member for member in write_tar(root / tar, samples(), fsync=fsync)}
     lines = [_index_line(row, plan, position, members) for position, row in enumerate(packed)]
     table = pa.Table.from_pylist(lines, INDEX)
-    stamp = Stamp(plan.key, tar.stat().st_size, tuple(clip_id for clip_id, _ in failures))
-    write_index(index, table, stamp, fsync=fsync)
+    files.written(tar)
+    stamp = Stamp(plan.key, (root / tar).stat().st_size, tuple(clip_id for clip_id, _ in failures))
+    write_index(root / index, table, stamp, fsync=fsync)
+    files.written(index)
     return Written(table, failures)
 
 
@@ -310,37 +310,36 @@ def commit_shards(root: Path, plans: list[ShardPlan], *, fsync: bool = False) ->
 
     All plans must be complete (see `pending_shards`). Call it again after a kill: it goes on where it was.
     """
-    folder = root / "shards"
+    files, folder = files_of(root), root / "shards"
+    files.look("shards")
     for plan in plans:
         assert _stamp_of(root, plan), f"{plan.name} was not written"
     placed = sum(place(root, plan) for plan in plans)
     if fsync and placed:
         sync_folder(folder)
     wanted = {plan.name for plan in plans} | {plan.index_name for plan in plans}
-    stale = [path for path in folder.glob("*") if _is_shard_file(path) and path.name not in wanted]
-    for path in stale:
-        path.unlink()
-    if (folder / NEXT).exists():
-        shutil.rmtree(folder / NEXT)
+    stale = [name for name in files.sizes("shards") if _is_shard_file(name) and name not in wanted]
+    files.remove(*(f"shards/{name}" for name in stale))
+    files.remove_folder(f"shards/{NEXT}")
     return placed, len(stale)
 
 
 def place(root: Path, plan: ShardPlan) -> bool:
     """Moves a shard from `.next` into place, the index last (see `_stamp_of`); False when it is there already."""
-    next_tar, next_index = next_paths(root, plan)
-    tar, index = root / "shards" / plan.name, root / "shards" / plan.index_name
-    if not next_index.exists():
+    files, (next_tar, next_index) = files_of(root), next_paths(plan)
+    tar, index = f"shards/{plan.name}", f"shards/{plan.index_name}"
+    if not (root / next_index).exists():
         return False
-    if next_tar.exists():
-        tar.unlink(missing_ok=True)
-        index.unlink(missing_ok=True)
-        next_tar.replace(tar)
-    next_index.replace(index)
+    if files.size(next_tar) is not None:
+        files.remove(tar)
+        files.remove(index)
+        files.move(next_tar, tar)
+    files.move(next_index, index)
     return True
 
 
-def _is_shard_file(path: Path) -> bool:
-    return re.fullmatch(r"\d{6,}\.(tar|parquet)", path.name) is not None
+def _is_shard_file(name: str) -> bool:
+    return re.fullmatch(r"\d{6,}\.(tar|parquet)", name) is not None
 
 
 def _pylist(rows: pa.Table) -> Iterator[dict[str, Any]]:
@@ -367,7 +366,7 @@ def _sample(row: dict[str, Any], members: tuple[Extension, ...], root: Path) -> 
 
 
 def _checked(row: dict[str, Any], extension: str, root: Path, offset: int, num_bytes: int, sha256: str) -> bytes:
-    data = read_member(root / row["tar"], offset, num_bytes)
+    data = read_member(files_of(root).local(row["tar"]), offset, num_bytes)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ItemError("hash-mismatch", f"{row['tar']}: the {extension} at {offset} is not the clip's")
     return data

@@ -21,6 +21,8 @@ import pyarrow as pa
 
 from pipeline.errors import UserError
 from pipeline.printable import CONTROL, escaped, visible
+from shards.files import MANIFEST_NAME, for_reading
+from shards.store import is_url
 
 Format = Literal["table", "csv", "json", "parquet"]
 FORMATS = ("table", "csv", "json", "parquet")
@@ -41,11 +43,11 @@ _FORMULA = ("=", "+", "-", "@", "\t")
 def open_manifest(corpus: str | Path, tables: Mapping[str, str | Path] | None = None) -> duckdb.DuckDBPyConnection:
     """The manifest as it is now, for reading. A build may publish a newer one meanwhile: this keeps what it opened.
 
-    `corpus` is the corpus's folder or the manifest itself. Raises UserError where there is none.
+    `corpus` is the corpus's folder or URL, or the manifest itself. Raises UserError where there is none.
     tables  further tables, by name: Parquet, JSON lines, CSV or Arrow files, copied into memory before the door shuts
     """
-    path = Path(corpus)
-    path = path / "manifest.duckdb" if path.is_dir() else path
+    path = for_reading(corpus, MANIFEST_NAME) if is_url(corpus) else Path(corpus)
+    path = path / MANIFEST_NAME if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{corpus} has no manifest.duckdb: is it a corpus, and has its build got that far?")
     connection = private_connection()

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
+from shards.files import LOOK_EVERY_S as STORE_EVERY_S
+from shards.files import files_of, for_reading
 from shards.fragments import fragment_path
 from shards.schema import MANIFEST
 from shards.tar import replacing
@@ -35,6 +37,7 @@ def write_tombstones(root: Path, rows: list[dict[str, Any]]) -> Path:
     path = fragment_path(root, FORGOTTEN, f"forget-{hash_of(named)[:12]}")
     with replacing(path, fsync=True) as file:
         pq.write_table(pa.Table.from_pylist(rows, TOMBSTONE), file, compression="zstd")
+    files_of(root).written(str(path.relative_to(root)))
     return path
 
 
@@ -55,7 +58,8 @@ def _read(path: Path) -> pa.Table:
 
 
 def tombstone_files(root: Path) -> tuple[str, ...]:
-    """Their names: when these are the same, so is what is forgotten."""
+    """Their names: when these are the same, so is what is forgotten. In a store they are looked for now and then."""
+    files_of(root).look(f"fragments/{FORGOTTEN}", STORE_EVERY_S)
     try:
         names = os.listdir(_folder(root))
     except FileNotFoundError:
@@ -70,16 +74,16 @@ def _folder(root: Path) -> Path:
 class Tombstones:
     """The tombstones of a corpus for somebody who goes on asking: looks at most once a second whether there are more.
 
-    Pickles as its folder. A root that is no folder here has none.
+    Pickles as its folder. A root that is neither a folder here nor a corpus in a store has none.
     """
 
     def __init__(self, root: str | Path):
-        self.root = Path(root)
+        self.corpus, self.root = root, for_reading(root)
         self._looked_at, self._files = -LOOK_EVERY_S, ()
         self.hashes: frozenset[str] = frozenset()
 
     def __reduce__(self):
-        return Tombstones, (self.root,)
+        return Tombstones, (self.corpus,)
 
     def cover(self, video_ids: Iterable[str]) -> list[bool]:
         """Which of the videos are to be forgotten."""

@@ -9,6 +9,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import ItemError
+from shards.files import files_of
 from shards.index import TEXT_COLUMNS, read_index, read_stamp
 from shards.pack import EXTENSIONS, NEXT, SHARDS_AT_ONCE
 from shards.schema import INDEX, sample_key
@@ -140,8 +142,9 @@ def _expected_shards(
 def _files(root: Path, connection: duckdb.DuckDBPyConnection, forgotten: Tombstones) -> list[Problem]:
     """Files in shards/ that no sample lies in, and what a killed packing left."""
     wanted = {name for shard in _shard_names(connection) for name in (shard, str(Path(shard).with_suffix(".parquet")))}
-    problems = []
-    for path in sorted((root / "shards").glob("*")):
+    problems, files = [], files_of(root)
+    there = [root / "shards" / name for name in files.sizes("shards")] if files.store else (root / "shards").glob("*")
+    for path in sorted(there):
         if path.name == NEXT:
             problems.append(Problem(f"shards/{NEXT}", "", "orphan-file", "shards of a packing that did not end"))
         elif path.name not in wanted and _keys_of_forgotten(path.with_suffix(".parquet"), forgotten):
@@ -149,6 +152,19 @@ def _files(root: Path, connection: duckdb.DuckDBPyConnection, forgotten: Tombsto
         elif path.name not in wanted:
             problems.append(Problem(f"shards/{path.name}", "", "orphan-file", "no sample of the manifest lies in it"))
     return problems
+
+
+@contextmanager
+def _read_here(root: Path, relative: str) -> Iterator[Path | None]:
+    """The file, None where there is none. Of a corpus in a store it is here only as long as it is read."""
+    files = files_of(root)
+    try:
+        path = files.local(relative)
+    except ItemError:  # the store has it not
+        path = None
+    yield path if path and path.is_file() else None
+    if files.store and path:
+        path.unlink(missing_ok=True)
 
 
 def _keys_of_forgotten(index: Path, forgotten: Tombstones) -> set[str]:
@@ -250,11 +266,11 @@ class _Shard:
         problems += self._clip_problems()
         if waiting:
             problems.append(self._problem("", "forgotten", f"{len(waiting)} samples of it wait for `clipmill compact`"))
-        path = root / "shards" / self.name
-        if not path.is_file():
-            return [*problems, self._problem("", "missing-file", "the manifest has samples in it")]
-        reader = _TarReader(self, decode_frames, waiting)
-        return problems + reader.read(path)
+        with _read_here(root, f"shards/{self.name}") as path:
+            if path is None:
+                return [*problems, self._problem("", "missing-file", "the manifest has samples in it")]
+            reader = _TarReader(self, decode_frames, waiting)
+            return problems + reader.read(path)
 
     def _problem(self, item: str, kind: str, message: str) -> Problem:
         return Problem(f"shards/{self.name}", item, kind, message)

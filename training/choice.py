@@ -34,7 +34,7 @@ class Samples:
 
     connection: Any  # duckdb.DuckDBPyConnection
     name: str  # as the user gave it
-    root: str  # folder that shards are relative to; "" where they are not
+    root: str  # folder or URL that shards are relative to; "" where they are not
     shard_prefix: str  # what comes before `samples.shard` on the way from the root
     problems: tuple[Problem, ...] = ()  # with plain tars, which nobody has verified
 
@@ -47,15 +47,20 @@ class Samples:
 
 @contextmanager
 def open_samples(corpus: str | Path, tables: Tables | None = None) -> Iterator[Samples]:
-    """A corpus folder, or a pattern of plain tars. Raises UserError.
+    """A corpus folder or its URL, or a pattern of plain tars. Raises UserError.
 
     tables  further tables that conditions may use, by name, see `shards.sql.open_manifest`
     """
     from shards.sql import open_manifest
+    from shards.store import is_url
 
     if is_tars(str(corpus)):
         with open_tars(str(corpus), tables) as (connection, problems):
             yield _prepared(Samples(connection, str(corpus), "", "", tuple(problems)))
+        return
+    if is_url(corpus):
+        with open_manifest(corpus, tables) as connection:
+            yield _prepared(Samples(connection, str(corpus), str(corpus).rstrip("/"), "shards/"))
         return
     path = Path(corpus).expanduser().absolute()
     with open_manifest(path, tables) as connection:

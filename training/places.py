@@ -13,16 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from shards.files import files_of, for_reading
 from training.shard_reader import Range
 
 LOOK_EVERY_S = 5.0  # at most so often, where bytes are simply damaged
 
 
 class Places:
-    """Of one corpus folder, for one process."""
+    """Of one corpus, for one process. Of one in a store the indexes are fetched when they are looked at."""
 
-    def __init__(self, root: str | Path):
-        self.root = Path(root)
+    def __init__(self, corpus: str | Path):
+        self.root = for_reading(corpus)
         self._looked_at, self._state = -LOOK_EVERY_S, ()
         self._paths: list[str] = []
         self._keys_N = np.zeros(0, np.uint64)  # the first 64 bits of hashes, ascending
@@ -46,6 +47,8 @@ class Places:
         if now - self._looked_at < LOOK_EVERY_S:
             return
         self._looked_at = now
+        for folder in ("shards", "fragments/edited_clips"):
+            files_of(self.root).look(folder)
         indexes = sorted((self.root / "shards").glob("[0-9]*.parquet"))
         edited = sorted((self.root / "fragments" / "edited_clips").glob("[!.]*.parquet"))
         state = tuple((path.name, path.stat().st_mtime_ns) for path in [*indexes, *edited])
