@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from training.learner import Learner
 from training.settings import TrainSettings
 
 NUM_STEPS, BATCH = 3, 8
+Batches = Callable[[int], Batch]  # of a step
 
 
 def whole_batch(step: int) -> Batch:
@@ -41,7 +43,9 @@ def settings(**changes: Any) -> TrainSettings:
     return TrainSettings(**{"lr": 1e-2, "precision": "fp32", "batch_size": BATCH, "warmup_ratio": 0, **changes})
 
 
-def learn(process: Process, train: TrainSettings) -> tuple[dict[str, Tensor], list[float]]:
+def learn(
+    process: Process, train: TrainSettings, batch: Batches = whole_batch
+) -> tuple[dict[str, Tensor], list[float]]:
     """Weights and losses after some updates on this process's part of the batches."""
     # in fp64, because Adam blows up the rounding of gradients that are zero, such as those of the keys' biases
     model = tiny_model().to(torch.float32 if train.precision == "bf16" else torch.float64)
@@ -49,7 +53,7 @@ def learn(process: Process, train: TrainSettings) -> tuple[dict[str, Tensor], li
     share = BATCH // process.world_size
     losses = []
     for step in range(NUM_STEPS):
-        mine = whole_batch(step).split(share)[process.rank]
+        mine = batch(step).split(share)[process.rank]
         losses.append(float(learner.train_step(mine)["loss"]))
     return whole_weights(learner.model), losses
 
@@ -61,22 +65,24 @@ def whole_weights(model: torch.nn.Module) -> dict[str, Tensor]:
     }
 
 
-def alone(train: TrainSettings) -> tuple[dict[str, Tensor], list[float]]:
-    return learn(Process(torch.device("cpu")), train)
+def alone(train: TrainSettings, batch: Batches = whole_batch) -> tuple[dict[str, Tensor], list[float]]:
+    return learn(Process(torch.device("cpu")), train, batch)
 
 
-def _worker(rank: int, world_size: int, port_file: str, folder: str, trains: list[TrainSettings]) -> None:
+def _worker(
+    rank: int, world_size: int, port_file: str, folder: str, trains: list[TrainSettings], batch: Batches
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=world_size)
     with join("cpu") as process:
-        torch.save([learn(process, train) for train in trains], Path(folder) / f"{rank}.pt")
+        torch.save([learn(process, train, batch) for train in trains], Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def together(world_size: int, trains: list[TrainSettings]) -> list[list[Any]]:
+def together(world_size: int, trains: list[TrainSettings], batch: Batches = whole_batch) -> list[list[Any]]:
     """What every process ended with, for each of the settings."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (world_size, f"{folder}/meeting", folder, trains), nprocs=world_size)
+        mp.spawn(_worker, (world_size, f"{folder}/meeting", folder, trains, batch), nprocs=world_size)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
 
 

@@ -1,6 +1,7 @@
 """What goes from the loader to the model: one process's share of one step.
 
-B slots of this process, T frames, S pixels a side, L tokens. Pixels are uint8 until the device normalises them.
+B slots of this process, T frames, S pixels a side, L tokens, N texts of neighbours. Pixels are uint8 until the device
+normalises them.
 """
 
 from dataclasses import dataclass, fields
@@ -25,6 +26,14 @@ class Batch:
     video_mask_B: Tensor  # bool: the clip could be read, so its frame is there, too
     subtitle_mask_B: Tensor
     caption_mask_B: Tensor
+    # Subtitles of the clips before and behind, nearest first (data.neighbours); None: N = 0
+    neighbour_BNL: Tensor | None = None
+    neighbour_mask_BN: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.neighbour_BNL is None:
+            self.neighbour_BNL = self.rows_B.new_zeros(len(self), 0, 1)
+            self.neighbour_mask_BN = self.video_mask_B.new_zeros(len(self), 0)
 
     def __len__(self) -> int:
         return len(self.rows_B)

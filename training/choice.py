@@ -83,7 +83,29 @@ def _prepared(samples: Samples) -> Samples:
     samples.connection.execute("""
         CREATE TEMP TABLE _copies AS SELECT video_id, duplicate_of FROM videos WHERE duplicate_of IS NOT NULL
     """)
+    add_neighbours(samples, 0)
     return samples
+
+
+def add_neighbours(samples: Samples, num: int) -> None:
+    """Makes `_neighbours`: by row of `samples` the subtitles of the `num` clips of its video before it and behind it.
+
+    Of all clips in shards, in order of their start; in plain tars, which know none, of the number behind the id's last
+    dot: whoever has no such number has no neighbours.
+    """
+    timed = samples.row("SELECT count(*) FROM information_schema.tables WHERE table_name = 'clips'")[0]
+    clips = "SELECT clip_id, span_start_s AS place, n FROM clips"
+    if not timed:
+        number = r"TRY_CAST(regexp_extract(clip_id, '\.(\d+)$', 1) AS BIGINT)"
+        clips = f"SELECT clip_id, {number} AS place, 0 AS n FROM samples WHERE {number} IS NOT NULL"
+    near = ", ".join(f"{way}(subtitle, {k}) OVER video" for k in range(1, num + 1) for way in ("lag", "lead"))
+    samples.connection.execute(f"""
+        CREATE OR REPLACE TEMP TABLE _neighbours AS
+        SELECT s.rowid AS row, CAST([{near}] AS VARCHAR[]) AS neighbours
+        FROM samples s JOIN ({clips}) c USING (clip_id) WHERE {num} > 0
+        WINDOW video AS (PARTITION BY s.video_id ORDER BY c.place, c.n, clip_id)
+        ORDER BY row
+    """)
 
 
 # --- Choosing
@@ -237,7 +259,8 @@ def apply_overlap(samples: Samples, training: Choice, held_out: Choice, policy: 
 def choose_run(samples: Samples, data: DataSettings, evaluation: EvalSettings) -> tuple[Choice, Choice | None]:
     """What a run trains on, and what it is evaluated on where `eval.where` is given. Raises UserError.
 
-    Training clips are as `data.edits` has them; those of evaluation are never edited.
+    Training clips are as `data.edits` has them; those of evaluation are never edited. Where evaluations select a
+    checkpoint, none of their clips may be of the split "test".
     """
     from training.edit_selection import with_edits
 
@@ -246,4 +269,21 @@ def choose_run(samples: Samples, data: DataSettings, evaluation: EvalSettings) -
     if not evaluation.where.strip():
         return training, None
     held_out = choose(samples, evaluation.where, "eval.where")
+    if evaluation.selects:
+        _refuse_test(samples, held_out, evaluation.every)
     return apply_overlap(samples, training, held_out, evaluation.overlap), held_out
+
+
+def _refuse_test(samples: Samples, held_out: Choice, every: int | str) -> None:
+    """Raises UserError. Plain tars and manifests without splits have no such clips."""
+    columns = "SELECT column_name FROM information_schema.columns WHERE table_name = 'videos'"
+    if "split" not in samples.arrow(columns)["column_name"].to_pylist():
+        return
+    sql = "SELECT s.rowid AS row FROM samples s JOIN videos v USING (video_id) WHERE v.split = 'test'"
+    num_test = int(np.count_nonzero(held_out.mask[samples.arrow(sql)["row"].to_numpy()]))
+    if num_test:
+        raise UserError(
+            f"eval.where: {num_test:,} of its {held_out.num_clips:,} clips are of the split 'test', and with eval.every"
+            f" = {every} they would select the checkpoint that is tested on them. Allowed: clips of another split, or "
+            "some of 'train' with eval.overlap = exclude; eval.select = null, which only watches; eval.every = null."
+        )

@@ -19,6 +19,7 @@ from pipeline.display import plain_console
 from pipeline.errors import UserError
 from pipeline.settings import resolve
 from training import models
+from training.best import chosen_checkpoint
 from training.edit_clips import Items, freeze_items
 from training.edit_host import CorpusHost, hash_of
 from training.edit_report import show
@@ -34,8 +35,8 @@ from training.selection import EVAL_FILE, Selection
 class EditRequest:
     """A `clipmill edit` command.
 
-    corpus, model  None: OUT's. A model is a run, whose latest checkpoint is taken with its settings, or what
-                   `model.init` may be, with those of `recipe`
+    corpus, model  None: OUT's. A model is a run, whose best or else latest checkpoint is taken with its settings, or
+                   what `model.init` may be, with those of `recipe`
     where          a condition on `catalog`, or a SELECT with clip_id; None: the run's data.where on its own corpus
     rounds         at most so many; 0: one, and no student
     trains         False: the given teacher edits all rounds, and no student is trained; None: OUT's, else True
@@ -166,10 +167,7 @@ def _copy_teacher(run: RunFolder | None, settings: EditRunSettings, folder: Path
         model = models.load(settings.model, settings.data.seed)
         models.writer(model)(model.state_dict(), folder)
         return weights
-    step = run.checkpoints.find_latest()
-    if step is None:
-        raise UserError(f"--model {run.root} has no checkpoint yet: nothing that could edit.")
-    source = run.checkpoints.path(step)
+    source = run.checkpoints.path(chosen_checkpoint(run).step)
     folder.mkdir(exist_ok=True)
     for name in ("model.safetensors", "config.json"):
         if (source / name).exists():

@@ -114,6 +114,7 @@ def edited_rows(samples: Samples, choice: Choice, columns: str) -> pa.Table:
         FROM (SELECT e.*, s.clip_id, s.video_id, s.subtitle, NULL::VARCHAR AS caption
               FROM _edits e JOIN samples s ON s.rowid = e.row) s
         LEFT JOIN _groups g ON g.row = s.row LEFT JOIN _texts t ON t.row = s.row
+        LEFT JOIN _neighbours b ON b.row = s.row
         ORDER BY s.path, s.mp4_offset
     """)
     return table.filter(pa.array(choice.edited[table["row"].to_numpy()])).drop_columns("row")

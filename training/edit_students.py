@@ -20,6 +20,7 @@ import yaml
 from pipeline.corpus import write_text_atomically
 from pipeline.errors import UserError
 from training import models
+from training.best import chosen_checkpoint
 from training.distributed import join
 from training.edit_clips import Items
 from training.edit_settings import EditRunSettings
@@ -85,7 +86,7 @@ class Students:
         """A round's students, to their end: their mean R@1 on the videos held out."""
         epochs, before = self.asked.settings.edit.epochs, self.weights(round_number - 1)
         changes = {"data.edits": f"{self.asked.editing}:{round_number}", "train.epochs": epochs}
-        changes |= {"train.max_steps": None}
+        changes |= {"train.max_steps": None, "eval.every": None}
         recalls = [
             self._run(round_number, fold, changes | {"model.weights": str(weights)})
             for fold, weights in zip(self.folds, before, strict=True)
@@ -112,9 +113,7 @@ class Students:
                 f"{run.root} is not there, but the corpus has that round of editing {self.asked.editing}: give --out "
                 "the folder that it was begun in."
             )
-        step = run.checkpoints.find_latest()
-        assert step is not None, f"{run.root} ended without a checkpoint"
-        return run.checkpoints.path(step) / "model.safetensors"
+        return run.checkpoints.path(chosen_checkpoint(run).step) / "model.safetensors"
 
     def _folder(self, round_number: int, fold: int | None) -> Path:
         name = f"round-{round_number:02d}" if round_number else "warm-up"
@@ -126,7 +125,7 @@ class Students:
         settings = self.asked.run_settings.model_dump(mode="json")
         settings["data"]["where"] = f"SELECT clip_id FROM {TRAINING}"
         held_out = f"SELECT clip_id FROM {VALIDATION}" if VALIDATION in tables else ""
-        settings["eval"] |= {"where": held_out, "overlap": "exclude", "every": None}
+        settings["eval"] |= {"where": held_out, "overlap": "exclude"}
         for name, value in changes.items():
             section, _, key = name.partition(".")
             settings[section][key] = value

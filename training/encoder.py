@@ -18,18 +18,22 @@ from training.loss import TERMS
 from training.model import ClipVip
 from training.settings import TrainSettings
 
-FeatureSets = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+FeatureSets = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 SOURCES = ("video", "subtitle", "frame", "caption")
 
 
 def sources_of(variant: str) -> frozenset[str]:
     """Which of `SOURCES` a loss variant compares: the others need not be encoded."""
+    if variant == "mil_nce":
+        return frozenset({"video", "subtitle"})
     used = {name for term in TERMS[variant] for name in (term.query, term.key, term.other)}
     return frozenset(SOURCES) if "visual" in used else frozenset(used) & frozenset(SOURCES)
 
 
 class Encoder(nn.Module):
-    """A batch to its feature sets (video, subtitle, frame, caption): unit vectors [B, D], None where not asked for."""
+    """A batch to its feature sets (video, subtitle, frame, caption, neighbours): unit vectors [B, D], of neighbours
+    [B, N, D]; None where not asked for.
+    """
 
     def __init__(self, model: ClipVip, sources: frozenset[str]):
         super().__init__()
@@ -39,7 +43,7 @@ class Encoder(nn.Module):
         video = self._encode_pixels(batch.video_BT3SS)
         frame = self._encode_pixels(batch.frame_B13SS) if "frame" in self.sources else None
         subtitle, caption = self._encode_texts(batch)
-        return video, subtitle, frame, caption
+        return video, subtitle, frame, caption, self._encode_neighbours(batch)
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         config = self.model.config
@@ -56,6 +60,12 @@ class Encoder(nn.Module):
         features = self.model.encode_text(stacked, cut=False).chunk(len(wanted))
         by_name = dict(zip(wanted, features, strict=True))
         return by_name.get("subtitle"), by_name.get("caption")
+
+    def _encode_neighbours(self, batch: Batch) -> Tensor | None:
+        ids_BNL = batch.neighbour_BNL
+        if not ids_BNL.shape[1]:
+            return None
+        return self.model.encode_text(ids_BNL.flatten(0, 1), cut=False).unflatten(0, ids_BNL.shape[:2])
 
 
 class Wrapped:

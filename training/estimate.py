@@ -244,7 +244,8 @@ def step_cost(
 def flops_of_sample(config: ModelConfig, settings: RunSettings) -> float:
     """Forward and backward, texts as long as they may be: an upper bound, since batches are cut to their longest."""
     sources = sources_of(settings.train.loss)
-    lengths = (settings.data.max_text_tokens,) * len(sources & {"subtitle", "caption"})
+    num_texts = len(sources & {"subtitle", "caption"}) + 2 * settings.data.neighbours
+    lengths = (settings.data.max_text_tokens,) * num_texts
     return sample_flops(config, settings.data.num_frames, int("frame" in sources), lengths)
 
 
@@ -270,7 +271,8 @@ def memory(config: ModelConfig, data: DataSettings, train: TrainSettings, per_de
     values = (data.num_frames + int("frame" in sources_of(train.loss))) * 3 * config.image_size**2  # of a sample
     float_bytes = 2 if train.precision == "bf16" else 4
     batch_size = per_device * num_devices
-    similarities = 3 * 4 * len(TERMS[train.loss]) * per_device * batch_size
+    num_matrices = 2 + 2 * data.neighbours if train.loss == "mil_nce" else len(TERMS[train.loss])
+    similarities = 3 * 4 * num_matrices * per_device * batch_size
     return Memory(
         weights=4 * parameters // share,
         gradients=4 * parameters // share,
@@ -294,7 +296,7 @@ def kept_bytes(config: ModelConfig, data: DataSettings, train: TrainSettings) ->
     else:
         tokens = data.num_frames * (proxies + patches)
     tokens += (proxies + patches) * ("frame" in sources)
-    num_texts = len(sources & {"subtitle", "caption"})
+    num_texts = len(sources & {"subtitle", "caption"}) + 2 * data.neighbours
     vision = tokens * _kept_per_token(config.vision, config.vision.num_layers - 1, train)
     text = num_texts * data.max_text_tokens * _kept_per_token(config.text, config.text.num_layers, train)
     return vision + text

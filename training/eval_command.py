@@ -1,4 +1,4 @@
-"""`clipmill eval`: a run's latest checkpoint, or any model, searched on clips of a corpus; the answer as table or JSON.
+"""`clipmill eval`: a checkpoint of a run, or any model, searched on clips of a corpus; the answer as table or JSON.
 
 One process, or several under `torchrun`: the same numbers.
 """
@@ -21,6 +21,7 @@ from rich.table import Table
 from pipeline.display import plain_console, print_failures
 from pipeline.errors import UserError
 from training import models
+from training.best import chosen_checkpoint
 from training.distributed import Process, join
 from training.model import ClipVip
 from training.retrieval import evaluate, similarity_format
@@ -53,6 +54,7 @@ def run_eval(
     where: str | None = None,
     text: str | None = None,
     dsl: bool = False,
+    checkpoint: str | None = None,
     ema: bool = False,
     save_similarity: str | Path | None = None,
     assignments: Sequence[str] = (),
@@ -61,18 +63,19 @@ def run_eval(
 ) -> dict[str, Any]:
     """Evaluates, prints, and returns the metrics of `training.retrieval.evaluate` with `model`, `corpus`, `where`.
 
-    run, model     one of them: a run folder, whose newest whole checkpoint is taken with the run's settings; or what
-                   `model.init` may be, with the settings of `recipe`, else the defaults in float32
+    run, model     one of them: a run folder, with the run's settings; or what `model.init` may be, with the settings of
+                   `recipe`, else the defaults in float32
     corpus         None: the run's
     select, where  a SELECT with clip_id, or a condition on `catalog`; neither: eval.where, which is empty by default:
                    every sample
+    checkpoint     of the run, as `training.best.chosen_checkpoint` has it
     ema            the run's averaged weights
     Raises UserError.
     """
     if save_similarity is not None:
         similarity_format(save_similarity)
     assignments = [*assignments, *([f"eval.text={text}"] if text else [])]
-    subject = open_subject(run, model, recipe, ema, assignments)
+    subject = open_subject(run, model, recipe, checkpoint, ema, assignments)
     settings, corpus = subject.settings, corpus or subject.corpus
     chosen = _chosen(select, where, settings.eval.where)
     if corpus is None:
@@ -104,7 +107,12 @@ def run_eval(
 
 
 def open_subject(
-    run: str | Path | None, model: str | None, recipe: str | None, ema: bool, assignments: Sequence[str]
+    run: str | Path | None,
+    model: str | None,
+    recipe: str | None,
+    checkpoint: str | None,
+    ema: bool,
+    assignments: Sequence[str],
 ) -> Subject:
     """Raises UserError."""
     if (run is None) == (model is None):
@@ -112,24 +120,24 @@ def open_subject(
     if run is not None:
         if recipe:
             raise UserError("--recipe goes with --model: a run has its own settings, which --set changes.")
-        return _of_run(RunFolder(run).require(), ema, list(assignments))
+        return _of_run(RunFolder(run).require(), checkpoint, ema, list(assignments))
+    if checkpoint:
+        raise UserError("--checkpoint goes with --run: a model's file is one set of weights.")
     if ema:
         raise UserError("--ema goes with --run: a model's file has one set of weights.")
     return _of_model(model, recipe, list(assignments))
 
 
-def _of_run(folder: RunFolder, ema: bool, assignments: list[str]) -> Subject:
+def _of_run(folder: RunFolder, which: str | None, ema: bool, assignments: list[str]) -> Subject:
     record = folder.load()
     settings = resolve(record.settings, None, assignments)
-    step = folder.checkpoints.find_latest()
-    if step is None:
-        raise UserError(f"{folder.root} has no checkpoint yet: nothing to evaluate.")
-    checkpoint = folder.checkpoints.load(step)
+    chosen = chosen_checkpoint(folder, which)
+    checkpoint = folder.checkpoints.load(chosen.step)
     weights = checkpoint.averaged if ema else checkpoint.weights
     if weights is None:
         raise UserError(f"--ema: {checkpoint.path} holds no averaged weights; the run's train.ema was not set.")
     model = models.read(weights, settings.model, settings.data.seed)
-    name = f"{folder.root} at step {step}" + (", averaged weights" if ema else "")
+    name = f"{folder.root} at step {chosen.step}{chosen.reason}" + (", averaged weights" if ema else "")
     return Subject(name, model, settings, record.corpus, folder.root / SELECTION_FILE)
 
 

@@ -16,6 +16,7 @@ from training.encoder import FeatureSets, Wrapped
 from training.feedback import Feedback
 from training.gradient_cache import cached_backward
 from training.loss import OmnisourceLoss, omnisource_loss
+from training.mil_nce import mil_nce_loss
 from training.model import ClipVip
 from training.optim import build_optimiser, parameter_groups, set_learning_rate
 from training.schedule import learning_rate
@@ -96,12 +97,16 @@ class Learner:
         return loss
 
     def _loss(self, batch: Batch, features: FeatureSets, log_scale: Tensor) -> OmnisourceLoss:
-        video, subtitle, frame, caption = features
+        video, subtitle, frame, caption, neighbours = features
         masks = {"video_mask": batch.video_mask_B, "frame_mask": batch.video_mask_B}
         masks |= {"subtitle_mask": batch.subtitle_mask_B, "caption_mask": batch.caption_mask_B}
         if self.feedback is not None:
             self.feedback.add(batch, video, subtitle, caption, log_scale)
-        features, group = (video, subtitle, frame, caption), self.process.group
+        group = self.process.group
+        if self.settings.loss == "mil_nce":
+            masks = (batch.video_mask_B, batch.subtitle_mask_B, batch.neighbour_mask_BN)
+            return mil_nce_loss(video, subtitle, neighbours, log_scale, *masks, group=group)
+        features = (video, subtitle, frame, caption)
         return omnisource_loss(*features, log_scale, self.settings.loss, group=group, equal_rows=True, **masks)
 
     def _learning_rate(self) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from training.gather import gather_counts, gather_rows
 
-Variant = Literal["vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc", "joint"]
+Variant = Literal["vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc", "joint"]  # `training.mil_nce` is another
 Features = Tensor | tuple[Tensor, Tensor] | None
 
 
@@ -207,20 +207,23 @@ def _sum_of_terms(
     mean_gradients: bool,
 ) -> OmnisourceLoss:
     # starts from the scale so that a batch without any row still has a (zero) gradient on every process
-    nothing = scale.sum() * 0
-    means = torch.stack([nothing] + [_mean_over_rows(term, sources, scale) for term in terms])
-    share = means.sum()
-    if group is None:
-        return OmnisourceLoss(share, _by_name(terms, means))
-    whole = means.detach().clone()
-    dist.all_reduce(whole, group=group)
-    share = share * dist.get_world_size(group) if mean_gradients else share
-    # the value is the batch's, the gradient this process's part of it
-    return OmnisourceLoss(share + (whole.sum() - share).detach(), _by_name(terms, whole))
+    means = {"": scale.sum() * 0} | {term.name: _mean_over_rows(term, sources, scale) for term in terms}
+    return sum_of_means(means, group, mean_gradients)
 
 
-def _by_name(terms: list[Term], means: Tensor) -> dict[str, Tensor]:
-    return {term.name: mean for term, mean in zip(terms, means.detach()[1:], strict=True)}
+def sum_of_means(
+    means: dict[str, Tensor], group: dist.ProcessGroup | None, mean_gradients: bool = True
+) -> OmnisourceLoss:
+    """The loss of all processes, of this one's parts of its terms; "" is none. `mean_gradients` as above."""
+    shares = torch.stack(list(means.values()))
+    share, whole = shares.sum(), shares.detach().clone()
+    total = share
+    if group is not None:
+        dist.all_reduce(whole, group=group)
+        share = share * dist.get_world_size(group) if mean_gradients else share
+        # the value is the batch's, the gradient this process's part of it
+        total = share + (whole.sum() - share).detach()
+    return OmnisourceLoss(total, {name: mean for name, mean in zip(means, whole, strict=True) if name})
 
 
 def _mean_over_rows(term: Term, sources: dict[str, _Source], scale: Tensor) -> Tensor:

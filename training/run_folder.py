@@ -4,7 +4,7 @@ RUN/
   run.yaml            the settings, resolved; the corpus, the command, the selection's hash
   selection.arrow     the selected clips, frozen when the run started
   plan/               the order of each epoch
-  checkpoints/        see training/run_checkpoints.py
+  checkpoints/        see training/run_checkpoints.py; best.json says which is the best: training/best.py
   log.jsonl           one line per logged step: see training/run_log.py
   eval.jsonl          one line per evaluation
   failures.jsonl      samples that could not be read

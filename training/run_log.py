@@ -52,7 +52,7 @@ class RunLog:
         self.root, self.meter, self.every, self.total_steps = Path(root), meter, every, total_steps
         self.writes, self.step_done = writes, start_step
         self.console = console or _console()
-        self._evaluated: set[int] = set()
+        self.evaluations: list[dict[str, Any]] = []  # lines of eval.jsonl, where this process writes it
         self._unread: list[tuple[int, Mapping[str, Any]]] = []
         self._board = self._bar = self._log = self._evals = None
         self._wall_s, self._step_s = 0.0, None
@@ -65,7 +65,7 @@ class RunLog:
         last_step = start_step or -1
         kept = cut_after(log_path, last_step)
         self._wall_s = kept[-1].get("wall_s", 0.0) if kept else 0.0
-        self._evaluated = {row["step"] for row in cut_after(eval_path, last_step)}
+        self.evaluations = cut_after(eval_path, last_step)
         self._log, self._evals = open(log_path, "a"), open(eval_path, "a")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -182,15 +182,16 @@ class RunLog:
 
     def has_evaluation(self, step: int) -> bool:
         """Whether eval.jsonl has this step already: a run resumed there need not evaluate again."""
-        return step in self._evaluated
+        return any(row["step"] == step for row in self.evaluations)
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """A line of eval.jsonl; what is a number among the metrics, nested ones too, also goes to TensorBoard."""
         if not self.writes:
             return
-        self._evals.write(json.dumps({"step": step, **metrics}) + "\n")
+        row = {"step": step, **metrics}
+        self._evals.write(json.dumps(row) + "\n")
         self._evals.flush()
-        self._evaluated.add(step)
+        self.evaluations.append(row)
         if self._board is not None:
             for name, value in _numbers(metrics):
                 self._board.add_scalar(f"eval/{name}", value, step)

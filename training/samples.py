@@ -64,6 +64,10 @@ class Canvas(NamedTuple):
             pixels.copy_(others)
 
 
+_ARRAYS = ("rows_B", "subtitle_BL", "caption_BL", "video_mask_B", "subtitle_mask_B", "caption_mask_B")
+_ARRAYS += ("neighbour_BNL", "neighbour_mask_BN")
+
+
 @dataclass
 class Part:
     """Some slots of a step, read; plain arrays, so that it goes through a pipe as it is. Legend: `training.batch`."""
@@ -75,6 +79,8 @@ class Part:
     video_mask_B: NDArray[np.bool_]
     subtitle_mask_B: NDArray[np.bool_]
     caption_mask_B: NDArray[np.bool_]
+    neighbour_BNL: NDArray[np.int64]
+    neighbour_mask_BN: NDArray[np.bool_]
     failures: list[Failure]
     read_s: float  # wall time waiting for bytes
     decode_s: float  # wall time from bytes to pixels
@@ -91,6 +97,8 @@ class Part:
             video_mask_B=torch.from_numpy(self.video_mask_B),
             subtitle_mask_B=torch.from_numpy(self.subtitle_mask_B),
             caption_mask_B=torch.from_numpy(self.caption_mask_B),
+            neighbour_BNL=torch.from_numpy(self.neighbour_BNL),
+            neighbour_mask_BN=torch.from_numpy(self.neighbour_mask_BN),
         )
 
 
@@ -98,10 +106,7 @@ def join(parts: list[Part], canvas: Canvas) -> Part:
     """One part of many, whose pixels are on `canvas` already."""
     return Part(
         canvas,
-        *(
-            _joined([getattr(part, name) for part in parts])
-            for name in ("rows_B", "subtitle_BL", "caption_BL", "video_mask_B", "subtitle_mask_B", "caption_mask_B")
-        ),
+        *(_joined([getattr(part, name) for part in parts]) for name in _ARRAYS),
         failures=[failure for part in parts for failure in part.failures],
         read_s=sum(part.read_s for part in parts),
         decode_s=sum(part.decode_s for part in parts),
@@ -210,6 +215,7 @@ class SampleReader:
         caption_BL, caption_mask_B = self._ids(clips_B, "caption", readable_B, epoch)
         rows_B = np.where(rows == PAD, HOLE, rows)
         texts = (subtitle_BL, caption_BL, readable_B, subtitle_mask_B, caption_mask_B)
+        texts += self._neighbours(clips_B, readable_B)
         return Part(canvas, rows_B, *texts, failures, read_s, decode_s)
 
     def _forgotten(self, slots: list[int], clips: list[dict[str, Any]]) -> dict[int, ItemError]:
@@ -284,10 +290,26 @@ class SampleReader:
         self, clips_B: list[dict[str, Any] | None], column: str, readable_B: NDArray[np.bool_], epoch: int
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """(ids [B, L] cut to the longest, mask [B]). No text is the empty text, masked."""
-        texts = [self._text(clip, column, epoch).strip() if clip else "" for clip in clips_B]
-        mask_B = np.array([bool(text) for text in texts]) & readable_B
-        ids_BL = self.texts([text if there else "" for text, there in zip(texts, mask_B.tolist(), strict=True)]).numpy()
-        return ids_BL[:, : num_tokens(ids_BL)], mask_B
+        return self._encoded([self._text(clip, column, epoch) if clip else "" for clip in clips_B], readable_B)
+
+    def _neighbours(
+        self, clips_B: list[dict[str, Any] | None], readable_B: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(ids [B, N, L], mask [B, N]) of the subtitles near in time, as `_ids`."""
+        num = 2 * self.data.neighbours if self.train else 0
+        lists = [((clip or {}).get("neighbours") or [])[:num] for clip in clips_B]
+        texts = [text or "" for near in lists for text in near + [None] * (num - len(near))]
+        shape = (len(clips_B), num)
+        if not num:
+            return np.zeros((*shape, 1), np.int64), np.zeros(shape, bool)
+        ids_ML, mask_M = self._encoded(texts, readable_B.repeat(num))
+        return ids_ML.reshape(*shape, -1), mask_M.reshape(shape)
+
+    def _encoded(self, texts: list[str], readable_M: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        texts = [text.strip() for text in texts]
+        mask_M = np.array([bool(text) for text in texts]) & readable_M
+        ids_ML = self.texts([text if there else "" for text, there in zip(texts, mask_M.tolist(), strict=True)]).numpy()
+        return ids_ML[:, : num_tokens(ids_ML)], mask_M
 
     def _text(self, clip: dict[str, Any], column: str, epoch: int) -> str:
         text = clip[column] or ""

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import UserError
-from training.choice import Choice, Samples, Tables, choose, choose_run, open_samples
+from training.choice import Choice, Samples, Tables, add_neighbours, choose, choose_run, open_samples
 from training.edit_selection import edited_rows
 from training.plan import hash_selection
 from training.settings import DataSettings, EvalSettings, Group
@@ -41,9 +41,13 @@ SELECTION = pa.schema(
         ("duplicate_group", pa.string()),  # null: no near-duplicates
         ("mp4_sha256", pa.binary(32)),  # what is read has to have it; null: nobody took it
         ("jpg_sha256", pa.binary(32)),
+        # What is said in the clips before and behind, whether selected or not: the one before, the one behind, the
+        # second before, … as many as data.neighbours asks for; null within: no such clip, or nothing said
+        ("neighbours", pa.list_(pa.string())),
     ]
 )
-_HASHES = ("mp4_sha256", "jpg_sha256")  # selections of before there were these are read as if they had nulls
+_HASHES = ("mp4_sha256", "jpg_sha256")
+_LATER = (("neighbours",), (*_HASHES, "neighbours"))  # selections of before there were these are read as having nulls
 SELECTION_FILE, EVAL_FILE = "selection.arrow", "eval.arrow"  # of a run folder
 
 _GROUP_COLUMNS: dict[Group, str] = {"video": "video_id", "duplicate": "duplicate_group"}
@@ -82,6 +86,7 @@ def freeze_run(
     """
     with open_samples(corpus, tables) as samples:
         training, held_out = choose_run(samples, data, evaluation)
+        add_neighbours(samples, data.neighbours)
         if held_out:
             write(samples, held_out, Path(folder) / EVAL_FILE)
         write(samples, training, Path(folder) / SELECTION_FILE)
@@ -132,9 +137,10 @@ def _lines(column: pa.ChunkedArray) -> str:
 
 def selected_rows(samples: Samples, choice: Choice) -> Iterator[pa.RecordBatch]:
     """The file's record batches, one after the other."""
-    plain = [name for name in SELECTION.names if name not in ("shard", "texts", "duplicate_group", *_HASHES)]
+    joined = ("shard", "texts", "duplicate_group", "neighbours", *_HASHES)
+    plain = [name for name in SELECTION.names if name not in joined]
     columns = ", ".join([*plain, *(f"if(length({name}) = 64, TRY(unhex({name})), NULL) AS {name}" for name in _HASHES)])
-    for table in rows_in_order(samples, choice, f"{columns}, path AS shard, t.texts, duplicate_group"):
+    for table in rows_in_order(samples, choice, f"{columns}, path AS shard, t.texts, duplicate_group, neighbours"):
         yield from table.select(SELECTION.names).cast(SELECTION).to_batches(max_chunksize=_BATCH_ROWS)
 
 
@@ -158,6 +164,7 @@ def rows_in_order(samples: Samples, choice: Choice, columns: str) -> Iterator[pa
                   WHERE shard BETWEEN ? AND ? AND rowid BETWEEN {low} AND {high}) s
             LEFT JOIN (SELECT * FROM _groups WHERE row BETWEEN {low} AND {high}) g ON g.row = s.row
             LEFT JOIN (SELECT * FROM _texts WHERE row BETWEEN {low} AND {high}) t ON t.row = s.row
+            LEFT JOIN (SELECT * FROM _neighbours WHERE row BETWEEN {low} AND {high}) b ON b.row = s.row
             ORDER BY s.shard, s.mp4_offset
             """,
             [first, last],
@@ -189,8 +196,8 @@ class Selection:
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{self.path} cannot be read as a selection: {error}") from error
         schema = self._reader.schema
-        without = pa.schema([field for field in SELECTION if field.name not in _HASHES])
-        if not (schema.equals(SELECTION) or schema.equals(without)) or not schema.metadata:
+        earlier = (pa.schema([field for field in SELECTION if field.name not in later]) for later in _LATER)
+        if not any(schema.equals(known) for known in (SELECTION, *earlier)) or not schema.metadata:
             raise UserError(f"{self.path} is no selection of this clipmill: its columns are {', '.join(schema.names)}")
         self.root, self.snapshot, self.hash = (schema.metadata[key].decode() for key in (b"root", b"snapshot", b"hash"))
 
@@ -244,14 +251,14 @@ class Selection:
     def _batches(self) -> list[pa.RecordBatch]:
         """Views of the file: their headers are read, their data only where somebody looks."""
         batches = [self._reader.get_batch(number) for number in range(self._reader.num_record_batches)]
-        return [_with_hashes(batch) for batch in batches]
+        return [_complete(batch) for batch in batches]
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
         return np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
 
 
-def _with_hashes(batch: pa.RecordBatch) -> pa.RecordBatch:
+def _complete(batch: pa.RecordBatch) -> pa.RecordBatch:
     columns = [
         batch[field.name] if field.name in batch.schema.names else pa.nulls(batch.num_rows, field.type)
         for field in SELECTION

@@ -6,18 +6,19 @@ Nothing heavy is imported here, so that the command line can name every setting 
 from importlib import resources
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Settings, operational, resolve_settings
 from training.clip4clip_settings import Clip4ClipSettings
 from training.unipt_settings import UniPtSettings
 
 Method = Literal["clip_vip", "clip4clip", "unipt"]
-Variant = Literal["vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc", "joint"]
+Variant = Literal["vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc", "joint", "mil_nce"]
 Decay = Literal["cosine", "linear", "invsqrt", "constant", "clip4clip"]
 Update = Literal["adamw", "clip_vip", "clip4clip"]
 Group = Literal["video", "duplicate"]
 TextColumn = Literal["subtitle", "caption", "texts"]
+Metric = Literal["t2v_r1", "t2v_r5", "t2v_r10", "v2t_r1", "v2t_r5", "v2t_r10"]
 Round = Annotated[int, Field(ge=1)]
 
 
@@ -67,6 +68,9 @@ class DataSettings(Settings):
     # Which text is S in the losses: what is said, the caption, or one of a benchmark's reference texts, drawn at every
     # visit.
     subtitle: TextColumn = "subtitle"
+    # For train.loss = mil_nce: the subtitles of so many clips of the video before and behind are right answers, too,
+    # because what is said is often seen a little earlier or later.
+    neighbours: int = Field(0, ge=0, le=10)
 
     max_failures: float = operational(0.01, ge=0, le=1)  # share of unreadable samples above which the run stops
     loader_processes: int | None = operational(None, ge=0)  # per training process; None: one per core, shared fairly
@@ -118,10 +122,24 @@ class EvalSettings(Settings):
     """Retrieval on clips held out from training."""
 
     where: str = ""  # as `data.where`; empty: no evaluation during training
-    every: int | None = operational(None, ge=1)  # steps; None: only before the first and after the last
+    # Steps, or "epoch", or "5 epochs"; before the first and after the last step in any case. None: only then.
+    every: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^(epoch|[1-9]\d* epochs)$")] | None = None
+    # Where `every` is given: the evaluation that says which checkpoint stays as the best, by this recall, of equals the
+    # earlier. Never one on a benchmark's split "test". None: it is only watched.
+    select: Metric | None = "t2v_r1"
     text: TextColumn = "subtitle"  # what a clip is searched by; of "texts" by each
     overlap: Literal["error", "exclude", "allow"] = "error"  # training clips of its videos or their near-duplicates
     batch_size: int = operational(32, ge=1)
+
+    @property
+    def selects(self) -> bool:
+        """Whether evaluations decide which checkpoint is the best."""
+        return bool(self.where.strip()) and self.every is not None and self.select is not None
+
+    @property
+    def every_epochs(self) -> int | None:
+        """`every` where it counts epochs."""
+        return int(self.every.split()[0].replace("epoch", "1")) if isinstance(self.every, str) else None
 
 
 class RunSettings(Settings):
@@ -129,6 +147,19 @@ class RunSettings(Settings):
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
+
+    @model_validator(mode="after")
+    def _neighbours_fit(self) -> "RunSettings":
+        data = self.data
+        if data.neighbours and self.train.loss != "mil_nce":
+            raise ValueError(f"data.neighbours = {data.neighbours} is for train.loss = mil_nce; allowed here: 0")
+        if data.neighbours and data.subtitle != "subtitle":
+            raise ValueError(f"data.neighbours is of what is said; allowed with data.subtitle = {data.subtitle}: 0")
+        if data.neighbours and "video" not in data.apart:
+            raise ValueError(
+                "data.neighbours: a clip's text is a neighbour's, too; allowed: data.apart with video in it"
+            )
+        return self
 
 
 RECIPES = resources.files("training").joinpath("recipes")

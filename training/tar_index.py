@@ -79,7 +79,7 @@ def open_tars(pattern: str, tables: Mapping[str, str | Path] | None = None) -> I
         connection.register("indexed", index.samples)
         connection.execute("""
             CREATE TABLE samples AS
-            SELECT * EXCLUDE (duplicate_group, texts, mp4_sha256, jpg_sha256),
+            SELECT * EXCLUDE (duplicate_group, texts, neighbours, mp4_sha256, jpg_sha256),
                    NULL::VARCHAR AS mp4_sha256, NULL::VARCHAR AS jpg_sha256
             FROM indexed;
             CREATE TABLE scores AS

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.errors import UserError
+from training.best import chosen_checkpoint
 from training.prepare import Request
 from training.run_folder import RunFolder
 from training.trainer import Report, train
@@ -29,7 +30,7 @@ def run_train(
     """Begins a run, or goes on with it. Raises UserError.
 
     corpus         a corpus folder or a pattern of plain tars; None: the run's
-    init           what to start from: a run, whose latest checkpoint is taken, or what `model.init` may be
+    init           what to start from: a run, whose best or else latest checkpoint is taken, or what `model.init` may be
     select, where  a SELECT with clip_id, or a condition on `catalog`: `data.where`
     workers        training processes under Ray Train; 1: this process (which may be one of torchrun's)
     """
@@ -65,10 +66,7 @@ def _start(init: str) -> str:
     folder = RunFolder(init)
     if not folder.exists:
         return init
-    step = folder.checkpoints.find_latest()
-    if step is None:
-        raise UserError(f"--init {init}: the run has no checkpoint yet.")
-    return str(folder.checkpoints.path(step))
+    return str(folder.checkpoints.path(chosen_checkpoint(folder).step))
 
 
 def _yaml(text: str) -> str:

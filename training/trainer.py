@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ import torch
 
 from training import models
 from training.batch import Batch
+from training.best import Best, best_of, write_best
 from training.counting import mix
 from training.distributed import Process, join
 from training.encoder import sources_of
@@ -127,6 +128,7 @@ class Trainer:
                 cut_after(self.folder.failures_path, self.step)  # those of steps that are taken again
             self.loader = stack.enter_context(self._open_loader())
             self._say_what_is_coming()
+            self._name_best()
             self._evaluate_if_due()
             batches = self.loader.batches(self.epochs, self.slots, self.start_step, self.total_steps)
             for batch in meter.waiting(batches):
@@ -188,24 +190,51 @@ class Trainer:
             ema=averaged,
             attach={FEEDBACK_FILE: feedback.save} if feedback else {},
             keep=self.settings.train.keep_checkpoints,
+            also_keep={best.step} if (best := self._best()) else (),
         )
         if feedback:
             feedback.write(self.folder.feedback_path, self.prepared.selection)
         self.epochs.tidy(locate(self.spec, self.step)[0])
 
     def _evaluate_if_due(self) -> None:
-        """Before the first step, after the last, and every `eval.every` in between; never twice at one step."""
-        every = self.settings.eval.every
-        due = self.step in (0, self.total_steps) or (every is not None and self.step % every == 0)
-        if self.prepared.held_out is None or not due:
+        """Before the first step, after the last, and every `eval.every` in between; never twice at one step.
+
+        The best so far is saved before the line that says so, so that whatever eval.jsonl calls best is there.
+        """
+        if self.prepared.held_out is None or not self._evaluation_is_due():
             return
         if self.process.first(lambda: self.log.has_evaluation(self.step)):
             return
         with self.log.paused():
             model = self.learner.whole_model()
             metrics = evaluate(model, self.prepared.held_out, self.settings, self.process)
+        if self._would_be_best(metrics):
+            self._save()
         self.log.evaluation(self.step, metrics)
         self.log.say(_told(self.step, metrics))
+        self._name_best()
+
+    def _evaluation_is_due(self) -> bool:
+        settings = self.settings.eval
+        if settings.every is None or self.step in (0, self.total_steps):
+            return self.step in (0, self.total_steps)
+        if settings.every_epochs is None:
+            return self.step % settings.every == 0
+        epoch, step = locate(self.spec, self.step)
+        return step == 0 and epoch % settings.every_epochs == 0
+
+    def _best(self, *more: Mapping[str, Any]) -> Best | None:
+        """Of the evaluations so far, on the first process; None where they select nothing."""
+        settings = self.settings.eval
+        return best_of([*self.log.evaluations, *more], settings.select) if settings.selects else None
+
+    def _would_be_best(self, metrics: Mapping[str, Any]) -> bool:
+        if not self.settings.eval.selects or self.step == 0:
+            return False
+        return self.process.first(lambda: self._best({"step": self.step, **metrics}).step == self.step)
+
+    def _name_best(self) -> None:
+        self.process.first(lambda: write_best(self.folder.checkpoints, self._best()))
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
@@ -273,6 +302,7 @@ class Trainer:
         sources = sources_of(self.settings.train.loss)
         lengths = [batch.subtitle_BL.shape[1]] * ("subtitle" in sources)
         lengths += [batch.caption_BL.shape[1]] * ("caption" in sources)
+        lengths += [batch.neighbour_BNL.shape[2]] * batch.neighbour_BNL.shape[1]
         config, num_frames = self.learner.model.config, batch.video_BT3SS.shape[1]
         return self.spec.batch_size * sample_flops(config, num_frames, int("frame" in sources), tuple(lengths))
 

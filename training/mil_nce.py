@@ -1,0 +1,76 @@
+"""MIL-NCE: a clip has several right texts, its own and its neighbours' in time (spec/clip4clip.md section 4).
+
+For each clip -log of the share that its own block of texts has among everything it is compared with: all texts of the
+batch with its video, and its own text, the published block's middle one, with the other videos. Logits are
+exp(log_scale) times cosines. `training.pair_losses.mil_nce` is the published form, on a matrix of pairs; with one video
+for a block of texts the two are the same (tests/test_mil_nce_across_processes.py).
+
+What is missing: a text that does not exist is nobody's positive and nobody's negative. A clip that could not be read
+has no text either. A clip without an own text asks nothing, but its video and its neighbours' texts are negatives.
+
+Legend: B clips of this process, K of all processes, n = 1 + N texts of a clip, its own first, D the features' size.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.gather import gather_rows
+from training.loss import OmnisourceLoss, sum_of_means
+
+
+def mil_nce_loss(
+    video_BD: Tensor,
+    subtitle_BD: Tensor,
+    neighbour_BND: Tensor | None,
+    log_scale: Tensor,
+    video_mask_B: Tensor,
+    subtitle_mask_B: Tensor,
+    neighbour_mask_BN: Tensor,
+    group: dist.ProcessGroup | None = None,
+    *,
+    mean_gradients: bool = True,
+) -> OmnisourceLoss:
+    """Of unit vectors; masks are true where something exists. neighbour_BND None: no clip has any.
+
+    group, mean_gradients  as in `training.loss.omnisource_loss`; every process has equally many clips
+    """
+    text_BnD = subtitle_BD[:, None] if neighbour_BND is None else torch.cat([subtitle_BD[:, None], neighbour_BND], 1)
+    text_mask_Bn = torch.cat([subtitle_mask_B[:, None], neighbour_mask_BN], dim=1) & video_mask_B[:, None]
+    with torch.autocast(log_scale.device.type, enabled=False):
+        # a masked row may hold anything, NaN included: zeros keep it out of every value and gradient
+        vectors_BmD = torch.cat([video_BD[:, None], text_BnD], dim=1)
+        mask_Bm = torch.cat([video_mask_B[:, None], text_mask_Bn], dim=1)
+        vectors_BmD = torch.where(mask_Bm[..., None], vectors_BmD, 0)
+        vectors_KmD, mask_Km, own_B = _of_all(vectors_BmD, mask_Bm, group)
+        losses_B = _losses(vectors_BmD, vectors_KmD, mask_Km, own_B, log_scale.exp())
+        counted_B, num_rows = mask_Bm[:, :2].all(dim=1), mask_Km[:, :2].all(dim=1).sum().clamp(min=1)
+        mean = torch.where(counted_B, losses_B, 0).sum() / num_rows
+        return sum_of_means({"": log_scale.sum() * 0, "video_and_texts": mean}, group, mean_gradients)
+
+
+def _losses(vectors_BmD: Tensor, vectors_KmD: Tensor, mask_Km: Tensor, own_B: Tensor, scale: Tensor) -> Tensor:
+    """[B]; of rows that do not count something finite."""
+    to_texts_BKn = scale * torch.einsum("bd,knd->bkn", vectors_BmD[:, 0], vectors_KmD[:, 1:])
+    to_videos_BK = scale * vectors_BmD[:, 1] @ vectors_KmD[:, 0].T
+    rows = torch.arange(len(own_B), device=own_B.device)
+    blocked_BKn = (~mask_Km[:, 1:]).repeat(len(own_B), 1, 1)
+    blocked_BKn[rows, own_B, 0] = False
+    to_texts_BKn = to_texts_BKn.masked_fill(blocked_BKn, -torch.inf)
+    blocked_BK = (~mask_Km[:, 0]).repeat(len(own_B), 1)
+    blocked_BK[rows, own_B] = True  # its own texts' share is in the other half already
+    to_videos_BK = to_videos_BK.masked_fill(blocked_BK, -torch.inf)
+    rivals = torch.cat([to_texts_BKn.flatten(1), to_videos_BK], dim=1)
+    return rivals.logsumexp(dim=1) - to_texts_BKn[rows, own_B].logsumexp(dim=1)
+
+
+def _of_all(vectors_BmD: Tensor, mask_Bm: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors and mask of all processes, and where this one's rows are among them."""
+    num, width = mask_Bm.shape
+    own_B = torch.arange(num, device=mask_Bm.device)
+    if group is None:
+        return vectors_BmD, mask_Bm, own_B
+    packed = torch.cat([vectors_BmD.flatten(1), mask_Bm], dim=1)
+    gathered = gather_rows(packed, group, [num] * dist.get_world_size(group))
+    vectors_KmD = gathered[:, :-width].unflatten(1, vectors_BmD.shape[1:])
+    return vectors_KmD, gathered[:, -width:].detach() > 0, own_B + num * dist.get_rank(group)
