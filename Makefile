@@ -10,7 +10,7 @@ demo: env
 
 # The whole suite; `make fast` leaves out what is marked slow. PROCESSES=0 runs it in one process, 2 a file in each.
 PROCESSES ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test: env
 	$(PYTEST)

@@ -49,12 +49,14 @@ def test_killed_and_resumed_with_other_loader_processes(corpus, undisturbed, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_saves_and_ends_the_run_cleanly(corpus, undisturbed, tmp_path, number):
+def test_a_signal_saves_and_ends_the_run_cleanly(corpus, undisturbed, tmp_path):
     run = tmp_path / "run"
-    assert kill_at_step(train_command(corpus, run, NUM_STEPS), run, 7, number) == 0
-    stopped_at = lines(run)[-1]["step"]
-    assert (run / "checkpoints" / f"step-{stopped_at:08d}").is_dir()
+    command = train_command(corpus, run, NUM_STEPS)
+    for step, number in zip((7, 14, 21), (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT), strict=True):
+        assert kill_at_step(command, run, step, number) == 0, number.name
+        stopped_at = lines(run)[-1]["step"]
+        assert (run / "checkpoints" / f"step-{stopped_at:08d}").is_dir(), number.name
+        command = train_command(None, run)
     assert run_training(None, run).returncode == 0
     assert_same_run(run, undisturbed)
 
