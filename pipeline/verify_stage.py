@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pipeline.corpus import SETTINGS, Corpus
+from pipeline.encode import JPEG_MAGIC, jpeg_frames
 from pipeline.errors import ItemError
 from pipeline.media import NO_REFERENCES
 from pipeline.sandbox import Sandbox
@@ -49,11 +50,14 @@ def _count_frames_safely(data: bytes) -> int:
 
 
 def count_frames(data: bytes) -> int:
-    """How many frames of a clip really decode. Raises ItemError "undecodable"."""
+    """How many frames of a clip really decode. Raises ItemError "undecodable", "not-jpeg-frames"."""
     import av
 
+    kind, options = None, NO_REFERENCES
+    if data.endswith(JPEG_MAGIC):  # pictures one after another, which refer to nothing
+        kind, options, data = "mjpeg", {}, b"".join(jpeg_frames(data))
     try:
-        with av.open(io.BytesIO(data), options=NO_REFERENCES) as container:
+        with av.open(io.BytesIO(data), format=kind, options=options) as container:
             return sum(1 for _ in container.decode(video=0))
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise ItemError("undecodable", str(error)) from error

@@ -11,6 +11,7 @@ from pipeline.cut import CutSettings, SpanRequest, cut_in_sandbox, cut_video
 from pipeline.encode import ENCODINGS, cpu_flags, jpeg_frames
 from pipeline.errors import ItemError
 from pipeline.sandbox import Sandbox
+from pipeline.verify_stage import count_frames
 
 SPANS = [SpanRequest(f"v.{n}", n, 0.7 * n, 0.7 * n + 1.5) for n in range(4)]
 
@@ -50,6 +51,7 @@ def test_every_encoding_shows_the_same_frames(video, tmp_path, encoding):
         expected = [21 * row["n"] + 10 * k for k in range(row["num_frames"])]
         assert row["codec"] == ENCODINGS[encoding].name
         assert (shown_by_jpegs(data) if encoding == "jpeg-frames" else numbers_in(data)) == expected
+        assert count_frames(data) == row["num_frames"], "`clipmill verify` counts them"
 
 
 def shown_by_jpegs(data: bytes) -> list[int]:
