@@ -43,8 +43,7 @@ def _build(scratch: Path, arguments: argparse.Namespace) -> None:
     from bench.media import benchmark_set
 
     videos = benchmark_set(footage=arguments.footage, duration_s=arguments.duration)
-    sources, num_clips = scratch / "sources.jsonl", sum(len(video["spans"]) for video in videos)
-    sources.write_text("".join(json.dumps(_source(video)) + "\n" for video in videos))
+    num_clips, sources = sum(len(video["spans"]) for video in videos), _list(videos, scratch)
     corpus, rows = scratch / "corpus", {"build": [], "without the engine": []}
     for _ in range(arguments.rounds):
         rows["build"].append(_clean_build(sources, corpus))
@@ -65,6 +64,19 @@ def _build(scratch: Path, arguments: argparse.Namespace) -> None:
     print(f"gate {_verdict(overhead <= MAX_OVERHEAD)}: engine overhead {overhead:.1%} (at most {MAX_OVERHEAD:.0%})")
 
 
+def sources_of_set(folder: Path, footage: Path | None, duration_s: float) -> Path:
+    """The benchmark set as a list of sources with their spans."""
+    from bench.media import benchmark_set
+
+    return _list(benchmark_set(footage=footage, duration_s=duration_s), folder)
+
+
+def _list(videos: list[dict], folder: Path) -> Path:
+    path = folder / "sources.jsonl"
+    path.write_text("".join(json.dumps(_source(video)) + "\n" for video in videos))
+    return path
+
+
 def _source(video: dict) -> dict:
     spans = [{"n": n, "start_s": start, "end_s": end} for n, (start, end) in enumerate(video["spans"])]
     clips = [
@@ -78,14 +90,14 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds // 3600):02d}:{int(seconds // 60 % 60):02d}:{seconds % 60:06.3f}"
 
 
-def _clean_build(sources: Path, corpus: Path, *settings: str) -> Cost:
+def _clean_build(sources: Path, corpus: Path, *settings: str, environment: dict[str, str] | None = None) -> Cost:
     shutil.rmtree(corpus, ignore_errors=True)
     command = [sys.executable, "-m", "pipeline.cli", "build", str(sources), "--corpus", str(corpus), "--recipe", "demo"]
-    return _measured([*command, *(word for setting in settings for word in ("--set", setting))])
+    return _measured([*command, *(word for setting in settings for word in ("--set", setting))], environment)
 
 
-def _measured(command: list[str]) -> Cost:
-    cost = measure(command)
+def _measured(command: list[str], environment: dict[str, str] | None = None) -> Cost:
+    cost = measure(command, environment)
     assert cost.exit_code == 0, cost.output
     return cost
 

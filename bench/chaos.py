@@ -207,7 +207,7 @@ class Chaos:
         return False
 
     def _kill_one(self, wanted: Callable[[str], bool]) -> bool:
-        victims = sorted((p for p in self.cluster.workers() if wanted(_title(p))), key=lambda p: p.pid)
+        victims = sorted((p for p in self.cluster.workers() if wanted(title_of(p))), key=lambda p: p.pid)
         if not victims:
             return False
         with suppress(psutil.NoSuchProcess):
@@ -378,13 +378,13 @@ class RayNodes:
     def address(self) -> str:
         return self.cluster.address
 
-    def workers(self) -> Iterator[psutil.Process]:
-        """Processes that run tasks and actors of this cluster: children of its raylets."""
-        for node in [self.cluster.head_node, *self.nodes]:
+    def workers(self, nodes: Sequence[Any] | None = None) -> Iterator[psutil.Process]:
+        """Processes that run tasks and actors on these nodes (None: all of them): children of their raylets."""
+        for node in [self.cluster.head_node, *self.nodes] if nodes is None else nodes:
             for raylet in node.all_processes.get("raylet", []):
                 with suppress(psutil.NoSuchProcess):
                     yield from (
-                        p for p in psutil.Process(raylet.process.pid).children() if _title(p).startswith("ray::")
+                        p for p in psutil.Process(raylet.process.pid).children() if title_of(p).startswith("ray::")
                     )
 
     def add(self, **resources: Any) -> None:
@@ -402,7 +402,8 @@ class RayNodes:
         return True
 
 
-def _title(process: psutil.Process) -> str:
+def title_of(process: psutil.Process) -> str:
+    """Its command line; Ray writes there what a worker is doing. Empty where it is gone."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:

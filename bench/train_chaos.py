@@ -2,13 +2,16 @@
 
     python -m bench.train_chaos                       30 kills over 120 steps (10 minutes or so)
     python -m bench.train_chaos --kills 6 --steps 40
+    python -m bench.train_chaos --ways ray            only under Ray Train
 
-gate           the batches are those of the quiet run, and so are the fp32 losses, but for how sums are rounded (2e-4)
+gate           the batches are those of the quiet run, and so are the fp32 losses, but for how sums are rounded (2e-4) ·
+               no attempt ends by itself with an error
 informational  kills by kind
 
-Each attempt trains with 0 to 3 loader processes, alone or as two processes of torchrun, and is killed at a seeded
-random moment: anywhere, while a checkpoint is being written, or with SIGTERM, which it may answer by saving. Loader
-processes are killed, too, without ending the attempt. Exit code 1 when the gate fails.
+Each attempt trains with 0 to 3 loader processes: alone, as two processes of torchrun, or as two workers of Ray Train on
+a cluster of three nodes on this machine. It is killed at a seeded random moment: anywhere, while a checkpoint is being
+written, or with SIGTERM, which it may answer by saving. Loader processes, Ray's workers and a node with all that is on
+it are killed, too, without ending the attempt: it has to go on by itself. Exit code 1 when the gate fails.
 """
 
 import argparse
@@ -21,13 +24,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-KINDS = ("anywhere", "saving", "SIGTERM", "loader")
+from bench.chaos import RayNodes, local_cluster, title_of
+
+KINDS = ("anywhere", "saving", "SIGTERM", "loader", "ray-worker", "ray-node")
+WAYS = {"alone": 0.5, "torchrun": 0.25, "ray": 0.25}  # how an attempt is started → how often
 RELATIVE = 2e-4
+PATIENCE_S = 300  # with an attempt that makes no step
 SETTINGS = (
     "train.batch_size=8",
     "train.log_every=1",
@@ -44,29 +53,62 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--corpus", type=Path, help="one that is there; else a small one is built")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="clipmill-chaos-") as scratch:
         corpus = arguments.corpus or _build(Path(scratch))
-        sys.exit(_torment(Path(scratch), corpus, arguments))
+        report = torment(Path(scratch), corpus, arguments.kills, arguments.steps, arguments.seed, arguments.ways, _say)
+    print(report)
+    sys.exit(bool(report.wrong))
 
 
-def _torment(folder: Path, corpus: Path, arguments: argparse.Namespace) -> int:
-    quiet, run, rng = folder / "quiet", folder / "run", random.Random(arguments.seed)
-    started = time.monotonic()
-    _wait(Attempt(corpus, quiet, arguments.steps, loaders=1, processes=1))
-    kills: Counter = Counter()
-    attempts = 0
-    while kills.total() < arguments.kills and _last_step(run) < arguments.steps:
-        attempts += 1
-        attempt = Attempt(corpus, run, arguments.steps, rng.randrange(4), processes=1 + (rng.random() < 0.3))
-        kills.update(attempt.strike(rng))
-    _wait(Attempt(corpus, run, arguments.steps, loaders=2, processes=1))
-    problems = _differences(_lines(quiet), _lines(run), arguments.steps)
-    told = ", ".join(f"{kills[kind]} {kind}" for kind in KINDS)
-    print(f"{kills.total()} kills in {attempts} attempts, {(time.monotonic() - started) / 60:.1f} minutes: {told}")
-    print("\n".join(f"WRONG: {problem}" for problem in problems) or f"the same {arguments.steps} batches and losses")
-    return bool(problems)
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@dataclass
+class Report:
+    steps: int
+    kills: Counter = field(default_factory=Counter)
+    ways: Counter = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{self.kills[kind]} {kind}" for kind in KINDS if self.kills[kind])
+        ways = ", ".join(f"{self.ways[way]} {way}" for way in WAYS if self.ways[way])
+        told = [
+            f"{self.kills.total()} kills in {self.seconds / 60:.1f} minutes: {kinds}",
+            f"{self.ways.total()} attempts: {ways}",
+            *(f"WRONG: {problem}" for problem in self.wrong),
+        ]
+        return "\n".join([*told, "FAILED" if self.wrong else f"the same {self.steps} batches and losses"])
+
+
+def torment(
+    folder: Path, corpus: Path, num_kills: int, steps: int, seed: int, ways: Sequence[str], say: Callable[[str], None]
+) -> Report:
+    """Train quietly, train under kills, compare. The work is done in `folder`."""
+    quiet, run, rng = folder / "quiet", folder / "run", random.Random(seed)
+    started, report = time.monotonic(), Report(steps)
+    say(f"quiet training of {steps} steps")
+    Attempt(corpus, quiet, steps, loaders=1).end_well()
+    with ExitStack() as stack:
+        cluster = stack.enter_context(local_cluster()) if "ray" in ways else None
+        while report.kills.total() < num_kills and _last_step(run) < steps and not report.wrong:
+            way = rng.choices(ways, [WAYS[way] for way in ways])[0]
+            attempt = Attempt(corpus, run, steps, rng.randrange(4), way, cluster)
+            hit, problem = attempt.strike(rng)
+            report.kills.update(hit)
+            report.ways[way] += 1
+            report.wrong += [f"{way}: {problem}"] if problem else []
+            say(f"{report.kills.total():4} {way} from step {attempt.begun_at} to {_last_step(run)}: {', '.join(hit)}")
+    if not report.wrong:
+        Attempt(corpus, run, steps, loaders=2).end_well()
+        report.wrong += _differences(_lines(quiet), _lines(run), steps)
+    report.seconds = time.monotonic() - started
+    return report
 
 
 def _build(folder: Path) -> Path:
@@ -82,57 +124,104 @@ def _build(folder: Path) -> Path:
 class Attempt:
     """One start of the command, in a process group of its own."""
 
-    def __init__(self, corpus: Path, run: Path, steps: int, loaders: int, processes: int):
-        self.run, self.begun_at = run, _last_step(run)
+    def __init__(
+        self, corpus: Path, run: Path, steps: int, loaders: int, way: str = "alone", cluster: RayNodes | None = None
+    ):
+        self.run, self.way, self.cluster, self.begun_at = run, way, cluster, _last_step(run)
         words = ["train", "--corpus", str(corpus), "--run", str(run), "--recipe", "demo"]
         for setting in (*SETTINGS, f"train.max_steps={steps}", f"data.loader_processes={loaders}"):
             words += ["--set", setting]
-        together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [*together, "-m", "pipeline.cli", "--"] if processes > 1 else ["-m", "pipeline.cli"]
+        together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline.cli", "--"]
+        command = together if way == "torchrun" else ["-m", "pipeline.cli"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if way == "ray":
+            words += ["--workers", "2"]
+            environment["RAY_ADDRESS"] = cluster.address
+        self.output = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, *command, *words],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=self.output,
+            stderr=self.output,
+            env=environment,
             start_new_session=True,
         )
 
-    def strike(self, rng: random.Random) -> list[str]:
-        """Kills once it trains; what has been hit. Nothing if it ends before."""
-        hit, kind = [], rng.choice(KINDS)
+    def end_well(self) -> None:
+        code = self.process.wait(timeout=1800)
+        assert code == 0, self.said()
+
+    def said(self) -> str:
+        self.output.seek(0)
+        return self.output.read()[-3000:]
+
+    def strike(self, rng: random.Random) -> tuple[list[str], str | None]:
+        """Kills once it trains: what has been hit, and what it died of where it was not that."""
+        kinds = ("ray-worker", "ray-node") if self.way == "ray" else ("anywhere", "saving", "SIGTERM", "loader")
+        kind = rng.choice(kinds)
         self._wait_for(lambda: _last_step(self.run) > self.begun_at)
-        if kind == "loader":
-            hit += self._kill_loaders(rng)
-            kind = "anywhere"
+        time.sleep(rng.uniform(0, 2))
+        hit = self._hit_a_part(kind, rng)
         if kind == "saving":
             self._wait_for(lambda: any((self.run / "checkpoints").glob(".tmp-*")))
             time.sleep(rng.uniform(0, 0.02))
-        else:
-            time.sleep(rng.uniform(0, 2))
-        if self.process.poll() is None:
-            hit.append(kind)
-            os.killpg(self.process.pid, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
-        self.process.communicate(timeout=120)
-        return hit
+        code = self.process.poll()
+        if code is None:
+            hit.append(self._end(kind))
+        return hit, f"ended with {code}: {self.said()}" if code else None
 
-    def _kill_loaders(self, rng: random.Random) -> list[str]:
+    def _hit_a_part(self, kind: str, rng: random.Random) -> list[str]:
+        """What the attempt has to live through: it goes on by itself, or this takes up all patience."""
+        victims = {"loader": self._loaders, "ray-worker": self._ray_workers}
+        if kind == "ray-node":
+            self.cluster.replace_one(rng)
+        elif kind not in victims or not _kill_one(victims[kind](), rng):
+            return []
+        made = _last_step(self.run)
+        self._wait_for(lambda: _last_step(self.run) > made)
+        return [kind]
+
+    def _loaders(self) -> list[psutil.Process]:
         with suppress(psutil.Error):
             below = psutil.Process(self.process.pid).children(recursive=True)
-            loaders = [p for p in below if "forkserver" in " ".join(p.parent().cmdline())]
-            if loaders:
-                rng.choice(loaders).kill()
-                return ["loader"]
+            return [p for p in below if p.parent() and "forkserver" in title_of(p.parent())]
         return []
 
-    def _wait_for(self, condition) -> None:
-        while self.process.poll() is None and not condition():
-            time.sleep(0.005)
+    def _ray_workers(self) -> list[psutil.Process]:
+        return [p for p in self.cluster.workers() if "RayTrainWorker" in title_of(p)]
+
+    def _end(self, kind: str) -> str:
+        """The whole attempt, torchrun's processes (which have sessions of their own) and Ray's workers with it."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        if kind == "SIGTERM":
+            os.killpg(self.process.pid, signal.SIGTERM)
+            self.process.wait(timeout=PATIENCE_S)
+            return kind
+        os.killpg(self.process.pid, signal.SIGKILL)
+        for process in below:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+        if self.way == "ray":
+            _wait_until(lambda: not self._ray_workers())  # Ray ends what belonged to a driver that is gone
+        return "saving" if kind == "saving" else "anywhere"
+
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        _wait_until(lambda: self.process.poll() is not None or condition())
 
 
-def _wait(attempt: Attempt) -> None:
-    _, errors = attempt.process.communicate(timeout=600)
-    assert attempt.process.returncode == 0, errors
+def _wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < until, f"nothing happened for {PATIENCE_S} s"
+        time.sleep(0.005)
+
+
+def _kill_one(victims: list[psutil.Process], rng: random.Random) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        if victims:
+            rng.choice(sorted(victims, key=lambda p: p.pid)).kill()
+            return True
+    return False
 
 
 def _lines(run: Path) -> list[dict]:

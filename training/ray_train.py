@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.errors import UserError
 from training.loader import LoaderError
 from training.prepare import Request, requested_settings
+from training.run_folder import RunFolder
 from training.trainer import Report, train
 
 MAX_RESTARTS = 3  # after workers or nodes have died; a run that kills its workers must end some time
@@ -28,6 +29,7 @@ def train_on_ray(request: Request, num_workers: int, address: str | None = None)
     from ray.train.torch import TorchConfig, TorchTrainer
 
     device = requested_settings(request).train.device
+    RunFolder(request.run).create()  # before Ray writes there: a folder with only Ray's files would be taken for no run
     started = not ray.is_initialized()
     if started:
         _start(address, num_workers)

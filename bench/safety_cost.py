@@ -1,0 +1,88 @@
+"""What hashing, checking and sandboxing cost of a whole build's CPU.
+
+    python -m bench.safety_cost                        the benchmark set (`bench.media`), 3 rounds (10 minutes or so)
+    python -m bench.safety_cost --parts                each part taken out alone, too
+    python -m bench.safety_cost --duration 40 --rounds 2
+
+gate           all of it together < 5 % of the build's CPU
+informational  each part alone
+
+The same build with and without these parts, in turn (A B A B); a round's two builds are compared with each other and
+the median of the rounds counts. `bench.without_safety` says what is taken out; no setting of the product can. CPU is
+that of every process there has been (`bench.tree_cpu`). Not in it: guarding addresses and limits of downloads (the
+set lies on this disk), which wait for the network and hash what comes as it comes.
+
+Trap: what is out of the sandbox is done in Ray's worker, which has imported much already, so starting the sandbox's own
+interpreter counts in full as cost; it is the same for each worker however much it cuts. Short sets make it look large.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import duckdb
+
+from bench.build import _clean_build, _spread, _verdict, sources_of_set
+from bench.tree_cpu import Cost
+from bench.without_safety import PARTS, VARIABLE
+
+MOST = 0.05
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--duration", type=float, default=185.0, help="seconds of each of the three videos")
+    parser.add_argument("--footage", type=Path, help="folder of real videos to make the set from")
+    parser.add_argument("--parts", action="store_true", help="also take out each part alone")
+    arguments = parser.parse_args()
+    ways = {"as it is": (), "without": PARTS}
+    ways |= {f"without {part}": (part,) for part in PARTS if arguments.parts}
+    with tempfile.TemporaryDirectory(prefix="clipmill-bench-") as scratch:
+        costs = _measure(Path(scratch), ways, arguments)
+    sys.exit(_report(costs))
+
+
+def _measure(scratch: Path, ways: dict[str, tuple[str, ...]], arguments: argparse.Namespace) -> dict[str, list[Cost]]:
+    sources = sources_of_set(scratch, arguments.footage, arguments.duration)
+    (scratch / "site").mkdir()
+    (scratch / "site" / "sitecustomize.py").write_text("import bench.without_safety\n")
+    environment = {"PYTHONPATH": f"{scratch / 'site'}:{ROOT}"}
+    costs: dict[str, list[Cost]] = {way: [] for way in ways}
+    made: dict[str, tuple] = {}
+    for _ in range(arguments.rounds):
+        for way, parts in ways.items():
+            corpus = scratch / "corpus"
+            costs[way].append(_clean_build(sources, corpus, environment=environment | {VARIABLE: ",".join(parts)}))
+            made[way] = _what_was_made(corpus)
+    assert len({counts for counts, _ in made.values()}) == 1, f"the ways made different corpora: {made}"
+    assert made["without"][1] != made["as it is"][1], "nothing was taken out: the hashes are the same"
+    return costs
+
+
+def _what_was_made(corpus: Path) -> tuple[tuple[int, ...], str]:
+    """How many rows there are, and one of the clips' hashes."""
+    with duckdb.connect(str(corpus / "manifest.duckdb"), read_only=True) as connection:
+        tables = ("clips", "captions", "scores", "samples", "failures")
+        counts = tuple(connection.sql(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables)
+        return counts, connection.sql("SELECT sha256 FROM clips ORDER BY clip_id").fetchone()[0]
+
+
+def _report(costs: dict[str, list[Cost]]) -> int:
+    whole = [cost.cpu_s for cost in costs["as it is"]]
+    print("| way | CPU-s | wall s | what is left out costs, of the whole |\n| --- | --- | --- | --- |")
+    shares = {}
+    for way, measured in costs.items():
+        cpu_s = [cost.cpu_s for cost in measured]
+        shares[way] = statistics.median(1 - without / with_ for with_, without in zip(whole, cpu_s, strict=True))
+        print(f"| {way} | {_spread(cpu_s)} | {_spread([cost.wall_s for cost in measured])} | {shares[way]:.1%} |")
+    passed = shares["without"] < MOST
+    print(f"\ngate {_verdict(passed)}: hashing, checking and safety are {shares['without']:.1%} (below {MOST:.0%})")
+    return not passed
+
+
+if __name__ == "__main__":
+    main()

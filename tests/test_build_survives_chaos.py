@@ -1,0 +1,23 @@
+"""A build hit by dead workers, nodes and drivers, a full disk, torn files and a bad server: the bytes of a quiet one.
+
+The long run is `python -m bench.chaos`.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
+
+from bench.chaos import torment  # noqa: E402
+
+
+@pytest.mark.slow
+def test_a_build_under_faults_of_every_kind_ends_in_the_same_bytes(tmp_path, capsys):
+    said: list[str] = []
+    summary = torment(tmp_path, num_faults=10, num_videos=3, seed=2, say=said.append)
+    with capsys.disabled():
+        print(f"\n{summary}")
+    assert summary.wrong == [], "\n".join(map(str, [summary, *said]))
+    assert summary.faults.total() >= 10 and len(summary.faults) >= 5

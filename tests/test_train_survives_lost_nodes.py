@@ -1,0 +1,61 @@
+"""Training under Ray Train on a cluster of several nodes goes on when one of them is gone, as if nothing had been.
+
+The long run, with kills of every kind, is `python -m bench.train_chaos`.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from training_support import assert_same_run, lines_so_far, quiet, run_training, small_corpus, train_command
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
+
+from bench.chaos import local_cluster, title_of  # noqa: E402
+from pipeline.errors import UserError  # noqa: E402
+from training.prepare import Request  # noqa: E402
+from training.ray_train import train_on_ray  # noqa: E402
+
+NUM_STEPS = "train.max_steps=12"
+
+
+@pytest.mark.slow
+def test_a_node_that_is_gone_costs_the_steps_since_the_last_checkpoint(tmp_path):
+    corpus, undisturbed, run = small_corpus(tmp_path / "corpus"), tmp_path / "undisturbed", tmp_path / "run"
+    assert run_training(corpus, undisturbed, NUM_STEPS).returncode == 0
+    with local_cluster(num_nodes=2) as cluster, (tmp_path / "output").open("w") as output:
+        command = train_command(corpus, run, NUM_STEPS, "train.checkpoint_every=2", workers=2)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=quiet() | {"RAY_ADDRESS": cluster.address}
+        )
+        try:
+            wait_for_step(run, 4, process)
+            lost = next(node for node in cluster.nodes if has_worker(cluster, node))
+            cluster.remove(lost)
+            cluster.add(num_cpus=1)
+            code = process.wait(timeout=300)
+        finally:
+            process.kill()
+            process.wait()
+    assert code == 0, (tmp_path / "output").read_text()[-3000:]
+    assert_same_run(run, undisturbed)
+
+
+def test_a_folder_that_is_no_run_is_refused_before_ray_writes_to_it(tmp_path):
+    (tmp_path / "something.txt").write_text("not a run")
+    with pytest.raises(UserError, match="not empty and not a run"):
+        train_on_ray(Request(str(tmp_path), corpus=str(tmp_path), recipe="demo"), num_workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["something.txt"]
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while max(lines_so_far(run), default=0) < step:
+        assert process.poll() is None and time.monotonic() < deadline, "it did not come to that step"
+        time.sleep(0.02)
+
+
+def has_worker(cluster, node) -> bool:
+    return any("RayTrainWorker" in title_of(worker) for worker in cluster.workers([node]))
