@@ -44,11 +44,11 @@ def settings(**changes: Any) -> TrainSettings:
 
 
 def learn(
-    process: Process, train: TrainSettings, batch: Batches = whole_batch
+    process: Process, train: TrainSettings, batch: Batches = whole_batch, make_model: Callable[[], Any] = tiny_model
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Weights and losses after some updates on this process's part of the batches."""
     # in fp64, because Adam blows up the rounding of gradients that are zero, such as those of the keys' biases
-    model = tiny_model().to(torch.float32 if train.precision == "bf16" else torch.float64)
+    model = make_model().to(torch.float32 if train.precision == "bf16" else torch.float64)
     learner = Learner(model, train, 10, process)
     share = BATCH // process.world_size
     losses = []
@@ -65,24 +65,24 @@ def whole_weights(model: torch.nn.Module) -> dict[str, Tensor]:
     }
 
 
-def alone(train: TrainSettings, batch: Batches = whole_batch) -> tuple[dict[str, Tensor], list[float]]:
-    return learn(Process(torch.device("cpu")), train, batch)
+def alone(train: TrainSettings, *of: Any) -> tuple[dict[str, Tensor], list[float]]:
+    return learn(Process(torch.device("cpu")), train, *of)
 
 
 def _worker(
-    rank: int, world_size: int, port_file: str, folder: str, trains: list[TrainSettings], batch: Batches
+    rank: int, world_size: int, port_file: str, folder: str, trains: list[TrainSettings], of: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=world_size)
     with join("cpu") as process:
-        torch.save([learn(process, train, batch) for train in trains], Path(folder) / f"{rank}.pt")
+        torch.save([learn(process, train, *of) for train in trains], Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def together(world_size: int, trains: list[TrainSettings], batch: Batches = whole_batch) -> list[list[Any]]:
+def together(world_size: int, trains: list[TrainSettings], *of: Any) -> list[list[Any]]:
     """What every process ended with, for each of the settings."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (world_size, f"{folder}/meeting", folder, trains, batch), nprocs=world_size)
+        mp.spawn(_worker, (world_size, f"{folder}/meeting", folder, trains, of), nprocs=world_size)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
 
 

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from training.clip4clip_heads import NORM_EPS, PairHead, build_head, pooled
 from training.clip4clip_names import stem_of
 from training.clip4clip_settings import Clip4ClipSettings
-from training.model import ClipVip, ModelConfig, TextTower, TowerConfig, VisionTower, cut_texts
+from training.model import ClipVip, ModelConfig, TextTower, TowerConfig, VisionTower, cut_texts, tower_flops
 
 MAX_LOG_SCALE = math.log(100)
 INIT_STD = 0.02
@@ -163,6 +163,11 @@ class Clip4Clip(nn.Module):
         for name, parameter in self.clip.named_parameters():
             always = name.startswith(_ALWAYS_TRAINED) or self.is_added(f"clip.{name}")
             parameter.requires_grad_(num_layers is None or always or _layer(name) >= num_layers)
+
+    def pair_flops(self, num_frames: int) -> float:
+        """Of the forward pass of tightTransf's blocks for one pair; `training.model.sample_flops` has the towers'."""
+        num_tokens = 1 + num_frames
+        return tower_flops(_head_config(self.config, self.settings), num_tokens, num_tokens**2)
 
     def is_added(self, name: str) -> bool:
         """Whether a tensor is CLIP4Clip's rather than CLIP's."""

@@ -30,9 +30,14 @@ def sources_of(variant: str) -> frozenset[str]:
     return frozenset(SOURCES) if "visual" in used else frozenset(used) & frozenset(SOURCES)
 
 
+def needs_pairs(model: nn.Module) -> bool:
+    """Whether a model scores pairs instead of giving a vector per item (CLIP4Clip's tightTransf)."""
+    return getattr(model, "needs_pairs", False)
+
+
 class Encoder(nn.Module):
     """A batch to its feature sets (video, subtitle, frame, caption, neighbours): unit vectors [B, D], of neighbours
-    [B, N, D]; None where not asked for.
+    [B, N, D]; None where not asked for. Of a model that scores pairs frames [B, F, D] and texts [B, D], of any length.
     """
 
     def __init__(self, model: ClipVip, sources: frozenset[str]):
@@ -47,7 +52,8 @@ class Encoder(nn.Module):
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         config = self.model.config
-        return self.model.encode_video(normalise(pixels, config.image_mean, config.image_std))
+        encode = self.model.frame_features if needs_pairs(self.model) else self.model.encode_video
+        return encode(normalise(pixels, config.image_mean, config.image_std))
 
     def _encode_texts(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Both texts in one pass of the tower; the loader has cut them already."""
@@ -57,7 +63,8 @@ class Encoder(nn.Module):
             return None, None
         length = max(ids[name].shape[1] for name in wanted)
         stacked = torch.cat([pad(ids[name], (0, length - ids[name].shape[1])) for name in wanted])
-        features = self.model.encode_text(stacked, cut=False).chunk(len(wanted))
+        encode = self.model.text_features if needs_pairs(self.model) else self.model.encode_text
+        features = encode(stacked, cut=False).chunk(len(wanted))
         by_name = dict(zip(wanted, features, strict=True))
         return by_name.get("subtitle"), by_name.get("caption")
 
@@ -73,6 +80,8 @@ class Wrapped:
 
     def __init__(self, model: ClipVip, settings: TrainSettings, process: Process):
         self.settings, self.process = settings, process
+        if needs_pairs(model):
+            _prepare_for_pairs(model, settings)
         model.set_activation_checkpointing(settings.activation_checkpointing)
         self.model = model.to(process.device)
         encoder: nn.Module = Encoder(self.model, sources_of(settings.loss))
@@ -95,6 +104,12 @@ class Wrapped:
             features = self._run(batch)
         dtype = self.model.logit_scale.dtype
         return tuple(None if feature is None else feature.to(dtype) for feature in features)
+
+    def score(self, text_BC: Tensor, frames_KFC: Tensor) -> Tensor:
+        """[B, K] of a model that scores pairs. Outside of what DDP runs, which averages its gradients all the same."""
+        enabled = self.settings.precision == "bf16"
+        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=enabled):
+            return self.model.similarity(text_BC, frames_KFC)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Gradients stay with this process until a backward pass outside."""
@@ -120,6 +135,23 @@ class Wrapped:
             for some in (sharded, whole):
                 clip_grads_with_norm_(some, max_norm, total)
         return total
+
+
+def _prepare_for_pairs(model: nn.Module, settings: TrainSettings) -> None:
+    """Raises UserError for settings that a model which scores pairs cannot have."""
+    refused = {
+        "train.loss": (settings.loss, settings.loss != "vs", "vs"),
+        "train.chunk_size": (settings.chunk_size, settings.chunk_size is not None, "null: pairs are scored in chunks"),
+        "train.feedback": (settings.feedback, settings.feedback, "false"),
+    }
+    for name, (value, is_refused, allowed) in refused.items():
+        if is_refused:
+            raise UserError(
+                f"{name} = {value}: model.clip4clip.head = 'tightTransf' scores pairs and has no vector per video; "
+                f"allowed here: {allowed}."
+            )
+    model.train()  # its head has dropout
+    model.logit_scale.requires_grad_(False)  # in no score, so it stays what it is, as in the published runs
 
 
 def _shard(encoder: nn.Module, model: ClipVip) -> None:

@@ -12,10 +12,11 @@ from training.augment import augment
 from training.batch import Batch
 from training.distributed import Process
 from training.ema import Ema
-from training.encoder import FeatureSets, Wrapped
+from training.encoder import FeatureSets, Wrapped, needs_pairs
 from training.feedback import Feedback
 from training.gradient_cache import cached_backward
 from training.loss import OmnisourceLoss, omnisource_loss
+from training.matching import matching_loss
 from training.mil_nce import mil_nce_loss
 from training.model import ClipVip
 from training.optim import build_optimiser, parameter_groups, set_learning_rate
@@ -103,6 +104,9 @@ class Learner:
         if self.feedback is not None:
             self.feedback.add(batch, video, subtitle, caption, log_scale)
         group = self.process.group
+        if needs_pairs(self.model):
+            pairs = (subtitle, video, batch.subtitle_mask_B, batch.video_mask_B)
+            return matching_loss(self.wrapped.score, *pairs, group=group)
         if self.settings.loss == "mil_nce":
             masks = (batch.video_mask_B, batch.subtitle_mask_B, batch.neighbour_mask_BN)
             return mil_nce_loss(video, subtitle, neighbours, log_scale, *masks, group=group)

@@ -354,12 +354,12 @@ def video_flops(config: ModelConfig, num_frames: int) -> float:
     num_tokens = num_proxies + num_frames * num_patches
     pairs = num_frames * num_patches * (num_proxies + num_patches) + num_proxies * num_tokens
     embedding = 2 * num_frames * num_patches * 3 * config.patch_size**2 * config.vision.width
-    return embedding + _tower_flops(config.vision, num_tokens, pairs) + 2 * config.vision.width * config.embed_dim
+    return embedding + tower_flops(config.vision, num_tokens, pairs) + 2 * config.vision.width * config.embed_dim
 
 
 def text_flops(config: ModelConfig, num_tokens: int) -> float:
     """Forward FLOPs of one text of `num_tokens` tokens; the causal half is not subtracted."""
-    return _tower_flops(config.text, num_tokens, num_tokens**2) + 2 * config.text.width * config.embed_dim
+    return tower_flops(config.text, num_tokens, num_tokens**2) + 2 * config.text.width * config.embed_dim
 
 
 def sample_flops(
@@ -370,6 +370,6 @@ def sample_flops(
     return 3 * (forward + sum(text_flops(config, length) for length in text_lengths))
 
 
-def _tower_flops(config: TowerConfig, num_tokens: int, num_pairs: int) -> float:
+def tower_flops(config: TowerConfig, num_tokens: int, num_pairs: int) -> float:
     per_token = 8 * config.width**2 + 4 * config.width * config.mlp_width
     return config.num_layers * (num_tokens * per_token + 4 * config.width * num_pairs)

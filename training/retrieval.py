@@ -33,6 +33,7 @@ from torch.nn.functional import normalize
 from pipeline.errors import UserError
 from shards.tar import replacing
 from training.distributed import Process
+from training.encoder import needs_pairs
 from training.evaluate import Dsl, chance, retrieval_metrics
 from training.frames import normalise
 from training.gather import gather_counts, gather_rows
@@ -131,7 +132,7 @@ def features(
     with _evaluating(model):
         video_ND, read, failures = _videos(model, selection, settings, process, progress)
         text_UD = _texts(model, ids_UL, settings, process)
-        if not _needs_pairs(model):  # bf16 leaves unit vectors a few thousandths too long or too short
+        if not needs_pairs(model):  # bf16 leaves unit vectors a few thousandths too long or too short
             video_ND, text_UD = normalize(video_ND, dim=1), normalize(text_UD, dim=1)
         similarity_UN = _similarity(model, text_UD, video_ND, settings, process)
     column = np.full(selection.num_clips, -1)
@@ -163,8 +164,8 @@ def _videos(
     """[N, D] (or [N, frames, D]), the row of the selection of each, and the clips that could not be read."""
     mine = _share(selection.num_clips, settings.eval.batch_size, process)
     num_mine, num_done = sum(map(len, mine)), 0
-    encode = model.frame_features if _needs_pairs(model) else model.encode_video
-    shape = (settings.data.num_frames, model.config.embed_dim)[0 if _needs_pairs(model) else 1 :]
+    encode = model.frame_features if needs_pairs(model) else model.encode_video
+    shape = (settings.data.num_frames, model.config.embed_dim)[0 if needs_pairs(model) else 1 :]
     failures: list[Failure] = []
     parts, rows = [], []
     with _loader(model, selection, settings, process, failures) as loader:
@@ -204,7 +205,7 @@ def _distinct(ids_ML: Tensor) -> tuple[Tensor, Tensor]:
 
 def _texts(model: nn.Module, ids_UL: Tensor, settings: RunSettings, process: Process) -> Tensor:
     """[U, D] of distinct texts."""
-    encode = model.text_features if _needs_pairs(model) else model.encode_text
+    encode = model.text_features if needs_pairs(model) else model.encode_text
     mine = _share(len(ids_UL), settings.eval.batch_size, process)
     parts = [_encoded(encode, ids_UL[numbers].to(process.device), settings) for numbers in mine]
     return _of_all(_tensors(mine), parts, (model.config.embed_dim,), process)[1]
@@ -214,7 +215,7 @@ def _similarity(model: nn.Module, text_UD: Tensor, video_ND: Tensor, settings: R
     """[U, N] of distinct texts, so that the same sentence is exactly as near wherever it stands. Cosines are multiplied
     in float64: what the linear algebra beneath does with the place of a row then changes no rank.
     """
-    if not _needs_pairs(model):
+    if not needs_pairs(model):
         return (text_UD.double() @ video_ND.double().T).float()
     video_ND = video_ND.to(process.device)
     mine = _share(len(text_UD), settings.eval.batch_size, process)
@@ -223,10 +224,6 @@ def _similarity(model: nn.Module, text_UD: Tensor, video_ND: Tensor, settings: R
         for numbers in mine
     ]
     return _of_all(_tensors(mine), parts, (len(video_ND),), process)[1]
-
-
-def _needs_pairs(model: nn.Module) -> bool:
-    return getattr(model, "needs_pairs", False)
 
 
 def _encoded(encode: Callable[[Tensor], Tensor], inputs: Tensor, settings: RunSettings) -> Tensor:

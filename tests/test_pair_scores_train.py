@@ -1,0 +1,104 @@
+"""CLIP4Clip's tightTransf in training: the published symmetric loss, over all processes' pairs, each scored once."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from clip_vip_support import random_texts, tensors, tiny_model
+from test_clip4clip_reference import features, inputs, load, worst
+from test_update_is_the_same_everywhere import BATCH, alone, assert_same, settings, together, whole_batch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.errors import UserError
+from training.batch import Batch
+from training.clip4clip_model import Clip4Clip
+from training.clip4clip_settings import Clip4ClipSettings
+from training.distributed import Process
+from training.learner import Learner
+from training.matching import matching_loss
+
+SETTINGS = Clip4ClipSettings(head="tightTransf", num_layers=2)
+
+
+def small(dropout: float = 0.0) -> Clip4Clip:
+    model = Clip4Clip(tiny_model(embed_dim=24, num_added=0, num_times=0), SETTINGS)
+    model.head.dropout.p = dropout  # else each process draws for other pairs than one alone
+    model.pairs_at_a_time = 10
+    return model
+
+
+def test_twice_the_published_loss_with_its_gradients() -> None:
+    model, case = load("tightTransf"), tensors("clip4clip", "tightTransf.cases.safetensors")
+    text, frames = (feature.clone().requires_grad_() for feature in features("tightTransf", "f64"))
+    there = torch.ones(len(frames), dtype=torch.bool)
+    score = partial(model.similarity, video_mask=inputs()["video_mask"])
+    loss = matching_loss(score, text.squeeze(1), frames, there, there).total / 2
+    loss.backward()
+    assert worst(loss, case["f64/loss_symmetric"]) <= 1e-12
+    assert worst(text.grad, case["f64/grad_sequence_output"]) <= 1e-7
+    assert worst(frames.grad, case["f64/grad_visual_output"]) <= 1e-7
+
+
+def test_what_does_not_exist_is_nobodys_pair() -> None:
+    """As if the unreadable clip were not in the batch; a clip without a text only is a negative of others."""
+
+    def score(text_BC: Tensor, frames_KFC: Tensor) -> Tensor:
+        return text_BC @ frames_KFC.mean(dim=1).T
+
+    text, frames = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 3, 4, dtype=torch.float64)
+    there = torch.ones(5, dtype=torch.bool)
+    but_2 = torch.tensor([True, True, False, True, True])
+    holed = text.clone()
+    holed[2] = torch.nan
+    without = matching_loss(score, text[but_2], frames[but_2], there[:4], there[:4]).total
+    torch.testing.assert_close(matching_loss(score, holed, frames, there, but_2).total, without)
+    mute = matching_loss(score, holed, frames, but_2, there)
+    torch.testing.assert_close(mute.terms["subtitle_to_video"], _text_to_video(score(text, frames), but_2))
+    assert matching_loss(score, text, frames, there, ~there).total == 0
+
+
+def _text_to_video(scores: Tensor, asks: Tensor) -> Tensor:
+    return (scores.logsumexp(dim=1) - scores.diagonal())[asks].mean()
+
+
+def test_with_its_dropout_it_fits_a_batch() -> None:
+    pixels = torch.randint(0, 255, (6, 3, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    ids, there = random_texts(6), torch.ones(6, dtype=torch.bool)
+    batch = Batch(torch.arange(6), pixels, pixels[:, :1], ids, ids, there, there, there)
+    torch.manual_seed(0)
+    model = small(dropout=0.1).eval()
+    learner = Learner(model, settings(loss="vs", lr=3e-3), 60, Process(torch.device("cpu")))
+    losses = [learner.train_step(batch)["loss"].item() for _ in range(40)]
+    assert model.training and losses[-1] < 0.5 * losses[0]
+    assert model.logit_scale.item() == small().logit_scale.item()
+
+
+@pytest.mark.slow
+def test_processes_change_no_update() -> None:
+    expected = alone(settings(loss="vs"), whole_batch, small)
+    for outcomes in together(2, [settings(loss="vs")], whole_batch, small):
+        for outcome in outcomes:
+            assert_same(outcome, expected)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"loss": "vsc_fc"}, "train.loss = vsc_fc.*allowed here: vs"),
+        ({"loss": "vs", "chunk_size": 4}, "train.chunk_size = 4"),
+        ({"loss": "vs", "feedback": True}, "train.feedback = True"),
+    ],
+)
+def test_what_needs_a_vector_per_video_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Learner(small(), settings(**changes), 10, Process(torch.device("cpu")))
+
+
+def test_flops_of_a_pair_are_those_of_its_blocks() -> None:
+    """The counter sees the head's three small layers, too, which the estimate leaves out."""
+    model = small().eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        model.similarity(torch.randn(BATCH, 24), torch.randn(BATCH, 3, 24))
+    assert counted.get_total_flops() == pytest.approx(BATCH**2 * model.pair_flops(3), rel=0.05)

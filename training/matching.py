@@ -1,0 +1,65 @@
+"""In-batch matching for models that score pairs: every text with every video, the own pair among them to be found.
+
+The two terms are those of `training.loss`'s variant "vs", on scores instead of cosines; half their sum is the published
+symmetric loss (spec/clip4clip.md section 4). The released code compares a process's own rows alone; here it is all rows
+of the batch, as in the other losses. A process scores its own texts with all videos and scores are gathered, so that
+each of the K x K pairs is scored once. What is missing asks nothing and is nobody's negative, as there.
+
+Legend: B clips of this process, K of all processes, F frames, C the features' size.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.gather import gather_rows
+from training.loss import OmnisourceLoss, sum_of_means
+
+Score = Callable[[Tensor, Tensor], Tensor]  # texts [B, C] and frames [K, F, C] to [B, K]
+
+
+def matching_loss(
+    score: Score,
+    text_BC: Tensor,
+    frames_BFC: Tensor,
+    text_mask_B: Tensor,
+    video_mask_B: Tensor,
+    group: dist.ProcessGroup | None = None,
+    *,
+    mean_gradients: bool = True,
+) -> OmnisourceLoss:
+    """Sum of both directions' mean cross entropies; masks are true where something exists.
+
+    group, mean_gradients  as in `training.loss.omnisource_loss`; every process has equally many clips
+    """
+    text_mask_B = text_mask_B & video_mask_B
+    text_BC = torch.where(text_mask_B[:, None], text_BC, 0)
+    frames_BFC = torch.where(video_mask_B[:, None, None], frames_BFC, 0)
+    scores_BK = score(text_BC, _of_all(frames_BFC, group))
+    scores_BK = scores_BK.to(torch.promote_types(scores_BK.dtype, torch.float32))
+    scores_KK = _of_all(scores_BK, group)
+    masks_K2 = _of_all(torch.stack([text_mask_B, video_mask_B], dim=1).float(), group) > 0
+    start = 0 if group is None else len(text_BC) * dist.get_rank(group)
+    own_B = start + torch.arange(len(text_BC), device=text_BC.device)
+    num_pairs = masks_K2[:, 0].sum().clamp(min=1)
+    to_video_B = _cross_entropy(scores_BK, masks_K2[:, 1], own_B)
+    to_text_B = _cross_entropy(scores_KK[:, own_B].T, masks_K2[:, 0], own_B)
+    means = {
+        name: torch.where(text_mask_B, losses_B, 0).sum() / num_pairs
+        for name, losses_B in (("subtitle_to_video", to_video_B), ("video_to_subtitle", to_text_B))
+    }
+    return sum_of_means(means, group, mean_gradients)
+
+
+def _cross_entropy(scores_BK: Tensor, mask_K: Tensor, own_B: Tensor) -> Tensor:
+    """[B], of picking the own one among those that exist; of rows that do not count something finite."""
+    rows = torch.arange(len(own_B), device=own_B.device)
+    blocked_BK = (~mask_K).repeat(len(own_B), 1)
+    blocked_BK[rows, own_B] = False
+    return scores_BK.masked_fill(blocked_BK, -torch.inf).logsumexp(dim=1) - scores_BK[rows, own_B]
+
+
+def _of_all(rows_B: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    return rows_B if group is None else gather_rows(rows_B, group, [len(rows_B)] * dist.get_world_size(group))
