@@ -54,12 +54,13 @@ class StoreLock:
                 raise UserError(_refusal(self.store, held, holder))
             with suppress(Changed):  # somebody else was quicker: look again
                 self._write(began_at, new=held is None, instead_of=held.etag if held else None)
+                self._require_conditions()
                 self._thread = threading.Thread(target=self._beat_on, name="clipmill-lock", daemon=True)
                 self._thread.start()
 
-    def check(self) -> None:
-        """Raises UserError unless the lock is ours for a while to come."""
-        if not self._lost and _now() - self._beaten_at > FENCED_S:
+    def check(self, at_once: bool = False) -> None:
+        """Raises UserError unless the lock is ours for a while to come. `at_once`: the store is asked in any case."""
+        if not self._lost and (at_once or _now() - self._beaten_at > FENCED_S):
             self._beat()
         if self._lost or _now() - self._beaten_at > FENCED_S:
             raise UserError(
@@ -73,6 +74,15 @@ class StoreLock:
         with self._beating, suppress(Changed, UserError):  # another one's by now, or stale in a while
             if not self._lost:
                 self._write(_now(), instead_of=self._etag, free=True)
+
+    def _require_conditions(self) -> None:
+        """Raises UserError for a store that takes conditions and passes over them: two would have the lock."""
+        for condition in ({"new": True}, {"instead_of": '"00000000000000000000000000000000"'}):
+            try:
+                self._write(_now(), **condition)
+            except Changed:
+                continue
+            raise UserError(f"{self.store.url}: this store ignores conditional writes, on which one writer rests.")
 
     def _beat_on(self) -> None:
         while not self._ended.wait(BEAT_S) and not self._lost:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.identity import canonical_url, canonical_urls
-from shards.files import MANIFEST_NAME, for_reading
+from shards.files import MANIFEST_NAME, files_of, for_reading
 from shards.fragments import fragment_path
 from shards.schema import LEDGER
 from shards.sql import open_manifest
@@ -173,18 +173,14 @@ def _source_files(root: Path, source: Row) -> list[Row]:
     """The video's file where it is still there, and its subtitles beside it."""
     if not source["path"]:
         return []
-    path = root / source["path"]
-    beside = sorted(path.parent.glob(f"{source['video_id']}.*")) if path.is_relative_to(root) else [path]
+    path = source["path"]
+    if Path(path).is_absolute():
+        files = {path: Path(path).stat().st_size} if Path(path).is_file() else {}
+    else:
+        files = files_of(root).beginning(f"{path.rpartition('/')[0]}/{source['video_id']}.")
     return [
-        _place(
-            "source",
-            str(file.relative_to(root)) if file.is_relative_to(root) else str(file),
-            0,
-            file.stat().st_size,
-            source["sha256"] if file == path else None,
-        )
-        for file in beside
-        if file.is_file()
+        _place("source", file, 0, size, source["sha256"] if file == path else None)
+        for file, size in sorted(files.items())
     ]
 
 

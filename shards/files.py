@@ -32,6 +32,7 @@ MANIFEST_NAME = "manifest.duckdb"
 PRIVATE = ".clipmill"  # of this machine alone; in the store it holds the lock
 LOOK_EVERY_S = 10.0  # at what others may write without being asked: tombstones
 _TEMPORARY = ".tmp-"
+Guard = Callable[..., None]  # `True`: not what it knew a moment ago will do
 
 
 class Files:
@@ -56,6 +57,11 @@ class Files:
     def sizes(self, folder: str) -> dict[str, int]:
         """Name → bytes of the files in a folder, without hidden ones."""
         return _sizes(self.root / folder)
+
+    def beginning(self, start: str) -> dict[str, int]:
+        """Path → bytes of the files whose path begins so; the last part of `start` is that of a name."""
+        folder, _, name = start.rpartition("/")
+        return {f"{folder}/{file}": size for file, size in _sizes(self.root / folder).items() if file.startswith(name)}
 
     def written(self, *relatives: str) -> None:
         """They are complete here, in no order among themselves."""
@@ -102,7 +108,7 @@ class Mirror(Files):
     def __init__(self, root: Path, store: Store):
         super().__init__(root)
         self.store = store
-        self.guard: Callable[[], None] = _nobody
+        self.guard: Guard = _nobody
         self._goes_up = True
         self._notes: dict[str, _Note] = {}
         self._notes_read = 0
@@ -140,10 +146,13 @@ class Mirror(Files):
         names = {key.removeprefix(f"{folder}/"): found.num_bytes for key, found in there.items()}
         return {name: size for name, size in names.items() if "/" not in name and not name.startswith(".")}
 
+    def beginning(self, start: str) -> dict[str, int]:
+        return {key: found.num_bytes for key, found in self.store.list(start).items()}
+
     # --- Writing
 
     @contextmanager
-    def guarded_by(self, guard: Callable[[], None]) -> Iterator[None]:
+    def guarded_by(self, guard: Guard) -> Iterator[None]:
         """`guard` is asked before anything is written or removed, and raises where that must not be any more."""
         self.guard = guard
         try:
@@ -181,7 +190,7 @@ class Mirror(Files):
         try:
             return self.store.send(MANIFEST_NAME, path, new=known is None, instead_of=known.etag if known else None)
         except Changed:
-            self.guard()  # raises where another one writes by now; else it was our own, whose answer was lost
+            self.guard(True)  # raises where another one writes by now; else it was our own, whose answer was lost
             there = self.store.head(MANIFEST_NAME)
             return self.store.send(MANIFEST_NAME, path, new=there is None, instead_of=there.etag if there else None)
 
@@ -322,7 +331,7 @@ class Mirror(Files):
             self._shards[relative] = num_bytes
 
 
-def _nobody() -> None:
+def _nobody(at_once: bool = False) -> None:
     """The guard of who needs no lock: workers, whose commits are the same whoever makes them, and tombstones."""
 
 

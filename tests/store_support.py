@@ -1,16 +1,23 @@
 """An S3 server on loopback whose answers a test may spoil, and corpora in it."""
 
 import logging
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from whole_corpus_support import VIDEOS, build_whole, write_sources
 
+from shards import store as stores
 from shards.store import Store
 
 BUCKET = "corpora"
+# Set when tests are collected, since Ray's workers have the environment in which the session's Ray was started.
 KEYS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
+os.environ.update(KEYS)
+PATIENCE = {"AWS_MAX_ATTEMPTS": "1"}  # what is spoilt stays so, and nobody waits
 Spoil = Callable[[str, str], int | None]  # (method, path) → a status to answer with, None: serve it
 
 
@@ -45,6 +52,23 @@ class StoreServer:
         self.thread.join()
 
 
+@contextmanager
+def serving() -> Iterator[StoreServer]:
+    """A server with a bucket, and an environment in which everybody finds it."""
+    server = StoreServer()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**PATIENCE, "AWS_ENDPOINT_URL": server.endpoint}.items():
+            patch.setenv(name, value)
+        stores._client(server.endpoint).create_bucket(Bucket=BUCKET)
+        yield server
+    server.close()
+
+
+def keys(url: str) -> set[str]:
+    """What is in the store, but for what each run has of its own."""
+    return {key for key in Store.of(url).list() if not key.startswith(("fragments/runs/", ".clipmill/"))}
+
+
 def content(url: str) -> dict[str, bytes]:
     """Every object of a corpus that is not of one run alone."""
     store = Store.of(url)
@@ -52,5 +76,6 @@ def content(url: str) -> dict[str, bytes]:
     return {key: store.read(key).data for key in keys}
 
 
-def build_in(corpus: str | Path, folder: Path, **options) -> None:
-    build_whole(corpus, write_sources(folder / "list.jsonl", VIDEOS), **options)
+def build_in(corpus: str | Path, folder: Path, num_videos: int = len(VIDEOS)) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    build_whole(corpus, write_sources(folder / "list.jsonl", VIDEOS[:num_videos]))

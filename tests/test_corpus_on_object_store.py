@@ -1,60 +1,61 @@
-"""A corpus in an S3 store: the same as in a folder, from any machine, whatever becomes of the one that built it."""
+"""A corpus in an S3 store: the same as in a folder, from any machine, for everybody who reads it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("moto", reason="no S3 server: moto is not installed")
 
-from store_support import BUCKET, KEYS, StoreServer, build_in, content  # noqa: E402
+from loader_support import MAX_TOKENS, SIZE  # noqa: E402
+from store_support import build_in, content, keys, serving  # noqa: E402
+from test_training_forgets import WORDS, read_all  # noqa: E402
 
-from pipeline import store_lock  # noqa: E402
-from pipeline.build import build, status  # noqa: E402
-from pipeline.corpus import Corpus  # noqa: E402
+import shards.tombstones  # noqa: E402
+from pipeline.build import build, session, status  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
+from pipeline.forget import compact, find, forget  # noqa: E402
+from pipeline.pack_stage import planned  # noqa: E402
 from pipeline.stages import STAGE_NAMES  # noqa: E402
+from pipeline.verify_stage import verify_with_sandbox  # noqa: E402
 from shards import store as stores  # noqa: E402
-from shards.files import for_reading  # noqa: E402
+from shards.explain import explain  # noqa: E402
+from shards.files import for_reading, mirror  # noqa: E402
+from shards.pack import next_paths, shard_rows, write_shard  # noqa: E402
 from shards.sql import open_manifest  # noqa: E402
 from shards.store import Store  # noqa: E402
 from tests.build_support import tables  # noqa: E402
+from training.samples import SampleReader  # noqa: E402
+from training.selection import Selection, freeze  # noqa: E402
+from training.settings import DataSettings  # noqa: E402
+from training.texts import TextEncoder  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def server():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in KEYS.items():
-            patch.setenv(name, value)
-        running = StoreServer()
-        patch.setenv("AWS_ENDPOINT_URL", running.endpoint)
-        patch.setenv("AWS_MAX_ATTEMPTS", "2")
-        stores._client(running.endpoint).create_bucket(Bucket=BUCKET)
+    with serving() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture(autouse=True)
-def served(server):
-    yield server
-    server.spoil = lambda method, path: None
-
-
-@pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """Makes this process a machine that has nothing yet."""
+def machine(server, tmp_path, monkeypatch):
+    """Makes this process a machine that has nothing yet; every test begins on one."""
 
     def begin(name: str) -> Path:
         monkeypatch.setenv("CLIPMILL_MIRROR", str(tmp_path / name))
         return tmp_path / name
 
-    begin("first")
-    return begin
+    begin("first machine")
+    yield begin
+    server.spoil = lambda method, path: None
 
 
 @pytest.fixture(scope="module")
 def stored(server, tmp_path_factory):
     """The URL of a whole corpus, for tests that only look."""
-    folder, url = tmp_path_factory.mktemp("stored"), f"s3://{BUCKET}/whole"
+    folder, url = tmp_path_factory.mktemp("stored"), "s3://corpora/whole"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLIPMILL_MIRROR", str(folder / "builder"))
         build_in(url, folder)
@@ -62,34 +63,152 @@ def stored(server, tmp_path_factory):
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    names = [path for part in ("shards", "clips") for path in (folder / part).rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in names}
+    files = [path for part in ("shards", "clips") for path in (folder / part).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_it_has_the_bytes_and_rows_of_a_corpus_in_a_folder(stored, whole, machine):
-    there = content(stored)
-    assert {key: data for key, data in there.items() if not key.startswith("sources/")} == content_of(whole)
+def keys_of(folder: Path) -> set[str]:
+    """What a folder's corpus has that one in a store has, too: sources are uploaded by the stage that fetches them."""
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {name for name in files if not name.startswith(("fragments/runs/", ".clipmill/", "sources/"))}
+
+
+def test_it_has_the_bytes_and_rows_of_a_corpus_in_a_folder(stored, whole):
+    assert content(stored) == content_of(whole)
+    assert keys(stored) == keys_of(whole)
     assert tables(for_reading(stored, "manifest.duckdb")) == tables(whole)
 
 
-def test_another_machine_has_nothing_to_do(stored, machine):
+def test_another_machine_has_nothing_to_do(stored):
     before = Store.of(stored).list("fragments/")
-    machine("another")
     report = build(stored, [], stages=STAGE_NAMES, recipe=None, assignments=[], command="test")
     assert not report.did_something and report.pack.num_samples == 24
     assert Store.of(stored).list("fragments/") == before
     assert status(stored, []).pack == {"packed": 24, "to_pack": 0}
 
 
-def test_sql_asks_it(stored, machine):
+def test_everybody_reads_it(stored, whole):
     with open_manifest(stored) as connection:
         assert connection.execute("SELECT count(*) FROM samples").fetchall() == [(24,)]
+    story, expected = explain(stored, "video-b.1"), explain(whole, "video-b.1")
+    places = [
+        place for place in expected.places if place["what"] != "source"
+    ]  # which `whole_corpus_support` keeps here
+    assert story.places == places and len(story.attempts) == len(expected.attempts)
 
 
-def test_a_second_writer_is_refused_and_told_who_writes(stored, machine):
-    with Corpus(stored).writer():
-        machine("another")
-        with pytest.raises(UserError, match=r"is being written by process \d+ on .* since .* UTC"):
-            build(stored, [], stages=["cut"], recipe=None, assignments=[], command="test")
-        assert store_lock.is_held(Store.of(stored))
-    assert not store_lock.is_held(Store.of(stored))
+def test_verify_reads_shards_and_keeps_none(stored, machine):
+    from rich.console import Console
+
+    problems, checked = verify_with_sandbox(stored, False, Console(quiet=True))
+    assert problems == [] and checked.startswith("6 shards, 24 samples")
+    assert not list(machine("first machine").rglob("*.tar"))
+
+
+def reader_of(corpus, folder: Path) -> SampleReader:
+    freeze(folder / "selection.arrow", corpus)
+    data = DataSettings(num_frames=2, apart=())
+    return SampleReader(Selection.open(folder / "selection.arrow"), data, TextEncoder(WORDS, MAX_TOKENS), SIZE)
+
+
+def test_training_reads_it_by_ranges_on_a_machine_that_has_nothing(stored, whole, tmp_path, machine, server):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    expected = read_all(reader_of(whole, tmp_path / "there"))
+    reader = reader_of(stored, tmp_path / "here")
+    server.requests.clear()
+    found = read_all(reader)
+    assert found.failures == [] and np.array_equal(found.canvas.frames_BTSS3, expected.canvas.frames_BTSS3)
+    assert np.array_equal(found.canvas.stills_B1SS3, expected.canvas.stills_B1SS3)
+    assert 0 < sum(path.endswith(".tar") for _, path in server.requests) <= 2 * 6, "a few reads for each shard"
+    assert not list(machine("first machine").rglob("*.tar"))
+
+
+def test_a_node_that_has_nothing_fetches_what_it_packs(stored, whole, tmp_path):
+    """What a Ray task does on a node of its own."""
+    with session(stored, None, [], "test", create=False) as (current, _), open_manifest(stored) as connection:
+        plan = planned(connection, current.settings.pack)[0]
+        rows = shard_rows(connection, plan)
+        node = mirror(tmp_path / "another node" / "corpus", Store.of(stored))
+        assert write_shard(plan, rows, node.root).failures == []
+        assert (node.root / next_paths(plan)[0]).read_bytes() == (whole / "shards" / plan.name).read_bytes()
+        current.corpus.files.remove_folder("shards/.next")
+
+
+def test_what_is_forgotten_is_so_for_everybody(server, machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards.tombstones, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(shards.tombstones, "STORE_EVERY_S", 0.0)
+    url = "s3://corpora/forgets"
+    build_in(url, tmp_path, 3)
+    reader = reader_of(url, tmp_path)
+    assert read_all(reader).failures == []
+    machine("another machine")
+    assert forget(url, find(url, ["video-b"], [], None), None)
+    machine("first machine")
+    assert {failure.error.error_class for failure in read_all(reader).failures} == {"forgotten"}
+    with open_manifest(url) as connection:
+        assert connection.execute("SELECT count(*) FROM samples WHERE video_id = 'video-b'").fetchall() == [(0,)]
+    with pytest.raises(UserError, match="compact works on folders only"):
+        compact(url)
+
+
+def test_what_fails_in_passing_is_asked_for_again(stored, server, monkeypatch):
+    """Every request fails once."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
+    stores._make_client.cache_clear()
+    seen: set[tuple[str, str]] = set()
+
+    def once(method: str, path: str) -> int | None:
+        if (method, path) in seen:
+            return None
+        seen.add((method, path))
+        return 503
+
+    server.spoil = once
+    try:
+        with open_manifest(stored) as connection:
+            assert connection.execute("SELECT count(*) FROM samples").fetchall() == [(24,)]
+        assert seen
+    finally:
+        stores._make_client.cache_clear()
+
+
+def test_a_store_that_does_not_answer_is_a_clear_message(stored, server):
+    server.spoil = lambda method, path: 503
+    with pytest.raises(UserError, match=r"s3://corpora/whole cannot be .*503.*goes on"):
+        build(stored, [], stages=STAGE_NAMES, recipe=None, assignments=[], command="test")
+
+
+@pytest.mark.parametrize(
+    ("corpus", "said"),
+    [
+        ("s3://corpora", "write it as s3://BUCKET/PREFIX"),
+        ("s3://no-such-bucket/corpus", "is no corpus"),
+        ("s3://corpora/nothing-here", "is no corpus"),
+    ],
+)
+def test_mistakes_are_told(corpus, said):
+    with pytest.raises(UserError, match=said):
+        build(corpus, [], stages=["cut"], recipe=None, assignments=[], command="test")
+    with pytest.raises(UserError):
+        open_manifest(corpus)
+
+
+def test_a_prefix_with_other_things_is_no_corpus():
+    Store.of("s3://corpora/photos").write("summer.jpg", b"sea")
+    for url, said in (("s3://corpora/photos", "not empty and not a corpus"), ("s3://no-such/x", "no bucket 'no-such'")):
+        with pytest.raises(UserError, match=said):
+            build(url, [], stages=STAGE_NAMES, recipe=None, assignments=[], command="test")
+
+
+def test_without_the_extra_it_says_which(monkeypatch):
+    monkeypatch.setitem(sys.modules, "botocore.session", None)
+    stores._make_client.cache_clear()
+    with pytest.raises(UserError, match=r"pip install 'clipmill\[s3\]'"):
+        status("s3://corpora/whole", [])
+    stores._make_client.cache_clear()
+
+
+def test_help_and_folders_need_no_client():
+    code = "import sys, pipeline.cli, pipeline.build; sys.exit('botocore' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -1,0 +1,276 @@
+"""A corpus in a store outlives its builder: killed anywhere, gone on with elsewhere, written by one at a time."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("moto", reason="no S3 server: moto is not installed")
+
+from store_support import build_in, content, keys, serving  # noqa: E402
+
+from pipeline import store_lock  # noqa: E402
+from pipeline.build import build, session  # noqa: E402
+from pipeline.corpus import Corpus  # noqa: E402
+from pipeline.errors import UserError  # noqa: E402
+from pipeline.store_lock import KEY, StoreLock, is_held  # noqa: E402
+from shards.files import for_reading  # noqa: E402
+from shards.store import Changed, Store  # noqa: E402
+from tests.build_support import tables  # noqa: E402
+
+NUM_VIDEOS = 2
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def machine(server, tmp_path, monkeypatch):
+    """Makes this process a machine that has nothing yet; every test begins on one."""
+
+    def begin(name: str) -> Path:
+        monkeypatch.setenv("CLIPMILL_MIRROR", str(tmp_path / name))
+        return tmp_path / name
+
+    begin("first machine")
+    yield begin
+    server.spoil = lambda method, path: None
+
+
+@pytest.fixture
+def dead_at_once(monkeypatch):
+    """The lock of who has just fallen silent is stale."""
+    monkeypatch.setattr(store_lock, "STALE_S", 0.0)
+
+
+@pytest.fixture(scope="module")
+def quiet(server, tmp_path_factory):
+    """What nobody disturbed: (the store's content, its keys, tables), and the writes that it took."""
+    folder, url = tmp_path_factory.mktemp("quiet"), "s3://corpora/quiet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLIPMILL_MIRROR", str(folder / "mirror"))
+        server.requests.clear()
+        build_in(url, folder, NUM_VIDEOS)
+        num_writes = sum(method != "GET" and method != "HEAD" for method, _ in server.requests)
+        yield outcome(url), num_writes
+
+
+def outcome(url: str):
+    return content(url), keys(url), tables(for_reading(url, "manifest.duckdb"))
+
+
+class Death:
+    """From a certain write on the store hears nothing more from the builder."""
+
+    def __init__(self, comes):
+        self.comes, self.num_writes, self.has_come = comes, 0, False
+
+    def __call__(self, method: str, path: str) -> int | None:
+        self.num_writes += method not in ("GET", "HEAD")
+        self.has_come = self.has_come or (method not in ("GET", "HEAD") and self.comes(self.num_writes, path))
+        return 503 if self.has_come else None
+
+
+def die_and_go_on_elsewhere(url: str, comes, server, machine, folder: Path) -> None:
+    server.spoil = death = Death(comes)
+    with pytest.raises(UserError):
+        build_in(url, folder, NUM_VIDEOS)
+    assert death.has_come
+    server.spoil = lambda method, path: None
+    machine("another machine")
+    build_in(url, folder, NUM_VIDEOS)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    ["clips/cut-", "manifest.duckdb", "shards/000001.tar"],
+)
+def test_dead_before_this_object_is_there_it_ends_the_same(lost, quiet, server, machine, dead_at_once, tmp_path):
+    url = f"s3://corpora/dead-{lost.replace('/', '-')}"
+    die_and_go_on_elsewhere(url, lambda number, path: lost in path, server, machine, tmp_path)
+    assert outcome(url) == quiet[0]
+
+
+@pytest.mark.slow
+def test_dead_at_any_write_it_ends_the_same(quiet, server, machine, dead_at_once, tmp_path):
+    for number in random.Random(7).sample(range(2, quiet[1] - 2), 3):
+        machine("first machine")
+        url = f"s3://corpora/dead-at-{number}"
+        die_and_go_on_elsewhere(url, lambda count, path, at=number: count == at, server, machine, tmp_path)
+        assert outcome(url) == quiet[0], f"dead at write {number} of {quiet[1]}"
+
+
+def test_a_commit_whose_ledger_did_not_arrive_never_happened(server, machine, dead_at_once, tmp_path):
+    url = "s3://corpora/half"
+    server.spoil = Death(lambda number, path: "fragments/ledger/cut-" in path)
+    with pytest.raises(UserError):
+        build_in(url, tmp_path, NUM_VIDEOS)
+    server.spoil = lambda method, path: None
+    assert [key for key in keys(url) if key.startswith("clips/")], "its media had arrived"
+    machine("another machine")
+    with session(url, None, [], "test", create=False) as (current, _):
+        current.derive_all()
+        assert current.ledger.counts()["cut"] == {"pending": NUM_VIDEOS}
+    assert not [key for key in keys(url) if "cut-" in key]
+
+
+BUILDS = """
+import sys
+sys.path[:0] = {paths}
+from pathlib import Path
+from store_support import build_in
+build_in({url!r}, Path({folder!r}), {num_videos})
+"""
+
+
+@pytest.mark.slow
+def test_killed_with_sigkill_and_begun_again_at_once_from_an_empty_mirror(quiet, server, machine, tmp_path):
+    """The lock of a killed process of this host is free at once."""
+    url, killed = "s3://corpora/killed", threading.Event()
+    code = BUILDS.format(paths=sys.path, url=url, folder=str(tmp_path), num_videos=NUM_VIDEOS)
+    victim = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+
+    def kill_at_the_cut(method: str, path: str) -> int | None:
+        if "fragments/clips/cut-" in path and not killed.is_set():
+            killed.set()
+            os.kill(victim.pid, signal.SIGKILL)
+            return 503
+        return None
+
+    server.spoil = kill_at_the_cut
+    assert victim.wait(120) == -signal.SIGKILL
+    machine("another machine")
+    build_in(url, tmp_path, NUM_VIDEOS)
+    assert outcome(url) == quiet[0]
+
+
+# --- One writer
+
+
+def hold(url: str, **changes) -> None:
+    """As a process of another machine does."""
+    lock = StoreLock(Store.of(url))
+    lock._write(0.0)
+    said = json.loads(lock.store.read(KEY).data) | {"machine": "elsewhere", "host": "elsewhere", "pid": 7} | changes
+    lock.store.write(KEY, json.dumps(said).encode())
+
+
+def test_a_second_writer_is_refused_and_told_who_writes(machine, tmp_path):
+    url = "s3://corpora/two"
+    with Corpus(url).writer():
+        machine("another machine")
+        said = rf"being written by process {os.getpid()} on {socket.gethostname()} since \d{{4}}-\d\d-\d\d .* UTC"
+        with pytest.raises(UserError, match=said):
+            build(url, [], stages=["ingest"], recipe=None, assignments=[], command="test")
+        assert is_held(Store.of(url))
+    assert not is_held(Store.of(url))
+    with Corpus(url).writer():
+        pass
+
+
+def test_of_many_who_try_at_once_one_has_it():
+    store, taken, refused = Store.of("s3://corpora/many"), [], []
+
+    def attempt() -> None:
+        lock = StoreLock(store)
+        try:
+            lock.take()
+            taken.append(lock)
+        except UserError:
+            refused.append(lock)
+
+    threads = [threading.Thread(target=attempt) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(taken), len(refused)) == (1, 7)
+    taken[0].release()
+
+
+def test_only_time_tells_that_a_writer_of_another_machine_is_dead(monkeypatch):
+    url = "s3://corpora/elsewhere"
+    hold(url)
+    with pytest.raises(UserError, match=r"process 7 on elsewhere .* 120 s after its last it counts as dead"):
+        StoreLock(Store.of(url)).take()
+    monkeypatch.setattr(store_lock, "STALE_S", 0.0)
+    lock = StoreLock(Store.of(url))
+    lock.take()
+    lock.release()
+
+
+def test_the_lock_of_a_dead_process_of_this_machine_is_free_at_once():
+    url, child = "s3://corpora/dead-here", subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    hold(url, machine=store_lock._machine(), pid=child.pid)
+    lock = StoreLock(Store.of(url))
+    lock.take()
+    lock.release()
+
+
+def test_a_writer_that_lost_its_lock_writes_nothing_more(machine, tmp_path):
+    url = "s3://corpora/lost"
+    corpus = Corpus(url)
+    corpus.create()
+    with pytest.raises(UserError, match=r"the lock was lost \(process 7 on elsewhere"), corpus.writer():
+        corpus.save_settings({"whose": "mine"})
+        hold(url)
+        lock = corpus.files.guard.__self__
+        lock._beat()
+        before = Store.of(url).list()
+        corpus.save_settings({"whose": "late"})
+    assert {**Store.of(url).list()} == before
+    assert is_held(Store.of(url)), "the other one's lock is left alone"
+
+
+def test_a_writer_that_the_store_does_not_hear_of_stops_before_others_may_begin(server, monkeypatch):
+    monkeypatch.setattr(store_lock, "FENCED_S", 0.0)
+    lock = StoreLock(Store.of("s3://corpora/silent"))
+    lock.take()
+    server.spoil = lambda method, path: 503
+    with pytest.raises(UserError, match="did not answer in time"):
+        lock.check()
+    server.spoil = lambda method, path: None
+    lock.release()
+
+
+def test_a_late_manifest_does_not_replace_a_newer_one(machine, tmp_path):
+    """Though the one who sends it does not know yet that it lost the lock."""
+    url = "s3://corpora/late"
+    build_in(url, tmp_path, NUM_VIDEOS)
+    with pytest.raises(UserError, match="the lock was lost"):
+        with session(url, None, [], "late", create=False) as (late, _):
+            newer = Store.of(url).write("manifest.duckdb", b"newer")
+            hold(url)
+            late.corpus.files.guard.__self__._etag = "gone"
+            late.publish()
+    assert Store.of(url).head("manifest.duckdb").etag == newer
+
+
+def test_a_store_that_ignores_conditions_is_refused(monkeypatch):
+    write = Store.write
+    monkeypatch.setattr(Store, "write", lambda store, key, data, **conditions: write(store, key, data))
+    with pytest.raises(UserError, match="ignores conditional writes"):
+        StoreLock(Store.of("s3://corpora/old")).take()
+
+
+def test_conditional_writes_are_refused_by_the_store_that_tests_use():
+    """What everything above rests on."""
+    store = Store.of("s3://corpora/conditions")
+    first = store.write("key", b"1", new=True)
+    with pytest.raises(Changed):
+        store.write("key", b"2", new=True)
+    second = store.write("key", b"2", instead_of=first)
+    with pytest.raises(Changed):
+        store.write("key", b"3", instead_of=first)
+    assert store.read("key").data == b"2" and store.head("key").etag == second
