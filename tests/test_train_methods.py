@@ -16,6 +16,8 @@ from training.trainer import train
 METHODS = {
     "clip4clip, mean": ["model.method=clip4clip"],
     "clip4clip, transformer": ["model.method=clip4clip", "model.clip4clip={head: seqTransf}"],
+    "clip4clip, pairs": ["model.method=clip4clip", "model.clip4clip={head: tightTransf}"],
+    "texts of neighbours": ["train.loss=mil_nce", "data.neighbours=1"],
     "unipt": ["model.method=unipt", "model.pooling=mean"],
 }
 
@@ -28,7 +30,7 @@ def corpus(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_resumes_and_is_searched(corpus, tmp_path, method):
-    settings = (*SMALL, *METHODS[method], "train.loss=vs", "train.ema=0.9", "data.loader_processes=0")
+    settings = (*SMALL, "train.loss=vs", *METHODS[method], "train.ema=0.9", "data.loader_processes=0")
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(Request(str(whole), str(corpus), "demo", (*settings, "train.max_steps=4")))
     train(Request(str(run), str(corpus), "demo", (*settings, "train.max_steps=4", "train.checkpoint_every=1")))
