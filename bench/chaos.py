@@ -73,12 +73,16 @@ class Summary:
         deaths = sum(self.faults[kind] for kind in (*PROCESS_KINDS, "disk-full"))
         return deaths * MOST_IN_FLIGHT + self.faults["torn"] + sum(self.faults[kind] for kind in HTTP_KINDS)
 
+    @property
+    def num_unexplained(self) -> int:
+        return max(0, self.num_made - self.num_needed - self.num_explained)
+
     def __str__(self) -> str:
         kinds = ", ".join(f"{self.faults[kind]} {kind}" for kind in KINDS if self.faults[kind])
         lines = [
             f"{self.faults.total()} faults in {self.seconds / 60:.1f} minutes: {kinds}",
-            f"{self.num_builds} builds; {self.num_made} commits for {self.num_needed} that were needed "
-            f"(the faults explain {self.num_explained} more)",
+            f"{self.num_builds} builds; {self.num_needed} commits were needed, {self.num_made} were made; the faults "
+            f"explain up to {self.num_explained} more: {self.num_unexplained} done more often than they explain",
             *(f"left out: {reason}" for reason in self.left_out),
             *(f"WRONG: {problem}" for problem in self.wrong),
         ]
@@ -141,7 +145,7 @@ def _compare(quiet: Path, tormented: Path, keep_in: Path, summary: Summary) -> N
     """What is wrong, into the summary; a wrong corpus is copied from the small disk, which goes with the run."""
     summary.wrong += differences(quiet, tormented)
     summary.wrong += [f"orphan: {name}" for name in orphans(tormented)]
-    if summary.num_made - summary.num_needed > summary.num_explained:
+    if summary.num_unexplained:
         summary.wrong.append("more was done again than the faults explain")
     if summary.wrong:
         shutil.copytree(tormented, keep_in)

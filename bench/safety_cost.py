@@ -67,8 +67,8 @@ def _what_was_made(corpus: Path) -> tuple[tuple[int, ...], str]:
     """How many rows there are, and one of the clips' hashes."""
     with duckdb.connect(str(corpus / "manifest.duckdb"), read_only=True) as connection:
         tables = ("clips", "captions", "scores", "samples", "failures")
-        counts = tuple(connection.sql(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables)
-        return counts, connection.sql("SELECT sha256 FROM clips ORDER BY clip_id").fetchone()[0]
+        counts = tuple(connection.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0] for table in tables)
+        return counts, connection.execute("SELECT min(sha256) FROM clips").fetchall()[0][0]
 
 
 def _report(costs: dict[str, list[Cost]]) -> int:

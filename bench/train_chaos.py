@@ -151,11 +151,20 @@ class Attempt:
         assert code == 0, self.said()
 
     def said(self) -> str:
+        """The end of what it printed."""
         self.output.seek(0)
         return self.output.read()[-3000:]
 
     def strike(self, rng: random.Random) -> tuple[list[str], str | None]:
         """Kills once it trains: what has been hit, and what it died of where it was not that."""
+        try:
+            return self._strike(rng)
+        except TimeoutError as error:
+            return [], f"{error}: {self.said()}"
+        finally:
+            self._kill_all()
+
+    def _strike(self, rng: random.Random) -> tuple[list[str], str | None]:
         kinds = ("ray-worker", "ray-node") if self.way == "ray" else ("anywhere", "saving", "SIGTERM", "loader")
         kind = rng.choice(kinds)
         self._wait_for(lambda: _last_step(self.run) > self.begun_at)
@@ -191,19 +200,23 @@ class Attempt:
 
     def _end(self, kind: str) -> str:
         """The whole attempt, torchrun's processes (which have sessions of their own) and Ray's workers with it."""
-        below = psutil.Process(self.process.pid).children(recursive=True)
         if kind == "SIGTERM":
             os.killpg(self.process.pid, signal.SIGTERM)
-            self.process.wait(timeout=PATIENCE_S)
+            self._wait_for(lambda: False)
             return kind
-        os.killpg(self.process.pid, signal.SIGKILL)
-        for process in below:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait()
+        self._kill_all()
+        return "saving" if kind == "saving" else "anywhere"
+
+    def _kill_all(self) -> None:
+        if self.process.poll() is None:
+            below = psutil.Process(self.process.pid).children(recursive=True)
+            os.killpg(self.process.pid, signal.SIGKILL)
+            for process in below:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.process.wait()
         if self.way == "ray":
             _wait_until(lambda: not self._ray_workers())  # Ray ends what belonged to a driver that is gone
-        return "saving" if kind == "saving" else "anywhere"
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         _wait_until(lambda: self.process.poll() is not None or condition())
@@ -212,7 +225,8 @@ class Attempt:
 def _wait_until(condition: Callable[[], bool]) -> None:
     until = time.monotonic() + PATIENCE_S
     while not condition():
-        assert time.monotonic() < until, f"nothing happened for {PATIENCE_S} s"
+        if time.monotonic() > until:
+            raise TimeoutError(f"nothing happened for {PATIENCE_S} s")
         time.sleep(0.005)
 
 
