@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# The same examples in every run; HYPOTHESIS_PROFILE=default draws others.
-settings.register_profile("same", derandomize=True)
+# The same examples in every run, HYPOTHESIS_PROFILE=any draws others; a deadline would measure the neighbours.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("any", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

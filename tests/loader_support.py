@@ -67,9 +67,9 @@ def open_run(folder: Path, corpus: Path, batch_size: int = 8, hashed: bool = Tru
 
 
 def remove_hashes(path: Path) -> None:
-    """What selections were before they had hashes."""
+    """What selections were before they had hashes, and what came after those."""
     with pa.ipc.open_file(str(path)) as file:
-        table = file.read_all().drop_columns(["mp4_sha256", "jpg_sha256"])
+        table = file.read_all().drop_columns(["mp4_sha256", "jpg_sha256", "neighbours", "fps"])
     with pa.ipc.new_file(str(path), table.schema) as writer:
         writer.write_table(table)
 
@@ -95,14 +95,14 @@ class DeadlyReader(SampleReader):
     times: int | None = None
     tally: Path = Path()
 
-    def _decode(self, clip, source, epoch, out) -> None:
+    def _decode(self, clip, source, epoch, out) -> int:
         row = self._row_of(clip["clip_id"])
         if row in self.deadly:
             with open(self.tally / str(row), "a") as file:
                 file.write("x")
             if self.times is None or len((self.tally / str(row)).read_text()) <= self.times:
                 os.kill(os.getpid(), signal.SIGSEGV)
-        super()._decode(clip, source, epoch, out)
+        return super()._decode(clip, source, epoch, out)
 
     def _row_of(self, clip_id: str) -> int:
         ids = self.selection.take(np.arange(self.selection.num_clips))["clip_id"].to_pylist()
@@ -123,10 +123,10 @@ class BornDead(SampleReader):
 class StuckReader(DeadlyReader):
     """Never comes back from a row."""
 
-    def _decode(self, clip, source, epoch, out) -> None:
+    def _decode(self, clip, source, epoch, out) -> int:
         if self._row_of(clip["clip_id"]) in self.deadly:
             time.sleep(1000)
-        super()._decode(clip, source, epoch, out)
+        return super()._decode(clip, source, epoch, out)
 
 
 def deadly_reader(run: Run, folder: Path, *rows: int, times: int | None = None, kind=DeadlyReader) -> DeadlyReader:

@@ -47,6 +47,7 @@ def test_clip4clip_fine_tuning_is_as_published(name: str, num_frames: int, num_t
     data, train = settings.data, settings.train
     assert settings.model.method == "clip4clip" and settings.model.clip4clip.frozen_layers == 0
     assert (data.num_frames, data.max_text_tokens, data.fit, data.jitter) == (num_frames, num_tokens, "crop", False)
+    assert data.frames_per_s == 1.0
     assert (train.loss, train.batch_size, train.lr, train.lr_factors) == ("vs", 128, 1e-4, {"clip.": 1e-3})
     assert (train.update, train.decay, train.warmup_ratio) == ("clip4clip", "clip4clip", 0.1)
     assert (train.weight_decay, train.grad_clip) == (0.2, 1.0)

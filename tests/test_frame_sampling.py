@@ -9,10 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from training import frames
-from training.frames import eval_indices, jitter_ranges, middle_index, normalise, resize, train_indices
-
-settings.register_profile("shared machine", deadline=None)  # a deadline would measure the neighbours
-settings.load_profile("shared machine")
+from training.frames import eval_indices, jitter_ranges, middle_index, normalise, paced_indices, resize, train_indices
 
 
 def test_test_mode_indices_equal_the_published_table() -> None:
@@ -59,6 +56,25 @@ def test_test_mode_indices_are_sorted_and_span_the_clip(num_frames: int, num_tak
     indices = eval_indices(num_frames, num_taken)
     assert (np.diff(indices) >= 0).all() and indices[0] == 0
     assert indices[-1] == (num_frames - 1 if num_taken > 1 else 0)
+
+
+@given(st.integers(1, 3000), st.sampled_from([3.0, 2.5, 12.5, 24.0, 29.97, 1.0, 0.5]), st.integers(1, 64))
+def test_paced_indices_are_what_is_shown_at_each_second(num_frames: int, fps: float, most: int) -> None:
+    indices = paced_indices(num_frames, fps, frames_per_s=1.0, most=10_000)
+    whole_s = np.arange(len(indices))
+    assert indices[0] == 0 and indices[-1] < num_frames
+    assert (np.abs(indices / fps - whole_s) <= 1 / fps + 1e-6).all() and (indices / fps <= whole_s + 1e-6).all()
+    assert len(indices) >= num_frames / fps - 1e-5 > len(indices) - 1 - 1e-5
+    thinned = paced_indices(num_frames, fps, frames_per_s=1.0, most=most)
+    assert len(thinned) == min(most, len(indices)) and thinned[0] == 0
+    assert set(thinned.tolist()) <= set(indices.tolist())
+
+
+def test_paced_indices_of_clips_at_the_rate_they_are_cut_at() -> None:
+    assert paced_indices(10, 3.0, frames_per_s=1.0, most=12).tolist() == [0, 3, 6, 9]
+    assert paced_indices(9, 3.0, frames_per_s=1.0, most=12).tolist() == [0, 3, 6]
+    assert paced_indices(90, 3.0, frames_per_s=1.0, most=4).tolist() == [0, 27, 57, 87]  # of 30, as published
+    assert paced_indices(2, 3.0, frames_per_s=6.0, most=12).tolist() == [0, 0, 1, 1]
 
 
 def test_jitter_is_a_function_of_seed_epoch_and_clip() -> None:

@@ -33,9 +33,6 @@ from training.plan import (
     write_epoch,
 )
 
-settings.register_profile("shared machine", deadline=None)  # a deadline would measure the neighbours
-settings.load_profile("shared machine")
-
 SELECTION = hash_selection("snapshot", ["a.0", "a.1", "b.0"])
 
 

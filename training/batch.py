@@ -26,11 +26,15 @@ class Batch:
     video_mask_B: Tensor  # bool: the clip could be read, so its frame is there, too
     subtitle_mask_B: Tensor
     caption_mask_B: Tensor
+    # bool: a frame of the clip, not one of zeros behind a short one (data.frames_per_s); None: all are
+    frame_mask_BT: Tensor | None = None
     # Subtitles of the clips before and behind, nearest first (data.neighbours); None: N = 0
     neighbour_BNL: Tensor | None = None
     neighbour_mask_BN: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.frame_mask_BT is None:
+            self.frame_mask_BT = self.video_mask_B.new_ones(self.video_BT3SS.shape[:2])
         if self.neighbour_BNL is None:
             self.neighbour_BNL = self.rows_B.new_zeros(len(self), 0, 1)
             self.neighbour_mask_BN = self.video_mask_B.new_zeros(len(self), 0)

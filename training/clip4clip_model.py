@@ -113,6 +113,8 @@ class Clip4Clip(nn.Module):
 
     # -- a vector per item --------------------------------------------------------------------------------------------
 
+    takes_frame_mask = True
+
     @property
     def needs_pairs(self) -> bool:
         return isinstance(self.head, PairHead)

@@ -89,7 +89,7 @@ def _make_table(samples: Samples, editing: str, rounds: list[int]) -> NDArray[np
         )
         SELECT s.rowid AS row, m.tar AS path, m.mp4_offset, m.num_bytes AS mp4_bytes, m.sha256 AS mp4_sha256,
                m.frames[1]."offset" AS jpg_offset, m.frames[1].num_bytes AS jpg_bytes, m.frame_sha256 AS jpg_sha256,
-               m.num_frames
+               m.num_frames, s.fps
         FROM present p
         JOIN media m ON m.clip_id = p.clip_id AND m.span_start_s = p.start_s AND m.span_end_s = p.end_s
         JOIN clips c ON c.clip_id = p.clip_id AND md5(c.text) = p.text_md5 AND c.source_sha256 = m.source_sha256

@@ -35,6 +35,27 @@ def needs_pairs(model: nn.Module) -> bool:
     return getattr(model, "needs_pairs", False)
 
 
+def encode_clips(model: nn.Module, pixels_BT3SS: Tensor, mask_BT: Tensor) -> Tensor:
+    """Unit vectors [B, D] of uint8 pixels; of a model that scores pairs frames [B, T, D], zeros where there is none.
+
+    mask  false for frames that are not there, which are zeros to the model (spec/clip4clip.md section 5)
+    """
+    pixels = normalise(pixels_BT3SS, model.config.image_mean, model.config.image_std)
+    if not getattr(model, "takes_frame_mask", False):
+        return model.encode_video(pixels)
+    pixels = torch.where(mask_BT[..., None, None, None], pixels, 0)
+    return (
+        model.frame_features(pixels) * mask_BT.unsqueeze(2)
+        if needs_pairs(model)
+        else model.encode_video(pixels, mask_BT)
+    )
+
+
+def score_pairs(model: nn.Module, text_BC: Tensor, frames_KTC: Tensor) -> Tensor:
+    """[B, K] of a model that scores pairs, of frames as `encode_clips` gives them."""
+    return model.similarity(text_BC, frames_KTC, frames_KTC.any(dim=2))
+
+
 class Encoder(nn.Module):
     """A batch to its feature sets (video, subtitle, frame, caption, neighbours): unit vectors [B, D], of neighbours
     [B, N, D]; None where not asked for. Of a model that scores pairs frames [B, F, D] and texts [B, D], of any length.
@@ -45,15 +66,11 @@ class Encoder(nn.Module):
         self.model, self.sources = model, sources
 
     def forward(self, batch: Batch) -> FeatureSets:
-        video = self._encode_pixels(batch.video_BT3SS)
-        frame = self._encode_pixels(batch.frame_B13SS) if "frame" in self.sources else None
+        video = encode_clips(self.model, batch.video_BT3SS, batch.frame_mask_BT)
+        still_mask_B1 = torch.ones_like(batch.frame_mask_BT[:, :1])
+        frame = encode_clips(self.model, batch.frame_B13SS, still_mask_B1) if "frame" in self.sources else None
         subtitle, caption = self._encode_texts(batch)
         return video, subtitle, frame, caption, self._encode_neighbours(batch)
-
-    def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        config = self.model.config
-        encode = self.model.frame_features if needs_pairs(self.model) else self.model.encode_video
-        return encode(normalise(pixels, config.image_mean, config.image_std))
 
     def _encode_texts(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Both texts in one pass of the tower; the loader has cut them already."""
@@ -109,7 +126,7 @@ class Wrapped:
         """[B, K] of a model that scores pairs. Outside of what DDP runs, which averages its gradients all the same."""
         enabled = self.settings.precision == "bf16"
         with torch.autocast(self.process.device.type, torch.bfloat16, enabled=enabled):
-            return self.model.similarity(text_BC, frames_KFC)
+            return score_pairs(self.model, text_BC, frames_KFC)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Gradients stay with this process until a backward pass outside."""

@@ -183,6 +183,12 @@ class _Totals:
     def counts(self) -> dict[str, int]:
         return self._counts | {"num_shards": len(self.shards)}
 
+    def _num_shown(self, batch: pa.RecordBatch) -> pa.Array:
+        """Frames of each clip that may be taken."""
+        if self.data.frames_per_s is None:
+            return batch["num_frames"]
+        return pc.ceil(pc.multiply(pc.divide(batch["num_frames"], batch["fps"]), self.data.frames_per_s))
+
     def add(self, batch: pa.RecordBatch) -> None:
         self.shards |= set(pc.unique(batch["shard"]).to_pylist())
         no_subtitle, no_caption = _is_empty(batch[self.data.subtitle]), _is_empty(batch["caption"])
@@ -191,7 +197,7 @@ class _Totals:
             "num_without_subtitle": _sum(no_subtitle),
             "num_without_caption": _sum(no_caption),
             "num_without_text": _sum(pc.and_(no_subtitle, no_caption)),
-            "num_short": _sum(pc.less(batch["num_frames"], self.data.num_frames)),
+            "num_short": _sum(pc.less(self._num_shown(batch), self.data.num_frames)),
             "num_reads": num_reads,
             "read_bytes": read_bytes,
             "selection_bytes": batch.nbytes,

@@ -5,6 +5,7 @@ same whichever worker reads it and however often. Pixels stay uint8 until `norma
 """
 
 import hashlib
+import math
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -29,6 +30,18 @@ def eval_indices(num_frames: int, num_taken: int) -> np.ndarray:
     """
     _check_counts(num_frames, num_taken)
     return np.linspace(0, num_frames - 1, num_taken).astype(np.int64)
+
+
+def paced_indices(num_frames: int, fps: float, *, frames_per_s: float, most: int) -> np.ndarray:
+    """[at most `most`] int64: what is shown at 0, 1/frames_per_s, … s of the clip; of too many, so many evenly.
+
+    CLIP4Clip's choice (spec/clip4clip.md section 5), true to the clip's own rate: the released code rounds that down to
+    an integer, so that its seconds drift, and may take a frame behind the end (section 9).
+    """
+    _check_counts(num_frames, most)
+    shown = np.arange(math.ceil(num_frames / fps * frames_per_s - 1e-6)) * (fps / frames_per_s)
+    indices = np.minimum(shown + 1e-6, num_frames - 1).astype(np.int64)  # 3 * (1/3) is to be 1, not 0.99…
+    return indices if len(indices) <= most else indices[eval_indices(len(indices), most)]
 
 
 def train_indices(num_frames: int, num_taken: int, *, seed: int, epoch: int, clip_id: str) -> np.ndarray:

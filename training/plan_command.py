@@ -13,7 +13,7 @@ from rich.table import Table
 from pipeline.display import plain_console
 from pipeline.errors import UserError
 from training.estimate import CHUNK, DECODED_PER_CORE_S, GPUS, Estimate, estimate
-from training.settings import RunSettings, resolve
+from training.settings import DataSettings, RunSettings, resolve
 
 Format = Literal["table", "json"]
 
@@ -84,7 +84,7 @@ def _data_rows(found: Estimate, settings: RunSettings) -> list[tuple[str, str]]:
         (_percent(data.num_without_subtitle, data.num_clips), f"without a {named.subtitle}: they lack its loss terms"),
         (_percent(data.num_without_caption, data.num_clips), "without a caption"),
         (_percent(data.num_without_text, data.num_clips), "without either"),
-        (_percent(data.num_short, data.num_clips), f"of fewer than {named.num_frames} frames: some are taken twice"),
+        (_percent(data.num_short, data.num_clips), _short_clips(named)),
         (_bytes(data.read_bytes), f"to read per epoch, in {data.num_reads:,} reads"),
     ]
     return rows
@@ -146,6 +146,12 @@ def _time_table(found: Estimate) -> Table:
             f"{speed.decoding_cores:,.1f}",
         )
     return table
+
+
+def _short_clips(data: DataSettings) -> str:
+    if data.frames_per_s is not None:
+        return f"of fewer than {data.num_frames} frames at {data.frames_per_s:g} a second: the rest is empty"
+    return f"of fewer than {data.num_frames} frames: some are taken twice"
 
 
 def _percent(count: int, total: int) -> str:

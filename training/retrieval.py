@@ -33,9 +33,8 @@ from torch.nn.functional import normalize
 from pipeline.errors import UserError
 from shards.tar import replacing
 from training.distributed import Process
-from training.encoder import needs_pairs
+from training.encoder import encode_clips, needs_pairs, score_pairs
 from training.evaluate import Dsl, chance, retrieval_metrics
-from training.frames import normalise
 from training.gather import gather_counts, gather_rows
 from training.loader import Loader, default_processes
 from training.loader_pool import Request
@@ -164,14 +163,13 @@ def _videos(
     """[N, D] (or [N, frames, D]), the row of the selection of each, and the clips that could not be read."""
     mine = _share(selection.num_clips, settings.eval.batch_size, process)
     num_mine, num_done = sum(map(len, mine)), 0
-    encode = model.frame_features if needs_pairs(model) else model.encode_video
     shape = (settings.data.num_frames, model.config.embed_dim)[0 if needs_pairs(model) else 1 :]
     failures: list[Failure] = []
     parts, rows = [], []
     with _loader(model, selection, settings, process, failures) as loader:
         for batch in loader.read(Request(numbers, 0) for numbers in mine):
-            pixels = normalise(batch.video_BT3SS.to(process.device), model.config.image_mean, model.config.image_std)
-            parts.append(_encoded(encode, pixels, settings)[batch.video_mask_B])
+            clips = batch.video_BT3SS.to(process.device), batch.frame_mask_BT.to(process.device)
+            parts.append(_encoded(encode_clips, settings, model, *clips)[batch.video_mask_B])
             rows.append(batch.rows_B[batch.video_mask_B])
             num_done += len(batch)
             if progress:
@@ -207,7 +205,7 @@ def _texts(model: nn.Module, ids_UL: Tensor, settings: RunSettings, process: Pro
     """[U, D] of distinct texts."""
     encode = model.text_features if needs_pairs(model) else model.encode_text
     mine = _share(len(ids_UL), settings.eval.batch_size, process)
-    parts = [_encoded(encode, ids_UL[numbers].to(process.device), settings) for numbers in mine]
+    parts = [_encoded(encode, settings, ids_UL[numbers].to(process.device)) for numbers in mine]
     return _of_all(_tensors(mine), parts, (model.config.embed_dim,), process)[1]
 
 
@@ -219,17 +217,14 @@ def _similarity(model: nn.Module, text_UD: Tensor, video_ND: Tensor, settings: R
         return (text_UD.double() @ video_ND.double().T).float()
     video_ND = video_ND.to(process.device)
     mine = _share(len(text_UD), settings.eval.batch_size, process)
-    parts = [
-        _encoded(lambda text_BD: model.similarity(text_BD, video_ND), text_UD[numbers].to(process.device), settings)
-        for numbers in mine
-    ]
+    parts = [_encoded(score_pairs, settings, model, text_UD[numbers].to(process.device), video_ND) for numbers in mine]
     return _of_all(_tensors(mine), parts, (len(video_ND),), process)[1]
 
 
-def _encoded(encode: Callable[[Tensor], Tensor], inputs: Tensor, settings: RunSettings) -> Tensor:
-    """float32, on the CPU."""
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=settings.train.precision == "bf16"):
-        return encode(inputs).float().cpu()
+def _encoded(encode: Callable[..., Tensor], settings: RunSettings, *inputs: Any) -> Tensor:
+    """float32, on the CPU. The last of `inputs` is a tensor on the device that computes."""
+    with torch.autocast(inputs[-1].device.type, torch.bfloat16, enabled=settings.train.precision == "bf16"):
+        return encode(*inputs).float().cpu()
 
 
 @contextmanager

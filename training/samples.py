@@ -22,7 +22,7 @@ from pipeline.errors import ItemError
 from shards.tombstones import FORGOTTEN, Tombstones
 from training.batch import Batch
 from training.clip_video import Picture, Pixels, decode_clip, decode_still
-from training.frames import drawn_text, eval_indices, middle_index, train_indices
+from training.frames import drawn_text, eval_indices, middle_index, paced_indices, train_indices
 from training.places import Places
 from training.plan import PAD
 from training.selection import Selection
@@ -65,7 +65,7 @@ class Canvas(NamedTuple):
 
 
 _ARRAYS = ("rows_B", "subtitle_BL", "caption_BL", "video_mask_B", "subtitle_mask_B", "caption_mask_B")
-_ARRAYS += ("neighbour_BNL", "neighbour_mask_BN")
+_ARRAYS += ("frame_mask_BT", "neighbour_BNL", "neighbour_mask_BN")
 
 
 @dataclass
@@ -79,6 +79,7 @@ class Part:
     video_mask_B: NDArray[np.bool_]
     subtitle_mask_B: NDArray[np.bool_]
     caption_mask_B: NDArray[np.bool_]
+    frame_mask_BT: NDArray[np.bool_]
     neighbour_BNL: NDArray[np.int64]
     neighbour_mask_BN: NDArray[np.bool_]
     failures: list[Failure]
@@ -97,6 +98,7 @@ class Part:
             video_mask_B=torch.from_numpy(self.video_mask_B),
             subtitle_mask_B=torch.from_numpy(self.subtitle_mask_B),
             caption_mask_B=torch.from_numpy(self.caption_mask_B),
+            frame_mask_BT=torch.from_numpy(self.frame_mask_BT),
             neighbour_BNL=torch.from_numpy(self.neighbour_BNL),
             neighbour_mask_BN=torch.from_numpy(self.neighbour_mask_BN),
         )
@@ -194,6 +196,7 @@ class SampleReader:
         found = iter(self._bytes([clip for clip, reads in zip(clips, wanted, strict=True) if reads]))
         sources = [next(found) if reads else None for reads in wanted]
         read_s, errors = time.perf_counter() - began, {}
+        frame_mask_BT = np.ones((len(rows), self.data.num_frames), bool)
         for slot in np.flatnonzero(rows == PAD):
             canvas.clear(slot)
         for slot, clip, source in zip(slots.tolist(), clips, sources, strict=True):
@@ -201,7 +204,7 @@ class SampleReader:
             try:
                 if slot in lost:
                     raise lost[slot]
-                self._decode(clip, source, epoch, canvas.sample(slot))
+                frame_mask_BT[slot, self._decode(clip, source, epoch, canvas.sample(slot)) :] = False
             except ItemError as error:
                 canvas.clear(slot)
                 errors[slot] = error
@@ -214,9 +217,8 @@ class SampleReader:
         subtitle_BL, subtitle_mask_B = self._ids(clips_B, self.data.subtitle, readable_B, epoch)
         caption_BL, caption_mask_B = self._ids(clips_B, "caption", readable_B, epoch)
         rows_B = np.where(rows == PAD, HOLE, rows)
-        texts = (subtitle_BL, caption_BL, readable_B, subtitle_mask_B, caption_mask_B)
-        texts += self._neighbours(clips_B, readable_B)
-        return Part(canvas, rows_B, *texts, failures, read_s, decode_s)
+        arrays = (rows_B, subtitle_BL, caption_BL, readable_B, subtitle_mask_B, caption_mask_B, frame_mask_BT)
+        return Part(canvas, *arrays, *self._neighbours(clips_B, readable_B), failures, read_s, decode_s)
 
     def _forgotten(self, slots: list[int], clips: list[dict[str, Any]]) -> dict[int, ItemError]:
         """Samples of videos that the corpus was told to forget since they were selected."""
@@ -263,8 +265,9 @@ class SampleReader:
     def _has_still(self, clip: dict[str, Any]) -> bool:
         return self.data.still == "captioned" and clip["jpg_offset"] is not None
 
-    def _decode(self, clip: dict[str, Any], source: "_Source", epoch: int, out: list[Pixels]) -> None:
-        """Fills one sample's pixels. Raises ItemError."""
+    def _decode(self, clip: dict[str, Any], source: "_Source", epoch: int, out: list[Pixels]) -> int:
+        """Fills one sample's pixels; how many of its frames are the clip's, others are zeros. Raises ItemError."""
+        frames, num_taken = out[: self.data.num_frames], 0
         for data in source:
             if isinstance(data, ItemError):
                 raise data
@@ -275,15 +278,25 @@ class SampleReader:
         with_middle = source.still is None
 
         def choose(total: int) -> NDArray[np.integer]:
-            indices = self._indices(total, epoch, clip["clip_id"])
+            nonlocal num_taken
+            indices = self._indices(total, epoch, clip)
+            num_taken = len(indices)
+            indices = np.pad(indices, (0, len(frames) - num_taken), mode="edge")  # decoded once
             return np.append(indices, middle_index(total)) if with_middle else indices
 
         decode_clip(source.clip, choose, self.picture, out)
+        for pixels in frames[num_taken:]:
+            pixels[:] = 0
+        return num_taken
 
-    def _indices(self, total: int, epoch: int, clip_id: str) -> NDArray[np.integer]:
+    def _indices(self, total: int, epoch: int, clip: dict[str, Any]) -> NDArray[np.integer]:
         data = self.data
+        if data.frames_per_s is not None:
+            if clip["fps"] is None:
+                raise ItemError("no-frame-rate", "data.frames_per_s is set and nothing says how many the clip has")
+            return paced_indices(total, clip["fps"], frames_per_s=data.frames_per_s, most=data.num_frames)
         if self.train and data.jitter:
-            return train_indices(total, data.num_frames, seed=data.seed, epoch=epoch, clip_id=clip_id)
+            return train_indices(total, data.num_frames, seed=data.seed, epoch=epoch, clip_id=clip["clip_id"])
         return eval_indices(total, data.num_frames)
 
     def _ids(

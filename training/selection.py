@@ -35,6 +35,7 @@ SELECTION = pa.schema(
         ("jpg_offset", pa.int64()),  # null where the sample has no still picture
         ("jpg_bytes", pa.int64()),
         ("num_frames", pa.int32()),  # null where nobody counted
+        ("fps", pa.float64()),  # frames a second; null where nobody said
         ("subtitle", pa.string()),  # null or "": none
         ("caption", pa.string()),
         ("texts", pa.list_(pa.string())),  # reference texts of a benchmark; null: none
@@ -47,7 +48,10 @@ SELECTION = pa.schema(
     ]
 )
 _HASHES = ("mp4_sha256", "jpg_sha256")
-_LATER = (("neighbours",), (*_HASHES, "neighbours"))  # selections of before there were these are read as having nulls
+_LATER = (
+    ("neighbours", "fps"),
+    (*_HASHES, "neighbours", "fps"),
+)  # selections of before there were these are read as having nulls
 SELECTION_FILE, EVAL_FILE = "selection.arrow", "eval.arrow"  # of a run folder
 
 _GROUP_COLUMNS: dict[Group, str] = {"video": "video_id", "duplicate": "duplicate_group"}

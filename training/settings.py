@@ -60,6 +60,9 @@ class DataSettings(Settings):
     window_steps: int = Field(64, ge=1)  # steps over which blocks are mixed
 
     num_frames: int = Field(12, ge=1)  # per clip
+    # So many are looked at a second, from the first on; where that is more than num_frames, num_frames of them evenly,
+    # where it is fewer, the rest is empty and the model is told so (CLIP4Clip). None: num_frames evenly over the clip.
+    frames_per_s: float | None = Field(None, gt=0)
     jitter: bool = True  # draw the first and the last frame near the clip's ends; False: always the same frames
     still: Literal["middle", "captioned"] = "middle"  # frame F: frame floor(N/2) of the clip, or the sample's JPEG
     fit: Literal["squash", "crop"] = "squash"  # to a square: as published, or keeping the aspect and cutting the middle
@@ -147,6 +150,19 @@ class RunSettings(Settings):
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
+
+    @model_validator(mode="after")
+    def _pace_fits(self) -> "RunSettings":
+        if self.data.frames_per_s is None:
+            return self
+        if self.model.method == "clip_vip" or (self.model.method == "unipt" and self.model.pooling != "mean"):
+            raise ValueError(
+                f"data.frames_per_s = {self.data.frames_per_s} leaves frames empty, which only a mean or a head over "
+                "frames can be told: model.method = clip4clip, or unipt with model.pooling = mean"
+            )
+        if self.data.jitter:
+            raise ValueError("data.frames_per_s says which frames are taken; allowed with it: data.jitter = false")
+        return self
 
     @model_validator(mode="after")
     def _neighbours_fit(self) -> "RunSettings":

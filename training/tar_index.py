@@ -8,6 +8,7 @@ and the part of a torn tar that is whole is used.
 
 import glob
 import json
+import math
 import os
 import re
 import tarfile
@@ -384,6 +385,7 @@ def _row(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any] 
         "jpg_offset": still[0],
         "jpg_bytes": still[1],
         "num_frames": _count(facts.get("num_frames")),
+        "fps": _rate(facts.get("fps")),
         "subtitle": sample.texts.get("txt", _text(facts.get("subtitle")) or _text(facts.get("text"))),
         "caption": _text(facts.get("caption")) or _text(first_caption),
         "texts": _texts(facts.get("texts")),
@@ -417,6 +419,10 @@ def _text(value: Any) -> str | None:
 
 def _count(value: Any) -> int | None:
     return value if type(value) is int and 0 < value < 2**31 else None
+
+
+def _rate(value: Any) -> float | None:
+    return float(value) if type(value) in (int, float) and 0 < value < math.inf else None
 
 
 def _name_clips(rows: list[dict[str, Any]]) -> None:

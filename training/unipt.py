@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
+from training.clip4clip_heads import pooled
 from training.model import ClipVip, ModelConfig, cut_texts
 from training.unipt_settings import UniPtSettings
 
@@ -165,12 +166,19 @@ class UniPtClip(nn.Module):
         self.backbone.eval()
         return self
 
-    def encode_video(self, pixels: Tensor) -> Tensor:
-        """Unit vectors [B, embed_dim] of normalised pixels [B, T, 3, H, W]; dtypes as in `ClipVip.encode_video`."""
+    @property
+    def takes_frame_mask(self) -> bool:
+        return self.config.pooling == "mean"
+
+    def encode_video(self, pixels: Tensor, video_mask: Tensor | None = None) -> Tensor:
+        """Unit vectors [B, embed_dim] of normalised pixels [B, T, 3, H, W]; dtypes as in `ClipVip.encode_video`.
+
+        video_mask  [B, T], for pooling "mean" alone: false where a frame is not there; None: all are
+        """
         if self.config.pooling == "proxy":
             return F.normalize(self._video_features(pixels), dim=-1)
-        frames_BTC = F.normalize(self.frame_features(pixels), dim=-1)
-        return F.normalize(frames_BTC.mean(dim=1), dim=-1)
+        frames_BTC = self.frame_features(pixels)
+        return pooled(frames_BTC, frames_BTC.new_ones(frames_BTC.shape[:2]) if video_mask is None else video_mask)
 
     def frame_features(self, pixels: Tensor) -> Tensor:
         """[B, T, embed_dim], not normalised: every frame as a video of its own, as CLIP4Clip's heads take them."""
