@@ -29,6 +29,7 @@ from shards.fragments import fragment_path, sweep_temporaries, write_atomically
 from shards.ledger import Ledger, remove_cache
 from shards.manifest import MANIFEST_NAME, is_current, publish
 from shards.schema import MANIFEST
+from shards.store import MOST_COPIED_BYTES
 
 
 @dataclass
@@ -105,6 +106,7 @@ def session(
         corpus.require()
     saved = corpus.load_settings() if corpus.exists else None
     settings = resolve(saved, recipe, assignments)
+    _check_store(corpus, settings)
     fingerprints(settings)  # raises for a model's file that is not there, before anything is saved
     resolved = settings.model_dump(mode="json")
     corpus.create()
@@ -122,6 +124,14 @@ def session(
             yield Session(corpus, settings, ledger, command), difference(saved, resolved) if saved else []
         finally:
             ledger.close()
+
+
+def _check_store(corpus: Corpus, settings: CorpusSettings) -> None:
+    if corpus.store and settings.pack.shard_bytes > MOST_COPIED_BYTES:
+        raise UserError(
+            f"pack.shard_bytes = {settings.pack.shard_bytes}: at most {MOST_COPIED_BYTES} for a corpus in a store, "
+            "which puts a shard in place by copying it."
+        )
 
 
 def build(

@@ -14,6 +14,7 @@ All code works on a folder. Where the corpus is in a store, that folder is a *mi
 A mirror may be deleted whenever nobody uses it. `files_of` knows the mirrors of this process; all else is a folder.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -32,6 +33,7 @@ MANIFEST_NAME = "manifest.duckdb"
 PRIVATE = ".clipmill"  # of this machine alone; in the store it holds the lock
 LOOK_EVERY_S = 10.0  # at what others may write without being asked: tombstones
 _TEMPORARY = ".tmp-"
+_WITH_PARQUET = ("fragments/", "shards/")
 Guard = Callable[..., None]  # `True`: not what it knew a moment ago will do
 
 
@@ -123,12 +125,28 @@ class Mirror(Files):
         if os.path.isabs(relative) or (path.exists() and not _may_change(relative)):
             return path
         try:
-            there = self.store.head(relative) if path.exists() else None
-            if there is None or not self._is_current(relative, there):
-                self._fetch(relative)
+            with self._alone(relative):
+                if not self._serves(relative):
+                    self._fetch(relative)
         except FileNotFoundError as error:
             raise ItemError("input-missing", f"{self.store.url}/{relative} is not there", transient=True) from error
         return path
+
+    def _serves(self, relative: str) -> bool:
+        """Whether what is here is what the store has."""
+        if not (self.root / relative).exists():
+            return False
+        there = self.store.head(relative) if _may_change(relative) else None
+        return there is None or self._is_current(relative, there)
+
+    @contextmanager
+    def _alone(self, relative: str) -> Iterator[None]:
+        """One worker of this machine fetches a file, the others find it."""
+        name = hashlib.sha256(relative.encode()).hexdigest()[:2]
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._log.with_name(f"fetch-{name}.lock"), "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def has(self, relative: str) -> bool:
         return (self.root / relative).exists() or (not os.path.isabs(relative) and bool(self.store.head(relative)))
@@ -341,7 +359,7 @@ def _may_change(relative: str) -> bool:
 
 
 def _is_small(key: str) -> bool:
-    return key.endswith(".parquet") or key in (MANIFEST_NAME, "corpus.yaml")
+    return key in (MANIFEST_NAME, "corpus.yaml") or (key.startswith(_WITH_PARQUET) and key.endswith(".parquet"))
 
 
 def _sizes(folder: Path) -> dict[str, int]:

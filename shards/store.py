@@ -24,6 +24,7 @@ ATTEMPTS = 8  # of a request, with pauses that double up to 20 s; AWS_MAX_ATTEMP
 READ_PAUSES_S = (0.5, 2.0, 8.0)  # before a read that broke off in the middle begins again
 PART_BYTES = 64_000_000
 MOST_BYTES_AT_ONCE = 1_000_000_000  # larger files go in parts, and appear whole all the same
+MOST_COPIED_BYTES = 4_000_000_000  # S3 copies 5 GB at a time, and a shard may be a little larger than asked for
 CONNECTIONS = 16
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
@@ -82,7 +83,8 @@ class Store:
             with self._asking("listed") as client:
                 page = client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix + prefix, **more)
             for entry in page.get("Contents", ()):
-                found[entry["Key"].removeprefix(self.prefix)] = Object(entry["Size"], entry["ETag"])
+                if not entry["Key"].endswith("/"):  # what consoles make where people make folders
+                    found[self._checked(entry["Key"])] = Object(entry["Size"], entry["ETag"])
             if not page.get("IsTruncated"):
                 return found
             more = {"ContinuationToken": page["NextContinuationToken"]}
@@ -157,6 +159,13 @@ class Store:
     def delete(self, key: str) -> None:
         with self._asking("written") as client:
             client.delete_object(**self._at(key))
+
+    def _checked(self, key: str) -> str:
+        """The key from the prefix on. It becomes a path: raises UserError for one that would lead elsewhere."""
+        name = key.removeprefix(self.prefix)
+        if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
+            raise UserError(f"{self.url}: there is an object {name!r}, which is no file of a corpus: remove it.")
+        return name
 
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self.prefix + key}

@@ -194,11 +194,27 @@ def test_mistakes_are_told(corpus, said):
         open_manifest(corpus)
 
 
+def test_shards_that_a_store_cannot_copy_are_refused(stored):
+    with pytest.raises(UserError, match=r"pack.shard_bytes = 6000000000: at most 4000000000"):
+        build(stored, [], stages=["pack"], recipe=None, assignments=["pack.shard_bytes=6000000000"], command="test")
+
+
 def test_a_prefix_with_other_things_is_no_corpus():
     Store.of("s3://corpora/photos").write("summer.jpg", b"sea")
     for url, said in (("s3://corpora/photos", "not empty and not a corpus"), ("s3://no-such/x", "no bucket 'no-such'")):
         with pytest.raises(UserError, match=said):
             build(url, [], stages=STAGE_NAMES, recipe=None, assignments=[], command="test")
+
+
+@pytest.mark.parametrize(
+    "name", ["fragments/../../../x.parquet", "fragments//etc/x.parquet", "a\tb", "fragments/..\\x"]
+)
+def test_a_key_that_leads_out_of_the_mirror_becomes_no_path(name):
+    store = Store("corpora", f"hostile{len(name)}/")
+    store.write(name, b"")
+    with pytest.raises(UserError, match="is no file of a corpus"):
+        for_reading(store.url, "fragments/")
+        store.list()
 
 
 def test_without_the_extra_it_says_which(monkeypatch):
