@@ -166,11 +166,6 @@ class Clip4Clip(nn.Module):
             always = name.startswith(_ALWAYS_TRAINED) or self.is_added(f"clip.{name}")
             parameter.requires_grad_(num_layers is None or always or _layer(name) >= num_layers)
 
-    def pair_flops(self, num_frames: int) -> float:
-        """Of the forward pass of tightTransf's blocks for one pair; `training.model.sample_flops` has the towers'."""
-        num_tokens = 1 + num_frames
-        return tower_flops(_head_config(self.config, self.settings), num_tokens, num_tokens**2)
-
     def is_added(self, name: str) -> bool:
         """Whether a tensor is CLIP4Clip's rather than CLIP's."""
         stem = self.settings.stem == "3d" and name == "clip.vision.patch_embedding.weight"
@@ -223,6 +218,17 @@ class Clip4Clip(nn.Module):
         stem = nn.Conv2d(9, width, kernel_size=patch, stride=patch, bias=False).to(flat_D3PP)
         stem.weight.copy_(stem_of(F.pad(flat_D3PP.unsqueeze(2), (0, 0, 0, 0, 1, 1))))
         self.clip.vision.patch_embedding = stem
+
+
+def pair_flops(config: ModelConfig, settings: Clip4ClipSettings, num_frames: int) -> float:
+    """Forward and backward FLOPs of tightTransf's blocks for one pair; 0 for heads that score none.
+
+    What the towers need is in `training.model.sample_flops`.
+    """
+    if settings.head != "tightTransf":
+        return 0.0
+    num_tokens = 1 + num_frames
+    return 3 * tower_flops(_head_config(config, settings), num_tokens, num_tokens**2)
 
 
 def with_neighbours(pixels_BT3HW: Tensor) -> Tensor:

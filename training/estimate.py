@@ -17,6 +17,7 @@ import torch
 from pipeline.errors import UserError
 from training import models
 from training.choice import Choice, Samples, choose_run, open_samples
+from training.clip4clip_model import pair_flops
 from training.encoder import sources_of
 from training.epochs import spec_without_groups, total_steps
 from training.loss import TERMS
@@ -243,7 +244,8 @@ def step_cost(
         batch_size=spec.batch_size,
         per_device=slots.stop - slots.start,
         num_parameters=num_parameters(config),
-        flops_per_step=spec.batch_size * flops_of_sample(config, settings),
+        flops_per_step=spec.batch_size * flops_of_sample(config, settings)
+        + spec.batch_size**2 * pair_flops(config, settings.model.clip4clip, settings.data.num_frames),
     )
 
 

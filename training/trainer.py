@@ -23,9 +23,10 @@ import torch
 from training import models
 from training.batch import Batch
 from training.best import Best, best_of, write_best
+from training.clip4clip_model import pair_flops
 from training.counting import mix
 from training.distributed import Process, join
-from training.encoder import needs_pairs, sources_of
+from training.encoder import sources_of
 from training.epochs import Epochs, plan_spec, total_steps
 from training.feedback import Feedback
 from training.full_state import OptimiserState, State, full_state, random_state, restore_optimiser, set_random_state
@@ -305,9 +306,8 @@ class Trainer:
         lengths += [batch.neighbour_BNL.shape[2]] * batch.neighbour_BNL.shape[1]
         config, num_frames = self.learner.model.config, batch.video_BT3SS.shape[1]
         flops = self.spec.batch_size * sample_flops(config, num_frames, int("frame" in sources), tuple(lengths))
-        if needs_pairs(self.learner.model):
-            flops += 3 * self.spec.batch_size**2 * self.learner.model.pair_flops(num_frames)
-        return flops
+        settings = self.settings.model.clip4clip
+        return flops + self.spec.batch_size**2 * pair_flops(config, settings, num_frames)
 
 
 def _told(step: int, metrics: dict[str, Any]) -> str:
