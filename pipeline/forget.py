@@ -4,6 +4,7 @@ forget    which videos: by id, by URL, by SQL, and every copy of their files; a 
 compact   what has a tombstone is removed from shards, clips, sources and fragments
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,8 +21,7 @@ from pipeline.identity import canonical_url, canonical_urls, video_id_for
 from pipeline.pack_stage import planned
 from pipeline.settings import resolve
 from shards.compact import CompactReport, Remains, compact_commits, compact_shards, redact, remove_sources
-from shards.files import MANIFEST_NAME, for_reading
-from shards.manifest import UNFINISHED
+from shards.files import MANIFEST_NAME, UNFINISHED, for_reading, mirror_folder
 from shards.pack import places_of, select_samples
 from shards.sql import open_manifest, rows_of
 from shards.tombstones import hash_of, read_tombstones, write_tombstones
@@ -155,14 +155,10 @@ def _places(corpus: Corpus, doomed: Doomed) -> dict[str, list[dict]]:
 def compact(root: str | Path) -> CompactReport:
     """Removes every byte and row of what has a tombstone. Killed anywhere and run again, it ends in the same bytes."""
     corpus, report = Corpus(root).require(), CompactReport()
-    if corpus.store:
-        raise UserError(
-            f"{corpus.name}: compact works on folders only. Copy the corpus into one, compact it there, and bring the "
-            "store to the same state (docs/object_store.md); nothing reads what was forgotten meanwhile."
-        )
     with session(corpus.root, None, [], "compact", create=False) as (current, _):
         current.publish()  # without the forgotten, whoever wrote the last one
         (corpus.root / UNFINISHED).touch()
+        corpus.files.written(UNFINISHED)
         remains = Remains.of(corpus.root)
         with open_manifest(corpus.root) as connection:
             plans = planned(connection, current.settings.pack)
@@ -172,6 +168,8 @@ def compact(root: str | Path) -> CompactReport:
         compact_commits(corpus.root, remains, report)
     with session(corpus.root, None, [], "compact", create=False, fresh=True) as (current, _):
         current.publish()
-        (corpus.root / UNFINISHED).unlink()
+        corpus.files.remove(UNFINISHED)
+    if corpus.store:
+        shutil.rmtree(mirror_folder(corpus.store, "read"), ignore_errors=True)  # this machine's copy for readers
     report.settings = [name for name in remains.names if name in corpus.settings_path.read_text()]
     return report

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config import digest
 from pipeline.errors import ItemError, UserError
+from shards.files import files_of
 from shards.fragments import commit_name, fragment_path, outputs_of, write_atomically, write_commit
 from shards.index import Stamp, read_index, read_stamp, write_index
 from shards.pack import EXTENSIONS, LATE, NEXT, Extension, ShardPlan, next_paths, place, rows_by_shard, sample_json
@@ -107,6 +108,7 @@ def compact_shards(
             shard = _Shard(root, path)
             if shard.is_touched(remains):
                 shard.rewrite(connection, planned.get(shard.name), remains, report)
+            shard.let_go()
         except (ItemError, pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{path} or its tar cannot be read ({error}): `clipmill run pack` writes it anew."
@@ -118,32 +120,37 @@ def _settle(root: Path) -> None:
     """What a kill left between two shards' states (see `shards.pack.place`) is brought to the second one; what else
     waits under `.next` is thrown away.
     """
-    folder = root / "shards" / NEXT
-    for index in sorted(folder.glob("*.parquet")):
-        stamp, name = read_stamp(index), index.name.partition("-")[0]
-        tar, next_tar, placed = (
-            root / "shards" / f"{name}.tar",
-            index.with_suffix(".tar"),
-            root / "shards" / f"{name}.parquet",
-        )
-        if not tar.exists() and next_tar.exists():
-            placed.unlink(missing_ok=True)
-            next_tar.replace(tar)
-        if not placed.exists() and tar.is_file() and stamp is not None and tar.stat().st_size == stamp.tar_bytes:
-            index.replace(placed)
-    if folder.exists():
-        shutil.rmtree(folder)
+    files = files_of(root)
+    files.look("shards")
+    for path in sorted((root / "shards" / NEXT).glob("*.parquet")):
+        stamp, name = read_stamp(path), path.name.partition("-")[0]
+        index, next_tar = (f"shards/{NEXT}/{path.stem}{suffix}" for suffix in (".parquet", ".tar"))
+        tar, placed = f"shards/{name}.tar", f"shards/{name}.parquet"
+        if files.size(tar) is None and files.size(next_tar) is not None:
+            files.remove(placed)
+            files.move(next_tar, tar)
+        if files.size(placed) is None and stamp is not None and files.size(tar) == stamp.tar_bytes:
+            files.move(index, placed)
+    files.remove_folder(f"shards/{NEXT}")
 
 
 class _Shard:
     """A shard in place."""
 
     def __init__(self, root: Path, index: Path):
-        self.root, self.tar = root, index.with_suffix(".tar")
-        self.name = self.tar.name
+        self.root, self.files, self.name = root, files_of(root), f"{index.stem}.tar"
         self.index, self.stamp = read_index(index), read_stamp(index)
         if self.stamp is None:
             raise ItemError("bad-index", "it does not say which plan it was written for")
+
+    @cached_property
+    def tar(self) -> Path:
+        return self.files.local(f"shards/{self.name}")
+
+    def let_go(self) -> None:
+        """Of a corpus in a store, shards are here only while they are looked at."""
+        if self.files.store:
+            (self.root / "shards" / self.name).unlink(missing_ok=True)
 
     def is_touched(self, remains: Remains) -> bool:
         if any(remains.mask(self.index["video_id"]).to_pylist()):
@@ -171,18 +178,21 @@ class _Shard:
         report.num_samples += self.index.num_rows - len(rows)
         missing = tuple(clip_id for clip_id in self.stamp.missing if not remains.covers(clip_id))
         if not rows:
-            self.tar.with_suffix(".parquet").unlink()
-            self.tar.unlink()
+            self.files.remove(f"shards/{self.tar.stem}.parquet")
+            self.files.remove(f"shards/{self.name}")
             report.num_bytes += before
             return
         if plan is None or not self._is_as_planned(connection, plan, rows, missing):
             clip_ids = [row["clip_id"] for row in rows]
             key = digest([self.stamp.plan_key, clip_ids])  # of no plan: packing writes it again when it comes to it
             plan = ShardPlan(self.name, pa.array(clip_ids, pa.string()), EXTENSIONS, key)
-        tar, index = (self.root / path for path in next_paths(plan))
-        members = {m.name: m for m in write_tar(tar, (self._sample(row, remains) for row in rows))}
+        tar, index = next_paths(plan)
+        members = {m.name: m for m in write_tar(self.root / tar, (self._sample(row, remains) for row in rows))}
+        self.files.written(tar)
         lines = [_moved(row, position, members) for position, row in enumerate(rows)]
-        write_index(index, pa.Table.from_pylist(lines, INDEX), Stamp(plan.key, tar.stat().st_size, missing))
+        stamp = Stamp(plan.key, (self.root / tar).stat().st_size, missing)
+        write_index(self.root / index, pa.Table.from_pylist(lines, INDEX), stamp)
+        self.files.written(index)
         place(self.root, plan)
         report.num_bytes += before - self.tar.stat().st_size
 
@@ -245,11 +255,16 @@ def _moved(row: dict[str, Any], position: int, members: dict[str, Member]) -> di
 
 def remove_sources(root: Path, remains: Remains, report: CompactReport) -> None:
     """Downloaded files, of attempts too. Files that a list names where they lie are not the corpus's."""
-    for path in sorted((root / "sources").glob("*/*")):
+    files = files_of(root)
+    for path in sorted((root / "sources").glob("*/*.part")):
         if remains.covers(path.name):
             report.num_files += 1
-            report.num_bytes += path.stat().st_size if path.is_file() else 0
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path)
+    for relative, num_bytes in files.below("sources").items():
+        if remains.covers(relative.rpartition("/")[2]):
+            report.num_files += 1
+            report.num_bytes += num_bytes
+            files.remove(relative)
 
 
 def redact(root: Path, remains: Remains, report: CompactReport) -> None:
@@ -257,7 +272,7 @@ def redact(root: Path, remains: Remains, report: CompactReport) -> None:
     for path in _fragments(root, "runs"):
         table = pq.read_table(path)
         rows = [{**row, "command": remains.pattern.sub(REDACTED, row["command"])} for row in table.to_pylist()]
-        _replace(path, table, pa.Table.from_pylist(rows, table.schema), report)
+        _replace(root, path, table, pa.Table.from_pylist(rows, table.schema), report)
     for path in [
         *(root / "fragments" / "ledger").glob("ingest-problems-*.parquet"),
         fragment_path(root, "ledger", "pack"),
@@ -265,7 +280,7 @@ def redact(root: Path, remains: Remains, report: CompactReport) -> None:
         if path.is_file():
             table = pq.read_table(path)
             kept = [row for row in table.to_pylist() if not _tells_of(row, remains)]
-            _replace(path, table, pa.Table.from_pylist(kept, table.schema), report)
+            _replace(root, path, table, pa.Table.from_pylist(kept, table.schema), report)
 
 
 def _tells_of(row: dict[str, Any], remains: Remains) -> bool:
@@ -273,15 +288,17 @@ def _tells_of(row: dict[str, Any], remains: Remains) -> bool:
     return (row["stage"] == "pack" and remains.covers(row["item_id"])) or bool(remains.pattern.search(text))
 
 
-def _replace(path: Path, before: pa.Table, after: pa.Table, report: CompactReport) -> None:
+def _replace(root: Path, path: Path, before: pa.Table, after: pa.Table, report: CompactReport) -> None:
     """In place: these fragments name no other file."""
     if after.equals(before):
         return
     report.num_commits += 1
+    relative = str(path.relative_to(root))
     if after.num_rows:
         write_atomically(path, after.replace_schema_metadata(before.schema.metadata))
+        files_of(root).written(relative)
     else:
-        path.unlink()
+        files_of(root).remove(relative)
 
 
 # -- commits --------------------------------------------------------------------------------------------------------
@@ -309,10 +326,9 @@ def _compact_commit(root: Path, name: str, remains: Remains, report: CompactRepo
     _write_in_place_of(
         root, name, {table: data for table, data in kept.items() if data.num_rows}, _without(ledger, remains)
     )
-    path.unlink()
-    for output, num_bytes in outputs.items():
-        report.num_bytes += num_bytes
-        (root / output).unlink(missing_ok=True)
+    files_of(root).remove(str(path.relative_to(root)))
+    files_of(root).remove(*outputs)
+    report.num_bytes += sum(outputs.values())
 
 
 def _without(table: pa.Table, remains: Remains) -> pa.Table:
@@ -347,7 +363,7 @@ def _copy_clips(root: Path, tar: str, clips: pa.Table) -> pa.Table:
     names = {
         (old, member.offset): member.name
         for old in {old for old, _, _ in pieces}
-        for member in list_members(root / old)
+        for member in list_members(files_of(root).local(old))
     }
     blobs = [Blob(names[old, offset], root / old, offset, num_bytes) for old, offset, num_bytes in pieces]
     moved = iter(write_clips_tar(root / tar, blobs))

@@ -33,6 +33,8 @@ MANIFEST_NAME = "manifest.duckdb"
 PRIVATE = ".clipmill"  # of this machine alone; in the store it holds the lock
 LOOK_EVERY_S = 10.0  # at what others may write without being asked: tombstones
 _TEMPORARY = ".tmp-"
+UNFINISHED = f"{PRIVATE}/compact.unfinished"  # there while `compact` runs: members move before the manifest says so
+_SMALL = (MANIFEST_NAME, "corpus.yaml", UNFINISHED)
 _WITH_PARQUET = ("fragments/", "shards/")
 Guard = Callable[..., None]  # `True`: not what it knew a moment ago will do
 
@@ -64,6 +66,11 @@ class Files:
         """Path → bytes of the files whose path begins so; the last part of `start` is that of a name."""
         folder, _, name = start.rpartition("/")
         return {f"{folder}/{file}": size for file, size in _sizes(self.root / folder).items() if file.startswith(name)}
+
+    def below(self, folder: str) -> dict[str, int]:
+        """Path → bytes of the files in a folder and its folders."""
+        files = sorted(path for path in (self.root / folder).rglob("*") if path.is_file())
+        return {str(path.relative_to(self.root)): path.stat().st_size for path in files}
 
     def written(self, *relatives: str) -> None:
         """They are complete here, in no order among themselves."""
@@ -166,6 +173,9 @@ class Mirror(Files):
 
     def beginning(self, start: str) -> dict[str, int]:
         return {key: found.num_bytes for key, found in self.store.list(start).items()}
+
+    def below(self, folder: str) -> dict[str, int]:
+        return self.beginning(f"{folder}/")
 
     # --- Writing
 
@@ -290,7 +300,7 @@ class Mirror(Files):
         """What the store should have, too. A download that is not complete may be gone on with."""
         folders = [self.root / name for name in ("fragments", "sources", "clips", "shards")]
         files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-        files += [self.root / name for name in (MANIFEST_NAME, "corpus.yaml")]
+        files += [self.root / name for name in _SMALL]
         return [path for path in files if path.is_file() and not any(part.endswith(".part") for part in path.parts)]
 
     # --- What is known of files here
@@ -359,7 +369,7 @@ def _may_change(relative: str) -> bool:
 
 
 def _is_small(key: str) -> bool:
-    return key in (MANIFEST_NAME, "corpus.yaml") or (key.startswith(_WITH_PARQUET) and key.endswith(".parquet"))
+    return key in _SMALL or (key.startswith(_WITH_PARQUET) and key.endswith(".parquet"))
 
 
 def _sizes(folder: Path) -> dict[str, int]:

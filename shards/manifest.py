@@ -14,13 +14,11 @@ import pyarrow as pa
 
 from pipeline.config import digest
 from shards.duplicates import duplicate_groups
-from shards.files import MANIFEST_NAME, files_of
+from shards.files import MANIFEST_NAME, UNFINISHED, files_of
 from shards.fragments import TEMPORARY, is_whole
 from shards.ledger import Ledger
 from shards.schema import INDEX, MANIFEST
 from shards.tombstones import FORGOTTEN, read_tombstones
-
-UNFINISHED = ".clipmill/compact.unfinished"  # there while `compact` runs: members move before the manifest says so
 
 
 def publish(ledger: Ledger, *, groups: bool = True) -> None:

@@ -69,6 +69,12 @@ def keys(url: str) -> set[str]:
     return {key for key in Store.of(url).list() if not key.startswith(("fragments/runs/", ".clipmill/"))}
 
 
+def keys_of(folder: Path) -> set[str]:
+    """What a folder's corpus has that one in a store has, too: sources are uploaded by the stage that fetches them."""
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {name for name in files if not name.startswith(("fragments/runs/", ".clipmill/", "sources/"))}
+
+
 def content(url: str) -> dict[str, bytes]:
     """Every object of a corpus that is not of one run alone."""
     store = Store.of(url)

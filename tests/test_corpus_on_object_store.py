@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("moto", reason="no S3 server: moto is not installed")
 
 from loader_support import MAX_TOKENS, SIZE  # noqa: E402
-from store_support import build_in, content, keys, serving  # noqa: E402
+from store_support import build_in, content, keys, keys_of, serving  # noqa: E402
 from test_training_forgets import WORDS, read_all  # noqa: E402
 
 import shards.tombstones  # noqa: E402
@@ -65,12 +65,6 @@ def stored(server, tmp_path_factory):
 def content_of(folder: Path) -> dict[str, bytes]:
     files = [path for part in ("shards", "clips") for path in (folder / part).rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def keys_of(folder: Path) -> set[str]:
-    """What a folder's corpus has that one in a store has, too: sources are uploaded by the stage that fetches them."""
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    return {name for name in files if not name.startswith(("fragments/runs/", ".clipmill/", "sources/"))}
 
 
 def test_it_has_the_bytes_and_rows_of_a_corpus_in_a_folder(stored, whole):
@@ -148,8 +142,12 @@ def test_what_is_forgotten_is_so_for_everybody(server, machine, tmp_path, monkey
     assert {failure.error.error_class for failure in read_all(reader).failures} == {"forgotten"}
     with open_manifest(url) as connection:
         assert connection.execute("SELECT count(*) FROM samples WHERE video_id = 'video-b'").fetchall() == [(0,)]
-    with pytest.raises(UserError, match="compact works on folders only"):
-        compact(url)
+    machine("another machine")
+    assert compact(url).num_samples == 3
+    store = Store.of(url)
+    assert [key for key in store.list() if b"video-b" in store.read(key).data or "video-b" in key] == []
+    left = [path for path in machine("another machine").rglob("*") if path.is_file()]
+    assert [path for path in left if b"video-b" in path.read_bytes()] == []
 
 
 def test_what_fails_in_passing_is_asked_for_again(stored, server, monkeypatch):

@@ -14,12 +14,13 @@ import pytest
 
 pytest.importorskip("moto", reason="no S3 server: moto is not installed")
 
-from store_support import build_in, content, keys, serving  # noqa: E402
+from store_support import build_in, content, keys, keys_of, serving  # noqa: E402
 
 from pipeline import store_lock  # noqa: E402
 from pipeline.build import build, session  # noqa: E402
 from pipeline.corpus import Corpus  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
+from pipeline.forget import compact, find, forget  # noqa: E402
 from pipeline.store_lock import KEY, StoreLock, is_held  # noqa: E402
 from shards.files import for_reading  # noqa: E402
 from shards.store import Changed, Store  # noqa: E402
@@ -103,11 +104,32 @@ def test_dead_before_this_object_is_there_it_ends_the_same(lost, quiet, server, 
 
 @pytest.mark.slow
 def test_dead_at_any_write_it_ends_the_same(quiet, server, machine, dead_at_once, tmp_path):
-    for number in random.Random(7).sample(range(2, quiet[1] - 2), 3):
+    for number in random.Random(7).sample(range(2, quiet[1] - 2), 2):
         machine("first machine")
         url = f"s3://corpora/dead-at-{number}"
         die_and_go_on_elsewhere(url, lambda count, path, at=number: count == at, server, machine, tmp_path)
         assert outcome(url) == quiet[0], f"dead at write {number} of {quiet[1]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["shards/000000.parquet", "fragments/ledger/cut-"])
+def test_dead_while_compacting_it_ends_the_same(lost, server, machine, dead_at_once, tmp_path):
+    folder, url = tmp_path / "folder", f"s3://corpora/compacted-{lost[:6]}"
+    for corpus in (folder, url):
+        build_in(corpus, tmp_path, 3)
+        forget(corpus, find(corpus, ["video-b"], [], None), None)
+    compact(folder)
+    server.spoil = death = Death(lambda number, path: lost in path)
+    with pytest.raises(UserError):
+        compact(url)
+    assert death.has_come
+    server.spoil = lambda method, path: None
+    machine("another machine")
+    compact(url)
+    there = content(url)
+    assert there == {key: (folder / key).read_bytes() for key in there}
+    assert keys(url) == {key for key in keys_of(folder) if not key.startswith("sources/")}
+    assert tables(for_reading(url, "manifest.duckdb")) == tables(folder)
 
 
 def test_a_commit_whose_ledger_did_not_arrive_never_happened(server, machine, dead_at_once, tmp_path):
