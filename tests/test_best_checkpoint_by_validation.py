@@ -138,7 +138,9 @@ def test_what_is_on_record_is_what_the_best_checkpoint_gives(corpus: Path, tmp_p
     run = RunFolder(tmp_path / "run")
     assert [row["step"] for row in lines(run.root, "eval.jsonl")] == [0, 10, 12]
     best = read_best(run.checkpoints)
-    metrics = run_eval(run=run.root, console=Console(file=io.StringIO()))
+    console = Console(file=io.StringIO(), width=200)
+    metrics = run_eval(run=run.root, console=console)
+    assert metrics["num_chosen_on"] == 4 and "4 clips chose the checkpoint" in console.file.getvalue()
     assert metrics["t2v"]["r1"] == best.value and best.num_evaluations == 2
 
 

@@ -26,7 +26,7 @@ from training.distributed import Process, join
 from training.model import ClipVip
 from training.retrieval import evaluate, similarity_format
 from training.run_folder import RunFolder
-from training.selection import SELECTION_FILE, Selection, freeze
+from training.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze
 from training.settings import RunSettings, resolve
 
 Format = Literal["table", "json"]
@@ -42,6 +42,7 @@ class Subject:
     settings: RunSettings
     corpus: str | None  # of the run, for when no other is given
     trained_on: Path | None  # the run's frozen selection
+    chosen_on: Path | None = None  # the one whose evaluation chose the checkpoint
 
 
 def run_eval(
@@ -98,6 +99,8 @@ def run_eval(
         metrics |= {"model": subject.name, "corpus": str(corpus), "where": chosen}
         if subject.trained_on is not None:
             metrics["num_seen"] = num_seen(selection, Selection.open(subject.trained_on))
+        if subject.chosen_on is not None:
+            metrics["num_chosen_on"] = _num_common(selection, Selection.open(subject.chosen_on))
         if process.is_first:
             print(json.dumps(metrics, indent=1)) if format == "json" else show(metrics, console)
     return metrics
@@ -138,7 +141,8 @@ def _of_run(folder: RunFolder, which: str | None, ema: bool, assignments: list[s
         raise UserError(f"--ema: {checkpoint.path} holds no averaged weights; the run's train.ema was not set.")
     model = models.read(weights, settings.model, settings.data.seed)
     name = f"{folder.root} at step {chosen.step}{chosen.reason}" + (", averaged weights" if ema else "")
-    return Subject(name, model, settings, record.corpus, folder.root / SELECTION_FILE)
+    chosen_on = folder.root / EVAL_FILE if chosen.reason else None
+    return Subject(name, model, settings, record.corpus, folder.root / SELECTION_FILE, chosen_on)
 
 
 def _of_model(name: str, recipe: str | None, assignments: list[str]) -> Subject:
@@ -183,6 +187,11 @@ def num_seen(selection: Selection, trained_on: Selection) -> int:
     return pc.sum(pc.is_in(videos, value_set=seen)).as_py() or 0
 
 
+def _num_common(selection: Selection, other: Selection) -> int:
+    """How many clips are in both."""
+    return pc.sum(pc.is_in(selection.column("clip_id"), value_set=pc.unique(other.column("clip_id")))).as_py() or 0
+
+
 # --- Showing it
 
 
@@ -220,6 +229,7 @@ def notes(metrics: dict[str, Any]) -> list[str]:
     repeated = f"{metrics['num_repeated_texts']:,} of the {metrics['text']}s are another clip's, too"
     said += [repeated] * bool(metrics["num_repeated_texts"])
     said += [f"{metrics.get('num_seen') or 0:,} clips are of videos trained on"] * bool(metrics.get("num_seen"))
+    said += [f"{metrics.get('num_chosen_on') or 0:,} clips chose the checkpoint"] * bool(metrics.get("num_chosen_on"))
     return said
 
 
