@@ -288,7 +288,8 @@ def evaluate(
         str | None, typer.Option(help="Or any model: a folder, a file, open_clip:NAME/TAG, demo.", show_default=False)
     ] = None,
     corpus: Annotated[
-        str | None, typer.Option(help="A corpus folder or URL, or plain tars; none: the run's.", show_default=False)
+        str | None,
+        typer.Option(help="A corpus folder or URL, or plain tars; none: the run's.", show_default=False),
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Settings to evaluate a model with.", show_default=False)] = None,
     select: Annotated[str | None, typer.Option(help="Search the clips of this SELECT.", metavar="SQL")] = None,
@@ -358,7 +359,7 @@ def study(
 
 @app.command()
 def edit(
-    corpus: Annotated[Path | None, typer.Option(help="The corpus folder; none: OUT's.", show_default=False)] = None,
+    corpus: Annotated[str | None, typer.Option(help="The corpus folder; none: OUT's.", show_default=False)] = None,
     model: Annotated[
         str | None,
         typer.Option(help="The teacher: a run, or any model as for `eval`; none: OUT's.", show_default=False),
@@ -384,7 +385,7 @@ def edit(
 
     request = EditRequest(
         out,
-        corpus=corpus,
+        corpus=_folder(corpus),
         model=model,
         recipe=recipe,
         where=where,
@@ -408,6 +409,14 @@ def demo(
     from pipeline.demo.demo import run_demo
 
     raise typer.Exit(run_demo(folder, videos))
+
+
+def _folder(corpus: str | None) -> Path | None:
+    from shards.store import is_url
+
+    if is_url(corpus):
+        raise UserError(f"--corpus {corpus}: edit works on corpora in folders only (docs/object_store.md).")
+    return None if corpus is None else Path(corpus)
 
 
 def _command() -> str:

@@ -91,6 +91,22 @@ def test_everybody_reads_it(stored, whole):
     assert story.places == places and len(story.attempts) == len(expected.attempts)
 
 
+def test_a_corpus_is_copied_into_a_store_and_out_of_one(whole, stored, tmp_path):
+    """Objects have the names of files, so any tool that copies will do."""
+    copied, folder = Store.of("s3://corpora/copied"), tmp_path / "folder"
+    for name in {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}:
+        if not name.startswith(".clipmill/"):
+            copied.send(name, whole / name)
+    for name in Store.of(stored).list():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Store.of(stored).fetch(name, folder / name)
+    sources = sorted((whole / "sources").rglob("*.mp4"))
+    for corpus in (copied.url, folder):
+        report = build(corpus, [], stages=STAGE_NAMES, recipe=None, assignments=[], command="test")
+        assert not report.did_something and report.pack.num_samples == 24
+    assert sources and {str(path.relative_to(whole)) for path in sources} <= keys(copied.url)
+
+
 def test_verify_reads_shards_and_keeps_none(stored, machine):
     from rich.console import Console
 
