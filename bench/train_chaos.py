@@ -36,7 +36,7 @@ from bench.chaos import RayNodes, local_cluster, title_of
 KINDS = ("anywhere", "saving", "SIGTERM", "loader", "ray-worker", "ray-node")
 WAYS = {"alone": 0.5, "torchrun": 0.25, "ray": 0.25}  # how an attempt is started → how often
 RELATIVE = 2e-4
-PATIENCE_S = 300  # with an attempt that makes no step
+PATIENCE_S = 600  # with an attempt that makes no step
 SETTINGS = (
     "train.batch_size=8",
     "train.log_every=1",
