@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import ItemError
+from pipeline.errors import ItemError, UserError
 from shards.store import CONNECTIONS, Changed, Object, Store, is_url
 
 MANIFEST_NAME = "manifest.duckdb"
@@ -35,6 +35,7 @@ LOOK_EVERY_S = 10.0  # at what others may write without being asked: tombstones
 _TEMPORARY = ".tmp-"
 UNFINISHED = f"{PRIVATE}/compact.unfinished"  # there while `compact` runs: members move before the manifest says so
 _SMALL = (MANIFEST_NAME, "corpus.yaml", UNFINISHED)
+_LOCKLESS = "fragments/forgotten/"
 _WITH_PARQUET = ("fragments/", "shards/")
 Guard = Callable[..., None]  # `True`: not what it knew a moment ago will do
 
@@ -220,7 +221,10 @@ class Mirror(Files):
         except Changed:
             self.guard(True)  # raises where another one writes by now; else it was our own, whose answer was lost
             there = self.store.head(MANIFEST_NAME)
-            return self.store.send(MANIFEST_NAME, path, new=there is None, instead_of=there.etag if there else None)
+            try:
+                return self.store.send(MANIFEST_NAME, path, new=there is None, instead_of=there.etag if there else None)
+            except Changed as error:
+                raise UserError(f"{self.store.url}: somebody without the lock writes {MANIFEST_NAME}.") from error
 
     def remove(self, *relatives: str) -> None:
         if self._goes_up:
@@ -252,11 +256,14 @@ class Mirror(Files):
     # --- Bringing the mirror up to date
 
     def pull(self) -> None:
-        there = self.store.list()
+        there, unsent = self.store.list(), []
         for path in self._files_here():
             relative = str(path.relative_to(self.root))
-            if relative not in there or not self._is_current(relative, there[relative]):
+            if relative.startswith(_LOCKLESS) and relative not in self._noted():
+                unsent.append(relative)  # by who is about to send it, or died before
+            elif relative not in there or not self._is_current(relative, there[relative]):
                 path.unlink()
+        self.written(*unsent)
         _at_once(self._fetch, [key for key in there if _is_small(key) and not (self.root / key).exists()])
         self._shards = {key: found.num_bytes for key, found in there.items() if key.startswith("shards/")}
         self._forget_notes(there)
@@ -269,7 +276,8 @@ class Mirror(Files):
         lacking = [key for key, found in there.items() if _is_small(key) and not self._is_current(key, found)]
         _at_once(self._fetch, lacking)
         for path in (self.root / folder).rglob("*.parquet"):
-            if str(path.relative_to(self.root)) not in there and not path.name.startswith("."):
+            relative = str(path.relative_to(self.root))
+            if relative not in there and relative in self._noted():  # else it is on its way
                 path.unlink(missing_ok=True)
         if folder == "shards":
             self._shards = {key: found.num_bytes for key, found in there.items()}

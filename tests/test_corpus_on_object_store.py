@@ -231,6 +231,19 @@ def test_a_key_that_leads_out_of_the_mirror_becomes_no_path(name):
         store.list()
 
 
+def test_large_files_go_up_in_parts_and_appear_whole(tmp_path, monkeypatch, server):
+    monkeypatch.setattr(stores, "MOST_BYTES_AT_ONCE", 1_000_000)
+    monkeypatch.setattr(stores, "PART_BYTES", 5 * 2**20)
+    store, path = Store.of("s3://corpora/large"), tmp_path / "shard.tar"
+    path.write_bytes(np.random.default_rng(0).bytes(6_000_000))
+    store.send("shard.tar", path, new=True)
+    assert store.read("shard.tar").data == path.read_bytes()
+    server.spoil = lambda method, path: 503 if method == "POST" else None
+    with pytest.raises(UserError):
+        store.send("other.tar", path)
+    assert store.head("other.tar") is None
+
+
 def test_without_the_extra_it_says_which(monkeypatch):
     monkeypatch.setitem(sys.modules, "botocore.session", None)
     stores._make_client.cache_clear()

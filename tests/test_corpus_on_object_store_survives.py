@@ -132,6 +132,18 @@ def test_dead_while_compacting_it_ends_the_same(lost, server, machine, dead_at_o
     assert tables(for_reading(url, "manifest.duckdb")) == tables(folder)
 
 
+def test_a_tombstone_that_was_not_sent_goes_up_with_the_next_build(server, tmp_path):
+    url = "s3://corpora/unsent"
+    build_in(url, tmp_path, NUM_VIDEOS)
+    server.spoil = Death(lambda number, path: "fragments/forgotten/" in path)
+    with pytest.raises(UserError):
+        forget(url, find(url, ["video-b"], [], None), None)
+    server.spoil = lambda method, path: None
+    assert not Store.of(url).list("fragments/forgotten/")
+    with session(url, None, [], "test", create=False):
+        assert Store.of(url).list("fragments/forgotten/")
+
+
 def test_a_commit_whose_ledger_did_not_arrive_never_happened(server, machine, dead_at_once, tmp_path):
     url = "s3://corpora/half"
     server.spoil = Death(lambda number, path: "fragments/ledger/cut-" in path)
