@@ -73,12 +73,15 @@ def test_it_has_the_bytes_and_rows_of_a_corpus_in_a_folder(stored, whole):
     assert tables(for_reading(stored, "manifest.duckdb")) == tables(whole)
 
 
-def test_another_machine_has_nothing_to_do(stored):
+def test_another_machine_has_nothing_to_do(stored, server):
     before = Store.of(stored).list("fragments/")
     report = build(stored, [], stages=STAGE_NAMES, recipe=None, assignments=[], command="test")
     assert not report.did_something and report.pack.num_samples == 24
     assert Store.of(stored).list("fragments/") == before
     assert status(stored, []).pack == {"packed": 24, "to_pack": 0}
+    server.requests.clear()
+    assert not build(stored, [], stages=STAGE_NAMES, recipe=None, assignments=[], command="test").did_something
+    assert len(server.requests) <= 20, "what is here already is not fetched again"
 
 
 def test_everybody_reads_it(stored, whole):
