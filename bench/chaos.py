@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a folder to work in that is kept, with the builds' output")
     arguments = parser.parse_args()
     with _scratch(arguments.keep) as folder:
-        summary = torment(folder, arguments.faults, arguments.videos, arguments.seed, print)
+        summary = torment(folder, arguments.faults, arguments.videos, arguments.seed, partial(print, flush=True))
     print(summary)
     sys.exit(bool(summary.wrong))
 
@@ -178,7 +179,7 @@ class Chaos:
         """A build that is hit again before it has begun anew teaches nothing; one that is done is given work."""
         if not self.build.running():
             if self.build.finished():
-                self.faults["torn"] += self._tear(3)
+                self.faults["torn"] += self._tear(1, ["fragments/downloads/[!.]*.parquet"]) + self._tear(2)
             made = self.made.total()
             self.build.start()
             self._wait_for_more_than(made)
@@ -219,22 +220,20 @@ class Chaos:
             return True
         return False
 
-    def _tear(self, num_files: int) -> int:
-        """What a crash may leave: a file cut short under a temporary name, or (no sync) under its final one."""
-        files = sorted(self.build.corpus.glob("fragments/*/[!.]*.parquet"))
-        files += sorted(self.build.corpus.glob("clips/[!.]*.tar"))
-        victims = self.rng.sample(files, min(num_files, len(files)))
+    def _tear(self, num_files: int, of: Sequence[str] = ("fragments/*/[!.]*.parquet", "clips/[!.]*.tar")) -> int:
+        """What a crash may leave: beside a running build a file cut short under a temporary name, else (no sync) one
+        under its final name, which is work for the next build.
+        """
+        files = sorted(path for pattern in of for path in self.build.corpus.glob(pattern))
         torn = 0
-        for path in victims:
+        for path in self.rng.sample(files, min(num_files, len(files))):
             with suppress(FileNotFoundError):
                 data = path.read_bytes()
                 half = data[: self.rng.randrange(len(data))]
-                if self.rng.random() < 0.5:
+                if self.build.running():  # it may have read the file already, and need it
                     path.with_name(f".tmp-{path.name}").write_bytes(half)
-                elif not self.build.running():  # a file that a running build has read already may be needed by it
-                    _replace(path, half)
                 else:
-                    continue
+                    _replace(path, half)
                 torn += 1
         return torn
 
