@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 pytest.importorskip("moto", reason="no S3 server: moto is not installed")
 
 from loader_support import MAX_TOKENS, SIZE  # noqa: E402
 from store_support import build_in, content, keys, keys_of, serving  # noqa: E402
 from test_training_forgets import WORDS, read_all  # noqa: E402
+from whole_corpus_support import pack_here  # noqa: E402
 
 import shards.tombstones  # noqa: E402
 from pipeline.build import build, session, status  # noqa: E402
@@ -111,8 +113,6 @@ def test_a_corpus_is_copied_into_a_store_and_out_of_one(whole, stored, tmp_path)
 
 
 def test_verify_reads_shards_and_keeps_none(stored, machine):
-    from rich.console import Console
-
     problems, checked = verify_with_sandbox(stored, False, Console(quiet=True))
     assert problems == [] and checked.startswith("6 shards, 24 samples")
     assert not list(machine("first machine").rglob("*.tar"))
@@ -135,6 +135,24 @@ def test_training_reads_it_by_ranges_on_a_machine_that_has_nothing(stored, whole
     assert np.array_equal(found.canvas.stills_B1SS3, expected.canvas.stills_B1SS3)
     assert 0 < sum(path.endswith(".tar") for _, path in server.requests) <= 2 * 6, "a few reads for each shard"
     assert not list(machine("first machine").rglob("*.tar"))
+
+
+def test_training_finds_what_moved_when_the_corpus_was_packed_anew(machine, tmp_path):
+    url = "s3://corpora/moves"
+    build_in(url, tmp_path, 2)
+    machine("the trainer's")
+    reader = reader_of(url, tmp_path)
+    before = read_all(reader)
+    machine("first machine")
+    with session(url, None, ["pack.seed=5", "pack.max_samples=5"], "test", create=False) as (current, _):
+        current.derive_all()
+        current.publish()
+        assert pack_here(current).num_written
+        current.publish()
+    machine("the trainer's")
+    after = read_all(reader)
+    assert after.failures == [] and np.array_equal(after.canvas.frames_BTSS3, before.canvas.frames_BTSS3)
+    assert verify_with_sandbox(url, False, Console(quiet=True))[0] == []
 
 
 def test_a_node_that_has_nothing_fetches_what_it_packs(stored, whole, tmp_path):
