@@ -12,8 +12,8 @@ the median of the rounds counts. `bench.without_safety` says what is taken out; 
 that of every process there has been (`bench.tree_cpu`). Not in it: guarding addresses and limits of downloads (the
 set lies on this disk), which wait for the network and hash what comes as it comes.
 
-Traps: starting Ray and the models is most of a short set's CPU (some 35 s of 40 at `--duration 60`), so what is measured
-there is how these differ from build to build; and what is out of the sandbox is done in Ray's worker, which starts no
+Traps: starting Ray and the models is most of a short set's CPU (some 35 s of 40 at `--duration 60`), so what they
+measure is how these differ from build to build; and what is out of the sandbox is done in Ray's worker, which starts no
 interpreter of its own for it but imports the same, so the figure may fall below zero where little is cut.
 """
 
