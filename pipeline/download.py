@@ -30,15 +30,15 @@ from pipeline.download_errors import RETRIED, DownloadError, from_os_error
 from pipeline.errors import ItemError, UserError
 from pipeline.file_kinds import (
     SNIFF_BYTES,
-    check_boxes,
     check_regular,
+    check_whole,
     container_extension,
     hash_file,
     is_text,
     subtitle_format,
 )
 from pipeline.governor import HostGovernor, hold, host_of
-from pipeline.http_fetch import CHUNK_BYTES, download_http
+from pipeline.http_fetch import CHUNK_BYTES, HttpFile, download_http
 from pipeline.sidecars import sidecars
 from pipeline.watchdog import GRACE_S, time_limit
 
@@ -179,6 +179,7 @@ class _Job:
         self.work = folder / f"{self.video_id}.part"
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}:{self.video_id}"
         self.used_s = 0.0
+        self.cut_off = ""  # hash of the last file that ended too early
         self.notes: list[dict[str, str]] = []  # subtitle files that could not be had
 
     # --- the video
@@ -213,11 +214,20 @@ class _Job:
         return self._attempts(self.url, lambda gate: self._site(gate, generic=True))
 
     def _direct(self, gate) -> _Fetched:
-
         file = download_http(self.url, self.work, self.settings, gate, max_bytes=self.settings.max_bytes)
+        self._ask_for_the_rest(file)
         meta = {"content_type": file.content_type} if file.content_type else {}
         meta |= {"final_url": file.final_url} if file.final_url != self.url else {}
         return _Fetched(file.path, file.num_bytes, file.sha256, "http", meta=meta)
+
+    def _ask_for_the_rest(self, file: HttpFile) -> None:
+        """A server may announce less than there is. Raises a "truncated" that heals, once for the same bytes."""
+        try:
+            check_whole(file.path)
+        except DownloadError as error:
+            if file.sha256 != self.cut_off and self.settings.retries:
+                self.cut_off = file.sha256
+                raise DownloadError("truncated", error.message) from error
 
     def _site(self, gate, *, generic: bool) -> _Fetched:
         from pipeline.site_fetch import download_site, metadata
@@ -441,5 +451,5 @@ def _checked(fetched: _Fetched, probe: Callable[[Path], Any]) -> Any:
     if text:
         quoted = "" if fetched.extractor == "file" else f": {head[:200].decode('utf-8', 'replace')!r}"
         raise DownloadError("not-a-video", f"{path.name} is {text}{quoted}")
-    check_boxes(path)
+    check_whole(path)
     return probe(path)

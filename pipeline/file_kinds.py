@@ -4,10 +4,12 @@ Nothing here decodes; a file of any content may come in.
 """
 
 import hashlib
+import os
 import re
 import stat
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.download_errors import DownloadError
 
@@ -53,28 +55,62 @@ def is_text(head: bytes) -> str | None:
     return "text" if printable and head else None
 
 
+_EBML_HEADER, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 _BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"mfra", b"free", b"skip", b"wide", b"styp", b"sidx", b"pnot", b"uuid"}
 
 
-def check_boxes(path: Path) -> None:
-    """Raises "truncated" for an MP4 or QuickTime file that ends inside a top-level box (ISO 14496-12, 4.2)."""
-    size, offset = path.stat().st_size, 0
+def check_whole(path: Path) -> None:
+    """Raises "truncated" where an MP4, QuickTime, Matroska or WebM file ends before its own layout does."""
+    size = path.stat().st_size
     with open(path, "rb") as file:
-        while offset + 8 <= size:
-            file.seek(offset)
-            length, kind = struct.unpack(">I4s", file.read(8))
-            if kind not in _BOXES:
-                return  # another container, or bytes after the end that no player minds
-            if length == 1:
-                length = int.from_bytes(file.read(8), "big")
-            if length == 0:
-                return  # up to the end of the file
-            if length < 8:
-                return  # malformed: the demuxer says how
-            offset += length
-            if offset > size:
-                message = f"{path.name}: box {kind.decode()} ends at byte {offset}, the file has {size}"
-                raise DownloadError("truncated", message, transient=False)
+        cut_off = _cut_off_segment(file, size) if file.read(4) == _EBML_HEADER else _cut_off_box(file, size)
+    if cut_off:
+        what, end = cut_off
+        message = f"{path.name}: {what} ends at byte {end}, the file has {size}"
+        raise DownloadError("truncated", message, transient=False)
+
+
+def _cut_off_box(file: BinaryIO, size: int) -> tuple[str, int] | None:
+    """A top-level box (ISO 14496-12, 4.2) that should end behind the file, and where."""
+    offset = 0
+    while offset + 8 <= size:
+        file.seek(offset)
+        length, kind = struct.unpack(">I4s", file.read(8))
+        if kind not in _BOXES:
+            return None  # another container, or bytes after the end that no player minds
+        if length == 1:
+            length = int.from_bytes(file.read(8), "big")
+        if length == 0:
+            return None  # up to the end of the file
+        if length < 8:
+            return None  # malformed: the demuxer says how
+        offset += length
+        if offset > size:
+            return f"box {kind.decode()}", offset
+    return None
+
+
+def _cut_off_segment(file: BinaryIO, size: int) -> tuple[str, int] | None:
+    """The segment of a Matroska file (RFC 8794, RFC 9559), which stands behind its header, alike."""
+    header_bytes = _ebml_size(file)
+    if header_bytes is None:
+        return None
+    file.seek(header_bytes, os.SEEK_CUR)
+    if file.read(4) != _SEGMENT:
+        return None  # malformed: the demuxer says how
+    length = _ebml_size(file)
+    end = file.tell() + (length or 0)
+    return ("the segment", end) if end > size else None
+
+
+def _ebml_size(file: BinaryIO) -> int | None:
+    """A variable-length size; None where it is "unknown", as a live recording has it, or malformed."""
+    first = file.read(1)
+    if not first or not first[0]:
+        return None
+    num_more = 8 - first[0].bit_length()
+    value = int.from_bytes(first + file.read(num_more), "big") & ((1 << 7 * (num_more + 1)) - 1)
+    return None if value == (1 << 7 * (num_more + 1)) - 1 else value
 
 
 _MAGIC = [

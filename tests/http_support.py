@@ -28,6 +28,7 @@ class Route:
     failures: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # (status, headers) answered first
     stall_after: int | None = None  # send so many bytes, then nothing until the server is closed
     length_delta: int = 0  # added to the true Content-Length
+    short_lengths: list[int] = field(default_factory=list)  # taken off it
     bytes_per_s: int | None = None
     gzipped: bool = False
     announce: bool = True  # send Content-Length at all
@@ -148,6 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("ETag", route.etag)
         for name, value in headers.items():
             self.send_header(name, value)
+        if route.short_lengths and route.body:
+            body = body[: -route.short_lengths.pop(0)]
         if route.announce:
             self.send_header("Content-Length", str(len(body) + route.length_delta))
         if route.length_delta or not route.announce:

@@ -118,9 +118,24 @@ def test_a_length_too_short_is_a_truncated_video(server: MediaServer, tmp_path, 
     assert (error.error_class, error.transient) == ("truncated", False)
 
 
+@pytest.mark.parametrize("etag", ['"one"', None], ids=["continued", "begun anew"])
+def test_a_length_too_short_once_heals(server: MediaServer, tmp_path, video, etag):
+    url = server.add("/a.mp4", video, etag=etag, short_lengths=[5000])
+    assert (tmp_path / get(url, tmp_path)["path"]).read_bytes() == video
+    assert ("Range" in server.asked("/a.mp4")[1]) == (etag is not None)
+
+
 def test_an_mp4_cut_off_at_the_source_is_truncated(server: MediaServer, tmp_path, video):
     error = failure(server.add("/a.mp4", video[:-9000]), tmp_path)
-    assert error.error_class == "truncated" and "mdat" in error.message
+    assert error.error_class == "truncated" and "mdat" in error.message and not error.transient
+    assert len(server.asked("/a.mp4")) == 2, "whether there is more is asked once"
+
+
+def test_a_matroska_file_cut_off_at_the_source_is_truncated(server: MediaServer, tmp_path):
+    whole = make_video(tmp_path / "v.mkv", duration_s=0.3)
+    assert get(server.add("/whole", whole, content_type="video/webm"), tmp_path)["num_bytes"] == len(whole)
+    error = failure(server.add("/cut", whole[:-700], content_type="video/webm"), tmp_path / "other")
+    assert error.error_class == "truncated" and "segment" in error.message and not error.transient
 
 
 @pytest.mark.parametrize(

@@ -130,9 +130,10 @@ def test_objects_that_cannot_be_used(tmp_path, video):
 
 
 def test_a_store_whose_library_is_missing_is_the_users_matter(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
-    with pytest.raises(UserError, match="s3"):
-        get("s3://bucket/a.mp4", tmp_path, kind="url")
+    monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
+    settings = SETTINGS.model_copy(update={"object_store_schemes": ["gs"]})
+    with pytest.raises(UserError, match="gs"):
+        get("gs://bucket/a.mp4", tmp_path, kind="url", settings=settings)
 
 
 def test_the_callers_probe_decides(tmp_path, video):

@@ -1,12 +1,8 @@
 """A run that is killed, stopped or resumed elsewhere ends as one that was left alone: same batches, same losses."""
 
-import os
 import signal
 import subprocess
-import threading
-import time
 
-import psutil
 import pytest
 from training_support import (
     assert_same_run,
@@ -79,30 +75,5 @@ def test_two_processes_of_torchrun_go_on_with_what_one_began(corpus, undisturbed
     command[command.index("train") : command.index("train")] = ["--"]  # torchrun takes --run for one of its own
     command[1:1] = together
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=quiet())
-    assert done.returncode == 0, done.stderr
-    assert_same_run(run, undisturbed)
-
-
-@pytest.mark.slow
-def test_a_worker_of_ray_train_that_dies_is_started_again_and_nothing_is_lost(corpus, undisturbed, tmp_path):
-    """Two workers go on with a run that one process began; one of them is killed on the way."""
-    run = tmp_path / "run"
-    kill_at_step(train_command(corpus, run, NUM_STEPS), run, 6)
-    killed = []
-
-    def kill_one() -> None:
-        while not killed:
-            steps = [step for step, _ in curve(run)] if (run / "log.jsonl").exists() else [0]
-            if steps and steps[-1] >= 12:
-                mine = psutil.Process(os.getpid()).children(recursive=True)
-                workers = [p for p in mine if "RayTrainWorker" in " ".join(p.cmdline())]
-                if workers:
-                    killed.append(workers[-1].pid)
-                    workers[-1].send_signal(signal.SIGKILL)
-            time.sleep(0.1)
-
-    threading.Thread(target=kill_one, daemon=True).start()
-    done = run_training(None, run, workers=2, timeout_s=400)
-    assert killed, "no worker was there to be killed"
     assert done.returncode == 0, done.stderr
     assert_same_run(run, undisturbed)
