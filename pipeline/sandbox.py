@@ -278,6 +278,6 @@ def _item_error(error: Exception) -> ItemError:
         return ItemError("out-of-memory", str(error) or "an allocation beyond the limit")
     if number == errno.EFBIG:
         return ItemError("output-too-large", str(error))
-    if number == errno.ENOSPC:
+    if number in (errno.ENOSPC, errno.EDQUOT):
         return ItemError("disk-full", str(error), transient=True)
     return ItemError("internal-error", f"{type(error).__name__}: {error}\n{traceback.format_exc()[-1500:]}")
