@@ -8,9 +8,8 @@ READY := .venv/.ready
 demo: env
 	$(BIN)/clipmill demo
 
-# The whole suite; `make fast` leaves out what is marked slow. PROCESSES=0 runs it in one process, 3 a file in each: one
-# more than two cores, since tests of builds wait for Ray half of the time.
-PROCESSES ?= 3
+# The whole suite; `make fast` leaves out what is marked slow. PROCESSES=0 runs it in one process, 2 a file in each.
+PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test: env
