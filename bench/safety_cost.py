@@ -1,6 +1,6 @@
 """What hashing, checking and sandboxing cost of a whole build's CPU.
 
-    python -m bench.safety_cost                        the benchmark set (`bench.media`), 3 rounds (10 minutes or so)
+    python -m bench.safety_cost                        the benchmark set (`bench.media`), 3 rounds (over 12 minutes)
     python -m bench.safety_cost --parts                each part taken out alone, too
     python -m bench.safety_cost --duration 40 --rounds 2
 
