@@ -243,7 +243,9 @@ def _die_with_parent(lifeline: int) -> None:
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
-    if select.select([lifeline], [], [], 0)[0]:  # the parent was gone before the signal was armed
+    poll = select.poll()  # select() takes no number beyond 1023, and a parent with many open files hands out such
+    poll.register(lifeline, select.POLLIN)
+    if poll.poll(0):  # the parent was gone before the signal was armed
         os.killpg(0, signal.SIGKILL)
 
 

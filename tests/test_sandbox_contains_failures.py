@@ -4,6 +4,7 @@ import ctypes
 import os
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -106,6 +107,21 @@ def test_returns_results_and_keeps_its_child(sandbox):
     assert sandbox.call(pid, timeout_s=10) == sandbox.call(pid, timeout_s=10) != os.getpid()
     assert len(sandbox.call(add, b"x" * 3 * MB, b=b"y", timeout_s=10)) == 3 * MB + 1
     assert sandbox.call(threads_allowed, timeout_s=10) == "1"
+
+
+def test_a_parent_may_have_thousands_of_files_open():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] != resource.RLIM_INFINITY and limits[1] < 3000:
+        pytest.skip(f"this machine allows a process {limits[1]} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 3000), limits[1]))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(2000)]
+    try:
+        with Sandbox() as sandbox:
+            assert sandbox.call(add, 2, b=3, timeout_s=10) == 5
+    finally:
+        for fd in files:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGILL])
