@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from loader_support import MAX_TOKENS, SIZE, WORDS, assert_all_equal, assert_equal, make_run
+from psutil import Process
 
 from training.batch import Batch
 from training.clip_video import Picture, decode_clip, decode_still
@@ -157,6 +158,14 @@ def test_evaluation_and_training_share_a_loader_in_turn(run, expected):
             assert_equal(batch, expected[0])
             break
         assert_all_equal(list(loader.batches(run.epochs, slice(0, 8), 2, 5)), expected[2:5])
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_no_file_stays_open_when_it_ends(run, num_processes):
+    before = set(Process().open_files())
+    with run.loader(num_processes) as loader:
+        next(loader.batches(run.epochs, slice(0, 8), 0, 5))
+    assert set(Process().open_files()) == before
 
 
 def test_the_waiting_time_is_told(run):

@@ -87,6 +87,10 @@ class Loader:
         self.close()
 
     def close(self) -> None:
+        self._end_reading()
+        self.reader.close()
+
+    def _end_reading(self) -> None:
         if self._reading is not None:
             self._reading.close()
             self._reading = None
@@ -97,7 +101,7 @@ class Loader:
 
     def read(self, requests: Iterable[Request]) -> Iterator[Batch]:
         """One batch for each request, in order. Raises UserError over too many failures."""
-        self.close()
+        self._end_reading()
         self._reading = self._read(requests)
         return self._reading
 

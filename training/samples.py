@@ -153,6 +153,11 @@ class SampleReader:
     def places(self) -> Places:
         return Places(self.selection.root)
 
+    def close(self) -> None:
+        """The shards that lie open. Reading opens them again."""
+        if "shards" in self.__dict__:
+            self.shards.close()
+
     @property
     def picture(self) -> Picture:
         return Picture(self.image_size, self.data.fit, self.data.antialias)
