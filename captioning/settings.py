@@ -24,7 +24,8 @@ class ModelSettings(Settings):
 
 
 class CaptionSettings(ModelSettings):
-    captioner: CaptionerName = "coca"  # coca | huggingface | demo | MODULE:ATTRIBUTE (see docs/captioning.md)
+    # coca | huggingface | demo | MODULE:ATTRIBUTE (see docs/captioning.md); None: no captions
+    captioner: CaptionerName | None = "coca"
     model: str = COCA_MODEL  # open_clip name, local-dir:FOLDER; for huggingface a name or folder
     pretrained: str = COCA_PRETRAINED  # open_clip tag, or a local .safetensors/.pt file; unused by local-dir and others
     revision: str | None = None  # huggingface only: commit, tag or branch; a commit makes captions repeatable
@@ -57,13 +58,18 @@ class CaptionSettings(ModelSettings):
         return self
 
     @property
+    def is_off(self) -> bool:
+        return self.captioner is None
+
+    @property
     def samples(self) -> bool:
         """Whether chance decides what is written: then frames are captioned one by one, each with its own seed."""
         return self.generation == "top_p" or (self.generation == "top_k" and self.top_k > 1)
 
 
 class ScoreSettings(ModelSettings):
-    model: str = CLIP_MODEL  # any open_clip model's name, local-dir:FOLDER, or demo: the demo world's own
+    # Any open_clip model's name, local-dir:FOLDER, or demo: the demo world's own; None: no scores.
+    model: str | None = CLIP_MODEL
     pretrained: str = CLIP_PRETRAINED  # open_clip tag, or a local .safetensors/.pt file; unused by local-dir and demo
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp32 gives the same scores on CPU and GPU to five decimals
 
@@ -72,3 +78,7 @@ class ScoreSettings(ModelSettings):
         if self.model == "demo" and self.pretrained != CLIP_PRETRAINED:
             raise ValueError("the demo model has one set of weights: leave pretrained out, or set model")
         return self
+
+    @property
+    def is_off(self) -> bool:
+        return self.model is None

@@ -150,6 +150,7 @@ def build(
     display = display or Silent()
     report = BuildReport()
     with session(root, recipe, assignments, command, create="ingest" in stages) as (current, report.changed):
+        _require_on(current.settings, stages)
         display.settings_changed(report.changed)
         if "ingest" in stages and sources:
             report.ingest = ingest_sources(current, sources)
@@ -174,6 +175,14 @@ def build(
             current.publish()
         report.failures = current.failures()
     return report
+
+
+def _require_on(settings: CorpusSettings, stages: Sequence[str]) -> None:
+    """Whoever asks for one stage wants it done."""
+    for stage in STAGES:
+        if stages == [stage.name] and stage.settings(settings).is_off:
+            setting = "captioner" if stage.name == "caption" else "model"
+            raise UserError(f"{stage.name}.{setting} is null, so the stage {stage.name} is off; --set it to turn it on.")
 
 
 def _run_stages(current: Session, stages: Sequence[str], report: BuildReport, display) -> None:
@@ -227,6 +236,7 @@ def difference(before: dict, after: dict, prefix: str = "") -> list[str]:
 @dataclass(frozen=True)
 class Status:
     counts: dict[str, dict[str, int]]
+    off: list[str]  # stages
     failures: list[tuple[str, str, int, str]]
     pack: dict[str, int]
     changed: list[str]
@@ -247,7 +257,8 @@ def status(root: str | Path, assignments: list[str]) -> Status:
             if (corpus.root / MANIFEST_NAME).exists() and not is_current(corpus.root):
                 publish(ledger)  # of another version: packing would look for columns that it has not
             changed = difference(saved, settings.model_dump(mode="json"))
-            return Status(ledger.counts(), current.failures(), pack_state(current), changed)
+            off = [stage.name for stage in STAGES if stage.settings(settings).is_off]
+            return Status(ledger.counts(), off, current.failures(), pack_state(current), changed)
         finally:
             ledger.close()
 

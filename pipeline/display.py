@@ -212,7 +212,8 @@ def _show_idle(console: Console, current: Status) -> None:
         num_open = sum(row.get(status, 0) for status in OPEN)
         ended = (row.get("waiting", 0), row.get("failed", 0), row.get("quarantined", 0))
         cells = (row.get("done", 0), num_open, *ended)
-        table.add_row(stage.name, *(f"{n:,}" if n else "" for n in cells), f"[dim]{stage.help}[/]")
+        note = "off" if stage.name in current.off else stage.help
+        table.add_row(stage.name, *(f"{n:,}" if n else "" for n in cells), f"[dim]{note}[/]")
     pack = current.pack
     table.add_row(
         "pack",

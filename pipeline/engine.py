@@ -68,8 +68,8 @@ class Engine:
 
     def __init__(self, corpus: Corpus, settings: CorpusSettings, ledger: Ledger, run_id: str, stages: Sequence[str]):
         self.corpus, self.settings, self.ledger, self.run_id = corpus, settings, ledger, run_id
-        self.stages = [stage for stage in STAGES if stage.name in stages]
         self.fingerprints = fingerprints(settings)
+        self.stages = [stage for stage in STAGES if stage.name in stages and self.fingerprints[stage.name]]
         self.report = EngineReport(by_stage={stage.name: StageProgress() for stage in self.stages})
         self.flights: dict[object, Flight] = {}
         self.queues: dict[str, list] = {"io": [], "cpu": [], "model": []}  # heaps: later stages first, then longest

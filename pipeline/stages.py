@@ -18,8 +18,13 @@ class Stage:
     def settings(self, settings: CorpusSettings) -> Settings:
         return getattr(settings, self.name)
 
-    def fingerprint(self, settings: CorpusSettings) -> str:
-        """Hash of everything but the input that shapes what the stage writes: settings, models, code version."""
+    def fingerprint(self, settings: CorpusSettings) -> str | None:
+        """Hash of everything but the input that shapes what the stage writes: settings, models, code version.
+
+        None: the stage is off.
+        """
+        if self.settings(settings).is_off:
+            return None
         return digest([self.name, self.code_version, self._identity(settings)])
 
     def _identity(self, settings: CorpusSettings) -> str:
@@ -56,5 +61,5 @@ STAGES = (
 STAGE_NAMES = ("ingest", *(stage.name for stage in STAGES), "pack")
 
 
-def fingerprints(settings: CorpusSettings) -> dict[str, str]:
+def fingerprints(settings: CorpusSettings) -> dict[str, str | None]:
     return {stage.name: stage.fingerprint(settings) for stage in STAGES}

@@ -169,9 +169,12 @@ class Ledger:
     # -- deriving -------------------------------------------------------------------------------------------------
 
     def derive(
-        self, fingerprints: dict[str, str], *, units: Iterable[str] | None, run_id: str, max_attempts: int
+        self, fingerprints: dict[str, str | None], *, units: Iterable[str] | None, run_id: str, max_attempts: int
     ) -> None:
-        """Fill the temp tables `input_S`, `chosen_S`, `state_S` and `current_…` for the given units (None: all)."""
+        """Fill the temp tables `input_S`, `chosen_S`, `state_S` and `current_…` for the given units (None: all).
+
+        A stage without a fingerprint is off: it has no items, and what it did before counts for nothing.
+        """
         self.leave_out_forgotten()
         if units is None:
             self.connection.execute("CREATE OR REPLACE TEMP TABLE scope AS SELECT DISTINCT unit FROM sources")
@@ -180,7 +183,9 @@ class Ledger:
             self.connection.execute("CREATE OR REPLACE TEMP TABLE scope AS SELECT unit FROM wanted")
             self.connection.unregister("wanted")
         for stage in self.stages.values():
-            inputs = stage.inputs.replace("$fingerprint", _quoted(fingerprints[stage.name]))
+            fingerprint = fingerprints[stage.name]
+            inputs = stage.inputs.replace("$fingerprint", _quoted(fingerprint or ""))
+            inputs = inputs if fingerprint else f"SELECT * FROM ({inputs}) WHERE false"
             self.connection.execute(f"CREATE OR REPLACE TEMP TABLE input_{stage.name} AS {inputs}")
             self.connection.execute(_CHOOSE.replace("$stage", stage.name))
             self.connection.execute(

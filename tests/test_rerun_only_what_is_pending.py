@@ -50,6 +50,18 @@ def test_going_back_to_the_first_captioner_serves_its_captions_without_captionin
     assert corpus.served_captions() == first
 
 
+def test_a_stage_that_is_off_has_no_work_and_what_it_did_does_not_count(corpus):
+    corpus.fingerprints["caption"] = None
+    assert corpus.work_off() == {"download": 3, "transcribe": 3, "segment": 3, "cut": 3, "score": 6}
+    corpus.fingerprints["caption"] = "caption-1"
+    assert corpus.work_off() == {"caption": 6, "score": 6}
+    corpus.fingerprints |= {"caption": None, "score": None}
+    assert corpus.work_off() == {} and corpus.served_captions() == {}
+    assert corpus.ledger.connection.execute("SELECT count(*) FROM current_scores").fetchall() == [(0,)]
+    corpus.fingerprints |= {"caption": "caption-1", "score": "score-1"}
+    assert corpus.work_off() == {} and len(corpus.served_captions()) == 6
+
+
 def test_status_tells_before_any_work_what_depends_on_a_change(corpus):
     corpus.work_off()
     corpus.fingerprints["segment"] = "segment-2"
