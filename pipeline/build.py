@@ -182,7 +182,7 @@ def _require_on(settings: CorpusSettings, stages: Sequence[str]) -> None:
     for stage in STAGES:
         if stages == [stage.name] and stage.settings(settings).is_off:
             setting = "captioner" if stage.name == "caption" else "model"
-            raise UserError(f"{stage.name}.{setting} is null, so the stage {stage.name} is off; --set it to turn it on.")
+            raise UserError(f"{stage.name}.{setting} is null, so the stage is off; --set it to turn it on.")
 
 
 def _run_stages(current: Session, stages: Sequence[str], report: BuildReport, display) -> None:
