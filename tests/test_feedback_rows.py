@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from rank_support import run_ranks
 from shard_support import make_corpus, pack
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
@@ -187,9 +187,7 @@ def test_the_table_is_replaced_whole(selection: Selection, tmp_path: Path) -> No
     assert os.listdir(tmp_path) == ["feedback.parquet"]
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def run_rank(rank: int, folder: Path) -> None:
     feedback = Feedback(NUM_CLIPS, dist.group.WORLD)
     for step in range(5):
         add(feedback, step, slice(rank * 3, rank * 3 + 3))
@@ -197,16 +195,12 @@ def run_rank(rank: int, folder: str) -> None:
             feedback.collect()
     feedback.collect()
     if feedback.is_first:
-        feedback.save(Path(folder) / "feedback.npz")
-    dist.destroy_process_group()
+        feedback.save(folder / "feedback.npz")
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_table_of_one(
-    selection: Selection, ids: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
+def test_two_processes_give_the_table_of_one(selection: Selection, ids: list[str], tmp_path: Path) -> None:
+    run_ranks(2, run_rank, tmp_path)
     feedback = Feedback(NUM_CLIPS)
     feedback.load(tmp_path / "feedback.npz")
     assert table(feedback, selection, tmp_path / "feedback.parquet") == expected([0, 1, 2, 3, 4], ids)

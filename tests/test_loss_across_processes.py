@@ -1,7 +1,5 @@
 """W processes, chunks and accumulation: always the loss and the gradient of one process on the whole batch."""
 
-import os
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from clip_vip_support import random_pixels, random_texts, tiny_model
+from rank_support import run_ranks
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -79,9 +77,7 @@ def assert_same_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) 
         torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def run_rank(rank: int, bounds: list[int], variants: list[str], use_ddp: bool, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(bounds) - 1)
+def run_rank(rank: int, bounds: list[int], variants: list[str], use_ddp: bool, folder: Path) -> None:
     batch = rows(whole_batch(), bounds[rank], bounds[rank + 1])
     for variant in variants:
         model = tiny_model().double()
@@ -90,22 +86,7 @@ def run_rank(rank: int, bounds: list[int], variants: list[str], use_ddp: bool, f
         loss = wrapped(batch)
         loss.total.backward()
         result = {"total": loss.total.item(), "terms": {k: v.item() for k, v in loss.terms.items()}}
-        torch.save(result | {"gradients": gradients(model)}, f"{folder}/{variant}.{rank}.pt")
-    dist.destroy_process_group()
-
-
-@contextmanager
-def spawned(bounds: list[int], variants: list[str], use_ddp: bool) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ.get("GLOO_SOCKET_IFNAME")
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        try:
-            mp.spawn(run_rank, (bounds, variants, use_ddp, folder), nprocs=len(bounds) - 1)
-        finally:
-            os.environ.pop("GLOO_SOCKET_IFNAME")
-            if environment is not None:
-                os.environ["GLOO_SOCKET_IFNAME"] = environment
-        yield Path(folder)
+        torch.save(result | {"gradients": gradients(model)}, folder / f"{variant}.{rank}.pt")
 
 
 SPLITS = [
@@ -120,20 +101,19 @@ SPLITS = [
     "use_ddp", [pytest.param(True, id="ddp", marks=pytest.mark.slow), pytest.param(False, id="mean")]
 )
 @pytest.mark.parametrize("bounds", SPLITS)
-def test_many_processes_give_the_loss_and_gradients_of_one(bounds: list[int], use_ddp: bool) -> None:
+def test_many_processes_give_the_loss_and_gradients_of_one(bounds: list[int], use_ddp: bool, tmp_path: Path) -> None:
     variants = ["vsc_fc", "joint"] if use_ddp else list(TERMS)
-    with spawned(bounds, variants, use_ddp) as folder:
-        for variant in variants:
-            expected, expected_gradients = one_process(variant)
-            ranks = [torch.load(folder / f"{variant}.{rank}.pt") for rank in range(len(bounds) - 1)]
-            for result in ranks:
-                assert result["total"] == pytest.approx(expected.total.item(), abs=1e-11)
-                assert result["terms"] == pytest.approx({k: v.item() for k, v in expected.terms.items()}, abs=1e-12)
-            means = {
-                name: torch.stack([result["gradients"][name] for result in ranks]).mean(0)
-                for name in expected_gradients
-            }
-            assert_same_gradients(means, expected_gradients)
+    run_ranks(len(bounds) - 1, run_rank, bounds, variants, use_ddp, tmp_path)
+    for variant in variants:
+        expected, expected_gradients = one_process(variant)
+        ranks = [torch.load(tmp_path / f"{variant}.{rank}.pt") for rank in range(len(bounds) - 1)]
+        for result in ranks:
+            assert result["total"] == pytest.approx(expected.total.item(), abs=1e-11)
+            assert result["terms"] == pytest.approx({k: v.item() for k, v in expected.terms.items()}, abs=1e-12)
+        means = {
+            name: torch.stack([result["gradients"][name] for result in ranks]).mean(0) for name in expected_gradients
+        }
+        assert_same_gradients(means, expected_gradients)
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])

@@ -1,14 +1,12 @@
 """Evaluation by one, two and three processes: the same features to the bit, nothing twice, nothing missing."""
 
-import multiprocessing
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from eval_support import ALONE, packed_corpus, selected, small_clip4clip, small_model, small_settings
+from rank_support import run_ranks
 from test_retrieval_on_a_selection import damage
 
 from training.distributed import Process
@@ -18,19 +16,14 @@ from training.selection import Selection
 SETTINGS = ("eval.batch_size=7", "eval.text=caption")  # 12 clips: 2 batches, the last one short
 
 
-def run_rank(rank: int, world_size: int, selection_path: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    init = f"file://{folder}/rendezvous-{world_size}"
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world_size)
+def run_rank(rank: int, world_size: int, selection_path: Path, folder: Path) -> None:
     group = dist.group.WORLD
     process = Process(torch.device("cpu"), rank, world_size, world_size, group, group)
     model, selection, settings = small_model(), Selection.open(selection_path), small_settings(*SETTINGS)
     made = features(model, selection, settings, process)
-    metrics = evaluate(model, selection, settings, process, save_similarity=f"{folder}/sim-{world_size}.npz")
+    metrics = evaluate(model, selection, settings, process, save_similarity=folder / f"sim-{world_size}.npz")
     pairs = features(small_clip4clip("tightTransf"), selection, settings, process).similarity_MN
-    torch.save((made, metrics, pairs), f"{folder}/{world_size}.{rank}.pt")
-    dist.destroy_process_group()
+    torch.save((made, metrics, pairs), folder / f"{world_size}.{rank}.pt")
 
 
 @pytest.mark.slow
@@ -38,14 +31,12 @@ def test_any_number_of_processes_gives_the_same_features_and_metrics(tmp_path: P
     corpus = packed_corpus(tmp_path / "corpus", 12)
     selection = selected(corpus)
     damage(corpus, selection, 4)
-    multiprocessing.set_forkserver_preload(["training.retrieval"])  # imported once, not by each process
     alone: EvalFeatures = features(small_model(), selection, small_settings(*SETTINGS), ALONE)
     metrics = evaluate(small_model(), selection, small_settings(*SETTINGS), ALONE)
     pairs = features(small_clip4clip("tightTransf"), selection, small_settings(*SETTINGS), ALONE).similarity_MN
     assert len(alone.clip_ids) == 11 and metrics["num_failures"] == 1
     for world_size in (2, 3):  # of 3, one process has nothing to do
-        arguments = (world_size, str(selection.path), str(tmp_path))
-        mp.start_processes(run_rank, arguments, nprocs=world_size, start_method="forkserver")
+        run_ranks(world_size, run_rank, world_size, selection.path, tmp_path)
         for rank in range(world_size):
             made, theirs, their_pairs = torch.load(tmp_path / f"{world_size}.{rank}.pt", weights_only=False)
             assert (made.clip_ids, made.texts) == (alone.clip_ids, alone.texts)

@@ -1,6 +1,5 @@
 """What one process saved, many go on with, and the other way round: plain, compiled, DDP and FSDP2 models alike."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from clip_vip_support import random_pixels, random_texts, tiny_model
+from rank_support import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -141,19 +140,16 @@ def test_random_numbers_go_on_where_they_were() -> None:
 # -- many processes ----------------------------------------------------------------------------------------------------
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def run_rank(rank: int, folder: Path) -> None:
     for published_update in (False, True):
-        saved = torch.load(f"{folder}/saved.{published_update}.pt", weights_only=True)
+        saved = torch.load(folder / f"saved.{published_update}.pt", weights_only=True)
         for wrap in (copied, sharded):
             training = Training(wrap, published_update, seed=1)
             training.restore(saved)
             training.step()
-            torch.save(training.state(), f"{folder}/{wrap.__name__}.{published_update}.{rank}.pt")
+            torch.save(training.state(), folder / f"{wrap.__name__}.{published_update}.{rank}.pt")
             assert any(isinstance(p, DTensor) for p in training.module.parameters()) == (wrap is sharded)
             check_evaluation_between_steps(training)
-    dist.destroy_process_group()
 
 
 @torch.no_grad()
@@ -177,14 +173,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     for published_update in (False, True):
         torch.save(after_steps(2, published_update), folder / f"saved.{published_update}.pt")
-    before = os.environ.get("GLOO_SOCKET_IFNAME")
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    try:
-        mp.spawn(run_rank, (str(folder),), nprocs=2)
-    finally:
-        os.environ.pop("GLOO_SOCKET_IFNAME")
-        if before is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = before
+    run_ranks(2, run_rank, folder)
     return folder
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from clip_vip_support import random_texts, tiny_model
+from rank_support import run_ranks
 from torch import Tensor
 
 from training.batch import Batch
@@ -69,20 +68,15 @@ def alone(train: TrainSettings, *of: Any) -> tuple[dict[str, Tensor], list[float
     return learn(Process(torch.device("cpu")), train, *of)
 
 
-def _worker(
-    rank: int, world_size: int, port_file: str, folder: str, trains: list[TrainSettings], of: tuple[Any, ...]
-) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=world_size)
+def _rank(rank: int, folder: Path, trains: list[TrainSettings], of: tuple[Any, ...]) -> None:
     with join("cpu") as process:
-        torch.save([learn(process, train, *of) for train in trains], Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+        torch.save([learn(process, train, *of) for train in trains], folder / f"{rank}.pt")
 
 
 def together(world_size: int, trains: list[TrainSettings], *of: Any) -> list[list[Any]]:
     """What every process ended with, for each of the settings."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (world_size, f"{folder}/meeting", folder, trains, of), nprocs=world_size)
+        run_ranks(world_size, _rank, Path(folder), trains, of)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
 
 

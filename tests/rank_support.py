@@ -1,0 +1,50 @@
+"""Several processes of one gloo group, each of them cheap: forked from a server that has the heavy imports ready."""
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable
+from multiprocessing import forkserver
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+# What ranks import: the trainer's parts, and torch._dynamo, which any optimiser of torch imports at its first use.
+HEAVY = [
+    "pytest",
+    "safetensors.torch",
+    "torch._dynamo",
+    "training.learner",
+    "training.loader_pool",
+    "training.retrieval",
+]
+
+_server: list[int] = []  # the one that has them
+
+
+def run_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any) -> None:
+    """`function(rank, *arguments)` on as many joined processes, one thread each; the first one's error is raised."""
+    _serve_imports()
+    with tempfile.TemporaryDirectory() as folder:
+        everything = (num_ranks, f"file://{folder}/meeting", function, arguments)
+        mp.start_processes(_rank, everything, nprocs=num_ranks, start_method="forkserver")
+
+
+def _rank(rank: int, num_ranks: int, meeting: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_ranks)
+    function(rank, *arguments)
+    dist.destroy_process_group()
+
+
+def _serve_imports() -> None:
+    """A process has one fork server; one that a loader has started before, with fewer imports, is replaced."""
+    server = forkserver._forkserver
+    if not _server or server._forkserver_pid != _server[0]:
+        server._stop()
+        multiprocessing.set_forkserver_preload(HEAVY)
+        forkserver.ensure_running()
+        _server[:] = [server._forkserver_pid]
