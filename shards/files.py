@@ -20,7 +20,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -256,17 +256,20 @@ class Mirror(Files):
     # --- Bringing the mirror up to date
 
     def pull(self) -> None:
+        known = dict(self._noted())  # before the list is made: what is sent meanwhile is not in it
         there, unsent = self.store.list(), []
         for path in self._files_here():
             relative = str(path.relative_to(self.root))
             if relative.startswith(_LOCKLESS) and relative not in self._noted():
                 unsent.append(relative)  # by who is about to send it, or died before
             elif relative not in there or not self._is_current(relative, there[relative]):
-                path.unlink()
+                if self._goes_up or relative in _SMALL or self._is_as_noted(relative, known.get(relative)):
+                    path.unlink(missing_ok=True)  # else a worker of this machine may be about to send it
         self.written(*unsent)
         _at_once(self._fetch, [key for key in there if _is_small(key) and not (self.root / key).exists()])
         self._shards = {key: found.num_bytes for key, found in there.items() if key.startswith("shards/")}
-        self._forget_notes(there)
+        if self._goes_up:
+            self._forget_notes(set(there))
 
     def look(self, folder: str, every_s: float = 0.0) -> None:
         now = time.monotonic()
@@ -315,7 +318,10 @@ class Mirror(Files):
 
     def _is_current(self, relative: str, there: Object) -> bool:
         note = self._noted().get(relative)
-        if note is None or note.etag != there.etag:
+        return note is not None and note.etag == there.etag and self._is_as_noted(relative, note)
+
+    def _is_as_noted(self, relative: str, note: _Note | None) -> bool:
+        if note is None:
             return False
         with suppress(FileNotFoundError):
             stat = (self.root / relative).stat()
@@ -349,9 +355,9 @@ class Mirror(Files):
                 self._notes[relative] = _Note(int(num_bytes), int(mtime_ns), etag)
         return self._notes
 
-    def _forget_notes(self, there: Iterable[str]) -> None:
-        """The log is written anew, without what is gone. For the writer alone."""
-        notes = {key: note for key, note in self._noted().items() if key in set(there)}
+    def _forget_notes(self, there: Set[str]) -> None:
+        """The log is written anew, without what is gone. For the writer alone: others read on where they were."""
+        notes = {key: note for key, note in self._noted().items() if key in there}
         lines = [f"{key}\t{note.num_bytes}\t{note.mtime_ns}\t{note.etag}\n" for key, note in notes.items()]
         temporary = self._log.with_name(f"{_TEMPORARY}{os.getpid()}-{self._log.name}")
         temporary.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,94 @@
+"""The mirror of a corpus in a store while workers of this machine write to it: who only looks takes nothing of it."""
+
+import pytest
+
+pytest.importorskip("moto", reason="no S3 server: moto is not installed")
+
+from store_support import serving  # noqa: E402
+
+from shards.files import Mirror  # noqa: E402
+from shards.store import Object, Store  # noqa: E402
+
+SENT, LOST, ON_ITS_WAY = "sources/u000000/sent.mp4", "sources/u000000/lost.mp4", "fragments/clips/on-its-way.parquet"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as running:
+        yield running
+
+
+def write(mirror: Mirror, relative: str, data: bytes = b"bytes") -> None:
+    path = mirror.root / relative
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def test_whoever_only_looks_leaves_what_workers_are_about_to_send(server, tmp_path):
+    store = Store.of("s3://corpora/looked-at")
+    worker, looker = Mirror(tmp_path, store), Mirror(tmp_path, store)
+    for relative in (SENT, LOST):
+        write(worker, relative)
+        worker.written(relative)
+    store.delete(LOST)
+    write(worker, ON_ITS_WAY)
+    with looker.here_only():
+        looker.pull()
+    worker.written(ON_ITS_WAY)
+    assert {*store.list()} == {SENT, ON_ITS_WAY}
+    assert not (tmp_path / LOST).exists()  # nobody is about to send that
+
+
+def test_whoever_only_looks_leaves_the_notes_that_workers_read_on(server, tmp_path):
+    store = Store.of("s3://corpora/noted")
+    worker, looker = Mirror(tmp_path, store), Mirror(tmp_path, store)
+    write(worker, LOST)
+    worker.written(LOST)
+    assert LOST in worker._noted()
+    store.delete(LOST)
+    with looker.here_only():
+        looker.pull()
+    write(worker, SENT)
+    worker.written(SENT)
+    assert SENT in worker._noted()
+
+
+def test_a_manifest_that_was_made_here_for_looking_goes_for_the_one_of_the_store(server, tmp_path):
+    store = Store.of("s3://corpora/published")
+    looker = Mirror(tmp_path, store)
+    store.write("manifest.duckdb", b"theirs")
+    with looker.here_only():
+        write(looker, "manifest.duckdb", b"of before")
+        looker.pull()
+    assert (tmp_path / "manifest.duckdb").read_bytes() == b"theirs"
+
+
+def test_the_writer_drops_what_the_store_has_not(server, tmp_path):
+    store = Store.of("s3://corpora/written")
+    writer = Mirror(tmp_path, store)
+    write(writer, ON_ITS_WAY)
+    writer.pull()
+    assert not (tmp_path / ON_ITS_WAY).exists()
+
+
+class Listed(dict):
+    """A list of a store's objects that counts how often somebody goes through it."""
+
+    num_times = 0
+
+    def __iter__(self):
+        self.num_times += 1
+        return super().__iter__()
+
+
+def test_bringing_it_up_to_date_takes_as_long_as_its_list(tmp_path):
+    mirror = Mirror(tmp_path, Store("bucket", "prefix/"))
+    there = Listed()
+    for number in range(100):
+        write(mirror, relative := f"sources/u000000/{number}.mp4")
+        mirror._note(relative, (tmp_path / relative).stat(), etag := f'"{number}"')
+        there[relative] = Object(5, etag)
+    mirror.store = type("Listing", (), {"list": lambda self: there})()
+    mirror.pull()
+    assert len(mirror._noted()) == 100
+    assert there.num_times < 10
