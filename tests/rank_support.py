@@ -26,7 +26,7 @@ _server: list[int] = []  # the one that has them
 
 def run_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any) -> None:
     """`function(rank, *arguments)` on as many joined processes, one thread each; the first one's error is raised."""
-    _serve_imports()
+    serve_imports()
     with tempfile.TemporaryDirectory() as folder:
         everything = (num_ranks, f"file://{folder}/meeting", function, arguments)
         mp.start_processes(_rank, everything, nprocs=num_ranks, start_method="forkserver")
@@ -40,7 +40,7 @@ def _rank(rank: int, num_ranks: int, meeting: str, function: Callable[..., None]
     dist.destroy_process_group()
 
 
-def _serve_imports() -> None:
+def serve_imports() -> None:
     """A process has one fork server; one that a loader has started before, with fewer imports, is replaced."""
     server = forkserver._forkserver
     if not _server or server._forkserver_pid != _server[0]:

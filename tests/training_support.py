@@ -1,6 +1,7 @@
 """Small runs of the real command, for tests of training."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rank_support import serve_imports
 from shard_support import make_corpus, pack
+
+from pipeline.cli import main
+from training.prepare import Request
+from training.trainer import Report, train
 
 # The demo recipe on a corpus of a few colourful clips: a step takes a tenth of a second.
 SMALL = [
@@ -39,6 +45,12 @@ def train_command(corpus: Path | None, run: Path, *settings: str, workers: int =
     for setting in (*(SMALL if corpus else ()), *settings):
         command += ["--set", setting]
     return [*command, *(options or [])]
+
+
+def train_here(corpus: Path | None, run: Path, *settings: str) -> Report:
+    """In this process, which also reads; `corpus` None goes on with the run."""
+    chosen = (*SMALL, "data.loader_processes=0", *settings) if corpus else settings
+    return train(Request(str(run), corpus and str(corpus), corpus and "demo", chosen))
 
 
 def run_training(*arguments: Any, timeout_s: float = 240, **kwargs: Any) -> subprocess.CompletedProcess:
@@ -70,11 +82,46 @@ def assert_same_run(run: Path, expected: Path) -> None:
     assert losses(run) == pytest.approx(losses(expected), rel=2e-4)
 
 
-def kill_at_step(command: list[str], run: Path, step: int, signal_number: int = signal.SIGKILL) -> int:
-    """Starts a training and sends it a signal once it has logged a step; returns its exit code."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=quiet(), start_new_session=True
-    )
+class Forked:
+    """The command in a process of its own that is forked with its imports done; else as subprocess's Popen."""
+
+    def __init__(self, command: list[str], output: Path):
+        serve_imports()
+        arguments = (command[command.index("train") :], output)
+        self._process = multiprocessing.get_context("forkserver").Process(target=_run_command, args=arguments)
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"it runs for more than {timeout} s"
+        return self._process.exitcode
+
+
+def _run_command(arguments: list[str], output: Path) -> None:
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["clipmill", *arguments]
+    main()
+
+
+def kill_at_step(
+    command: list[str], run: Path, step: int, signal_number: int = signal.SIGKILL, anew: bool = False
+) -> int:
+    """Starts a training and sends it a signal once it has logged a step; returns its exit code.
+
+    anew  in a new Python, as a shell starts it
+    """
+    output = run.with_name(f"{run.name}-output")
+    with output.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=quiet()) if anew else Forked(command, output)
     deadline = time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline:
         logged = lines_so_far(run)
@@ -82,9 +129,9 @@ def kill_at_step(command: list[str], run: Path, step: int, signal_number: int = 
             process.send_signal(signal_number)
             break
         time.sleep(0.02)
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode != 2, errors
-    return process.returncode
+    code = process.wait(timeout=100)
+    assert code != 2, output.read_text()
+    return code
 
 
 def lines_so_far(run: Path) -> list[int]:
