@@ -61,9 +61,12 @@ def build(
 ) -> None:
     """Every stage, from sources to shards. Resumes; appends what is new in SOURCES."""
     from pipeline.build import build as build_corpus
+    from pipeline.corpus import Corpus
     from pipeline.display import Terminal
     from pipeline.stages import STAGE_NAMES
 
+    if not sources:
+        Corpus(corpus).require()
     report = build_corpus(
         corpus,
         sources or [],

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from pipeline.config import recipe_names
+from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "ray", "duckdb", "pyarrow", "av", "open_clip", "numpy", "yt_dlp", "whisper")
@@ -28,6 +30,14 @@ def test_every_command_explains_itself():
     for command in ("build", "run", "status", "sql", "stats", "verify", "demo"):
         done = subprocess.run([sys.executable, "-m", "pipeline.cli", command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "Usage" in done.stdout
+
+
+def test_a_build_without_sources_goes_on_with_a_corpus_and_begins_none(tmp_path):
+    from pipeline.cli import build
+
+    with pytest.raises(UserError, match="mistyped is no corpus"):
+        build(None, corpus=str(tmp_path / "mistyped"))
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_the_cluster_file_passes_rays_own_validator():
