@@ -9,6 +9,9 @@ import pytest
 from rich.console import Console
 from shard_support import make_corpus, pack
 
+from pipeline.build import BuildReport
+from pipeline.demo.demo import _last_screen
+from pipeline.pack_stage import PackReport
 from training import demo
 
 SVG_TEXT = "{http://www.w3.org/2000/svg}text"
@@ -55,3 +58,10 @@ def test_a_world_that_is_too_small_is_built_but_not_trained_on(tmp_path: Path, r
     pack(make_corpus(tmp_path / "corpus", 36))
     code, shown = run_demo(tmp_path / "corpus", tmp_path / "run")
     assert code == 0 and "36 samples" in shown and "38 at least" in shown and not (tmp_path / "run").exists()
+
+
+def test_what_to_type_next_names_a_run_only_where_there_is_one(tmp_path: Path) -> None:
+    report = BuildReport(pack=PackReport())
+    assert "clipmill eval" not in _last_screen(tmp_path, tmp_path / "corpus", report, 1.0).renderable
+    (tmp_path / "run").mkdir()
+    assert "clipmill eval" in _last_screen(tmp_path, tmp_path / "corpus", report, 1.0).renderable

@@ -60,7 +60,7 @@ def run_demo(folder: Path, num_videos: int) -> int:
     display.finished(result, corpus)
     _ask(console, corpus)
     trained = run_training_demo(console, corpus, folder / "run")
-    _last_screen(console, folder, corpus, result, time.perf_counter() - started)
+    console.print(_last_screen(folder, corpus, result, time.perf_counter() - started))
     return 1 if _unexpected(world, result) else trained
 
 
@@ -97,23 +97,24 @@ def _ask(console: Console, corpus: Path) -> None:
             run_query(connection, sql)
 
 
-def _last_screen(console: Console, folder: Path, corpus: Path, result: BuildReport, seconds: float) -> None:
-    num_failed = sum(count for _, _, count, _ in result.failures)
-    console.print(
-        Panel(
-            f"Made in {seconds:,.0f} s: {corpus} with {result.pack.num_samples:,} samples in "
-            f"{result.pack.num_shards} shards. The {num_failed} failures are the links made to fail.\n\n"
-            "What to type next\n"
-            f"  clipmill sql {corpus}                 ask it anything (.tables lists what there is)\n"
-            f"  clipmill verify {corpus}              every byte of every shard against the manifest\n"
-            f"  clipmill status {corpus} --set cut.fps=2         what a change would cost, before it is made\n"
-            f"  clipmill run caption --corpus {corpus} --set caption.max_tokens=12    caption again, and nothing else\n"
-            f"  clipmill eval --run {folder}/run --text caption --dsl       search by captions, with dual softmax\n"
-            f"  tensorboard --logdir {folder}              the curves of the training in {folder}/run\n"
-            f"  clipmill demo {folder}                again: nothing is left to do",
-            title="clipmill",
-            expand=False,
-        )
+def _last_screen(folder: Path, corpus: Path, result: BuildReport, seconds: float) -> Panel:
+    num_failed, run = sum(count for _, _, count, _ in result.failures), folder / "run"
+    of_run = [
+        f"  clipmill eval --run {run} --text caption --dsl       search by captions, with dual softmax",
+        f"  tensorboard --logdir {folder}              the curves of the training in {run}",
+    ]
+    return Panel(
+        f"Made in {seconds:,.0f} s: {corpus} with {result.pack.num_samples:,} samples in "
+        f"{result.pack.num_shards} shards. The {num_failed} failures are the links made to fail.\n\n"
+        "What to type next\n"
+        f"  clipmill sql {corpus}                 ask it anything (.tables lists what there is)\n"
+        f"  clipmill verify {corpus}              every byte of every shard against the manifest\n"
+        f"  clipmill status {corpus} --set cut.fps=2         what a change would cost, before it is made\n"
+        f"  clipmill run caption --corpus {corpus} --set caption.max_tokens=12    caption again, and nothing else\n"
+        + "".join(f"{line}\n" for line in of_run if run.exists())  # a world that is too small is not trained on
+        + f"  clipmill demo {folder}                again: nothing is left to do",
+        title="clipmill",
+        expand=False,
     )
 
 
