@@ -15,7 +15,8 @@ from shard_support import make_corpus, pack
 from pipeline.errors import UserError
 from training import models
 from training.epochs import Epochs, plan_spec, total_steps
-from training.estimate import Device, StepCost, estimate, kept_bytes, speed_on
+from training.estimate import Device, StepCost, estimate, speed_on
+from training.footprint import kept_bytes
 from training.model import ClipVip, ModelConfig, TowerConfig, sample_flops
 from training.plan import plan_path
 from training.plan_command import run_plan
@@ -156,7 +157,7 @@ def test_settings_that_save_memory_do(corpus, settings):
 
 
 def test_twice_the_devices_take_half_the_time_and_twice_the_cores():
-    step = StepCost(100, 500, 0, 1024, 128, 10**8, 1024 * 374e9)
+    step = StepCost(100, 500, 0, 1024, 128, 10**8, 10**8, 1024 * 374e9)
     one, two = (speed_on(Device("H100", "cuda", 989e12), n, step, 13 * 224**2) for n in (1, 2))
     assert one.total_s == pytest.approx(2 * two.total_s) and two.decoding_cores == pytest.approx(2 * one.decoding_cores)
     assert one.samples_per_s == pytest.approx(0.45 * 989e12 / 374e9)

@@ -17,21 +17,15 @@ import torch
 from pipeline.errors import UserError
 from training import models
 from training.choice import Choice, Samples, choose_run, open_samples
-from training.clip4clip_model import pair_flops
-from training.encoder import sources_of
 from training.epochs import spec_without_groups, total_steps
+from training.footprint import Footprint, pixels_of
 from training.loss import TERMS
-from training.model import ClipVip, ModelConfig, TowerConfig, sample_flops
 from training.peaks import gpu_peak, peak_flops
 from training.plan import PlanSpec, rank_slots, steps_in_epoch, tail_rows
 from training.selection import selected_rows
 from training.settings import DataSettings, RunSettings, TrainSettings
 from training.shard_reader import LOCAL_GAP_BYTES, REMOTE_GAP_BYTES
 
-# Bytes that autograd keeps for the backward pass, per token, channel and block: counted with saved-tensor hooks on the
-# CPU, over towers of 6 to 12 blocks (tests/test_plan_command_estimates.py). Compiling keeps less.
-KEPT_BYTES = {"bf16": 45, "fp32": 78}
-BLOCK_INPUT_BYTES = 4  # all that activation checkpointing keeps of a block: the fp32 stream that enters it
 # Share of a device's dense peak that a step is assumed to reach: what the GPU bench aims at; half of what the CPU's
 # matrix products alone reach here, since small ones and everything between them are slower.
 ASSUMED_MFU = {"cuda": 0.45, "cpu": 0.5}
@@ -71,6 +65,7 @@ class StepCost:
     batch_size: int
     per_device: int  # slots of a batch
     num_parameters: int
+    num_trained: int
     flops_per_step: float  # all devices together
 
 
@@ -134,19 +129,20 @@ def estimate(
         training, held_out = choose_run(samples, data, settings.eval)
         cost = data_cost(samples, training, held_out, settings)
     spec = spec_without_groups(cost.num_clips, data, train.batch_size)
-    step = step_cost(config, settings, spec, total_steps(spec, train), num_devices)
+    footprint = Footprint(config, settings)
+    step = step_cost(footprint, settings, spec, total_steps(spec, train), num_devices)
     sizes = (step.per_device, num_devices)
     checkpointed = train.model_copy(update={"activation_checkpointing": True})
     chunked = train.model_copy(update={"chunk_size": min(CHUNK, step.per_device)})
     return Estimate(
         data=cost,
         step=step,
-        memory=memory(config, data, train, *sizes),
-        with_checkpointing=memory(config, data, checkpointed, *sizes),
-        with_chunks=memory(config, data, chunked, *sizes),
-        checkpoint_bytes=train.keep_checkpoints * step.num_parameters * (4 + 8 + 4 * bool(train.ema)),
+        memory=memory(footprint, data, train, *sizes),
+        with_checkpointing=memory(footprint, data, checkpointed, *sizes),
+        with_chunks=memory(footprint, data, chunked, *sizes),
+        checkpoint_bytes=train.keep_checkpoints * footprint.checkpoint_bytes,
         speeds=tuple(
-            speed_on(device, num_devices, step, pixels_of(config, settings)) for device in devices(train, gpus)
+            speed_on(device, num_devices, step, pixels_of(config, data, train)) for device in devices(train, gpus)
         ),
         notes=tuple(training.notes()),
     )
@@ -233,7 +229,7 @@ def _sum(column: pa.Array) -> int:
 
 
 def step_cost(
-    config: ModelConfig, settings: RunSettings, spec: PlanSpec, total_steps: int, num_devices: int
+    footprint: Footprint, settings: RunSettings, spec: PlanSpec, total_steps: int, num_devices: int
 ) -> StepCost:
     """Raises UserError where the devices cannot share the batch."""
     slots = rank_slots(spec, 0, num_devices)
@@ -243,78 +239,38 @@ def step_cost(
         num_dropped=0 if spec.tail == "pad" else len(tail_rows(spec, 0)),
         batch_size=spec.batch_size,
         per_device=slots.stop - slots.start,
-        num_parameters=num_parameters(config),
-        flops_per_step=spec.batch_size * flops_of_sample(config, settings)
-        + spec.batch_size**2 * pair_flops(config, settings.model.clip4clip, settings.data.num_frames),
+        num_parameters=footprint.num_parameters,
+        num_trained=footprint.num_trained,
+        flops_per_step=spec.batch_size * footprint.flops_of_clip + spec.batch_size**2 * footprint.flops_of_pair,
     )
 
 
-def flops_of_sample(config: ModelConfig, settings: RunSettings) -> float:
-    """Forward and backward, texts as long as they may be: an upper bound, since batches are cut to their longest."""
-    sources = sources_of(settings.train.loss)
-    num_texts = len(sources & {"subtitle", "caption"}) + 2 * settings.data.neighbours
-    lengths = (settings.data.max_text_tokens,) * num_texts
-    return sample_flops(config, settings.data.num_frames, int("frame" in sources), lengths)
+def memory(footprint: Footprint, data: DataSettings, train: TrainSettings, per_device: int, num_devices: int) -> Memory:
+    """Weights are fp32, and so are gradients and AdamW's two moments of those that train: 4 + 4 + 8 bytes, divided by
+    FSDP.
 
-
-def pixels_of(config: ModelConfig, settings: RunSettings) -> int:
-    """Of one sample: its frames, and the still where the loss has one."""
-    return (settings.data.num_frames + int("frame" in sources_of(settings.train.loss))) * config.image_size**2
-
-
-def num_parameters(config: ModelConfig) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in ClipVip(config).parameters())
-
-
-def memory(config: ModelConfig, data: DataSettings, train: TrainSettings, per_device: int, num_devices: int) -> Memory:
-    """Weights, gradients and AdamW's two moments are fp32: 4 + 4 + 8 bytes a parameter, divided by FSDP.
-
-    activations  of the samples encoded at a time (`train.chunk_size`, else all of the device's): `kept_bytes` of each
+    activations  of the samples encoded at a time (`train.chunk_size`, else all of the device's), and of the pairs
     loss         features and similarities of the whole batch with the device's rows, and their gradients
     """
-    parameters = num_parameters(config)
+    config = footprint.config
     share = num_devices if train.parallel == "fsdp" else 1
+    parameters, trained = footprint.num_parameters, footprint.num_trained
     at_a_time = min(train.chunk_size or per_device, per_device)
-    values = (data.num_frames + int("frame" in sources_of(train.loss))) * 3 * config.image_size**2  # of a sample
+    values = pixels_of(config, data, train) * 3  # of a sample
     float_bytes = 2 if train.precision == "bf16" else 4
     batch_size = per_device * num_devices
     num_matrices = 2 + 2 * data.neighbours if train.loss == "mil_nce" else len(TERMS[train.loss])
     similarities = 3 * 4 * num_matrices * per_device * batch_size
     return Memory(
         weights=4 * parameters // share,
-        gradients=4 * parameters // share,
-        optimiser=8 * parameters // share,
+        gradients=4 * trained // share,
+        optimiser=8 * trained // share,
         ema=4 * parameters // share if train.ema else 0,
         casts=2 * parameters // share if train.precision == "bf16" else 0,
         inputs=per_device * values + at_a_time * values * (4 + float_bytes),
-        activations=at_a_time * kept_bytes(config, data, train),
+        activations=at_a_time * footprint.kept_of_clip(train) + footprint.kept_of_pairs(per_device * batch_size),
         loss=similarities + 4 * 4 * batch_size * config.embed_dim * 2,
     )
-
-
-def kept_bytes(config: ModelConfig, data: DataSettings, train: TrainSettings) -> int:
-    """Activations of one sample: tokens x width x (bytes per block x blocks), and those of one block recomputed.
-
-    A vision tower's last block computes its class token alone, so it keeps next to nothing.
-    """
-    sources, proxies, patches = sources_of(train.loss), config.num_proxies, config.num_patches
-    if config.pooling == "proxy":
-        tokens = proxies + data.num_frames * patches
-    else:
-        tokens = data.num_frames * (proxies + patches)
-    tokens += (proxies + patches) * ("frame" in sources)
-    num_texts = len(sources & {"subtitle", "caption"}) + 2 * data.neighbours
-    vision = tokens * _kept_per_token(config.vision, config.vision.num_layers - 1, train)
-    text = num_texts * data.max_text_tokens * _kept_per_token(config.text, config.text.num_layers, train)
-    return vision + text
-
-
-def _kept_per_token(tower: TowerConfig, num_blocks: int, train: TrainSettings) -> int:
-    per_block = KEPT_BYTES[train.precision] * tower.width
-    if train.activation_checkpointing:
-        return BLOCK_INPUT_BYTES * tower.width * num_blocks + per_block
-    return per_block * num_blocks
 
 
 # --- Time

@@ -80,6 +80,16 @@ def config_of(settings: ModelSettings) -> ModelConfig:
     return model_config(settings.init, **shape)
 
 
+def skeleton(config: ModelConfig, settings: ModelSettings) -> Model:
+    """The model that `load(settings)` gives, of `config_of(settings)`, untouched by any weights: for meta or fake
+    tensors, which have shapes and no contents.
+    """
+    clip = ClipVip(config)
+    if settings.method == "clip4clip":
+        return Clip4Clip(clip, settings.clip4clip)
+    return UniPtClip(clip, settings.unipt) if settings.method == "unipt" else clip
+
+
 def text_encoder(config: ModelConfig, max_tokens: int) -> TextEncoder:
     """Raises UserError where the model knows no text of that length."""
     if max_tokens > config.context_length:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pipeline.display import plain_console
 from pipeline.errors import UserError
-from training.estimate import CHUNK, DECODED_PER_CORE_S, GPUS, Estimate, estimate
+from training.estimate import CHUNK, DECODED_PER_CORE_S, GPUS, Estimate, StepCost, estimate
 from training.settings import DataSettings, RunSettings, resolve
 
 Format = Literal["table", "json"]
@@ -98,7 +98,7 @@ def _step_rows(found: Estimate, settings: RunSettings) -> list[tuple[str, str]]:
         (f"{step.batch_size:,}", f"clips a step{share}"),
         (f"{step.steps_per_epoch:,}", f"steps an epoch; {step.num_dropped:,} clips {tail} at its end"),
         (f"{step.total_steps:,}", f"steps in all, {step.total_steps / step.steps_per_epoch:.3g} epochs"),
-        (f"{step.num_parameters / 1e6:,.1f} M", f"parameters: {escape(settings.model.init)}"),
+        (f"{step.num_parameters / 1e6:,.1f} M", f"parameters: {escape(settings.model.init)}{_trained(step)}"),
         (f"{step.flops_per_step / 1e12:,.3g} TFLOP", f"a step, {gflops_of_clip:,.4g} GFLOP a clip"),
     ]
 
@@ -152,6 +152,10 @@ def _short_clips(data: DataSettings) -> str:
     if data.frames_per_s is not None:
         return f"of fewer than {data.num_frames} frames at {data.frames_per_s:g} a second: the rest is empty"
     return f"of fewer than {data.num_frames} frames: some are taken twice"
+
+
+def _trained(step: StepCost) -> str:
+    return f", {step.num_trained / 1e6:,.1f} M of them train" if step.num_trained < step.num_parameters else ""
 
 
 def _percent(count: int, total: int) -> str:
