@@ -13,8 +13,16 @@ from pipeline.build import BuildReport, build
 from pipeline.demo.world import read_truth
 from pipeline.stages import STAGE_NAMES
 
-# What keeps test builds small: tiny pictures, shards of a megabyte so that there are several.
-SMALL = ["ingest.unit_videos=2", "cut.short_side=96", "pack.shard_bytes=1000000", "engine.publish_every_s=0.5"]
+# What keeps test builds small: tiny pictures, few workers, shards of a megabyte so that there are several.
+SMALL = [
+    "ingest.unit_videos=2",
+    "cut.short_side=96",
+    "pack.shard_bytes=1000000",
+    "engine.publish_every_s=0.5",
+    "engine.downloads_per_node=2",
+]
+
+WORDLESS = tuple(stage for stage in STAGE_NAMES if stage not in ("caption", "score"))  # no model has to be loaded
 
 
 @dataclass(frozen=True)
@@ -22,10 +30,17 @@ class ServedWorld:
     folder: Path
     base_url: str
     sources: Path
+    faults: dict[str, dict]  # of its server, which heeds changes
 
     @property
     def truth(self) -> dict[str, dict]:
         return {row["video_id"]: row for row in read_truth(self.folder)}
+
+
+def sound_sources(world: ServedWorld) -> list[dict]:
+    """The lines of the world's list whose videos have no fault."""
+    rows = [json.loads(line) for line in world.sources.read_text().splitlines()]
+    return [row for row in rows if world.truth[row["id"]]["works"] and not world.truth[row["id"]]["broken"]]
 
 
 def build_here(

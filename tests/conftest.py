@@ -1,5 +1,6 @@
 """What every test gets: quiet native threads, and the folder of real footage where it is there."""
 
+import json
 import os
 import sys
 from collections import Counter
@@ -62,10 +63,11 @@ def world(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("world")
     broken = ("not-found", "html", "truncated", "empty", "audio-only", "unavailable-once", "cut-off", "duplicate")
-    make_world(folder / "world", WorldSettings(num_videos=6, min_video_s=20, max_video_s=35, broken=broken, seed=3))
-    with serve(folder / "world") as base_url:
+    make_world(folder / "world", WorldSettings(num_videos=5, min_video_s=14, max_video_s=22, broken=broken, seed=3))
+    faults = json.loads((folder / "world" / "faults.json").read_text())
+    with serve(folder / "world", faults=faults) as base_url:
         write_sources(folder / "world", base_url, folder / "sources.jsonl")
-        yield ServedWorld(folder / "world", base_url, folder / "sources.jsonl")
+        yield ServedWorld(folder / "world", base_url, folder / "sources.jsonl", faults)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from pipeline.demo.server import serve
-from tests.build_support import ask, build_here, clipmill, hashes, write_list
+from tests.build_support import WORDLESS, ask, build_here, clipmill, hashes, write_list
 from tests.test_transcribe_whisper import weights  # noqa: F401  (a fixture: Whisper with random weights)
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def shelf(footage, tmp_path_factory):
 def test_folder_and_urls_share_videos_and_everything_real_is_cut(shelf, tmp_path, local_ray):
     folder, urls = shelf
     corpus = tmp_path / "corpus"
-    report = build_here(corpus, [str(folder), str(urls)], "transcribe.whisper=null")
+    report = build_here(corpus, [str(folder), str(urls)], stages=WORDLESS)
     videos = ask(corpus, "SELECT count(*), count(path), count(duplicate_of) FROM videos")[0]
     num_real = len(list(folder.iterdir())) - len(BROKEN)
     assert videos == (2 * (num_real + len(BROKEN)), 2 * num_real, num_real), "each file came twice, by path and by URL"
@@ -52,18 +52,18 @@ def test_folder_and_urls_share_videos_and_everything_real_is_cut(shelf, tmp_path
     assert wrong == []
     sizes = ask(corpus, "SELECT DISTINCT width % 2, height % 2 FROM clips")
     assert sizes == [(0, 0)]
-    again = build_here(corpus, [str(folder), str(urls)], "transcribe.whisper=null")
+    again = build_here(corpus, [str(folder), str(urls)], stages=WORDLESS)
     assert not again.did_something
     before = hashes(corpus / "shards")
     next((corpus / "fragments" / "spans").glob("*.parquet")).unlink()
-    build_here(corpus, [], recipe=None)
+    build_here(corpus, [], recipe=None, stages=WORDLESS)
     assert hashes(corpus / "shards") == before
 
 
 def test_speech_without_subtitles_goes_through_whisper(footage, weights, tmp_path, local_ray):  # noqa: F811
     corpus = tmp_path / "corpus"
     quick = ["transcribe.whisper_temperatures=[0.0]", "transcribe.whisper_beam_size=1"]
-    build_here(corpus, [str(footage / "nasa_13013.mp4")], f"transcribe.whisper={weights}", *quick)
+    build_here(corpus, [str(footage / "nasa_13013.mp4")], f"transcribe.whisper={weights}", *quick, stages=WORDLESS)
     rows = ask(corpus, "SELECT transcript_origin, word_times, language IS NOT NULL FROM videos")
     assert rows == [("whisper", "asr", True)]
     assert ask(corpus, "SELECT count(*) > 0 FROM samples") == [(True,)]

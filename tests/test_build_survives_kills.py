@@ -2,16 +2,17 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from pipeline.demo.server import serve
-from pipeline.demo.world import write_sources
-from tests.build_support import SMALL, clipmill, hashes, snapshot, tables
+from tests.build_support import SMALL, build_here, clipmill, hashes, snapshot, tables
 
 pytestmark = pytest.mark.slow
 
@@ -27,57 +28,67 @@ def stages_seen(corpus) -> int:
     return len(list((corpus / "fragments" / "ledger").glob("[!.]*.parquet")))
 
 
-def has_manifest(corpus) -> bool:
-    return (corpus / "manifest.duckdb").exists()
-
-
-@pytest.fixture
-def slow_sources(world, tmp_path):
-    """The world from a server that keeps one video waiting, so that a build of it is still running for a while."""
+@contextmanager
+def one_video_waiting(world):
+    """The server keeps one video waiting, so that a build is still running for a while."""
     waiting = next(row["file"] for row in world.truth.values() if row["works"] and row["broken"] is None)
-    with serve(world.folder, faults={waiting: {"delay_s": 25}}) as base_url:
-        write_sources(world.folder, base_url, tmp_path / "slow.jsonl")
-        yield tmp_path / "slow.jsonl"
-
-
-def test_asking_works_while_a_build_is_running(world, slow_sources, tmp_path):
-    corpus = tmp_path / "corpus"
-    process = subprocess.Popen(command(slow_sources, corpus), stdout=subprocess.DEVNULL, start_new_session=True)
+    world.faults[waiting] = {"delay_s": 25}
     try:
-        deadline = time.monotonic() + 120
-        while not has_manifest(corpus) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        early = clipmill("sql", corpus, "SELECT count(*) AS n FROM videos", "--format", "csv")
-        while stages_seen(corpus) < 3 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        answer = clipmill("sql", corpus, "SELECT count(*) AS n FROM videos", "--format", "csv")
-        status = clipmill("status", corpus)
-        second = clipmill("build", "--corpus", corpus)
-        assert process.poll() is None, "the build was over before it could be asked"
+        yield
+    finally:
+        del world.faults[waiting]
+
+
+@contextmanager
+def a_build_to_be_killed(world, corpus):
+    """The command, with its process group killed when the block ends."""
+    process = subprocess.Popen(command(world.sources, corpus), stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield process
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert early.stdout.split() == answer.stdout.split() == ["n", str(len(world.truth))], early.stderr + answer.stderr
-    assert "A build is running" in status.stdout and "download" in status.stdout
-    assert second.returncode == 2 and "is being written by process" in second.stderr
 
 
-def test_kills_at_any_moment_leave_no_trace_in_the_corpus(built, world, tmp_path):
-    corpus, rng = tmp_path / "corpus", random.Random(5)
-    reached = []
-    for target in (3, 9):  # commits after which this attempt is killed, a little later
-        process = subprocess.Popen(command(world.sources, corpus), stdout=subprocess.DEVNULL, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and stages_seen(corpus) < target and time.monotonic() < deadline:
-            time.sleep(0.02)
+def wait_for(reached, process, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not reached() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def asked(world, tmp_path_factory) -> tuple[Path, dict]:
+    """A corpus whose build was asked about while it ran, and was killed then; and what was answered."""
+    corpus, answers = tmp_path_factory.mktemp("asked") / "corpus", {}
+    count = ("sql", corpus, "SELECT count(*) AS n FROM videos", "--format", "csv")
+    with one_video_waiting(world), a_build_to_be_killed(world, corpus) as process:
+        wait_for(lambda: (corpus / "manifest.duckdb").exists(), process)
+        answers["early"] = clipmill(*count)
+        wait_for(lambda: stages_seen(corpus) >= 3, process)
+        answers["later"], answers["status"] = clipmill(*count), clipmill("status", corpus)
+        answers["second"] = clipmill("build", "--corpus", corpus)
+        assert process.poll() is None, "the build was over before it could be asked"
+    return corpus, answers
+
+
+def test_asking_works_while_a_build_is_running(asked, world):
+    _, answers = asked
+    for answer in (answers["early"], answers["later"]):
+        assert answer.stdout.split() == ["n", str(len(world.truth))], answer.stderr
+    assert "A build is running" in answers["status"].stdout and "download" in answers["status"].stdout
+    assert answers["second"].returncode == 2 and "is being written by process" in answers["second"].stderr
+
+
+def test_kills_at_any_moment_leave_no_trace_in_the_corpus(built, asked, world, tmp_path):
+    """Killed once while one video kept it waiting, once a little after it has gone on, and then left alone."""
+    corpus, rng = shutil.copytree(asked[0], tmp_path / "corpus"), random.Random(5)
+    reached = [stages_seen(corpus)]
+    with a_build_to_be_killed(world, corpus) as process:
+        wait_for(lambda: stages_seen(corpus) >= max(9, reached[0] + 2), process)
         time.sleep(rng.uniform(0, 0.5))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        reached.append(stages_seen(corpus))
-    done = subprocess.run(command(world.sources, corpus), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1, done.stdout + done.stderr  # 1: the links that are made to fail
+    reached.append(stages_seen(corpus))
+    assert build_here(corpus, [str(world.sources)]).exit_code == 1  # the links that are made to fail
     quiet = built[0]
     assert reached[0] < stages_seen(corpus), "the first kill came too late to prove anything"
     assert hashes(corpus / "shards") == hashes(quiet / "shards")
