@@ -3,7 +3,10 @@
 A run is one process, or as many as `torchrun` or Ray Train starts. Which of these makes no difference further on.
 """
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ Result = TypeVar("Result")
 
 # A step takes seconds; planning a large epoch, evaluating or saving on one rank takes minutes while the others wait.
 TIMEOUT = timedelta(minutes=30)
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def join(device: str = "auto") -> Iterator[Process]:
     chosen = _device(device, local_rank)
     started = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
     if started:
+        _stop_with_parent()
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -87,6 +92,15 @@ def join(device: str = "auto") -> Iterator[Process]:
     finally:
         if started:
             dist.destroy_process_group()
+
+
+def _stop_with_parent() -> None:
+    """If torchrun dies, even killed, its processes get SIGTERM: a run that nobody can stop any more saves and ends.
+
+    Linux alone can be asked for that. The signal comes when the thread that started this process ends: torchrun's main.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _device(name: str, local_rank: int) -> torch.device:
