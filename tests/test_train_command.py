@@ -1,23 +1,28 @@
 """What a user of `clipmill train` meets: odd data, other ways to run, mistakes."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import duckdb
 import pytest
+from rank_support import run_ranks
 from training_support import (
-    SMALL,
+    Forked,
     assert_same_run,
     curve,
     lines,
+    lines_so_far,
     losses,
     quiet,
-    run_training,
     small_corpus,
     train_command,
+    train_here,
 )
 
+import pipeline.cli
 from pipeline.errors import UserError
 from training.prepare import Request
 from training.trainer import Report, train
@@ -31,14 +36,12 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain_run(corpus, tmp_path_factory):
     run = tmp_path_factory.mktemp("plain") / "run"
-    train_here(corpus, run)
+    six_steps(corpus, run)
     return run
 
 
-def train_here(corpus, run, *settings: str) -> Report:
-    """Six steps in this process."""
-    chosen = (*SMALL, "train.max_steps=6", "data.loader_processes=0", *settings)
-    return train(Request(str(run), str(corpus), "demo", chosen))
+def six_steps(corpus, run, *settings: str) -> Report:
+    return train_here(corpus, run, "train.max_steps=6", *settings)
 
 
 @pytest.mark.slow
@@ -51,17 +54,17 @@ def test_every_line_says_how_it_goes(plain_run):
 
 @pytest.mark.slow
 def test_sharded_averaged_recomputed_and_observed_it_is_the_same_run(corpus, plain_run, tmp_path):
-    """Two processes of torchrun with FSDP2, activation checkpointing, gradient caching, EMA and feedback."""
+    """Two processes with FSDP2, activation checkpointing, gradient caching, EMA and feedback."""
     options = ("train.parallel=fsdp", "train.activation_checkpointing=true", "train.chunk_size=2", "train.ema=0.9")
-    command = train_command(corpus, tmp_path / "run", "train.max_steps=6", "train.feedback=true", *options)
-    command[command.index("train") : command.index("train")] = ["--"]
-    command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=quiet())
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, _rank, corpus, tmp_path / "run", ("train.feedback=true", *options))
     assert_same_run(tmp_path / "run", plain_run)
     assert (tmp_path / "run/checkpoints/step-00000006/ema.safetensors").exists()
     feedback = duckdb.sql(f"SELECT sum(times_seen), count(loss) FROM '{tmp_path}/run/feedback.parquet'").fetchall()
     assert feedback[0][0] == 6 * 8 and feedback[0][1] > 0
+
+
+def _rank(rank, corpus, run, settings) -> None:
+    six_steps(corpus, run, *settings)
 
 
 @pytest.mark.slow
@@ -75,19 +78,19 @@ def test_unreadable_samples_are_holes_and_rows(corpus, plain_run, tmp_path):
         with open(broken / "shards" / shard, "r+b") as file:
             file.seek(offset)
             file.write(b"\0" * size)
-    report = train_here(broken, tmp_path / "run", "data.max_failures=0.5", "train.max_steps=15")
+    report = six_steps(broken, tmp_path / "run", "data.max_failures=0.5", "train.max_steps=15")
     assert report.step == 15
     failures = lines(tmp_path / "run", "failures.jsonl")
     assert len({row["item_id"] for row in failures}) == 12
     assert {row["stage"] for row in failures} == {"train"} and all(row["message"] for row in failures)
     assert curve(tmp_path / "run")[:6] == curve(plain_run), "holes move nobody else"
     with pytest.raises(UserError, match=r"data\.max_failures"):
-        train_here(broken, tmp_path / "strict", "data.max_failures=0.01", "train.max_steps=15")
+        six_steps(broken, tmp_path / "strict", "data.max_failures=0.01", "train.max_steps=15")
 
 
 @pytest.mark.slow
 def test_plain_tars_train_without_a_manifest(corpus, plain_run, tmp_path):
-    report = train_here(corpus / "shards" / "{000000..000023}.tar", tmp_path / "run", "data.apart=[]")
+    report = six_steps(corpus / "shards" / "{000000..000023}.tar", tmp_path / "run", "data.apart=[]")
     assert report.reason == "done" and len(losses(tmp_path / "run")) == 6
 
 
@@ -95,7 +98,7 @@ def test_plain_tars_train_without_a_manifest(corpus, plain_run, tmp_path):
 def test_a_run_keeps_what_it_froze_when_the_corpus_changes(corpus, plain_run, tmp_path):
     own = tmp_path / "corpus"
     subprocess.run(["cp", "-r", str(corpus), str(own)], check=True)
-    train_here(own, tmp_path / "run", "train.max_steps=3")
+    six_steps(own, tmp_path / "run", "train.max_steps=3")
     with duckdb.connect(str(own / "manifest.duckdb")) as connection:
         connection.execute("UPDATE samples SET caption = 'something else'")
     train(Request(str(tmp_path / "run"), assignments=("train.max_steps=6",)))
@@ -112,34 +115,37 @@ def test_settings_that_make_it_another_run_are_refused_by_name(plain_run):
 def test_held_out_clips_in_training_are_an_error_unless_told_otherwise(corpus, tmp_path):
     held_out = "eval.where=clip_id IN (SELECT clip_id FROM clips ORDER BY clip_id LIMIT 10)"
     with pytest.raises(UserError, match=r"eval\.overlap"):
-        train_here(corpus, tmp_path / "run", held_out, "eval.overlap=error")
-    train_here(corpus, tmp_path / "run", held_out, "eval.overlap=exclude", "train.max_steps=1", "eval.text=caption")
+        six_steps(corpus, tmp_path / "run", held_out, "eval.overlap=error")
+    six_steps(corpus, tmp_path / "run", held_out, "eval.overlap=exclude", "train.max_steps=1", "eval.text=caption")
     steps = [row["step"] for row in lines(tmp_path / "run", "eval.jsonl")]
     assert steps == [0, 1]
 
 
 @pytest.mark.slow
 def test_two_trainings_never_write_one_run(corpus, tmp_path):
-    run = tmp_path / "run"
-    first = subprocess.Popen(train_command(corpus, run, "train.max_steps=400"), stderr=subprocess.PIPE, env=quiet())
+    run, output = tmp_path / "run", tmp_path / "output"
+    first = Forked(train_command(corpus, run, "train.max_steps=400", "data.loader_processes=0"), output)
     try:
-        while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
-            assert first.poll() is None, first.stderr.read()
-        second = run_training(None, run)
-        assert second.returncode == 2 and "is being trained by process" in second.stderr
+        while not lines_so_far(run):
+            assert first.poll() is None, output.read_text()
+            time.sleep(0.02)
+        with pytest.raises(UserError, match=f"is being trained by process {first.pid}"):
+            train_here(None, run)
     finally:
-        first.kill()
-        first.communicate()
+        first.send_signal(signal.SIGKILL)
+        first.wait()
 
 
-def test_mistakes_are_told_in_a_line(tmp_path):
+def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys):
+    command = [sys.executable, "-m", "pipeline.cli", "train", "--run", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=quiet())
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "--corpus is missing" in done.stderr
+
     def told(*arguments: str) -> str:
-        command = [sys.executable, "-m", "pipeline.cli", "train", "--run", str(tmp_path / "run"), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=quiet())
-        assert done.returncode == 2 and "Traceback" not in done.stderr
-        return done.stderr
+        monkeypatch.setattr(sys, "argv", ["clipmill", *command[3:], *arguments])
+        assert pipeline.cli._run() == 2
+        return capsys.readouterr().err
 
-    assert "--corpus is missing" in told()
     assert "no manifest.duckdb" in told("--corpus", str(tmp_path))
     assert "train.batch_sizes: there is no such setting" in told("--corpus", "x", "--set", "train.batch_sizes=1")
     assert "--select or --where" in told("--corpus", "x", "--select", "SELECT 1", "--where", "true")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training_support import assert_same_run, lines_so_far, quiet, run_training, small_corpus, train_command
+from training_support import assert_same_run, lines_so_far, quiet, small_corpus, train_command, train_here
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
 
@@ -18,15 +18,23 @@ from pipeline.errors import UserError  # noqa: E402
 from training.prepare import Request  # noqa: E402
 from training.ray_train import train_on_ray  # noqa: E402
 
-NUM_STEPS = "train.max_steps=12"
+SETTINGS = ("train.max_steps=12", "train.checkpoint_every=2", "data.loader_processes=0")
+
+
+@pytest.fixture
+def watchful(monkeypatch):
+    """A node that answers nobody is soon called dead. One that is slow has the usual 10 s for each of its answers."""
+    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "500")
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 
 @pytest.mark.slow
-def test_a_node_that_is_gone_costs_the_steps_since_the_last_checkpoint(tmp_path):
-    corpus, undisturbed, run = small_corpus(tmp_path / "corpus"), tmp_path / "undisturbed", tmp_path / "run"
-    assert run_training(corpus, undisturbed, NUM_STEPS).returncode == 0
+def test_a_node_that_is_gone_costs_the_steps_since_the_last_checkpoint(tmp_path, watchful):
+    corpus, undisturbed, run = small_corpus(tmp_path / "corpus", 64), tmp_path / "undisturbed", tmp_path / "run"
+    train_here(corpus, undisturbed, *SETTINGS)
     with local_cluster(num_nodes=2) as cluster, (tmp_path / "output").open("w") as output:
-        command = train_command(corpus, run, NUM_STEPS, "train.checkpoint_every=2", workers=2)
+        command = train_command(corpus, run, *SETTINGS, workers=2)
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=quiet() | {"RAY_ADDRESS": cluster.address}
         )
