@@ -321,8 +321,10 @@ class Ledger:
         return sorted({*direct, *(a for name in direct for a in self._ancestors(name))})
 
     def units_with_work(self, stages: Iterable[str]) -> list[str]:
+        """Of none of these stages, as when shards alone are to be packed, there are none."""
         union = " UNION ALL ".join(
-            f"SELECT unit FROM state_{stage} WHERE status IN ('pending', 'retry')" for stage in stages
+            ["SELECT '' AS unit WHERE false"]
+            + [f"SELECT unit FROM state_{stage} WHERE status IN ('pending', 'retry')" for stage in stages]
         )
         return [unit for (unit,) in self._rows(f"SELECT DISTINCT unit FROM ({union}) ORDER BY unit")]
 
