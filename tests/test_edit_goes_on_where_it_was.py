@@ -1,15 +1,14 @@
 """The rounds of an editing on a corpus: the same rows however they come about; what is kept and what is taken back."""
 
-import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from edit_support import EAGER, copy_of, edit, edit_command, edit_tables, edits, rows
+from training_support import Forked
 
 import training.edit_worker
 from pipeline.errors import UserError
@@ -69,10 +68,10 @@ def test_an_editing_killed_goes_on_to_the_same_rows(numbered, whole, tmp_path):
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
     settings = [part for setting in EAGER for part in ("--set", setting)]
     command = edit_command("--corpus", corpus, "--model", "demo", "--out", out, "--no-train", "--rounds", 2, *settings)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = Forked(command, tmp_path / "output")
     deadline = time.monotonic() + 120
     while not list((corpus / "fragments" / "ledger").glob("edit-u*")) and time.monotonic() < deadline:
-        assert process.poll() is None, "it ended before it was killed"
+        assert process.poll() is None, (tmp_path / "output").read_text()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -241,9 +240,9 @@ def test_the_command_edits_trains_a_student_and_its_clips_train_a_run(numbered, 
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
     settings = [part for setting in (*EAGER, *SMALL) for part in ("--set", setting)]
     options = ["--corpus", corpus, "--model", "demo", "--recipe", "demo", "--out", out, "--rounds", 1, *settings]
-    done = subprocess.run(edit_command(*options), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "round 1, " in done.stdout and "student validation R@1" in done.stdout
+    assert Forked(edit_command(*options), tmp_path / "output").wait(timeout=200) == 0
+    told = (tmp_path / "output").read_text()
+    assert "round 1, " in told and "student validation R@1" in told
     [warm_up, played] = rows(corpus, "SELECT * FROM edit_rounds ORDER BY round")
     assert played["outcome"] == ("kept" if played["validation"] > warm_up["validation"] else "rolled-back")
     student = Selection.open(out / "round-01" / "selection.arrow")

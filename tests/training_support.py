@@ -85,9 +85,9 @@ def assert_same_run(run: Path, expected: Path) -> None:
 class Forked:
     """The command in a process of its own that is forked with its imports done; else as subprocess's Popen."""
 
-    def __init__(self, command: list[str], output: Path):
+    def __init__(self, command: list[str], output: Path, **environment: str):
         serve_imports()
-        arguments = (command[command.index("train") :], output)
+        arguments = (command[command.index("pipeline.cli") + 1 :], output, environment)
         self._process = multiprocessing.get_context("forkserver").Process(target=_run_command, args=arguments)
         self._process.start()
         self.pid = self._process.pid
@@ -104,7 +104,8 @@ class Forked:
         return self._process.exitcode
 
 
-def _run_command(arguments: list[str], output: Path) -> None:
+def _run_command(arguments: list[str], output: Path, environment: dict[str, str]) -> None:
+    os.environ |= environment
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
