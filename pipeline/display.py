@@ -56,6 +56,16 @@ class Terminal:
             if stage in stages and (num_open or waiting):
                 parts.append(f"{stage} {num_open:,}" + (f" (+{waiting:,} depend on that)" if waiting else ""))
         self.console.print("[bold]to do[/] " + (" · ".join(parts) if parts else "nothing is pending in the stages"))
+        num_left = {
+            name: sum(by.get(status, 0) for status in OPEN) for name, by in counts.items() if name not in stages
+        }
+        left = " · ".join(f"{name} {num:,}" for name, num in num_left.items() if num)
+        if "pack" in stages and left:  # shards lose what a condition finds no more
+            self.console.print(
+                f"[yellow]note[/] pack.where sees nothing of what is pending elsewhere: {left}. "
+                "`clipmill build` does that first.",
+                soft_wrap=True,
+            )
 
     @contextmanager
     def progress(self, engine: Engine, counts: dict[str, dict[str, int]]) -> Iterator[None]:

@@ -1,9 +1,13 @@
 """`clipmill run pack`: shards as the settings want them now, from what is cut already; no other stage is asked for."""
 
+import io
+
 import pytest
+from rich.console import Console
 from whole_corpus_support import build_whole, write_sources
 
 from pipeline.build import build
+from pipeline.display import Terminal
 from shards.sql import open_manifest, rows_of
 
 
@@ -27,3 +31,10 @@ def test_shards_become_what_the_settings_want_now(corpus):
     assert pack(corpus, redo=True).num_written > 0 and len(packed(corpus)) == 6
     assert pack(corpus, "pack.where=video_id = 'video-b'").num_samples == 3
     assert packed(corpus) == {"video-b.0", "video-b.1", "video-b.2"}
+
+
+def test_what_packing_alone_will_not_see_is_told():
+    for stages, is_told in ((["pack"], True), (["score", "pack"], False), (["cut"], False)):
+        console = Console(file=io.StringIO(), width=200)
+        Terminal(console).plan({"score": {"done": 34, "pending": 8}}, stages)
+        assert ("pending elsewhere: score 8" in console.file.getvalue()) == is_told
