@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,6 +147,14 @@ def test_a_process_that_goes_elsewhere_still_reads(run, expected, tmp_path, monk
         batches = loader.batches(run.epochs, slice(0, 8), 0, 5)
         first = next(batches)
         assert_all_equal([first, *batches], expected[:5])
+
+
+def test_processes_that_read_import_no_pandas(run):
+    """pyarrow would, for an array of numpy's: a second of processor time each."""
+    with run.loader(1) as loader:
+        next(loader.batches(run.epochs, slice(0, 8), 0, 100))
+        [process] = loader_processes()
+        assert "/pandas/" not in Path(f"/proc/{process}/maps").read_text()
 
 
 def test_no_process_outlives_the_loader(run):

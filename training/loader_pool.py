@@ -224,7 +224,7 @@ def warm_up(reader: SampleReader) -> Any:
     """Starts the fork server, if it does not run yet, and returns without waiting for its imports: seconds of them."""
     context = multiprocessing.get_context("forkserver")
     tokenizer = "open_clip.tokenizer" if reader.texts.words is None else "captioning.tokenizer"
-    context.set_forkserver_preload([__name__, tokenizer, "pandas"])  # pyarrow imports it when it meets an array
+    context.set_forkserver_preload([__name__, tokenizer])
     forkserver.ensure_running()
     return context
 
