@@ -104,9 +104,17 @@ def main() -> None:
 
 
 def torment(
-    folder: Path, num_faults: int, num_videos: int, seed: int, say: Callable[[str], Any], kinds: tuple[str, ...] = KINDS
+    folder: Path,
+    num_faults: int,
+    num_videos: int,
+    seed: int,
+    say: Callable[[str], Any],
+    kinds: tuple[str, ...] = KINDS,
+    *,
+    num_kinds: int = 1,
+    num_nodes: int = 2,
 ) -> Summary:
-    """Build quietly, build with faults, compare. The work is done in `folder`."""
+    """Build quietly, build with at least so many faults of so many kinds, compare. The work is done in `folder`."""
     from pipeline.demo.server import serve
     from pipeline.demo.world import WorldSettings, make_world, write_sources
 
@@ -118,7 +126,7 @@ def torment(
         spoiler.always = _listed_faults(world)
         sources = folder / "sources.jsonl"
         write_sources(world, base_url, sources)
-        with _small_disk(folder / "disk", summary) as disk, local_cluster() as cluster:
+        with _small_disk(folder / "disk", summary) as disk, local_cluster(num_nodes) as cluster:
             quiet = Build(folder / "quiet", sources, cluster.address)
             with CommitCount(quiet.corpus) as needed:
                 say(f"quiet build of {num_videos} videos")
@@ -127,7 +135,7 @@ def torment(
             with CommitCount(tormented.corpus) as made:
                 chaos = Chaos(tormented, made, cluster, spoiler, seed)
                 wanted = [kind for kind in kinds if kind != "disk-full" or not summary.left_out]
-                summary.faults = chaos.run(num_faults, wanted, say)
+                summary.faults = chaos.run(num_faults, num_kinds, wanted, say)
                 say("no more faults: the last build")
                 spoiler.stop()
                 _finish(tormented)
@@ -162,10 +170,10 @@ class Chaos:
         self.build, self.made, self.cluster, self.spoiler = build, made, cluster, spoiler
         self.rng, self.faults = random.Random(seed), Counter()
 
-    def run(self, num_faults: int, kinds: list[str], say: Callable[[str], Any]) -> Counter:
+    def run(self, num_faults: int, num_kinds: int, kinds: list[str], say: Callable[[str], Any]) -> Counter:
         """What has hit, by kind."""
         queue: list[str] = []
-        while self._num_hit() < num_faults:
+        while self._num_hit() < num_faults or len(+self.faults) < num_kinds:
             self._keep_building()
             queue = queue or self.rng.sample(kinds, len(kinds))
             time.sleep(self.rng.uniform(0.1, 5))

@@ -1,4 +1,4 @@
-"""`msrvtt:FOLDER` through every stage on a local Ray: whole videos, a split, twenty texts a clip, asked by SQL."""
+"""`msrvtt:FOLDER` from files to shards on a local Ray: whole videos, a split, twenty texts a clip, asked by SQL."""
 
 import json
 import shutil
@@ -7,11 +7,15 @@ import tarfile
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.stages import STAGE_NAMES
 from tests import benchmark_support as layouts
 from tests.build_support import ask, build_here, clipmill, snapshot
 from tests.media_support import Shape, make_video, numbers_in
 
 pytestmark = pytest.mark.slow
+
+CAPTIONED = tuple(stage for stage in STAGE_NAMES if stage != "score")
+PLAIN = "caption.captioner=tests.plain_captioner:Plain"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def built(folder, local_ray, tmp_path_factory):
     corpus = tmp_path_factory.mktemp("benchmark") / "corpus"
-    return corpus, build_here(corpus, [f"msrvtt:{folder}"])
+    return corpus, build_here(corpus, [f"msrvtt:{folder}"], PLAIN, stages=CAPTIONED)
 
 
 def test_every_video_that_is_one_becomes_one_whole_clip(built):
@@ -84,7 +88,7 @@ def test_a_sample_is_searched_by_its_first_text_and_carries_all(built):
 def test_building_again_does_nothing_and_another_protocol_is_refused(built, folder):
     corpus, _ = built
     before = snapshot(corpus)
-    assert not build_here(corpus, [f"msrvtt:{folder}"], recipe=None).did_something
+    assert not build_here(corpus, [f"msrvtt:{folder}"], recipe=None, stages=CAPTIONED).did_something
     with pytest.raises(UserError, match="a corpus of its own"):
         build_here(corpus, [f"msrvtt-full:{folder}"], recipe=None)
     assert snapshot(corpus) == before
@@ -94,7 +98,7 @@ def test_a_video_that_comes_later_is_the_only_work(built, folder, tmp_path):
     corpus = shutil.copytree(built[0], tmp_path / "corpus")
     make_video(folder / "videos", Shape("video5.mp4", num_frames=45, size=(160, 96)))
     try:
-        report = build_here(corpus, [f"msrvtt:{folder}"], recipe=None)
+        report = build_here(corpus, [f"msrvtt:{folder}"], recipe=None, stages=CAPTIONED)
     finally:
         (folder / "videos" / "video5.mp4").unlink()
     assert report.ingest.num_new == 1 and report.engine.by_stage["cut"].done == 1
