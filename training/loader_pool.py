@@ -223,7 +223,7 @@ class Pool:
 def warm_up(reader: SampleReader) -> Any:
     """Starts the fork server, if it does not run yet, and returns without waiting for its imports: seconds of them."""
     context = multiprocessing.get_context("forkserver")
-    tokenizer = "open_clip.tokenizer" if reader.texts.words is None else "captioning.tokenizer"
+    tokenizer = "training.clip_tokenizer" if reader.texts.words is None else "captioning.tokenizer"
     context.set_forkserver_preload([__name__, tokenizer])
     forkserver.ensure_running()
     return context

@@ -23,12 +23,16 @@ class TextEncoder:
         """int64 ids [N, max_tokens]; the end token has the largest id, behind it is 0."""
         return self._tokenizer(list(texts), self.max_tokens)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the vocabulary, if it has been read here."""
+        return TextEncoder, (self.words, self.max_tokens)
+
     @cached_property
     def _tokenizer(self) -> Any:
         if self.words is not None:
             from captioning.tokenizer import WordTokenizer
 
             return WordTokenizer(self.words, self.max_tokens)
-        from open_clip.tokenizer import SimpleTokenizer
+        from training.clip_tokenizer import SimpleTokenizer
 
         return SimpleTokenizer(context_length=self.max_tokens)
