@@ -152,9 +152,17 @@ def _explain(model: type[Settings], problems: list[Any]) -> str:
             known = ", ".join(section.model_fields)
             messages[f"setting {where}"] = [f"there is no such setting; known here are {known}"]
         else:
-            text = problem["msg"][0].lower() + problem["msg"][1:]
-            messages.setdefault(f"setting {where} = {_short(problem['input'])}", []).append(text)
+            text = problem["msg"].removeprefix("Value error, ")
+            text = text if text != problem["msg"] else text[0].lower() + text[1:]
+            messages.setdefault(_named(where, problem["input"]), []).append(text)
     return "\n".join(f"{where}: {' or '.join(texts)}." for where, texts in messages.items())
+
+
+def _named(where: str, value: Any) -> str:
+    """A setting with its value; of settings that disagree their section, if it is one: the message names them."""
+    if isinstance(value, dict):
+        return f"setting {where}" if where else "settings"
+    return f"setting {where} = {_short(value)}"
 
 
 def _short(value: Any) -> str:
