@@ -3,13 +3,13 @@
 The long run, with kills of every kind, is `python -m bench.train_chaos`.
 """
 
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from training_support import assert_same_run, lines_so_far, quiet, small_corpus, train_command, train_here
+from training_support import Forked, assert_same_run, lines_so_far, small_corpus, train_command, train_here
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
 
@@ -33,11 +33,9 @@ def watchful(monkeypatch):
 def test_a_node_that_is_gone_costs_the_steps_since_the_last_checkpoint(tmp_path, watchful):
     corpus, undisturbed, run = small_corpus(tmp_path / "corpus", 64), tmp_path / "undisturbed", tmp_path / "run"
     train_here(corpus, undisturbed, *SETTINGS)
-    with local_cluster(num_nodes=2) as cluster, (tmp_path / "output").open("w") as output:
+    with local_cluster(num_nodes=2) as cluster:
         command = train_command(corpus, run, *SETTINGS, workers=2)
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=quiet() | {"RAY_ADDRESS": cluster.address}
-        )
+        process = Forked(command, tmp_path / "output", RAY_ADDRESS=cluster.address)
         try:
             wait_for_step(run, 4, process)
             lost = next(node for node in cluster.nodes if has_worker(cluster, node))
@@ -45,8 +43,9 @@ def test_a_node_that_is_gone_costs_the_steps_since_the_last_checkpoint(tmp_path,
             cluster.add(num_cpus=1)
             code = process.wait(timeout=300)
         finally:
-            process.kill()
-            process.wait()
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
     assert code == 0, (tmp_path / "output").read_text()[-3000:]
     assert_same_run(run, undisturbed)
 
@@ -58,7 +57,7 @@ def test_a_folder_that_is_no_run_is_refused_before_ray_writes_to_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["something.txt"]
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(run: Path, step: int, process: Forked) -> None:
     deadline = time.monotonic() + 240
     while max(lines_so_far(run), default=0) < step:
         assert process.poll() is None and time.monotonic() < deadline, "it did not come to that step"
