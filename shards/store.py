@@ -8,16 +8,18 @@ after it see it, and a PUT may be made to fail where the object is there (If-Non
 import functools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
+
+Answer = TypeVar("Answer")
 
 SCHEME = "s3://"
 ATTEMPTS = 8  # of a request, with pauses that double up to 20 s; AWS_MAX_ATTEMPTS says another number
@@ -99,10 +101,14 @@ class Store:
 
     def read(self, key: str) -> Held | None:
         """A small object; None where there is none."""
-        try:
+
+        def whole() -> tuple[dict[str, Any], bytes]:
             with self._asking("read") as client:
                 answer = client.get_object(**self._at(key))
-                data = answer["Body"].read()
+                return answer, answer["Body"].read()
+
+        try:
+            answer, data = _till_whole(whole)
         except FileNotFoundError:
             return None
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
@@ -111,18 +117,15 @@ class Store:
 
     def fetch(self, key: str, path: Path) -> str:
         """Writes the object's bytes to `path` and returns its ETag. Raises FileNotFoundError."""
-        for pause_s in (*READ_PAUSES_S, None):
-            try:
-                with self._asking("read") as client, open(path, "wb") as file:
-                    answer = client.get_object(**self._at(key))
-                    for chunk in answer["Body"].iter_chunks(1 << 20):
-                        file.write(chunk)
-                return answer["ETag"]
-            except UserError as error:
-                if pause_s is None or not _broke_off(error):
-                    raise
-                time.sleep(pause_s)
-        raise AssertionError("unreachable")
+
+        def whole() -> str:
+            with self._asking("read") as client, open(path, "wb") as file:
+                answer = client.get_object(**self._at(key))
+                for chunk in answer["Body"].iter_chunks(1 << 20):
+                    file.write(chunk)
+            return answer["ETag"]
+
+        return _till_whole(whole)
 
     def write(self, key: str, data: bytes, *, new: bool = False, instead_of: str | None = None) -> str:
         """The new ETag. Raises Changed where it is there already (`new`), or is not `instead_of` (an ETag) any more."""
@@ -195,11 +198,18 @@ class Store:
         return UserError(f"{self.url} cannot be {what}: {error}. What is committed is safe; the same command goes on.")
 
 
-def _broke_off(error: UserError) -> bool:
-    """In the middle of an answer, where the client itself does not ask again."""
-    from botocore.exceptions import ClientError
+def _till_whole(read: Callable[[], Answer]) -> Answer:
+    """What `read` returns; again, after a pause, where an answer broke off in its middle: the client asks only once."""
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
 
-    return not isinstance(error.__cause__, ClientError)
+    for pause_s in READ_PAUSES_S:
+        try:
+            return read()
+        except UserError as error:
+            if not isinstance(error.__cause__, (HTTPClientError, IncompleteReadError)):
+                raise
+            time.sleep(pause_s)
+    return read()
 
 
 def _condition(new: bool, instead_of: str | None) -> dict[str, str]:

@@ -77,6 +77,10 @@ def test_paced_indices_of_clips_at_the_rate_they_are_cut_at() -> None:
     assert paced_indices(2, 3.0, frames_per_s=6.0, most=12).tolist() == [0, 0, 1, 1]
 
 
+def test_however_seldom_a_frame_is_looked_at_the_first_one_is() -> None:
+    assert paced_indices(30, 3.0, frames_per_s=1e-9, most=12).tolist() == [0]
+
+
 def test_jitter_is_a_function_of_seed_epoch_and_clip() -> None:
     drawn = {
         (seed, epoch, clip): tuple(train_indices(300, 12, seed=seed, epoch=epoch, clip_id=clip))

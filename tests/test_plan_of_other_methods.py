@@ -3,10 +3,12 @@
 import pytest
 import torch
 from clip_vip_support import tiny_config
+from shard_support import make_corpus, pack
 
+from pipeline.errors import UserError
 from training import models
 from training.encoder import score_pairs
-from training.estimate import memory
+from training.estimate import estimate, memory
 from training.footprint import Footprint
 from training.memory import saved_bytes
 from training.model import TowerConfig
@@ -28,6 +30,13 @@ SETTINGS = {
     "unipt": ["model.method=unipt", "model.pooling=mean"],
     "unipt of frames": ["model.method=unipt", "model.pooling=mean", "model.unipt.tokens=frames"],
 }
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    root = make_corpus(tmp_path_factory.mktemp("small") / "corpus", 12)
+    pack(root)
+    return root
 
 
 def settings_of(name: str, *more: str) -> RunSettings:
@@ -102,3 +111,22 @@ def test_at_the_published_size_unipt_takes_a_small_part_of_fine_tuning():
         taken[settings.model.method] = memory(footprint, settings.data, settings.train, per_device=128, num_devices=1)
     assert taken["unipt"].activations < 0.15 * taken["clip4clip"].activations
     assert taken["unipt"].optimiser < 0.1 * taken["clip4clip"].optimiser
+
+
+@pytest.mark.parametrize(
+    "name, setting, message",
+    [
+        ("tightTransf", "train.loss=mil_nce", "train.loss = mil_nce.*allowed here: vs"),
+        ("tightTransf", "train.chunk_size=4", "train.chunk_size = 4"),
+        ("meanP", "train.parallel=fsdp", "train.parallel = 'fsdp'"),
+        ("unipt", "train.activation_checkpointing=true", "train.activation_checkpointing"),
+    ],
+)
+def test_what_training_refuses_is_refused_here(small, name, setting, message):
+    with pytest.raises(UserError, match=message):
+        estimate(small, settings_of(name, "model.init=demo", setting), gpus=[])
+
+
+def test_chunks_are_not_advised_where_pairs_are_scored(small):
+    found = estimate(small, settings_of("tightTransf", "model.init=demo"), gpus=[])
+    assert found.with_chunks == found.memory

@@ -97,14 +97,13 @@ class Wrapped:
 
     def __init__(self, model: ClipVip, settings: TrainSettings, process: Process):
         self.settings, self.process = settings, process
+        check_settings(model, settings)
         if needs_pairs(model):
-            _prepare_for_pairs(model, settings)
+            _prepare_for_pairs(model)
         model.set_activation_checkpointing(settings.activation_checkpointing)
         self.model = model.to(process.device)
         encoder: nn.Module = Encoder(self.model, sources_of(settings.loss))
         self.is_sharded = process.group is not None and settings.parallel == "fsdp"
-        if self.is_sharded and not isinstance(model, ClipVip):
-            raise UserError("train.parallel = 'fsdp' is for model.method = 'clip_vip'; allowed here: ddp.")
         if self.is_sharded:
             _shard(encoder, self.model)
         self.module = encoder
@@ -154,8 +153,12 @@ class Wrapped:
         return total
 
 
-def _prepare_for_pairs(model: nn.Module, settings: TrainSettings) -> None:
-    """Raises UserError for settings that a model which scores pairs cannot have."""
+def check_settings(model: nn.Module, settings: TrainSettings) -> None:
+    """Raises UserError for settings that this model cannot be trained with."""
+    if settings.parallel == "fsdp" and not isinstance(model, ClipVip):
+        raise UserError("train.parallel = 'fsdp' is for model.method = 'clip_vip'; allowed here: ddp.")
+    if not needs_pairs(model):
+        return
     refused = {
         "train.loss": (settings.loss, settings.loss != "vs", "vs"),
         "train.chunk_size": (settings.chunk_size, settings.chunk_size is not None, "null: pairs are scored in chunks"),
@@ -167,6 +170,9 @@ def _prepare_for_pairs(model: nn.Module, settings: TrainSettings) -> None:
                 f"{name} = {value}: model.clip4clip.head = 'tightTransf' scores pairs and has no vector per video; "
                 f"allowed here: {allowed}."
             )
+
+
+def _prepare_for_pairs(model: nn.Module) -> None:
     model.train()  # its head has dropout
     model.logit_scale.requires_grad_(False)  # in no score, so it stays what it is, as in the published runs
 

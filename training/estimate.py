@@ -17,6 +17,7 @@ import torch
 from pipeline.errors import UserError
 from training import models
 from training.choice import Choice, Samples, choose_run, open_samples
+from training.encoder import check_settings, needs_pairs
 from training.epochs import spec_without_groups, total_steps
 from training.footprint import Footprint, pixels_of
 from training.loss import TERMS
@@ -130,10 +131,13 @@ def estimate(
         cost = data_cost(samples, training, held_out, settings)
     spec = spec_without_groups(cost.num_clips, data, train.batch_size)
     footprint = Footprint(config, settings)
+    check_settings(footprint.model, train)
+    footprint.model.set_activation_checkpointing(train.activation_checkpointing)  # refused by UniPT
     step = step_cost(footprint, settings, spec, total_steps(spec, train), num_devices)
     sizes = (step.per_device, num_devices)
     checkpointed = train.model_copy(update={"activation_checkpointing": True})
-    chunked = train.model_copy(update={"chunk_size": min(CHUNK, step.per_device)})
+    chunk_size = None if needs_pairs(footprint.model) else min(CHUNK, step.per_device)
+    chunked = train.model_copy(update={"chunk_size": chunk_size})
     return Estimate(
         data=cost,
         step=step,

@@ -39,7 +39,7 @@ def paced_indices(num_frames: int, fps: float, *, frames_per_s: float, most: int
     an integer, so that its seconds drift, and may take a frame behind the end (section 9).
     """
     _check_counts(num_frames, most)
-    shown = np.arange(math.ceil(num_frames / fps * frames_per_s - 1e-6)) * (fps / frames_per_s)
+    shown = np.arange(max(1, math.ceil(num_frames / fps * frames_per_s - 1e-6))) * (fps / frames_per_s)
     indices = np.minimum(shown + 1e-6, num_frames - 1).astype(np.int64)  # 3 * (1/3) is to be 1, not 0.99…
     return indices if len(indices) <= most else indices[eval_indices(len(indices), most)]
 
