@@ -53,11 +53,6 @@ def train_here(corpus: Path | None, run: Path, *settings: str) -> Report:
     return train(Request(str(run), corpus and str(corpus), corpus and "demo", chosen))
 
 
-def run_training(*arguments: Any, timeout_s: float = 240, **kwargs: Any) -> subprocess.CompletedProcess:
-    command = train_command(*arguments, **kwargs)
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=quiet())
-
-
 def quiet() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
