@@ -4,7 +4,8 @@ One loop, one thread, one writer. A unit moves through the stages by itself: whe
 is asked again what it lacks, so downloads, cutting and captioning of different units overlap, and nothing but unit
 names is kept in memory. Ray's own retries are off: work whose worker dies is given again here, in single items if it
 dies again, and becomes a failure row of the item. When all else is done such items get one last round, since workers
-that died in a row (a node that went, memory that ran out) say little of the item, and packing waits for its rows.
+that died in a row (memory that ran out) say little of the item, and packing waits for its rows. What a cluster sends to
+a node that is dead, before it knows, comes back at once: that is no try, and the next one waits a little.
 """
 
 import heapq
@@ -27,6 +28,9 @@ from shards.manifest import publish
 
 JOIN_ATTEMPTS = 4  # at joining a cluster
 LOOK_EVERY_S = 3.0  # at the cluster's size
+MAX_LOST = 12  # times that a piece of work may come back from a dead node before that counts as a worker's death
+LOST_PAUSE_S = 2.0  # after that; a cluster takes up to half a minute to call a silent node dead
+BEGINS_WITHIN_S = 10.0  # what comes back from a dead node sooner was sent there when it was dead
 MAX_DEATHS = 3  # a piece of work whose worker died this often is split, and failed when it is a single item
 
 
@@ -44,7 +48,9 @@ class StageProgress:
 class Flight:
     work: Work
     deaths: int = 0
+    num_lost: int = 0
     actor: object | None = None
+    sent_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Death:
 
     message: str
     innocent: bool = False  # the work had not begun: it waited for an actor that another work killed
+    lost: bool = False  # the work had not begun: its node was dead already
 
 
 @dataclass
@@ -76,6 +83,7 @@ class Engine:
         self.busy: dict[str, int] = {}  # unit → pieces queued or in flight
         self.order = 0
         self.published_at, self.publish_cost_s = -math.inf, 0.0
+        self.sends_after = 0.0
         self.given_up: list[tuple[str, str, int]] = []  # (stage, item, attempts) of those whose workers died too often
 
     def derive(self, units: Sequence[str] | None = None) -> None:
@@ -203,13 +211,18 @@ class Engine:
             store=self.corpus.store,
         )
 
-    def _enqueue(self, stage: Stage, work: Work, deaths: int = 0) -> None:
+    def _enqueue(self, stage: Stage, work: Work, deaths: int = 0, num_lost: int = 0) -> None:
         self.order += 1
         rank = -next(i for i, candidate in enumerate(STAGES) if candidate.name == stage.name)
-        heapq.heappush(self.queues[stage.pool], (rank, -work.cost, self.order, Flight(work, deaths)))
+        heapq.heappush(self.queues[stage.pool], (rank, -work.cost, self.order, Flight(work, deaths, num_lost)))
         self.busy[work.unit] = self.busy.get(work.unit, 0) + 1
 
     def _submit(self) -> None:
+        pause_s = self.sends_after - time.monotonic()
+        if pause_s > 0:
+            if not self.flights:
+                time.sleep(pause_s)
+            return
         for pool, queue in self.queues.items():
             while queue and self.pools.has_room(pool):
                 flight = heapq.heappop(queue)[-1]
@@ -240,10 +253,14 @@ class Engine:
         What hung would hang again, so it is not given a second time as it was. What only waited for a worker that
         another work killed has no part in it.
         """
-        work, deaths = flight.work, flight.deaths + (not death.innocent)
+        lost = death.lost and flight.num_lost < MAX_LOST
+        work, deaths = flight.work, flight.deaths + (not death.innocent and not lost)
         hung = take_report(self.corpus.root, work.name)
         stage = next(stage for stage in self.stages if stage.name == work.stage)
-        if len(work.items) > 1 and (hung or deaths >= MAX_DEATHS - 1):
+        if lost:
+            self._enqueue(stage, work, deaths, flight.num_lost + 1)
+            self.sends_after = time.monotonic() + LOST_PAUSE_S
+        elif len(work.items) > 1 and (hung or deaths >= MAX_DEATHS - 1):
             for item in work.items:
                 self._enqueue(stage, self._piece(stage, work.unit, [item]), deaths)
         elif deaths < MAX_DEATHS and not hung:
@@ -320,6 +337,7 @@ class Pools:
             actor.warm_up.remote(settings)
 
     def start(self, pool: str, flight: Flight):
+        flight.sent_at = time.monotonic()
         if pool == "model":
             actor = min(self.actors, key=lambda actor: len(self.actors[actor]))
             self.actors[actor].append(flight)
@@ -359,7 +377,8 @@ class Pools:
             cause = getattr(error, "cause", None)
             if isinstance(cause, (UserError, OSError)):
                 raise cause from None  # a setting that only the worker could check; a disk that takes no more
-            return Death(str(error))
+            gone = isinstance(error, (self.ray.exceptions.LocalRayletDiedError, self.ray.exceptions.NodeDiedError))
+            return Death(str(error), lost=gone and time.monotonic() - flight.sent_at < BEGINS_WITHIN_S)
 
     def _leave(self, flight: Flight) -> None:
         if flight.actor is not None:

@@ -11,19 +11,23 @@ from ledger_support import STAGES, FragmentCorpus
 from pipeline import engine as engines
 from pipeline.config import Settings
 from pipeline.corpus import Corpus
-from pipeline.engine import MAX_DEATHS, Death, Engine
+from pipeline.engine import MAX_DEATHS, MAX_LOST, Death, Engine
 from pipeline.errors import ItemError
 from pipeline.settings import CorpusSettings
 from pipeline.worker import commit
 
 
 class Workers:
-    """One piece at a time; `deaths` says how many workers an item will kill before one lives through it."""
+    """One piece at a time.
+
+    deaths  how many workers an item will kill before one lives through it
+    lost    how often an item's piece is sent to a node that is dead
+    """
 
     active_units = 8
 
     def __init__(self, corpus: FragmentCorpus, deaths: Counter):
-        self.corpus, self.deaths, self.tried = corpus, deaths, Counter()
+        self.corpus, self.deaths, self.tried, self.lost = corpus, deaths, Counter(), Counter()
 
     def warm_up(self, settings: dict) -> None: ...
 
@@ -40,6 +44,10 @@ class Workers:
 
     def result(self, reference, flight):
         work = flight.work
+        for item in work.items:
+            if self.lost[item["item_id"]] > 0:
+                self.lost[item["item_id"]] -= 1
+                return Death("its node is dead", lost=True)
         self.tried.update(item["item_id"] for item in work.items)
         killers = [item["item_id"] for item in work.items if self.deaths[f"{work.stage}:{item['item_id']}"] > 0]
         if killers:
@@ -57,9 +65,11 @@ def corpus(tmp_path, monkeypatch):
     return corpus
 
 
-def run(corpus: FragmentCorpus, monkeypatch, name: str = "run", **deaths: int):
+def run(corpus: FragmentCorpus, monkeypatch, name: str = "run", lost: dict[str, int] | None = None, **deaths: int):
     """One run of every stage; returns (the engine's report, its workers)."""
     workers = Workers(corpus, Counter({item.replace("_", ":", 1): count for item, count in deaths.items()}))
+    workers.lost.update(lost or {})
+    monkeypatch.setattr(engines, "LOST_PAUSE_S", 0.01)
     monkeypatch.setattr(engines, "Pools", lambda settings: workers)
     engine = Engine(Corpus(corpus.root), CorpusSettings(), corpus.ledger, name, STAGES)
     engine.derive()
@@ -91,4 +101,16 @@ def test_other_failures_are_not_tried_again_in_their_run(corpus, monkeypatch):
     _, workers = run(corpus, monkeypatch, **{"caption_a.0": MAX_DEATHS})
     assert workers.tried["b"] == 1
     assert corpus.ledger.counts()["download"] == {"done": 1, "failed": 1}
+    assert corpus.ledger.counts()["caption"] == {"done": 2}
+
+
+def test_what_a_cluster_sends_to_a_dead_node_is_no_try(corpus, monkeypatch):
+    report, workers = run(corpus, monkeypatch, lost={"a": MAX_LOST, "b.1": MAX_DEATHS})
+    assert workers.tried["a"] == 4 and report.num_failed == 0  # once in each stage of videos
+    assert {stage: set(by) for stage, by in corpus.ledger.counts().items()} == dict.fromkeys(STAGES, {"done"})
+
+
+def test_a_cluster_of_dead_nodes_is_not_waited_for_without_end(corpus, monkeypatch):
+    run(corpus, monkeypatch, lost={"a": 10**6})
+    assert [row[:3] for row in corpus.ledger.standing_failures()] == [("download", "worker-died", 1)]
     assert corpus.ledger.counts()["caption"] == {"done": 2}
