@@ -162,7 +162,7 @@ def build(
         report.pending_before = current.ledger.counts()
         display.plan(report.pending_before, stages)
         _run_stages(current, stages, report, display)
-        if report.did_something or not is_current(current.corpus.root):
+        if report.did_something or not is_current(current.corpus.root, current.ledger):
             current.publish()
         if "pack" in stages or report.engine.num_done:
             report.pack = pack_corpus(current, display, write="pack" in stages, redo=redo and "pack" in stages)
@@ -171,7 +171,8 @@ def build(
             current.corpus.files.remove(*current.ledger.sources_cut())
         if report.did_something:
             current.record_run(ended=True)
-        if report.did_something or not is_current(current.corpus.root):  # somebody may have had a video forgotten
+        # A build before may have been killed between packing and publishing, or somebody has had a video forgotten.
+        if report.did_something or not is_current(current.corpus.root, current.ledger):
             current.publish()
         report.failures = current.failures()
     return report

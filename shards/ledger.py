@@ -58,6 +58,7 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.connection = _connect(self.path, memory_limit, threads)
         self.tombstones: tuple[str, ...] = ()  # the files that the tables obey
+        self.fingerprints: dict[str, str | None] = {}  # of the stages, as last derived
         self._create_tables()
 
     def close(self) -> None:
@@ -176,6 +177,7 @@ class Ledger:
         A stage without a fingerprint is off: it has no items, and what it did before counts for nothing.
         """
         self.leave_out_forgotten()
+        self.fingerprints = fingerprints
         if units is None:
             self.connection.execute("CREATE OR REPLACE TEMP TABLE scope AS SELECT DISTINCT unit FROM sources")
         else:

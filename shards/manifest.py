@@ -41,12 +41,17 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
     with duckdb.connect(str(temporary)) as fresh:
         fresh.execute(_views())
         fresh.execute(f"COMMENT ON VIEW catalog IS '{_layout()}'")
+        fresh.execute(f"COMMENT ON TABLE videos IS '{_made_from(ledger) if groups else 'unfinished'}'")
     os.replace(temporary, path)
     files_of(ledger.root).written(MANIFEST_NAME)
 
 
-def is_current(root: Path) -> bool:
-    """Whether there is a manifest, of the tables and views that this version publishes, that obeys every tombstone."""
+def is_current(root: Path, ledger: Ledger | None = None) -> bool:
+    """Whether there is a manifest, of the tables and views that this version publishes, that obeys every tombstone.
+
+    ledger  derived for all units: whether it is also what would be published now. Whoever loaded the last commits, or
+            put the last shards in place, may have been killed before it published them.
+    """
     path = root / MANIFEST_NAME
     if not path.is_file() or (root / UNFINISHED).exists():
         return False
@@ -54,6 +59,9 @@ def is_current(root: Path) -> bool:
         connection.execute(f"ATTACH '{_sql_text(path)}' AS manifest (READ_ONLY)")
         sql = "SELECT comment FROM duckdb_views() WHERE database_name = 'manifest' AND view_name = 'catalog'"
         if connection.execute(sql).fetchall() != [(_layout(),)]:
+            return False
+        sql = "SELECT comment FROM duckdb_tables() WHERE database_name = 'manifest' AND table_name = 'videos'"
+        if ledger and connection.execute(sql).fetchall() != [(_made_from(ledger),)]:
             return False
         num_obeyed = connection.execute("SELECT count(*) FROM manifest.forgotten").fetchall()[0][0]
     return num_obeyed == read_tombstones(root).num_rows
@@ -66,6 +74,14 @@ def _views() -> str:
 def _layout() -> str:
     tables = {table: [f"{field.name} {field.type}" for field in schema] for table, schema in MANIFEST.items()}
     return f"layout {digest([tables, _views()])}"
+
+
+def _made_from(ledger: Ledger) -> str:
+    """All that decides what a manifest holds: the settings, every row of the ledger, the shards that are in place."""
+    rows = 'count(*), bit_xor(hash(fragment, item_id, key, status, attempts, epoch_us("at")))'
+    ((num_rows, rows_hash),) = ledger.connection.execute(f"SELECT {rows} FROM ledger").fetchall()
+    shards = sorted(item for item in ledger.files.sizes("shards").items() if item[0].endswith(".parquet"))
+    return f"made from {digest([ledger.fingerprints, num_rows, rows_hash, shards])}"
 
 
 def _prepare(ledger: Ledger, groups: bool) -> None:

@@ -1,0 +1,40 @@
+"""All is done and committed, and the build is killed before it publishes: the next one publishes, and packs."""
+
+import shutil
+
+import pytest
+from whole_corpus_support import SETTINGS, VIDEOS, write_sources
+
+from pipeline import pack_stage
+from pipeline.build import build, session
+from pipeline.ingest_stage import ingest_sources
+from pipeline.stages import STAGE_NAMES
+from tests.build_support import hashes, snapshot, tables
+
+
+@pytest.fixture(scope="module")
+def early_manifest(tmp_path_factory):
+    """What a build publishes first: the sources."""
+    folder = tmp_path_factory.mktemp("early")
+    with session(folder / "corpus", None, SETTINGS, "test", create=True) as (current, _):
+        ingest_sources(current, [str(write_sources(folder / "list.jsonl", VIDEOS))])
+        current.publish()
+    return folder / "corpus" / "manifest.duckdb"
+
+
+def build_again(corpus):
+    return build(corpus, [], stages=STAGE_NAMES, recipe=None, assignments=[], command="test")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_nobody_published_is_published_by_the_next_build(whole, early_manifest, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_stage, "FEW_SHARDS", 1000)  # written in this process
+    corpus = shutil.copytree(whole, tmp_path / "corpus")
+    shutil.copy(early_manifest, corpus / "manifest.duckdb")
+    if not packed:
+        shutil.rmtree(corpus / "shards")
+    report = build_again(corpus)
+    assert report.engine.num_done == 0 and report.pack.num_written == (0 if packed else report.pack.num_shards)
+    assert hashes(corpus / "shards") == hashes(whole / "shards") and tables(corpus) == tables(whole)
+    settled = snapshot(corpus)
+    assert not build_again(corpus).did_something and snapshot(corpus) == settled
