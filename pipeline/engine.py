@@ -4,8 +4,8 @@ One loop, one thread, one writer. A unit moves through the stages by itself: whe
 is asked again what it lacks, so downloads, cutting and captioning of different units overlap, and nothing but unit
 names is kept in memory. Ray's own retries are off: work whose worker dies is given again here, in single items if it
 dies again, and becomes a failure row of the item. When all else is done such items get one last round, since workers
-that died in a row (memory that ran out) say little of the item, and packing waits for its rows. What a cluster sends to
-a node that is dead, before it knows, comes back at once: that is no try, and the next one waits a little.
+that died in a row (memory that ran out) say little of the item, and packing waits for its rows. Where
+the node that carries this process is gone, nothing comes back but errors: it joins the cluster again by another one.
 """
 
 import heapq
@@ -28,9 +28,7 @@ from shards.manifest import publish
 
 JOIN_ATTEMPTS = 4  # at joining a cluster
 LOOK_EVERY_S = 3.0  # at the cluster's size
-MAX_LOST = 12  # times that a piece of work may come back from a dead node before that counts as a worker's death
-LOST_PAUSE_S = 2.0  # after that; a cluster takes up to half a minute to call a silent node dead
-BEGINS_WITHIN_S = 10.0  # what comes back from a dead node sooner was sent there when it was dead
+MAX_LOST = 12  # times that a piece of work may be lost with this process's node before that counts as a death
 MAX_DEATHS = 3  # a piece of work whose worker died this often is split, and failed when it is a single item
 
 
@@ -50,7 +48,6 @@ class Flight:
     deaths: int = 0
     num_lost: int = 0
     actor: object | None = None
-    sent_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Death:
 
     message: str
     innocent: bool = False  # the work had not begun: it waited for an actor that another work killed
-    lost: bool = False  # the work had not begun: its node was dead already
+    lost: bool = False  # nobody knows: the node by which this process belongs to the cluster is gone
 
 
 @dataclass
@@ -83,7 +80,6 @@ class Engine:
         self.busy: dict[str, int] = {}  # unit → pieces queued or in flight
         self.order = 0
         self.published_at, self.publish_cost_s = -math.inf, 0.0
-        self.sends_after = 0.0
         self.given_up: list[tuple[str, str, int]] = []  # (stage, item, attempts) of those whose workers died too often
 
     def derive(self, units: Sequence[str] | None = None) -> None:
@@ -106,15 +102,7 @@ class Engine:
         if not waiting:
             return self.report
         self._publish_when_due()  # before Ray starts: whoever asks sees the sources from now on
-        self.pools = Pools(self.settings)
-        if any(stage.pool == "model" for stage in self.stages):
-            self.pools.warm_up(
-                {
-                    s.name: (s.settings(self.settings), self.fingerprints[s.name])
-                    for s in self.stages
-                    if s.pool == "model"
-                }
-            )
+        self._join()
         try:
             self._work_off(waiting, on_tick)
             if self.given_up:
@@ -122,6 +110,22 @@ class Engine:
         finally:
             self.pools.close()
         return self.report
+
+    def _join(self) -> None:
+        self.pools = Pools(self.settings)
+        models = [stage for stage in self.stages if stage.pool == "model"]
+        if models:
+            self.pools.warm_up({s.name: (s.settings(self.settings), self.fingerprints[s.name]) for s in models})
+
+    def _join_again(self) -> None:
+        """By another node. The cluster ends what a process sent that is gone for it, so all of it is sent again."""
+        for flight in self.flights.values():
+            self.report.by_stage[flight.work.stage].in_flight -= len(flight.work.items)
+            self._enqueue(self._stage_of(flight.work), flight.work, flight.deaths, flight.num_lost + 1)
+            self.busy[flight.work.unit] -= 1
+        self.flights.clear()
+        self.pools.leave()
+        self._join()
 
     def _work_off(self, waiting: deque[str], on_tick: Callable[["Engine"], None]) -> None:
         """Work until these units lack nothing that can be had."""
@@ -218,11 +222,6 @@ class Engine:
         self.busy[work.unit] = self.busy.get(work.unit, 0) + 1
 
     def _submit(self) -> None:
-        pause_s = self.sends_after - time.monotonic()
-        if pause_s > 0:
-            if not self.flights:
-                time.sleep(pause_s)
-            return
         for pool, queue in self.queues.items():
             while queue and self.pools.has_room(pool):
                 flight = heapq.heappop(queue)[-1]
@@ -245,7 +244,12 @@ class Engine:
                 del self.busy[flight.work.unit]
                 free.append(flight.work.unit)
         self._load(commits)
+        if self.pools.cut_off:
+            self._join_again()
         return free
+
+    def _stage_of(self, work: Work) -> Stage:
+        return next(stage for stage in self.stages if stage.name == work.stage)
 
     def _after_death(self, flight: Flight, death: Death) -> list[Commit]:
         """The worker died under this work: give it again, then item by item, and at last as a failure.
@@ -256,10 +260,9 @@ class Engine:
         lost = death.lost and flight.num_lost < MAX_LOST
         work, deaths = flight.work, flight.deaths + (not death.innocent and not lost)
         hung = take_report(self.corpus.root, work.name)
-        stage = next(stage for stage in self.stages if stage.name == work.stage)
+        stage = self._stage_of(work)
         if lost:
             self._enqueue(stage, work, deaths, flight.num_lost + 1)
-            self.sends_after = time.monotonic() + LOST_PAUSE_S
         elif len(work.items) > 1 and (hung or deaths >= MAX_DEATHS - 1):
             for item in work.items:
                 self._enqueue(stage, self._piece(stage, work.unit, [item]), deaths)
@@ -299,6 +302,7 @@ class Pools:
 
         self.ray, self.settings = ray, settings.engine
         self.started_ray = start_ray(settings)
+        self.cut_off = False  # the node is gone by which this process belongs to the cluster
         self.running = {"io": 0, "cpu": 0}
         self._look()
         self.actors: dict[object, list[Flight]] = {}  # actor → pieces it has, the first of them running
@@ -337,7 +341,6 @@ class Pools:
             actor.warm_up.remote(settings)
 
     def start(self, pool: str, flight: Flight):
-        flight.sent_at = time.monotonic()
         if pool == "model":
             actor = min(self.actors, key=lambda actor: len(self.actors[actor]))
             self.actors[actor].append(flight)
@@ -377,8 +380,9 @@ class Pools:
             cause = getattr(error, "cause", None)
             if isinstance(cause, (UserError, OSError)):
                 raise cause from None  # a setting that only the worker could check; a disk that takes no more
-            gone = isinstance(error, (self.ray.exceptions.LocalRayletDiedError, self.ray.exceptions.NodeDiedError))
-            return Death(str(error), lost=gone and time.monotonic() - flight.sent_at < BEGINS_WITHIN_S)
+            lost = self.started_ray and isinstance(error, self.ray.exceptions.LocalRayletDiedError)
+            self.cut_off = self.cut_off or lost
+            return Death(str(error), lost=lost)
 
     def _leave(self, flight: Flight) -> None:
         if flight.actor is not None:
@@ -395,6 +399,10 @@ class Pools:
         options["resources"] = self.settings.model_resources
         while len(self.actors) < self.num_actors:
             self.actors[self.ray.remote(**options)(ModelWorker).remote()] = []
+
+    def leave(self) -> None:
+        """A cluster that has lost this process already."""
+        self.ray.shutdown()
 
     def close(self) -> None:
         for actor in [*self.actors, *([self.governor] if self.governor else [])]:

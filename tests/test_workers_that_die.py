@@ -21,10 +21,11 @@ class Workers:
     """One piece at a time.
 
     deaths  how many workers an item will kill before one lives through it
-    lost    how often an item's piece is sent to a node that is dead
+    lost    how often this process's node is gone when an item's piece was sent
     """
 
     active_units = 8
+    cut_off = False
 
     def __init__(self, corpus: FragmentCorpus, deaths: Counter):
         self.corpus, self.deaths, self.tried, self.lost = corpus, deaths, Counter(), Counter()
@@ -32,6 +33,9 @@ class Workers:
     def warm_up(self, settings: dict) -> None: ...
 
     def close(self) -> None: ...
+
+    def leave(self) -> None:
+        self.cut_off = False
 
     def has_room(self, pool: str) -> bool:
         return True
@@ -47,6 +51,7 @@ class Workers:
         for item in work.items:
             if self.lost[item["item_id"]] > 0:
                 self.lost[item["item_id"]] -= 1
+                self.cut_off = True
                 return Death("its node is dead", lost=True)
         self.tried.update(item["item_id"] for item in work.items)
         killers = [item["item_id"] for item in work.items if self.deaths[f"{work.stage}:{item['item_id']}"] > 0]
@@ -69,7 +74,6 @@ def run(corpus: FragmentCorpus, monkeypatch, name: str = "run", lost: dict[str, 
     """One run of every stage; returns (the engine's report, its workers)."""
     workers = Workers(corpus, Counter({item.replace("_", ":", 1): count for item, count in deaths.items()}))
     workers.lost.update(lost or {})
-    monkeypatch.setattr(engines, "LOST_PAUSE_S", 0.01)
     monkeypatch.setattr(engines, "Pools", lambda settings: workers)
     engine = Engine(Corpus(corpus.root), CorpusSettings(), corpus.ledger, name, STAGES)
     engine.derive()
@@ -104,13 +108,14 @@ def test_other_failures_are_not_tried_again_in_their_run(corpus, monkeypatch):
     assert corpus.ledger.counts()["caption"] == {"done": 2}
 
 
-def test_what_a_cluster_sends_to_a_dead_node_is_no_try(corpus, monkeypatch):
-    report, workers = run(corpus, monkeypatch, lost={"a": MAX_LOST, "b.1": MAX_DEATHS})
+def test_what_was_lost_with_this_processs_own_node_is_sent_again_by_another(corpus, monkeypatch):
+    report, workers = run(corpus, monkeypatch, lost={"a": MAX_LOST - 1, "b.1": MAX_DEATHS})
     assert workers.tried["a"] == 4 and report.num_failed == 0  # once in each stage of videos
+    assert all(stage.in_flight == 0 for stage in report.by_stage.values())
     assert {stage: set(by) for stage, by in corpus.ledger.counts().items()} == dict.fromkeys(STAGES, {"done"})
 
 
-def test_a_cluster_of_dead_nodes_is_not_waited_for_without_end(corpus, monkeypatch):
+def test_a_cluster_that_loses_every_node_is_not_joined_without_end(corpus, monkeypatch):
     run(corpus, monkeypatch, lost={"a": 10**6})
     assert [row[:3] for row in corpus.ledger.standing_failures()] == [("download", "worker-died", 1)]
     assert corpus.ledger.counts()["caption"] == {"done": 2}
