@@ -113,6 +113,7 @@ def torment(
     *,
     num_kinds: int = 1,
     num_nodes: int = 2,
+    settings: Sequence[str] = SETTINGS,
 ) -> Summary:
     """Build quietly, build with at least so many faults of so many kinds, compare. The work is done in `folder`."""
     from pipeline.demo.server import serve
@@ -127,11 +128,11 @@ def torment(
         sources = folder / "sources.jsonl"
         write_sources(world, base_url, sources)
         with _small_disk(folder / "disk", summary) as disk, local_cluster(num_nodes) as cluster:
-            quiet = Build(folder / "quiet", sources, cluster.address)
+            quiet = Build(folder / "quiet", sources, cluster.address, settings)
             with CommitCount(quiet.corpus) as needed:
                 say(f"quiet build of {num_videos} videos")
                 _finish(quiet)
-            tormented = Build(disk / "corpus", sources, cluster.address)
+            tormented = Build(disk / "corpus", sources, cluster.address, settings)
             with CommitCount(tormented.corpus) as made:
                 chaos = Chaos(tormented, made, cluster, spoiler, seed)
                 wanted = [kind for kind in kinds if kind != "disk-full" or not summary.left_out]
