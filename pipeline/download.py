@@ -161,8 +161,8 @@ def fetch(
     except OSError as error:
         raise from_os_error(error) from error
     except ItemError as error:
-        if not error.transient or not any(job.work.iterdir()):
-            shutil.rmtree(job.work)
+        if not error.transient or not any(job.work.glob("*")):
+            shutil.rmtree(job.work, ignore_errors=True)  # gone where a killed build's worker was not dead yet
         raise
 
 

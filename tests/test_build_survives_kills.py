@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.build_support import SMALL, build_here, clipmill, hashes, snapshot, tables
@@ -41,14 +42,31 @@ def one_video_waiting(world):
 
 @contextmanager
 def a_build_to_be_killed(world, corpus):
-    """The command, with its process group killed when the block ends."""
+    """The command, with its process group killed when the block ends. Its Ray then ends by itself, within seconds.
+
+    The next command would take as long to start Ray; a build in this process, which has one, must wait for that.
+    """
     process = subprocess.Popen(command(world.sources, corpus), stdout=subprocess.DEVNULL, start_new_session=True)
+    started: list[psutil.Process] = []
     try:
         yield process
     finally:
         if process.poll() is None:
+            started = psutil.Process(process.pid).children(recursive=True)
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        deadline = time.monotonic() + 60
+        while any(map(runs, started)):
+            assert time.monotonic() < deadline, "the killed build's Ray did not end"
+            time.sleep(0.05)
+
+
+def runs(process: psutil.Process) -> bool:
+    """Not a process that has ended and that nobody has asked about."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_for(reached, process, timeout_s: float = 120) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from http_support import MediaServer, make_video, media_server
 
 from pipeline.download import DownloadSettings, backoff_s, fetch
-from pipeline.download_errors import ERROR_CLASSES
+from pipeline.download_errors import ERROR_CLASSES, DownloadError
 from pipeline.errors import ItemError
 from pipeline.governor import HostGovernor
 from shards.schema import TABLES
@@ -455,3 +456,15 @@ def test_back_off_grows_and_depends_on_the_url_alone():
     assert pauses == [backoff_s(1.0, n, "http://h/a") for n in range(1, 12)]
     assert all(0.5 * min(60, 2**n) <= pause <= 1.5 * min(60, 2**n) for n, pause in enumerate(pauses))
     assert pauses != [backoff_s(1.0, n, "http://h/b") for n in range(1, 12)]
+
+
+def test_a_work_folder_that_another_worker_removed_is_a_failure_that_heals(server: MediaServer, tmp_path, video):
+    """A killed build's worker may still be at it when the next build's begins."""
+
+    def interrupted(path: Path):
+        shutil.rmtree(path.parent)
+        raise DownloadError("connection", "broke off")
+
+    with pytest.raises(DownloadError, match="broke off"):
+        fetch(source(server.add("/a.mp4", video)), tmp_path / "sources", SETTINGS, probe=interrupted)
+    assert os.listdir(tmp_path / "sources") == []
