@@ -7,24 +7,24 @@ two locks, the store's (`pipeline.store_lock`) and that of the mirror.
 import fcntl
 import json
 import os
-import re
 import socket
-import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
 
 import yaml
 
 from pipeline.config import read_yaml
 from pipeline.errors import UserError
-from shards.files import Files, files_of, mirror, mirror_folder
+from pipeline.locks import is_left_by_the_dead, said_by, take_named
+from shards.files import PRIVATE, Files, files_of, mirror, mirror_folder
 from shards.store import Store, is_url
 
 _OURS = ("README.txt", ".clipmill/")  # what a corpus in a store has before its settings
 FORMAT = 1  # of the folder; a corpus of a newer format is refused
 SETTINGS = "corpus.yaml"
+LOCK = "lock"
 
 README = """A clipmill corpus.
   corpus.yaml                 the settings it is built with
@@ -48,7 +48,8 @@ class Corpus:
         self.store = self.files.store
         self.name = self.store.url if self.store else str(self.root)
         self.settings_path = self.root / SETTINGS
-        self.private = self.root / ".clipmill"  # lock, progress and caches: never part of the corpus
+        self.private = self.root / PRIVATE  # lock, progress and caches: never part of the corpus
+        self.holder = ""  # as whom this process holds the lock, while it does: what `holder_now` says to its workers
 
     @property
     def exists(self) -> bool:
@@ -114,14 +115,16 @@ class Corpus:
 
         Of a corpus in a store the mirror is up to date in the block, but for media.
         """
-        with self.alone_here():
+        with self.alone_here() as name:
             if self.store is None:
+                self.holder = name
                 yield
                 return
             from pipeline.store_lock import StoreLock
 
             lock = StoreLock(self.store)
             lock.take()
+            self.holder = lock.token
             try:
                 with self.files.guarded_by(lock.check):
                     self.files.pull()
@@ -130,21 +133,25 @@ class Corpus:
                 lock.release()
 
     @contextmanager
-    def alone_here(self):
-        """Hold what this machine has of the corpus: a folder's lock, or that of a mirror that is only read from."""
+    def alone_here(self) -> Iterator[str]:
+        """Hold what this machine has of the corpus: a folder's lock, or that of a mirror that is only read from.
+
+        Yields what the lock says of us.
+        """
         if self.store:
             self.private.mkdir(parents=True, exist_ok=True)
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        file = _take_named(self._lock, f"process {os.getpid()} on {socket.gethostname()} since {since}")
+        name = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        file = take_named(self._lock, name)
         if file is None:
-            holder = _said_by(self._lock) or "another process"
+            holder = said_by(self._lock) or "another process"
             raise UserError(f"{self.name} is being written by {holder}. Wait for it or stop it; reading is fine.")
         with file:
-            yield
+            yield name
 
     @property
     def _lock(self) -> Path:
-        return self.private / "lock"
+        return self.private / LOCK
 
     def is_being_written(self) -> bool:
         if self._is_held_here():
@@ -162,7 +169,7 @@ class Corpus:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return not _is_left_by_the_dead(self._lock)
+                return not is_left_by_the_dead(self._lock)
         return False
 
     # -- progress of the running process, for `clipmill status` ----------------------------------------------------
@@ -180,79 +187,13 @@ class Corpus:
             return None  # it has only just begun
 
 
-def take_lock(file, patience_s: float = 1.0) -> bool:
-    """Take the lock, waiting a moment for `status` of another process to look whether it is free."""
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
+def holder_now(root: Path, store: Store | None) -> str:
+    """Who holds the lock of a corpus, or held it last: another name than before once somebody else writes."""
+    if store is None:
+        return said_by(root / PRIVATE / LOCK)
+    from pipeline.store_lock import token_in
 
-
-def _take_named(path: Path, name: str) -> IO[str] | None:
-    """The lock's file with our name in it, locked while it is open; None where another process has it.
-
-    The kernel frees a dead process's lock, but not while a child that it forked lives on: then the file is replaced.
-    """
-    while True:
-        file = open(path, "a+")
-        if take_lock(file):
-            file.truncate(0)
-            file.write(name)
-            file.flush()
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        elif not _remove_dead(path):
-            file.close()
-            return None
-        file.close()
-
-
-def _remove_dead(lock: Path) -> bool:
-    """Removes the lock where a dead process left it. A new holder writes its name at once, and has had a second."""
-    with open(lock.with_name("lock.takeover"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        dead = _is_left_by_the_dead(lock)
-        if dead:
-            lock.unlink()
-        return dead
-
-
-def _said_by(lock: Path) -> str:
-    try:
-        return lock.read_text().strip()
-    except OSError:
-        return ""  # it has been given back meanwhile
-
-
-def _is_left_by_the_dead(lock: Path) -> bool:
-    """Whether the lock names a process of this host that is no more; of another host's nobody here can tell."""
-    named = re.match(r"process (\d+) on (\S+) since", _said_by(lock))
-    if not named or named[2] != socket.gethostname():
-        return False
-    return is_gone(int(named[1]))
-
-
-def is_gone(pid: int) -> bool:
-    """Whether there is no such process of this host, or only what is left of it."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False  # alive, and another user's
-    return _is_zombie(pid)
-
-
-def _is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return False  # a system without /proc, or it has just ended
+    return token_in(store)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -16,7 +16,8 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,7 @@ from pipeline.file_kinds import (
 )
 from pipeline.governor import HostGovernor, hold, host_of
 from pipeline.http_fetch import CHUNK_BYTES, HttpFile, download_http
+from pipeline.locks import lock_file
 from pipeline.sidecars import sidecars
 from pipeline.watchdog import GRACE_S, time_limit
 
@@ -47,6 +49,7 @@ MEDIA_EXTENSIONS = frozenset(
 )
 PLAYLIST_EXTENSIONS = frozenset("m3u8 mpd ism f4m".split())  # of these only an extractor makes a file
 MAX_SUBTITLE_BYTES = 50_000_000
+WORKER_ENDS_WITHIN_S = 120.0  # after its build; Ray takes a minute to see that a node is gone
 
 
 class DownloadSettings(Settings):
@@ -138,32 +141,28 @@ def fetch(
     corpus_root: Path | None = None,
     governor=None,
     probe: Callable[[Path], Any] | None = None,
+    before_publishing: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The row of `downloads` (its own columns) for a row of `sources`; files end up in `folder`.
 
     Paths in the row are relative to `corpus_root` (default: `folder`'s parent) where they lie below it. `governor` is
     a HostGovernor or a Ray actor of one. `probe` takes a path and gives a `pipeline.media.MediaInfo` or raises
-    ItemError. Raises ItemError; what a permanent failure left half-done is removed, after a transient one it is kept
-    to go on from.
+    ItemError. `before_publishing` is called when all is here, before anything gets its final name. Raises ItemError;
+    what a permanent failure left half-done is removed, after a transient one it is kept to go on from.
     """
     from pipeline import media
 
     job = _Job(source, Path(folder), settings, governor or new_governor(settings))
     try:
-        job.work.mkdir(parents=True, exist_ok=True)
-        given = job.given_subtitles()
-        fetched = job.fetch()
-        fetched.subtitles[:0] = given
-        info = _checked(fetched, probe or media.probe)
-        row = job.publish(fetched, info, Path(corpus_root) if corpus_root else job.folder.parent)
-        shutil.rmtree(job.work)
-        return row
+        with job.alone():
+            given = job.given_subtitles()
+            fetched = job.fetch()
+            fetched.subtitles[:0] = given
+            info = _checked(fetched, probe or media.probe)
+            before_publishing()
+            return job.publish(fetched, info, Path(corpus_root) if corpus_root else job.folder.parent)
     except OSError as error:
         raise from_os_error(error) from error
-    except ItemError as error:
-        if not error.transient or not any(job.work.glob("*")):
-            shutil.rmtree(job.work, ignore_errors=True)  # gone where a killed build's worker was not dead yet
-        raise
 
 
 class _Job:
@@ -177,10 +176,33 @@ class _Job:
         self.settings = settings
         self.governor = governor
         self.work = folder / f"{self.video_id}.part"
+        self.lock = folder / f"{self.video_id}.part.lock"
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}:{self.video_id}"
         self.used_s = 0.0
         self.cut_off = ""  # hash of the last file that ended too early
         self.notes: list[dict[str, str]] = []  # subtitle files that could not be had
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """In a folder for what is not complete, which is removed unless there is something in it to go on from.
+
+        A killed build's worker may still be at it: two in one folder would mix their bytes. Raises DownloadError
+        "in-use" if it does not end.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(lock_file(self.lock, WORKER_ENDS_WITHIN_S))
+            except TimeoutError as error:
+                raise DownloadError("in-use", str(error)) from error
+            self.work.mkdir(exist_ok=True)
+            try:
+                yield
+            except ItemError as error:
+                if not error.transient or not any(self.work.iterdir()):
+                    shutil.rmtree(self.work)
+                raise
+            shutil.rmtree(self.work)
 
     # --- the video
 
@@ -349,7 +371,7 @@ class _Job:
 
     def publish(self, fetched: _Fetched, info: Any, root: Path) -> dict[str, Any]:
         """Rename what was fetched into place and give the row."""
-        names = {self.work.name}
+        names = {self.work.name, self.lock.name}
         final = fetched.path
         if not fetched.in_place:
             final = self.folder / f"{self.video_id}.{container_extension(fetched.path, info.container)}"

@@ -32,6 +32,7 @@ ERROR_CLASSES: dict[str, tuple[bool, str]] = {
     "live-stream": (True, "live now or not yet; may be a video later"),
     "redirect-loop": (False, "too many redirects"),
     "private-address": (False, "leads to a loopback, private, link-local or reserved address"),
+    "in-use": (True, "a process of a build before is still downloading it"),
     "disk-full": (True, "no room to write"),
     "not-writable": (True, "the corpus folder cannot be written"),
     "bad-subtitle": (False, "a named subtitle file is none; noted in `meta`, the video is kept"),

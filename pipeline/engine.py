@@ -213,6 +213,7 @@ class Engine:
             root=str(self.corpus.root),
             run_id=self.run_id,
             store=self.corpus.store,
+            holder=self.corpus.holder,
         )
 
     def _enqueue(self, stage: Stage, work: Work, deaths: int = 0, num_lost: int = 0) -> None:

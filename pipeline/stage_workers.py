@@ -6,7 +6,6 @@ videos are decoded in this process's sandbox, so that a crash, a hang or a ballo
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -30,9 +29,9 @@ from pipeline.transcribe import (
 )
 from pipeline.watchdog import time_limit
 from pipeline.words import Word
-from pipeline.worker import GOVERNOR, Outcome, Result, Stopwatch, Work
+from pipeline.worker import GOVERNOR, Outcome, Result, Stopwatch, Work, require_holder
 from shards.files import files_of
-from shards.fragments import TEMPORARY
+from shards.fragments import temporary_folder
 from shards.tar import Blob, write_clips_tar
 from shards.tombstones import FORGOTTEN, read_tombstones
 
@@ -53,7 +52,15 @@ def run_download(work: Work) -> Result:
     def one(item: dict) -> Outcome:
         with Stopwatch(item["item_id"]) as outcome:
             probe = partial(_probe_in_sandbox, work.settings.probe_timeout_s)
-            row = fetch(item, folder, work.settings, corpus_root=root, governor=governor, probe=probe)
+            row = fetch(
+                item,
+                folder,
+                work.settings,
+                corpus_root=root,
+                governor=governor,
+                probe=probe,
+                before_publishing=partial(require_holder, work),
+            )
             if row["sha256"] in forgotten:
                 _remove_files(folder, item["video_id"])
                 raise ItemError(FORGOTTEN, "these are the bytes of a video that the corpus was told to forget")
@@ -176,10 +183,7 @@ def _shots(work: Work, item: dict) -> list[tuple[float, float]]:
 def run_cut(work: Work) -> Result:
     """Each video is cut into a blob file by the sandbox; the blobs then become one tar of the work's name."""
     root, name = Path(work.root), f"clips/{work.name}.tar"
-    folder = root / "clips" / f"{TEMPORARY}{work.name}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
+    with temporary_folder(root / "clips" / work.name) as folder:
         outcomes = [_cut_video(work, item, folder) for item in work.items]
         rows = [row for outcome in outcomes for row in outcome.rows.get("clips", [])]
         if rows:
@@ -187,8 +191,6 @@ def run_cut(work: Work) -> Result:
             for row in rows:
                 row["tar"] = name
         return outcomes, [name] if rows else []
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _cut_video(work: Work, item: dict, folder: Path) -> Outcome:

@@ -6,9 +6,10 @@
 2. Its holder writes it again every BEAT_S (a PUT in place of its own last one). Ages are the store's: its clock says
    when the object was written and what time it is, so clocks that differ do no harm.
 3. A holder that could not do so for FENCED_S, or that finds another's name in it, writes nothing more: it asks before
-   everything it writes or removes. One request that was sent in the last moment may still arrive late. What workers
-   commit does no harm then (the same names, the same rows), nor does a manifest (written only in place of the one that
-   the holder knew); a shard that is put in place twice is the same shard, since shards follow from what is committed.
+   everything it writes or removes. One request that was sent in the last moment may still arrive late. Of
+   what workers commit (who look, too, whose the lock is) the same names hold the same rows; a manifest is written only
+   in place of the one that the holder knew; a shard that is put in place twice is the same shard, since shards follow
+   from what is committed.
 4. Letting it go is a PUT, too, not a DELETE, which stores do not make conditional.
 """
 
@@ -23,8 +24,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.corpus import is_gone
 from pipeline.errors import UserError
+from pipeline.locks import is_gone
 from shards.store import Changed, Held, Store
 
 KEY = ".clipmill/lock.json"
@@ -115,6 +116,11 @@ class StoreLock:
         said |= {"since": self.since, "beat": uuid.uuid4().hex, "free": free}
         self._etag = self.store.write(KEY, json.dumps(said).encode(), new=new, instead_of=instead_of)
         self._beaten_at = began_at
+
+
+def token_in(store: Store) -> str:
+    """Of who holds the lock, or held it last; "" where nobody can be made out."""
+    return _holder_of(store.read(KEY)).get("token", "")
 
 
 def is_held(store: Store) -> bool:

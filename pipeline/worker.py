@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.config import Settings
+from pipeline.corpus import holder_now
 from pipeline.errors import ItemError, UserError
 from pipeline.watchdog import reporting
 from shards.files import mirror
@@ -48,6 +49,7 @@ class Work:
     root: str
     run_id: str
     store: Store | None = None  # where the corpus is, if that is no folder: `root` is then every node's mirror of it
+    holder: str = ""  # who held the corpus's lock when this was given out
 
     @property
     def cost(self) -> float:
@@ -70,6 +72,16 @@ class Outcome:
     cpu_s: float = 0.0
 
 
+def require_holder(work: Work) -> None:
+    """Raises UserError where somebody else writes the corpus by now.
+
+    A worker may outlive its build by a while. The next build has swept up by then and does the same work: what this one
+    could not do for that reason is no failure, and what it has done must not replace what the other has.
+    """
+    if work.holder and holder_now(Path(work.root), work.store) != work.holder:
+        raise UserError("another process writes the corpus by now; this work is done by its workers.")
+
+
 def execute(work: Work) -> Commit:
     """Run the work and commit it. Whatever a single item raises becomes that item's failure."""
     module, _, runner = RUNNERS[work.stage].partition(":")
@@ -82,7 +94,7 @@ def execute(work: Work) -> Commit:
 
 
 def commit(work: Work, outcomes: list[Outcome], media: list[str], wall_s: float = 0.0) -> Commit:
-    """Write what became of the items as one commit named after the work."""
+    """Write what became of the items as one commit named after the work. Raises UserError as `require_holder` does."""
     items = {item["item_id"]: item for item in work.items}
     assert set(items) == {outcome.item_id for outcome in outcomes}, "a stage must answer for every item"
     outcomes = sorted(outcomes, key=lambda outcome: outcome.item_id)
@@ -93,6 +105,7 @@ def commit(work: Work, outcomes: list[Outcome], media: list[str], wall_s: float 
             tables.setdefault(table, []).extend({**stamp, **row} for row in rows)
     ledger = [row for outcome in outcomes for row in _ledger_rows(work, items[outcome.item_id], outcome)]
     data = {name: pa.Table.from_pylist(rows, table_schema(name)) for name, rows in tables.items() if rows}
+    require_holder(work)
     write_commit(Path(work.root), work.name, data, pa.Table.from_pylist(ledger, LEDGER), media)
     return Commit(
         name=work.name,

@@ -374,7 +374,7 @@ class Mirror(Files):
 
 
 def _nobody(at_once: bool = False) -> None:
-    """The guard of who needs no lock: workers, whose commits are the same whoever makes them, and tombstones."""
+    """The guard of who holds no lock: workers, who look for themselves for whom they commit, and tombstones."""
 
 
 def _may_change(relative: str) -> bool:

@@ -8,7 +8,10 @@ Names come from the work (stage, unit, items and their keys), so doing it twice 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +106,17 @@ def replaced_by(ledger_fragment: Path) -> list[str]:
     return [metadata[b"clipmill.replaces"].decode()] if b"clipmill.replaces" in metadata else []
 
 
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, named after it and gone at the end: nobody else's, though he does the same work."""
+    folder = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        _remove_folder(folder)
+
+
 def sweep_temporaries(root: Path) -> int:
     """Remove what killed writers left; only for the holder of the corpus lock. Returns how many files went."""
     leftovers = [p for folder in ("fragments", "clips", "shards") for p in (root / folder).glob(f"**/{TEMPORARY}*")]
@@ -113,6 +127,4 @@ def sweep_temporaries(root: Path) -> int:
 
 
 def _remove_folder(path: Path) -> None:
-    import shutil
-
     shutil.rmtree(path, ignore_errors=True)

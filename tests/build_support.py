@@ -22,6 +22,8 @@ SMALL = [
     "engine.downloads_per_node=2",
 ]
 
+PLAIN = ("caption.captioner=tests.plain_captioner:Plain", "score.model=null")  # captions, but no model to be loaded
+
 WORDLESS = tuple(stage for stage in STAGE_NAMES if stage not in ("caption", "score"))  # no model has to be loaded
 
 

@@ -72,11 +72,14 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def built(local_ray, world, tmp_path_factory):
-    """A corpus built once from the world, for tests that only look. Gives (corpus folder, the build's report)."""
-    from tests.build_support import build_here
+    """A corpus built once from the world, for tests that only look. Gives (corpus folder, the build's report).
+
+    Its captions are plain: loading models would be most of the work, in every build that is compared with this one.
+    """
+    from tests.build_support import PLAIN, build_here
 
     corpus = tmp_path_factory.mktemp("built") / "corpus"
-    return corpus, build_here(corpus, [str(world.sources)])
+    return corpus, build_here(corpus, [str(world.sources)], *PLAIN)
 
 
 @pytest.fixture(scope="session")

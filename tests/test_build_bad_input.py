@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.corpus import Corpus
 from pipeline.errors import UserError
-from tests.build_support import SMALL, WORDLESS, ask, build_here, clipmill, sound_sources, write_list
+from tests.build_support import PLAIN, SMALL, WORDLESS, ask, build_here, clipmill, sound_sources, write_list
 
 pytestmark = pytest.mark.slow
 
@@ -155,7 +155,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_ends_cleanly_and_the_same_command_goes_on(world, small_disk, tmp_path, local_ray):
     corpus, listed = small_disk / "corpus", write_list(tmp_path / "list.jsonl", sound_sources(world)[:2])
-    settings = ["engine.cpus=2", "caption.captioner=tests.plain_captioner:Plain", "score.model=null"]
+    settings = ["engine.cpus=2", *PLAIN]
     words = [word for setting in (*SMALL, *settings) for word in ("--set", setting)]
     result = clipmill("build", listed, "--corpus", corpus, "--recipe", "demo", *words)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stdout + result.stderr

@@ -9,7 +9,18 @@ import pytest
 
 from pipeline import cli
 from pipeline.errors import UserError
-from tests.build_support import WORDLESS, ask, build_here, clipmill, hashes, snapshot, sound_sources, tables, write_list
+from tests.build_support import (
+    PLAIN,
+    WORDLESS,
+    ask,
+    build_here,
+    clipmill,
+    hashes,
+    snapshot,
+    sound_sources,
+    tables,
+    write_list,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -44,18 +55,6 @@ def test_the_copy_under_another_url_shares_one_video(built, world):
     assert ask(corpus, f"SELECT count(*) FROM clips WHERE video_id = '{copies[0][0]}'") == [(0,)]
 
 
-def test_captions_say_true_things_about_the_scenes(built, world):
-    corpus, _ = built
-    truth, named, true = world.truth, 0, 0
-    for video_id, frame_time_s, caption in ask(corpus, "SELECT video_id, frame_time_s, caption FROM catalog"):
-        scenes = [s for s in truth[video_id]["scenes"] if s["start_s"] + 0.6 <= frame_time_s < s["end_s"]]
-        for scene in scenes:
-            for thing in scene["facts"]["objects"][:1]:
-                named += 1
-                true += thing["colour"] in caption and thing["shape"] in caption
-    assert named > 10 and true / named > 0.8
-
-
 def test_clips_hold_the_words_spoken_in_them(built, world):
     corpus, _ = built
     spoken = ask(
@@ -85,27 +84,46 @@ def test_shards_are_the_same_whatever_the_build_went_through(built, world, tmp_p
     next((torn / "clips").glob("*.tar")).unlink()
     for path in list((torn / "shards").iterdir())[:2]:
         path.unlink()
-    report = build_here(torn, [str(world.sources)])
+    report = build_here(torn, [str(world.sources)], *PLAIN)
     assert report.engine.by_stage["cut"].done > 0
     assert hashes(torn / "shards") == hashes(corpus / "shards")
     assert tables(torn) == tables(corpus)
 
 
-def test_a_new_captioner_recaptions_and_touches_nothing_else(built, world, tmp_path, local_ray):
-    corpus = tmp_path / "corpus"
+@pytest.fixture(scope="module")
+def recaptioned(built, tmp_path_factory):
+    """The corpus with captions and scores by the demo's models, and what making them has done."""
+    corpus = tmp_path_factory.mktemp("recaptioned") / "corpus"
     shutil.copytree(built[0], corpus)
-    before, clips = hashes(corpus / "shards"), snapshot(corpus / "clips")
-    old = dict(ask(corpus, "SELECT clip_id, caption FROM samples"))
-    waiting = clipmill("status", corpus, "--set", "caption.max_tokens=8", "--set", "caption.min_tokens=2")
-    assert "if set caption.max_tokens" in waiting.stdout
-    report = build_here(corpus, [], "caption.max_tokens=8", "caption.min_tokens=2", stages=["caption"], recipe=None)
+    waiting = clipmill("status", corpus, "--set", "caption.captioner=demo")
+    assert "if set caption.captioner" in waiting.stdout
+    return corpus, build_here(corpus, [], stages=["caption", "score"])
+
+
+def test_a_new_captioner_recaptions_and_touches_nothing_else(built, recaptioned):
+    corpus, report = recaptioned
+    assert hashes(corpus / "shards") == hashes(built[0] / "shards")
+    assert snapshot(corpus / "clips") == snapshot(built[0] / "clips")
     done = {stage: progress.done for stage, progress in report.engine.by_stage.items()}
-    assert done == {"caption": len(old)} and report.pack.num_refreshed == len(before)
-    assert hashes(corpus / "shards") == before and snapshot(corpus / "clips") == clips
-    new = dict(ask(corpus, "SELECT clip_id, caption FROM samples"))
-    assert set(new) == set(old) and new != old
+    old, new = (dict(ask(root, "SELECT clip_id, caption FROM samples")) for root in (built[0], corpus))
+    assert done == {"caption": len(old), "score": len(old)}
+    assert report.pack.num_refreshed == len(hashes(corpus / "shards"))
+    assert set(new) == set(old) and not set(new.values()) & set(old.values())
     kept = ask(corpus, "SELECT fingerprint, count(*), bool_and(current), bool_or(current) FROM captions GROUP BY 1")
     assert sorted(row[1:] for row in kept) == [(len(old), False, False), (len(old), True, True)]
+
+
+def test_captions_say_true_things_about_the_scenes(recaptioned, world):
+    corpus, _ = recaptioned
+    truth, named, true = world.truth, 0, 0
+    for video_id, frame_time_s, caption in ask(corpus, "SELECT video_id, frame_time_s, caption FROM catalog"):
+        scenes = [s for s in truth[video_id]["scenes"] if s["start_s"] + 0.6 <= frame_time_s < s["end_s"]]
+        for scene in scenes:
+            for thing in scene["facts"]["objects"][:1]:
+                named += 1
+                true += thing["colour"] in caption and thing["shape"] in caption
+    assert named > 10 and true / named > 0.8
+    assert ask(corpus, "SELECT count(*) FROM catalog WHERE caption_similarity IS NULL") == [(0,)]
 
 
 def test_appending_sources_does_only_the_new_ones(world, tmp_path, local_ray):

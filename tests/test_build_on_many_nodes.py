@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.build_support import SMALL, hashes, tables
+from tests.build_support import PLAIN, SMALL, hashes, tables
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
 
@@ -15,7 +15,7 @@ from bench.chaos import Build, local_cluster  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = (*SMALL, "engine.model_resources={captioner: 1}")
+SETTINGS = (*SMALL, *PLAIN, "engine.model_resources={captioner: 1}")
 
 
 def commits(corpus: Path, stage: str) -> int:

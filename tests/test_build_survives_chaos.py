@@ -11,9 +11,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
 
 from bench.chaos import SETTINGS, torment  # noqa: E402
+from tests.build_support import PLAIN  # noqa: E402
 
 # Actors that have no model to load: each that is killed comes back within seconds.
-LIGHT = (*SETTINGS, "caption.captioner=tests.plain_captioner:Plain", "score.model=null")
+LIGHT = (*SETTINGS, *PLAIN)
 
 
 @pytest.mark.slow

@@ -6,10 +6,9 @@ pytest.importorskip("moto", reason="no S3 server: moto is not installed")
 
 from store_support import content, serving  # noqa: E402
 
-from pipeline.stages import STAGE_NAMES  # noqa: E402
 from shards.files import for_reading  # noqa: E402
 from shards.store import Store  # noqa: E402
-from tests.build_support import build_here, tables  # noqa: E402
+from tests.build_support import PLAIN, build_here, tables  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -19,9 +18,9 @@ def test_a_build_that_changes_machines_is_the_build_of_a_folder(built, world, lo
     url, (folder, _) = "s3://corpora/built", built
     with serving():
         monkeypatch.setenv("CLIPMILL_MIRROR", str(tmp_path / "first"))
-        build_here(url, [str(world.sources)], stages=("ingest", "download"))
+        build_here(url, [str(world.sources)], *PLAIN, stages=("ingest", "download"))
         monkeypatch.setenv("CLIPMILL_MIRROR", str(tmp_path / "second"))
-        build_here(url, [], stages=STAGE_NAMES)
+        build_here(url, [], *PLAIN)
         there = content(url)
         assert {key for key in there if key.startswith("sources/")} == {
             str(path.relative_to(folder)) for path in (folder / "sources").rglob("*") if path.is_file()
@@ -30,5 +29,5 @@ def test_a_build_that_changes_machines_is_the_build_of_a_folder(built, world, lo
         assert {key.removeprefix("shards/"): data for key, data in there.items() if "shards/" in key} == shards
         assert tables(for_reading(url, "manifest.duckdb")) == tables(folder)
         before = Store.of(url).list("fragments/")
-        assert not build_here(url, [], stages=STAGE_NAMES).did_something
+        assert not build_here(url, [], *PLAIN).did_something
         assert Store.of(url).list("fragments/") == before

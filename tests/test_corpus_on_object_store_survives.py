@@ -18,10 +18,12 @@ from store_support import build_in, content, keys, keys_of, serving  # noqa: E40
 
 from pipeline import store_lock  # noqa: E402
 from pipeline.build import build, session  # noqa: E402
+from pipeline.config import Settings  # noqa: E402
 from pipeline.corpus import Corpus  # noqa: E402
-from pipeline.errors import UserError  # noqa: E402
+from pipeline.errors import ItemError, UserError  # noqa: E402
 from pipeline.forget import compact, find, forget  # noqa: E402
 from pipeline.store_lock import KEY, StoreLock, is_held  # noqa: E402
+from pipeline.worker import Outcome, Work, commit  # noqa: E402
 from shards.files import for_reading  # noqa: E402
 from shards.store import Changed, Store  # noqa: E402
 from tests.build_support import tables  # noqa: E402
@@ -265,6 +267,24 @@ def test_a_writer_that_lost_its_lock_writes_nothing_more(machine, tmp_path):
         corpus.save_settings({"whose": "late"})
     assert {**Store.of(url).list()} == before
     assert is_held(Store.of(url)), "the other one's lock is left alone"
+
+
+def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes():
+    url = "s3://corpora/outlived"
+    corpus = Corpus(url)
+    corpus.create()
+    with corpus.writer():
+        before = corpus.holder
+    root, kinds = str(corpus.root), ("while nobody else writes", "while another does")
+    items = [{"item_id": kind, "key": "k", "attempts": 0, "cost": 1} for kind in kinds]
+    first, second = (
+        Work("segment", "u0", [item], Settings(), "f", root, "run", corpus.store, before) for item in items
+    )
+    commit(first, [Outcome(kinds[0], failure=ItemError("internal-error", ""))], [])
+    hold(url)
+    with pytest.raises(UserError, match="another process writes the corpus by now"):
+        commit(second, [Outcome(kinds[1], failure=ItemError("internal-error", ""))], [])
+    assert list(Store.of(url).list("fragments/")) == [f"fragments/ledger/{first.name}.parquet"]
 
 
 def test_a_writer_that_the_store_does_not_hear_of_stops_before_others_may_begin(server, monkeypatch):

@@ -3,22 +3,23 @@
 import hashlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from http_support import MediaServer, make_video, media_server
 
 from pipeline.download import DownloadSettings, backoff_s, fetch
-from pipeline.download_errors import ERROR_CLASSES, DownloadError
+from pipeline.download_errors import ERROR_CLASSES
 from pipeline.errors import ItemError
 from pipeline.governor import HostGovernor
+from pipeline.locks import lock_file
 from shards.schema import TABLES
 
 SETTINGS = DownloadSettings(allow_private_addresses=True, backoff_s=0.01, stall_timeout_s=5, retries=3)
@@ -405,7 +406,9 @@ def test_a_full_disk_is_one_error(server: MediaServer, tmp_path, video):
     assert child.communicate(timeout=60)[0].split() == ["disk-full", "True"]
 
 
-def test_a_killed_download_goes_on_where_it_was(server: MediaServer, tmp_path, video):
+@pytest.mark.parametrize("begun", ["after it is dead", "while it lives"])
+def test_a_killed_download_goes_on_where_it_was(server: MediaServer, tmp_path, video, begun):
+    """The next build may begin while a worker of the killed one is still at it: two never write into one folder."""
     url = server.add("/a.mp4", video, bytes_per_s=100_000)
     child = run_child(url, str(tmp_path))
     part = tmp_path / "sources" / "clip1.part" / "media"
@@ -413,15 +416,31 @@ def test_a_killed_download_goes_on_where_it_was(server: MediaServer, tmp_path, v
     while not (part.exists() and part.stat().st_size > 20_000):
         assert time.monotonic() < deadline and child.poll() is None
         time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert os.listdir(tmp_path / "sources") == ["clip1.part"]
-    have = part.stat().st_size
-    server.routes["/a.mp4"].bytes_per_s = None
-    row = get(url, tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        if begun == "while it lives":
+            second = pool.submit(get, url, tmp_path)
+            time.sleep(0.3)
+            assert len(server.asked("/a.mp4")) == 1, "it does not wait for the other"
+        server.routes["/a.mp4"].bytes_per_s = None
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        if begun == "after it is dead":
+            assert sorted(os.listdir(tmp_path / "sources")) == ["clip1.part", "clip1.part.lock"]
+            second = pool.submit(get, url, tmp_path)
+        row = second.result(timeout=30)
     assert (tmp_path / row["path"]).read_bytes() == video
-    assert server.asked("/a.mp4")[1]["Range"] == f"bytes={have}-"
+    assert 20_000 < int(server.asked("/a.mp4")[1]["Range"].removeprefix("bytes=").removesuffix("-")) < len(video)
     assert os.listdir(tmp_path / "sources") == ["clip1.mp4"]
+
+
+def test_a_download_that_another_process_does_not_end_is_a_failure_that_heals(server, tmp_path, video, monkeypatch):
+    monkeypatch.setattr("pipeline.download.WORKER_ENDS_WITHIN_S", 0.1)
+    (tmp_path / "sources").mkdir()
+    with lock_file(tmp_path / "sources" / "clip1.part.lock", 0), pytest.raises(ItemError, match="still held") as caught:
+        get(server.add("/a.mp4", video), tmp_path)
+    assert caught.value.error_class == "in-use" and caught.value.transient
+    assert os.listdir(tmp_path / "sources") == []
+    assert get(server.url("/a.mp4"), tmp_path)["num_bytes"] == len(video)
 
 
 def test_a_corpus_that_cannot_be_written(server: MediaServer, tmp_path, video):
@@ -456,15 +475,3 @@ def test_back_off_grows_and_depends_on_the_url_alone():
     assert pauses == [backoff_s(1.0, n, "http://h/a") for n in range(1, 12)]
     assert all(0.5 * min(60, 2**n) <= pause <= 1.5 * min(60, 2**n) for n, pause in enumerate(pauses))
     assert pauses != [backoff_s(1.0, n, "http://h/b") for n in range(1, 12)]
-
-
-def test_a_work_folder_that_another_worker_removed_is_a_failure_that_heals(server: MediaServer, tmp_path, video):
-    """A killed build's worker may still be at it when the next build's begins."""
-
-    def interrupted(path: Path):
-        shutil.rmtree(path.parent)
-        raise DownloadError("connection", "broke off")
-
-    with pytest.raises(DownloadError, match="broke off"):
-        fetch(source(server.add("/a.mp4", video)), tmp_path / "sources", SETTINGS, probe=interrupted)
-    assert os.listdir(tmp_path / "sources") == []

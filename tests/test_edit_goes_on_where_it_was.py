@@ -37,8 +37,10 @@ def tars_of(corpus: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_the_same_rows_and_bytes_on_two_workers(numbered, whole, local_ray, tmp_path):
+    """And on none, which goes on from them: what starts a worker is an import of seconds in each round."""
     corpus = copy_of(numbered, tmp_path)
-    edit(corpus, tmp_path / "edit", rounds=2, trains=False, workers=2)
+    edit(corpus, tmp_path / "edit", rounds=1, trains=False, workers=2)
+    edit(None, tmp_path / "edit", rounds=2, trains=False, model=None)
     assert (edit_tables(corpus), tars_of(corpus)) == whole
 
 

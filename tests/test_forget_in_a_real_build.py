@@ -8,7 +8,7 @@ from pipeline.forget import compact, find, forget
 from shards.sql import open_manifest
 from shards.tar import read_member
 from shards.verify import verify
-from tests.build_support import ask, build_here, snapshot
+from tests.build_support import PLAIN, ask, build_here, snapshot
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def test_a_built_corpus_forgets_for_good(built, world, tmp_path):
     assert ask(root, others) == before
 
     settled = snapshot(root)
-    report = build_here(root, [str(world.sources)])
+    report = build_here(root, [str(world.sources)], *PLAIN)
     assert report.ingest.num_forgotten >= 1 and report.ingest.num_new == 0
     assert report.engine.num_done == 0 and report.pack.num_written == 0
     changed = {name for name in snapshot(root).items() ^ settled.items()}

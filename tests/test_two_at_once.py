@@ -7,16 +7,24 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+from shard_support import mp4_bytes
 
-from pipeline.build import build
+from pipeline.build import Silent, build
+from pipeline.config import Settings
 from pipeline.corpus import Corpus
-from pipeline.errors import UserError
+from pipeline.download import DownloadSettings
+from pipeline.errors import ItemError, UserError
+from pipeline.locks import lock_file
+from pipeline.stage_workers import run_download
+from pipeline.worker import Outcome, Work, commit
 from shards.fragments import sweep_temporaries
 from shards.sql import open_manifest
 from shards.tombstones import hash_of, write_tombstones
+from tests.build_support import build_here
 
 HOLDS = """
 import os, sys, time
@@ -102,6 +110,76 @@ def test_a_lock_that_only_a_dead_holders_child_keeps_is_taken_over(corpus):
                 pass
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_file_is_one_threads_at_a_time_and_then_gone(tmp_path):
+    inside, most = [], []
+
+    def enter(number: int) -> None:
+        for _ in range(20):
+            with lock_file(tmp_path / "lock", 30):
+                inside.append(number)
+                most.append(len(inside))
+                inside.remove(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(enter, range(4)))
+    assert len(most) == 80 and max(most) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def failing(corpus: Corpus, video_id: str, holder: str) -> tuple[Work, list[Outcome]]:
+    item = {"item_id": video_id, "key": "k", "attempts": 0, "cost": 1}
+    work = Work("segment", "u000000", [item], Settings(), "f", str(corpus.root), "run", holder=holder)
+    return work, [Outcome(video_id, failure=ItemError("internal-error", "its files were swept"))]
+
+
+def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes(corpus):
+    """What it could not do, since the other has swept up, would else be a failure, or undo what the other has done."""
+    with corpus.writer():
+        before = corpus.holder
+    first = commit(*failing(corpus, "a", before), [])  # the build is dead, but nobody else writes
+    with process(HOLDS, root=str(corpus.root), forks=False) as holder:
+        holder.stdout.readline()
+        for _ in ("while the other lives", "and when it is dead, too"):
+            with pytest.raises(UserError, match="another process writes the corpus by now"):
+                commit(*failing(corpus, "b", before), [])
+            holder.kill()
+            holder.wait()
+    assert [path.stem for path in (corpus.root / "fragments" / "ledger").iterdir()] == [first.name]
+
+
+def test_a_download_of_a_build_before_puts_nothing_in_place(corpus, tmp_path):
+    with corpus.writer():
+        before = corpus.holder
+    with process(HOLDS, root=str(corpus.root), forks=False) as holder:
+        holder.stdout.readline()
+    film = tmp_path / "film.mp4"
+    film.write_bytes(mp4_bytes(1, 3, 0))
+    source = {"video_id": "a", "url": str(film), "kind": "file", "subtitle": None, "language": None}
+    item = {"item_id": "a", "key": "k", "attempts": 0, "cost": 1, **source}
+    settings = DownloadSettings(reference_local_files=False)
+    with pytest.raises(UserError, match="another process writes"):
+        run_download(Work("download", "u000000", [item], settings, "f", str(corpus.root), "run", holder=before))
+    assert [path.name for path in (corpus.root / "sources" / "u000000").iterdir()] == ["a.part"]
+    outcomes, _ = run_download(Work("download", "u000000", [item], settings, "f", str(corpus.root), "run"))
+    assert outcomes[0].failure is None
+    assert [path.name for path in (corpus.root / "sources" / "u000000").iterdir()] == ["a.mp4"]
+
+
+@pytest.mark.slow
+def test_a_build_whose_corpus_another_process_has_taken_over_ends(local_ray, tmp_path):
+    """Its workers know for whom they work: the engine tells them."""
+
+    class TakesOver(Silent):
+        def plan(self, counts, stages) -> None:
+            (tmp_path / "corpus" / ".clipmill" / "lock").write_text("process 1 on another machine since then")
+
+    film = tmp_path / "film.mp4"
+    film.write_bytes(mp4_bytes(1, 3, 0))
+    with pytest.raises(UserError, match="another process writes the corpus by now"):
+        build_here(tmp_path / "corpus", [str(film)], stages=["ingest", "download"], display=TakesOver())
+    assert list((tmp_path / "corpus" / "fragments" / "downloads").glob("*.parquet")) == []
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ from rich.markup import escape
 
 from pipeline.build import difference
 from pipeline.config import digest, read_yaml
-from pipeline.corpus import Corpus, take_lock, write_text_atomically
+from pipeline.corpus import Corpus, write_text_atomically
 from pipeline.display import plain_console
 from pipeline.errors import UserError
+from pipeline.locks import take_lock
 from pipeline.settings import resolve
 from training import models
 from training.best import chosen_checkpoint

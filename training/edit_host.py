@@ -125,7 +125,8 @@ class CorpusHost:
         """Units that have not been committed are edited; the manifest then knows the round."""
         self.round_number = state.round_number
         with self._session() as current:
-            plan = Plan(str(current.corpus.root), self.editing, self.settings, current.settings.cut, current.run_id)
+            root, holder = str(current.corpus.root), current.corpus.holder
+            plan = Plan(root, self.editing, self.settings, current.settings.cut, current.run_id, holder)
             with pool(plan, self.asked.workers, self.settings.train.device) as editors:
                 jobs = self._jobs(state, editors)
                 for done in editors.edit([job for job in jobs if not _is_committed(plan, job)]):

@@ -4,7 +4,6 @@
 on a CPU it computes on one thread, because sums in fp32 depend on how many there are; work is spread over units.
 """
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pipeline.config import digest
 from pipeline.cut import CutSettings, SpanRequest
 from pipeline.errors import ItemError
 from pipeline.worker import Outcome, Stopwatch, Work, commit
-from shards.fragments import TEMPORARY, Commit
+from shards.fragments import Commit, temporary_folder
 from training import models
 from training.clip4clip_model import Clip4Clip
 from training.clip_video import Picture, Pixels
@@ -49,6 +48,7 @@ class Plan:
     settings: EditRunSettings
     cut: CutSettings
     run_id: str
+    holder: str
 
     def key(self, video_id: str, round_number: int) -> str:
         return digest([CODE_VERSION, self.editing, round_number, video_id])
@@ -78,7 +78,7 @@ def work_of(plan: Plan, job: Job) -> Work:
     """The commit that a job makes."""
     ids = [video.video_id for video in job.videos] + list(job.silent)
     items = [{"item_id": name, "key": plan.key(name, job.round_number), "attempts": 0, "cost": 1.0} for name in ids]
-    return Work("edit", job.unit, items, plan.settings, plan.editing, plan.root, plan.run_id)
+    return Work("edit", job.unit, items, plan.settings, plan.editing, plan.root, plan.run_id, holder=plan.holder)
 
 
 class Editor:
@@ -118,10 +118,7 @@ class Editor:
         """The unit's rows of `clip_edits` and `edited_clips`, and the tar these are in."""
         work = work_of(self.plan, job)
         name = f"clips/{work.name}.tar"
-        folder = Path(self.plan.root) / "clips" / f"{TEMPORARY}{work.name}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        try:
+        with temporary_folder(Path(self.plan.root) / "clips" / work.name) as folder:
             with self._computing():
                 outcomes = [self._edit_video(job, number, folder) for number in range(len(job.videos))]
             outcomes += self._silent(job)
@@ -131,8 +128,6 @@ class Editor:
             for row in rows:
                 row["tar"] = name
             return commit(work, outcomes, [name] if rows else [])
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _silent(self, job: Job) -> list[Outcome]:
         return [Outcome(clip_id, failure=no_text(clip_id)[1]) for clip_id in job.silent]

@@ -25,8 +25,9 @@ from typing import IO, Any
 import yaml
 
 from pipeline.config import Settings, read_yaml, validate_settings
-from pipeline.corpus import take_lock, write_text_atomically
+from pipeline.corpus import write_text_atomically
 from pipeline.errors import UserError
+from pipeline.locks import take_lock
 from training.run_checkpoints import Checkpoints, warn
 from training.settings import RunSettings
 
