@@ -40,9 +40,14 @@ def one_video_waiting(world):
 
 
 @contextmanager
-def a_build_to_be_killed(world, corpus):
+def a_build_to_be_killed(world, corpus, **environment: str):
     """The command, with its process group killed when the block ends."""
-    process = subprocess.Popen(command(world.sources, corpus), stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command(world.sources, corpus),
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        env=os.environ | environment,
+    )
     try:
         yield process
     finally:
@@ -58,11 +63,15 @@ def wait_for(reached, process, timeout_s: float = 120) -> None:
 
 
 @pytest.fixture(scope="module")
-def asked(world, tmp_path_factory) -> tuple[Path, dict]:
-    """A corpus whose build was asked about while it ran, and was killed then; and what was answered."""
+def asked(world, local_ray, tmp_path_factory) -> tuple[Path, dict]:
+    """A corpus whose build was asked about while it ran, and was killed then; and what was answered.
+
+    It is killed alone: Ray, which it had joined, goes on. The other build below takes its Ray with it.
+    """
+    cluster = local_ray.get_runtime_context().gcs_address
     corpus, answers = tmp_path_factory.mktemp("asked") / "corpus", {}
     count = ("sql", corpus, "SELECT count(*) AS n FROM videos", "--format", "csv")
-    with one_video_waiting(world), a_build_to_be_killed(world, corpus) as process:
+    with one_video_waiting(world), a_build_to_be_killed(world, corpus, RAY_ADDRESS=cluster) as process:
         wait_for(lambda: (corpus / "manifest.duckdb").exists(), process)
         answers["early"] = clipmill(*count)
         wait_for(lambda: stages_seen(corpus) >= 3, process)

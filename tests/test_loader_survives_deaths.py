@@ -96,9 +96,9 @@ def test_a_broken_invariant_is_no_failure_row(run):
 SCRIPT = """
 import sys
 sys.path[:0] = {path!r}
-from pathlib import Path
-from loader_support import open_run
-if __name__ == "__main__":
+if __name__ == "__main__":  # which loader processes, that import this file, are not
+    from pathlib import Path
+    from loader_support import open_run
     run = open_run(Path({folder!r}), Path({corpus!r}))
     loader = run.loader(2)
     for step, batch in enumerate(loader.batches(run.epochs, slice(0, 8), 0, 100_000)):
