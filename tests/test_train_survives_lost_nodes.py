@@ -23,10 +23,14 @@ SETTINGS = ("train.max_steps=12", "train.checkpoint_every=2", "data.loader_proce
 
 @pytest.fixture
 def watchful(monkeypatch):
-    """A node that answers nobody is soon called dead. One that is slow has the usual 10 s for each of its answers."""
+    """A node that answers nobody is soon called dead. One that is slow has the usual 10 s for each of its answers.
+
+    And nobody waits for nodes that announce their end: none does here.
+    """
     monkeypatch.setenv("RAY_health_check_initial_delay_ms", "500")
     monkeypatch.setenv("RAY_health_check_period_ms", "500")
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 
 @pytest.mark.slow
