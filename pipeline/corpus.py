@@ -190,7 +190,10 @@ class Corpus:
 def holder_now(root: Path, store: Store | None) -> str:
     """Who holds the lock of a corpus, or held it last: another name than before once somebody else writes."""
     if store is None:
-        return said_by(root / PRIVATE / LOCK)
+        try:
+            return (root / PRIVATE / LOCK).read_text().strip()
+        except FileNotFoundError:
+            return ""  # somebody is taking it over
     from pipeline.store_lock import token_in
 
     return token_in(store)

@@ -141,25 +141,26 @@ def fetch(
     corpus_root: Path | None = None,
     governor=None,
     probe: Callable[[Path], Any] | None = None,
-    before_publishing: Callable[[], None] = lambda: None,
+    require_right: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The row of `downloads` (its own columns) for a row of `sources`; files end up in `folder`.
 
     Paths in the row are relative to `corpus_root` (default: `folder`'s parent) where they lie below it. `governor` is
     a HostGovernor or a Ray actor of one. `probe` takes a path and gives a `pipeline.media.MediaInfo` or raises
-    ItemError. `before_publishing` is called when all is here, before anything gets its final name. Raises ItemError;
-    what a permanent failure left half-done is removed, after a transient one it is kept to go on from.
+    ItemError. `require_right` is called before anything is written and before anything gets its final name; what it
+    raises ends the download there. Raises ItemError; what a permanent failure left half-done is removed, after a
+    transient one it is kept to go on from.
     """
     from pipeline import media
 
     job = _Job(source, Path(folder), settings, governor or new_governor(settings))
     try:
-        with job.alone():
+        with job.alone(require_right):
             given = job.given_subtitles()
             fetched = job.fetch()
             fetched.subtitles[:0] = given
             info = _checked(fetched, probe or media.probe)
-            before_publishing()
+            require_right()
             return job.publish(fetched, info, Path(corpus_root) if corpus_root else job.folder.parent)
     except OSError as error:
         raise from_os_error(error) from error
@@ -183,7 +184,7 @@ class _Job:
         self.notes: list[dict[str, str]] = []  # subtitle files that could not be had
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self, require_right: Callable[[], None]) -> Iterator[None]:
         """In a folder for what is not complete, which is removed unless there is something in it to go on from.
 
         A killed build's worker may still be at it: two in one folder would mix their bytes. Raises DownloadError
@@ -195,6 +196,7 @@ class _Job:
                 stack.enter_context(lock_file(self.lock, WORKER_ENDS_WITHIN_S))
             except TimeoutError as error:
                 raise DownloadError("in-use", str(error)) from error
+            require_right()
             self.work.mkdir(exist_ok=True)
             try:
                 yield

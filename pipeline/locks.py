@@ -54,6 +54,7 @@ def take_named(path: Path, name: str) -> IO[str] | None:
             file.truncate(0)
             file.write(name)
             file.flush()
+            os.fsync(file.fileno())  # hosts that share the folder read it
             if _is_at(path, file):
                 return file
         elif not _remove_dead(path):

@@ -59,7 +59,7 @@ def run_download(work: Work) -> Result:
                 corpus_root=root,
                 governor=governor,
                 probe=probe,
-                before_publishing=partial(require_holder, work),
+                require_right=partial(require_holder, work),
             )
             if row["sha256"] in forgotten:
                 _remove_files(folder, item["video_id"])

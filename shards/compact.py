@@ -256,10 +256,10 @@ def _moved(row: dict[str, Any], position: int, members: dict[str, Member]) -> di
 def remove_sources(root: Path, remains: Remains, report: CompactReport) -> None:
     """Downloaded files, of attempts too. Files that a list names where they lie are not the corpus's."""
     files = files_of(root)
-    for path in sorted((root / "sources").glob("*/*.part")):
+    for path in sorted((root / "sources").glob("*/*.part*")):  # with the lock that a killed worker left
         if remains.covers(path.name):
             report.num_files += 1
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     for relative, num_bytes in files.below("sources").items():
         if remains.covers(relative.rpartition("/")[2]):
             report.num_files += 1

@@ -312,7 +312,8 @@ class Mirror(Files):
         folders = [self.root / name for name in ("fragments", "sources", "clips", "shards")]
         files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
         files += [self.root / name for name in _SMALL]
-        return [path for path in files if path.is_file() and not any(part.endswith(".part") for part in path.parts)]
+        ours = [path for path in files if not any(".part" in Path(name).suffixes for name in path.parts)]
+        return [path for path in ours if path.is_file()]
 
     # --- What is known of files here
 

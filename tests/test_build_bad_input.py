@@ -82,7 +82,8 @@ def test_unreadable_subtitles_cost_the_words_and_not_the_video(good, tmp_path, l
 def test_a_model_that_is_not_there_fails_its_stage_and_nothing_else(good, tmp_path, local_ray):
     weights = tmp_path / "weights.pt"
     weights.write_bytes(b"no weights at all")
-    report = build_here(tmp_path / "corpus", [str(good)], "score.model=ViT-B-32", f"score.pretrained={weights}")
+    scorer = ("score.model=ViT-B-32", f"score.pretrained={weights}")
+    report = build_here(tmp_path / "corpus", [str(good)], *PLAIN, *scorer)
     assert report.exit_code == 1
     assert ask(tmp_path / "corpus", "SELECT DISTINCT stage, error_class FROM failures") == [
         ("score", "model-unavailable")
@@ -153,10 +154,11 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_ends_cleanly_and_the_same_command_goes_on(world, small_disk, tmp_path, local_ray):
+def test_a_full_disk_ends_cleanly_and_the_same_command_goes_on(world, small_disk, tmp_path, local_ray, monkeypatch):
     corpus, listed = small_disk / "corpus", write_list(tmp_path / "list.jsonl", sound_sources(world)[:2])
     settings = ["engine.cpus=2", *PLAIN]
     words = [word for setting in (*SMALL, *settings) for word in ("--set", setting)]
+    monkeypatch.setenv("RAY_ADDRESS", local_ray.get_runtime_context().gcs_address)
     result = clipmill("build", listed, "--corpus", corpus, "--recipe", "demo", *words)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stdout + result.stderr
     assert "No space left" in result.stderr + result.stdout or "disk-full" in result.stdout

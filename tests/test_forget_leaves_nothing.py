@@ -47,9 +47,18 @@ def compacted(whole, tmp_path_factory):
     """The corpus after video-b was forgotten and compacted; for tests that only look."""
     root = tmp_path_factory.mktemp("compacted") / "corpus"
     shutil.copytree(whole, root)
+    kill_a_download(root, GONE)
     forget_video(root, GONE)
     compact(root)
     return root
+
+
+def kill_a_download(root: Path, video_id: str) -> None:
+    """What a worker leaves that was killed while it downloaded a video again."""
+    folder = root / "sources" / "u000000"
+    (folder / f"{video_id}.part").mkdir(parents=True)
+    (folder / f"{video_id}.part" / "media").write_bytes(source_bytes(video_id)[:100])
+    (folder / f"{video_id}.part.lock").touch()
 
 
 def forget_video(root: Path, *video_ids: str, reason: str | None = None) -> None:

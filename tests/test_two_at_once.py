@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -149,22 +150,36 @@ def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes(co
     assert [path.stem for path in (corpus.root / "fragments" / "ledger").iterdir()] == [first.name]
 
 
-def test_a_download_of_a_build_before_puts_nothing_in_place(corpus, tmp_path):
-    with corpus.writer():
-        before = corpus.holder
-    with process(HOLDS, root=str(corpus.root), forks=False) as holder:
-        holder.stdout.readline()
-    film = tmp_path / "film.mp4"
+def test_a_download_of_a_build_before_puts_nothing_in_place(corpus, tmp_path, monkeypatch):
+    """Nor does it begin one; what it had of it is there for the next."""
+    film, folder = tmp_path / "film.mp4", corpus.root / "sources" / "u000000"
     film.write_bytes(mp4_bytes(1, 3, 0))
     source = {"video_id": "a", "url": str(film), "kind": "file", "subtitle": None, "language": None}
     item = {"item_id": "a", "key": "k", "attempts": 0, "cost": 1, **source}
     settings = DownloadSettings(reference_local_files=False)
-    with pytest.raises(UserError, match="another process writes"):
-        run_download(Work("download", "u000000", [item], settings, "f", str(corpus.root), "run", holder=before))
-    assert [path.name for path in (corpus.root / "sources" / "u000000").iterdir()] == ["a.part"]
-    outcomes, _ = run_download(Work("download", "u000000", [item], settings, "f", str(corpus.root), "run"))
-    assert outcomes[0].failure is None
-    assert [path.name for path in (corpus.root / "sources" / "u000000").iterdir()] == ["a.mp4"]
+
+    def download_as(holder: str) -> list[str]:
+        outcomes, _ = run_download(
+            Work("download", "u000000", [item], settings, "f", str(corpus.root), "run", holder=holder)
+        )
+        assert outcomes[0].failure is None
+        return [path.name for path in folder.iterdir()]
+
+    def probe_while_another_begins(timeout_s, path):
+        (corpus.private / "lock").write_text("process 1 on another machine since then")
+
+    with corpus.writer():
+        holder = corpus.holder
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="another process writes"):
+            patch.setattr("pipeline.stage_workers._probe_in_sandbox", probe_while_another_begins)
+            download_as(holder)
+        assert [path.name for path in folder.rglob("*")] == ["a.part", "media"]
+        shutil.rmtree(folder / "a.part")
+        with pytest.raises(UserError, match="another process writes"):
+            download_as(holder)
+        assert list(folder.iterdir()) == []
+    with corpus.writer():
+        assert download_as(corpus.holder) == ["a.mp4"]
 
 
 @pytest.mark.slow
