@@ -25,7 +25,7 @@ class AudioTrack:
         streams = self.container.streams.audio
         self.present = bool(streams) and streams[0].codec_context is not None
         self.origin_s = origin_s
-        self.num_errors = 0  # packets the decoder refused: silence in their place
+        self.num_errors = 0  # packets and frames that were refused: silence in their place
         self.held: list[tuple[int, np.ndarray]] = []  # (first sample, [2, n]) in order, without overlap
         self.frames = self._decoded(streams[0]) if self.present else iter(())
 
@@ -61,8 +61,7 @@ class AudioTrack:
 
     def _decoded(self, stream) -> Iterator[tuple[int, np.ndarray]]:
         """(first sample, [2, n]) in order."""
-        resampler = av.AudioResampler(format="fltp", layout="stereo", rate=AUDIO_RATE)
-        expected = None
+        resampler = make = expected = None
         for packet in packets_of(self.container, stream):
             try:
                 frames = packet.decode()
@@ -72,8 +71,15 @@ class AudioTrack:
             for frame in frames:
                 at = self._position(frame, expected)
                 frame.pts = None  # the resampler would otherwise fill gaps by itself
-                for resampled in resampler.resample(frame):
-                    block = resampled.to_ndarray()
+                if make != (make := (frame.format.name, frame.layout.name, frame.sample_rate)):
+                    # A broadcast may change it midway. What the last resampler still holds is under a millisecond.
+                    resampler = av.AudioResampler(format="fltp", layout="stereo", rate=AUDIO_RATE)
+                try:
+                    resampled = resampler.resample(frame)
+                except av.FFmpegError:  # no rate that there is
+                    self.num_errors += 1
+                    continue
+                for block in (piece.to_ndarray() for piece in resampled):
                     yield at, block
                     at += block.shape[1]
                 expected = at

@@ -332,6 +332,8 @@ def _read_other(text: str, settings: SubtitleSettings) -> tuple[str | None, list
     """ASS/SSA, SAMI, MicroDVD …, through pysubs2."""
     import pysubs2
 
+    if "<!ENTITY" in text:
+        raise unreadable("entity declarations")  # it reads XML, too, where it takes a text for that
     try:
         events = pysubs2.SSAFile.from_string(text, format_=sniff(text)).events
     except (pysubs2.exceptions.Pysubs2Error, *_LIBRARY_ERRORS) as error:
@@ -341,7 +343,7 @@ def _read_other(text: str, settings: SubtitleSettings) -> tuple[str | None, list
 
 
 # What parsing nonsense raises in pysubs2, which checks little itself.
-_LIBRARY_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+_LIBRARY_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, SyntaxError)
 _READERS = {"vtt": _read_blocks, "srt": _read_blocks, "json3": _read_json3, "ttml": _read_ttml}
 
 

@@ -1,9 +1,11 @@
 """Sound stays with the picture: in clips that keep it, and in what a recogniser is given."""
 
 import io
+import subprocess
 from fractions import Fraction
 
 import av
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from media_support import SHORT_GOP, Shape, make_video, piece
@@ -63,6 +65,33 @@ def test_speech_is_on_the_clock_of_the_picture(tmp_path, shape):
     assert samples.dtype == np.float32 and len(samples) / SPEECH_RATE == pytest.approx(5.0, abs=0.1)
     for second in range(5):
         assert loud(samples, SPEECH_RATE, second + 0.1, second + 0.9) == bool(second % 2)
+
+
+def pitch_hz(samples: np.ndarray, rate: int, start_s: float, end_s: float) -> float:
+    part = samples[round(start_s * rate) : round(end_s * rate)]
+    return np.count_nonzero(np.diff(np.signbit(part))) / 2 / (end_s - start_s)
+
+
+@pytest.mark.parametrize("makes", [((2, 48000), (1, 44100), (2, 32000)), ((1, 44100), (2, 48000), (1, 16000))])
+def test_sound_that_changes_its_rate_and_channels_midway_goes_on(tmp_path, makes):
+    """As where a broadcast turns to a programme of another make."""
+    parts = []
+    for start_s, (channels, rate) in zip((0, 2, 4), makes, strict=True):
+        part = tmp_path / f"{start_s}.ts"
+        picture = ("-f", "lavfi", "-i", "testsrc=size=64x48:rate=10:duration=2")
+        sound = ("-f", "lavfi", "-i", "sine=440:duration=2", "-af", "volume=8", "-ac", f"{channels}", "-ar", f"{rate}")
+        written = ("-g", "10", "-c:a", "aac", "-output_ts_offset", f"{start_s}", "-muxdelay", "0", f"{part}")
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *picture, *sound, *written]
+        subprocess.run(command, check=True)
+        parts.append(part.read_bytes())
+    path = tmp_path / "broadcast.ts"
+    path.write_bytes(b"".join(parts))
+    (row,) = cut_video(path, [SpanRequest("v.0", 0, 0.5, 5.5)], CutSettings(audio=True), tmp_path / "out").rows
+    sound = sound_of(piece(tmp_path / "out", row["mp4_offset"], row["num_bytes"]))
+    assert len(sound) / 48000 == pytest.approx(5.0, abs=0.05)
+    for start_s in (0.2, 1.7, 3.7):  # but for a moment at each change
+        assert loud(sound, 48000, start_s, start_s + 1.1), start_s
+        assert pitch_hz(sound, 48000, start_s, start_s + 1.1) == pytest.approx(440, abs=4)
 
 
 @pytest.mark.parametrize("delay", [Fraction(1), Fraction(-1)])

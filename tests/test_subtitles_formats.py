@@ -128,6 +128,8 @@ def test_content_decides_the_format_whatever_the_name_says():
         b'<tt xmlns="http://www.w3.org/ns/ttml"><body><p begin="1s">x</body>',
         b'<!DOCTYPE tt [<!ENTITY a "aaaa">]><tt><body><p begin="1s" end="2s">&a;</p></body></tt>',
         b"just some text\nwithout times",
+        b'<?xml version="1.0"?><x xmlns="http://www.w3.org/ns/ttml"><tt:p begin="1s">no end',
+        b'<!DOCTYPE x [<!ENTITY a "aa">]><x xmlns="http://www.w3.org/ns/ttml"><p begin="1s" end="2s">&a;</p></x>',
     ],
 )
 def test_what_is_no_subtitle_fails_as_unreadable(data):
