@@ -71,8 +71,9 @@ class AudioTrack:
             for frame in frames:
                 at = self._position(frame, expected)
                 frame.pts = None  # the resampler would otherwise fill gaps by itself
-                if make != (make := (frame.format.name, frame.layout.name, frame.sample_rate)):
+                if (frame.format.name, frame.layout.name, frame.sample_rate) != make:
                     # A broadcast may change it midway. What the last resampler still holds is under a millisecond.
+                    make = (frame.format.name, frame.layout.name, frame.sample_rate)
                     resampler = av.AudioResampler(format="fltp", layout="stereo", rate=AUDIO_RATE)
                 try:
                     resampled = resampler.resample(frame)
