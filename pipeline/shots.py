@@ -103,7 +103,7 @@ def _small_frames(path: Path, precision: str) -> Iterator[tuple[Any, Any, float]
 
     with open_media(path) as container:
         stream = video_stream(container)
-        rate, time_base = Fraction(stream.average_rate or 25), Fraction(stream.time_base or Fraction(1, 90_000))
+        rate, time_base = _believable(stream.average_rate), Fraction(stream.time_base or Fraction(1, 90_000))
         if precision == "fast":
             stream.codec_context.skip_frame = "NONREF"
         frame_ticks, next_pts, last_pts = max(1, round(1 / (rate * time_base))), 0, None
@@ -117,6 +117,11 @@ def _small_frames(path: Path, precision: str) -> Iterator[tuple[Any, Any, float]
             size = (FRAME_WIDTH, height) if frame.width > FRAME_WIDTH else (frame.width, frame.height)
             picture = frame.to_ndarray(format="bgr24", width=size[0], height=size[1], interpolation="AREA")
             yield FrameTimecode(Timecode(pts, time_base), rate), picture, float(ticks * time_base)
+
+
+def _believable(rate: Fraction | None) -> Fraction:
+    """Frames a second; what a damaged header says of them may be anything. Cuts lie where the frames' own times are."""
+    return Fraction(rate) if rate and Fraction(1, 3600) <= rate <= 10_000 else Fraction(25)
 
 
 def _decoded(container: Any, stream: Any, name: str) -> Iterator[Any]:

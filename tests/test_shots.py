@@ -1,5 +1,6 @@
 """Shots are found where the picture changes at once, at the real time of that frame."""
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -79,6 +80,18 @@ def test_hard_cuts_are_found_to_the_frame(tmp_path, detector, b_frames):
 def test_times_count_from_the_first_frame_and_frame_rates_may_vary(tmp_path, name):
     truth = video(tmp_path / name, [40, 50, 45], first_pts=5000, steps=(20, 40, 90))
     assert cuts_of(detect_shots(tmp_path / name))[:-1] == pytest.approx(truth[:-1], abs=0.002)
+
+
+@pytest.mark.parametrize("rate", [-1.0, 1e9])
+def test_a_header_whose_frame_rate_cannot_be_moves_no_cut(tmp_path, rate):
+    path = tmp_path / "a.flv"
+    truth = video(path, [40, 50, 45])
+    data = path.read_bytes()
+    at = data.index(b"framerate\0") + len(b"framerate\0")  # a number as AMF0 has them: a type and eight bytes
+    path.write_bytes(data[:at] + struct.pack(">d", rate) + data[at + 8 :])
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate != 25
+    assert cuts_of(detect_shots(path))[:-1] == pytest.approx(truth[:-1], abs=0.002)
 
 
 def test_fast_is_at_most_one_reference_distance_late_and_never_early(tmp_path):
