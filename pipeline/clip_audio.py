@@ -77,6 +77,8 @@ class AudioTrack:
                     resampler = av.AudioResampler(format="fltp", layout="stereo", rate=AUDIO_RATE)
                 try:
                     resampled = resampler.resample(frame)
+                except av.MemoryError:
+                    raise
                 except av.FFmpegError:  # no rate that there is
                     self.num_errors += 1
                     continue
