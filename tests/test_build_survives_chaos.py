@@ -20,9 +20,9 @@ LIGHT = (*SETTINGS, *PLAIN)
 @pytest.mark.slow
 def test_a_build_under_faults_of_every_kind_ends_in_the_same_bytes(tmp_path, capsys):
     said: list[str] = []
-    size = {"num_faults": 8, "num_kinds": 5, "num_videos": 2, "num_nodes": 1}
+    size = {"num_faults": 10, "num_kinds": 5, "num_videos": 2, "num_nodes": 1}
     summary = torment(tmp_path, seed=2, say=said.append, settings=LIGHT, **size)
     with capsys.disabled():
         print(f"\n{summary}")
     assert summary.wrong == [], "\n".join(map(str, [summary, *said]))
-    assert summary.faults.total() >= 8 and len(+summary.faults) >= 5
+    assert summary.faults.total() >= 10 and len(+summary.faults) >= 5
