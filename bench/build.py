@@ -92,7 +92,7 @@ def _clock(seconds: float) -> str:
 
 def _clean_build(sources: Path, corpus: Path, *settings: str, environment: dict[str, str] | None = None) -> Cost:
     shutil.rmtree(corpus, ignore_errors=True)
-    command = [sys.executable, "-m", "pipeline.cli", "build", str(sources), "--corpus", str(corpus), "--recipe", "demo"]
+    command = [sys.executable, "-m", "clipmill", "build", str(sources), "--corpus", str(corpus), "--recipe", "demo"]
     return _measured([*command, *(word for setting in settings for word in ("--set", setting))], environment)
 
 

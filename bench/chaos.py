@@ -338,7 +338,7 @@ class Build:
         with self.log.open("ab") as log:
             self._log_start = log.tell()
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.cli", *words],
+                [sys.executable, "-m", "clipmill", *words],
                 stdout=log,
                 stderr=log,
                 env=self.environment,

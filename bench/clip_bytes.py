@@ -20,9 +20,9 @@ from fractions import Fraction
 import av
 import numpy as np
 
+from clipmill.media.encode import ENCODINGS, ClipEncoder, Encoding, cpu_flags
 from pipeline.demo.grammar import sample_scene
 from pipeline.demo.render import render_frame
-from pipeline.encode import ENCODINGS, ClipEncoder, Encoding, cpu_flags
 
 SIZE, NUM_FRAMES, FPS = (170, 96), 26, Fraction(3)
 

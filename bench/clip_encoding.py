@@ -1,12 +1,12 @@
 """Which encoding of clips is cheapest to train from: `python -m bench.clip_encoding [--write docs/clip_encoding.md]`.
 
-For every preset of `pipeline.encode` (and the x264 variants around them that explain the choice): size of a clip of 34
+For every preset of `clipmill.media.encode` (and the x264 variants around them that explain the choice): size of a clip of 34
 frames at short side 256, CPU milliseconds to write it and to get 12 evenly spread frames of it as 224x224 RGB, and how
 much of the picture is lost. One process, one thread, the ways in turn round by round, the least of the rounds: other
 work on the machine can only add to a time. The gate is on the default preset.
 
 Reading: "naive" decodes from the first frame to the last wanted one, as any library does; "planned" gives the decoder
-only the packets that a wanted frame depends on, as `pipeline.decode` does. JPEG frames are read one by one.
+only the packets that a wanted frame depends on, as `clipmill.media.decode` does. JPEG frames are read one by one.
 """
 
 import argparse
@@ -24,9 +24,9 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from bench.media import DEFAULT_DIR, DURATION_S, benchmark_set
-from pipeline.cut import CutSettings
-from pipeline.encode import ENCODINGS, ClipEncoder, Encoding, JpegSequence, jpeg_frames, x264
-from pipeline.picture import PictureMaker
+from clipmill.media.encode import ENCODINGS, ClipEncoder, Encoding, JpegSequence, jpeg_frames, x264
+from pipeline.stages.cut.cut import CutSettings
+from pipeline.stages.cut.picture import PictureMaker
 
 NUM_FRAMES, NUM_READ, SIDE = 34, 12, 224
 MOST_KB, MOST_MS = 450, 15

@@ -144,8 +144,8 @@ def _first_pictures(video: dict, out: Path):
 
 def wall_of_workers(videos: list[dict], num_workers: int, out: Path) -> float:
     """Wall seconds to cut every video twice in warm sandboxes."""
-    from pipeline.cut import CutSettings, cut_in_sandbox
-    from pipeline.sandbox import Sandbox
+    from clipmill.media.sandbox import Sandbox
+    from pipeline.stages.cut.cut import CutSettings, cut_in_sandbox
 
     sandboxes = [Sandbox() for _ in range(num_workers)]
     jobs = [(video, i) for i in range(2) for video in videos]
@@ -170,13 +170,13 @@ def wall_of_workers(videos: list[dict], num_workers: int, out: Path) -> float:
 
 
 def _requests(video: dict) -> list:
-    from pipeline.cut import SpanRequest
+    from pipeline.stages.cut.cut import SpanRequest
 
     return [SpanRequest(f"v.{n}", n, start, end) for n, (start, end) in enumerate(video["spans"])]
 
 
 def _cut(video: dict, encoding: str, target: Path):
-    from pipeline.cut import CutSettings, cut_video
+    from pipeline.stages.cut.cut import CutSettings, cut_video
 
     result = cut_video(video["path"], _requests(video), CutSettings(encoding=encoding), target)
     assert len(result.rows) == len(video["spans"]), result.failures

@@ -10,15 +10,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from pipeline.corpus import Corpus
-from pipeline.pack_stage import plan_shards, select_samples
-from pipeline.settings import validate
-from pipeline.stage_queries import QUERIES
-from pipeline.stages import STAGES, fingerprints
-from pipeline.worker import RUNNERS, Work, limit_threads
-from shards.ledger import Ledger
-from shards.pack import commit_shards, rows_by_shard, write_shard
-from shards.sql import open_manifest
+from pipeline.engine.registry import STAGES, fingerprints
+from pipeline.engine.settings import validate
+from pipeline.runtime.task import RUNNERS, Work, limit_threads
+from pipeline.stages.pack import plan_shards, select_samples
+from pipeline.stages.queries import QUERIES
+from shards.corpus.folder import Corpus
+from shards.corpus.ledger import Ledger
+from shards.packing.pack import commit_shards, rows_by_shard, write_shard
+from shards.query.sql import open_manifest
 
 
 def main() -> None:

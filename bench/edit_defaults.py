@@ -21,16 +21,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.build import session
-from training.edit_clips import Items, freeze_items
-from training.edit_frames import read_frames
-from training.edit_rounds import base_spans, fold_of
-from training.edit_scores import FrameFeatures, FrameScorer, VideoScorer, draw_bank
-from training.edit_settings import EditSettings, resolve_edit
-from training.edit_worker import Teacher
-from training.run_folder import RunFolder
-from training.selection import EVAL_FILE, Selection
-from training.video_editing import Floats, Scorer, Spans, VideoClips, drift, edit_videos, iou
+from pipeline.editing.clips import Items, freeze_items
+from pipeline.editing.frames import read_frames
+from pipeline.editing.worker import Teacher
+from pipeline.engine.build import session
+from training.data.selection import EVAL_FILE, Selection
+from training.editing.boundaries import Floats, Scorer, Spans, VideoClips, drift, edit_videos, iou
+from training.editing.rounds import base_spans, fold_of
+from training.editing.scores import FrameFeatures, FrameScorer, VideoScorer, draw_bank
+from training.editing.settings import EditSettings, resolve_edit
+from training.run.folder import RunFolder
 
 LENGTH_WEIGHTS, MIN_GAINS, BANKS = (0.005, 0.02), (0.002, 0.01, 0.03), (0, 512)
 NUM_ROUNDS = 5

@@ -27,13 +27,13 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pipeline.audio import extract_speech
-from pipeline.cut import CutSettings, SpanRequest, cut_video
-from pipeline.errors import ItemError
-from pipeline.media import probe
-from pipeline.sandbox import Sandbox
-from pipeline.shots import detect_shots
-from pipeline.transcribe import TranscribeSettings, transcript_of_subtitles
+from clipmill.base.errors import ItemError
+from clipmill.media.probe import probe
+from clipmill.media.sandbox import Sandbox
+from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
+from pipeline.stages.segment.shots import detect_shots
+from pipeline.stages.transcribe.speech import extract_speech
+from pipeline.stages.transcribe.transcribe import TranscribeSettings, transcript_of_subtitles
 
 EXTREMES = (b"\0", b"\xff", b"\x7f", b"\x80", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\1")
 MEMORY_BYTES = 1 << 30
@@ -87,7 +87,7 @@ def _place(rng: random.Random, size: int) -> int:
 
 def _warm_up(trains: bool) -> None:
     """Imports, which are nobody's hang."""
-    for name in ("av", "cv2", "scenedetect", *(["training.clip_video"] if trains else [])):
+    for name in ("av", "cv2", "scenedetect", *(["training.data.clip_frames"] if trains else [])):
         importlib.import_module(name)
 
 
@@ -96,7 +96,7 @@ def _cut(path: str) -> int:
 
 
 def _train(path: str) -> int:
-    from training.clip_video import Picture, decode_clip
+    from training.data.clip_frames import Picture, decode_clip
 
     return len(decode_clip(Path(path).read_bytes(), lambda count: range(0, count, max(1, count // 4)), Picture(32)))
 

@@ -46,19 +46,19 @@ import pyarrow as pa
 import torch
 
 from bench.media import FPS, pictures_of
-from pipeline.encode import ENCODINGS, ClipEncoder, Encoding, x264
-from pipeline.frames import Thumbnailer
-from pipeline.picture import PictureMaker
-from shards.tar import Sample, read_member, write_tar
-from training.clip_video import Picture, decode_clip
-from training.epochs import Epochs, plan_spec
-from training.frames import eval_indices, middle_index, resize
-from training.loader import Loader, SampleReader
-from training.loader_pool import Request, keep_freed_memory
-from training.plan import hash_selection
-from training.selection import SELECTION, Selection
+from clipmill.media.encode import ENCODINGS, ClipEncoder, Encoding, x264
+from clipmill.media.frame_stats import Thumbnailer
+from pipeline.stages.cut.picture import PictureMaker
+from shards.packing.tar import Sample, read_member, write_tar
+from training.data.clip_frames import Picture, decode_clip
+from training.data.epoch_files import Epochs, plan_spec
+from training.data.epoch_plan import hash_selection
+from training.data.frame_sampling import eval_indices, middle_index, resize
+from training.data.loader import Loader, SampleReader
+from training.data.reader_pool import Request, keep_freed_memory
+from training.data.selection import SELECTION, Selection
+from training.data.tokenizer import TextEncoder
 from training.settings import DataSettings
-from training.texts import TextEncoder
 
 GATE_PER_S, GATE_BARE, GATE_ORDINARY, GATE_RESUME_S = 60.0, 0.9, 2.0, 2.0
 SIZE, CLIP_FPS, SHORT_SIDE, BATCH = 224, 3, 256, 32

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-from training.plan import PlanSpec, hash_groups, num_conflicts, open_epoch, write_epoch
+from training.data.epoch_plan import PlanSpec, hash_groups, num_conflicts, open_epoch, write_epoch
 
 GATE_S, GATE_BYTES, GATE_OPEN_S = 20.0, 3e9, 1.0
 
 _OPEN = """
 import sys, time
-from training.plan import PlanSpec, locate, open_epoch
+from training.data.epoch_plan import PlanSpec, locate, open_epoch
 import json
 spec, folder, position = PlanSpec(**json.loads(sys.argv[1])), sys.argv[2], int(sys.argv[3])
 started = time.perf_counter()

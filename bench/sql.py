@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from shards.sql import open_manifest
-from tests.manifest_support import make_manifest
+from shards.query.sql import open_manifest
+from tests.helpers.manifests import make_manifest
 
 GATE_S = 1.0
 QUERIES = Path(__file__).resolve().parents[1] / "docs" / "queries.sql"

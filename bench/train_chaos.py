@@ -115,7 +115,7 @@ def _build(folder: Path) -> Path:
     from pipeline.demo.world import WorldSettings, make_world
 
     make_world(folder / "world", WorldSettings(num_videos=4, min_video_s=30, max_video_s=40, seed=1))
-    build = [sys.executable, "-m", "pipeline.cli", "build", str(folder / "world" / "videos")]
+    build = [sys.executable, "-m", "clipmill", "build", str(folder / "world" / "videos")]
     build += ["--corpus", str(folder / "corpus"), "--recipe", "demo", "--set", "cut.short_side=64"]
     subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
     return folder / "corpus"
@@ -131,8 +131,8 @@ class Attempt:
         words = ["train", "--corpus", str(corpus), "--run", str(run), "--recipe", "demo"]
         for setting in (*SETTINGS, f"train.max_steps={steps}", f"data.loader_processes={loaders}"):
             words += ["--set", setting]
-        together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline.cli", "--"]
-        command = together if way == "torchrun" else ["-m", "pipeline.cli"]
+        together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "clipmill", "--"]
+        command = together if way == "torchrun" else ["-m", "clipmill"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         if way == "ray":
             words += ["--workers", "2"]

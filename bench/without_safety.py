@@ -24,7 +24,8 @@ _sha256, _file_digest = hashlib.sha256, hashlib.file_digest
 
 
 def apply(parts: list[str]) -> None:
-    from pipeline import sandbox, watchdog
+    from clipmill.media import sandbox
+    from pipeline.runtime import watchdog
 
     if "hashing" in parts:
         hashlib.sha256, hashlib.file_digest = EndsOnly, _digest_of_ends

@@ -14,10 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from captioning.identity import demo_identity, file_sha256, folder_identity, open_clip_identity
+from captioning.model_identity import demo_identity, file_sha256, folder_identity, open_clip_identity
 from captioning.settings import CaptionSettings
-from pipeline.config import digest
-from pipeline.errors import ItemError, UserError
+from clipmill.base.errors import ItemError, UserError
+from clipmill.base.settings import digest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -100,9 +100,9 @@ def _factory(captioner: str) -> Callable[[CaptionSettings], Captioner]:
 
 
 _BUILT_IN = {
-    "coca": "captioning.coca:load",
-    "demo": "captioning.demo:load_captioner",
-    "huggingface": "captioning.huggingface:load",
+    "coca": "captioning.captioners.coca:load",
+    "demo": "captioning.demo_models:load_captioner",
+    "huggingface": "captioning.captioners.huggingface:load",
 }
 
 

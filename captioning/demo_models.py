@@ -1,4 +1,4 @@
-"""The demo world's two models, trained by `captioning.train_demo_models` and shipped in `captioning/weights`.
+"""The demo world's two models, trained by `bench.demo_models.train` and shipped in `captioning/weights`.
 
 `demo_captioner` is open_clip's CoCa, `demo_clip` open_clip's CLIP, both with a configuration and a vocabulary of their
 own, which lie beside the weights as JSON: `model` (arguments of the class), `preprocess`, `words`.
@@ -12,11 +12,11 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import load_file
 
-from captioning.coca import CocaCaptioner
-from captioning.identity import DEMO_WEIGHTS
-from captioning.open_clip_models import DTYPES, LoadedModel, use_device
+from captioning.captioners.coca import CocaCaptioner
+from captioning.model_identity import DEMO_WEIGHTS
+from captioning.open_clip_loader import DTYPES, LoadedModel, use_device
 from captioning.settings import CaptionSettings, ScoreSettings
-from captioning.tokenizer import WordTokenizer
+from captioning.word_tokenizer import WordTokenizer
 
 CLASSES = {"demo_captioner": open_clip.CoCa, "demo_clip": open_clip.CLIP}
 

@@ -4,8 +4,8 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
-from pipeline.config import digest
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
+from clipmill.base.settings import digest
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 LOCAL_DIR = "local-dir:"  # open_clip's prefix for a folder with open_clip_config.json and weights

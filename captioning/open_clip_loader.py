@@ -13,9 +13,9 @@ import open_clip
 import torch
 from PIL import Image
 
-from captioning.identity import LOCAL_DIR, model_folder, weights_file
+from captioning.model_identity import LOCAL_DIR, model_folder, weights_file
 from captioning.settings import CaptionSettings, ScoreSettings
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -11,15 +11,15 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from captioning.captioner import decode_frame
-from captioning.identity import demo_identity, open_clip_identity, open_clip_name
+from captioning.model_identity import demo_identity, open_clip_identity, open_clip_name
 from captioning.settings import ScoreSettings
-from pipeline.config import digest
-from pipeline.errors import ItemError
+from clipmill.base.errors import ItemError
+from clipmill.base.settings import digest
 
 if TYPE_CHECKING:
     import torch
 
-    from captioning.open_clip_models import LoadedModel
+    from captioning.open_clip_loader import LoadedModel
 
 CODE_VERSION = 1  # of what is computed for the same model and settings: raising it makes every score pending
 DEMO_MODEL = "demo_captioner"
@@ -44,10 +44,10 @@ def load_scorer(settings: ScoreSettings) -> "Scorer":
 def _load(settings_json: str, fingerprint: str) -> "Scorer":
     settings = ScoreSettings.model_validate_json(settings_json)
     if settings.model == "demo":
-        from captioning.demo import load_model
+        from captioning.demo_models import load_model
 
         return Scorer(load_model(DEMO_MODEL, settings, "score"), settings.batch_size, "demo", fingerprint)
-    from captioning.open_clip_models import load_open_clip
+    from captioning.open_clip_loader import load_open_clip
 
     name = open_clip_name(settings.model, settings.pretrained, "score")
     return Scorer(load_open_clip(settings, "score"), settings.batch_size, name, fingerprint)

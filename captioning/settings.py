@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Settings, operational
+from clipmill.base.settings import Settings, operational
 
 COCA_MODEL, COCA_PRETRAINED = "coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k"
 CLIP_MODEL, CLIP_PRETRAINED = "ViT-B-32", "datacomp_xl_s13b_b90k"

@@ -59,7 +59,7 @@ def world(tmp_path_factory):
     """A small world of the demo's kind with every fault, behind loopback HTTP."""
     from pipeline.demo.server import serve
     from pipeline.demo.world import WorldSettings, make_world, write_sources
-    from tests.build_support import ServedWorld
+    from tests.helpers.builds import ServedWorld
 
     folder = tmp_path_factory.mktemp("world")
     broken = ("not-found", "html", "truncated", "empty", "audio-only", "unavailable-once", "cut-off", "duplicate")
@@ -76,7 +76,7 @@ def built(local_ray, world, tmp_path_factory):
 
     Its captions are plain: loading models would be most of the work, in every build that is compared with this one.
     """
-    from tests.build_support import PLAIN, build_here
+    from tests.helpers.builds import PLAIN, build_here
 
     corpus = tmp_path_factory.mktemp("built") / "corpus"
     return corpus, build_here(corpus, [str(world.sources)], *PLAIN)
@@ -85,7 +85,7 @@ def built(local_ray, world, tmp_path_factory):
 @pytest.fixture(scope="session")
 def numbered(tmp_path_factory):
     """A packed corpus of videos that show their frames' numbers, for tests of editing: they copy what they change."""
-    from tests.edit_support import build_corpus
+    from tests.helpers.edits import build_corpus
 
     return build_corpus(tmp_path_factory.mktemp("numbered") / "corpus")
 
@@ -93,7 +93,7 @@ def numbered(tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """A corpus of eight videos with every stage's rows and media, made without Ray; to look at or copy."""
-    from whole_corpus_support import VIDEOS, build_whole, url_of, write_sources
+    from tests.helpers.whole_corpus import VIDEOS, build_whole, url_of, write_sources
 
     folder = tmp_path_factory.mktemp("whole")
     sources = write_sources(folder / "list.jsonl", VIDEOS)

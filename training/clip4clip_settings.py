@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.config import Settings
+from clipmill.base.settings import Settings
 
 Head = Literal["meanP", "seqLSTM", "seqTransf", "tightTransf"]
 Stem = Literal["2d", "3d"]

@@ -26,9 +26,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.batch import Batch
-from training.gather import gather_rows
-from training.selection import Selection
+from training.data.batch import Batch
+from training.data.selection import Selection
+from training.parallel.all_gather import gather_rows
 
 FEEDBACK = pa.schema(
     [
@@ -154,7 +154,7 @@ class Feedback:
         """The Parquet table of the clips seen so far, whole or not at all."""
         import pyarrow.parquet as pq
 
-        from shards.tar import replacing
+        from shards.packing.tar import replacing
 
         start = 0
         with replacing(path) as file, pq.ParquetWriter(file, FEEDBACK, compression="zstd") as writer:

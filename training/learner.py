@@ -1,28 +1,28 @@
 """The update: a batch in, weights a little better. Knows no files and no loader.
 
 Read `Learner.train_step` first. Whatever the number of processes, wrappers or chunks, it is the update that one process
-would make on the whole batch (tests/test_update_is_the_same_everywhere.py).
+would make on the whole batch (tests/training/test_update_is_the_same_everywhere.py).
 """
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from training.augment import augment
-from training.batch import Batch
-from training.distributed import Process
-from training.ema import Ema
-from training.encoder import FeatureSets, Wrapped, needs_pairs
-from training.feedback import Feedback
-from training.gradient_cache import cached_backward
-from training.loss import OmnisourceLoss, omnisource_loss
-from training.matching import matching_loss
-from training.mil_nce import mil_nce_loss
-from training.model import ClipVip
-from training.optim import build_optimiser, parameter_groups, set_learning_rate
-from training.schedule import learning_rate
+from training.clip_feedback import Feedback
+from training.data.batch import Batch
+from training.losses.mil_nce import mil_nce_loss
+from training.losses.omnisource import OmnisourceLoss, omnisource_loss
+from training.losses.pair_matching import matching_loss
+from training.models.clip_vip import ClipVip
+from training.models.unipt import UniPtClip
+from training.optim.augment import augment
+from training.optim.ema import Ema
+from training.optim.gradient_cache import cached_backward
+from training.optim.optimizers import build_optimiser, parameter_groups, set_learning_rate
+from training.optim.schedule import learning_rate
+from training.parallel.distributed import Process
+from training.parallel_model import FeatureSets, Wrapped, needs_pairs
 from training.settings import TrainSettings
-from training.unipt import UniPtClip
 
 Values = dict[str, Tensor | float]
 

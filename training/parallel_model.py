@@ -10,12 +10,12 @@ from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from pipeline.errors import UserError
-from training.batch import Batch
-from training.distributed import Process
-from training.frames import normalise
-from training.loss import TERMS
-from training.model import ClipVip
+from clipmill.base.errors import UserError
+from training.data.batch import Batch
+from training.data.frame_sampling import normalise
+from training.losses.omnisource import TERMS
+from training.models.clip_vip import ClipVip
+from training.parallel.distributed import Process
 from training.settings import TrainSettings
 
 FeatureSets = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]

@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
-from training.loader import LoaderError
-from training.prepare import Request, requested_settings
-from training.run_folder import RunFolder
+from clipmill.base.errors import UserError
+from training.data.loader import LoaderError
+from training.run.folder import RunFolder
+from training.run.setup import Request, requested_settings
 from training.trainer import Report, train
 
 MAX_RESTARTS = 3  # after workers or nodes have died; a run that kills its workers must end some time

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Settings, operational, resolve_settings
+from clipmill.base.settings import Settings, operational, resolve_settings
 from training.clip4clip_settings import Clip4ClipSettings
 from training.unipt_settings import UniPtSettings
 
@@ -54,7 +54,9 @@ class DataSettings(Settings):
     # near-duplicate group.
     apart: tuple[Group, ...] = ("video", "duplicate")
     unmet: Literal["error", "keep"] = "keep"  # where no order can part them: stop, or count them and go on
-    tail: Literal["drop", "pad", "carry"] = "drop"  # clips of an epoch that do not fill a batch: see training/plan.py
+    tail: Literal["drop", "pad", "carry"] = (
+        "drop"  # clips of an epoch that do not fill a batch: see training/data/epoch_plan.py
+    )
     seed: int = 0  # of the order and of which frames are taken
     block_size: int = Field(1, ge=1)  # neighbours in a shard that stay together: longer reads, less shuffle
     window_steps: int = Field(64, ge=1)  # steps over which blocks are mixed

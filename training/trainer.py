@@ -20,28 +20,35 @@ from typing import Any
 import numpy as np
 import torch
 
-from training import models
-from training.batch import Batch
-from training.best import Best, best_of, write_best
-from training.clip4clip_model import pair_flops
-from training.counting import mix
-from training.distributed import Process, join
-from training.encoder import sources_of
-from training.epochs import Epochs, plan_spec, total_steps
-from training.feedback import Feedback
-from training.full_state import OptimiserState, State, full_state, random_state, restore_optimiser, set_random_state
+from training.clip_feedback import Feedback
+from training.data.batch import Batch
+from training.data.epoch_files import Epochs, plan_spec, total_steps
+from training.data.epoch_plan import PlanSpec, locate, num_steps_done, rank_slots, state_dict
+from training.data.loader import Loader, default_processes
+from training.data.sample_reader import Failure, SampleReader
+from training.data.stateless_random import mix
+from training.evaluation.retrieval import evaluate
 from training.learner import Learner, Values
-from training.loader import Loader, default_processes
-from training.meter import Meter
-from training.model import sample_flops
-from training.peaks import peak_flops
-from training.plan import PlanSpec, locate, num_steps_done, rank_slots, state_dict
-from training.prepare import Prepared, Request, prepare, requested_settings
-from training.retrieval import evaluate
-from training.run_checkpoints import Checkpoint
-from training.run_folder import RunFolder
-from training.run_log import RunLog, cut_after
-from training.samples import Failure, SampleReader
+from training.models import registry as models
+from training.models.clip4clip import pair_flops
+from training.models.clip_vip import sample_flops
+from training.parallel.distributed import Process, join
+from training.parallel.state_dict import (
+    OptimiserState,
+    State,
+    full_state,
+    random_state,
+    restore_optimiser,
+    set_random_state,
+)
+from training.parallel_model import sources_of
+from training.run.best_checkpoint import Best, best_of, write_best
+from training.run.checkpoints import Checkpoint
+from training.run.folder import RunFolder
+from training.run.hardware_peaks import peak_flops
+from training.run.log import RunLog, cut_after
+from training.run.setup import Prepared, Request, prepare, requested_settings
+from training.run.throughput import Meter
 from training.settings import TrainSettings
 
 FEEDBACK_FILE = "feedback.npz"  # beside a checkpoint: what was counted up to its step

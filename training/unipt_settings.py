@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.config import Settings
+from clipmill.base.settings import Settings
 
 VideoTokens = Literal["all", "frames", "proxies"]
 

@@ -5,10 +5,10 @@ from collections import Counter
 
 import torch
 
+from bench.demo_models.frames import DemoFrame, correct, demo_frames
 from captioning.captioner import load_captioner
-from captioning.demo import load_model
-from captioning.demo_frames import DemoFrame, correct, demo_frames
-from captioning.identity import DEMO_WEIGHTS
+from captioning.demo_models import load_model
+from captioning.model_identity import DEMO_WEIGHTS
 from captioning.settings import CaptionSettings, ScoreSettings
 from pipeline.demo.grammar import still_text
 

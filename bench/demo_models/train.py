@@ -1,8 +1,8 @@
 """Trains the demo world's two models and writes them to `captioning/weights`; prints how well the shipped ones do.
 
-    python -m captioning.train_demo_models captioner    an open_clip CoCa: 25 minutes on one CPU core
-    python -m captioning.train_demo_models clip         an open_clip CLIP: likewise
-    python -m captioning.train_demo_models evaluate     the table of docs/captioning.md
+    python -m bench.demo_models.train captioner    an open_clip CoCa: 25 minutes on one CPU core
+    python -m bench.demo_models.train clip         an open_clip CLIP: likewise
+    python -m bench.demo_models.train evaluate     the table of docs/captioning.md
 
 Frames come from `demo_frames`, drawn once (12 minutes) and kept under --cache. Everything is a function of --seed,
 --frames and the steps. Both models see single frames and texts about looks; no text about motion is ever shown.
@@ -27,10 +27,10 @@ from open_clip.pos_embed import get_2d_sincos_pos_embed
 from PIL import Image
 from safetensors.torch import save as serialize
 
-from captioning.demo import build
-from captioning.demo_frames import DemoFrame, demo_frames
-from captioning.identity import DEMO_WEIGHTS
-from captioning.open_clip_models import LoadedModel
+from bench.demo_models.frames import DemoFrame, demo_frames
+from captioning.demo_models import build
+from captioning.model_identity import DEMO_WEIGHTS
+from captioning.open_clip_loader import LoadedModel
 from pipeline.demo.grammar import (
     BACKGROUND_COLOURS,
     BACKGROUND_TEXTURES,
@@ -419,7 +419,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     if chosen.task == "evaluate":
-        from captioning.evaluate_demo_models import report
+        from bench.demo_models.evaluate import report
 
         print(report())
         return

@@ -1,11 +1,11 @@
 """Studies of the methods' central claims in miniature, on the demo world, where the truth is known.
 
 How one is written. A study is a module of this package that has a `STUDY` and is named in `STUDIES`. `STUDY` is a pure
-description (`training.studies.study.Study`): a question, what the paper claims, arms, sizes, and `run(arm, seed, size,
+description (`bench.studies.study.Study`): a question, what the paper claims, arms, sizes, and `run(arm, seed, size,
 cache) -> {metric: value}`, a function of its arguments alone, which does one arm with one seed on one thread.
-Everything else is the frame's (`training.studies.runner`): it runs every arm with every seed, in their own processes,
+Everything else is the frame's (`bench.studies.runner`): it runs every arm with every seed, in their own processes,
 keeps each result in DIR/rows.csv the moment it is there, goes on where it was interrupted, and writes DIR/README.md and
-DIR/plot.svg (`training.studies.report`). See `training.studies.proxies` for one.
+DIR/plot.svg (`bench.studies.report`). See `bench.studies.proxies` for one.
 
     arm     `Arm(name, condition)`: what is compared, and under which of several conditions (a level of noise, a size)
     claims  `Claim`s: "this arm is above that one by more than so much on this metric"; the report says of each what
@@ -23,10 +23,10 @@ one of a validation set. Nothing heavy is imported here.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
 
 if TYPE_CHECKING:
-    from training.studies.study import Study
+    from bench.studies.study import Study
 
 # Name on the command line: the module here that holds it, and the question in a few words
 STUDIES = {
@@ -44,4 +44,4 @@ def load(name: str) -> "Study":
     """Raises UserError for a name that is no study's."""
     if name not in STUDIES:
         raise UserError(f"there is no study {name!r}; there are {', '.join(STUDIES)}.")
-    return import_module(f"training.studies.{STUDIES[name][0]}").STUDY
+    return import_module(f"bench.studies.{STUDIES[name][0]}").STUDY

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as Lines
 
-from training.studies import STUDIES
+from bench.studies import STUDIES
 
 
 def list_studies(console: Console, out: Path | None) -> None:
@@ -16,7 +16,7 @@ def list_studies(console: Console, out: Path | None) -> None:
         lines.add_row(name, question)
     console.print(lines)
     if out is not None:
-        from training.studies.runner import index
+        from bench.studies.runner import index
 
         index(out)
         console.print(f"\n{out / 'README.md'} has what came out.", soft_wrap=True, highlight=False)
@@ -26,8 +26,8 @@ def run_named(
     name: str, out: Path, size: str, num_seeds: int | None, cache: Path, workers: int | None, console: Console
 ) -> None:
     """Raises UserError."""
-    from training.studies import load
-    from training.studies.runner import run_study
+    from bench.studies import load
+    from bench.studies.runner import run_study
 
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     run_study(name, out, size=size, num_seeds=num_seeds, cache=cache, workers=workers, progress=_say(console))

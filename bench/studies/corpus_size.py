@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.studies.study import Arm, Claim, Study, Table
+from bench.studies.study import Arm, Claim, Study, Table
 
 NUM_CLIPS = {"none": 0, "25 clips": 25, "100 clips": 100, "400 clips": 400}  # by arm: those of the world's first
 
@@ -24,11 +24,11 @@ class Size:
 
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
-    from training import models
+    from bench.studies.fitting import fit, random_batches, settings_of, written_scores, written_texts
+    from bench.studies.losses import captions_of, noisy_subtitles
+    from bench.studies.scenes import alike_scenes, frames_of, single_scenes
+    from training.models import registry as models
     from training.settings import ModelSettings
-    from training.studies.fitting import fit, random_batches, settings_of, written_scores, written_texts
-    from training.studies.losses import captions_of, noisy_subtitles
-    from training.studies.scenes import alike_scenes, frames_of, single_scenes
 
     model = models.load(ModelSettings(init="demo", num_added=3, num_times=12, pooling="proxy"), seed=seed)
     shape = size.num_frames, model.config.image_size, size.seconds, cache
@@ -48,7 +48,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
 
 def draw(table: Table, path: Path) -> Path:
-    from training.plots import lines
+    from training.run.plots import lines
 
     told = {"tuned_r1": "after fine-tuning", "zero_shot_r1": "before fine-tuning"}
     some = {name: num for name, num in NUM_CLIPS.items() if num}

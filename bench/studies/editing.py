@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training.studies.study import Arm, Claim, Study, Table
+from bench.studies.study import Arm, Claim, Study, Table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from training.edit_rounds import State
-    from training.edit_settings import EditSettings
-    from training.studies.untrimmed import Untrimmed
-    from training.video_editing import Edited, Floats, Spans, VideoClips
+    from bench.studies.untrimmed import Untrimmed
+    from training.editing.boundaries import Edited, Floats, Spans, VideoClips
+    from training.editing.rounds import State
+    from training.editing.settings import EditSettings
 
 EMBED_DIM = 64
 LOG_SCALE = float(np.log(20))
@@ -54,8 +54,8 @@ class Size:
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
     """Every arm trains as many passes in as many rounds, and has the weights of the round that validated best."""
-    from training.edit_rounds import edit_here, rounds, warm_up
-    from training.studies.untrimmed import untrimmed_videos
+    from bench.studies.untrimmed import untrimmed_videos
+    from training.editing.rounds import edit_here, rounds, warm_up
 
     kind, is_edited = ARMS[arm.name]
     settings = settings_of(size, kind)
@@ -74,14 +74,14 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
 
 def edit_nothing(videos: "Sequence[VideoClips]", host: "Host", settings: "EditSettings", state: "State") -> "Edited":
-    from training.video_editing import EDITS, Edited
+    from training.editing.boundaries import EDITS, Edited
 
     return Edited(EDITS.empty_table(), state.spans)
 
 
 def settings_of(size: Size, kind: str) -> "EditSettings":
     """No rule ends the rounds early, so that all arms train alike."""
-    from training.edit_settings import EditSettings
+    from training.editing.settings import EditSettings
 
     return EditSettings(
         initial="fixed" if kind == "fixed" else "midpoint",
@@ -108,7 +108,7 @@ def settings_of(size: Size, kind: str) -> "EditSettings":
 
 
 def clips_of(videos: "Sequence[Untrimmed]", kind: str, settings: "EditSettings", seed: int) -> "list[VideoClips]":
-    from training.video_editing import video_clips
+    from training.editing.boundaries import video_clips
 
     clips = []
     for video in videos:
@@ -127,13 +127,13 @@ def anywhere(video: "Untrimmed", seed: int) -> "Floats":
 
 def mean_iou(videos: "Sequence[Untrimmed]", spans: "Spans") -> float:
     """Of all clips with the truth."""
-    from training.video_editing import iou
+    from training.editing.boundaries import iou
 
     return float(np.concatenate([iou(spans[video.video_id], video.spans_N2) for video in videos]).mean())
 
 
 class Host:
-    """`training.edit_rounds.Host`: the student trains, the teacher is the student as it was when it was best."""
+    """`training.editing.rounds.Host`: the student trains, the teacher is the student as it was when it was best."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class Host:
     def train(self, spans: "Mapping[str, Floats]") -> float:
         import torch
 
-        from training.loss import omnisource_loss
+        from training.losses.omnisource import omnisource_loss
 
         frames_FC, shares_NF, texts_NC = self._inputs(self.clips, spans)
         scale, size = torch.tensor(LOG_SCALE), self.size.batch_size
@@ -191,7 +191,7 @@ class Host:
         """[N] of each text's own clip among all clips, these having their first boundaries."""
         import torch
 
-        from training.evaluate import ranks_of
+        from training.evaluation.metrics import ranks_of
 
         with torch.no_grad():
             frames_FC, shares_NF, texts_NC = self._inputs(clips, {clip.video_id: clip.base_N2 for clip in clips})
@@ -227,7 +227,7 @@ class Host:
         """Of the teacher, with frames and texts mapped once."""
         import torch
 
-        from training.edit_scores import FrameFeatures, FrameScorer, draw_bank
+        from training.editing.scores import FrameFeatures, FrameScorer, draw_bank
 
         student = self._copy()
         self.restore()
@@ -255,7 +255,7 @@ def shares_of(times_F: "Floats", spans_N2: "Floats") -> "Floats":
 
 
 def draw(table: Table, path: Path) -> Path:
-    from training.plots import bars
+    from training.run.plots import bars
 
     groups = {
         told: {arm.name: tuple(100 * v for v in table.mean(arm, metric)) for arm in STUDY.arms}
@@ -274,7 +274,7 @@ STUDY = Study(
     "is true. The host is two linear maps from features of the demo's image model, learned from nothing; a "
     "clip is the mean of its frames. All arms train equally long, in rounds, and have the weights of the "
     "round that was best on validation videos with boundaries of the same kind; in edited arms a round is "
-    "one of teacher and student (`training.edit_rounds`). Texts of unseen videos search clips with true "
+    "one of teacher and student (`training.editing.rounds`). Texts of unseen videos search clips with true "
     "boundaries.",
     arms=tuple(Arm(name) for name in ARMS),
     metrics={"r1": "R@1", "r5": "R@5", "iou": "IoU with the truth"},

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.demo.grammar import Scene, motion_text, still_text
-from training.batch import Batch
-from training.distributed import Process
-from training.evaluate import ranks_of
-from training.frames import middle_index, normalise
+from training.data.batch import Batch
+from training.data.frame_sampling import middle_index, normalise
+from training.evaluation.metrics import ranks_of
 from training.learner import Learner
-from training.models import Model, text_encoder
+from training.models.registry import Model, text_encoder
+from training.parallel.distributed import Process
 from training.settings import TrainSettings, Variant
 
 MAX_TOKENS = 40  # of a text; longer ones are cut

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from training.studies.keep import kept
-from training.studies.study import Arm, Claim, Study, Table
+from bench.studies.keep import kept
+from bench.studies.study import Arm, Claim, Study, Table
 
 Floats = NDArray[np.float64]
 
@@ -97,8 +97,8 @@ def captions(num: int, seed: list[int], cache: Path) -> list[str]:
 
 
 def _caption(path: Path, num: int, seed: list[int]) -> None:
-    from captioning.demo import load_captioner
-    from captioning.demo_frames import demo_frames
+    from bench.demo_models.frames import demo_frames
+    from captioning.demo_models import load_captioner
     from captioning.settings import CaptionSettings
 
     captioner = load_captioner(CaptionSettings(captioner="demo", generation="top_k", max_tokens=24, device="cpu"))
@@ -108,9 +108,9 @@ def _caption(path: Path, num: int, seed: list[int]) -> None:
 
 def features_of(texts: Sequence[str]) -> Floats:
     """[N, C] unit vectors by the text tower of the demo's image model."""
-    from training import models
+    from bench.studies.fitting import text_features
+    from training.models import registry as models
     from training.settings import ModelSettings
-    from training.studies.fitting import text_features
 
     model = models.load(ModelSettings(init="demo", pooling="mean")).eval()
     return text_features(model, texts).double().numpy()
@@ -176,7 +176,7 @@ def probe(features_NC: Floats, sources_N: NDArray[np.int64], seed: int, ridge: f
 
 
 def draw(table: Table, path: Path) -> Path:
-    from training.plots import bars
+    from training.run.plots import bars
 
     shown = {"nmi": "NMI of k-means", "probe": "told apart by a linear map"}
     groups = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from training.studies.study import Arm, Claim, Study, Table
+from bench.studies.study import Arm, Claim, Study, Table
 
 VARIANTS = {
     "V-S": "vs",
@@ -33,10 +33,10 @@ class Size:
 
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
-    from training import models
+    from bench.studies.fitting import fit, random_batches, settings_of, written_scores
+    from bench.studies.scenes import alike_scenes, frames_of, single_scenes
+    from training.models import registry as models
     from training.settings import ModelSettings
-    from training.studies.fitting import fit, random_batches, settings_of, written_scores
-    from training.studies.scenes import alike_scenes, frames_of, single_scenes
 
     model = models.load(ModelSettings(init="demo", num_added=3, num_times=12, pooling="proxy"), seed=seed)
     scenes = single_scenes(size.num_clips, [seed, 2])
@@ -70,7 +70,7 @@ def captions_of(scenes: Sequence[Any], seed: int) -> list[str]:
 
 
 def draw(table: Table, path: Path) -> Path:
-    from training.plots import bars
+    from training.run.plots import bars
 
     groups = {level: {name: _percent(table.mean(Arm(name, level), "r1")) for name in VARIANTS} for level in NOISE}
     return bars(path, STUDY.title, groups, y_label="R@1 of written queries, percent", label="{:.0f}".format)

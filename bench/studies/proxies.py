@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training.studies.study import Arm, Claim, Study, Table
+from bench.studies.study import Arm, Claim, Study, Table
 
 MODELS: dict[str, dict[str, Any]] = {  # `ModelSettings` by arm
     "4 proxies": {"num_added": 3, "num_times": 12, "pooling": "proxy"},
@@ -53,9 +53,9 @@ class Clips(NamedTuple):
 
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
-    from training import models
+    from bench.studies.fitting import fit, settings_of
+    from training.models import registry as models
     from training.settings import ModelSettings
-    from training.studies.fitting import fit, settings_of
 
     model = models.load(ModelSettings(init="demo", **MODELS[arm.name]), seed=seed)
     factors = {TIME_TABLES[arm.name]: size.time_factor} if arm.name in TIME_TABLES else {}
@@ -66,7 +66,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
 
 def make_clips(num_pairs: int, seed: list[int], size: Size, image_size: int, cache: Path) -> Clips:
-    from training.studies.scenes import backwards, frames_of, growing_scenes, single_scenes
+    from bench.studies.scenes import backwards, frames_of, growing_scenes, single_scenes
 
     num = num_pairs // 2
     first, last = single_scenes(num, [*seed, 0], pair_fraction=0.0), single_scenes(num, [*seed, 1], pair_fraction=0.0)
@@ -80,7 +80,7 @@ def make_clips(num_pairs: int, seed: list[int], size: Size, image_size: int, cac
 
 def draw_batch(clips: Clips, num_pairs: int, rng: np.random.Generator) -> Any:
     """Twins are always in one batch, each the other's negative."""
-    from training.studies.fitting import Texts
+    from bench.studies.fitting import Texts
 
     pairs = rng.choice(clips.half, num_pairs, replace=False)
     rows = (2 * pairs[:, None] + np.arange(2)).reshape(-1)
@@ -88,8 +88,8 @@ def draw_batch(clips: Clips, num_pairs: int, rng: np.random.Generator) -> Any:
 
 
 def scores(model: Any, clips: Clips) -> dict[str, float]:
+    from bench.studies.fitting import recall, recall_within, similarities
     from pipeline.demo.grammar import still_text
-    from training.studies.fitting import recall, recall_within, similarities
 
     change, motion = slice(0, clips.half), slice(clips.half, None)
     texts = [clips.text(row, row // 2) for row in range(len(clips.scenes))]
@@ -107,7 +107,7 @@ def scores(model: Any, clips: Clips) -> dict[str, float]:
 
 
 def draw(table: Table, path: Path) -> Path:
-    from training.plots import bars
+    from training.run.plots import bars
 
     shown = {
         "change_twin": "now there: clip or twin",

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from shards.tar import replacing
-from training.studies.study import VERDICTS, Arm, Claim, Study, Table
+from bench.studies.study import VERDICTS, Arm, Claim, Study, Table
+from shards.packing.tar import replacing
 
 DEFAULT_OUT = "docs/studies"
 INDEX = """# Studies

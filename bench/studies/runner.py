@@ -20,11 +20,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.errors import UserError
-from shards.tar import replacing
-from training.studies import STUDIES, load
-from training.studies.report import write_index, write_report
-from training.studies.study import Arm, Cell, Study, Table, Values
+from bench.studies import STUDIES, load
+from bench.studies.report import write_index, write_report
+from bench.studies.study import Arm, Cell, Study, Table, Values
+from clipmill.base.errors import UserError
+from shards.packing.tar import replacing
 
 COLUMNS = ("condition", "arm", "seed", "metric", "value")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import digest
+from bench.studies.keep import kept
+from clipmill.base.settings import digest
 from pipeline.demo import grammar, render
 from pipeline.demo.grammar import Scene
-from training.studies.keep import kept
 
 
 def frames_of(scenes: Sequence[Scene], num_frames: int, image_size: int, seconds: float, cache: Path) -> np.ndarray:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import digest
-from pipeline.errors import UserError
-from training.studies.keep import kept
-from training.studies.study import Arm, Claim, Study, Table
+from bench.studies.keep import kept
+from bench.studies.study import Arm, Claim, Study, Table
+from clipmill.base.errors import UserError
+from clipmill.base.settings import digest
 
 COPIES = ("h264-mkv", "h264-ts", "mpeg4-mov")  # containers in which some videos are there once more
 WORLD_SEED = 71
@@ -58,8 +58,8 @@ class Size:
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
     """The same corpus for all; the seed draws the clips, the batches and the clips that are searched."""
-    from training.studies.fitting import recall, similarities, written_scores
-    from training.studies.scenes import frames_of
+    from bench.studies.fitting import recall, similarities, written_scores
+    from bench.studies.scenes import frames_of
 
     corpus = corpus_of(size, cache)
     if arm == UNTRAINED:
@@ -75,7 +75,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
 def image_model() -> Any:
     """Every frame by itself, the unit vectors averaged: what an image model makes of a video."""
-    from training import models
+    from training.models import registry as models
     from training.settings import ModelSettings
 
     return models.load(ModelSettings(init="demo", pooling="mean")).eval()
@@ -100,7 +100,7 @@ def held_out(num: int, seed: int) -> tuple[list, list[str]]:
 def facts(corpus: Path, select: str) -> dict[str, float]:
     """What an arm's clips are: how many show something that none of the others shows, and how many are talked over."""
     from pipeline.demo.grammar import FILLER, words_of
-    from shards.sql import open_manifest
+    from shards.query.sql import open_manifest
 
     with open_manifest(corpus) as connection:
         rows = connection.execute(
@@ -165,7 +165,7 @@ def _build(path: Path, world: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="clipmill-study-") as folder:
         sources = Path(folder) / "sources.jsonl"
         sources.write_text("".join(json.dumps(row) + "\n" for row in _sources(world)))
-        command = [sys.executable, "-m", "pipeline.cli", "build", str(sources), "--corpus", str(path)]
+        command = [sys.executable, "-m", "clipmill", "build", str(sources), "--corpus", str(path)]
         command += ["--recipe", "demo", "--set", "cut.short_side=128"]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -177,9 +177,9 @@ def _build(path: Path, world: Path) -> None:
 
 def trained(corpus: Path, select: str, seed: int, size: Size) -> Any:
     """The model of the last checkpoint of a run on the clips of a SELECT."""
-    from training import models
-    from training.prepare import Request
-    from training.run_folder import RunFolder
+    from training.models import registry as models
+    from training.run.folder import RunFolder
+    from training.run.setup import Request
     from training.settings import resolve
     from training.trainer import train
 
@@ -209,7 +209,7 @@ def trained(corpus: Path, select: str, seed: int, size: Size) -> Any:
 
 
 def draw(table: Table, path: Path) -> Path:
-    from training.plots import bars
+    from training.run.plots import bars
 
     shown = {"spoken_r1": "R@1, spoken queries", "r1": "R@1, written queries", "filler": "clips talked over"}
     groups = {

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training.studies.study import Arm, Claim, Study, Table
+from bench.studies.study import Arm, Claim, Study, Table
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from training.model import ClipVip
+    from training.models.clip_vip import ClipVip
 
 ARMS = ("full fine-tuning", "UniPT", "UniPT, last layer", "linear maps", "frozen")
 
@@ -31,8 +31,8 @@ class Size:
 
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
-    from training.studies.fitting import fit, random_batches, recall, settings_of, similarities
-    from training.studies.scenes import frames_of
+    from bench.studies.fitting import fit, random_batches, recall, settings_of, similarities
+    from bench.studies.scenes import frames_of
 
     model = model_of(arm.name, seed)
     train, told = spoken_scenes(size.num_clips, [seed, 41])
@@ -70,7 +70,7 @@ def lr_of(name: str, size: Size) -> float | None:
 
 
 def model_of(name: str, seed: int) -> Any:
-    from training import models
+    from training.models import registry as models
     from training.settings import ModelSettings
 
     return tuned_as(name, models.load(ModelSettings(init="demo", pooling="mean")), seed)
@@ -78,7 +78,7 @@ def model_of(name: str, seed: int) -> Any:
 
 def tuned_as(name: str, backbone: "ClipVip", seed: int) -> Any:
     """The backbone with what an arm trains, and everything else frozen."""
-    from training.unipt import UniPtClip
+    from training.models.unipt import UniPtClip
     from training.unipt_settings import UniPtSettings
 
     if name == "full fine-tuning":
@@ -139,7 +139,7 @@ def saved_of(model: Any, num_clips: int, num_frames: int, num_tokens: int) -> in
     """Bytes that a batch of so many clips and texts keeps for the backward pass."""
     import torch
 
-    from training.memory import saved_bytes
+    from training.cost.memory import saved_bytes
 
     size, last = model.config.image_size, model.config.vocab_size - 1
     pixels, ids = torch.zeros(num_clips, num_frames, 3, size, size), torch.full((num_clips, num_tokens), last)
@@ -152,7 +152,7 @@ def saved_at_full_size(name: str, num_clips: int = 16) -> int:
 
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from training.model import ClipVip, ModelConfig, TowerConfig
+    from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig
 
     config = ModelConfig(TowerConfig(768, 12, 12, 3072), TowerConfig(512, 12, 8, 2048), 512)
     config = replace(config, pooling="mean", num_added=0, num_times=0)
@@ -164,7 +164,7 @@ def saved_at_full_size(name: str, num_clips: int = 16) -> int:
 
 
 def draw(table: Table, path: Path) -> Path:
-    from training.plots import bars
+    from training.run.plots import bars
 
     groups = {
         "R@1, percent": {arm.name: tuple(100 * v for v in table.mean(arm, "r1")) for arm in STUDY.arms},

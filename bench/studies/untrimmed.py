@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.studies.keep import kept
 from pipeline.demo.grammar import Scene, sample_scene, spoken_sentences
 from pipeline.demo.render import render_frame
-from training.studies.keep import kept
 
 FRAMES_PER_S = 2.0
 SCENE_S = (3.0, 6.0, 15.0)  # the shortest, the commonest, the longest
@@ -69,9 +69,9 @@ def _id(n: int) -> str:
 
 
 def _make(num: int, seed: int) -> Iterator[Untrimmed]:
-    from training import models
+    from bench.studies.fitting import text_features, video_features
+    from training.models import registry as models
     from training.settings import ModelSettings
-    from training.studies.fitting import text_features, video_features
 
     model = models.load(ModelSettings(init="demo", pooling="mean")).eval()
     for n in range(num):

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from captioning.captioner import SCORE_DECIMALS, Caption, caption_in_batches, fingerprint_of, frame_seed
-from captioning.identity import open_clip_name
-from captioning.open_clip_models import LoadedModel, load_open_clip
+from captioning.model_identity import open_clip_name
+from captioning.open_clip_loader import LoadedModel, load_open_clip
 from captioning.settings import CaptionSettings
-from pipeline.errors import ItemError, UserError
+from clipmill.base.errors import ItemError, UserError
 
 
 def load(settings: CaptionSettings) -> "CocaCaptioner":

@@ -12,11 +12,11 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from captioning.captioner import SCORE_DECIMALS, Caption, caption_in_batches, fingerprint_of, frame_seed
-from captioning.identity import folder_identity
-from captioning.open_clip_models import DTYPES, use_device
+from captioning.model_identity import folder_identity
+from captioning.open_clip_loader import DTYPES, use_device
 from captioning.settings import CaptionSettings
-from pipeline.config import digest
-from pipeline.errors import ItemError, UserError
+from clipmill.base.errors import ItemError, UserError
+from clipmill.base.settings import digest
 
 
 def load(settings: CaptionSettings) -> "HuggingFaceCaptioner":

@@ -1,4 +1,4 @@
-"""What every settings model shares. Each stage owns its settings class; `pipeline.settings` joins them.
+"""What every settings model shares. Each stage owns its settings class; `pipeline.engine.settings` joins them.
 
 Modules that define settings import nothing heavy at the top (no av, torch, ray), so that `clipmill --help` stays quick.
 """
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
 
 
 class Settings(BaseModel):

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,10 +60,10 @@ def build(
     set_: SetOption = None,
 ) -> None:
     """Every stage, from sources to shards. Resumes; appends what is new in SOURCES."""
-    from pipeline.build import build as build_corpus
-    from pipeline.corpus import Corpus
-    from pipeline.display import Terminal
-    from pipeline.stages import STAGE_NAMES
+    from clipmill.cli.display import Terminal
+    from pipeline.engine.build import build as build_corpus
+    from pipeline.engine.registry import STAGE_NAMES
+    from shards.corpus.folder import Corpus
 
     if not sources:
         Corpus(corpus).require()
@@ -94,10 +94,10 @@ def run(
     set_: SetOption = None,
 ) -> None:
     """One stage, and only what is pending in it."""
-    from pipeline.build import build as build_corpus
-    from pipeline.build import require_stage
-    from pipeline.display import Terminal
-    from pipeline.stages import STAGE_NAMES
+    from clipmill.cli.display import Terminal
+    from pipeline.engine.build import build as build_corpus
+    from pipeline.engine.build import require_stage
+    from pipeline.engine.registry import STAGE_NAMES
 
     require_stage(stage, STAGE_NAMES[1:])
     report = build_corpus(
@@ -118,7 +118,7 @@ def run(
 @app.command()
 def status(corpus: CorpusArgument, set_: SetOption = None) -> None:
     """What each stage has done, has to do and could not do; with --set, what a change would make pending."""
-    from pipeline.display import show_status
+    from clipmill.cli.display import show_status
 
     show_status(corpus, set_ or [])
 
@@ -133,7 +133,7 @@ def sql(
     table: TableOption = None,
 ) -> None:
     """Ask the manifest. Read-only, also while a build is running."""
-    from shards.sql import named_tables, open_manifest, prompt, run_query
+    from shards.query.sql import named_tables, open_manifest, prompt, run_query
 
     with open_manifest(corpus, named_tables(table or [])) as connection:
         if query is None:
@@ -147,8 +147,8 @@ def stats(corpus: CorpusArgument) -> None:
     """The corpus in numbers: what HD-VILA reports, the funnel from source to sample, histograms."""
     from rich.console import Console
 
-    from shards.sql import open_manifest
-    from shards.statistics import render, report
+    from shards.query.sql import open_manifest
+    from shards.query.statistics import render, report
 
     with open_manifest(corpus) as connection:
         render(report(connection), Console())
@@ -160,7 +160,7 @@ def verify(
     decode: Annotated[bool, typer.Option(help="Also decode every clip and count its frames.")] = True,
 ) -> None:
     """Check every shard against the manifest; exit 1 and a list when anything is off."""
-    from pipeline.display import verify_corpus
+    from clipmill.cli.display import verify_corpus
 
     raise typer.Exit(verify_corpus(corpus, decode))
 
@@ -180,7 +180,7 @@ def forget(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
 ) -> None:
     """Forget videos for good, copies of their files too: nothing reads or fetches them any more."""
-    from pipeline.forget_command import run_forget
+    from clipmill.cli.forget import run_forget
 
     raise typer.Exit(run_forget(corpus, video or [], url or [], where, reason=reason, yes=yes, dry_run=dry_run))
 
@@ -188,7 +188,7 @@ def forget(
 @app.command()
 def compact(corpus: CorpusArgument) -> None:
     """Remove every byte of what was forgotten, rewriting only the files that hold any of it."""
-    from pipeline.forget_command import run_compact
+    from clipmill.cli.forget import run_compact
 
     raise typer.Exit(run_compact(corpus))
 
@@ -200,7 +200,7 @@ def explain(
     json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
     """The whole story of a source, a clip or a sample: every stage and attempt, and where its bytes are."""
-    from pipeline.explain_command import run_explain
+    from clipmill.cli.explain import run_explain
 
     raise typer.Exit(run_explain(corpus, id, as_json=json))
 
@@ -226,8 +226,8 @@ def train(
     set_: SetOption = None,
 ) -> None:
     """Post-pretrain CLIP on a selection of a corpus. Resumes where RUN has a checkpoint."""
-    from shards.sql import named_tables
-    from training.train_command import run_train
+    from clipmill.cli.train import run_train
+    from shards.query.sql import named_tables
 
     run_train(
         corpus,
@@ -266,8 +266,8 @@ def plan(
     set_: SetOption = None,
 ) -> None:
     """What a training run would cost: steps, bytes, memory, FLOPs, time. Reads the corpus, starts nothing."""
-    from shards.sql import named_tables
-    from training.plan_command import run_plan
+    from clipmill.cli.estimate import run_plan
+    from shards.query.sql import named_tables
 
     if format not in ("table", "json"):
         raise UserError(f"--format {format}: choose table or json.")
@@ -313,7 +313,7 @@ def evaluate(
     set_: SetOption = None,
 ) -> None:
     """Text-video retrieval both ways, by a run's checkpoint or any model."""
-    from training.eval_command import run_eval
+    from clipmill.cli.evaluate import run_eval
 
     if format not in ("table", "json"):
         raise UserError(f"--format {format}: choose table or json.")
@@ -350,7 +350,7 @@ def study(
     """Test a claim of one of the methods in miniature, on the demo world. Resumes."""
     from rich.console import Console
 
-    from training.study_command import list_studies, run_named
+    from bench.studies.command import list_studies, run_named
 
     if name is None:
         list_studies(Console(), out)
@@ -383,8 +383,8 @@ def edit(
     set_: SetOption = None,
 ) -> None:
     """Move clips' boundaries to where their texts are shown: rows, for `train --set data.edits=accepted`."""
-    from shards.sql import named_tables
-    from training.edit_command import EditRequest, run_edit
+    from clipmill.cli.edit import EditRequest, run_edit
+    from shards.query.sql import named_tables
 
     request = EditRequest(
         out,
@@ -409,13 +409,13 @@ def demo(
     videos: Annotated[int, typer.Option(help="How many videos the demo world has.")] = 48,
 ) -> None:
     """The whole job on a small made-up world of videos, served on this machine."""
-    from pipeline.demo.demo import run_demo
+    from clipmill.cli.demo import run_demo
 
     raise typer.Exit(run_demo(folder, videos))
 
 
 def _folder(corpus: str | None) -> Path | None:
-    from shards.store import is_url
+    from shards.storage.s3 import is_url
 
     if is_url(corpus):
         raise UserError(f"--corpus {corpus}: edit works on corpora in folders only (docs/object_store.md).")
@@ -434,7 +434,7 @@ def _run() -> int:
     try:
         app()
     except UserError as error:
-        from pipeline.printable import visible
+        from clipmill.base.text import visible
 
         typer.echo(f"clipmill: {visible(str(error), keep=chr(10))}", err=True)
         return 2
@@ -468,7 +468,3 @@ def _leave(code: int) -> NoReturn:
         with suppress(BrokenPipeError):
             stream.flush()
     os._exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import Progress
 
-from pipeline.build import BuildReport, build
-from pipeline.corpus import write_text_atomically
+from clipmill.cli.display import Terminal, plain_console
 from pipeline.demo.server import serve
 from pipeline.demo.world import WorldSettings, make_world, write_sources
-from pipeline.display import Terminal, plain_console
-from pipeline.stages import STAGE_NAMES
-from shards.sql import open_manifest, run_query
-from shards.statistics import render, report
+from pipeline.engine.build import BuildReport, build
+from pipeline.engine.registry import STAGE_NAMES
+from shards.corpus.folder import write_text_atomically
+from shards.query.sql import open_manifest, run_query
+from shards.query.statistics import render, report
 
 QUERIES = (
     ("How much of it got how far", "FROM funnel"),
@@ -37,7 +37,7 @@ BROKEN = ("not-found", "html", "truncated", "empty", "audio-only", "unavailable-
 
 def run_demo(folder: Path, num_videos: int) -> int:
     """Everything under `folder`; a second call goes on where the first was stopped. Returns the exit code."""
-    from training.demo import run_training_demo
+    from clipmill.cli.demo_training import run_training_demo
 
     console, started = plain_console(), time.perf_counter()
     world, corpus = folder / "world", folder / "corpus"

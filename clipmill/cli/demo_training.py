@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from shards.sql import open_manifest, rows_of
-from training.eval_command import ROWS, cells, run_eval
-from training.plots import bars, lines
+from clipmill.cli.evaluate import ROWS, cells, run_eval
+from clipmill.cli.train import run_train
+from shards.query.sql import open_manifest, rows_of
+from training.run.plots import bars, lines
 from training.settings import RunSettings, resolve
-from training.train_command import run_train
 
 RECIPE = "demo"
 BEFORE, AFTER = "image model, zero-shot", "after post-pretraining"

@@ -10,11 +10,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pipeline.build import BuildReport, Status, status
-from pipeline.corpus import Corpus
-from pipeline.engine import Engine
-from pipeline.ingest_stage import IngestReport
-from pipeline.stages import STAGES
+from pipeline.engine.build import BuildReport, Status, status
+from pipeline.engine.driver import Engine
+from pipeline.engine.registry import STAGES
+from pipeline.stages.ingest.stage import IngestReport
+from shards.corpus.folder import Corpus
 
 ON_PLAIN_OUTPUT_EVERY_S = 10.0  # a line this often where there is no terminal to redraw
 OPEN = ("pending", "retry")
@@ -245,7 +245,7 @@ def _show_idle(console: Console, current: Status) -> None:
 
 def verify_corpus(root: str | Path, decode: bool) -> int:
     """Print what is wrong with the shards; the exit code."""
-    from pipeline.verify_stage import verify_with_sandbox
+    from pipeline.maintenance.verify import verify_with_sandbox
 
     console = plain_console()
     problems, checked = verify_with_sandbox(root, decode, console)

@@ -12,24 +12,24 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.build import difference
-from pipeline.config import digest, read_yaml
-from pipeline.corpus import Corpus, write_text_atomically
-from pipeline.display import plain_console
-from pipeline.errors import UserError
-from pipeline.locks import take_lock
-from pipeline.settings import resolve
-from training import models
-from training.best import chosen_checkpoint
-from training.edit_clips import Items, freeze_items
-from training.edit_host import CorpusHost, hash_of
-from training.edit_report import show
-from training.edit_rounds import HELD
-from training.edit_settings import EditRunSettings, EditSettings, resolve_edit
-from training.edit_students import Editing
-from training.edit_worker import CODE_VERSION
-from training.run_folder import RunFolder
-from training.selection import EVAL_FILE, Selection
+from clipmill.base.errors import UserError
+from clipmill.base.file_lock import take_lock
+from clipmill.base.settings import digest, read_yaml
+from clipmill.cli.display import plain_console
+from pipeline.editing.clips import Items, freeze_items
+from pipeline.editing.host import CorpusHost, hash_of
+from pipeline.editing.report import show
+from pipeline.editing.students import Editing
+from pipeline.editing.worker import CODE_VERSION
+from pipeline.engine.build import difference
+from pipeline.engine.settings import resolve
+from shards.corpus.folder import Corpus, write_text_atomically
+from training.data.selection import EVAL_FILE, Selection
+from training.editing.rounds import HELD
+from training.editing.settings import EditRunSettings, EditSettings, resolve_edit
+from training.models import registry as models
+from training.run.best_checkpoint import chosen_checkpoint
+from training.run.folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.display import plain_console
-from pipeline.errors import UserError
-from training.estimate import CHUNK, DECODED_PER_CORE_S, GPUS, Estimate, StepCost, estimate
+from clipmill.base.errors import UserError
+from clipmill.cli.display import plain_console
+from training.cost.estimate import CHUNK, DECODED_PER_CORE_S, GPUS, Estimate, StepCost, estimate
 from training.settings import DataSettings, RunSettings, resolve
 
 Format = Literal["table", "json"]

@@ -18,15 +18,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pipeline.display import plain_console, print_failures
-from pipeline.errors import UserError
-from training import models
-from training.best import chosen_checkpoint
-from training.distributed import Process, join
-from training.model import ClipVip
-from training.retrieval import evaluate, similarity_format
-from training.run_folder import RunFolder
-from training.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze
+from clipmill.base.errors import UserError
+from clipmill.cli.display import plain_console, print_failures
+from training.data.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze
+from training.evaluation.retrieval import evaluate, similarity_format
+from training.models import registry as models
+from training.models.clip_vip import ClipVip
+from training.parallel.distributed import Process, join
+from training.run.best_checkpoint import chosen_checkpoint
+from training.run.folder import RunFolder
 from training.settings import RunSettings, resolve
 
 Format = Literal["table", "json"]
@@ -62,14 +62,14 @@ def run_eval(
     format: Format = "table",
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluates, prints, and returns the metrics of `training.retrieval.evaluate` with `model`, `corpus`, `where`.
+    """Evaluates, prints, and returns the metrics of `training.evaluation.retrieval.evaluate` with `model`, `corpus`, `where`.
 
     run, model     one of them: a run folder, with the run's settings; or what `model.init` may be, with the settings of
                    `recipe`, else the defaults in float32
     corpus         None: the run's
     select, where  a SELECT with clip_id, or a condition on `catalog`; neither: eval.where, which is empty by default:
                    every sample
-    checkpoint     of the run, as `training.best.chosen_checkpoint` has it
+    checkpoint     of the run, as `training.run.best_checkpoint.chosen_checkpoint` has it
     ema            the run's averaged weights
     Raises UserError.
     """

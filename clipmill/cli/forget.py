@@ -6,9 +6,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.errors import UserError
-from pipeline.forget import Doomed, compact, find, forget
-from shards.sql import visible
+from clipmill.base.errors import UserError
+from pipeline.maintenance.forget import Doomed, compact, find, forget
+from shards.query.sql import visible
 
 SHOWN = 20  # videos that are listed
 

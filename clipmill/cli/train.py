@@ -6,10 +6,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.errors import UserError
-from training.best import chosen_checkpoint
-from training.prepare import Request
-from training.run_folder import RunFolder
+from clipmill.base.errors import UserError
+from training.run.best_checkpoint import chosen_checkpoint
+from training.run.folder import RunFolder
+from training.run.setup import Request
 from training.trainer import Report, train
 
 
@@ -53,7 +53,7 @@ def run_train(
     if workers == 1 and address is None:
         report = train(request)
     else:
-        from training.ray_train import train_on_ray
+        from training.ray import train_on_ray
 
         report = train_on_ray(request, workers, address)
     if int(os.environ.get("RANK", 0)) == 0:

@@ -12,10 +12,10 @@ from pathlib import Path
 import av
 import numpy as np
 
-from pipeline.errors import ItemError
-from pipeline.media import open_media, video_stream
-from pipeline.packets import NEVER, Limits, SourceFrames, Untrusted, check_size, packets_of
-from pipeline.timeline import frame_times
+from clipmill.base.errors import ItemError
+from clipmill.media.frame_times import frame_times
+from clipmill.media.packets import NEVER, Limits, SourceFrames, Untrusted, check_size, packets_of
+from clipmill.media.probe import open_media, video_stream
 
 DROP, REFERENCES, FULL = 0, 1, 2
 

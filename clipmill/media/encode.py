@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
-from pipeline.errors import ItemError
+from clipmill.base.errors import ItemError
 
 AUDIO_RATE = 48_000  # Hz, two channels
 AUDIO_BITS_PER_S = 96_000
@@ -145,7 +145,7 @@ class JpegSequence:
     """
 
     def __init__(self, quality: int):
-        from pipeline.frames import Thumbnailer
+        from clipmill.media.frame_stats import Thumbnailer
 
         self.quality, self.views, self.files = quality, Thumbnailer(), []
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.errors import ItemError
+from clipmill.base.errors import ItemError
 
 # Times come as decimals and rationals turned into doubles; anything nearer than this is the same moment.
 SAME_MOMENT_S = 1e-6

@@ -1,7 +1,7 @@
 """What a video's packets say about its frames, read without decoding anything (milliseconds a minute of video).
 
 `SourceFrames` says when each frame is shown and which packet it comes from. Where packets cannot be trusted to tell
-(`Untrusted`), `pipeline.decode.list_by_decoding` makes the same object at the price of one decode.
+(`Untrusted`), `clipmill.media.decode.list_by_decoding` makes the same object at the price of one decode.
 """
 
 from array import array
@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.errors import ItemError
-from pipeline.media import open_media, video_stream
-from pipeline.timeline import FrameTimes, frame_times
+from clipmill.base.errors import ItemError
+from clipmill.media.frame_times import FrameTimes, frame_times
+from clipmill.media.probe import open_media, video_stream
 
 # Decoders that take a skip level packet by packet (dav1d reads it once, when opened).
 SKIPPING = {"h264", "hevc", "vp8", "mpeg4", "mpeg2video", "mpeg1video", "vc1"}

@@ -1,13 +1,13 @@
 """Opening untrusted media: one place that says which containers may be opened and what they may reach.
 
-Call these inside a sandbox (`pipeline.sandbox`): a hostile file can crash or hang the decoder.
+Call these inside a sandbox (`clipmill.media.sandbox`): a hostile file can crash or hang the decoder.
 """
 
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from pipeline.errors import ItemError
+from clipmill.base.errors import ItemError
 
 # Demuxers that hold media themselves. Playlists and scripts (hls, dash, concat, image2, lavfi …) are left out on
 # purpose: they make FFmpeg open other files or addresses than the one it was given.

@@ -30,7 +30,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.errors import ItemError
+from clipmill.base.errors import ItemError
 
 HEADER = struct.Struct("<Q")
 # BLAS and OpenMP would otherwise start a thread per core, each with a stack that counts as memory; SVT would chatter.
@@ -211,7 +211,7 @@ def _wait(fd: int, event: int, deadline: float) -> None:
 # ---- the child ------------------------------------------------------------------------------------------------------
 
 _BOOT = "import json, sys; s = json.loads(sys.argv[1]); sys.path[:] = s['path']; "
-_BOOT += "from pipeline.sandbox import serve; serve(*s['fds'])"
+_BOOT += "from clipmill.media.sandbox import serve; serve(*s['fds'])"
 
 
 def serve(requests: int, answers: int, lifeline: int) -> None:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from pipeline.config import Settings, operational
+from clipmill.base.settings import Settings, operational
 from pipeline.demo import grammar
 from pipeline.demo.grammar import Combination, Scene
 from pipeline.demo.narration import SUBTITLE_WRITERS

@@ -26,11 +26,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import digest
+from clipmill.base.errors import UserError
+from clipmill.base.settings import digest
 from pipeline.demo import grammar
 from pipeline.demo.narration import SUBTITLE_WRITERS, Sentence, narrate, shifted
 from pipeline.demo.plan import FORMATS, NOISE_LEVELS, VideoPlan, WorldSettings, frames_of, plan_video
-from pipeline.errors import UserError
 
 __all__ = ["NOISE_LEVELS", "WorldSettings", "WorldSummary", "make_world", "read_truth", "scene_at", "write_sources"]
 

@@ -18,12 +18,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import digest
-from pipeline.errors import ItemError, UserError
-from shards.tar import replacing
-from training.edit_rounds import fold_of
-from training.edit_settings import EditSettings
-from training.video_editing import VideoClips, video_clips
+from clipmill.base.errors import ItemError, UserError
+from clipmill.base.settings import digest
+from shards.packing.tar import replacing
+from training.editing.boundaries import VideoClips, video_clips
+from training.editing.rounds import fold_of
+from training.editing.settings import EditSettings
 
 ITEMS = pa.schema(
     [
@@ -152,7 +152,7 @@ def freeze_items(
     never  videos that the teacher's run was evaluated on
     Raises UserError for SQL that picks nothing, and for a corpus in which nothing is left to edit or to validate on.
     """
-    from shards.sql import check_selection, open_manifest, selection
+    from shards.query.sql import check_selection, open_manifest, selection
 
     with open_manifest(corpus, tables) as connection:
         check_selection(connection, where, "--where")

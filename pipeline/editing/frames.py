@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.cut import CutSettings, SpanRequest, cut_in_sandbox
-from pipeline.errors import ItemError
-from pipeline.stage_workers import sandbox
-from shards.tar import Blob, read_member, write_clips_tar
-from training.clip_video import Picture, Pixels, decode_clip
-from training.edit_clips import Video
-from training.edit_settings import EditSettings
-from training.video_editing import Floats, VideoClips
+from clipmill.base.errors import ItemError
+from pipeline.editing.clips import Video
+from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_in_sandbox
+from pipeline.stages.workers import sandbox
+from shards.packing.tar import Blob, read_member, write_clips_tar
+from training.data.clip_frames import Picture, Pixels, decode_clip
+from training.editing.boundaries import Floats, VideoClips
+from training.editing.settings import EditSettings
 
 FrameTimes = NDArray[np.float64]
 

@@ -6,7 +6,7 @@ on where it was; nothing is kept beside them.
 
 OUT/
   edit.yaml          corpus, condition, settings: what `clipmill edit --out OUT` goes on with
-  clips.arrow        the clips it is of (training/edit_clips.py)
+  clips.arrow        the clips it is of (pipeline/editing/clips.py)
   teacher/           the weights it began with
   *.parquet          the clips that students train and are validated on, as tables for their settings
   round-01/ …        the student's run of each round, its settings in round-01.yaml
@@ -26,19 +26,19 @@ import pyarrow as pa
 import torch
 from safetensors import safe_open
 
-from pipeline.build import Session, session
-from pipeline.config import digest
-from pipeline.errors import ItemError
-from pipeline.worker import Outcome, Work, commit
-from shards.fragments import fragment_path
-from training.edit_clips import Video
-from training.edit_pool import Editors, pool
-from training.edit_report import measures
-from training.edit_rounds import ROUNDS, Host, Round, State, base_spans, rounds, state_after
-from training.edit_settings import EditSettings
-from training.edit_students import Editing, Students
-from training.edit_worker import CODE_VERSION, Job, Plan, work_of
-from training.video_editing import EDITS, Edited, Floats, Spans, VideoClips
+from clipmill.base.errors import ItemError
+from clipmill.base.settings import digest
+from pipeline.editing.clips import Video
+from pipeline.editing.pool import Editors, pool
+from pipeline.editing.report import measures
+from pipeline.editing.students import Editing, Students
+from pipeline.editing.worker import CODE_VERSION, Job, Plan, work_of
+from pipeline.engine.build import Session, session
+from pipeline.runtime.task import Outcome, Work, commit
+from shards.corpus.fragments import fragment_path
+from training.editing.boundaries import EDITS, Edited, Floats, Spans, VideoClips
+from training.editing.rounds import ROUNDS, Host, Round, State, base_spans, rounds, state_after
+from training.editing.settings import EditSettings
 
 UNIT = "rounds"  # of the commits that tell of whole rounds
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from pipeline.errors import UserError
-from shards.fragments import Commit
-from training.edit_scores import Bank
-from training.edit_worker import Editor, Job, Plan, Texts
+from clipmill.base.errors import UserError
+from pipeline.editing.worker import Editor, Job, Plan, Texts
+from shards.corpus.fragments import Commit
+from training.editing.scores import Bank
 
 
 class Editors(Protocol):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 
-from training.video_editing import Floats, Spans, VideoClips, overlapping
+from training.editing.boundaries import Floats, Spans, VideoClips, overlapping
 
 OVERLAP = 0.5  # of the shorter of two clips: beyond it they are no negatives of each other
 LENGTH_EDGES = (-0.7, -0.4, -0.2, -0.1, -0.01, 0.01, 0.1, 0.2, 0.4, 0.7)  # e-folds: a tenth is about 10 %

@@ -17,17 +17,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline.corpus import write_text_atomically
-from pipeline.errors import UserError
-from training import models
-from training.best import chosen_checkpoint
-from training.distributed import join
-from training.edit_clips import Items
-from training.edit_settings import EditRunSettings
-from training.prepare import Request
-from training.retrieval import evaluate
-from training.run_folder import RunFolder
-from training.selection import Selection, freeze
+from clipmill.base.errors import UserError
+from pipeline.editing.clips import Items
+from shards.corpus.folder import write_text_atomically
+from training.data.selection import Selection, freeze
+from training.editing.settings import EditRunSettings
+from training.evaluation.retrieval import evaluate
+from training.models import registry as models
+from training.parallel.distributed import join
+from training.run.best_checkpoint import chosen_checkpoint
+from training.run.folder import RunFolder
+from training.run.setup import Request
 from training.settings import RunSettings
 from training.trainer import train
 

@@ -17,21 +17,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.config import digest
-from pipeline.cut import CutSettings, SpanRequest
-from pipeline.errors import ItemError
-from pipeline.worker import Outcome, Stopwatch, Work, commit
-from shards.fragments import Commit, temporary_folder
-from training import models
-from training.clip4clip_model import Clip4Clip
-from training.clip_video import Picture, Pixels
-from training.distributed import join
-from training.edit_clips import Video, no_text
-from training.edit_frames import cut_again, read_frames, write_cut_clips
-from training.edit_scores import Bank, FrameFeatures, FrameScorer, VideoScorer, draw_bank
-from training.edit_settings import EditRunSettings
-from training.frames import eval_indices, normalise
-from training.video_editing import Floats, Scorer, VideoClips, edit_video, scores_of
+from clipmill.base.errors import ItemError
+from clipmill.base.settings import digest
+from pipeline.editing.clips import Video, no_text
+from pipeline.editing.frames import cut_again, read_frames, write_cut_clips
+from pipeline.runtime.task import Outcome, Stopwatch, Work, commit
+from pipeline.stages.cut.cut import CutSettings, SpanRequest
+from shards.corpus.fragments import Commit, temporary_folder
+from training.data.clip_frames import Picture, Pixels
+from training.data.frame_sampling import eval_indices, normalise
+from training.editing.boundaries import Floats, Scorer, VideoClips, edit_video, scores_of
+from training.editing.scores import Bank, FrameFeatures, FrameScorer, VideoScorer, draw_bank
+from training.editing.settings import EditRunSettings
+from training.models import registry as models
+from training.models.clip4clip import Clip4Clip
+from training.parallel.distributed import join
 
 CODE_VERSION = 1  # raised when the same job gives other rows
 _FRAMES_AT_ONCE, _VIDEOS_AT_ONCE = 64, 8

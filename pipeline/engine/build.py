@@ -16,20 +16,20 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.corpus import Corpus
-from pipeline.engine import Engine, EngineReport
-from pipeline.errors import UserError
-from pipeline.ingest_stage import IngestReport, ingest_sources
-from pipeline.pack_stage import PackReport, pack_corpus, pack_state
-from pipeline.settings import CorpusSettings, resolve
-from pipeline.stage_queries import QUERIES
-from pipeline.stages import STAGES, Stage, fingerprints
-from pipeline.watchdog import sweep_reports
-from shards.fragments import fragment_path, sweep_temporaries, write_atomically
-from shards.ledger import Ledger, remove_cache
-from shards.manifest import MANIFEST_NAME, is_current, publish
-from shards.schema import MANIFEST
-from shards.store import MOST_COPIED_BYTES
+from clipmill.base.errors import UserError
+from pipeline.engine.driver import Engine, EngineReport
+from pipeline.engine.registry import STAGES, Stage, fingerprints
+from pipeline.engine.settings import CorpusSettings, resolve
+from pipeline.runtime.watchdog import sweep_reports
+from pipeline.stages.ingest.stage import IngestReport, ingest_sources
+from pipeline.stages.pack import PackReport, pack_corpus, pack_state
+from pipeline.stages.queries import QUERIES
+from shards.corpus.folder import Corpus
+from shards.corpus.fragments import fragment_path, sweep_temporaries, write_atomically
+from shards.corpus.ledger import Ledger, remove_cache
+from shards.corpus.manifest import MANIFEST_NAME, is_current, publish
+from shards.corpus.schema import MANIFEST
+from shards.storage.s3 import MOST_COPIED_BYTES
 
 
 @dataclass
@@ -210,7 +210,7 @@ def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
     It may use the columns of `catalog` for stages that work on clips and of `videos` for the others, and error_class,
     message, attempts and quarantined of the item's failure in this stage. Raises UserError for bad SQL.
     """
-    from shards.sql import open_manifest, rows_of
+    from shards.query.sql import open_manifest, rows_of
 
     table, item = ("catalog", "clip_id") if stage.pool == "model" else ("videos", "video_id")
     failures = f"SELECT item_id, error_class, message, attempts, quarantined FROM failures WHERE stage = '{stage.name}'"
@@ -274,7 +274,7 @@ def versions() -> dict[str, str]:
 
 
 class Silent:
-    """A display that shows nothing: what tests and library callers get. `pipeline.display` has the one people see."""
+    """A display that shows nothing: what tests and library callers get. `clipmill.cli.display` has the one people see."""
 
     def settings_changed(self, changed: list[str]) -> None: ...
     def ingested(self, report: IngestReport) -> None: ...

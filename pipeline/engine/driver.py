@@ -16,15 +16,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.corpus import Corpus
-from pipeline.errors import ItemError, UserError
-from pipeline.settings import CorpusSettings
-from pipeline.stages import STAGES, Stage, fingerprints
-from pipeline.watchdog import take_report
-from pipeline.worker import GOVERNOR, Outcome, Work, commit
-from shards.fragments import Commit
-from shards.ledger import Ledger
-from shards.manifest import publish
+from clipmill.base.errors import ItemError, UserError
+from pipeline.engine.registry import STAGES, Stage, fingerprints
+from pipeline.engine.settings import CorpusSettings
+from pipeline.runtime.task import GOVERNOR, Outcome, Work, commit
+from pipeline.runtime.watchdog import take_report
+from shards.corpus.folder import Corpus
+from shards.corpus.fragments import Commit
+from shards.corpus.ledger import Ledger
+from shards.corpus.manifest import publish
 
 JOIN_ATTEMPTS = 4  # at joining a cluster
 LOOK_EVERY_S = 3.0  # at the cluster's size
@@ -390,7 +390,7 @@ class Pools:
             (self.actors.get(flight.actor) or self.dead[flight.actor]).remove(flight)
 
     def _start_governor(self, settings) -> None:
-        from pipeline.governor import HostGovernor
+        from pipeline.stages.download.host_limiter import HostGovernor
 
         actor = self.ray.remote(num_cpus=0)(HostGovernor).options(name=GOVERNOR, max_restarts=-1, max_task_retries=-1)
         self.governor = actor.remote(settings.per_host, settings.min_interval_s, patience_s=settings.lockout_patience_s)
@@ -416,10 +416,10 @@ class ModelWorker:
     """An actor: keeps its models between pieces of work (`captioning` caches them per process)."""
 
     def warm_up(self, settings: dict) -> None:
-        from pipeline.worker import limit_threads
+        from pipeline.runtime.task import limit_threads
 
         limit_threads()
-        from pipeline.model_workers import warm_up
+        from pipeline.stages.model_workers import warm_up
 
         warm_up(settings)
 
@@ -428,7 +428,7 @@ class ModelWorker:
 
 
 def _execute(work: Work) -> Commit:
-    from pipeline.worker import execute, limit_threads
+    from pipeline.runtime.task import execute, limit_threads
 
     limit_threads()
     return execute(work)

@@ -1,11 +1,11 @@
-"""The stages in order: settings, code version, where they run. Their SQL is in `pipeline.stage_queries`."""
+"""The stages in order: settings, code version, where they run. Their SQL is in `pipeline.stages.queries`."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Settings, digest
-from pipeline.errors import UserError
-from pipeline.settings import CorpusSettings
+from clipmill.base.errors import UserError
+from clipmill.base.settings import Settings, digest
+from pipeline.engine.settings import CorpusSettings
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Stage:
 
 
 def _weights_identity(path: str) -> str:
-    from captioning.identity import file_sha256
+    from captioning.model_identity import file_sha256
 
     if not Path(path).is_file():
         raise UserError(f"setting transcribe.whisper = {path}: there is no such file.")

@@ -6,13 +6,13 @@ from typing import Any
 from pydantic import Field, PositiveFloat
 
 from captioning.settings import CaptionSettings, ScoreSettings
-from pipeline.config import Settings, resolve_settings, validate_settings
-from pipeline.cut import CutSettings
-from pipeline.download import DownloadSettings
-from pipeline.ingest import IngestSettings
-from pipeline.segment import SegmentSettings
-from pipeline.transcribe import TranscribeSettings
-from shards.pack import PackSettings
+from clipmill.base.settings import Settings, resolve_settings, validate_settings
+from pipeline.stages.cut.cut import CutSettings
+from pipeline.stages.download.fetch import DownloadSettings
+from pipeline.stages.ingest.ingest import IngestSettings
+from pipeline.stages.segment.segment import SegmentSettings
+from pipeline.stages.transcribe.transcribe import TranscribeSettings
+from shards.packing.pack import PackSettings
 
 
 class EngineSettings(Settings):

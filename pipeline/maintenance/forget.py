@@ -14,17 +14,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.build import session
-from pipeline.corpus import Corpus
-from pipeline.errors import UserError
-from pipeline.identity import canonical_url, canonical_urls, video_id_for
-from pipeline.pack_stage import planned
-from pipeline.settings import resolve
-from shards.compact import CompactReport, Remains, compact_commits, compact_shards, redact, remove_sources
-from shards.files import MANIFEST_NAME, UNFINISHED, for_reading, mirror_folder
-from shards.pack import places_of, select_samples
-from shards.sql import open_manifest, rows_of
-from shards.tombstones import hash_of, read_tombstones, write_tombstones
+from clipmill.base.errors import UserError
+from pipeline.engine.build import session
+from pipeline.engine.settings import resolve
+from pipeline.stages.pack import planned
+from shards.corpus.folder import Corpus
+from shards.corpus.source_ids import canonical_url, canonical_urls, video_id_for
+from shards.corpus.tombstones import hash_of, read_tombstones, write_tombstones
+from shards.packing.compact import CompactReport, Remains, compact_commits, compact_shards, redact, remove_sources
+from shards.packing.pack import places_of, select_samples
+from shards.query.sql import open_manifest, rows_of
+from shards.storage.mirror import MANIFEST_NAME, UNFINISHED, for_reading, mirror_folder
 
 
 @dataclass(frozen=True)

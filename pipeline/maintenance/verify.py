@@ -8,14 +8,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline.corpus import SETTINGS, Corpus
-from pipeline.encode import JPEG_MAGIC, jpeg_frames
-from pipeline.errors import ItemError
-from pipeline.media import NO_REFERENCES
-from pipeline.sandbox import Sandbox
-from shards.files import MANIFEST_NAME, for_reading
-from shards.sql import open_manifest
-from shards.verify import Problem, verify
+from clipmill.base.errors import ItemError
+from clipmill.media.encode import JPEG_MAGIC, jpeg_frames
+from clipmill.media.probe import NO_REFERENCES
+from clipmill.media.sandbox import Sandbox
+from shards.corpus.folder import SETTINGS, Corpus
+from shards.packing.verify import Problem, verify
+from shards.query.sql import open_manifest
+from shards.storage.mirror import MANIFEST_NAME, for_reading
 
 CLIP_TIMEOUT_S = 120.0
 

@@ -16,24 +16,24 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.config import Settings
-from pipeline.corpus import holder_now
-from pipeline.errors import ItemError, UserError
-from pipeline.watchdog import reporting
-from shards.files import mirror
-from shards.fragments import Commit, commit_name, table_schema, write_commit
-from shards.schema import LEDGER
-from shards.store import Store
+from clipmill.base.errors import ItemError, UserError
+from clipmill.base.settings import Settings
+from pipeline.runtime.watchdog import reporting
+from shards.corpus.folder import holder_now
+from shards.corpus.fragments import Commit, commit_name, table_schema, write_commit
+from shards.corpus.schema import LEDGER
+from shards.storage.mirror import mirror
+from shards.storage.s3 import Store
 
 GOVERNOR = "clipmill-governor"  # name of the Ray actor that limits how hard hosts are asked
 
 RUNNERS = {  # by name: a worker imports only what its stage needs
-    "download": "pipeline.stage_workers:run_download",
-    "transcribe": "pipeline.stage_workers:run_transcribe",
-    "segment": "pipeline.stage_workers:run_segment",
-    "cut": "pipeline.stage_workers:run_cut",
-    "caption": "pipeline.model_workers:run_caption",
-    "score": "pipeline.model_workers:run_score",
+    "download": "pipeline.stages.workers:run_download",
+    "transcribe": "pipeline.stages.workers:run_transcribe",
+    "segment": "pipeline.stages.workers:run_segment",
+    "cut": "pipeline.stages.workers:run_cut",
+    "caption": "pipeline.stages.model_workers:run_caption",
+    "score": "pipeline.stages.model_workers:run_score",
 }
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from captioning.captioner import Caption, load_captioner
 from captioning.scorer import ScoreInput, load_scorer
-from pipeline.config import Settings
-from pipeline.errors import ItemError, UserError
-from pipeline.watchdog import time_limit
-from pipeline.worker import Outcome, Result, Work
-from shards.files import files_of
-from shards.tar import read_member
+from clipmill.base.errors import ItemError, UserError
+from clipmill.base.settings import Settings
+from pipeline.runtime.task import Outcome, Result, Work
+from pipeline.runtime.watchdog import time_limit
+from shards.packing.tar import read_member
+from shards.storage.mirror import files_of
 
 
 def run_caption(work: Work) -> Result:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.errors import ItemError
-from shards.files import files_of, mirror
-from shards.fragments import fragment_path, write_commit
-from shards.index import read_index, refresh_index
-from shards.pack import (
+from clipmill.base.errors import ItemError
+from shards.corpus.fragments import fragment_path, write_commit
+from shards.corpus.schema import LEDGER
+from shards.packing.index import read_index, refresh_index
+from shards.packing.pack import (
     PackSettings,
     ShardPlan,
     commit_shards,
@@ -28,9 +28,9 @@ from shards.pack import (
     select_samples,
     write_shard,
 )
-from shards.schema import LEDGER
-from shards.sql import open_manifest
-from shards.store import Store
+from shards.query.sql import open_manifest
+from shards.storage.mirror import files_of, mirror
+from shards.storage.s3 import Store
 
 FEW_SHARDS = 2  # so many are written here: starting Ray for them would take longer
 FAILURES = "pack"  # name of the one commit that holds the clips of the last packing that could not be packed
@@ -121,7 +121,7 @@ class _RayTasks:
     def __enter__(self):
         import ray
 
-        from pipeline.engine import start_ray
+        from pipeline.engine.driver import start_ray
 
         self.ray, self.started = ray, start_ray(self.settings)
         self.width = max(1, int(ray.cluster_resources().get("CPU", 1)))

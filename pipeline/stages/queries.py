@@ -1,10 +1,10 @@
-"""What is to be done in each stage, as SQL over the ledger's tables (see `shards.ledger.StageQuery`).
+"""What is to be done in each stage, as SQL over the ledger's tables (see `shards.corpus.ledger.StageQuery`).
 
 The chain reads top to bottom. Each stage's key hashes its fingerprint and the *content* of its inputs, so work that
 comes out the same stops the wave: a re-segmented video whose spans did not move is not cut again.
 """
 
-from shards.ledger import StageQuery
+from shards.corpus.ledger import StageQuery
 
 
 def _rows_of(stage: str, table: str) -> str:

@@ -11,29 +11,29 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 
-from pipeline.audio import extract_speech
-from pipeline.config import digest
-from pipeline.cut import CutSettings, SpanRequest, cut_in_sandbox
-from pipeline.download import fetch, new_governor
-from pipeline.errors import ItemError
-from pipeline.media import probe
-from pipeline.sandbox import Sandbox
-from pipeline.segment import needs_shots, segment_video
-from pipeline.shots import detect_shots
-from pipeline.transcribe import (
+from clipmill.base.errors import ItemError
+from clipmill.base.settings import digest
+from clipmill.media.probe import probe
+from clipmill.media.sandbox import Sandbox
+from pipeline.runtime.task import GOVERNOR, Outcome, Result, Stopwatch, Work, require_holder
+from pipeline.runtime.watchdog import time_limit
+from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_in_sandbox
+from pipeline.stages.download.fetch import fetch, new_governor
+from pipeline.stages.segment.segment import needs_shots, segment_video
+from pipeline.stages.segment.shots import detect_shots
+from pipeline.stages.transcribe.speech import extract_speech
+from pipeline.stages.transcribe.transcribe import (
     TranscribeSettings,
     Transcript,
     load_whisper,
     transcribe_video,
     transcript_of_subtitles,
 )
-from pipeline.watchdog import time_limit
-from pipeline.words import Word
-from pipeline.worker import GOVERNOR, Outcome, Result, Stopwatch, Work, require_holder
-from shards.files import files_of
-from shards.fragments import temporary_folder
-from shards.tar import Blob, write_clips_tar
-from shards.tombstones import FORGOTTEN, read_tombstones
+from pipeline.stages.transcribe.words import Word
+from shards.corpus.fragments import temporary_folder
+from shards.corpus.tombstones import FORGOTTEN, read_tombstones
+from shards.packing.tar import Blob, write_clips_tar
+from shards.storage.mirror import files_of
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
 """A corpus: where its parts are, its saved settings, and the lock that makes one process its writer.
 
-Of a corpus in a store, `root` is this machine's mirror (`shards.files`): its one writer brings it up to date, and holds
-two locks, the store's (`pipeline.store_lock`) and that of the mirror.
+Of a corpus in a store, `root` is this machine's mirror (`shards.storage.mirror`): its one writer brings it up to date, and holds
+two locks, the store's (`shards.storage.lease`) and that of the mirror.
 """
 
 import fcntl
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import yaml
 
-from pipeline.config import read_yaml
-from pipeline.errors import UserError
-from pipeline.locks import is_left_by_the_dead, said_by, take_named
-from shards.files import PRIVATE, Files, files_of, mirror, mirror_folder
-from shards.store import Store, is_url
+from clipmill.base.errors import UserError
+from clipmill.base.file_lock import is_left_by_the_dead, said_by, take_named
+from clipmill.base.settings import read_yaml
+from shards.storage.mirror import PRIVATE, Files, files_of, mirror, mirror_folder
+from shards.storage.s3 import Store, is_url
 
 _OURS = ("README.txt", ".clipmill/")  # what a corpus in a store has before its settings
 FORMAT = 1  # of the folder; a corpus of a newer format is refused
@@ -120,7 +120,7 @@ class Corpus:
                 self.holder = name
                 yield
                 return
-            from pipeline.store_lock import StoreLock
+            from shards.storage.lease import StoreLock
 
             lock = StoreLock(self.store)
             lock.take()
@@ -158,7 +158,7 @@ class Corpus:
             return True
         if self.store is None:
             return False
-        from pipeline.store_lock import is_held
+        from shards.storage.lease import is_held
 
         return is_held(self.store)
 
@@ -194,7 +194,7 @@ def holder_now(root: Path, store: Store | None) -> str:
             return (root / PRIVATE / LOCK).read_text().strip()
         except FileNotFoundError:
             return ""  # somebody is taking it over
-    from pipeline.store_lock import token_in
+    from shards.storage.lease import token_in
 
     return token_in(store)
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.files import files_of
-from shards.schema import LEDGER, LEDGER_COLUMNS, TABLES
+from shards.corpus.schema import LEDGER, LEDGER_COLUMNS, TABLES
+from shards.storage.mirror import files_of
 
 PARQUET_END = b"PAR1"
 TEMPORARY = ".tmp-"  # prefix of every file that is being written; the owner of the corpus lock may delete them

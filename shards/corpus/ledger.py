@@ -1,7 +1,7 @@
 """The working database: every fragment loaded, and what is current, pending and failed derived from it by SQL.
 
 It is private to the process that holds the corpus lock (`.clipmill/ledger.duckdb`), a cache of the fragments that can
-be deleted at any time. Readers get the published `manifest.duckdb` instead (`shards.manifest`).
+be deleted at any time. Readers get the published `manifest.duckdb` instead (`shards.corpus.manifest`).
 
 A stage is described to the ledger by its `StageQuery`: an SQL statement giving the items that ought to exist, each with
 a key that hashes the stage's fingerprint and the item's inputs. Done is the row whose key is the item's present key. So
@@ -16,10 +16,10 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from shards.files import Files, files_of
-from shards.fragments import fragment_path, outputs_of, replaced_by, table_schema
-from shards.schema import LEDGER, TABLES
-from shards.tombstones import read_tombstones, tombstone_files
+from shards.corpus.fragments import fragment_path, outputs_of, replaced_by, table_schema
+from shards.corpus.schema import LEDGER, TABLES
+from shards.corpus.tombstones import read_tombstones, tombstone_files
+from shards.storage.mirror import Files, files_of
 
 LEDGER_VERSION = 3  # of the working database's own layout; another version is rebuilt from the fragments
 
@@ -201,7 +201,7 @@ class Ledger:
     def leave_out_forgotten(self) -> None:
         """Drops the sources that have a tombstone by now. All else is derived from sources, failures of lists apart.
 
-        Their other rows stay in this cache until `shards.compact` has it made anew.
+        Their other rows stay in this cache until `shards.packing.compact` has it made anew.
         """
         files = tombstone_files(self.root)
         if files == self.tombstones:

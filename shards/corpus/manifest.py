@@ -2,7 +2,7 @@
 
 The file is written beside the old one and renamed over it, so a reader always opens a whole, consistent manifest,
 keeps the one it opened for as long as it likes, and never meets a lock. It holds the tables of
-`shards.schema.MANIFEST` and the views of `shards/views.sql`.
+`shards.corpus.schema.MANIFEST` and the views of `shards/views.sql`.
 """
 
 import os
@@ -12,13 +12,13 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from pipeline.config import digest
-from shards.duplicates import duplicate_groups
-from shards.files import MANIFEST_NAME, UNFINISHED, files_of
-from shards.fragments import TEMPORARY, is_whole
-from shards.ledger import Ledger
-from shards.schema import INDEX, MANIFEST
-from shards.tombstones import FORGOTTEN, read_tombstones
+from clipmill.base.settings import digest
+from shards.corpus.fragments import TEMPORARY, is_whole
+from shards.corpus.ledger import Ledger
+from shards.corpus.near_duplicates import duplicate_groups
+from shards.corpus.schema import INDEX, MANIFEST
+from shards.corpus.tombstones import FORGOTTEN, read_tombstones
+from shards.storage.mirror import MANIFEST_NAME, UNFINISHED, files_of
 
 
 def publish(ledger: Ledger, *, groups: bool = True) -> None:
@@ -68,7 +68,7 @@ def is_current(root: Path, ledger: Ledger | None = None) -> bool:
 
 
 def _views() -> str:
-    return resources.files("shards").joinpath("views.sql").read_text()
+    return resources.files("shards.corpus").joinpath("views.sql").read_text()
 
 
 def _layout() -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from pipeline.config import Settings
+from clipmill.base.settings import Settings
 
 NUM_HASHES, HASH_BITS = 3, 64
 MIN_BITS = 8  # a hash of a structured picture has about 32 bits set

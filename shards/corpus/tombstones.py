@@ -2,7 +2,7 @@
 
 They are the files `fragments/forgotten/*.parquet`, written whole and never changed. Writing one takes no lock: a build
 that runs, a training run's loaders and every later build look into the folder, and leave out what has a tombstone from
-then on, long before its bytes are gone (`shards.compact`).
+then on, long before its bytes are gone (`shards.packing.compact`).
 """
 
 import hashlib
@@ -15,12 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import UserError
-from shards.files import LOOK_EVERY_S as STORE_EVERY_S
-from shards.files import files_of, for_reading
-from shards.fragments import fragment_path
-from shards.schema import MANIFEST
-from shards.tar import replacing
+from clipmill.base.errors import UserError
+from shards.corpus.fragments import fragment_path
+from shards.corpus.schema import MANIFEST
+from shards.packing.tar import replacing
+from shards.storage.mirror import LOOK_EVERY_S as STORE_EVERY_S
+from shards.storage.mirror import files_of, for_reading
 
 TOMBSTONE = MANIFEST["forgotten"]
 FORGOTTEN = "forgotten"  # the error class of what was kept out

@@ -1,4 +1,4 @@
--- The views of a manifest, made over the tables of `MANIFEST` in shards/schema.py. One row of `catalog` is one clip with
+-- The views of a manifest, made over the tables of `MANIFEST` in shards/corpus/schema.py. One row of `catalog` is one clip with
 -- everything known of it: `pack.where` and training's selections are conditions on it.
 
 -- One row per clip: the clip, its text (what is said in it, or its first reference text), its served caption, its

@@ -25,15 +25,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.config import digest
-from pipeline.errors import ItemError, UserError
-from shards.files import files_of
-from shards.fragments import commit_name, fragment_path, outputs_of, write_atomically, write_commit
-from shards.index import Stamp, read_index, read_stamp, write_index
-from shards.pack import EXTENSIONS, LATE, NEXT, Extension, ShardPlan, next_paths, place, rows_by_shard, sample_json
-from shards.schema import INDEX, LEDGER
-from shards.tar import Blob, Member, Sample, list_members, read_member, write_clips_tar, write_tar
-from shards.tombstones import hash_of, read_tombstones
+from clipmill.base.errors import ItemError, UserError
+from clipmill.base.settings import digest
+from shards.corpus.fragments import commit_name, fragment_path, outputs_of, write_atomically, write_commit
+from shards.corpus.schema import INDEX, LEDGER
+from shards.corpus.tombstones import hash_of, read_tombstones
+from shards.packing.index import Stamp, read_index, read_stamp, write_index
+from shards.packing.pack import (
+    EXTENSIONS,
+    LATE,
+    NEXT,
+    Extension,
+    ShardPlan,
+    next_paths,
+    place,
+    rows_by_shard,
+    sample_json,
+)
+from shards.packing.tar import Blob, Member, Sample, list_members, read_member, write_clips_tar, write_tar
+from shards.storage.mirror import files_of
 
 REDACTED = "[forgotten]"
 
@@ -117,7 +127,7 @@ def compact_shards(
 
 
 def _settle(root: Path) -> None:
-    """What a kill left between two shards' states (see `shards.pack.place`) is brought to the second one; what else
+    """What a kill left between two shards' states (see `shards.packing.pack.place`) is brought to the second one; what else
     waits under `.next` is thrown away.
     """
     files = files_of(root)

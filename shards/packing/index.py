@@ -1,4 +1,4 @@
-"""A shard's index: the Parquet file beside the tar, one row per sample, columns `INDEX` of `shards.schema`.
+"""A shard's index: the Parquet file beside the tar, one row per sample, columns `INDEX` of `shards.corpus.schema`.
 
 It says where every member lies and serves the text columns as they are now: a new caption rewrites this small file, not
 the tar. Its metadata hold the key of the plan that made the tar, so that an unchanged shard is recognised unread.
@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from shards.schema import INDEX
-from shards.tar import replacing
+from shards.corpus.schema import INDEX
+from shards.packing.tar import replacing
 
 FORMAT = 1  # of the index and of what the tar holds; part of every plan's key
 TEXT_COLUMNS = ("subtitle", "caption", "captioner", "caption_score", "language")

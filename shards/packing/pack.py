@@ -27,12 +27,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
-from pipeline.config import Settings, digest, operational
-from pipeline.errors import ItemError, UserError
-from shards.files import files_of
-from shards.index import FORMAT, Stamp, read_stamp, write_index
-from shards.schema import INDEX, sample_key
-from shards.tar import Member, Sample, member_bytes, read_member, sync_folder, write_tar
+from clipmill.base.errors import ItemError, UserError
+from clipmill.base.settings import Settings, digest, operational
+from shards.corpus.schema import INDEX, sample_key
+from shards.packing.index import FORMAT, Stamp, read_stamp, write_index
+from shards.packing.tar import Member, Sample, member_bytes, read_member, sync_folder, write_tar
+from shards.storage.mirror import files_of
 
 Extension = Literal["mp4", "jpg", "txt", "json"]
 EXTENSIONS: tuple[Extension, ...] = ("mp4", "jpg", "txt", "json")
@@ -107,7 +107,7 @@ def select_samples(connection: duckdb.DuckDBPyConnection, settings: PackSettings
 
     Raises UserError when the condition is not one.
     """
-    from shards.sql import check_selection, selection
+    from shards.query.sql import check_selection, selection
 
     check_selection(connection, settings.where, "pack.where")
     hashed = ", ".join(f"'{name}': {name}" for name in (*FIXED, "sha256", "frame_sha256", "phash", "kind"))

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pipeline.errors import ItemError
-from shards.fragments import TEMPORARY
+from clipmill.base.errors import ItemError
+from shards.corpus.fragments import TEMPORARY
 
 BLOCK = 512
 RECORD = 20 * BLOCK  # a tar file ends at a multiple of this

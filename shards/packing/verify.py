@@ -19,13 +19,13 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import ItemError
-from shards.files import files_of
-from shards.index import TEXT_COLUMNS, read_index, read_stamp
-from shards.pack import EXTENSIONS, NEXT, SHARDS_AT_ONCE
-from shards.schema import INDEX, sample_key
-from shards.tar import Member, scan
-from shards.tombstones import Tombstones
+from clipmill.base.errors import ItemError
+from shards.corpus.schema import INDEX, sample_key
+from shards.corpus.tombstones import Tombstones
+from shards.packing.index import TEXT_COLUMNS, read_index, read_stamp
+from shards.packing.pack import EXTENSIONS, NEXT, SHARDS_AT_ONCE
+from shards.packing.tar import Member, scan
+from shards.storage.mirror import files_of
 
 MAX_TEXT_BYTES = 16_000_000  # a KEY.txt or KEY.json beyond this is reported, not read
 

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import UserError
-from pipeline.identity import canonical_url, canonical_urls
-from shards.files import MANIFEST_NAME, files_of, for_reading
-from shards.fragments import fragment_path
-from shards.schema import LEDGER
-from shards.sql import open_manifest
-from shards.tombstones import hash_of, read_tombstones
+from clipmill.base.errors import UserError
+from shards.corpus.fragments import fragment_path
+from shards.corpus.schema import LEDGER
+from shards.corpus.source_ids import canonical_url, canonical_urls
+from shards.corpus.tombstones import hash_of, read_tombstones
+from shards.query.sql import open_manifest
+from shards.storage.mirror import MANIFEST_NAME, files_of, for_reading
 
 Row = dict[str, Any]
 MEMBERS = ("mp4", "jpg", "txt", "json")

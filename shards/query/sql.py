@@ -19,10 +19,10 @@ from typing import Any, Literal, TextIO
 import duckdb
 import pyarrow as pa
 
-from pipeline.errors import UserError
-from pipeline.printable import CONTROL, escaped, visible
-from shards.files import MANIFEST_NAME, for_reading
-from shards.store import is_url
+from clipmill.base.errors import UserError
+from clipmill.base.text import CONTROL, escaped, visible
+from shards.storage.mirror import MANIFEST_NAME, for_reading
+from shards.storage.s3 import is_url
 
 Format = Literal["table", "csv", "json", "parquet"]
 FORMATS = ("table", "csv", "json", "parquet")

@@ -24,9 +24,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.locks import is_gone
-from shards.store import Changed, Held, Store
+from clipmill.base.errors import UserError
+from clipmill.base.file_lock import is_gone
+from shards.storage.s3 import Changed, Held, Store
 
 KEY = ".clipmill/lock.json"
 BEAT_S = 15.0

@@ -26,8 +26,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import ItemError, UserError
-from shards.store import CONNECTIONS, Changed, Object, Store, is_url
+from clipmill.base.errors import ItemError, UserError
+from shards.storage.s3 import CONNECTIONS, Changed, Object, Store, is_url
 
 MANIFEST_NAME = "manifest.duckdb"
 PRIVATE = ".clipmill"  # of this machine alone; in the store it holds the lock

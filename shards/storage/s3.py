@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
 
 Answer = TypeVar("Answer")
 

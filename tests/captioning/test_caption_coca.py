@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 torch = pytest.importorskip("torch")
-import open_clip  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import open_clip
+from safetensors.torch import save_file
 
-from captioning.captioner import Caption, Captioner, fingerprint_of, load_captioner  # noqa: E402
-from captioning.settings import CaptionSettings  # noqa: E402
-from pipeline.errors import ItemError, UserError  # noqa: E402
+from captioning.captioner import Caption, Captioner, fingerprint_of, load_captioner
+from captioning.settings import CaptionSettings
+from clipmill.base.errors import ItemError, UserError
 
 CONFIG = {
     "embed_dim": 24,

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 torch = pytest.importorskip("torch")
-import transformers  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from captioning.captioner import Captioner, fingerprint_of, load_captioner  # noqa: E402
-from captioning.settings import CaptionSettings  # noqa: E402
-from pipeline.errors import ItemError, UserError  # noqa: E402
+from captioning.captioner import Captioner, fingerprint_of, load_captioner
+from captioning.settings import CaptionSettings
+from clipmill.base.errors import ItemError, UserError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"word{n}" for n in range(60))]
 TEXT = {"vocab_size": len(WORDS), "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}

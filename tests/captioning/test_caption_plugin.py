@@ -10,9 +10,9 @@ from PIL import Image
 
 from captioning.captioner import Caption, Captioner, fingerprint_of, load_captioner
 from captioning.settings import CaptionSettings
-from pipeline.errors import ItemError, UserError
+from clipmill.base.errors import ItemError, UserError
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "captioning.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "captioning.md"
 
 
 def jpeg(colour: tuple[int, int, int]) -> bytes:

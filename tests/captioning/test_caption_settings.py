@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from captioning import identity
+from captioning import model_identity as identity
 from captioning.captioner import fingerprint_of
 from captioning.scorer import fingerprint_of as score_fingerprint_of
 from captioning.settings import CaptionSettings, ScoreSettings
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,10 @@
 """The word-level tokenizer: ids as CLIP lays them out, texts back from ids."""
 
-import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch")
-
-from captioning.tokenizer import UNKNOWN, WordTokenizer, split_words  # noqa: E402
+from captioning.word_tokenizer import UNKNOWN, WordTokenizer, split_words
 
 WORDS = ("a", "red", "blue", "don't", "circle")
 TOKENIZER = WordTokenizer(WORDS, context_length=8)

@@ -5,16 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+from bench.demo_models.evaluate import GREEDY, caption_accuracy, matching_accuracy, unseen_frames
+from bench.demo_models.frames import correct, said
+from captioning.captioner import load_captioner
+from captioning.scorer import ScoreInput, load_scorer
+from captioning.settings import CaptionSettings, ScoreSettings
+from pipeline.demo.grammar import STILL_TEMPLATES, VOCABULARY, still_text
 
-from captioning.captioner import load_captioner  # noqa: E402
-from captioning.demo_frames import correct, said  # noqa: E402
-from captioning.evaluate_demo_models import GREEDY, caption_accuracy, matching_accuracy, unseen_frames  # noqa: E402
-from captioning.scorer import ScoreInput, load_scorer  # noqa: E402
-from captioning.settings import CaptionSettings, ScoreSettings  # noqa: E402
-from pipeline.demo.grammar import STILL_TEMPLATES, VOCABULARY, still_text  # noqa: E402
-
-WEIGHTS = Path(__file__).resolve().parents[1] / "captioning" / "weights"
+WEIGHTS = Path(__file__).resolve().parents[2] / "captioning" / "weights"
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 torch = pytest.importorskip("torch")
-import open_clip  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import open_clip
+from safetensors.torch import save_file
 
-from captioning.scorer import ScoreInput, fingerprint_of, load_scorer, speech_columns  # noqa: E402
-from captioning.settings import ScoreSettings  # noqa: E402
-from pipeline.errors import ItemError, UserError  # noqa: E402
-from shards.schema import TABLES  # noqa: E402
+from captioning.scorer import ScoreInput, fingerprint_of, load_scorer, speech_columns
+from captioning.settings import ScoreSettings
+from clipmill.base.errors import ItemError, UserError
+from shards.corpus.schema import TABLES
 
 CONFIG = {
     "embed_dim": 24,

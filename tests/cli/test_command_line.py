@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import recipe_names
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
+from clipmill.base.settings import recipe_names
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "ray", "duckdb", "pyarrow", "av", "open_clip", "numpy", "yt_dlp", "whisper")
 
 
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; sys.argv = ['clipmill', '--help']\n"
-        "from pipeline.cli import _run\n"
+        "from clipmill.cli.app import _run\n"
         "_run()\n"
         f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules])"
     )
@@ -28,12 +28,12 @@ def test_help_imports_nothing_heavy():
 
 def test_every_command_explains_itself():
     for command in ("build", "run", "status", "sql", "stats", "verify", "demo"):
-        done = subprocess.run([sys.executable, "-m", "pipeline.cli", command, "--help"], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "clipmill", command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "Usage" in done.stdout
 
 
 def test_a_build_without_sources_goes_on_with_a_corpus_and_begins_none(tmp_path):
-    from pipeline.cli import build
+    from clipmill.cli.app import build
 
     with pytest.raises(UserError, match="mistyped is no corpus"):
         build(None, corpus=str(tmp_path / "mistyped"))
@@ -47,10 +47,10 @@ def test_the_cluster_file_passes_rays_own_validator():
 
 
 def test_every_recipe_is_valid():
-    import pipeline.settings
+    import pipeline.engine.settings
     import training.settings
 
-    for module in (pipeline.settings, training.settings):
+    for module in (pipeline.engine.settings, training.settings):
         names = recipe_names(module.RECIPES)
         assert "demo" in names
         for name in names:

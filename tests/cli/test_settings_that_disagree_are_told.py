@@ -2,9 +2,9 @@
 
 import pytest
 
-import pipeline.settings
+import pipeline.engine.settings
 import training.settings
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -12,8 +12,13 @@ from pipeline.errors import UserError
     [
         (training.settings.resolve, "demo", "data.frames_per_s=1", "settings: data.frames_per_s = 1.0 leaves frames"),
         (training.settings.resolve, "demo", "data.neighbours=1", "settings: data.neighbours = 1 is for train.loss"),
-        (pipeline.settings.resolve, "demo", "caption.max_tokens=5", "setting caption: min_tokens 5 must be below"),
-        (pipeline.settings.resolve, "demo", "cut.fps=-1", "setting cut.fps = -1: input should be greater than"),
+        (
+            pipeline.engine.settings.resolve,
+            "demo",
+            "caption.max_tokens=5",
+            "setting caption: min_tokens 5 must be below",
+        ),
+        (pipeline.engine.settings.resolve, "demo", "cut.fps=-1", "setting cut.fps = -1: input should be greater than"),
     ],
 )
 def test_the_message_names_them_and_no_others(resolve, recipe, assignment, said):

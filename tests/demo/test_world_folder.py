@@ -10,13 +10,13 @@ import duckdb
 import pytest
 from pydantic import ValidationError
 
+from clipmill.base.errors import ItemError, UserError
+from clipmill.media.probe import probe
 from pipeline.demo.grammar import held_out
 from pipeline.demo.plan import CATEGORIES, plan_video
 from pipeline.demo.world import UNKNOWN_HOST, WorldSettings, make_world, read_truth, write_sources
-from pipeline.errors import ItemError, UserError
-from pipeline.media import probe
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BROKEN = (
     "not-found",
     "html",

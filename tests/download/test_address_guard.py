@@ -7,14 +7,14 @@ import threading
 
 import pytest
 import requests
-from http_support import media_server
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import address_guard
-from pipeline.address_guard import Gate, is_public, resolve
-from pipeline.download import DownloadSettings, fetch
-from pipeline.errors import ItemError
+from clipmill.base.errors import ItemError
+from pipeline.stages.download import address_guard
+from pipeline.stages.download.address_guard import Gate, is_public, resolve
+from pipeline.stages.download.fetch import DownloadSettings, fetch
+from tests.helpers.http import media_server
 
 PRIVATE = [
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",

@@ -13,14 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from http_support import MediaServer, make_video, media_server
 
-from pipeline.download import DownloadSettings, backoff_s, fetch
-from pipeline.download_errors import ERROR_CLASSES
-from pipeline.errors import ItemError
-from pipeline.governor import HostGovernor
-from pipeline.locks import lock_file
-from shards.schema import TABLES
+from clipmill.base.errors import ItemError
+from clipmill.base.file_lock import lock_file
+from pipeline.stages.download.errors import ERROR_CLASSES
+from pipeline.stages.download.fetch import DownloadSettings, backoff_s, fetch
+from pipeline.stages.download.host_limiter import HostGovernor
+from shards.corpus.schema import TABLES
+from tests.helpers.http import MediaServer, make_video, media_server
 
 SETTINGS = DownloadSettings(allow_private_addresses=True, backoff_s=0.01, stall_timeout_s=5, retries=3)
 
@@ -380,7 +380,7 @@ def test_a_subtitle_that_fails_for_now_is_waited_for(server: MediaServer, tmp_pa
 _CHILD = """
 import sys, json
 from pathlib import Path
-from pipeline.download import DownloadSettings, fetch
+from pipeline.stages.download.fetch import DownloadSettings, fetch
 settings = DownloadSettings(allow_private_addresses=True, backoff_s=0.01, retries=0)
 url, root = sys.argv[1:3]
 if len(sys.argv) > 3:
@@ -397,7 +397,7 @@ except Exception as error:
 
 def run_child(*arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-c", _CHILD, *arguments]
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
 
 
@@ -434,7 +434,7 @@ def test_a_killed_download_goes_on_where_it_was(server: MediaServer, tmp_path, v
 
 
 def test_a_download_that_another_process_does_not_end_is_a_failure_that_heals(server, tmp_path, video, monkeypatch):
-    monkeypatch.setattr("pipeline.download.WORKER_ENDS_WITHIN_S", 0.1)
+    monkeypatch.setattr("pipeline.stages.download.fetch.WORKER_ENDS_WITHIN_S", 0.1)
     (tmp_path / "sources").mkdir()
     with lock_file(tmp_path / "sources" / "clip1.part.lock", 0), pytest.raises(ItemError, match="still held") as caught:
         get(server.add("/a.mp4", video), tmp_path)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from http_support import make_video
 
-from pipeline.download import DownloadSettings, fetch
-from pipeline.errors import ItemError, UserError
-from pipeline.file_kinds import subtitle_format
-from pipeline.media import MediaInfo
-from shards.schema import TABLES
+from clipmill.base.errors import ItemError, UserError
+from clipmill.media.probe import MediaInfo
+from pipeline.stages.download.fetch import DownloadSettings, fetch
+from pipeline.stages.download.sniff import subtitle_format
+from shards.corpus.schema import TABLES
+from tests.helpers.http import make_video
 
 SETTINGS = DownloadSettings(object_store_schemes=["memory", "s3"], retries=0)
 SRT = "1\n00:00:00,000 --> 00:00:01,000\nhello\n"

@@ -8,16 +8,23 @@ from pathlib import Path
 import imageio_ffmpeg
 import pytest
 import yt_dlp
-from http_support import MediaServer, make_video, media_server
 from yt_dlp.extractor.common import InfoExtractor
 from yt_dlp.utils import ExtractorError, GeoRestrictedError, UserNotLive
 
-from pipeline import site_fetch
-from pipeline.address_guard import Gate
-from pipeline.download import DownloadSettings, fetch
-from pipeline.download_errors import ERROR_CLASSES
-from pipeline.errors import ItemError, UserError
-from pipeline.site_fetch import choose_subtitles, classify, download_site, metadata, site_extractor, user_options
+from clipmill.base.errors import ItemError, UserError
+from pipeline.stages.download import site_fetch
+from pipeline.stages.download.address_guard import Gate
+from pipeline.stages.download.errors import ERROR_CLASSES
+from pipeline.stages.download.fetch import DownloadSettings, fetch
+from pipeline.stages.download.site_fetch import (
+    choose_subtitles,
+    classify,
+    download_site,
+    metadata,
+    site_extractor,
+    user_options,
+)
+from tests.helpers.http import MediaServer, make_video, media_server
 
 SETTINGS = DownloadSettings(allow_private_addresses=True, backoff_s=0.01, stall_timeout_s=5, retries=0)
 GUARDED = SETTINGS.model_copy(update={"allow_private_addresses": False})

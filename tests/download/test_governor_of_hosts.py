@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from pipeline.errors import ItemError
-from pipeline.governor import GRACE_S, LOCKED_OUT, HostGovernor, hold, host_of
+from clipmill.base.errors import ItemError
+from pipeline.stages.download.host_limiter import GRACE_S, LOCKED_OUT, HostGovernor, hold, host_of
 
 
 class Clock:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from edit_support import EAGER, copy_of, edit, edit_command, edit_tables, edits, rows
-from training_support import Forked
 
-import training.edit_worker
-from pipeline.errors import UserError
-from training.edit_clips import Items
-from training.edit_rounds import fold_of
-from training.edit_students import Students
-from training.selection import Selection, freeze_run
+import pipeline.editing.worker
+from clipmill.base.errors import UserError
+from pipeline.editing.clips import Items
+from pipeline.editing.students import Students
+from tests.helpers.edits import EAGER, copy_of, edit, edit_command, edit_tables, edits, rows
+from tests.helpers.training import Forked
+from training.data.selection import Selection, freeze_run
+from training.editing.rounds import fold_of
 from training.settings import DataSettings, EvalSettings
 
 SMALL = ("train.batch_size=4", "train.threads=1", "train.tensorboard=false", "data.num_frames=2")
@@ -46,7 +46,7 @@ def test_the_same_rows_and_bytes_on_two_workers(numbered, whole, local_ray, tmp_
 
 def test_an_editing_interrupted_anywhere_ends_in_the_same_rows_and_bytes(numbered, whole, tmp_path, monkeypatch):
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
-    edit_unit, calls = training.edit_worker.Editor.edit, []
+    edit_unit, calls = pipeline.editing.worker.Editor.edit, []
 
     def interrupted(self, job):
         calls.append(job.unit)
@@ -54,7 +54,7 @@ def test_an_editing_interrupted_anywhere_ends_in_the_same_rows_and_bytes(numbere
             raise KeyboardInterrupt
         return edit_unit(self, job)
 
-    monkeypatch.setattr(training.edit_worker.Editor, "edit", interrupted)
+    monkeypatch.setattr(pipeline.editing.worker.Editor, "edit", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             edit(corpus, out, rounds=2, trains=False)

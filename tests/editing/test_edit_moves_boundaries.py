@@ -5,12 +5,12 @@ from pathlib import Path
 
 import duckdb
 import pytest
-from edit_support import CLIP_FPS, copy_of, edit, edits, numbers_of, rows, shown
 
-from pipeline.errors import UserError
-from shards.tar import read_member
-from training.edit_clips import Items
-from training.selection import Selection, freeze, freeze_run
+from clipmill.base.errors import UserError
+from pipeline.editing.clips import Items
+from shards.packing.tar import read_member
+from tests.helpers.edits import CLIP_FPS, copy_of, edit, edits, numbers_of, rows, shown
+from training.data.selection import Selection, freeze, freeze_run
 from training.settings import DataSettings, EvalSettings
 
 ORIGINALS = ("sources", "spans", "sentences", "clips", "samples", "texts", "captions", "videos")

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from video_editing_support import Oracle, make_truths, mean_iou
 
-from training.edit_frames import stretches_of
-from training.edit_report import SHIFT_EDGES, histogram, told
-from training.edit_rounds import State, base_spans, rounds
-from training.edit_scores import FrameFeatures, FrameScorer, VideoScorer
-from training.edit_settings import EditSettings
-from training.video_editing import EDITS, candidates, edit_videos, video_clips
+from pipeline.editing.frames import stretches_of
+from pipeline.editing.report import SHIFT_EDGES, histogram, told
+from tests.helpers.boundaries import Oracle, make_truths, mean_iou
+from training.editing.boundaries import EDITS, candidates, edit_videos, video_clips
+from training.editing.rounds import State, base_spans, rounds
+from training.editing.scores import FrameFeatures, FrameScorer, VideoScorer
+from training.editing.settings import EditSettings
 
 SETTINGS = EditSettings()
 DIM = 8

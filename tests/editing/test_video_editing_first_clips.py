@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import validate_settings
-from pipeline.errors import ItemError, UserError
-from training.edit_settings import EditSettings
-from training.video_editing import fixed_spans, midpoint_spans, video_clips
+from clipmill.base.errors import ItemError, UserError
+from clipmill.base.settings import validate_settings
+from training.editing.boundaries import fixed_spans, midpoint_spans, video_clips
+from training.editing.settings import EditSettings
 
 SETTINGS = EditSettings()
 

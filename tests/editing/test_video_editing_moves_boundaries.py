@@ -9,13 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from video_editing_support import Oracle, Truth, frame_features, make_truths, mean_iou, topic_vectors
 
-from pipeline.errors import ItemError
-from training.edit_rounds import base_spans
-from training.edit_scores import Bank, FrameScorer, contrastive_score, draw_bank, mean_frames, running_sums
-from training.edit_settings import EditSettings
-from training.video_editing import (
+from clipmill.base.errors import ItemError
+from tests.helpers.boundaries import Oracle, Truth, frame_features, make_truths, mean_iou, topic_vectors
+from training.editing.boundaries import (
     EDITS,
     Floats,
     VideoClips,
@@ -29,6 +26,9 @@ from training.video_editing import (
     reach,
     video_clips,
 )
+from training.editing.rounds import base_spans
+from training.editing.scores import Bank, FrameScorer, contrastive_score, draw_bank, mean_frames, running_sums
+from training.editing.settings import EditSettings
 
 SETTINGS = EditSettings()
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from video_editing_support import Oracle, Truth, frame_features, make_truth, make_truths, mean_iou, paired_vectors
 
-from pipeline.errors import UserError
-from training.edit_rounds import (
+from clipmill.base.errors import UserError
+from tests.helpers.boundaries import Oracle, Truth, frame_features, make_truth, make_truths, mean_iou, paired_vectors
+from training.editing.boundaries import EDITS, Floats, Spans, VideoClips, edit_videos
+from training.editing.rounds import (
     ROUNDS,
     Round,
     State,
@@ -24,9 +25,8 @@ from training.edit_rounds import (
     state_after,
     warm_up,
 )
-from training.edit_scores import FrameFeatures, FrameScorer, draw_bank, mean_frames, running_sums
-from training.edit_settings import EditSettings
-from training.video_editing import EDITS, Floats, Spans, VideoClips, edit_videos
+from training.editing.scores import FrameFeatures, FrameScorer, draw_bank, mean_frames, running_sums
+from training.editing.settings import EditSettings
 
 SETTINGS = EditSettings()
 NUM_TOPICS = 6000  # of the trained host's world: hardly two captions say the same

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.corpus import Corpus
-from pipeline.errors import UserError
-from tests.build_support import PLAIN, SMALL, WORDLESS, ask, build_here, clipmill, sound_sources, write_list
+from clipmill.base.errors import UserError
+from shards.corpus.folder import Corpus
+from tests.helpers.builds import PLAIN, SMALL, WORDLESS, ask, build_here, clipmill, sound_sources, write_list
 
 pytestmark = pytest.mark.slow
 

@@ -7,9 +7,9 @@ import tarfile
 
 import pytest
 
-from pipeline import cli
-from pipeline.errors import UserError
-from tests.build_support import (
+from clipmill.base.errors import UserError
+from clipmill.cli import app as cli
+from tests.helpers.builds import (
     PLAIN,
     WORDLESS,
     ask,
@@ -157,7 +157,7 @@ def test_verify_finds_nothing_and_then_a_flipped_byte(built, tmp_path):
 
 
 def test_a_writer_shuts_out_a_second_one(built):
-    from pipeline.corpus import Corpus
+    from shards.corpus.folder import Corpus
 
     with Corpus(built[0]).writer():
         result = clipmill("build", "--corpus", built[0])

@@ -3,13 +3,13 @@
 import shutil
 
 import pytest
-from whole_corpus_support import SETTINGS, VIDEOS, write_sources
 
-from pipeline import pack_stage
-from pipeline.build import build, session
-from pipeline.ingest_stage import ingest_sources
-from pipeline.stages import STAGE_NAMES
-from tests.build_support import hashes, snapshot, tables
+from pipeline.engine.build import build, session
+from pipeline.engine.registry import STAGE_NAMES
+from pipeline.stages import pack as pack_stage
+from pipeline.stages.ingest.stage import ingest_sources
+from tests.helpers.builds import hashes, snapshot, tables
+from tests.helpers.whole_corpus import SETTINGS, VIDEOS, write_sources
 
 
 @pytest.fixture(scope="module")

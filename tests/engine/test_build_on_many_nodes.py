@@ -1,17 +1,13 @@
 """A cluster of unlike nodes that come and go while a build runs makes the corpus that one machine makes."""
 
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.build_support import PLAIN, SMALL, hashes, tables
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
-
-from bench.chaos import Build, local_cluster  # noqa: E402
+from bench.chaos import Build, local_cluster
+from tests.helpers.builds import PLAIN, SMALL, hashes, tables
 
 pytestmark = pytest.mark.slow
 

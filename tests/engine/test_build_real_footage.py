@@ -5,8 +5,8 @@ import shutil
 import pytest
 
 from pipeline.demo.server import serve
-from tests.build_support import WORDLESS, ask, build_here, clipmill, hashes, write_list
-from tests.test_transcribe_whisper import weights  # noqa: F401  (a fixture: Whisper with random weights)
+from tests.helpers.builds import WORDLESS, ask, build_here, clipmill, hashes, write_list
+from tests.stages.test_transcribe_whisper import weights  # noqa: F401  (a fixture: Whisper with random weights)
 
 pytestmark = pytest.mark.slow
 

@@ -3,15 +3,10 @@
 The long run is `python -m bench.chaos`.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
-
-from bench.chaos import SETTINGS, torment  # noqa: E402
-from tests.build_support import PLAIN  # noqa: E402
+from bench.chaos import SETTINGS, torment
+from tests.helpers.builds import PLAIN
 
 # Actors that have no model to load: each that is killed comes back within seconds.
 LIGHT = (*SETTINGS, *PLAIN)

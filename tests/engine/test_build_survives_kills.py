@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.build_support import PLAIN, SMALL, build_here, clipmill, hashes, snapshot, tables
+from tests.helpers.builds import PLAIN, SMALL, build_here, clipmill, hashes, snapshot, tables
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def command(sources, corpus) -> list[str]:
     settings = [word for setting in (*SMALL, *PLAIN) for word in ("--set", setting)]
     build = ["build", str(sources), "--corpus", str(corpus), "--recipe", "demo"]
-    return [sys.executable, "-m", "pipeline.cli", *build, *settings]
+    return [sys.executable, "-m", "clipmill", *build, *settings]
 
 
 def stages_seen(corpus) -> int:

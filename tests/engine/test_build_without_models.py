@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.stages import STAGE_NAMES
-from tests.build_support import ask, build_here, clipmill
+from clipmill.base.errors import UserError
+from pipeline.engine.registry import STAGE_NAMES
+from tests.helpers.builds import ask, build_here, clipmill
 
 pytestmark = pytest.mark.slow
 OFF = ("caption.captioner=null", "score.model=null")
@@ -30,7 +30,7 @@ def test_a_build_without_captions_and_scores_is_complete_and_gets_them_when_they
     assert not build_here(corpus, [], recipe=None).did_something
 
     antidote = str(tmp_path)  # a captioner that loads no model and fails at no picture
-    turned_on = ("caption.captioner=tests.poison:Poisoned", f"caption.options={{antidote: {antidote}}}")
+    turned_on = ("caption.captioner=tests.helpers.poison:Poisoned", f"caption.options={{antidote: {antidote}}}")
     report = build_here(corpus, [], *turned_on, recipe=None)
     assert report.exit_code == 0 and set(report.engine.by_stage) == {*STAGE_NAMES} - {"ingest", "score", "pack"}
     assert report.engine.num_done == num_clips

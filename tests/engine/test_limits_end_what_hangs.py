@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
-from http_support import media_server
 
-from pipeline.download import DownloadSettings
-from pipeline.watchdog import sweep_reports, take_report
-from tests.build_support import ask, build_here
+from pipeline.runtime.watchdog import sweep_reports, take_report
+from pipeline.stages.download.fetch import DownloadSettings
+from tests.helpers.builds import ask, build_here
+from tests.helpers.http import media_server
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("ingest", "download", "transcribe", "segment", "cut", "caption")
 
 
@@ -34,7 +34,7 @@ def test_poisonous_videos_cost_themselves_and_are_quarantined(tmp_path, local_ra
         flat_video(folder / f"{name}.mp4", luma)
     settings = [
         "ingest.unit_videos=3", "transcribe.whisper=null", "segment.mode=shots",
-        "caption.captioner=tests.poison:Poisoned",
+        "caption.captioner=tests.helpers.poison:Poisoned",
         f"caption.options={{antidote: {antidote}}}", "caption.timeout_base_s=2", "caption.timeout_per_image_s=0.1",
         "engine.max_attempts=1", "engine.model_workers=2",
     ]  # fmt: skip
@@ -55,7 +55,7 @@ def test_poisonous_videos_cost_themselves_and_are_quarantined(tmp_path, local_ra
 HANG = """
 import re, sys, threading, time
 from pathlib import Path
-from pipeline.watchdog import reporting, time_limit
+from pipeline.runtime.watchdog import reporting, time_limit
 root, way = Path(sys.argv[1]), sys.argv[2]
 with reporting(root, "cut-u1"):
     with time_limit(60, "the whole of it"), time_limit(0.2, "one small thing"):
@@ -91,9 +91,9 @@ def test_a_worker_that_dies_of_something_else_leaves_no_report_of_a_hang(tmp_pat
 DOWNLOAD = """
 import re, sys
 from pathlib import Path
-from pipeline import download
-from pipeline.watchdog import reporting
-from pipeline.site_fetch import site_extractor
+from pipeline.stages.download import fetch as download
+from pipeline.runtime.watchdog import reporting
+from pipeline.stages.download.site_fetch import site_extractor
 site_extractor(sys.argv[2])  # loads every extractor there is
 download.GRACE_S = 1.0
 def hang(*_args, **_kwargs):

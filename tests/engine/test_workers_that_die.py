@@ -6,15 +6,15 @@ The engine with workers that are functions here: no Ray, no media.
 from collections import Counter
 
 import pytest
-from ledger_support import STAGES, FragmentCorpus
 
-from pipeline import engine as engines
-from pipeline.config import Settings
-from pipeline.corpus import Corpus
-from pipeline.engine import MAX_DEATHS, MAX_LOST, Death, Engine
-from pipeline.errors import ItemError
-from pipeline.settings import CorpusSettings
-from pipeline.worker import commit
+from clipmill.base.errors import ItemError
+from clipmill.base.settings import Settings
+from pipeline.engine import driver as engines
+from pipeline.engine.driver import MAX_DEATHS, MAX_LOST, Death, Engine
+from pipeline.engine.settings import CorpusSettings
+from pipeline.runtime.task import commit
+from shards.corpus.folder import Corpus
+from tests.helpers.ledgers import STAGES, FragmentCorpus
 
 
 class Workers:
@@ -66,7 +66,7 @@ def corpus(tmp_path, monkeypatch):
     corpus = FragmentCorpus(tmp_path)
     corpus.add_sources("a", "b")
     monkeypatch.setattr(engines, "fingerprints", lambda settings: corpus.fingerprints)
-    monkeypatch.setattr("pipeline.stages.Stage.settings", lambda stage, settings: Settings())
+    monkeypatch.setattr("pipeline.engine.registry.Stage.settings", lambda stage, settings: Settings())
     return corpus
 
 

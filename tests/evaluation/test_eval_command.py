@@ -5,18 +5,18 @@ import json
 from pathlib import Path
 
 import pytest
-from eval_support import ALONE, packed_corpus, selected, small_model, small_settings
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.errors import UserError
-from training.checkpoint import save
-from training.eval_command import run_eval
-from training.models import writer
-from training.retrieval import evaluate
-from training.run_folder import RunFolder, RunRecord
-from training.selection import freeze
+from clipmill.base.errors import UserError
+from clipmill.cli.app import app
+from clipmill.cli.evaluate import run_eval
+from tests.helpers.evaluations import ALONE, packed_corpus, selected, small_model, small_settings
+from training.data.selection import freeze
+from training.evaluation.retrieval import evaluate
+from training.models.registry import writer
+from training.models.weights.clip_vip import save
+from training.run.folder import RunFolder, RunRecord
 
 SETTINGS = ["data.num_frames=4", "data.loader_processes=0", "eval.batch_size=5"]
 CAPTIONED = "SELECT clip_id FROM captions WHERE current"

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from eval_support import ALONE, packed_corpus, selected, small_clip4clip, small_model, small_settings
-from rank_support import run_ranks
-from test_retrieval_on_a_selection import damage
 
-from training.distributed import Process
-from training.retrieval import EvalFeatures, evaluate, features
-from training.selection import Selection
+from tests.evaluation.test_retrieval_on_a_selection import damage
+from tests.helpers.evaluations import ALONE, packed_corpus, selected, small_clip4clip, small_model, small_settings
+from tests.helpers.ranks import run_ranks
+from training.data.selection import Selection
+from training.evaluation.retrieval import EvalFeatures, evaluate, features
+from training.parallel.distributed import Process
 
 SETTINGS = ("eval.batch_size=7", "eval.text=caption")  # 12 clips: 2 batches, the last one short
 

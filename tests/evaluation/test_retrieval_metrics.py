@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clip_vip_support import numbers, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
-from training import evaluate
-from training.evaluate import chance, dual_softmax, ranks_of, retrieval_metrics
+from clipmill.base.errors import UserError
+from tests.helpers.clip_vip import numbers, tensors
+from training.evaluation import metrics as evaluate
+from training.evaluation.metrics import chance, dual_softmax, ranks_of, retrieval_metrics
 
 SQUARE = ("square", "ties_quantised", "ties_some", "ties_constant")
 TIED = SQUARE[1:]

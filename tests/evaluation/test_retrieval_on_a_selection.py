@@ -8,18 +8,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from eval_support import ALONE, packed_corpus, selected, small_clip4clip, small_model, small_settings
 from safetensors import safe_open
 
-from pipeline.errors import UserError
-from training.evaluate import retrieval_metrics
-from training.frames import normalise
-from training.loader import Loader
-from training.loader_pool import Request
-from training.models import text_encoder
-from training.retrieval import EvalFeatures, evaluate, features, queries
-from training.samples import SampleReader
-from training.selection import Selection
+from clipmill.base.errors import UserError
+from tests.helpers.evaluations import ALONE, packed_corpus, selected, small_clip4clip, small_model, small_settings
+from training.data.frame_sampling import normalise
+from training.data.loader import Loader
+from training.data.reader_pool import Request
+from training.data.sample_reader import SampleReader
+from training.data.selection import Selection
+from training.evaluation.metrics import retrieval_metrics
+from training.evaluation.retrieval import EvalFeatures, evaluate, features, queries
+from training.models.registry import text_encoder
 
 
 @pytest.fixture(scope="module")

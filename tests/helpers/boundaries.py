@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from training.edit_scores import FrameFeatures
-from training.edit_settings import EditSettings
-from training.video_editing import Floats, Spans, VideoClips, iou, video_clips
+from training.editing.boundaries import Floats, Spans, VideoClips, iou, video_clips
+from training.editing.scores import FrameFeatures
+from training.editing.settings import EditSettings
 
 DIM = 128
 

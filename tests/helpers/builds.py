@@ -9,9 +9,9 @@ from pathlib import Path
 
 import duckdb
 
-from pipeline.build import BuildReport, build
 from pipeline.demo.world import read_truth
-from pipeline.stages import STAGE_NAMES
+from pipeline.engine.build import BuildReport, build
+from pipeline.engine.registry import STAGE_NAMES
 
 # What keeps test builds small: tiny pictures, few workers, shards of a megabyte so that there are several.
 SMALL = [
@@ -22,7 +22,10 @@ SMALL = [
     "engine.downloads_per_node=2",
 ]
 
-PLAIN = ("caption.captioner=tests.plain_captioner:Plain", "score.model=null")  # captions, but no model to be loaded
+PLAIN = (
+    "caption.captioner=tests.helpers.plain_captioner:Plain",
+    "score.model=null",
+)  # captions, but no model to be loaded
 
 WORDLESS = tuple(stage for stage in STAGE_NAMES if stage not in ("caption", "score"))  # no model has to be loaded
 
@@ -55,7 +58,7 @@ def build_here(
 
 def clipmill(*arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess:
     """The command itself, in a process of its own."""
-    command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "clipmill", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
 
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training.model import ClipVip, ModelConfig, TowerConfig
+from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 
 
 def reference(*parts: str) -> Path:

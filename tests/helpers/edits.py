@@ -7,17 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from media_support import SHORT_GOP, Shape, expected_numbers, make_video, numbers_in
 from rich.console import Console
 
-from pipeline.build import Silent, session
-from pipeline.ingest_stage import ingest_sources
-from pipeline.pack_stage import pack_corpus
-from pipeline.stages import STAGES, fingerprints
-from pipeline.worker import Work, execute
-from shards.sql import open_manifest
-from shards.tar import read_member
-from training.edit_command import EditRequest, run_edit
+from clipmill.cli.edit import EditRequest, run_edit
+from pipeline.engine.build import Silent, session
+from pipeline.engine.registry import STAGES, fingerprints
+from pipeline.runtime.task import Work, execute
+from pipeline.stages.ingest.stage import ingest_sources
+from pipeline.stages.pack import pack_corpus
+from shards.packing.tar import read_member
+from shards.query.sql import open_manifest
+from tests.helpers.media import SHORT_GOP, Shape, expected_numbers, make_video, numbers_in
 
 FPS, CLIP_FPS = 6, 3
 STAGES_RUN = ("download", "transcribe", "segment", "cut")
@@ -93,7 +93,7 @@ def edit(corpus: Path, out: Path, *settings: str, **asked: Any) -> list[dict[str
 
 
 def edit_command(*arguments: Any) -> list[str]:
-    return [sys.executable, "-m", "pipeline.cli", "edit", *map(str, arguments)]
+    return [sys.executable, "-m", "clipmill", "edit", *map(str, arguments)]
 
 
 def rows(corpus: Path, sql: str) -> list[dict[str, Any]]:

@@ -4,18 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clip_vip_support import tiny_model
-from shard_support import change_manifest, make_corpus, pack
 
-from shards.pack import PackSettings
-from training.clip4clip_model import Clip4Clip
+from shards.packing.pack import PackSettings
+from tests.helpers.clip_vip import tiny_model
+from tests.helpers.shards import change_manifest, make_corpus, pack
 from training.clip4clip_settings import Clip4ClipSettings
-from training.distributed import Process
-from training.model import ClipVip
-from training.selection import Selection, freeze
+from training.data.selection import Selection, freeze
+from training.models.clip4clip import Clip4Clip
+from training.models.clip_vip import ClipVip
+from training.parallel.distributed import Process
 from training.settings import RunSettings, resolve
 
-# Those of tests/manifest_support.py, so that no text is made of unknown words alone.
+# Those of tests/helpers/manifests.py, so that no text is made of unknown words alone.
 WORDS = tuple("red blue circle square moves left right the a over sea field we see now then".split())
 ALONE = Process(torch.device("cpu"))
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.config import Settings
-from pipeline.errors import ItemError
-from pipeline.stage_queries import QUERIES
-from pipeline.worker import Outcome, Work, commit
-from shards.fragments import table_schema, write_commit
-from shards.ledger import Ledger
-from shards.schema import LEDGER
+from clipmill.base.errors import ItemError
+from clipmill.base.settings import Settings
+from pipeline.runtime.task import Outcome, Work, commit
+from pipeline.stages.queries import QUERIES
+from shards.corpus.fragments import table_schema, write_commit
+from shards.corpus.ledger import Ledger
+from shards.corpus.schema import LEDGER
 
 STAGES = ("download", "transcribe", "segment", "cut", "caption", "score")
 

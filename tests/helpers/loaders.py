@@ -10,14 +10,14 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import torch
-from shard_support import make_corpus, pack
 
-from training.batch import Batch
-from training.epochs import Epochs, plan_spec
-from training.loader import Loader, SampleReader
-from training.selection import Selection, freeze
+from tests.helpers.shards import make_corpus, pack
+from training.data.batch import Batch
+from training.data.epoch_files import Epochs, plan_spec
+from training.data.loader import Loader, SampleReader
+from training.data.selection import Selection, freeze
+from training.data.tokenizer import TextEncoder
 from training.settings import DataSettings
-from training.texts import TextEncoder
 
 SIZE, MAX_TOKENS = 32, 24
 WORDS = ("red", "blue", "circle", "square", "moves", "left", "right", "the", "a", "over", "sea", "field", "we", "see")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import duckdb
 
-from shards.schema import MANIFEST
+from shards.corpus.schema import MANIFEST
 
 CLIPS_PER_VIDEO = 30  # HD-VILA's mean
 
@@ -132,7 +132,7 @@ def make_manifest(path: str | Path, num_clips: int, seed: int = 0) -> Path:
             connection.unregister("empty")
         for table, select in _FILL.items():
             connection.execute(f"INSERT INTO {table} BY NAME {_filled(select, values)}")
-        connection.execute(resources.files("shards").joinpath("views.sql").read_text())
+        connection.execute(resources.files("shards.corpus").joinpath("views.sql").read_text())
     return path
 
 

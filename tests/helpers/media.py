@@ -1,7 +1,6 @@
 """Videos with their frame number in every picture, in all the shapes that sources come in, and reading them back."""
 
 import io
-import sys
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -9,9 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
-
-from bench.frame_code import draw_number, read_number  # noqa: E402
+from bench.frame_code import draw_number, read_number
 
 LONG_GOP = {"x264-params": "keyint=300:scenecut=0:bframes=3:b-pyramid=normal", "preset": "veryfast", "crf": "20"}
 SHORT_GOP = {"x264-params": "keyint=24:scenecut=0:bframes=3:b-pyramid=normal", "preset": "veryfast", "crf": "20"}

@@ -17,8 +17,8 @@ HEAVY = [
     "safetensors.torch",
     "torch._dynamo",
     "training.learner",
-    "training.loader_pool",
-    "training.retrieval",
+    "training.data.reader_pool",
+    "training.evaluation.retrieval",
 ]
 
 _server: list[int] = []  # the one that has them

@@ -9,11 +9,10 @@ import av
 import duckdb
 import numpy as np
 import pyarrow as pa
-from manifest_support import make_manifest
 from PIL import Image
 
-from shards.index import read_index
-from shards.pack import (
+from shards.packing.index import read_index
+from shards.packing.pack import (
     PackSettings,
     commit_shards,
     pending_shards,
@@ -22,8 +21,9 @@ from shards.pack import (
     shard_rows,
     write_shard,
 )
-from shards.sql import open_manifest
-from shards.tar import Blob, write_clips_tar
+from shards.packing.tar import Blob, write_clips_tar
+from shards.query.sql import open_manifest
+from tests.helpers.manifests import make_manifest
 
 
 def make_corpus(root: Path, num_clips: int = 12, seed: int = 0) -> Path:
@@ -67,7 +67,7 @@ def publish_samples(root: Path) -> None:
 def change_manifest(root: Path, sql: str) -> None:
     with duckdb.connect(str(root / "manifest.duckdb")) as connection:
         connection.execute(sql)
-        connection.execute(resources.files("shards").joinpath("views.sql").read_text())
+        connection.execute(resources.files("shards.corpus").joinpath("views.sql").read_text())
 
 
 def shard_bytes(root: Path) -> dict[str, bytes]:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from whole_corpus_support import VIDEOS, build_whole, write_sources
 
-from shards import store as stores
-from shards.store import Store
+from shards.storage import s3 as stores
+from shards.storage.s3 import Store
+from tests.helpers.whole_corpus import VIDEOS, build_whole, write_sources
 
 BUCKET = "corpora"
 # Set when tests are collected, since Ray's workers have the environment in which the session's Ray was started.

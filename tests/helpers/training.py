@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_support import serve_imports
-from shard_support import make_corpus, pack
 
-from pipeline.cli import main
-from training.prepare import Request
+from clipmill.cli.app import main
+from tests.helpers.ranks import serve_imports
+from tests.helpers.shards import make_corpus, pack
+from training.run.setup import Request
 from training.trainer import Report, train
 
 # The demo recipe on a corpus of a few colourful clips: a step takes a tenth of a second.
@@ -39,7 +39,7 @@ def small_corpus(folder: Path, num_clips: int = 120) -> Path:
 
 
 def train_command(corpus: Path | None, run: Path, *settings: str, workers: int = 1, options: list[str] | None = None):
-    command = [sys.executable, "-m", "pipeline.cli", "train", "--run", str(run)]
+    command = [sys.executable, "-m", "clipmill", "train", "--run", str(run)]
     command += ["--corpus", str(corpus), "--recipe", "demo"] if corpus else []
     command += ["--workers", str(workers)] if workers > 1 else []
     for setting in (*(SMALL if corpus else ()), *settings):
@@ -82,7 +82,7 @@ class Forked:
 
     def __init__(self, command: list[str], output: Path, **environment: str):
         serve_imports()
-        arguments = (command[command.index("pipeline.cli") + 1 :], output, environment)
+        arguments = (command[command.index("clipmill") + 1 :], output, environment)
         self._process = multiprocessing.get_context("forkserver").Process(target=_run_command, args=arguments)
         self._process.start()
         self.pid = self._process.pid

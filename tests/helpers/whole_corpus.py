@@ -6,14 +6,13 @@ Everything about a video is told apart by its id: its file, its title, the words
 import hashlib
 from pathlib import Path
 
-from shard_support import jpeg_bytes, mp4_bytes
-
-from pipeline import pack_stage
-from pipeline.build import Silent, session
-from pipeline.ingest_stage import ingest_sources
-from pipeline.worker import Outcome, Work, commit
-from shards.tar import Blob, write_clips_tar
-from tests.build_support import write_list
+from pipeline.engine.build import Silent, session
+from pipeline.runtime.task import Outcome, Work, commit
+from pipeline.stages import pack as pack_stage
+from pipeline.stages.ingest.stage import ingest_sources
+from shards.packing.tar import Blob, write_clips_tar
+from tests.helpers.builds import write_list
+from tests.helpers.shards import jpeg_bytes, mp4_bytes
 
 SETTINGS = ["ingest.unit_videos=3", "pack.max_samples=4", "download.allow_private_addresses=true"]
 STAGES = ("download", "transcribe", "segment", "cut", "caption", "score")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from clipmill.media.probe import open_media, rotation_of
 from pipeline.demo.render import COLOUR_RGB
-from pipeline.media import open_media, rotation_of
 
 NEAR = 48.0  # RGB distance within which a decoded pixel counts as a palette colour
 

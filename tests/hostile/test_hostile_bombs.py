@@ -15,21 +15,21 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
-from http_support import MediaServer, media_server
 
-from pipeline import site_fetch
-from pipeline.address_guard import Gate
-from pipeline.audio import extract_speech
-from pipeline.cut import CutSettings, SpanRequest, cut_in_sandbox
-from pipeline.download import DownloadSettings, fetch
-from pipeline.errors import ItemError, UserError
-from pipeline.ingest import IngestSettings
-from pipeline.media import probe
-from pipeline.sandbox import Sandbox
-from pipeline.shots import detect_shots
-from pipeline.site_fetch import download_site
-from pipeline.source_lists import read_sources
-from pipeline.transcribe import TranscribeSettings, transcribe_video, transcript_of_subtitles
+from clipmill.base.errors import ItemError, UserError
+from clipmill.media.probe import probe
+from clipmill.media.sandbox import Sandbox
+from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_in_sandbox
+from pipeline.stages.download import site_fetch
+from pipeline.stages.download.address_guard import Gate
+from pipeline.stages.download.fetch import DownloadSettings, fetch
+from pipeline.stages.download.site_fetch import download_site
+from pipeline.stages.ingest.ingest import IngestSettings
+from pipeline.stages.ingest.source_lists import read_sources
+from pipeline.stages.segment.shots import detect_shots
+from pipeline.stages.transcribe.speech import extract_speech
+from pipeline.stages.transcribe.transcribe import TranscribeSettings, transcribe_video, transcript_of_subtitles
+from tests.helpers.http import MediaServer, media_server
 
 MB = 1 << 20
 

@@ -1,6 +1,6 @@
 """Files that make FFmpeg open other files and addresses: refused by every reader of sources, whatever they are called.
 
-Defence: `pipeline.media` names the demuxers that may open (none that follows references), files as the only protocol,
+Defence: `clipmill.media.probe` names the demuxers that may open (none that follows references), files as the only protocol,
 and no data references. The controls show that FFmpeg by itself does follow them.
 """
 
@@ -12,15 +12,15 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
-from http_support import make_video, media_server
 
-from pipeline.audio import extract_speech
-from pipeline.cut import CutSettings, SpanRequest, cut_video
-from pipeline.errors import ItemError
-from pipeline.media import CONTAINERS, open_media, probe
-from pipeline.shots import detect_shots
-from pipeline.verify_stage import count_frames
-from training.clip_video import Picture, decode_clip
+from clipmill.base.errors import ItemError
+from clipmill.media.probe import CONTAINERS, open_media, probe
+from pipeline.maintenance.verify import count_frames
+from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
+from pipeline.stages.segment.shots import detect_shots
+from pipeline.stages.transcribe.speech import extract_speech
+from tests.helpers.http import make_video, media_server
+from training.data.clip_frames import Picture, decode_clip
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,14 @@
 """Mutated videos and subtitles never escape: a short seeded run of `bench.fuzz`; thousands are run by hand."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
-
-from bench import fuzz  # noqa: E402
-from pipeline.audio import extract_speech  # noqa: E402
-from pipeline.cut import CutSettings, SpanRequest, cut_video  # noqa: E402
-from pipeline.errors import ItemError  # noqa: E402
-from pipeline.media import probe  # noqa: E402
+from bench import fuzz
+from clipmill.base.errors import ItemError
+from clipmill.media.probe import probe
+from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
+from pipeline.stages.transcribe.speech import extract_speech
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ import pytest
 import torch
 import yaml
 
-from captioning.open_clip_models import check_tensors_only
-from pipeline.config import digest, read_yaml
-from pipeline.corpus import Corpus
-from pipeline.errors import UserError
-from pipeline.settings import resolve
-from pipeline.transcribe import TranscribeSettings, load_whisper
-from training.checkpoint import load_model, read_tensors
-from training.run_checkpoints import Checkpoints
-from training.run_folder import RunFolder
+from captioning.open_clip_loader import check_tensors_only
+from clipmill.base.errors import UserError
+from clipmill.base.settings import digest, read_yaml
+from pipeline.engine.settings import resolve
+from pipeline.stages.transcribe.transcribe import TranscribeSettings, load_whisper
+from shards.corpus.folder import Corpus
+from training.models.weights.clip_vip import load_model, read_tensors
+from training.run.checkpoints import Checkpoints
+from training.run.folder import RunFolder
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(9 * ['*' + before])}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

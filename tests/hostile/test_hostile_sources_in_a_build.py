@@ -1,7 +1,7 @@
 """One build of a list made to harm: ids, titles, paths, addresses and files. Each costs a row; the sound video is done.
 
 Defences: an id becomes a path only when it is plain, paths go to no shell and no SQL, addresses are checked before they
-are connected to, files are opened by `pipeline.media` alone, and nothing of a local file is quoted.
+are connected to, files are opened by `clipmill.media.probe` alone, and nothing of a local file is quoted.
 """
 
 import json
@@ -12,10 +12,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from http_support import media_server
-from test_limits_end_what_hangs import flat_video
 
-from tests.build_support import ask, build_here
+from tests.engine.test_limits_end_what_hangs import flat_video
+from tests.helpers.builds import ask, build_here
+from tests.helpers.http import media_server
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ STEER = "\x1b[2J\u202e\u200b'; DROP TABLE videos; --\x00<script>"
 SETTINGS = [
     "transcribe.whisper=null",
     "segment.mode=shots",
-    "caption.captioner=tests.poison:Poisoned",
+    "caption.captioner=tests.helpers.poison:Poisoned",
     "caption.timeout_base_s=60",
     "download.allow_private_addresses=false",
     "download.retries=0",

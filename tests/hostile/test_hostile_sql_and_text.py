@@ -8,16 +8,16 @@ from pathlib import Path
 
 import duckdb
 import pytest
-from manifest_support import make_manifest
 from rich.console import Console
 
-from pipeline.display import print_failures
-from pipeline.errors import UserError
-from pipeline.printable import visible
-from shards.sql import open_manifest, run_query
-from shards.statistics import render, report
-from tests.build_support import clipmill
-from training.plots import bars
+from clipmill.base.errors import UserError
+from clipmill.base.text import visible
+from clipmill.cli.display import print_failures
+from shards.query.sql import open_manifest, run_query
+from shards.query.statistics import render, report
+from tests.helpers.builds import clipmill
+from tests.helpers.manifests import make_manifest
+from training.run.plots import bars
 
 STEER = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\nfake line\u202egpj.exe\u200b\ufeff\U000e0041"
 STEERING = set("\x1b\x07\x9b\r\u202e\u200b\ufeff\U000e0041")

@@ -8,12 +8,12 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from shard_support import make_corpus, pack
 
-from shards.sql import open_manifest
-from shards.tar import list_members
-from shards.verify import verify
-from training.tar_index import MAX_VIDEO_BYTES, index_tars
+from shards.packing.tar import list_members
+from shards.packing.verify import verify
+from shards.query.sql import open_manifest
+from tests.helpers.shards import make_corpus, pack
+from training.data.plain_tars import MAX_VIDEO_BYTES, index_tars
 
 BLOCK = 512
 GIB = 1 << 30

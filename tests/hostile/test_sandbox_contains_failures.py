@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ItemError
-from pipeline.sandbox import Sandbox
+from clipmill.base.errors import ItemError
+from clipmill.media.sandbox import Sandbox
 
 MB = 2**20
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -250,9 +250,9 @@ def test_a_busy_child_dies_with_its_parent(tmp_path):
     """Even one that holds the interpreter lock, and even when the parent is killed outright."""
     program = f"""
 import sys
-sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]
-import test_sandbox_contains_failures as functions
-from pipeline.sandbox import Sandbox
+sys.path[:0] = [{str(ROOT)!r}]
+import tests.hostile.test_sandbox_contains_failures as functions
+from clipmill.media.sandbox import Sandbox
 sandbox = Sandbox()
 print(sandbox.call(functions.pid, timeout_s=10), flush=True)
 sandbox.call(functions.hang_holding_the_interpreter_lock, timeout_s=60)

@@ -6,11 +6,11 @@ import shutil
 
 import pyarrow as pa
 
-from pipeline.identity import ID_PATTERN
-from pipeline.ingest import IngestSettings, ingest
-from shards.schema import TABLES
-from tests import benchmark_support as layouts
-from tests.benchmark_support import DIDEMO_VIDEOS, LSMDC_CLIPS, MSVD_VIDEOS, VATEX_VIDEOS, put
+from pipeline.stages.ingest.ingest import IngestSettings, ingest
+from shards.corpus.schema import TABLES
+from shards.corpus.source_ids import ID_PATTERN
+from tests.helpers import benchmarks as layouts
+from tests.helpers.benchmarks import DIDEMO_VIDEOS, LSMDC_CLIPS, MSVD_VIDEOS, VATEX_VIDEOS, put
 
 NOTHING = TABLES["sources"].append(pa.field("unit", pa.string())).empty_table()
 WHOLE = [{"n": 0, "start_s": 0.0, "end_s": None}]

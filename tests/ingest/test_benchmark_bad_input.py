@@ -8,11 +8,11 @@ import random
 import pyarrow as pa
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.ingest import IngestSettings, ingest
-from shards.schema import TABLES
-from tests import benchmark_support as layouts
-from tests.benchmark_support import DIDEMO_VIDEOS, LSMDC_CLIPS, MSVD_VIDEOS, put
+from clipmill.base.errors import UserError
+from pipeline.stages.ingest.ingest import IngestSettings, ingest
+from shards.corpus.schema import TABLES
+from tests.helpers import benchmarks as layouts
+from tests.helpers.benchmarks import DIDEMO_VIDEOS, LSMDC_CLIPS, MSVD_VIDEOS, put
 
 NOTHING = TABLES["sources"].append(pa.field("unit", pa.string())).empty_table()
 

@@ -6,16 +6,16 @@ import tarfile
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.stages import STAGE_NAMES
-from tests import benchmark_support as layouts
-from tests.build_support import ask, build_here, clipmill, snapshot
-from tests.media_support import Shape, make_video, numbers_in
+from clipmill.base.errors import UserError
+from pipeline.engine.registry import STAGE_NAMES
+from tests.helpers import benchmarks as layouts
+from tests.helpers.builds import ask, build_here, clipmill, snapshot
+from tests.helpers.media import Shape, make_video, numbers_in
 
 pytestmark = pytest.mark.slow
 
 CAPTIONED = tuple(stage for stage in STAGE_NAMES if stage != "score")
-PLAIN = "caption.captioner=tests.plain_captioner:Plain"
+PLAIN = "caption.captioner=tests.helpers.plain_captioner:Plain"
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,16 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from shard_support import change_manifest, make_corpus, pack
 
-from pipeline.errors import ItemError
-from pipeline.segment import SegmentSettings, segment_video
-from shards.fragments import fragment_path, table_schema, write_commit
-from shards.manifest import is_current, publish
-from shards.pack import FIXED, PackSettings, select_samples
-from shards.schema import LEDGER
-from shards.sql import open_manifest
-from tests.ledger_support import STAGES, FragmentCorpus
+from clipmill.base.errors import ItemError
+from pipeline.stages.segment.segment import SegmentSettings, segment_video
+from shards.corpus.fragments import fragment_path, table_schema, write_commit
+from shards.corpus.manifest import is_current, publish
+from shards.corpus.schema import LEDGER
+from shards.packing.pack import FIXED, PackSettings, select_samples
+from shards.query.sql import open_manifest
+from tests.helpers.ledgers import STAGES, FragmentCorpus
+from tests.helpers.shards import change_manifest, make_corpus, pack
 
 
 class Benchmark(FragmentCorpus):

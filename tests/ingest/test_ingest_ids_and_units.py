@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.identity import ID_PATTERN, canonical_url, canonical_urls, video_id_for, video_ids
-from pipeline.ingest import IngestSettings, ingest
-from shards.schema import TABLES
+from pipeline.stages.ingest.ingest import IngestSettings, ingest
+from shards.corpus.schema import TABLES
+from shards.corpus.source_ids import ID_PATTERN, canonical_url, canonical_urls, video_id_for, video_ids
 
 YOUTUBE = "https://www.youtube.com/watch?v=dQw4w9WgXcQ"
 NOTHING = pa.table(

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
-from pipeline.ingest import IngestSettings, read_sources
+from clipmill.base.errors import UserError
+from pipeline.stages.ingest.ingest import IngestSettings, read_sources
 
 SETTINGS = IngestSettings()
 ROWS = [

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from manifest_support import make_manifest
 
-import training.epochs
-from pipeline.errors import UserError
-from training.epochs import Epochs, plan_spec
-from training.plan import PAD, epoch_rows, plan_path, rank_slots, steps_in_epoch, tail_rows
-from training.selection import Selection, freeze
+import training.data.epoch_files
+from clipmill.base.errors import UserError
+from tests.helpers.manifests import make_manifest
+from training.data.epoch_files import Epochs, plan_spec
+from training.data.epoch_plan import PAD, epoch_rows, plan_path, rank_slots, steps_in_epoch, tail_rows
+from training.data.selection import Selection, freeze
 from training.settings import DataSettings
 
 
@@ -91,7 +91,7 @@ def test_another_selection_has_another_order(selection, tmp_path):
 
 
 def _rows(epochs, step, log, results):
-    planned = training.epochs.write_epoch
+    planned = training.data.epoch_files.write_epoch
 
     def write_epoch(*arguments):
         if not plan_path(*arguments[:3]).exists():
@@ -99,7 +99,7 @@ def _rows(epochs, step, log, results):
                 file.write(f"{os.getpid()}\n")
         return planned(*arguments)
 
-    training.epochs.write_epoch = write_epoch
+    training.data.epoch_files.write_epoch = write_epoch
     results.put(epochs.rows(step).tolist())
 
 

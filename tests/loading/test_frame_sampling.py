@@ -3,13 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from clip_vip_support import numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
-from training import frames
-from training.frames import eval_indices, jitter_ranges, middle_index, normalise, paced_indices, resize, train_indices
+from clipmill.base.errors import UserError
+from tests.helpers.clip_vip import numbers
+from training.data import frame_sampling as frames
+from training.data.frame_sampling import (
+    eval_indices,
+    jitter_ranges,
+    middle_index,
+    normalise,
+    paced_indices,
+    resize,
+    train_indices,
+)
 
 
 def test_test_mode_indices_equal_the_published_table() -> None:

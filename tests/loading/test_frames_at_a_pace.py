@@ -4,17 +4,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from loader_support import SIZE, assert_all_equal, make_run
-from training_support import SMALL, losses, small_corpus
 
-from pipeline.errors import UserError
-from training.clip_video import Picture, decode_clip
-from training.encoder import encode_clips
-from training.eval_command import run_eval
-from training.frames import paced_indices
-from training.models import load
-from training.prepare import Request
-from training.selection import Selection
+from clipmill.base.errors import UserError
+from clipmill.cli.evaluate import run_eval
+from tests.helpers.loaders import SIZE, assert_all_equal, make_run
+from tests.helpers.training import SMALL, losses, small_corpus
+from training.data.clip_frames import Picture, decode_clip
+from training.data.frame_sampling import paced_indices
+from training.data.selection import Selection
+from training.models.registry import load
+from training.parallel_model import encode_clips
+from training.run.setup import Request
 from training.settings import resolve
 from training.trainer import train
 

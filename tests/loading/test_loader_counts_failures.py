@@ -6,15 +6,15 @@ import struct
 import numpy as np
 import pytest
 import torch
-from loader_support import make_run, open_run
-from range_server import serve_store
-from shard_support import change_manifest
 
-from pipeline.errors import UserError
-from training import shard_cache
-from training.loader import Loader
-from training.loader_pool import Request
-from training.selection import Selection
+from clipmill.base.errors import UserError
+from tests.helpers.loaders import make_run, open_run
+from tests.helpers.range_server import serve_store
+from tests.helpers.shards import change_manifest
+from training.data import shard_cache
+from training.data.loader import Loader
+from training.data.reader_pool import Request
+from training.data.selection import Selection
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from media_support import OPEN_GOP, SHORT_GOP, Shape, make_video
-from test_cut_is_frame_accurate import SHAPES
 
 from bench.frame_code import read_number
-from pipeline.encode import ENCODINGS, ClipEncoder, JpegSequence
-from pipeline.errors import ItemError
-from pipeline.packets import Limits
-from pipeline.picture import PictureMaker
-from training import clip_video
-from training.clip_video import Picture, decode_clip, decode_still
-from training.frames import eval_indices, middle_index, resize
-from training.mp4_index import plain_track
+from clipmill.base.errors import ItemError
+from clipmill.media.encode import ENCODINGS, ClipEncoder, JpegSequence
+from clipmill.media.packets import Limits
+from pipeline.stages.cut.picture import PictureMaker
+from tests.helpers.media import OPEN_GOP, SHORT_GOP, Shape, make_video
+from tests.stages.test_cut_is_frame_accurate import SHAPES
+from training.data import clip_frames as clip_video
+from training.data.clip_frames import Picture, decode_clip, decode_still
+from training.data.frame_sampling import eval_indices, middle_index, resize
+from training.data.mp4_index import plain_track
 
 CHOICES = [
     lambda n: np.append(eval_indices(n, 12), middle_index(n)),

@@ -5,17 +5,17 @@ import time
 import numpy as np
 import pytest
 import torch
-from loader_support import MAX_TOKENS, SIZE, WORDS, assert_all_equal, assert_equal, make_run
 from psutil import Process
 
-from training.batch import Batch
-from training.clip_video import Picture, decode_clip, decode_still
-from training.frames import eval_indices, middle_index, train_indices
-from training.loader import requests_of
-from training.loader_pool import Request
-from training.plan import PAD, locate, rank_slots, steps_in_epoch
-from training.shard_reader import Range, ShardReader
-from training.texts import TextEncoder
+from tests.helpers.loaders import MAX_TOKENS, SIZE, WORDS, assert_all_equal, assert_equal, make_run
+from training.data.batch import Batch
+from training.data.clip_frames import Picture, decode_clip, decode_still
+from training.data.epoch_plan import PAD, locate, rank_slots, steps_in_epoch
+from training.data.frame_sampling import eval_indices, middle_index, train_indices
+from training.data.loader import requests_of
+from training.data.range_reader import Range, ShardReader
+from training.data.reader_pool import Request
+from training.data.tokenizer import TextEncoder
 
 
 @pytest.fixture(scope="module")

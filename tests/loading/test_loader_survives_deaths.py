@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loader_support import (
+
+from clipmill.base.errors import UserError
+from tests.helpers.loaders import (
     BornDead,
     StuckReader,
     assert_all_equal,
@@ -19,12 +21,10 @@ from loader_support import (
     make_run,
     wait_until_gone,
 )
-
-from pipeline.errors import UserError
-from training import loader_pool
-from training.loader import requests_of
-from training.loader_pool import Request
-from training.selection import Selection
+from training.data import reader_pool as loader_pool
+from training.data.loader import requests_of
+from training.data.reader_pool import Request
+from training.data.selection import Selection
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ import sys
 sys.path[:0] = {path!r}
 if __name__ == "__main__":  # which loader processes, that import this file, are not
     from pathlib import Path
-    from loader_support import open_run
+    from tests.helpers.loaders import open_run
     run = open_run(Path({folder!r}), Path({corpus!r}))
     loader = run.loader(2)
     for step, batch in enumerate(loader.batches(run.epochs, slice(0, 8), 0, 100_000)):

@@ -8,14 +8,14 @@ import fsspec
 import pyarrow as pa
 import pytest
 import webdataset as wds
-from shard_support import make_corpus, pack
-from tar_support import write_members
 
-from pipeline.errors import UserError
-from shards.tar import read_member
-from training.selection import SELECTION, Selection, freeze, freeze_run, select
+from clipmill.base.errors import UserError
+from shards.packing.tar import read_member
+from tests.helpers.shards import make_corpus, pack
+from tests.helpers.tars import write_members
+from training.data.plain_tars import expand_braces, index_tars, is_tars
+from training.data.selection import SELECTION, Selection, freeze, freeze_run, select
 from training.settings import DataSettings, EvalSettings
-from training.tar_index import expand_braces, index_tars, is_tars
 
 NUM_CLIPS = 40
 

@@ -12,10 +12,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
-from training import counting
-from training.counting import permutation, sample
-from training.plan import (
+from clipmill.base.errors import UserError
+from training.data import stateless_random as counting
+from training.data.epoch_plan import (
     PAD,
     PlanSpec,
     epoch_rows,
@@ -32,6 +31,7 @@ from training.plan import (
     tail_rows,
     write_epoch,
 )
+from training.data.stateless_random import permutation, sample
 
 SELECTION = hash_selection("snapshot", ["a.0", "a.1", "b.0"])
 
@@ -162,11 +162,11 @@ def test_first_rows_of_a_plan_are_golden() -> None:
 
 def test_the_order_is_the_same_in_another_process() -> None:
     program = (
-        "from training.plan import *; import hashlib;"
+        "from training.data.epoch_plan import *; import hashlib;"
         f"spec = PlanSpec(2_000_000, 500, {SELECTION!r}, block_size=1);"
         "print(hashlib.sha256(epoch_rows(spec, 3).tobytes()).hexdigest())"
     )
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     runs = [subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, check=True) for _ in "ab"]
     assert runs[0].stdout == runs[1].stdout != b""
 

@@ -6,11 +6,11 @@ import pickle
 import numpy as np
 import pyarrow as pa
 import pytest
-from manifest_support import make_manifest
 
-import training.selection
-from pipeline.errors import UserError
-from training.selection import SELECTION, Selection, freeze, select
+import training.data.selection
+from clipmill.base.errors import UserError
+from tests.helpers.manifests import make_manifest
+from training.data.selection import SELECTION, Selection, freeze, select
 
 NUM_CLIPS = 3000
 
@@ -26,8 +26,8 @@ def corpus(tmp_path_factory):
 def selection(corpus):
     """In many small batches, so that everything crosses their borders."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.selection, "_SHARD_ROWS", 1000)
-        patch.setattr(training.selection, "_BATCH_ROWS", 100)
+        patch.setattr(training.data.selection, "_SHARD_ROWS", 1000)
+        patch.setattr(training.data.selection, "_BATCH_ROWS", 100)
         freeze(corpus / "selection.arrow", corpus)
     return Selection.open(corpus / "selection.arrow")
 
@@ -97,7 +97,7 @@ def test_a_freeze_that_fails_leaves_what_was_there(corpus, selection, tmp_path, 
         yield pa.RecordBatch.from_pylist([], SELECTION)
         raise OSError("no space left")
 
-    monkeypatch.setattr(training.selection, "selected_rows", fails)
+    monkeypatch.setattr(training.data.selection, "selected_rows", fails)
     with pytest.raises(OSError, match="no space left"):
         freeze(path, corpus)
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == [path.name]

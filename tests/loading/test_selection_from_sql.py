@@ -7,14 +7,14 @@ from hashlib import sha256
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from shard_support import change_manifest, make_corpus, pack, publish_samples
 
-from pipeline.errors import UserError
-from shards.index import refresh_index
-from shards.sql import open_manifest
-from shards.tar import read_member
-from training.plan import hash_selection
-from training.selection import SELECTION, Selection, freeze, select
+from clipmill.base.errors import UserError
+from shards.packing.index import refresh_index
+from shards.packing.tar import read_member
+from shards.query.sql import open_manifest
+from tests.helpers.shards import change_manifest, make_corpus, pack, publish_samples
+from training.data.epoch_plan import hash_selection
+from training.data.selection import SELECTION, Selection, freeze, select
 
 NUM_CLIPS = 40
 

@@ -3,11 +3,11 @@
 import shutil
 
 import pytest
-from manifest_support import make_manifest
-from shard_support import change_manifest
 
-from pipeline.errors import UserError
-from training.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze_run
+from clipmill.base.errors import UserError
+from tests.helpers.manifests import make_manifest
+from tests.helpers.shards import change_manifest
+from training.data.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze_run
 from training.settings import DataSettings, EvalSettings
 
 NUM_CLIPS = 600  # 20 videos of 30
@@ -29,7 +29,7 @@ def corpus(made, tmp_path):
 
 def videos(corpus):
     """All, in the order of the list."""
-    from shards.sql import open_manifest, rows_of
+    from shards.query.sql import open_manifest, rows_of
 
     with open_manifest(corpus) as connection:
         return rows_of(connection, "SELECT video_id FROM videos ORDER BY ordinal")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from range_server import serve_store
 
-from training.shard_cache import ShardCache
-from training.shard_reader import Range, ShardReader
+from tests.helpers.range_server import serve_store
+from training.data.range_reader import Range, ShardReader
+from training.data.shard_cache import ShardCache
 
 SIZE = 1_000_000
 SHARDS = {f"shards/{number:06d}.tar": np.random.default_rng(number).bytes(SIZE) for number in range(6)}

@@ -5,11 +5,11 @@ import os
 import fsspec
 import numpy as np
 import pytest
-from range_server import serve_store
 
-from pipeline.errors import ItemError, UserError
-from training import shard_reader
-from training.shard_reader import LOCAL_GAP_BYTES, REMOTE_GAP_BYTES, Range, ShardReader
+from clipmill.base.errors import ItemError, UserError
+from tests.helpers.range_server import serve_store
+from training.data import range_reader as shard_reader
+from training.data.range_reader import LOCAL_GAP_BYTES, REMOTE_GAP_BYTES, Range, ShardReader
 
 SHARDS = {
     f"shards/{number:06d}.tar": np.random.default_rng(number).bytes(3_000_000 + 1000 * number) for number in range(3)

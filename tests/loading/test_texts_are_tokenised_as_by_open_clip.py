@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from rank_support import run_ranks
 
-from training.texts import TextEncoder
+from tests.helpers.ranks import run_ranks
+from training.data.tokenizer import TextEncoder
 
 TEXTS = [
     "",

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from loader_support import MAX_TOKENS, SIZE, WORDS
-from shard_support import change_manifest, make_corpus, pack
 
-from pipeline.errors import UserError
-from training.loader import Loader, Request, SampleReader
-from training.plan import PAD
-from training.selection import Selection, freeze_run
+from clipmill.base.errors import UserError
+from tests.helpers.loaders import MAX_TOKENS, SIZE, WORDS
+from tests.helpers.shards import change_manifest, make_corpus, pack
+from training.data.epoch_plan import PAD
+from training.data.loader import Loader, Request, SampleReader
+from training.data.selection import Selection, freeze_run
+from training.data.tokenizer import TextEncoder
 from training.settings import DataSettings, EvalSettings, resolve
-from training.texts import TextEncoder
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def freeze(folder, corpus, num: int, where: str = "") -> Selection:
 
 def expected(corpus, num: int) -> dict[str, list[str | None]]:
     """By plain loops over the clips of each video in time."""
-    from shards.sql import open_manifest
+    from shards.query.sql import open_manifest
 
     sql = (
         "SELECT video_id, clip_id, subtitle FROM samples JOIN clips USING (clip_id, video_id) ORDER BY span_start_s, n"

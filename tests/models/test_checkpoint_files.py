@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from clip_vip_support import random_pixels, random_texts, reference, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.errors import UserError
-from training import checkpoint
-from training.checkpoint import from_open_clip_model, load_clip_vip, load_model, save
-from training.configs import config_from_dict, config_to_dict
-from training.model import ClipVip, without_proxies
-from training.names import to_published
+from clipmill.base.errors import UserError
+from tests.helpers.clip_vip import random_pixels, random_texts, reference, tiny_config, tiny_model
+from training.models.clip_vip import ClipVip, without_proxies
+from training.models.weights import clip_vip as checkpoint
+from training.models.weights.clip_vip import from_open_clip_model, load_clip_vip, load_model, save
+from training.models.weights.clip_vip_names import to_published
+from training.models.weights.config_formats import config_from_dict, config_to_dict
 
 
 def published(model: ClipVip, prefix: str = "clipmodel.") -> dict[str, Tensor]:

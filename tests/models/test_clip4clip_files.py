@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_vip_support import random_pixels, random_texts, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.errors import UserError
-from training.checkpoint import save
-from training.clip4clip import load_clip4clip, save_clip4clip
-from training.clip4clip_model import Clip4Clip
-from training.clip4clip_names import to_released
+from clipmill.base.errors import UserError
+from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
 from training.clip4clip_settings import Clip4ClipSettings
-from training.model import ClipVip, ModelConfig, TowerConfig
+from training.models.clip4clip import Clip4Clip
+from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig
+from training.models.weights.clip4clip import load_clip4clip, save_clip4clip
+from training.models.weights.clip4clip_names import to_released
+from training.models.weights.clip_vip import save
 
 HEADS = ("meanP", "seqLSTM", "seqTransf", "tightTransf")
 

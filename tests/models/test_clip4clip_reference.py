@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from clip_vip_support import numbers, reference, tensors
 from torch import Tensor
 
-from training.clip4clip import load_clip4clip
-from training.clip4clip_model import Clip4Clip
-from training.clip4clip_names import to_released
-from training.optim import build_optimiser, set_learning_rate
-from training.pair_losses import cross_entropy, max_margin, mil_nce, symmetric_cross_entropy
-from training.schedule import learning_rate, rate_factor
+from tests.helpers.clip_vip import numbers, reference, tensors
+from training.losses.pair_losses import cross_entropy, max_margin, mil_nce, symmetric_cross_entropy
+from training.models.clip4clip import Clip4Clip
+from training.models.weights.clip4clip import load_clip4clip
+from training.models.weights.clip4clip_names import to_released
+from training.optim.optimizers import build_optimiser, set_learning_rate
+from training.optim.schedule import learning_rate, rate_factor
 
 CASES = ("meanP", "seqLSTM", "seqTransf", "tightTransf", "meanP_3d")
 DTYPES = {"f32": torch.float32, "f64": torch.float64}

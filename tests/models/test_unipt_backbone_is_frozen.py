@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clip_vip_support import random_pixels, random_texts, tiny_config, tiny_model
 from torch import Tensor, nn
 
-from training.gradient_cache import cached_backward
-from training.loss import omnisource_loss
-from training.memory import saved_bytes
-from training.model import ClipVip, ModelConfig, TowerConfig
-from training.optim import build_optimiser, parameter_groups, set_learning_rate
-from training.unipt import UniPtClip
+from tests.helpers.clip_vip import random_pixels, random_texts, tiny_config, tiny_model
+from training.cost.memory import saved_bytes
+from training.losses.omnisource import omnisource_loss
+from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig
+from training.models.unipt import UniPtClip
+from training.optim.gradient_cache import cached_backward
+from training.optim.optimizers import build_optimiser, parameter_groups, set_learning_rate
 from training.unipt_settings import UniPtSettings
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_vip_support import random_pixels, random_texts, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
-from pipeline.errors import UserError
-from training.clip4clip_names import to_released
-from training.unipt import UniPtClip, side_tensors
-from training.unipt_files import load_unipt, save_unipt
+from clipmill.base.errors import UserError
+from tests.helpers.clip_vip import random_pixels, random_texts, tiny_config, tiny_model
+from training.models.unipt import UniPtClip, side_tensors
+from training.models.weights.clip4clip_names import to_released
+from training.models.weights.unipt import load_unipt, save_unipt
 from training.unipt_settings import UniPtSettings
 
 SETTINGS = UniPtSettings(reduction=2, every=2, tokens="frames")

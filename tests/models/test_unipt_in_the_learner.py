@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from clip_vip_support import tiny_model
-from test_update_is_the_same_everywhere import settings, whole_batch
 
-from training.distributed import Process
+from tests.helpers.clip_vip import tiny_model
+from tests.training.test_update_is_the_same_everywhere import settings, whole_batch
 from training.learner import Learner
+from training.models.unipt import UniPtClip
+from training.parallel.distributed import Process
 from training.settings import TrainSettings
-from training.unipt import UniPtClip
 from training.unipt_settings import UniPtSettings
 
 

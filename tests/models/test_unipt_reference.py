@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_vip_support import numbers, tensors
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.unipt import Adapted, Adapter, UniPtClip
-from training.unipt_files import load_unipt
+from tests.helpers.clip_vip import numbers, tensors
+from training.models.unipt import Adapted, Adapter, UniPtClip
+from training.models.weights.unipt import load_unipt
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
 PRECISIONS = pytest.mark.parametrize("precision, limit", [("f32", 2e-6), ("f64", 1e-12)])

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from clip_vip_support import random_pixels, random_texts, tiny_model
 
-from pipeline.errors import UserError
-from training import checkpoint, models
+from clipmill.base.errors import UserError
+from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
+from training.models import registry as models
+from training.models.unipt import UniPtClip
+from training.models.weights import clip_vip as checkpoint
 from training.settings import ModelSettings, resolve
-from training.unipt import UniPtClip
 from training.unipt_settings import UniPtSettings
 
 RECIPES = ("unipt_msrvtt", "unipt_msvd", "unipt_clip_vip_msrvtt")

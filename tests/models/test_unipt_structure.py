@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clip_vip_support import random_pixels, random_texts, tiny_config, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.errors import UserError
-from training.model import ClipVip, ModelConfig, TowerConfig
-from training.unipt import Adapter, UniPtClip, side_tensors
+from clipmill.base.errors import UserError
+from tests.helpers.clip_vip import random_pixels, random_texts, tiny_config, tiny_model
+from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig
+from training.models.unipt import Adapter, UniPtClip, side_tensors
 from training.unipt_settings import UniPtSettings
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from shards.duplicates import DuplicateSettings, duplicate_groups, near_duplicate_labels
+from shards.corpus.near_duplicates import DuplicateSettings, duplicate_groups, near_duplicate_labels
 
 
 def brute_force(hashes, radius, frame_radius):

@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 
-from pipeline.forget import compact, find, forget
-from shards.sql import open_manifest
-from shards.tar import read_member
-from shards.verify import verify
-from tests.build_support import PLAIN, ask, build_here, snapshot
+from pipeline.maintenance.forget import compact, find, forget
+from shards.packing.tar import read_member
+from shards.packing.verify import verify
+from shards.query.sql import open_manifest
+from tests.helpers.builds import PLAIN, ask, build_here, snapshot
 
 pytestmark = pytest.mark.slow
 

@@ -11,26 +11,26 @@ from pathlib import Path
 import duckdb
 import pyarrow.parquet as pq
 import pytest
-from shard_support import mp4_bytes
-from whole_corpus_support import VIDEOS, build_whole, pack_here, source_bytes, url_of, write_sources
 
-from pipeline.build import session
-from pipeline.download import DownloadSettings
-from pipeline.errors import UserError
-from pipeline.file_kinds import hash_file
-from pipeline.forget import Doomed, compact, find, forget
-from pipeline.forget_command import run_forget
-from pipeline.ingest_stage import ingest_sources
-from pipeline.pack_stage import pack_state
-from pipeline.stage_workers import run_download
-from pipeline.worker import Outcome, Work, commit
-from shards.manifest import is_current
-from shards.sql import open_manifest
-from shards.tar import Blob, read_member, write_clips_tar
-from shards.tombstones import FORGOTTEN, read_tombstones, write_tombstones
-from shards.verify import verify
-from tests.build_support import ask
-from training.places import Places
+from clipmill.base.errors import UserError
+from clipmill.cli.forget import run_forget
+from pipeline.engine.build import session
+from pipeline.maintenance.forget import Doomed, compact, find, forget
+from pipeline.runtime.task import Outcome, Work, commit
+from pipeline.stages.download.fetch import DownloadSettings
+from pipeline.stages.download.sniff import hash_file
+from pipeline.stages.ingest.stage import ingest_sources
+from pipeline.stages.pack import pack_state
+from pipeline.stages.workers import run_download
+from shards.corpus.manifest import is_current
+from shards.corpus.tombstones import FORGOTTEN, read_tombstones, write_tombstones
+from shards.packing.tar import Blob, read_member, write_clips_tar
+from shards.packing.verify import verify
+from shards.query.sql import open_manifest
+from tests.helpers.builds import ask
+from tests.helpers.shards import mp4_bytes
+from tests.helpers.whole_corpus import VIDEOS, build_whole, pack_here, source_bytes, url_of, write_sources
+from training.data.relocation import Places
 
 GONE = "video-b"  # in the group of video-e's first clip
 
@@ -270,7 +270,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = {paths}
 from pathlib import Path
-import shards.compact, shards.tar, shards.fragments, pipeline.forget
+import shards.packing.compact, shards.packing.tar, shards.corpus.fragments, pipeline.maintenance.forget
 left = {calls}
 def dying(real):
     def call(*arguments, **options):
@@ -281,7 +281,7 @@ def dying(real):
         return real(*arguments, **options)
     return call
 os.replace, os.unlink = dying(os.replace), dying(os.unlink)  # which pathlib calls, too
-pipeline.forget.compact(Path({root!r}))
+pipeline.maintenance.forget.compact(Path({root!r}))
 """
 
 

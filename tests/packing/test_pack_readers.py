@@ -7,11 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from shard_support import change_manifest, decode_frames, digest, make_corpus, pack
 
-from shards.index import read_index
-from shards.sql import open_manifest
-from shards.tar import list_members
+from shards.packing.index import read_index
+from shards.packing.tar import list_members
+from shards.query.sql import open_manifest
+from tests.helpers.shards import change_manifest, decode_frames, digest, make_corpus, pack
 
 NUM_CLIPS = 12
 

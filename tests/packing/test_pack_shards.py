@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from shard_support import change_manifest, make_corpus, pack, publish_samples, shard_bytes
 
-from pipeline.errors import UserError
-from shards import pack as packing
-from shards.index import read_index, read_stamp, refresh_index
-from shards.pack import (
+from clipmill.base.errors import UserError
+from shards.packing import pack as packing
+from shards.packing.index import read_index, read_stamp, refresh_index
+from shards.packing.pack import (
     PackSettings,
     commit_shards,
     pending_shards,
@@ -25,8 +24,9 @@ from shards.pack import (
     shard_rows,
     write_shard,
 )
-from shards.sql import open_manifest
-from shards.tar import list_members, read_member
+from shards.packing.tar import list_members, read_member
+from shards.query.sql import open_manifest
+from tests.helpers.shards import change_manifest, make_corpus, pack, publish_samples, shard_bytes
 
 SETTINGS = PackSettings(shard_bytes=1_000_000, max_samples=5)
 

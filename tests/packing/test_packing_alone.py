@@ -4,11 +4,11 @@ import io
 
 import pytest
 from rich.console import Console
-from whole_corpus_support import build_whole, write_sources
 
-from pipeline.build import build
-from pipeline.display import Terminal
-from shards.sql import open_manifest, rows_of
+from clipmill.cli.display import Terminal
+from pipeline.engine.build import build
+from shards.query.sql import open_manifest, rows_of
+from tests.helpers.whole_corpus import build_whole, write_sources
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import ItemError
-from shards.tar import Blob, Sample, list_members, read_member, scan, write_clips_tar, write_tar
+from clipmill.base.errors import ItemError
+from shards.packing.tar import Blob, Sample, list_members, read_member, scan, write_clips_tar, write_tar
 
 KEYS = st.text("abcdefghijklmnopqrstuvwxyz0123456789_-", min_size=1, max_size=60)
 MEMBERS = st.dictionaries(st.sampled_from(["mp4", "jpg", "txt", "json"]), st.binary(max_size=2000), min_size=1)

@@ -7,13 +7,13 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from manifest_support import make_manifest
-from shard_support import change_manifest, decode_frames, make_corpus, pack
 
-from pipeline.errors import ItemError
-from shards.index import read_index, read_stamp, write_index
-from shards.sql import open_manifest
-from shards.verify import SAME_CAPTION_MIN, verify
+from clipmill.base.errors import ItemError
+from shards.packing.index import read_index, read_stamp, write_index
+from shards.packing.verify import SAME_CAPTION_MIN, verify
+from shards.query.sql import open_manifest
+from tests.helpers.manifests import make_manifest
+from tests.helpers.shards import change_manifest, decode_frames, make_corpus, pack
 
 
 @pytest.fixture(scope="module")

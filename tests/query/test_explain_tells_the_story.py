@@ -4,14 +4,14 @@ import json
 import shutil
 
 import pytest
-from whole_corpus_support import url_of
 
-from pipeline.errors import UserError
-from pipeline.explain_command import run_explain, told
-from pipeline.forget import find, forget
-from shards.explain import as_json, explain
-from shards.tar import read_member
-from tests.build_support import ask
+from clipmill.base.errors import UserError
+from clipmill.cli.explain import run_explain, told
+from pipeline.maintenance.forget import find, forget
+from shards.packing.tar import read_member
+from shards.query.explain import as_json, explain
+from tests.helpers.builds import ask
+from tests.helpers.whole_corpus import url_of
 
 STAGES = ["ingest", "download", "transcribe", "segment", "cut", "caption", "score"]
 

@@ -13,14 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from manifest_support import make_manifest
 
-from pipeline.errors import UserError
-from shards.sql import open_manifest, prompt, rows_of, run_query, selection, visible
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
-
-from bench.sql import read_queries  # noqa: E402
+from bench.sql import read_queries
+from clipmill.base.errors import UserError
+from shards.query.sql import open_manifest, prompt, rows_of, run_query, selection, visible
+from tests.helpers.manifests import make_manifest
 
 NUM_CLIPS = 600
 
@@ -120,8 +117,10 @@ def test_a_manifest_published_meanwhile_is_seen_by_new_readers_only(tmp_path):
 
 
 def test_a_reader_works_while_another_process_has_the_manifest_open(corpus, connection):
-    code = f"from shards.sql import *; print(rows_of(open_manifest({str(corpus)!r}), 'SELECT count(*) FROM clips'))"
-    root = Path(__file__).resolve().parents[1]
+    code = (
+        f"from shards.query.sql import *; print(rows_of(open_manifest({str(corpus)!r}), 'SELECT count(*) FROM clips'))"
+    )
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == f"[{NUM_CLIPS}]", done.stderr
 
@@ -239,11 +238,11 @@ def test_the_prompt_answers_forgives_mistakes_and_ends(corpus, tmp_path):
         ".tables\nSELECT count(*) AS n\nFROM clips;\nSELEC 1;\n.schema totals\n.nonsense\nSELECT 6 * 7 AS m\n\n.quit\n"
     )
     master, slave = pty.openpty()
-    code = f"from shards.sql import *; prompt(open_manifest({str(corpus)!r}))"
+    code = f"from shards.query.sql import *; prompt(open_manifest({str(corpus)!r}))"
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb", "COLUMNS": "100"}
     process = subprocess.Popen(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).resolve().parents[1],
+        cwd=Path(__file__).resolve().parents[2],
         stdin=slave,
         stdout=slave,
         stderr=slave,

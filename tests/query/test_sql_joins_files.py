@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from manifest_support import make_manifest
 
-from pipeline.errors import UserError
-from shards.sql import named_tables, open_manifest, rows_of
+from clipmill.base.errors import UserError
+from shards.query.sql import named_tables, open_manifest, rows_of
+from tests.helpers.manifests import make_manifest
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_options_are_names_and_files():
 def test_the_command_joins_a_file(corpus, feedback, tmp_path):
     path = write(feedback, tmp_path / "feedback.parquet")
     sql = "SELECT count(*) AS n FROM clips JOIN feedback USING (clip_id) WHERE loss >= 50"
-    command = [sys.executable, "-m", "pipeline.cli", "sql", str(corpus), sql, "--format", "csv", "--table"]
+    command = [sys.executable, "-m", "clipmill", "sql", str(corpus), sql, "--format", "csv", "--table"]
     done = subprocess.run([*command, f"feedback={path}"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split() == ["n", "10"]
     assert subprocess.run([*command, "feedback"], capture_output=True, text=True).returncode == 2

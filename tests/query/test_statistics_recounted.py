@@ -9,12 +9,12 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from manifest_support import make_manifest
 from rich.console import Console
-from shard_support import change_manifest, make_corpus, pack
 
-from shards.sql import open_manifest
-from shards.statistics import HD_VILA_CATEGORIES, _bar, render, report
+from shards.query.sql import open_manifest
+from shards.query.statistics import HD_VILA_CATEGORIES, _bar, render, report
+from tests.helpers.manifests import make_manifest
+from tests.helpers.shards import change_manifest, make_corpus, pack
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.alignment import SCALE, align, band_of, edit_distances, normalise, pair_costs, retime
-from pipeline.sentences import SentenceSettings, split_sentences
-from pipeline.words import Word
+from pipeline.stages.segment.sentences import SentenceSettings, split_sentences
+from pipeline.stages.transcribe.alignment import SCALE, align, band_of, edit_distances, normalise, pair_costs, retime
+from pipeline.stages.transcribe.words import Word
 
 words_of_few_letters = st.text("ab", max_size=4)
 sequences = st.lists(

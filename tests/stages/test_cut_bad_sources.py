@@ -4,12 +4,12 @@ import struct
 from pathlib import Path
 
 import pytest
-from media_support import LONG_GOP, SHORT_GOP, Shape, make_video, numbers_in, piece
 
-from pipeline.cut import CutSettings, SpanRequest, cut_in_sandbox, cut_video
-from pipeline.errors import ItemError
-from pipeline.media import probe
-from pipeline.sandbox import Sandbox
+from clipmill.base.errors import ItemError
+from clipmill.media.probe import probe
+from clipmill.media.sandbox import Sandbox
+from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_in_sandbox, cut_video
+from tests.helpers.media import LONG_GOP, SHORT_GOP, Shape, make_video, numbers_in, piece
 
 FASTSTART = {"movflags": "+faststart"}
 

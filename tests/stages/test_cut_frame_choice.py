@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from media_support import expected_numbers
 
-from pipeline.errors import ItemError
-from pipeline.timeline import FrameTimes, caption_frames, choose_frames, frame_times
+from clipmill.base.errors import ItemError
+from clipmill.media.frame_times import FrameTimes, caption_frames, choose_frames, frame_times
+from tests.helpers.media import expected_numbers
 
 RATES = st.sampled_from([0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 12.5, 24.0, 30.0, 60.0])
 # Frame distances in milliseconds: constant rates, variable ones, holes.

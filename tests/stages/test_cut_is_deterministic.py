@@ -5,13 +5,13 @@ from pathlib import Path
 
 import av
 import pytest
-from media_support import SHORT_GOP, Shape, make_video, numbers_in, piece
 
-from pipeline.cut import CutSettings, SpanRequest, cut_in_sandbox, cut_video
-from pipeline.encode import ENCODINGS, cpu_flags, jpeg_frames
-from pipeline.errors import ItemError
-from pipeline.sandbox import Sandbox
-from pipeline.verify_stage import count_frames
+from clipmill.base.errors import ItemError
+from clipmill.media.encode import ENCODINGS, cpu_flags, jpeg_frames
+from clipmill.media.sandbox import Sandbox
+from pipeline.maintenance.verify import count_frames
+from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_in_sandbox, cut_video
+from tests.helpers.media import SHORT_GOP, Shape, make_video, numbers_in, piece
 
 SPANS = [SpanRequest(f"v.{n}", n, 0.7 * n, 0.7 * n + 1.5) for n in range(4)]
 
@@ -106,7 +106,7 @@ def test_rows_fit_the_table(video, tmp_path):
     """Every column of the `clips` table that cutting can know is there, with the table's types, and no other."""
     import pyarrow as pa
 
-    from shards.schema import TABLES
+    from shards.corpus.schema import TABLES
 
     rows = cut_video(video, SPANS, CutSettings(), tmp_path / "out").rows
     schema = TABLES["clips"]

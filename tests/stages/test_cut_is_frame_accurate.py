@@ -5,7 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from media_support import (
+
+from clipmill.media.decode import DecodeCounts, list_by_decoding, wanted_frames
+from clipmill.media.packets import Limits, Untrusted, list_frames
+from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
+from tests.helpers.media import (
     OPEN_GOP,
     SHORT_GOP,
     Shape,
@@ -16,10 +20,6 @@ from media_support import (
     piece,
     pixels_of,
 )
-
-from pipeline.cut import CutSettings, SpanRequest, cut_video
-from pipeline.decode import DecodeCounts, list_by_decoding, wanted_frames
-from pipeline.packets import Limits, Untrusted, list_frames
 
 UNEVEN = np.cumsum([0, *np.random.default_rng(3).integers(5, 120, 89)]).tolist()
 FAST = {"preset": "ultrafast", "crf": "20"}

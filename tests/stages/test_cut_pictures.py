@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from media_support import SHORT_GOP, Shape, decoded, make_video, piece
 
-from pipeline.cut import CutSettings, SpanRequest, cut_video
-from pipeline.frames import ClipMeasures, Look, Thumbnailer, content_change, perceptual_hash
-from pipeline.picture import PictureMaker, target_size
+from clipmill.media.frame_stats import ClipMeasures, Look, Thumbnailer, content_change, perceptual_hash
+from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
+from pipeline.stages.cut.picture import PictureMaker, target_size
+from tests.helpers.media import SHORT_GOP, Shape, decoded, make_video, piece
 
 PQ, HLG, BT2020 = 16, 18, 9
 

@@ -8,11 +8,11 @@ import av
 import imageio_ffmpeg
 import numpy as np
 import pytest
-from media_support import SHORT_GOP, Shape, make_video, piece
 
-from pipeline.audio import SPEECH_RATE, extract_speech
-from pipeline.cut import CutSettings, SpanRequest, cut_video
-from pipeline.errors import ItemError
+from clipmill.base.errors import ItemError
+from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
+from pipeline.stages.transcribe.speech import SPEECH_RATE, extract_speech
+from tests.helpers.media import SHORT_GOP, Shape, make_video, piece
 
 SHAPES = [
     Shape("tone.mp4", num_frames=150, options=SHORT_GOP, sound_hz=440),

@@ -2,11 +2,11 @@
 
 import pytest
 
-from pipeline.errors import ItemError
-from shards.fragments import fragment_path
-from shards.manifest import publish
-from shards.sql import open_manifest
-from tests.ledger_support import STAGES, FragmentCorpus
+from clipmill.base.errors import ItemError
+from shards.corpus.fragments import fragment_path
+from shards.corpus.manifest import publish
+from shards.query.sql import open_manifest
+from tests.helpers.ledgers import STAGES, FragmentCorpus
 
 
 @pytest.fixture

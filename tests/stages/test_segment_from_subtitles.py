@@ -5,9 +5,9 @@ import pytest
 
 from pipeline.demo.grammar import sample_scene
 from pipeline.demo.narration import SUBTITLE_WRITERS, Sentence, narrate
-from pipeline.segment import SegmentSettings, segment_video
-from pipeline.transcribe import TranscribeSettings, transcribe_video
-from pipeline.words import Word
+from pipeline.stages.segment.segment import SegmentSettings, segment_video
+from pipeline.stages.transcribe.transcribe import TranscribeSettings, transcribe_video
+from pipeline.stages.transcribe.words import Word
 
 
 def narration(seed: int, num_scenes: int = 30) -> tuple[list[Sentence], float]:

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.segment import ROUNDING_S, Segmented, SegmentSettings, needs_shots, segment_video
-from pipeline.sentences import split_sentences
-from pipeline.words import Word, join_words
-from shards.schema import TABLES
+from pipeline.stages.segment.segment import ROUNDING_S, Segmented, SegmentSettings, needs_shots, segment_video
+from pipeline.stages.segment.sentences import split_sentences
+from pipeline.stages.transcribe.words import Word, join_words
+from shards.corpus.schema import TABLES
 
 
 def speech(seed: int, num_sentences: int = 60, punctuation: bool = True, words_per_s: float = 2.4) -> list[Word]:
@@ -220,7 +220,7 @@ def test_given_spans_without_numbers_are_numbered_by_position():
 
 
 def test_two_given_spans_with_one_number_fail():
-    from pipeline.errors import ItemError
+    from clipmill.base.errors import ItemError
 
     with pytest.raises(ItemError, match="duplicate-clip-id"):
         segmented([], 10.0, [span(1, 0, 1), span(1, 1, 2)])

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import ItemError, UserError
-from pipeline.sentences import SentenceSettings, restore_punctuation, split_sentences
-from pipeline.words import Word, join_words, tokens
+from clipmill.base.errors import ItemError, UserError
+from pipeline.stages.segment.sentences import SentenceSettings, restore_punctuation, split_sentences
+from pipeline.stages.transcribe.words import Word, join_words, tokens
 
 
 def timed(text: str, word_s: float = 0.3, gap_s: float = 0.05) -> list[Word]:
@@ -121,7 +121,14 @@ def test_a_failing_restorer_is_that_transcript_s_failure(name, message):
     assert failure.value.error_class == "punctuation-failed"
 
 
-@pytest.mark.parametrize("path", ["no.such.module:f", "pipeline.words:no_such_function", "pipeline.words:__name__"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "no.such.module:f",
+        "pipeline.stages.transcribe.words:no_such_function",
+        "pipeline.stages.transcribe.words:__name__",
+    ],
+)
 def test_a_restorer_that_is_not_there_is_the_user_s_mistake(path):
     with pytest.raises(UserError, match="segment.punctuate"):
         restore_punctuation(timed("red"), SentenceSettings(punctuate=path))

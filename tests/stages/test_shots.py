@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from pipeline.errors import ItemError
-from pipeline.segment import SegmentSettings, segment_video
-from pipeline.shots import ShotSettings, detect_shots
+from clipmill.base.errors import ItemError
+from pipeline.stages.segment.segment import SegmentSettings, segment_video
+from pipeline.stages.segment.shots import ShotSettings, detect_shots
 
 COLOURS = [(200, 40, 40), (40, 180, 60), (40, 60, 200), (220, 200, 50), (120, 30, 140)]
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.errors import ItemError
-from pipeline.subtitles import SubtitleSettings, read_subtitles, words_of
-from pipeline.words import join_words
+from clipmill.base.errors import ItemError
+from pipeline.stages.transcribe.subtitles import SubtitleSettings, read_subtitles, words_of
+from pipeline.stages.transcribe.words import join_words
 
-FILES = Path(__file__).parent / "data" / "subtitles"
+FILES = Path(__file__).parents[1] / "data" / "subtitles"
 
 
 def text_of(source, **settings) -> str:

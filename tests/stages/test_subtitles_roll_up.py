@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.subtitles import SubtitleSettings, read_subtitles, words_of
+from pipeline.stages.transcribe.subtitles import SubtitleSettings, read_subtitles, words_of
 
 VOCABULARY = ["red", "blue", "circle", "moves", "the", "a", "past", "square", "yeah"]
 

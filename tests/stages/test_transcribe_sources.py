@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ItemError
-from pipeline.transcribe import TranscribeSettings, transcribe_video
-from shards.schema import TABLES
+from clipmill.base.errors import ItemError
+from pipeline.stages.transcribe.transcribe import TranscribeSettings, transcribe_video
+from shards.corpus.schema import TABLES
 
-FILES = Path(__file__).parent / "data" / "subtitles"
+FILES = Path(__file__).parents[1] / "data" / "subtitles"
 
 
 def subtitle(path: Path, kind: str = "manual", language: str | None = "en", format: str | None = None) -> dict:

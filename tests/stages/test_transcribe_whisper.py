@@ -8,8 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.errors import ItemError, UserError
-from pipeline.transcribe import TranscribeSettings, load_whisper, transcribe_video
+from clipmill.base.errors import ItemError, UserError
+from pipeline.stages.transcribe.transcribe import TranscribeSettings, load_whisper, transcribe_video
 
 TONE = (0.3 * np.sin(2 * np.pi * 440 * np.arange(16_000 * 2) / 16_000)).astype(np.float32)
 

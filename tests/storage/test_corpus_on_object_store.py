@@ -10,29 +10,28 @@ from rich.console import Console
 
 pytest.importorskip("moto", reason="no S3 server: moto is not installed")
 
-from loader_support import MAX_TOKENS, SIZE  # noqa: E402
-from store_support import build_in, content, keys, keys_of, serving  # noqa: E402
-from test_training_forgets import WORDS, read_all  # noqa: E402
-from whole_corpus_support import pack_here  # noqa: E402
-
-import shards.tombstones  # noqa: E402
-from pipeline.build import build, session, status  # noqa: E402
-from pipeline.errors import UserError  # noqa: E402
-from pipeline.forget import compact, find, forget  # noqa: E402
-from pipeline.pack_stage import planned  # noqa: E402
-from pipeline.stages import STAGE_NAMES  # noqa: E402
-from pipeline.verify_stage import verify_with_sandbox  # noqa: E402
-from shards import store as stores  # noqa: E402
-from shards.explain import explain  # noqa: E402
-from shards.files import for_reading, mirror  # noqa: E402
-from shards.pack import next_paths, shard_rows, write_shard  # noqa: E402
-from shards.sql import open_manifest  # noqa: E402
-from shards.store import Store  # noqa: E402
-from tests.build_support import tables  # noqa: E402
-from training.samples import SampleReader  # noqa: E402
-from training.selection import Selection, freeze  # noqa: E402
+import shards.corpus.tombstones  # noqa: E402
+from clipmill.base.errors import UserError  # noqa: E402
+from pipeline.engine.build import build, session, status  # noqa: E402
+from pipeline.engine.registry import STAGE_NAMES  # noqa: E402
+from pipeline.maintenance.forget import compact, find, forget  # noqa: E402
+from pipeline.maintenance.verify import verify_with_sandbox  # noqa: E402
+from pipeline.stages.pack import planned  # noqa: E402
+from shards.packing.pack import next_paths, shard_rows, write_shard  # noqa: E402
+from shards.query.explain import explain  # noqa: E402
+from shards.query.sql import open_manifest  # noqa: E402
+from shards.storage import s3 as stores  # noqa: E402
+from shards.storage.mirror import for_reading, mirror  # noqa: E402
+from shards.storage.s3 import Store  # noqa: E402
+from tests.helpers.builds import tables  # noqa: E402
+from tests.helpers.loaders import MAX_TOKENS, SIZE  # noqa: E402
+from tests.helpers.stores import build_in, content, keys, keys_of, serving  # noqa: E402
+from tests.helpers.whole_corpus import pack_here  # noqa: E402
+from tests.training.test_training_forgets import WORDS, read_all  # noqa: E402
+from training.data.sample_reader import SampleReader  # noqa: E402
+from training.data.selection import Selection, freeze  # noqa: E402
+from training.data.tokenizer import TextEncoder  # noqa: E402
 from training.settings import DataSettings  # noqa: E402
-from training.texts import TextEncoder  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +166,8 @@ def test_a_node_that_has_nothing_fetches_what_it_packs(stored, whole, tmp_path):
 
 
 def test_what_is_forgotten_is_so_for_everybody(server, machine, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards.tombstones, "LOOK_EVERY_S", 0.0)
-    monkeypatch.setattr(shards.tombstones, "STORE_EVERY_S", 0.0)
+    monkeypatch.setattr(shards.corpus.tombstones, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(shards.corpus.tombstones, "STORE_EVERY_S", 0.0)
     url = "s3://corpora/forgets"
     build_in(url, tmp_path, 3)
     reader = reader_of(url, tmp_path)
@@ -274,5 +273,5 @@ def test_without_the_extra_it_says_which(monkeypatch):
 
 
 def test_help_and_folders_need_no_client():
-    code = "import sys, pipeline.cli, pipeline.build; sys.exit('botocore' in sys.modules)"
+    code = "import sys, clipmill.cli.app, pipeline.engine.build; sys.exit('botocore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -4,11 +4,10 @@ import pytest
 
 pytest.importorskip("moto", reason="no S3 server: moto is not installed")
 
-from store_support import content, serving  # noqa: E402
-
-from shards.files import for_reading  # noqa: E402
-from shards.store import Store  # noqa: E402
-from tests.build_support import PLAIN, build_here, tables  # noqa: E402
+from shards.storage.mirror import for_reading  # noqa: E402
+from shards.storage.s3 import Store  # noqa: E402
+from tests.helpers.builds import PLAIN, build_here, tables  # noqa: E402
+from tests.helpers.stores import content, serving  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

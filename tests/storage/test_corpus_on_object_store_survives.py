@@ -14,19 +14,18 @@ import pytest
 
 pytest.importorskip("moto", reason="no S3 server: moto is not installed")
 
-from store_support import build_in, content, keys, keys_of, serving  # noqa: E402
-
-from pipeline import store_lock  # noqa: E402
-from pipeline.build import build, session  # noqa: E402
-from pipeline.config import Settings  # noqa: E402
-from pipeline.corpus import Corpus  # noqa: E402
-from pipeline.errors import ItemError, UserError  # noqa: E402
-from pipeline.forget import compact, find, forget  # noqa: E402
-from pipeline.store_lock import KEY, StoreLock, is_held  # noqa: E402
-from pipeline.worker import Outcome, Work, commit  # noqa: E402
-from shards.files import for_reading  # noqa: E402
-from shards.store import Changed, Store  # noqa: E402
-from tests.build_support import tables  # noqa: E402
+from clipmill.base.errors import ItemError, UserError  # noqa: E402
+from clipmill.base.settings import Settings  # noqa: E402
+from pipeline.engine.build import build, session  # noqa: E402
+from pipeline.maintenance.forget import compact, find, forget  # noqa: E402
+from pipeline.runtime.task import Outcome, Work, commit  # noqa: E402
+from shards.corpus.folder import Corpus  # noqa: E402
+from shards.storage import lease as store_lock  # noqa: E402
+from shards.storage.lease import KEY, StoreLock, is_held  # noqa: E402
+from shards.storage.mirror import for_reading  # noqa: E402
+from shards.storage.s3 import Changed, Store  # noqa: E402
+from tests.helpers.builds import tables  # noqa: E402
+from tests.helpers.stores import build_in, content, keys, keys_of, serving  # noqa: E402
 
 NUM_VIDEOS = 2
 
@@ -164,7 +163,7 @@ BUILDS = """
 import sys
 sys.path[:0] = {paths}
 from pathlib import Path
-from store_support import build_in
+from tests.helpers.stores import build_in
 build_in({url!r}, Path({folder!r}), {num_videos})
 """
 
@@ -174,7 +173,7 @@ def test_killed_with_sigkill_and_begun_again_at_once_from_an_empty_mirror(quiet,
     """The lock of a killed process of this host is free at once."""
     url, killed = "s3://corpora/killed", threading.Event()
     code = BUILDS.format(paths=sys.path, url=url, folder=str(tmp_path), num_videos=NUM_VIDEOS)
-    victim = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    victim = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
 
     def kill_at_the_cut(method: str, path: str) -> int | None:
         if "fragments/clips/cut-" in path and not killed.is_set():

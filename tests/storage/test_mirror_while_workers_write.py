@@ -4,10 +4,9 @@ import pytest
 
 pytest.importorskip("moto", reason="no S3 server: moto is not installed")
 
-from store_support import serving  # noqa: E402
-
-from shards.files import Mirror  # noqa: E402
-from shards.store import Object, Store  # noqa: E402
+from shards.storage.mirror import Mirror  # noqa: E402
+from shards.storage.s3 import Object, Store  # noqa: E402
+from tests.helpers.stores import serving  # noqa: E402
 
 SENT, LOST, ON_ITS_WAY = "sources/u000000/sent.mp4", "sources/u000000/lost.mp4", "fragments/clips/on-its-way.parquet"
 

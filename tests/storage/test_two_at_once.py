@@ -12,25 +12,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-from shard_support import mp4_bytes
 
-from pipeline.build import Silent, build
-from pipeline.config import Settings
-from pipeline.corpus import Corpus
-from pipeline.download import DownloadSettings
-from pipeline.errors import ItemError, UserError
-from pipeline.locks import lock_file
-from pipeline.stage_workers import run_download
-from pipeline.worker import Outcome, Work, commit
-from shards.fragments import sweep_temporaries
-from shards.sql import open_manifest
-from shards.tombstones import hash_of, write_tombstones
-from tests.build_support import build_here
+from clipmill.base.errors import ItemError, UserError
+from clipmill.base.file_lock import lock_file
+from clipmill.base.settings import Settings
+from pipeline.engine.build import Silent, build
+from pipeline.runtime.task import Outcome, Work, commit
+from pipeline.stages.download.fetch import DownloadSettings
+from pipeline.stages.workers import run_download
+from shards.corpus.folder import Corpus
+from shards.corpus.fragments import sweep_temporaries
+from shards.corpus.tombstones import hash_of, write_tombstones
+from shards.query.sql import open_manifest
+from tests.helpers.builds import build_here
+from tests.helpers.shards import mp4_bytes
 
 HOLDS = """
 import os, sys, time
 sys.path[:0] = {paths}
-from pipeline.corpus import Corpus
+from shards.corpus.folder import Corpus
 with Corpus({root!r}).writer():
     if {forks} and os.fork() == 0:
         os.write(1, f"child {{os.getpid()}}\\n".encode())
@@ -44,8 +44,8 @@ PUBLISHES = """
 import sys
 sys.path[:0] = {paths}
 from pathlib import Path
-from ledger_support import FragmentCorpus
-from shards.manifest import publish
+from tests.helpers.ledgers import FragmentCorpus
+from shards.corpus.manifest import publish
 corpus = FragmentCorpus(Path({root!r}))
 number = 0
 while True:
@@ -171,7 +171,7 @@ def test_a_download_of_a_build_before_puts_nothing_in_place(corpus, tmp_path, mo
     with corpus.writer():
         holder = corpus.holder
         with monkeypatch.context() as patch, pytest.raises(UserError, match="another process writes"):
-            patch.setattr("pipeline.stage_workers._probe_in_sandbox", probe_while_another_begins)
+            patch.setattr("pipeline.stages.workers._probe_in_sandbox", probe_while_another_begins)
             download_as(holder)
         assert [path.name for path in folder.rglob("*")] == ["a.part", "media"]
         shutil.rmtree(folder / "a.part")

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.studies.editing import STUDY, anywhere, clips_of, mean_iou, settings_of, shares_of
-from training.studies.study import Arm
-from training.studies.untrimmed import Untrimmed, untrimmed_videos
-from training.video_editing import VideoClips
+from bench.studies.editing import STUDY, anywhere, clips_of, mean_iou, settings_of, shares_of
+from bench.studies.study import Arm
+from bench.studies.untrimmed import Untrimmed, untrimmed_videos
+from training.editing.boundaries import VideoClips
 
 SIZE = STUDY.sizes["small"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.errors import UserError
-from training.studies import STUDIES, load, runner
-from training.studies.keep import kept
-from training.studies.runner import run_study
-from training.studies.study import Arm, Cell, Claim, Study, Table
+from bench.studies import STUDIES, load, runner
+from bench.studies.keep import kept
+from bench.studies.runner import run_study
+from bench.studies.study import Arm, Cell, Claim, Study, Table
+from clipmill.base.errors import UserError
+from clipmill.cli.app import app
 
 
 @dataclass(frozen=True)

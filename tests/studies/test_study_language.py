@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.studies.language import SOURCES, STUDY, Size, nmi, probe, texts_of, two_means
+from bench.studies.language import SOURCES, STUDY, Size, nmi, probe, texts_of, two_means
 
 
 def clouds(distance: float, num: int = 60) -> tuple[np.ndarray, np.ndarray]:

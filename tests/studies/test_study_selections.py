@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from shard_support import make_corpus, pack
 
-from shards.sql import open_manifest
-from training.selection import select
-from training.studies.selections import POOLS, drawn, facts
+from bench.studies.selections import POOLS, drawn, facts
+from shards.query.sql import open_manifest
+from tests.helpers.shards import make_corpus, pack
+from training.data.selection import select
 
 NUM_CLIPS, HALF = 60, 0.5
 

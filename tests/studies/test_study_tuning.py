@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from clip_vip_support import random_pixels, random_texts, tiny_model
 
-from training.model import ClipVip
-from training.studies.tuning import ARMS, lr_of, num_trained, saved_of, spoken_scenes, tuned_as
-from training.studies.tuning import STUDY as TUNING
+from bench.studies.tuning import ARMS, lr_of, num_trained, saved_of, spoken_scenes, tuned_as
+from bench.studies.tuning import STUDY as TUNING
+from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
+from training.models.clip_vip import ClipVip
 
 
 def plain() -> ClipVip:

@@ -6,15 +6,17 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-
-from pipeline.demo.grammar import FILLER, spoken_sentences, still_text  # noqa: E402
-from training import models  # noqa: E402
-from training.settings import ModelSettings  # noqa: E402
-from training.studies import load, losses, proxies  # noqa: E402
-from training.studies.fitting import random_batches, recall, recall_within, similarities, written_texts  # noqa: E402
-from training.studies.scenes import alike_scenes, frames_of, growing_scenes, single_scenes  # noqa: E402
-from training.studies.study import Cell, Table  # noqa: E402
+from bench.studies import (
+    load,
+    losses,
+    proxies,
+)
+from bench.studies.fitting import random_batches, recall, recall_within, similarities, written_texts
+from bench.studies.scenes import alike_scenes, frames_of, growing_scenes, single_scenes
+from bench.studies.study import Cell, Table
+from pipeline.demo.grammar import FILLER, spoken_sentences, still_text
+from training.models import registry as models
+from training.settings import ModelSettings
 
 SMALL = proxies.STUDY.sizes["small"]
 

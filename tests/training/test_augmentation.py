@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from training.augment import RANGE, augment, uniform
-from training.batch import Batch
+from training.data.batch import Batch
+from training.optim.augment import RANGE, augment, uniform
 
 NUM_CLIPS = 400
 

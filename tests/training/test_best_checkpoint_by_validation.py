@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from shard_support import change_manifest
-from training_support import SMALL, lines, small_corpus
 
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
+from clipmill.cli.evaluate import run_eval
+from clipmill.cli.train import _start as init_of
+from tests.helpers.shards import change_manifest
+from tests.helpers.training import SMALL, lines, small_corpus
 from training import trainer
-from training.best import best_of, chosen_checkpoint, read_best
-from training.eval_command import run_eval
-from training.prepare import Request
-from training.run_folder import RunFolder
-from training.run_log import RunLog
-from training.selection import freeze_run
+from training.data.selection import freeze_run
+from training.run.best_checkpoint import best_of, chosen_checkpoint, read_best
+from training.run.folder import RunFolder
+from training.run.log import RunLog
+from training.run.setup import Request
 from training.settings import DataSettings, EvalSettings
-from training.train_command import _start as init_of
 from training.trainer import train
 
 HELD_OUT = "clip_id IN (SELECT clip_id FROM clips ORDER BY clip_id LIMIT 4)"

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from clip_vip_support import tiny_config, tiny_model
 from torch import Tensor
 
-from pipeline.config import digest
-from pipeline.errors import UserError
-from training import run_checkpoints
-from training.checkpoint import load_clip_vip, load_model
-from training.models import writer
-from training.run_checkpoints import Checkpoint, Checkpoints
+from clipmill.base.errors import UserError
+from clipmill.base.settings import digest
+from tests.helpers.clip_vip import tiny_config, tiny_model
+from training.models.registry import writer
+from training.models.weights.clip_vip import load_clip_vip, load_model
+from training.run import checkpoints as run_checkpoints
+from training.run.checkpoints import Checkpoint, Checkpoints
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from clip_vip_support import random_texts, tiny_model
 
-from training.batch import Batch
-from training.clip4clip_model import Clip4Clip
+from tests.helpers.clip_vip import random_texts, tiny_model
 from training.clip4clip_settings import Clip4ClipSettings
-from training.distributed import Process
+from training.data.batch import Batch
 from training.learner import Learner
+from training.models.clip4clip import Clip4Clip
+from training.parallel.distributed import Process
 from training.settings import TrainSettings, resolve
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from shard_support import make_corpus, pack
 
-from pipeline.build import BuildReport
-from pipeline.demo.demo import _last_screen
-from pipeline.pack_stage import PackReport
-from training import demo
+from clipmill.cli import demo_training as demo
+from clipmill.cli.demo import _last_screen
+from pipeline.engine.build import BuildReport
+from pipeline.stages.pack import PackReport
+from tests.helpers.shards import make_corpus, pack
 
 SVG_TEXT = "{http://www.w3.org/2000/svg}text"
 RECIPE = """

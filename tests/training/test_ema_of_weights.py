@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from clip_vip_support import tiny_model
 
-from training.ema import Ema
-from training.model import MAX_LOG_SCALE, ClipVip
+from tests.helpers.clip_vip import tiny_model
+from training.models.clip_vip import MAX_LOG_SCALE, ClipVip
+from training.optim.ema import Ema
 
 
 def moved(model: ClipVip, seed: int) -> None:

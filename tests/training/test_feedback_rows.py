@@ -10,15 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-from rank_support import run_ranks
-from shard_support import make_corpus, pack
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from shards.sql import open_manifest
-from training.batch import Batch
-from training.feedback import Feedback, row_feedback
-from training.selection import Selection, freeze
+from shards.query.sql import open_manifest
+from tests.helpers.ranks import run_ranks
+from tests.helpers.shards import make_corpus, pack
+from training.clip_feedback import Feedback, row_feedback
+from training.data.batch import Batch
+from training.data.selection import Selection, freeze
 
 NUM_CLIPS, BATCH, DIM = 10, 6, 4
 SCALE = torch.tensor(2.0)

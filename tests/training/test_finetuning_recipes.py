@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.config import recipe_names
-from pipeline.errors import UserError
-from training.models import load
+from clipmill.base.errors import UserError
+from clipmill.base.settings import recipe_names
+from training.models.registry import load
 from training.settings import RECIPES, ModelSettings, RunSettings, resolve
 
 # (recipe, frames, text tokens, batch, epochs): spec/clip_vip.md section 7. MSR-VTT draws one caption per epoch.

@@ -1,27 +1,22 @@
 """Twenty steps of the demo recipe on a fixed corpus: a change of a loss or of an order is a decision, not an accident.
 
-    python tests/test_golden_run.py     writes tests/golden/demo_run.json anew
+    python -m tests.training.test_golden_run     writes tests/data/golden_demo_run.json anew
 
 Losses are fp32 on a CPU; other processors and thread counts round otherwise, which grows a little from step to step.
 """
 
 import json
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
-if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-from training_support import SMALL, lines, small_corpus
-
-from training.epochs import Epochs, plan_spec
-from training.prepare import Prepared, Request
+from tests.helpers.training import SMALL, lines, small_corpus
+from training.data.epoch_files import Epochs, plan_spec
+from training.run.setup import Prepared, Request
 from training.trainer import train
 
-GOLDEN = Path(__file__).parent / "golden" / "demo_run.json"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden_demo_run.json"
 
 
 def demo_run(folder: Path) -> dict:

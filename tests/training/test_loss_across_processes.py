@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from clip_vip_support import random_pixels, random_texts, tiny_model
-from rank_support import run_ranks
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from training.gradient_cache import cached_backward
-from training.loss import TERMS, OmnisourceLoss, omnisource_loss
-from training.model import ClipVip
+from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
+from tests.helpers.ranks import run_ranks
+from training.losses.omnisource import TERMS, OmnisourceLoss, omnisource_loss
+from training.models.clip_vip import ClipVip
+from training.optim.gradient_cache import cached_backward
 
 BATCH = 8
 Batch = dict[str, Tensor]

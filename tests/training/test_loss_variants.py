@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from clip_vip_support import tensors
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.errors import UserError
-from training.loss import TERMS, omnisource_loss
+from clipmill.base.errors import UserError
+from tests.helpers.clip_vip import tensors
+from training.losses.omnisource import TERMS, omnisource_loss
 
 PUBLISHED = {
     "NCELearnableTempLoss": "vs",

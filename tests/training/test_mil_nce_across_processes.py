@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from clip_vip_support import random_texts
-from test_update_is_the_same_everywhere import BATCH, alone, assert_same, settings, together, whole_batch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from training.batch import Batch
-from training.mil_nce import mil_nce_loss
-from training.pair_losses import mil_nce
+from tests.helpers.clip_vip import random_texts
+from tests.training.test_update_is_the_same_everywhere import BATCH, alone, assert_same, settings, together, whole_batch
+from training.data.batch import Batch
+from training.losses.mil_nce import mil_nce_loss
+from training.losses.pair_losses import mil_nce
 
 NUM, DIM = 6, 8
 
@@ -45,7 +45,7 @@ def as_published(video: Tensor, subtitle: Tensor, near: Tensor, scale: Tensor) -
 
 @pytest.mark.parametrize("num_neighbours", [0, 2, 4])
 def test_it_is_the_published_loss_with_its_gradients(num_neighbours: int) -> None:
-    """`pair_losses.mil_nce` equals the reference's numbers: tests/test_clip4clip_reference.py."""
+    """`pair_losses.mil_nce` equals the reference's numbers: tests/models/test_clip4clip_reference.py."""
     scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     inputs = (*vectors(num_neighbours), scale)
     ours, theirs = loss_of(*inputs), as_published(*inputs)

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from shard_support import make_corpus, pack
 
-from pipeline.errors import UserError
-from training import models
-from training.epochs import Epochs, plan_spec, total_steps
-from training.estimate import Device, StepCost, estimate, speed_on
-from training.footprint import kept_bytes
-from training.model import ClipVip, ModelConfig, TowerConfig, sample_flops
-from training.plan import plan_path
-from training.plan_command import run_plan
-from training.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze_run
+from clipmill.base.errors import UserError
+from clipmill.cli.estimate import run_plan
+from tests.helpers.shards import make_corpus, pack
+from training.cost.estimate import Device, StepCost, estimate, speed_on
+from training.cost.footprint import kept_bytes
+from training.data.epoch_files import Epochs, plan_spec, total_steps
+from training.data.epoch_plan import plan_path
+from training.data.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze_run
+from training.models import registry as models
+from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig, sample_flops
 from training.settings import DataSettings, TrainSettings, resolve
 
 NUM_CLIPS = 90
@@ -212,11 +212,11 @@ def test_a_mistake_is_told_here_and_not_by_the_run(corpus, options, message):
 def test_it_starts_nothing_and_writes_nothing(corpus):
     before = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
     code = (
-        "import sys; from training.plan_command import run_plan;"
+        "import sys; from clipmill.cli.estimate import run_plan;"
         f"run_plan({str(corpus)!r}, recipe='demo', assignments={ASSIGNMENTS!r}, gpus=['H100']);"
         "ray = sys.modules.get('ray'); assert ray is None or not ray.is_initialized(), 'Ray was started'"
     )
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "clips to train on" in done.stdout, done.stderr

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from clip_vip_support import tiny_config
-from shard_support import make_corpus, pack
 
-from pipeline.errors import UserError
-from training import models
-from training.encoder import score_pairs
-from training.estimate import estimate, memory
-from training.footprint import Footprint
-from training.memory import saved_bytes
-from training.model import TowerConfig
+from clipmill.base.errors import UserError
+from tests.helpers.clip_vip import tiny_config
+from tests.helpers.shards import make_corpus, pack
+from training.cost.estimate import estimate, memory
+from training.cost.footprint import Footprint
+from training.cost.memory import saved_bytes
+from training.models import registry as models
+from training.models.clip_vip import TowerConfig
+from training.parallel_model import score_pairs
 from training.settings import RunSettings, resolve
 
 NUM_FRAMES, NUM_TOKENS = 6, 16

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.plots import COLOURS, HEIGHT, WIDTH, bars, lines, ticks
+from training.run.plots import COLOURS, HEIGHT, WIDTH, bars, lines, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 GROUPS = {"R@1": {"start": 10.0, "after": (40.0, 3.0)}, "R@5 <&>": {"start": 30.0}, "change": {"after": -5.0}}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
-from training.run_folder import RunFolder, RunRecord
+from clipmill.base.errors import UserError
+from training.run.folder import RunFolder, RunRecord
 from training.settings import RunSettings, resolve
 
 

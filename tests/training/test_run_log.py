@@ -10,9 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from pipeline.errors import UserError
-from training.meter import Meter
-from training.run_log import RunLog, cut_after
+from clipmill.base.errors import UserError
+from training.run.log import RunLog, cut_after
+from training.run.throughput import Meter
 
 TOTAL = 20
 

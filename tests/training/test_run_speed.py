@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from training import peaks
-from training.meter import Meter
-from training.peaks import gpu_peak, peak_flops
+from training.run import hardware_peaks as peaks
+from training.run.hardware_peaks import gpu_peak, peak_flops
+from training.run.throughput import Meter
 
 
 class Clock:

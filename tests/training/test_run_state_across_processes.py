@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from clip_vip_support import random_pixels, random_texts, tiny_model
-from rank_support import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from training.ema import Ema
-from training.full_state import full_state, random_state, restore, set_random_state
-from training.model import ClipVip
-from training.optim import PublishedAdamW, parameter_groups, set_learning_rate
+from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
+from tests.helpers.ranks import run_ranks
+from training.models.clip_vip import ClipVip
+from training.optim.ema import Ema
+from training.optim.optimizers import PublishedAdamW, parameter_groups, set_learning_rate
+from training.parallel.state_dict import full_state, random_state, restore, set_random_state
 
 DECAY = 0.5
 
@@ -156,11 +156,11 @@ def run_rank(rank: int, folder: Path) -> None:
 def check_evaluation_between_steps(training: Training) -> None:
     """Averages while they are applied, the own weights before and after, whatever a forward pass has gathered."""
     before = training.forward()
-    with training.ema.apply(training.module):
+    with training.optim.ema.apply(training.module):
         averaged = training.forward()
     after = training.forward()
     single = Training(plain, published_update=False)
-    tensors = [training.ema.full_state()]
+    tensors = [training.optim.ema.full_state()]
     dist.broadcast_object_list(tensors, src=0)
     restore(single.module, None, tensors[0], {})
     torch.testing.assert_close(averaged, single.forward())

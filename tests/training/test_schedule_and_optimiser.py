@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from clip_vip_support import numbers, tensors, tiny_model
 
-from pipeline.errors import UserError
-from training.optim import PublishedAdamW, build_optimiser, parameter_groups, set_learning_rate
-from training.schedule import learning_rate, rate_factor
+from clipmill.base.errors import UserError
+from tests.helpers.clip_vip import numbers, tensors, tiny_model
+from training.optim.optimizers import PublishedAdamW, build_optimiser, parameter_groups, set_learning_rate
+from training.optim.schedule import learning_rate, rate_factor
 
 
 def test_every_tabulated_rate_equals_the_reference() -> None:

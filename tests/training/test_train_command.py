@@ -8,8 +8,11 @@ import time
 
 import duckdb
 import pytest
-from rank_support import run_ranks
-from training_support import (
+
+import clipmill.cli.app
+from clipmill.base.errors import UserError
+from tests.helpers.ranks import run_ranks
+from tests.helpers.training import (
     Forked,
     assert_same_run,
     curve,
@@ -21,10 +24,7 @@ from training_support import (
     train_command,
     train_here,
 )
-
-import pipeline.cli
-from pipeline.errors import UserError
-from training.prepare import Request
+from training.run.setup import Request
 from training.trainer import Report, train
 
 
@@ -137,13 +137,13 @@ def test_two_trainings_never_write_one_run(corpus, tmp_path):
 
 
 def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys):
-    command = [sys.executable, "-m", "pipeline.cli", "train", "--run", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "clipmill", "train", "--run", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, env=quiet())
     assert done.returncode == 2 and "Traceback" not in done.stderr and "--corpus is missing" in done.stderr
 
     def told(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["clipmill", *command[3:], *arguments])
-        assert pipeline.cli._run() == 2
+        assert clipmill.cli.app._run() == 2
         return capsys.readouterr().err
 
     assert "no manifest.duckdb" in told("--corpus", str(tmp_path))
@@ -153,7 +153,7 @@ def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_checkpoint_is_a_model_that_others_open(plain_run):
-    from training.checkpoint import load_model
+    from training.models.weights.clip_vip import load_model
 
     folder = plain_run / "checkpoints" / "step-00000006"
     assert load_model(folder).config.words

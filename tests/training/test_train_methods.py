@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from shard_support import change_manifest
-from training_support import SMALL, losses, small_corpus
 
-from training.eval_command import run_eval
-from training.frames import drawn_text
-from training.prepare import Request
-from training.run_folder import RunFolder
-from training.train_command import run_train
+from clipmill.cli.evaluate import run_eval
+from clipmill.cli.train import run_train
+from tests.helpers.shards import change_manifest
+from tests.helpers.training import SMALL, losses, small_corpus
+from training.data.frame_sampling import drawn_text
+from training.run.folder import RunFolder
+from training.run.setup import Request
 from training.trainer import train
 
 METHODS = {

@@ -7,7 +7,8 @@ import signal
 import subprocess
 
 import pytest
-from training_support import (
+
+from tests.helpers.training import (
     assert_same_run,
     curve,
     kill_at_step,

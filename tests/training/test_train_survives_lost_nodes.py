@@ -4,19 +4,16 @@ The long run, with kills of every kind, is `python -m bench.train_chaos`.
 """
 
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from training_support import Forked, assert_same_run, lines_so_far, small_corpus, train_command, train_here
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is no installed package
-
-from bench.chaos import local_cluster, title_of  # noqa: E402
-from pipeline.errors import UserError  # noqa: E402
-from training.prepare import Request  # noqa: E402
-from training.ray_train import train_on_ray  # noqa: E402
+from bench.chaos import local_cluster, title_of
+from clipmill.base.errors import UserError
+from tests.helpers.training import Forked, assert_same_run, lines_so_far, small_corpus, train_command, train_here
+from training.ray import train_on_ray
+from training.run.setup import Request
 
 SETTINGS = ("train.max_steps=12", "train.checkpoint_every=2", "data.loader_processes=0")
 

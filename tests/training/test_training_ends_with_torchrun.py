@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 # The first of two ranks, which waits for the other in `join` for as long as it is let.
-RANK = "import training.distributed as d; print('joins', flush=True); d.join('cpu').__enter__()"
+RANK = "import training.parallel.distributed as d; print('joins', flush=True); d.join('cpu').__enter__()"
 # As torchrun: starts the rank, says its number, and looks after it.
 PARENT = (
     "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', sys.argv[1]]); "

@@ -5,19 +5,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from loader_support import MAX_TOKENS, SIZE, remove_hashes
-from whole_corpus_support import VIDEOS, pack_here
 
-import shards.tombstones
-import training.places
-from pipeline.build import session
-from pipeline.forget import compact, find, forget
-from training.loader import Loader
-from training.loader_pool import Request
-from training.samples import HOLE, SampleReader
-from training.selection import SELECTION, Selection, freeze
+import shards.corpus.tombstones
+import training.data.relocation
+from pipeline.engine.build import session
+from pipeline.maintenance.forget import compact, find, forget
+from tests.helpers.loaders import MAX_TOKENS, SIZE, remove_hashes
+from tests.helpers.whole_corpus import VIDEOS, pack_here
+from training.data.loader import Loader
+from training.data.reader_pool import Request
+from training.data.sample_reader import HOLE, SampleReader
+from training.data.selection import SELECTION, Selection, freeze
+from training.data.tokenizer import TextEncoder
 from training.settings import DataSettings
-from training.texts import TextEncoder
 
 WORDS = ("password", "video", "part", "picture")
 
@@ -25,8 +25,8 @@ WORDS = ("password", "video", "part", "picture")
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Nobody waits for a second to be over."""
-    monkeypatch.setattr(shards.tombstones, "LOOK_EVERY_S", 0.0)
-    monkeypatch.setattr(training.places, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(shards.corpus.tombstones, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(training.data.relocation, "LOOK_EVERY_S", 0.0)
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from clip_vip_support import random_texts, tiny_model
-from rank_support import run_ranks
 from torch import Tensor
 
-from training.batch import Batch
-from training.distributed import Process, join
+from tests.helpers.clip_vip import random_texts, tiny_model
+from tests.helpers.ranks import run_ranks
+from training.data.batch import Batch
 from training.learner import Learner
-from training.model import TowerConfig
+from training.models.clip_vip import TowerConfig
+from training.parallel.distributed import Process, join
 from training.settings import TrainSettings
 
 NUM_STEPS, BATCH = 3, 8

@@ -5,13 +5,13 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ledger_support import FragmentCorpus
-from shard_support import change_manifest, make_corpus, pack
 
-from shards.sql import open_manifest
-from shards.tar import list_members
-from shards.verify import verify
-from tests.build_support import ask
+from shards.packing.tar import list_members
+from shards.packing.verify import verify
+from shards.query.sql import open_manifest
+from tests.helpers.builds import ask
+from tests.helpers.ledgers import FragmentCorpus
+from tests.helpers.shards import change_manifest, make_corpus, pack
 
 
 @pytest.fixture(scope="module")

@@ -14,18 +14,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipeline.errors import UserError
-from training import models
-from training.choice import Choice, Samples, choose_run, open_samples
-from training.encoder import check_settings, needs_pairs
-from training.epochs import spec_without_groups, total_steps
-from training.footprint import Footprint, pixels_of
-from training.loss import TERMS
-from training.peaks import gpu_peak, peak_flops
-from training.plan import PlanSpec, rank_slots, steps_in_epoch, tail_rows
-from training.selection import selected_rows
+from clipmill.base.errors import UserError
+from training.cost.footprint import Footprint, pixels_of
+from training.data.clip_query import Choice, Samples, choose_run, open_samples
+from training.data.epoch_files import spec_without_groups, total_steps
+from training.data.epoch_plan import PlanSpec, rank_slots, steps_in_epoch, tail_rows
+from training.data.range_reader import LOCAL_GAP_BYTES, REMOTE_GAP_BYTES
+from training.data.selection import selected_rows
+from training.losses.omnisource import TERMS
+from training.models import registry as models
+from training.parallel_model import check_settings, needs_pairs
+from training.run.hardware_peaks import gpu_peak, peak_flops
 from training.settings import DataSettings, RunSettings, TrainSettings
-from training.shard_reader import LOCAL_GAP_BYTES, REMOTE_GAP_BYTES
 
 # Share of a device's dense peak that a step is assumed to reach: what the GPU bench aims at; half of what the CPU's
 # matrix products alone reach here, since small ones and everything between them are slower.

@@ -5,16 +5,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from training import models
-from training.clip4clip_model import Clip4Clip, pair_flops
-from training.encoder import sources_of
-from training.memory import saved_bytes
-from training.model import ModelConfig, TowerConfig, sample_flops
+from training.cost.memory import saved_bytes
+from training.models import registry as models
+from training.models.clip4clip import Clip4Clip, pair_flops
+from training.models.clip_vip import ModelConfig, TowerConfig, sample_flops
+from training.models.unipt import UniPtClip
+from training.parallel_model import sources_of
 from training.settings import DataSettings, RunSettings, TrainSettings
-from training.unipt import UniPtClip
 
 # Bytes that autograd keeps for the backward pass, per token, channel and block: counted with saved-tensor hooks on the
-# CPU, over towers of 6 to 12 blocks (tests/test_plan_command_estimates.py). Compiling keeps less.
+# CPU, over towers of 6 to 12 blocks (tests/training/test_plan_command_estimates.py). Compiling keeps less.
 KEPT_BYTES = {"bf16": 45, "fp32": 78}
 BLOCK_INPUT_BYTES = 4  # all that activation checkpointing keeps of a block: the fp32 stream that enters it
 

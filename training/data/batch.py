@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """The slots of `training.plan.rank_slots` of one step, in slot order.
+    """The slots of `training.data.epoch_plan.rank_slots` of one step, in slot order.
 
     A slot whose clip could not be read, or that the plan left empty, has `video_mask` false and zeros everywhere. A
     clip without subtitle or caption has that mask alone false, and ids that nobody looks at (one end token).

@@ -1,7 +1,7 @@
 """Keeping clips that belong together out of one batch: dealing, finding what still meets, swapping it apart.
 
 A group array gives each clip a code; equal codes must not meet in a step. Several arrays (video, near-duplicates) hold
-at once. Rows are those of `training.plan`: uint32 row numbers [steps, batch], `PAD` where there is none.
+at once. Rows are those of `training.data.epoch_plan`: uint32 row numbers [steps, batch], `PAD` where there is none.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
-from training.counting import mix
+from clipmill.base.errors import UserError
+from training.data.stateless_random import mix
 
 Unmet = Literal["error", "keep"]
 Codes = NDArray[np.uint32]

@@ -1,12 +1,12 @@
 """From a clip's bytes to the model's pixels: which pictures are decoded, and how they become S x S RGB.
 
 Three ways to the same pictures. A clip of the default encoding is a plain MP4: its packets go straight from memory to
-the decoder (`training.mp4_index`). Clips of the "jpeg-frames" encoding are JPEGs. Everything else, and every plain MP4
-that turns out not to be so plain, is read as sources are (`pipeline.packets`, `pipeline.decode`): any container, frames
+the decoder (`training.data.mp4_index`). Clips of the "jpeg-frames" encoding are JPEGs. Everything else, and every plain MP4
+that turns out not to be so plain, is read as sources are (`clipmill.media.packets`, `clipmill.media.decode`): any container, frames
 in any order, upright whatever the file says of rotation. Picture k is the k-th in display order in all of them.
 
 A picture is turned to RGB by swscale with the matrix and range that the stream names (BT.601 or BT.709 by size where it
-names none), then resized by `training.frames.resize`. Legend: N pictures, S pixels a side.
+names none), then resized by `training.data.frame_sampling.resize`. Legend: N pictures, S pixels a side.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.decode import DecodeCounts, list_by_decoding, wanted_frames
-from pipeline.encode import JPEG_MAGIC, jpeg_frames
-from pipeline.errors import ItemError
-from pipeline.media import rotation_of
-from pipeline.packets import Limits, Untrusted, check_size, list_frames
-from training.frames import Fit, resize
-from training.mp4_index import Track, plain_track
+from clipmill.base.errors import ItemError
+from clipmill.media.decode import DecodeCounts, list_by_decoding, wanted_frames
+from clipmill.media.encode import JPEG_MAGIC, jpeg_frames
+from clipmill.media.packets import Limits, Untrusted, check_size, list_frames
+from clipmill.media.probe import rotation_of
+from training.data.frame_sampling import Fit, resize
+from training.data.mp4_index import Track, plain_track
 
 Pixels = NDArray[np.uint8]
 Bytes = bytes | memoryview

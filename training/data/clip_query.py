@@ -2,7 +2,7 @@
 
 `open_samples` gives a corpus's manifest, or an index of plain tars, as the same few tables; `choose` runs the user's
 condition on them and keeps one bit for each row of `samples`; `apply_overlap` compares training with evaluation. What
-comes of it is written by `training.selection`.
+comes of it is written by `training.data.selection`.
 """
 
 from collections import Counter
@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
+from training.data.plain_tars import Problem, is_tars, open_tars
 from training.settings import DataSettings, EvalSettings
-from training.tar_index import Problem, is_tars, open_tars
 
 Overlap = Literal["error", "exclude", "allow"]
 Tables = Mapping[str, str | Path]  # further tables for conditions: name -> file
@@ -49,10 +49,10 @@ class Samples:
 def open_samples(corpus: str | Path, tables: Tables | None = None) -> Iterator[Samples]:
     """A corpus folder or its URL, or a pattern of plain tars. Raises UserError.
 
-    tables  further tables that conditions may use, by name, see `shards.sql.open_manifest`
+    tables  further tables that conditions may use, by name, see `shards.query.sql.open_manifest`
     """
-    from shards.sql import open_manifest
-    from shards.store import is_url
+    from shards.query.sql import open_manifest
+    from shards.storage.s3 import is_url
 
     if is_tars(str(corpus)):
         with open_tars(str(corpus), tables) as (connection, problems):
@@ -151,7 +151,7 @@ def choose(samples: Samples, where: str, setting: str = "data.where") -> Choice:
     """What a condition on `catalog`, or a SELECT with clip_id, picks; "" picks every sample. Raises UserError."""
     import duckdb
 
-    from shards.sql import check_selection, selection
+    from shards.query.sql import check_selection, selection
 
     check_selection(samples.connection, where, setting)
     sql = "SELECT rowid AS row FROM samples WHERE mp4_offset IS NOT NULL"
@@ -262,7 +262,7 @@ def choose_run(samples: Samples, data: DataSettings, evaluation: EvalSettings) -
     Training clips are as `data.edits` has them; those of evaluation are never edited. Where evaluations select a
     checkpoint, none of their clips may be of the split "test".
     """
-    from training.edit_selection import with_edits
+    from training.data.edited_clips import with_edits
 
     training = replace(choose(samples, data.where, "data.where"), problems=samples.problems)
     training = with_edits(samples, training, data.edits, data.apart)

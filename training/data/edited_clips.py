@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
-from training.choice import Choice, Samples
-from training.edit_rounds import HELD
+from clipmill.base.errors import UserError
+from training.data.clip_query import Choice, Samples
+from training.editing.rounds import HELD
 from training.settings import Group
 
 NONE = "none"
@@ -107,7 +107,7 @@ def _make_table(samples: Samples, editing: str, rounds: list[int]) -> NDArray[np
 
 
 def edited_rows(samples: Samples, choice: Choice, columns: str) -> pa.Table:
-    """The edited samples as `training.selection.rows_in_order` has the others, in order of (path, mp4_offset)."""
+    """The edited samples as `training.data.selection.rows_in_order` has the others, in order of (path, mp4_offset)."""
     assert choice.edited is not None
     table = samples.arrow(f"""
         SELECT s.row, {columns}

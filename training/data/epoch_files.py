@@ -1,6 +1,6 @@
 """Epochs as files: which rows a step takes, planned when first asked for, by one process of a host.
 
-`training.plan` says what the order is; here is who computes it when. Every process of a host has an `Epochs` on the
+`training.data.epoch_plan` says what the order is; here is who computes it when. Every process of a host has an `Epochs` on the
 same folder. The first that needs an epoch takes the folder's lock, plans, and renames the file into place; the others
 wait for the lock and find the file. An epoch is opened memory-mapped, so the host holds it once.
 """
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
-from training.plan import (
+from clipmill.base.errors import UserError
+from training.data.epoch_plan import (
     PAD,
     PlanSpec,
     Rows,
@@ -29,7 +29,7 @@ from training.plan import (
     steps_in_epoch,
     write_epoch,
 )
-from training.selection import Selection
+from training.data.selection import Selection
 from training.settings import DataSettings, Group, TrainSettings
 
 

@@ -16,7 +16,7 @@ The story, on an example: 1,000 selected clips, batches of 64, two processes wit
    process shares its slots among workers changes nothing, since nobody's rows depend on what another has read.
 6. Where a run stands is one integer, the number of steps done. `locate` turns it into (epoch, step); resuming there
    replays nothing. `state_dict` adds the settings and hashes that the integer means something under.
-7. Where asked, no batch holds two clips of one group (video, near-duplicates): `training.plan_groups` deals a group's
+7. Where asked, no batch holds two clips of one group (video, near-duplicates): `training.data.batch_constraints` deals a group's
    clips to different steps and swaps away what is left. What cannot be done is an error, or counted, as asked.
 
 An epoch of 100 million clips is a 400 MB file; every process opens it memory-mapped.
@@ -32,9 +32,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
-from training.counting import in_threads, key_of, order_of, permutation, sample
-from training.plan_groups import Groups, Unmet, as_groups, codes_of_rows, deal_keys, num_repeated, repair
+from clipmill.base.errors import UserError
+from training.data.batch_constraints import Groups, Unmet, as_groups, codes_of_rows, deal_keys, num_repeated, repair
+from training.data.stateless_random import in_threads, key_of, order_of, permutation, sample
 
 Tail = Literal["drop", "pad", "carry"]
 Rows = NDArray[np.uint32]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -1,8 +1,8 @@
 """Batches for one process, in step order, from any step to any step, read ahead by a few other processes.
 
-1. The plan says which rows a step takes (`training.epochs`); this process takes its slots of them (`rank_slots`).
+1. The plan says which rows a step takes (`training.data.epoch_files`); this process takes its slots of them (`rank_slots`).
 2. A step's slots are cut into parts, so that all loader processes work on the batch that is needed next.
-3. `training.samples` reads a part; `training.loader_pool` has that done in other processes, in order, within a fixed
+3. `training.data.sample_reader` reads a part; `training.data.reader_pool` has that done in other processes, in order, within a fixed
    amount of memory. A thread puts parts together to batches: pixels copied into place, texts padded to the longest.
 4. A sample is a pure function of (row, epoch), so batches depend neither on how many processes read nor on where
    reading began: resuming at a step is beginning there.
@@ -26,12 +26,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shards.tombstones import FORGOTTEN
-from training.batch import Batch
-from training.epochs import Epochs
-from training.loader_pool import LoaderError, Pool, Request, warm_up
-from training.plan import locate
-from training.samples import HOLE, Canvas, Failure, Part, SampleReader, join
+from shards.corpus.tombstones import FORGOTTEN
+from training.data.batch import Batch
+from training.data.epoch_files import Epochs
+from training.data.epoch_plan import locate
+from training.data.reader_pool import LoaderError, Pool, Request, warm_up
+from training.data.sample_reader import HOLE, Canvas, Failure, Part, SampleReader, join
 
 __all__ = ["Loader", "LoaderTimes", "SampleReader", "default_processes", "requests_of"]
 

@@ -22,8 +22,8 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.errors import UserError
-from shards.tar import BLOCK, padded
+from clipmill.base.errors import UserError
+from shards.packing.tar import BLOCK, padded
 
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")  # where a sample has several, the first of these
 STILL_EXTENSIONS = ("jpg", "jpeg")
@@ -59,7 +59,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class TarIndex:
-    samples: pa.Table  # columns of `training.selection.SELECTION`, in order of (shard, mp4_offset)
+    samples: pa.Table  # columns of `training.data.selection.SELECTION`, in order of (shard, mp4_offset)
     problems: list[Problem]
 
 
@@ -73,7 +73,7 @@ def is_tars(corpus: str) -> bool:
 @contextmanager
 def open_tars(pattern: str, tables: Mapping[str, str | Path] | None = None) -> Iterator[tuple[Any, list[Problem]]]:
     """A DuckDB connection, shut in as that to a manifest is, with the tables that selecting asks; what was wrong."""
-    from shards.sql import add_tables, private_connection, shut_in
+    from shards.query.sql import add_tables, private_connection, shut_in
 
     index = index_tars([pattern])
     with private_connection() as connection:
@@ -107,7 +107,7 @@ def index_tars(patterns: list[str]) -> TarIndex:
     subtitle   the txt, else the json's `subtitle` or `text`
     caption    the json's `caption`, or the first of its `captions`
     """
-    from training.selection import SELECTION
+    from training.data.selection import SELECTION
 
     paths = [path for pattern in patterns for path in expand(pattern)]
     with ThreadPoolExecutor(min(_THREADS, len(paths))) as pool:

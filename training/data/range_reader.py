@@ -2,7 +2,7 @@
 
 `ShardReader.read` takes many ranges at once. Ranges of one shard that lie close together become one read; of a remote
 store all reads are asked for together. What is missing or too short comes back as an ItemError in its place, so that a
-broken shard costs its own samples only. With a cache (`training.shard_cache`), shards that a run wants most of are
+broken shard costs its own samples only. With a cache (`training.data.shard_cache`), shards that a run wants most of are
 fetched whole, once, and read locally from then on.
 """
 
@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.errors import ItemError
-from training.shard_cache import ShardCache
-from training.stores import as_item_error, read_ranges, scheme_of
+from clipmill.base.errors import ItemError
+from training.data.remote_files import as_item_error, read_ranges, scheme_of
+from training.data.shard_cache import ShardCache
 
 # A gap costs a local file nothing but the bytes that are copied for it: the kernel reads ahead anyway.
 LOCAL_GAP_BYTES = 16_384

@@ -31,9 +31,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.errors import ItemError, UserError
-from training.plan import Rows
-from training.samples import Part, SampleReader
+from clipmill.base.errors import ItemError, UserError
+from training.data.epoch_plan import Rows
+from training.data.sample_reader import Part, SampleReader
 
 _AHEAD = 2  # requests a process holds: one to read, one to go on with at once
 _MAX_LOST = 10  # processes that die while they are at no sample, and no part between: nothing is read at all
@@ -223,7 +223,7 @@ class Pool:
 def warm_up(reader: SampleReader) -> Any:
     """Starts the fork server, if it does not run yet, and returns without waiting for its imports: seconds of them."""
     context = multiprocessing.get_context("forkserver")
-    tokenizer = "training.clip_tokenizer" if reader.texts.words is None else "captioning.tokenizer"
+    tokenizer = "training.data.clip_tokenizer" if reader.texts.words is None else "captioning.word_tokenizer"
     context.set_forkserver_preload([__name__, tokenizer])
     forkserver.ensure_running()
     return context

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from shards.files import files_of, for_reading
-from training.shard_reader import Range
+from shards.storage.mirror import files_of, for_reading
+from training.data.range_reader import Range
 
 LOOK_EVERY_S = 5.0  # at most so often, where bytes are simply damaged
 

@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from pipeline.errors import ItemError, UserError
+from clipmill.base.errors import ItemError, UserError
 
 # What stores call the thing that changes when a file does.
 _VERSIONS = (

@@ -18,18 +18,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import ItemError
-from shards.tombstones import FORGOTTEN, Tombstones
-from training.batch import Batch
-from training.clip_video import Picture, Pixels, decode_clip, decode_still
-from training.frames import drawn_text, eval_indices, middle_index, paced_indices, train_indices
-from training.places import Places
-from training.plan import PAD
-from training.selection import Selection
+from clipmill.base.errors import ItemError
+from shards.corpus.tombstones import FORGOTTEN, Tombstones
+from training.data.batch import Batch
+from training.data.clip_frames import Picture, Pixels, decode_clip, decode_still
+from training.data.epoch_plan import PAD
+from training.data.frame_sampling import drawn_text, eval_indices, middle_index, paced_indices, train_indices
+from training.data.range_reader import Range, ShardReader
+from training.data.relocation import Places
+from training.data.selection import Selection
+from training.data.shard_cache import ShardCache
+from training.data.tokenizer import TextEncoder
 from training.settings import DataSettings
-from training.shard_cache import ShardCache
-from training.shard_reader import Range, ShardReader
-from training.texts import TextEncoder
 
 HOLE = -1  # in `Batch.rows_B`
 
@@ -70,7 +70,7 @@ _ARRAYS += ("frame_mask_BT", "neighbour_BNL", "neighbour_mask_BN")
 
 @dataclass
 class Part:
-    """Some slots of a step, read; plain arrays, so that it goes through a pipe as it is. Legend: `training.batch`."""
+    """Some slots of a step, read; plain arrays, so that it goes through a pipe as it is. Legend: `training.data.batch`."""
 
     canvas: Canvas | None  # None on the way through a pipe
     rows_B: NDArray[np.int64]

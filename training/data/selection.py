@@ -1,6 +1,6 @@
 """What a run trains on: the clips that SQL picks from a corpus, frozen into one Arrow file that processes share.
 
-`training.choice` says which clips; `write` streams them, a few shards at a time, in order of (shard, offset) into
+`training.data.clip_query` says which clips; `write` streams them, a few shards at a time, in order of (shard, offset) into
 `selection.arrow`, where a clip is its row number: plan, loader and checkpoints know it by nothing else. `Selection`
 opens the file memory-mapped: any process reads any rows of it without loading the rest.
 
@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
-from training.choice import Choice, Samples, Tables, add_neighbours, choose, choose_run, open_samples
-from training.edit_selection import edited_rows
-from training.plan import hash_selection
+from clipmill.base.errors import UserError
+from training.data.clip_query import Choice, Samples, Tables, add_neighbours, choose, choose_run, open_samples
+from training.data.edited_clips import edited_rows
+from training.data.epoch_plan import hash_selection
 from training.settings import DataSettings, EvalSettings, Group
 
 SELECTION = pa.schema(
@@ -103,7 +103,7 @@ def write(samples: Samples, choice: Choice, path: Path) -> None:
     Reads `samples` three times, a few shards at a time: for the snapshot, for the hash, for the rows. Both are in the
     file's first bytes, so they have to be known before the rows.
     """
-    from shards.tar import replacing
+    from shards.packing.tar import replacing
 
     snapshot = _snapshot(samples, choice)
     metadata = {"root": samples.root, "snapshot": snapshot, "hash": hash_selection(snapshot, _ids(samples, choice))}

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pipeline.errors import ItemError
-from training.stores import describe, filesystem_of
+from clipmill.base.errors import ItemError
+from training.data.remote_files import describe, filesystem_of
 
 MOST_SHARE = 0.5  # a shard is fetched whole when the run wants more of its bytes than this
 IDLE_S = 600.0  # a copy that nobody has read from for so long may go

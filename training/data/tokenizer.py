@@ -12,7 +12,7 @@ from torch import Tensor
 class TextEncoder:
     """Small enough to travel to every loader process; the vocabulary is read where it is first used.
 
-    words       a model's own word list (`captioning.tokenizer`); None: CLIP's
+    words       a model's own word list (`captioning.word_tokenizer`); None: CLIP's
     max_tokens  both ends included: longer texts are cut and still close with the end token
     """
 
@@ -30,9 +30,9 @@ class TextEncoder:
     @cached_property
     def _tokenizer(self) -> Any:
         if self.words is not None:
-            from captioning.tokenizer import WordTokenizer
+            from captioning.word_tokenizer import WordTokenizer
 
             return WordTokenizer(self.words, self.max_tokens)
-        from training.clip_tokenizer import SimpleTokenizer
+        from training.data.clip_tokenizer import SimpleTokenizer
 
         return SimpleTokenizer(context_length=self.max_tokens)

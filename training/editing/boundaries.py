@@ -1,8 +1,8 @@
 """Video Editing for Video Retrieval: clips from single timestamps, and a teacher that edits their boundaries.
 
 spec/video_editing.md sections 3, 5 and 9; what is marked [design] there is ours. Pure functions of numbers: no model,
-no files. A model enters as a `Scorer`; `training.edit_scores` has one for cached frame features, and
-`training.edit_rounds` plays the rounds of teacher and student. Times are seconds as doubles; shape letters:
+no files. A model enters as a `Scorer`; `training.editing.scores` has one for cached frame features, and
+`training.editing.rounds` plays the rounds of teacher and student. Times are seconds as doubles; shape letters:
     N clips of a video   K candidates of a clip   2 start and end
 
 A clip's first boundaries are its *base* and never change; what a round decides is a row of `EDITS`, and a round's rows
@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.errors import ItemError
-from shards.schema import TABLES
-from training.edit_settings import EditSettings
+from clipmill.base.errors import ItemError
+from shards.corpus.schema import TABLES
+from training.editing.settings import EditSettings
 
 Floats = NDArray[np.float64]
 Spans = dict[str, Floats]  # present boundaries [N, 2] by video_id, in the order of the video's clips

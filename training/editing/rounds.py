@@ -19,10 +19,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import ItemError, UserError
-from shards.schema import TABLES
-from training.edit_settings import EditSettings
-from training.video_editing import EDITS, Drift, Edited, Floats, Spans, VideoClips, drift, edit_videos, lowest_threshold
+from clipmill.base.errors import ItemError, UserError
+from shards.corpus.schema import TABLES
+from training.editing.boundaries import (
+    EDITS,
+    Drift,
+    Edited,
+    Floats,
+    Spans,
+    VideoClips,
+    drift,
+    edit_videos,
+    lowest_threshold,
+)
+from training.editing.settings import EditSettings
 
 # The table's columns that the rounds decide; the others are its report
 _REPORTED = ("editing", "threshold", "num_overlapping", "reasons", "length_changes", "shifts", "settings")

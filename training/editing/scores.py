@@ -2,7 +2,7 @@
 
 `FrameScorer` is the cheap `Scorer` of spec/video_editing.md section 5: a video's frames are encoded once per round and
 every candidate is the mean of its frames, taken from running sums. numpy only. Shape letters as in
-`training.video_editing`, and    F frames of a video   J captions of the bank   C embed_dim
+`training.editing.boundaries`, and    F frames of a video   J captions of the bank   C embed_dim
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ItemError, UserError
-from training.video_editing import Floats, VideoClips
+from clipmill.base.errors import ItemError, UserError
+from training.editing.boundaries import Floats, VideoClips
 
 _OUT = 2.0  # what a candidate that was not looked at again is below the present one: more than cosines can differ
 

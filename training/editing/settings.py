@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Settings, operational, resolve_settings
+from clipmill.base.settings import Settings, operational, resolve_settings
 from training.settings import RECIPES, RunSettings
 
 

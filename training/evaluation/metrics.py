@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
 
 Ties = Literal["pessimistic", "optimistic", "mean"]
 Dsl = Literal["per_direction", "published"]

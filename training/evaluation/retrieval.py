@@ -4,7 +4,7 @@
    batches r, r + W, r + 2W, …: a batch holds the same items whoever encodes it, so that features do not depend on W.
 2. Every process gathers all features with the ids they belong to, and puts them in the order of the ids. Nothing is
    padded, nothing counts twice. A clip that cannot be read is left out and reported: it is neither asked nor found.
-3. Every process then ranks the whole matrix [texts, videos] (`training.evaluate`), so all of them return the same.
+3. Every process then ranks the whole matrix [texts, videos] (`training.evaluation.metrics`), so all of them return the same.
 
 The same sentence said in several clips counts as it does in the published benchmarks: each clip asks with it, and only
 that clip is right. Video to text, the other clips' sentences are exactly as near, and a tie counts against the query:
@@ -30,17 +30,17 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from pipeline.errors import UserError
-from shards.tar import replacing
-from training.distributed import Process
-from training.encoder import encode_clips, needs_pairs, score_pairs
-from training.evaluate import Dsl, chance, retrieval_metrics
-from training.gather import gather_counts, gather_rows
-from training.loader import Loader, default_processes
-from training.loader_pool import Request
-from training.models import text_encoder
-from training.samples import Failure, SampleReader
-from training.selection import Selection
+from clipmill.base.errors import UserError
+from shards.packing.tar import replacing
+from training.data.loader import Loader, default_processes
+from training.data.reader_pool import Request
+from training.data.sample_reader import Failure, SampleReader
+from training.data.selection import Selection
+from training.evaluation.metrics import Dsl, chance, retrieval_metrics
+from training.models.registry import text_encoder
+from training.parallel.all_gather import gather_counts, gather_rows
+from training.parallel.distributed import Process
+from training.parallel_model import encode_clips, needs_pairs, score_pairs
 from training.settings import RunSettings
 
 Progress = Callable[[int, int], None]  # (clips this process has encoded, clips it has to encode)

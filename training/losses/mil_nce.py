@@ -2,8 +2,8 @@
 
 For each clip -log of the share that its own block of texts has among everything it is compared with: all texts of the
 batch with its video, and its own text, the published block's middle one, with the other videos. Logits are
-exp(log_scale) times cosines. `training.pair_losses.mil_nce` is the published form, on a matrix of pairs; with one video
-for a block of texts the two are the same (tests/test_mil_nce_across_processes.py).
+exp(log_scale) times cosines. `training.losses.pair_losses.mil_nce` is the published form, on a matrix of pairs; with one video
+for a block of texts the two are the same (tests/training/test_mil_nce_across_processes.py).
 
 What is missing: a text that does not exist is nobody's positive and nobody's negative. A clip that could not be read
 has no text either. A clip without an own text asks nothing, but its video and its neighbours' texts are negatives.
@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.gather import gather_rows
-from training.loss import OmnisourceLoss, sum_of_means
+from training.losses.omnisource import OmnisourceLoss, sum_of_means
+from training.parallel.all_gather import gather_rows
 
 
 def mil_nce_loss(
@@ -33,7 +33,7 @@ def mil_nce_loss(
 ) -> OmnisourceLoss:
     """Of unit vectors; masks are true where something exists. neighbour_BND None: no clip has any.
 
-    group, mean_gradients  as in `training.loss.omnisource_loss`; every process has equally many clips
+    group, mean_gradients  as in `training.losses.omnisource.omnisource_loss`; every process has equally many clips
     """
     text_BnD = subtitle_BD[:, None] if neighbour_BND is None else torch.cat([subtitle_BD[:, None], neighbour_BND], 1)
     text_mask_Bn = torch.cat([subtitle_mask_B[:, None], neighbour_mask_BN], dim=1) & video_mask_B[:, None]

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import UserError
-from training.gather import gather_counts, gather_rows
+from clipmill.base.errors import UserError
+from training.parallel.all_gather import gather_counts, gather_rows
 
-Variant = Literal["vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc", "joint"]  # `training.mil_nce` is another
+Variant = Literal["vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc", "joint"]  # `training.losses.mil_nce` is another
 Features = Tensor | tuple[Tensor, Tensor] | None
 
 

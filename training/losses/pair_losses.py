@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
 
 
 def cross_entropy(similarity: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def cross_entropy(similarity: Tensor) -> Tensor:
 
 
 def symmetric_cross_entropy(similarity: Tensor) -> Tensor:
-    """Half the sum of both directions. `training.loss`'s variant "vs" on the same vectors is twice this."""
+    """Half the sum of both directions. `training.losses.omnisource`'s variant "vs" on the same vectors is twice this."""
     return (cross_entropy(similarity) + cross_entropy(similarity.T)) / 2
 
 

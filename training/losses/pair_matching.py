@@ -1,6 +1,6 @@
 """In-batch matching for models that score pairs: every text with every video, the own pair among them to be found.
 
-The two terms are those of `training.loss`'s variant "vs", on scores instead of cosines; half their sum is the published
+The two terms are those of `training.losses.omnisource`'s variant "vs", on scores instead of cosines; half their sum is the published
 symmetric loss (spec/clip4clip.md section 4). The released code compares a process's own rows alone; here it is all rows
 of the batch, as in the other losses. A process scores its own texts with all videos and scores are gathered, so that
 each of the K x K pairs is scored once. What is missing asks nothing and is nobody's negative, as there.
@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.gather import gather_rows
-from training.loss import OmnisourceLoss, sum_of_means
+from training.losses.omnisource import OmnisourceLoss, sum_of_means
+from training.parallel.all_gather import gather_rows
 
 Score = Callable[[Tensor, Tensor], Tensor]  # texts [B, C] and frames [K, F, C] to [B, K]
 
@@ -32,7 +32,7 @@ def matching_loss(
 ) -> OmnisourceLoss:
     """Sum of both directions' mean cross entropies; masks are true where something exists.
 
-    group, mean_gradients  as in `training.loss.omnisource_loss`; every process has equally many clips
+    group, mean_gradients  as in `training.losses.omnisource.omnisource_loss`; every process has equally many clips
     """
     text_mask_B = text_mask_B & video_mask_B
     text_BC = torch.where(text_mask_B[:, None], text_BC, 0)

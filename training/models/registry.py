@@ -9,8 +9,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from pipeline.errors import UserError
-from training.checkpoint import (
+from clipmill.base.errors import UserError
+from training.data.tokenizer import TextEncoder
+from training.models.clip4clip import Clip4Clip
+from training.models.clip_vip import ClipVip, ModelConfig
+from training.models.unipt import UniPtClip, side_tensors
+from training.models.weights.clip4clip import file_contents, load_clip4clip
+from training.models.weights.clip_vip import (
     from_open_clip_model,
     load_clip_vip,
     load_model,
@@ -19,15 +24,10 @@ from training.checkpoint import (
     with_shape,
     write_model,
 )
-from training.clip4clip import file_contents, load_clip4clip
-from training.clip4clip_model import Clip4Clip
-from training.configs import config_from_open_clip
-from training.full_state import State
-from training.model import ClipVip, ModelConfig
+from training.models.weights.config_formats import config_from_open_clip
+from training.models.weights.unipt import load_unipt, unipt_header
+from training.parallel.state_dict import State
 from training.settings import ModelSettings
-from training.texts import TextEncoder
-from training.unipt import UniPtClip, side_tensors
-from training.unipt_files import load_unipt, unipt_header
 
 Model = ClipVip | Clip4Clip | UniPtClip
 
@@ -142,8 +142,8 @@ def _unipt(backbone: ClipVip, settings: ModelSettings, seed: int) -> UniPtClip:
 
 
 def _demo_model(seed: int, shape: dict) -> ClipVip:
-    """The image-text model that ships with clipmill (`captioning.train_demo_models`)."""
-    from captioning.identity import DEMO_WEIGHTS
+    """The image-text model that ships with clipmill (`bench.demo_models.train`)."""
+    from captioning.model_identity import DEMO_WEIGHTS
 
     clip, description = _demo_clip()
     weights = load_file(DEMO_WEIGHTS / "demo_clip.safetensors")
@@ -155,8 +155,8 @@ def _demo_model(seed: int, shape: dict) -> ClipVip:
 
 def _demo_clip() -> tuple[Any, dict[str, Any]]:
     """Its open_clip model with random weights, and its description."""
-    from captioning.demo import build
-    from captioning.identity import DEMO_WEIGHTS
+    from captioning.demo_models import build
+    from captioning.model_identity import DEMO_WEIGHTS
 
     description = json.loads((DEMO_WEIGHTS / "demo_clip.json").read_text())
     return build("demo_clip", description).model, description

@@ -1,7 +1,7 @@
 """Augmentation on the device, where asked: the published method has none.
 
 What a clip gets is a function of (seed, step, its row), so neither processes nor chunks change it. All frames of a clip
-and its still get the same. Pixels stay uint8; shape letters are those of `training.batch`.
+and its still get the same. Pixels stay uint8; shape letters are those of `training.data.batch`.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from training.batch import Batch
-from training.counting import key_of
+from training.data.batch import Batch
+from training.data.stateless_random import key_of
 
 Augmentation = Literal["flip", "brightness", "contrast"]
 

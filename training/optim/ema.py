@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from training.full_state import State, bare_name, deal, gather
+from training.parallel.state_dict import State, bare_name, deal, gather
 
 
 class Ema:
@@ -56,7 +56,7 @@ class Ema:
             average.copy_(kept)
 
     def full_state(self) -> State:
-        """Whole averages on the CPU by bare name, on the first process: see `training.full_state`."""
+        """Whole averages on the CPU by bare name, on the first process: see `training.parallel.state_dict`."""
         return gather(self._averages)
 
     def restore(self, tensors: State) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
 
 Update = Literal["adamw", "clip_vip", "clip4clip"]
 BETAS = (0.9, 0.98)

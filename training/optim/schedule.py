@@ -3,7 +3,7 @@
 import math
 from typing import Literal, get_args
 
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
 
 Decay = Literal["cosine", "linear", "invsqrt", "constant", "clip4clip"]
 LOWEST_RATE = 1e-8  # an absolute rate, not a factor: what a step gets whose formula gives nothing

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import UserError
+from clipmill.base.errors import UserError
 
 Result = TypeVar("Result")
 

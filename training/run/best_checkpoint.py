@@ -3,7 +3,7 @@
 The lines of eval.jsonl decide, nothing else: `checkpoints/best.json` repeats what they say, for people and commands,
 and is written anew from them whenever the run goes on. Choosing the evaluation with the best text to video R@1 is what
 released trainers do, on their test set (spec/clip4clip.md section 9.4); here no clip of a split "test" may take part
-(`training.choice`). Of equals the earlier counts. The model before its first step is no candidate: nothing was trained.
+(`training.data.clip_query`). Of equals the earlier counts. The model before its first step is no candidate: nothing was trained.
 """
 
 import json
@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.corpus import write_text_atomically
-from pipeline.errors import UserError
-from training.run_checkpoints import Checkpoints
-from training.run_folder import RunFolder
+from clipmill.base.errors import UserError
+from shards.corpus.folder import write_text_atomically
+from training.run.checkpoints import Checkpoints
+from training.run.folder import RunFolder
 from training.settings import Metric
 
 

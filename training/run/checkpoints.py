@@ -1,7 +1,7 @@
 """The checkpoints of a run: written whole or not at all, checked before they are trusted, the latest few kept.
 
     checkpoints/step-00000100/
-      model.safetensors config.json   the weights: `training.checkpoint.load_model` opens the folder
+      model.safetensors config.json   the weights: `training.models.weights.clip_vip.load_model` opens the folder
       ema.safetensors ema.json        averaged weights, where the run keeps them
       training.pt                     optimiser and random state: tensors and plain containers, nothing that runs
       state.json                      the position in the plan, settings, selection; size and SHA-256 of the others
@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from pipeline.config import digest
-from pipeline.errors import UserError
-from training.full_state import OptimiserState, State
+from clipmill.base.errors import UserError
+from clipmill.base.settings import digest
+from training.parallel.state_dict import OptimiserState, State
 
 WriteWeights = Callable[[State, Path], Any]
 
@@ -92,7 +92,7 @@ class Checkpoints:
     ) -> Path:
         """Writes a checkpoint, then removes all but the latest `keep` and those of the steps in `also_keep`.
 
-        write                    writes weights to a folder or a .safetensors file (`training.models.writer`)
+        write                    writes weights to a folder or a .safetensors file (`training.models.registry.writer`)
         tensors, optimiser, ema  as `full_state` and `Ema.full_state` give them on the first process
         state                    JSON data: the plan's position, settings, the selection's hash
         attach                   further files by name, each written by its function before the checkpoint is sealed

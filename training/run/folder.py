@@ -4,8 +4,8 @@ RUN/
   run.yaml            the settings, resolved; the corpus, the command, the selection's hash
   selection.arrow     the selected clips, frozen when the run started
   plan/               the order of each epoch
-  checkpoints/        see training/run_checkpoints.py; best.json says which is the best: training/best.py
-  log.jsonl           one line per logged step: see training/run_log.py
+  checkpoints/        see training/run/checkpoints.py; best.json says which is the best: training/run/best_checkpoint.py
+  log.jsonl           one line per logged step: see training/run/log.py
   eval.jsonl          one line per evaluation
   failures.jsonl      samples that could not be read
   feedback.parquet    per clip: similarity, loss, times seen (train.feedback)
@@ -24,11 +24,11 @@ from typing import IO, Any
 
 import yaml
 
-from pipeline.config import Settings, read_yaml, validate_settings
-from pipeline.corpus import write_text_atomically
-from pipeline.errors import UserError
-from pipeline.locks import take_lock
-from training.run_checkpoints import Checkpoints, warn
+from clipmill.base.errors import UserError
+from clipmill.base.file_lock import take_lock
+from clipmill.base.settings import Settings, read_yaml, validate_settings
+from shards.corpus.folder import write_text_atomically
+from training.run.checkpoints import Checkpoints, warn
 from training.settings import RunSettings
 
 FORMAT = 1  # of the folder; a run of another format is refused

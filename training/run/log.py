@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from pipeline.corpus import write_text_atomically
-from pipeline.errors import UserError
-from training.meter import Meter
+from clipmill.base.errors import UserError
+from shards.corpus.folder import write_text_atomically
+from training.run.throughput import Meter
 
 PLAIN_LINE_EVERY_S = 10.0  # at most, where there is no terminal to redraw
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
-from shards.tar import replacing
+from shards.packing.tar import replacing
 
 Value = float | tuple[float, float]  # a number, or a mean and its spread: drawn as mean ± spread
 Point = tuple[float, float] | tuple[float, float, float]  # x, y and perhaps the spread of y

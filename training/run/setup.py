@@ -6,9 +6,9 @@ Done by a run's first process alone; the others open what it has made. A run tha
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import UserError
-from training.run_folder import RunFolder, RunRecord
-from training.selection import EVAL_FILE, Choice, Selection, Tables, freeze_run
+from clipmill.base.errors import UserError
+from training.data.selection import EVAL_FILE, Choice, Selection, Tables, freeze_run
+from training.run.folder import RunFolder, RunRecord
 from training.settings import RunSettings, resolve
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import av
 import numpy as np
 
-from pipeline.encode import AUDIO_RATE
-from pipeline.media import open_media
-from pipeline.packets import packets_of
+from clipmill.media.encode import AUDIO_RATE
+from clipmill.media.packets import packets_of
+from clipmill.media.probe import open_media
 
 FRAME_SAMPLES = 1024  # what AAC takes at once
 SLACK_SAMPLES = AUDIO_RATE // 10  # timestamps that jump by more than this are believed, less is rounding

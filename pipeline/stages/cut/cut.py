@@ -1,6 +1,6 @@
-"""The cut stage's front door: its settings, what it is asked and what it answers. The work is in `pipeline.cutter`.
+"""The cut stage's front door: its settings, what it is asked and what it answers. The work is in `pipeline.stages.cut.cutter`.
 
-Frame-accurate by `pipeline.timeline`, one decode per video by `pipeline.decode`, encodings by `pipeline.encode`.
+Frame-accurate by `clipmill.media.frame_times`, one decode per video by `clipmill.media.decode`, encodings by `clipmill.media.encode`.
 Imports nothing heavy, so that settings load quickly.
 """
 
@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipeline.config import Settings, operational
-from pipeline.errors import ItemError
-from pipeline.sandbox import Sandbox
+from clipmill.base.errors import ItemError
+from clipmill.base.settings import Settings, operational
+from clipmill.media.sandbox import Sandbox
 
 
 class CutSettings(Settings):
@@ -79,7 +79,7 @@ def cut_video(path: str | Path, spans: list[SpanRequest], settings: CutSettings,
     What concerns one span is in the result's failures. Raises ItemError for the whole video: source-missing,
     empty-file, not-a-video, no-video-stream, undecodable, too-large, too-many-frames. Call it in a sandbox.
     """
-    from pipeline.cutter import Cutter
+    from pipeline.stages.cut.cutter import Cutter
 
     return Cutter(path, settings).cut(spans, out_path)
 

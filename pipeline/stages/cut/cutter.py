@@ -14,16 +14,16 @@ from pathlib import Path
 import av
 import numpy as np
 
-from pipeline.clip_audio import AudioTrack
-from pipeline.cut import CutResult, CutSettings, SpanRequest
-from pipeline.decode import DecodeCounts, list_by_decoding, wanted_frames
-from pipeline.encode import ENCODINGS, ClipEncoder, JpegSequence
-from pipeline.errors import ItemError
-from pipeline.frames import ClipMeasures, Look, Thumbnailer, perceptual_hash
-from pipeline.media import open_media, video_stream
-from pipeline.packets import Limits, SourceFrames, Untrusted, list_frames
-from pipeline.picture import PictureMaker
-from pipeline.timeline import FrameTimes, caption_frames, choose_frames
+from clipmill.base.errors import ItemError
+from clipmill.media.decode import DecodeCounts, list_by_decoding, wanted_frames
+from clipmill.media.encode import ENCODINGS, ClipEncoder, JpegSequence
+from clipmill.media.frame_stats import ClipMeasures, Look, Thumbnailer, perceptual_hash
+from clipmill.media.frame_times import FrameTimes, caption_frames, choose_frames
+from clipmill.media.packets import Limits, SourceFrames, Untrusted, list_frames
+from clipmill.media.probe import open_media, video_stream
+from pipeline.stages.cut.audio_track import AudioTrack
+from pipeline.stages.cut.cut import CutResult, CutSettings, SpanRequest
+from pipeline.stages.cut.picture import PictureMaker
 
 
 class View:

@@ -14,7 +14,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 
-from pipeline.media import rotation_of
+from clipmill.media.probe import rotation_of
 
 # Bit-exact code paths: the same pixels on every processor.
 SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 
-from pipeline.download_errors import DownloadError
+from pipeline.stages.download.errors import DownloadError
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _COMPATIBLE = ipaddress.ip_network("::/96")

@@ -2,7 +2,7 @@
 
 import errno
 
-from pipeline.errors import ItemError
+from clipmill.base.errors import ItemError
 
 # error class → (heals by itself, what it means)
 ERROR_CLASSES: dict[str, tuple[bool, str]] = {

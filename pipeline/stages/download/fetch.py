@@ -2,7 +2,7 @@
 
 A source is a local file (used where it lies), an object of a store, a direct link, or a page of a site; each way ends
 in the same row of `downloads`. What comes in is hostile until probed: whatever is wrong with one source is one
-ItemError of the classes in `pipeline.download_errors`. While a download runs its files lie in FOLDER/VIDEO_ID.part/,
+ItemError of the classes in `pipeline.stages.download.errors`. While a download runs its files lie in FOLDER/VIDEO_ID.part/,
 which a later attempt continues; final names (FOLDER/VIDEO_ID.EXT, FOLDER/VIDEO_ID.LANG.EXT) appear complete, by a
 rename, or not at all.
 """
@@ -25,11 +25,15 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from pipeline.address_guard import Gate
-from pipeline.config import Settings, operational
-from pipeline.download_errors import RETRIED, DownloadError, from_os_error
-from pipeline.errors import ItemError, UserError
-from pipeline.file_kinds import (
+from clipmill.base.errors import ItemError, UserError
+from clipmill.base.file_lock import lock_file
+from clipmill.base.settings import Settings, operational
+from pipeline.runtime.watchdog import GRACE_S, time_limit
+from pipeline.stages.download.address_guard import Gate
+from pipeline.stages.download.errors import RETRIED, DownloadError, from_os_error
+from pipeline.stages.download.host_limiter import HostGovernor, hold, host_of
+from pipeline.stages.download.http_fetch import CHUNK_BYTES, HttpFile, download_http
+from pipeline.stages.download.sniff import (
     SNIFF_BYTES,
     check_regular,
     check_whole,
@@ -38,11 +42,7 @@ from pipeline.file_kinds import (
     is_text,
     subtitle_format,
 )
-from pipeline.governor import HostGovernor, hold, host_of
-from pipeline.http_fetch import CHUNK_BYTES, HttpFile, download_http
-from pipeline.locks import lock_file
-from pipeline.sidecars import sidecars
-from pipeline.watchdog import GRACE_S, time_limit
+from pipeline.stages.ingest.sidecars import sidecars
 
 MEDIA_EXTENSIONS = frozenset(
     "mp4 m4v mov mkv webm avi flv f4v wmv asf ts m2ts mts mpg mpeg vob ogv ogg 3gp 3g2 mxf ivf gif".split()
@@ -146,12 +146,12 @@ def fetch(
     """The row of `downloads` (its own columns) for a row of `sources`; files end up in `folder`.
 
     Paths in the row are relative to `corpus_root` (default: `folder`'s parent) where they lie below it. `governor` is
-    a HostGovernor or a Ray actor of one. `probe` takes a path and gives a `pipeline.media.MediaInfo` or raises
+    a HostGovernor or a Ray actor of one. `probe` takes a path and gives a `clipmill.media.probe.MediaInfo` or raises
     ItemError. `require_right` is called before anything is written and before anything gets its final name; what it
     raises ends the download there. Raises ItemError; what a permanent failure left half-done is removed, after a
     transient one it is kept to go on from.
     """
-    from pipeline import media
+    from clipmill.media import probe as media
 
     job = _Job(source, Path(folder), settings, governor or new_governor(settings))
     try:
@@ -221,7 +221,7 @@ class _Job:
 
     def _web(self) -> _Fetched:
         """A known site's page through its extractor; else the link itself; a page found there by the generic one."""
-        from pipeline.site_fetch import site_extractor
+        from pipeline.stages.download.site_fetch import site_extractor
 
         with time_limit(GRACE_S, f"looking up {self.url}"):
             extractor = site_extractor(self.url)
@@ -254,7 +254,7 @@ class _Job:
                 raise DownloadError("truncated", error.message) from error
 
     def _site(self, gate, *, generic: bool) -> _Fetched:
-        from pipeline.site_fetch import download_site, metadata
+        from pipeline.stages.download.site_fetch import download_site, metadata
 
         video = download_site(self.url, self.work, self.settings, gate, generic=generic)
         columns = metadata(video.info)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from pipeline.download_errors import DownloadError
+from pipeline.stages.download.errors import DownloadError
 
 LOCKED_OUT = -1.0  # acquire's answer when waiting is not worth it
 GRACE_S = 5.0  # a waiter this late is taken for dead

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
-from pipeline.address_guard import Gate, resolve
-from pipeline.download_errors import DownloadError, from_http_status, from_os_error
-from pipeline.errors import UserError
-from pipeline.file_kinds import SNIFF_BYTES, is_text
+from clipmill.base.errors import UserError
+from pipeline.stages.download.address_guard import Gate, resolve
+from pipeline.stages.download.errors import DownloadError, from_http_status, from_os_error
+from pipeline.stages.download.sniff import SNIFF_BYTES, is_text
 
 if TYPE_CHECKING:
     import requests
 
-    from pipeline.download import DownloadSettings
+    from pipeline.stages.download.fetch import DownloadSettings
 
 MAX_REDIRECTS = 10
 CHUNK_BYTES = 1 << 18

@@ -23,14 +23,14 @@ from yt_dlp.networking.common import Response
 from yt_dlp.networking.exceptions import HTTPError, RequestError, TransportError
 from yt_dlp.utils import GeoRestrictedError, UnsupportedError
 
-from pipeline.address_guard import Gate
-from pipeline.download_errors import DownloadError, from_http_status, from_os_error
-from pipeline.errors import ItemError, UserError
-from pipeline.http_fetch import CHUNK_BYTES, check_behind_proxy, load_cookies
-from pipeline.media import CONTAINERS
+from clipmill.base.errors import ItemError, UserError
+from clipmill.media.probe import CONTAINERS
+from pipeline.stages.download.address_guard import Gate
+from pipeline.stages.download.errors import DownloadError, from_http_status, from_os_error
+from pipeline.stages.download.http_fetch import CHUNK_BYTES, check_behind_proxy, load_cookies
 
 if TYPE_CHECKING:
-    from pipeline.download import DownloadSettings
+    from pipeline.stages.download.fetch import DownloadSettings
 
 # Downloaders that fetch through yt-dlp's request director only.
 GATED_DOWNLOADERS = {"HttpFD", "HlsFD", "DashSegmentsFD", "IsmFD", "F4mFD"}

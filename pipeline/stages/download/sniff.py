@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.download_errors import DownloadError
+from pipeline.stages.download.errors import DownloadError
 
 SNIFF_BYTES = 2048
 SUBTITLE_FORMATS = ("vtt", "srt", "ttml", "json3", "srv3", "ass")

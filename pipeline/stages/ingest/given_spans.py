@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shards.schema import SPAN
+from shards.corpus.schema import SPAN
 
 SPANS = pa.list_(SPAN)
 

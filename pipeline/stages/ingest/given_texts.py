@@ -5,9 +5,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.given_spans import SPANS
-from pipeline.list_files import is_unicode
-from shards.schema import REFERENCE
+from pipeline.stages.ingest.given_spans import SPANS
+from pipeline.stages.ingest.list_files import is_unicode
+from shards.corpus.schema import REFERENCE
 
 TEXTS = pa.list_(REFERENCE)
 WHOLE = [{"n": 0, "start_s": 0.0, "end_s": None}]  # the spans of a source that has texts and no spans

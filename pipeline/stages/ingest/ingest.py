@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from pipeline.config import Settings, operational
-from pipeline.errors import UserError
-from pipeline.identity import canonical_urls, video_ids
-from pipeline.source_lists import Problem, SourceList, read_sources
-from shards.schema import TABLES
-from shards.tombstones import hash_of
+from clipmill.base.errors import UserError
+from clipmill.base.settings import Settings, operational
+from pipeline.stages.ingest.source_lists import Problem, SourceList, read_sources
+from shards.corpus.schema import TABLES
+from shards.corpus.source_ids import canonical_urls, video_ids
+from shards.corpus.tombstones import hash_of
 
 __all__ = ["IngestSettings", "Ingested", "Problem", "SourceList", "ingest", "read_sources"]
 

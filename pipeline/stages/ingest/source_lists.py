@@ -1,5 +1,5 @@
 """Reading lists of sources: txt, csv/tsv, json/jsonl, Parquet, HD-VILA jsonl, folders, globs, single files, URLs, "-",
-and the folders of published benchmarks (msrvtt:FOLDER, read by `pipeline.benchmarks`).
+and the folders of published benchmarks (msrvtt:FOLDER, read by `pipeline.stages.ingest.benchmarks`).
 
 Everything becomes one Arrow table (`LISTED`), read column-wise by pyarrow and DuckDB; a line that cannot be used
 becomes a `Problem` with its place and stops nothing else. What comes in is untrusted text; no URL and no video is
@@ -21,16 +21,16 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.benchmarks.sources import BENCHMARKS, is_benchmark, read_benchmark
-from pipeline.errors import UserError
-from pipeline.given_spans import SPANS, spans_from_json
-from pipeline.given_texts import TEXTS, texts_from_json
-from pipeline.identity import SCHEME_PATTERN, canonical_urls
-from pipeline.list_files import VIDEO_EXTENSIONS, Problem, decode
-from pipeline.sidecars import SUBTITLE_EXTENSIONS, leads_out, sidecars
+from clipmill.base.errors import UserError
+from pipeline.stages.ingest.benchmarks.sources import BENCHMARKS, is_benchmark, read_benchmark
+from pipeline.stages.ingest.given_spans import SPANS, spans_from_json
+from pipeline.stages.ingest.given_texts import TEXTS, texts_from_json
+from pipeline.stages.ingest.list_files import VIDEO_EXTENSIONS, Problem, decode
+from pipeline.stages.ingest.sidecars import SUBTITLE_EXTENSIONS, leads_out, sidecars
+from shards.corpus.source_ids import SCHEME_PATTERN, canonical_urls
 
 if TYPE_CHECKING:
-    from pipeline.ingest import IngestSettings
+    from pipeline.stages.ingest.ingest import IngestSettings
 
 LIST_EXTENSIONS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")  # all but Parquet also with .gz
 

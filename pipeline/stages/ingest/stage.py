@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.benchmarks.sources import is_benchmark
-from pipeline.config import digest
-from pipeline.ingest import Ingested, Problem, ingest
-from shards.fragments import commit_name, table_schema, write_commit
-from shards.schema import LEDGER
-from shards.tombstones import read_tombstones
+from clipmill.base.settings import digest
+from pipeline.stages.ingest.benchmarks.sources import is_benchmark
+from pipeline.stages.ingest.ingest import Ingested, Problem, ingest
+from shards.corpus.fragments import commit_name, table_schema, write_commit
+from shards.corpus.schema import LEDGER
+from shards.corpus.tombstones import read_tombstones
 
 
 @dataclass(frozen=True)

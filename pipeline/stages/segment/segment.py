@@ -1,6 +1,6 @@
 """Words to spans: whole sentences merged or split into a length range (HD-VILA), given spans as they are, or shots.
 
-What may come in is the words of one video in order, its duration, and what its source list or `pipeline.shots` says.
+What may come in is the words of one video in order, its duration, and what its source list or `pipeline.stages.segment.shots` says.
 What goes out are the rows of `sentences` and `spans`, and a count of everything that was left out, by reason.
 
 For spans made here (not for given ones) it holds that
@@ -21,9 +21,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import operational
-from pipeline.errors import ItemError
-from pipeline.sentences import (
+from clipmill.base.errors import ItemError
+from clipmill.base.settings import operational
+from pipeline.stages.segment.sentences import (
     Sentence,
     SentenceSettings,
     break_cost,
@@ -32,8 +32,8 @@ from pipeline.sentences import (
     sentence_of,
     split_sentences,
 )
-from pipeline.shots import ShotSettings
-from pipeline.words import Word, join_words
+from pipeline.stages.segment.shots import ShotSettings
+from pipeline.stages.transcribe.words import Word, join_words
 
 
 class SegmentSettings(SentenceSettings):

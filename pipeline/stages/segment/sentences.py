@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from pipeline.config import Settings
-from pipeline.errors import ItemError, UserError
-from pipeline.words import Word, join_words, tokens
+from clipmill.base.errors import ItemError, UserError
+from clipmill.base.settings import Settings
+from pipeline.stages.transcribe.words import Word, join_words, tokens
 
 
 class SentenceSettings(Settings):
@@ -129,7 +129,7 @@ def restore_punctuation(words: Sequence[Word], settings: SentenceSettings) -> tu
     """
     if settings.punctuate is None or not words:
         return list(words), [0.0] * len(words)
-    from pipeline.alignment import retime
+    from pipeline.stages.transcribe.alignment import retime
 
     restorer = load_restorer(settings.punctuate)
     try:

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pipeline.config import Settings
-from pipeline.errors import ItemError
+from clipmill.base.errors import ItemError
+from clipmill.base.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def _small_frames(path: Path, precision: str) -> Iterator[tuple[Any, Any, float]
     """(FrameTimecode, BGR picture, duration in seconds) of each decoded frame, in order of display."""
     from scenedetect.common import FrameTimecode, Timecode
 
-    from pipeline.media import open_media, video_stream
+    from clipmill.media.probe import open_media, video_stream
 
     with open_media(path) as container:
         stream = video_stream(container)
@@ -128,7 +128,7 @@ def _decoded(container: Any, stream: Any, name: str) -> Iterator[Any]:
     """The frames that decode. A packet that does not costs its own frames, as in any player, and is counted."""
     import av
 
-    from pipeline.packets import Limits, check_size, packets_of
+    from clipmill.media.packets import Limits, check_size, packets_of
 
     decoder, num_bad, message = stream.codec_context, 0, ""
     decoder.thread_count = 1  # a worker has one core

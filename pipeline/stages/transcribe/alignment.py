@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.words import Word, in_order
+from pipeline.stages.transcribe.words import Word, in_order
 
 SCALE = 10_000
 MAX_BAND = 1000  # some 7 minutes of speech: bounds memory to 250 bytes per word

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import ItemError
-from pipeline.media import SHUT_IN, open_media
+from clipmill.base.errors import ItemError
+from clipmill.media.probe import SHUT_IN, open_media
 
 SPEECH_RATE = 16_000  # Hz, what Whisper takes
 CHUNK_BYTES = 1 << 20
@@ -61,7 +61,7 @@ def _output_of(command: list[str], timeout_s: float) -> tuple[bytearray, str]:
 
 def _origin_s(path: str | Path) -> float:
     """The first displayed frame on the container's clock."""
-    from pipeline.packets import Limits, Untrusted, list_frames
+    from clipmill.media.packets import Limits, Untrusted, list_frames
 
     with open_media(path) as container:
         if not container.streams.audio:

@@ -24,9 +24,9 @@ from xml.etree import ElementTree
 
 from pydantic import field_validator
 
-from pipeline.config import Settings
-from pipeline.errors import ItemError
-from pipeline.words import Word, in_order, says_something, tokens
+from clipmill.base.errors import ItemError
+from clipmill.base.settings import Settings
+from pipeline.stages.transcribe.words import Word, in_order, says_something, tokens
 
 MAX_FILE_BYTES = 64 << 20  # ten hours of json3 are 8 MB: anything larger is no subtitle file
 MAX_TIME_S = 100 * 3600.0  # a cue later than this is a broken time, not a long video

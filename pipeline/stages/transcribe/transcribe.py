@@ -15,11 +15,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.config import operational
-from pipeline.errors import ItemError, UserError
-from pipeline.subtitles import Cue, Mark, SubtitleSettings, clean, read_subtitles, unreadable, words_of
-from pipeline.watchdog import time_limit
-from pipeline.words import Word
+from clipmill.base.errors import ItemError, UserError
+from clipmill.base.settings import operational
+from pipeline.runtime.watchdog import time_limit
+from pipeline.stages.transcribe.subtitles import (
+    Cue,
+    Mark,
+    SubtitleSettings,
+    clean,
+    read_subtitles,
+    unreadable,
+    words_of,
+)
+from pipeline.stages.transcribe.words import Word
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,7 +137,7 @@ def transcribe_video(
 
     `subtitle_files` are dicts with path, language (or None), kind (manual, auto, given, sidecar) and format (or None).
     Subtitles are read by `read`, by default `transcript_of_subtitles`; speech is got by `extract`, by default
-    `pipeline.audio.extract_speech`. Both meet hostile files: callers give ones that run in a sandbox. A video without
+    `pipeline.stages.transcribe.speech.extract_speech`. Both meet hostile files: callers give ones that run in a sandbox. A video without
     sound, or in which nothing is said, has origin "none" or no words; that is no failure. Subtitle files that could not
     be used although the words come from elsewhere are appended to `problems`, else logged. Raises ItemError:
     subtitle-unreadable where no file can be read and Whisper is off, model-unavailable, asr-failed, and what `extract`
@@ -243,7 +251,7 @@ def _on_automatic_times(
     transcript: Transcript, files: Sequence[dict], settings: TranscribeSettings, problems: list[ItemError]
 ) -> Transcript:
     """The transcript with word times of automatic captions in its language, where there are such and they agree."""
-    from pipeline.alignment import retime
+    from pipeline.stages.transcribe.alignment import retime
 
     for file in files:
         if file["kind"] != "auto" or not _same_language(file.get("language"), transcript.language):
@@ -265,7 +273,7 @@ def _same_language(a: str | None, b: str | None) -> bool:
 
 
 def _extract_speech(path: Path) -> "np.ndarray | None":
-    from pipeline.audio import extract_speech
+    from pipeline.stages.transcribe.speech import extract_speech
 
     return extract_speech(path)
 

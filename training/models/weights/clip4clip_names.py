@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from pipeline.errors import UserError
-from training.model import ModelConfig, TowerConfig
-from training.names import open_clip_name
+from clipmill.base.errors import UserError
+from training.models.clip_vip import ModelConfig, TowerConfig
+from training.models.weights.clip_vip_names import open_clip_name
 
 _HEADS = {
     "meanP": {},

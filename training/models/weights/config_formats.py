@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
-from training.model import ModelConfig, TowerConfig
+from clipmill.base.errors import UserError
+from training.models.clip_vip import ModelConfig, TowerConfig
 
 # HF writes only what differs from these.
 _HF_VISION = {

@@ -14,17 +14,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.config import validate_settings
-from pipeline.errors import UserError
-from training.checkpoint import assemble, read_tensors, write_model
-from training.clip4clip_names import config_from_names, tidy
-from training.model import ClipVip
-from training.unipt import PREFIXES, UniPtClip, side_tensors
+from clipmill.base.errors import UserError
+from clipmill.base.settings import validate_settings
+from training.models.clip_vip import ClipVip
+from training.models.unipt import PREFIXES, UniPtClip, side_tensors
+from training.models.weights.clip4clip_names import config_from_names, tidy
+from training.models.weights.clip_vip import assemble, read_tensors, write_model
 from training.unipt_settings import UniPtSettings
 
 
 def save_unipt(model: UniPtClip, path: str | Path) -> Path:
-    """Writes the side networks to PATH.safetensors with PATH.json, or to a folder, as `training.checkpoint.save` does.
+    """Writes the side networks to PATH.safetensors with PATH.json, or to a folder, as `training.models.weights.clip_vip.save` does.
 
     Returns the weights' path.
     """

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.list_files import Problem, is_unicode
+from clipmill.base.errors import UserError
+from pipeline.stages.ingest.list_files import Problem, is_unicode
 
 
 @dataclass

@@ -14,9 +14,9 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ItemError, UserError
-from pipeline.list_files import VIDEO_EXTENSIONS, Problem, decode
-from pipeline.sidecars import leads_out
+from clipmill.base.errors import ItemError, UserError
+from pipeline.stages.ingest.list_files import VIDEO_EXTENSIONS, Problem, decode
+from pipeline.stages.ingest.sidecars import leads_out
 
 VIDEOS = "videos"  # the one folder that may be a link: videos often lie on another disk
 

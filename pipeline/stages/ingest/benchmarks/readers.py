@@ -11,10 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmarks.annotations import Annotations, Entry
-from pipeline.benchmarks.folder import Folder, of_type, read_csv, read_json, read_json_lines, read_lines, read_pickle
-from pipeline.errors import UserError
-from pipeline.list_files import is_unicode
+from clipmill.base.errors import UserError
+from pipeline.stages.ingest.benchmarks.annotations import Annotations, Entry
+from pipeline.stages.ingest.benchmarks.folder import (
+    Folder,
+    of_type,
+    read_csv,
+    read_json,
+    read_json_lines,
+    read_lines,
+    read_pickle,
+)
+from pipeline.stages.ingest.list_files import is_unicode
 
 Reader = Callable[[Folder, Annotations], None]
 Names = dict[str, tuple[str, ...]]  # split → file names, the first that is there is read

@@ -1,6 +1,6 @@
 """A benchmark's folder as sources: `msrvtt:FOLDER` among the arguments of a build.
 
-1. A reader (`pipeline.benchmarks.readers`) takes the published annotation files for what their protocol uses.
+1. A reader (`pipeline.stages.ingest.benchmarks.readers`) takes the published annotation files for what their protocol uses.
 2. Every video they name is looked for in the folder. One that is not there, or has no text, is a problem, counted and
    recorded; nothing takes its place.
 3. The rest are rows of a source list like any other: file, id, split, given spans, reference texts.
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.benchmarks.annotations import Annotations, Entry
-from pipeline.benchmarks.folder import Folder
-from pipeline.benchmarks.readers import READERS
-from pipeline.errors import ItemError, UserError
-from pipeline.identity import ID_PATTERN
-from pipeline.list_files import Problem
+from clipmill.base.errors import ItemError, UserError
+from pipeline.stages.ingest.benchmarks.annotations import Annotations, Entry
+from pipeline.stages.ingest.benchmarks.folder import Folder
+from pipeline.stages.ingest.benchmarks.readers import READERS
+from pipeline.stages.ingest.list_files import Problem
+from shards.corpus.source_ids import ID_PATTERN
 
 BENCHMARKS = tuple(READERS)
 
