@@ -5,11 +5,10 @@ import json
 import math
 
 import numpy as np
-import pytest
-from PIL import Image
-
-torch = pytest.importorskip("torch")
 import open_clip
+import pytest
+import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from captioning.captioner import Caption, Captioner, fingerprint_of, load_captioner

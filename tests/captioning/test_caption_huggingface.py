@@ -5,10 +5,9 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image
-
-torch = pytest.importorskip("torch")
+import torch
 import transformers
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from captioning.captioner import Captioner, fingerprint_of, load_captioner

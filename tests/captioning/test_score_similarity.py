@@ -5,13 +5,12 @@ import json
 from unittest import mock
 
 import numpy as np
+import open_clip
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-
-torch = pytest.importorskip("torch")
-import open_clip
 from safetensors.torch import save_file
 
 from captioning.scorer import ScoreInput, fingerprint_of, load_scorer, speech_columns
