@@ -404,6 +404,20 @@ def edit(
 
 
 @app.command()
+def settings(
+    section: Annotated[
+        str | None,
+        typer.Argument(help="cut, caption, data, train …; none: all of them.", metavar="[SECTION]", show_default=False),
+    ] = None,
+    format: Annotated[str, typer.Option(help="text, yaml (a template for --recipe) or markdown.")] = "text",
+) -> None:
+    """List every setting with its default, its limits and what it does."""
+    from clipmill.cli.settings import show_settings
+
+    show_settings(section, format)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where to make it.", metavar="[DIR]")] = Path("demo"),
     videos: Annotated[int, typer.Option(help="How many videos the demo world has.")] = 48,
