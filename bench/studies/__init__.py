@@ -13,7 +13,7 @@ DIR/plot.svg (`bench.studies.report`). See `bench.studies.proxies` for one.
     sizes   a dataclass instance by name: "default" ends within 20 minutes on two cores, "small" is for tests
     cache   a folder that outlives the run, for what arms share (rendered clips, corpora); `keep.kept` makes a thing
             once, whichever of the processes comes first. Put everything that decides the thing into its name
-    draw    a function of the rows (a `Table`) and a path that writes the plot
+    draw    a function of the rows (a `Table`) that returns the plot, a matplotlib Figure
 
 Helpers to share: `scenes` (clips of the world as uint8 arrays with their texts), `fitting` (training with the project's
 learner; retrieval scores). Scores are of held-out clips only; where something is chosen by a score, that score is

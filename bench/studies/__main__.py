@@ -1,38 +1,47 @@
-"""`clipmill study`: what there is and what came out, or one of them run."""
+"""List the studies, or run one: `python -m bench.studies [NAME] --out DIR`."""
 
+import argparse
 import os
+import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table as Lines
-
-from bench.studies import STUDIES
-
-
-def list_studies(console: Console, out: Path | None) -> None:
-    """Also writes the index of the studies that were run into folders of `out`. Raises UserError."""
-    lines = Lines(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, (_, question) in STUDIES.items():
-        lines.add_row(name, question)
-    console.print(lines)
-    if out is not None:
-        from bench.studies.runner import index
-
-        index(out)
-        console.print(f"\n{out / 'README.md'} has what came out.", soft_wrap=True, highlight=False)
+from bench.studies import STUDIES, load
+from bench.studies.runner import index, run_study
+from clipmill.base.errors import UserError
 
 
-def run_named(
-    name: str, out: Path, size: str, num_seeds: int | None, cache: Path, workers: int | None, console: Console
-) -> None:
-    """Raises UserError."""
-    from bench.studies import load
-    from bench.studies.runner import run_study
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.studies", description=__doc__)
+    parser.add_argument("name", nargs="?", choices=STUDIES, help="the study to run; without it, list them all")
+    parser.add_argument("--out", type=Path, help="write rows, table and plot here; without NAME, write an index of DIR")
+    parser.add_argument("--size", default="default", help="default, or small for a quick look")
+    parser.add_argument("--seeds", type=int, help="number of seeds; by default the study's own number")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; one per core")
+    parser.add_argument("--cache", type=Path, default=Path("runs/studies"), help="shared clips and corpora")
+    arguments = parser.parse_args(argv)
+    if arguments.name is None:
+        for name, (_, question) in STUDIES.items():
+            print(f"{name:<13}{question}")
+        if arguments.out is not None:
+            index(arguments.out)
+            print(f"\nWrote {arguments.out / 'README.md'}.")
+        return
+    if arguments.out is None:
+        parser.error("pass --out DIR, the folder for the study's rows, table and plot")
+    try:
+        run_study(
+            arguments.name,
+            arguments.out,
+            size=arguments.size,
+            num_seeds=arguments.seeds,
+            cache=arguments.cache,
+            workers=arguments.workers,
+            progress=print,
+        )
+    except UserError as error:
+        sys.exit(f"bench.studies: {error}")
+    print(f"\nWrote the table of {load(arguments.name).title!r} to {arguments.out / 'README.md'}.")
 
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    run_study(name, out, size=size, num_seeds=num_seeds, cache=cache, workers=workers, progress=_say(console))
-    console.print(f"\n{out / 'README.md'} has the table of {load(name).title!r}.", soft_wrap=True, highlight=False)
 
-
-def _say(console: Console):
-    return lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False)
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from bench.studies.study import Arm, Claim, Study, Table
+from training.run.plots import lines
 
 NUM_CLIPS = {"none": 0, "25 clips": 25, "100 clips": 100, "400 clips": 400}  # by arm: those of the world's first
 
@@ -47,9 +50,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
     return {"tuned_r1": after["r1"], "tuned_r5": after["r5"], "zero_shot_r1": before["r1"]}
 
 
-def draw(table: Table, path: Path) -> Path:
-    from training.run.plots import lines
-
+def draw(table: Table) -> Figure:
     told = {"tuned_r1": "after fine-tuning", "zero_shot_r1": "before fine-tuning"}
     some = {name: num for name, num in NUM_CLIPS.items() if num}
     series = {
@@ -58,7 +59,7 @@ def draw(table: Table, path: Path) -> Path:
     }
     marks = {f"no post-pretraining, {what}": 100 * table.mean(Arm("none"), metric)[0] for metric, what in told.items()}
     x_label, y_label = "clips post-pretrained on", "R@1 of written queries, percent"
-    return lines(path, STUDY.title, series, x_label=x_label, y_label=y_label, from_zero=True, log_x=True, marks=marks)
+    return lines(STUDY.title, series, x_label=x_label, y_label=y_label, from_zero=True, log_x=True, marks=marks)
 
 
 NOTES = """## What to make of it

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from bench.studies.study import Arm, Claim, Study, Table
+from training.run.plots import bars
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -254,14 +256,12 @@ def shares_of(times_F: "Floats", spans_N2: "Floats") -> "Floats":
     return inside_NF / inside_NF.sum(axis=1, keepdims=True)
 
 
-def draw(table: Table, path: Path) -> Path:
-    from training.run.plots import bars
-
+def draw(table: Table) -> Figure:
     groups = {
         told: {arm.name: tuple(100 * v for v in table.mean(arm, metric)) for arm in STUDY.arms}
         for metric, told in (("r1", "R@1 of the model trained on them"), ("iou", "overlap with the truth (IoU)"))
     }
-    return bars(path, STUDY.title, groups, y_label="percent", label="{:.0f}".format)
+    return bars(STUDY.title, groups, y_label="percent", label="{:.0f}".format)
 
 
 STUDY = Study(

@@ -12,10 +12,12 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from bench.studies.keep import kept
 from bench.studies.study import Arm, Claim, Study, Table
+from training.run.plots import bars
 
 Floats = NDArray[np.float64]
 
@@ -175,14 +177,12 @@ def probe(features_NC: Floats, sources_N: NDArray[np.int64], seed: int, ridge: f
 # --- The study
 
 
-def draw(table: Table, path: Path) -> Path:
-    from training.run.plots import bars
-
+def draw(table: Table) -> Figure:
     shown = {"nmi": "NMI of k-means", "probe": "told apart by a linear map"}
     groups = {
         arm.name: {told: _bounded(*table.mean(arm, metric)) for metric, told in shown.items()} for arm in STUDY.arms
     }
-    return bars(path, STUDY.title, groups, y_label="0: not at all, 1: wholly", label="{:.2f}".format)
+    return bars(STUDY.title, groups, y_label="0: not at all, 1: wholly", label="{:.2f}".format)
 
 
 def _bounded(mean: float, spread: float) -> tuple[float, float]:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from bench.studies.study import Arm, Claim, Study, Table
+from training.run.plots import bars
 
 VARIANTS = {
     "V-S": "vs",
@@ -69,11 +71,9 @@ def captions_of(scenes: Sequence[Any], seed: int) -> list[str]:
     return [still_text(scene, int(rng.integers(5))) for scene in scenes]
 
 
-def draw(table: Table, path: Path) -> Path:
-    from training.run.plots import bars
-
+def draw(table: Table) -> Figure:
     groups = {level: {name: _percent(table.mean(Arm(name, level), "r1")) for name in VARIANTS} for level in NOISE}
-    return bars(path, STUDY.title, groups, y_label="R@1 of written queries, percent", label="{:.0f}".format)
+    return bars(STUDY.title, groups, y_label="R@1 of written queries, percent", label="{:.0f}".format)
 
 
 def _percent(pair: tuple[float, float]) -> tuple[float, float]:

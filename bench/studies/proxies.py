@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from bench.studies.study import Arm, Claim, Study, Table
+from training.run.plots import bars
 
 MODELS: dict[str, dict[str, Any]] = {  # `ModelSettings` by arm
     "4 proxies": {"num_added": 3, "num_times": 12, "pooling": "proxy"},
@@ -106,9 +108,7 @@ def scores(model: Any, clips: Clips) -> dict[str, float]:
     }
 
 
-def draw(table: Table, path: Path) -> Path:
-    from training.run.plots import bars
-
+def draw(table: Table) -> Figure:
     shown = {
         "change_twin": "now there: clip or twin",
         "motion_twin": "grows or shrinks: clip or twin",
@@ -120,7 +120,7 @@ def draw(table: Table, path: Path) -> Path:
         for metric, told in shown.items()
     }
     marks = dict.fromkeys(list(groups)[:2], 50.0)
-    return bars(path, STUDY.title, groups, y_label="R@1, percent", marks=marks, label="{:.0f}".format, top=100)
+    return bars(STUDY.title, groups, y_label="R@1, percent", marks=marks, label="{:.0f}".format, top=100)
 
 
 NOTES = """## What to make of it

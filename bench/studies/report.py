@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bench.studies.study import VERDICTS, Arm, Claim, Study, Table
 from shards.packing.tar import replacing
+from training.run.plots import save
 
 DEFAULT_OUT = "docs/studies"
 INDEX = """# Studies
@@ -16,17 +17,17 @@ came out: “yes” and “no” where the differences within seeds lie beyond t
 “undecided”. What comes out here need not come out on real videos, and the other way round.
 
 ```
-clipmill study                                        # which there are
-clipmill study proxies --out docs/studies/proxies     # runs one, or goes on with it; --seeds, --workers, --size small
-clipmill study --out docs/studies                     # writes this page from the rows of all
+python -m bench.studies                                       # which there are
+python -m bench.studies proxies --out docs/studies/proxies     # runs one, or goes on with it; --seeds, --workers, --size small
+python -m bench.studies --out docs/studies                     # writes this page from the rows of all
 ```
 
-How one is written: [training/studies](../../training/studies/__init__.py)."""
+How one is written: [bench/studies](../../bench/studies/__init__.py)."""
 
 
 def write_report(study: Study, size: str, num_seeds: int, table: Table, out: Path) -> None:
     """DIR/plot.svg and DIR/README.md. Says nothing of the machine or the day: same rows, same bytes."""
-    study.draw(table, out / "plot.svg")
+    save(study.draw(table), out / "plot.svg")
     with replacing(out / "README.md") as file:
         file.write(page(study, size, num_seeds, table).encode())
 
@@ -49,7 +50,7 @@ def _verdicts(study: Study, table: Table) -> str:
 
 
 def page(study: Study, size: str, num_seeds: int, table: Table) -> str:
-    command = f"clipmill study {study.name} --out {DEFAULT_OUT}/{study.name}"
+    command = f"python -m bench.studies {study.name} --out {DEFAULT_OUT}/{study.name}"
     command += "" if size == "default" else f" --size {size}"
     command += "" if num_seeds == study.num_seeds else f" --seeds {num_seeds}"
     settings = ", ".join(f"{key} {value}" for key, value in asdict(study.sizes[size]).items())

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from bench.studies.keep import kept
 from bench.studies.study import Arm, Claim, Study, Table
 from clipmill.base.errors import UserError
 from clipmill.base.settings import digest
+from training.run.plots import bars
 
 COPIES = ("h264-mkv", "h264-ts", "mpeg4-mov")  # containers in which some videos are there once more
 WORLD_SEED = 71
@@ -208,15 +211,13 @@ def trained(corpus: Path, select: str, seed: int, size: Size) -> Any:
 # --- The study
 
 
-def draw(table: Table, path: Path) -> Path:
-    from training.run.plots import bars
-
+def draw(table: Table) -> Figure:
     shown = {"spoken_r1": "R@1, spoken queries", "r1": "R@1, written queries", "filler": "clips talked over"}
     groups = {
         arm.name: {told: tuple(100 * v for v in table.mean(arm, metric)) for metric, told in shown.items()}
         for arm in STUDY.arms
     }
-    return bars(path, STUDY.title, groups, y_label="percent", label="{:.0f}".format)
+    return bars(STUDY.title, groups, y_label="percent", label="{:.0f}".format)
 
 
 STUDY = Study(

@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
+
 Values = Mapping[str, float]  # by metric
 VERDICTS = ("yes", "no", "undecided")
 
@@ -51,7 +53,7 @@ class Study:
     claims: tuple[Claim, ...]
     sizes: Mapping[str, Any]  # dataclass instances; "default" and "small" at least
     run: Callable[[Arm, int, Any, Path], Values]  # (arm, seed, size, cache)
-    draw: Callable[["Table", Path], Path]
+    draw: Callable[["Table"], Figure]
     notes: str = ""  # what was tried, and what to make of it; Markdown
     num_seeds: int = 3
     percent: bool = True  # tables show hundredths

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from bench.studies.study import Arm, Claim, Study, Table
+from training.run.plots import bars
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -163,9 +165,7 @@ def saved_at_full_size(name: str, num_clips: int = 16) -> int:
 # --- The study
 
 
-def draw(table: Table, path: Path) -> Path:
-    from training.run.plots import bars
-
+def draw(table: Table) -> Figure:
     groups = {
         "R@1, percent": {arm.name: tuple(100 * v for v in table.mean(arm, "r1")) for arm in STUDY.arms},
         "kept for the backward pass, percent of full fine-tuning": {
@@ -176,7 +176,7 @@ def draw(table: Table, path: Path) -> Path:
             for arm in STUDY.arms
         },
     }
-    return bars(path, STUDY.title, groups, y_label="percent", label="{:.1f}".format)
+    return bars(STUDY.title, groups, y_label="percent", label="{:.1f}".format)
 
 
 STUDY = Study(

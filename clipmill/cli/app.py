@@ -336,31 +336,6 @@ def evaluate(
 
 
 @app.command()
-def study(
-    name: Annotated[str | None, typer.Argument(help="Which one; none: a list of them.", show_default=False)] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Where its rows, table and plot go; without NAME, of an index.", show_default=False),
-    ] = None,
-    size: Annotated[str, typer.Option(help="default, or small: to see it run.")] = "default",
-    seeds: Annotated[int | None, typer.Option(help="How many; none: the study's own number.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; none: one per core.")] = None,
-    cache: Annotated[Path, typer.Option(help="What studies share: rendered clips, corpora.")] = Path("runs/studies"),
-) -> None:
-    """Test a claim of one of the methods in miniature, on the demo world. Resumes."""
-    from rich.console import Console
-
-    from bench.studies.command import list_studies, run_named
-
-    if name is None:
-        list_studies(Console(), out)
-        return
-    if out is None:
-        raise UserError("clipmill study NAME --out DIR: it needs to know where its rows go.")
-    run_named(name, out, size, seeds, cache, workers, Console())
-
-
-@app.command()
 def edit(
     corpus: Annotated[str | None, typer.Option(help="The corpus folder; none: OUT's.", show_default=False)] = None,
     model: Annotated[

@@ -15,7 +15,7 @@ from rich.table import Table
 from clipmill.cli.evaluate import ROWS, cells, run_eval
 from clipmill.cli.train import run_train
 from shards.query.sql import open_manifest, rows_of
-from training.run.plots import bars, lines
+from training.run.plots import bars, lines, save
 from training.settings import RunSettings, resolve
 
 RECIPE = "demo"
@@ -83,14 +83,14 @@ def plot_retrieval(path: Path, results: Results) -> Path:
             group = f"{ROWS[direction].replace(' ', '')} {label}"
             groups[group] = {name: 100 * metrics[direction][key] for name, metrics in results.items()}
             marks[group] = 100 * _chance(results, direction)[key]
-    return bars(path, "Retrieval on held-out demo videos", groups, y_label="share of queries (%)", marks=marks)
+    return save(bars("Retrieval on held-out demo videos", groups, y_label="share of queries (%)", marks=marks), path)
 
 
 def plot_loss(path: Path, log: Path) -> Path:
     """The loss of every logged step."""
     rows = map(json.loads, log.read_text().splitlines())
     losses = [(row["step"], row["loss"]) for row in rows]
-    return lines(path, "Training loss", {"loss": losses}, x_label="step", y_label="loss")
+    return save(lines("Training loss", {"loss": losses}, x_label="step", y_label="loss"), path)
 
 
 def _chance(results: Results, direction: str) -> dict[str, float]:

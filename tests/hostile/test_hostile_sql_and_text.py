@@ -17,7 +17,7 @@ from shards.query.sql import open_manifest, run_query
 from shards.query.statistics import render, report
 from tests.helpers.builds import clipmill
 from tests.helpers.manifests import make_manifest
-from training.run.plots import bars
+from training.run.plots import bars, save
 
 STEER = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\nfake line\u202egpj.exe\u200b\ufeff\U000e0041"
 STEERING = set("\x1b\x07\x9b\r\u202e\u200b\ufeff\U000e0041")
@@ -153,7 +153,7 @@ def test_an_error_cannot_steer_the_terminal(corpus):
 
 def test_a_drawing_shows_markup_as_text(tmp_path):
     script = "<script>alert(1)</script>\"'&"
-    drawing = bars(tmp_path / "x.svg", script, {script: {script: 1.0}}, y_label=script).read_text()
+    drawing = save(bars(script, {script: {script: 1.0}}, y_label=script), tmp_path / "x.svg").read_text()
     assert "<script" not in drawing and "&lt;script&gt;" in drawing
 
 

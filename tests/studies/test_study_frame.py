@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from bench.studies import STUDIES, load, runner
+from bench.studies.__main__ import main
 from bench.studies.keep import kept
 from bench.studies.runner import run_study
 from bench.studies.study import Arm, Cell, Claim, Study, Table
 from clipmill.base.errors import UserError
 from clipmill.cli.app import app
+from training.run.plots import bars
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,8 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> dict[str, float]:
     }
 
 
-def draw(table: Table, path: Path) -> Path:
-    path.write_text("<svg/>")
-    return path
+def draw(table: Table) -> Figure:
+    return bars("Toys", {"all": {"high": 1.0}}, y_label="score")
 
 
 STUDY = Study(
@@ -160,10 +162,13 @@ def test_every_study_describes_itself(name: str) -> None:
     assert study.name == name and study.num_seeds >= 3 and len(study.arms) > 1 and study.claims
 
 
-def test_the_command_lists_what_there_is() -> None:
-    shown = CliRunner().invoke(app, ["study"])
-    assert shown.exit_code == 0 and all(name in shown.output for name in STUDIES)
-    assert isinstance(CliRunner().invoke(app, ["study", "proxies"]).exception, UserError)
+def test_the_command_lists_what_there_is(capsys) -> None:
+    main([])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in STUDIES)
+    with pytest.raises(SystemExit, match="2"):
+        main(["proxies"])
+    assert "pass --out DIR" in capsys.readouterr().err
 
 
 def test_an_index_tells_what_came_out(toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,4 +193,4 @@ def test_a_small_study_by_the_command(tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "out" / "rows.csv").open()))
     assert len(rows) == len(load("proxies").arms) * len(load("proxies").metrics)
     assert json.loads((tmp_path / "out" / "study.json").read_text())["size"] == "small"
-    assert (tmp_path / "out" / "plot.svg").read_text().startswith("<svg")
+    assert "<svg" in (tmp_path / "out" / "plot.svg").read_text()

@@ -16,6 +16,7 @@ from bench.studies.scenes import alike_scenes, frames_of, growing_scenes, single
 from bench.studies.study import Cell, Table
 from pipeline.demo.grammar import FILLER, spoken_sentences, still_text
 from training.models import registry as models
+from training.run.plots import save
 from training.settings import ModelSettings
 
 SMALL = proxies.STUDY.sizes["small"]
@@ -123,6 +124,6 @@ def test_a_plot_has_every_arm(name: str, tmp_path: Path) -> None:
     study = load(name)
     cells = [Cell(arm, seed) for arm in study.arms for seed in range(3)]
     table = Table({cell: dict.fromkeys(study.metrics, 0.1 * cell.seed) for cell in cells})
-    drawn = "".join(ElementTree.fromstring(study.draw(table, tmp_path / "plot.svg").read_text()).itertext())
+    drawn = "".join(ElementTree.fromstring(save(study.draw(table), tmp_path / "plot.svg").read_text()).itertext())
     told = {part for arm in study.arms for part in (arm.name, arm.condition)}
     assert study.title in drawn and (name == "corpus-size" or all(part in drawn for part in told))
