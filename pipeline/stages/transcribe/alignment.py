@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cdist
 
 from pipeline.stages.transcribe.words import Word, in_order
 
 SCALE = 10_000
 MAX_BAND = 1000  # some 7 minutes of speech: bounds memory to 250 bytes per word
 MATCHED = 0.5  # a pair that differs in more than half of its letters is no match
-_MAX_CHARS = 63  # of a word that are compared: one machine word holds them
+_MAX_CHARS = 63  # compare no more characters of a word: a long run of text without spaces must not cost time
 _BLOCK = 256  # words of the text whose costs are computed together
 _FAR = np.int64(1) << 50
 
@@ -128,56 +130,13 @@ def pair_costs(text: Sequence[str], timed: Sequence[str]) -> np.ndarray:
     """Cost of every pair of normalised words, int64 [len(text), len(timed)] in 1/10,000."""
     patterns, row_of = np.unique(np.array(text, dtype=object), return_inverse=True)
     targets, column_of = np.unique(np.array(timed, dtype=object), return_inverse=True)
-    distance = edit_distances(list(patterns), list(targets))
+    distance = cdist(patterns, targets, scorer=Levenshtein.distance, dtype=np.int64)
     longer = np.maximum(_lengths(patterns)[:, None], _lengths(targets)[None])
     return np.rint(distance * SCALE / np.maximum(longer, 1)).astype(np.int64)[row_of][:, column_of]
 
 
 def _lengths(words: Sequence[str]) -> np.ndarray:
     return np.array([len(word) for word in words], np.int64)
-
-
-def edit_distances(patterns: list[str], targets: list[str]) -> np.ndarray:
-    """Levenshtein distances of all pairs, int64 [len(patterns), len(targets)]; patterns of at most 63 characters.
-
-    Myers' bit-vector algorithm (J. ACM 1999, in Hyyrö's 2003 form): a column of the distance matrix is kept as the bits
-    where it rises and falls, and all pairs move on by one character of their target at a time.
-    """
-    alphabet = {ch: code for code, ch in enumerate(sorted(set("".join(targets))))}
-    order = np.argsort(-_lengths(targets), kind="stable")
-    lengths = _lengths(targets)[order]
-    codes = np.zeros((len(targets), int(lengths[0]) if len(targets) else 0), np.int64)
-    for row, k in enumerate(order):
-        codes[row, : lengths[row]] = [alphabet[ch] for ch in targets[k]]
-    one, ones = np.uint64(1), ~np.uint64(0)
-    equal = _positions(patterns, alphabet)
-    sizes = _lengths(patterns)
-    last = np.maximum(sizes - 1, 0).astype(np.uint64)[:, None]
-    distance = np.repeat(sizes[:, None], len(targets), axis=1)
-    rise, fall = np.full(distance.shape, ones), np.zeros(distance.shape, np.uint64)
-    for k in range(codes.shape[1]):
-        going = int(np.searchsorted(-lengths, -k, side="left"))  # targets longer than k
-        eq, pv, mv = equal[:, codes[:going, k]], rise[:, :going], fall[:, :going]
-        xh = (((eq & pv) + pv) ^ pv) | eq
-        ph, mh = mv | ~(xh | pv), pv & xh
-        distance[:, :going] += ((ph >> last) & one).astype(np.int64) - ((mh >> last) & one).astype(np.int64)
-        ph, mh, xv = (ph << one) | one, mh << one, eq | mv
-        rise[:, :going], fall[:, :going] = mh | ~(xv | ph), ph & xv
-    distance[sizes == 0] = lengths[None]
-    result = np.empty_like(distance)
-    result[:, order] = distance
-    return result
-
-
-def _positions(patterns: list[str], alphabet: dict[str, int]) -> np.ndarray:
-    """uint64 [pattern, character]: the bits where a character stands in a pattern."""
-    bits = np.zeros((len(patterns), max(1, len(alphabet))), np.uint64)
-    for row, pattern in enumerate(patterns):
-        assert len(pattern) <= _MAX_CHARS
-        for place, ch in enumerate(pattern):
-            if (code := alphabet.get(ch)) is not None:
-                bits[row, code] |= np.uint64(1 << place)
-    return bits
 
 
 def retime(words: Sequence[Word], timed: Sequence[Word]) -> tuple[list[Word], np.ndarray]:
