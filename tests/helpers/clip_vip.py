@@ -1,24 +1,51 @@
 """Small models and reference files for the tests of the trainer's numbers."""
 
+import hashlib
 import json
+import tempfile
+import zlib
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
+import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig
 
-REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
+REFERENCE = Path(__file__).resolve().parents[1] / "data" / "reference"
+_completed: list[tempfile.TemporaryDirectory] = []  # made at the first need: ranks that import this end without cleanup
 
 
+def from_recipe(key: str, shape: Sequence[int], mean: float, std: float) -> Tensor:
+    """Draw the float32 tensor of a "SEED:NAME", the same bytes on every platform and with every numpy."""
+    uniform = np.random.RandomState(zlib.crc32(key.encode())).random_sample(shape)
+    return torch.from_numpy((mean + (2 * uniform - 1) * np.sqrt(3) * std).astype(np.float32))
+
+
+@cache
 def reference(*parts: str) -> Path:
-    path = REFERENCE.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"reference numbers are not beside the checkout: {'/'.join(parts)}")
-    return path
+    """Return the path of a reference file. Weights and inputs that the recipe makes are drawn, not kept: add them."""
+    name = "/".join(parts)
+    drawn = json.loads((REFERENCE / "drawn.json").read_text()).get(name)
+    if drawn is None:
+        return REFERENCE / name
+    state = load_file(REFERENCE / name) if (REFERENCE / name).exists() else {}
+    for tensor, recipe in drawn["tensors"].items():
+        state[tensor] = from_recipe(recipe["key"], recipe["shape"], recipe["mean"], recipe["std"])
+        if "mask" in recipe:
+            mask = state[recipe["mask"]]
+            state[tensor][mask == 0] = 0
+    drawn_bytes = b"".join(state[tensor].numpy().tobytes() for tensor in sorted(drawn["tensors"]))
+    assert hashlib.sha256(drawn_bytes).hexdigest() == drawn["sha256"], f"{name}: drawn otherwise than the reference's"
+    if not _completed:
+        _completed.append(tempfile.TemporaryDirectory(prefix="clipmill-reference-"))
+    completed = Path(_completed[0].name, name.replace("/", "-"))
+    save_file(state, completed)
+    return completed
 
 
 def tensors(*parts: str) -> dict[str, Tensor]:

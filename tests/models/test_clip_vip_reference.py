@@ -1,14 +1,13 @@
 """Every published number: embeddings, hidden states, loss and gradients of the reference cases."""
 
 import hashlib
-import zlib
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.clip_vip import numbers, reference, tensors
+from tests.helpers.clip_vip import from_recipe, numbers, reference, tensors
 from training.losses.omnisource import omnisource_loss
 from training.models.clip_vip import ClipVip
 from training.models.weights.clip_vip import load_clip_vip
@@ -79,7 +78,8 @@ def test_vision_hidden_states_equal_the_reference(name: str, frames: str) -> Non
     pooled = model.vision(case[f"in/video_{frames}"], states)
     assert len(states) == 1 + len(model.vision.blocks)
     for number, state in enumerate(states):
-        assert worst(state, case[f"{frames}/f32/vision_hidden/{number}"]) <= 3e-5
+        known = case[f"{frames}/f32/vision_hidden/{number}"]  # of other than the first T, the first video's alone
+        assert worst(state[: len(known)], known) <= 3e-5
     assert worst(pooled, case[f"{frames}/f32/vision_pooled"]) <= 3e-5
     assert worst(pooled, model.vision(case[f"in/video_{frames}"])) <= 1e-5
 
@@ -132,11 +132,6 @@ def test_norm_and_sum_of_every_gradient_equal_the_reference(name: str, frames: s
         assert abs(gradients[key].sum().item() - total) <= 1e-9 * max(1, norm), key
 
 
-def from_recipe(name: str, shape: tuple[int, ...], seed: int, mean: float, std: float) -> Tensor:
-    uniform = np.random.RandomState(zlib.crc32(f"{seed}:{name}".encode())).random_sample(shape)
-    return torch.from_numpy((mean + (2 * uniform - 1) * np.sqrt(3) * std).astype(np.float32))
-
-
 def mean_and_std(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     fan_in = float(np.prod(shape[1:])) ** -0.5
     if "norm" in name and name.endswith(".weight"):
@@ -160,7 +155,7 @@ def real_model(name: str, tmp_path) -> ClipVip:
     with torch.device("meta"):
         shapes = to_published(ClipVip(config_from_dict(info)).state_dict(), prefix="clipmodel.")
     state = {
-        key: from_recipe(key, tuple(like.shape), info["seed"], *mean_and_std(key, tuple(like.shape)))
+        key: from_recipe(f"{info['seed']}:{key}", like.shape, *mean_and_std(key, tuple(like.shape)))
         for key, like in shapes.items()
         if key != "clipmodel.logit_scale"
     }
@@ -180,7 +175,7 @@ def test_published_sizes_equal_the_reference(name: str, tmp_path) -> None:
     model = real_model(name, tmp_path).requires_grad_(False)
     for num_frames in info["frames"]:
         key = f"input:video_T{num_frames}"
-        pixels = from_recipe(key, (info["batch"], num_frames, 3, 224, 224), info["seed"], 0, 1)
+        pixels = from_recipe(f"{info['seed']}:{key}", (info["batch"], num_frames, 3, 224, 224), 0, 1)
         assert hashlib.sha256(pixels.numpy().tobytes()).hexdigest() == info["check"][key]["sha256"]
         assert worst(model.encode_video(pixels), outputs[f"f32/video_embeds_T{num_frames}"]) <= 2e-6
     assert worst(model.encode_video(pixels.double()), outputs[f"f64/video_embeds_T{num_frames}"]) <= 1e-12
