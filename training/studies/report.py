@@ -10,18 +10,18 @@ from training.studies.study import VERDICTS, Arm, Claim, Study, Table
 DEFAULT_OUT = "docs/studies"
 INDEX = """# Studies
 
-Claims of the methods' papers tried in miniature on the demo world, where the truth is known: small models, minutes of
-training, several seeds, held-out clips. Each page has its table, its plot, what was tried, and whether each ordering
-came out: “yes” and “no” where the differences within seeds lie beyond the 95 % interval of Student's t, else
-“undecided”. What comes out here need not come out on real videos, and the other way round.
+These studies try claims of the methods' papers in miniature on the demo world, where the truth is known: small models,
+minutes of training, several seeds, held-out clips. Each page has its table, its plot, what was tried, and for each
+claimed ordering whether it came out. “Yes” and “no” mean that the differences within seeds lie beyond the 95 % interval
+of Student's t; everything else is “undecided”. A result here need not hold on real videos, and vice versa.
 
 ```
-clipmill study                                        # which there are
-clipmill study proxies --out docs/studies/proxies     # runs one, or goes on with it; --seeds, --workers, --size small
-clipmill study --out docs/studies                     # writes this page from the rows of all
+python -m bench.studies                                         # list them
+python -m bench.studies proxies --out docs/studies/proxies      # run or resume one; --seeds, --workers, --size small
+python -m bench.studies --out docs/studies                      # write this page from the rows of all
 ```
 
-How one is written: [training/studies](../../training/studies/__init__.py)."""
+How to write one: [bench/studies](../../bench/studies/__init__.py)."""
 
 
 def write_report(study: Study, size: str, num_seeds: int, table: Table, out: Path) -> None:
@@ -49,7 +49,7 @@ def _verdicts(study: Study, table: Table) -> str:
 
 
 def page(study: Study, size: str, num_seeds: int, table: Table) -> str:
-    command = f"clipmill study {study.name} --out {DEFAULT_OUT}/{study.name}"
+    command = f"python -m bench.studies {study.name} --out {DEFAULT_OUT}/{study.name}"
     command += "" if size == "default" else f" --size {size}"
     command += "" if num_seeds == study.num_seeds else f" --seeds {num_seeds}"
     settings = ", ".join(f"{key} {value}" for key, value in asdict(study.sizes[size]).items())
@@ -61,12 +61,12 @@ def page(study: Study, size: str, num_seeds: int, table: Table) -> str:
         "![The scores](plot.svg)",
         f"Mean ± standard deviation over {num_seeds} seeds" + (", in percent." if study.percent else "."),
         scores(study, table),
-        "## Did it come out?",
+        "## Outcome",
         claims(study, table),
-        f"Differences are taken within seeds: mean ± standard error over {num_seeds} of them. “Yes” and “no” are what "
-        "lies beyond the 95 % interval of Student's t; everything else is undecided.",
+        f"Differences are taken within seeds: mean ± standard error over {num_seeds} seeds. “Yes” and “no” mean that "
+        "the difference lies beyond the 95 % interval of Student's t; everything else is undecided.",
         study.notes,
-        "## Again",
+        "## Run it again",
         f"```\n{command}\n```",
         f"Size `{size}`: {settings}. All rows: [rows.csv](rows.csv).",
     ]
