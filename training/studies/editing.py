@@ -43,7 +43,8 @@ class Size:
     num_test: int = 100  # videos with true boundaries
     warmup_rounds: int = 4
     rounds: int = 8
-    passes: int = 10  # over the clips in a round: the spec's epoch is of a corpus, this one has 200 clips
+    # Over the clips in a round: an epoch of docs/methods/video_editing.md is of a corpus, this one has 200 clips.
+    passes: int = 10
     batch_size: int = 64
     lr: float = 3e-3
     step_ratio: float = 0.2
