@@ -1,4 +1,4 @@
-"""Put the ten queries of docs/queries.sql, with what a corpus answers, into README.md.
+"""Put the ten queries of docs/queries.sql, with what a corpus answers, into docs/queries.md.
 
 python docs/answer_queries.py demo/corpus
 """
@@ -15,11 +15,11 @@ BEGIN, END = "<!-- queries -->", "<!-- end of queries -->"
 
 
 def main() -> None:
-    readme = HERE.parent / "README.md"
-    text = readme.read_text()
+    page = HERE / "queries.md"
+    text = page.read_text()
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    readme.write_text(f"{before}{BEGIN}\n{_answers(Path(sys.argv[1]))}{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n{_answers(Path(sys.argv[1]))}{END}{after}")
 
 
 def _answers(corpus: Path) -> str:
@@ -34,7 +34,7 @@ def _answers(corpus: Path) -> str:
 
 
 def _queries() -> list[tuple[str, str]]:
-    """(title, SQL) of every statement of the file that has a numbered title above it."""
+    """Return (title, SQL) of every statement of the file that has a numbered title above it."""
     statements = (HERE / "queries.sql").read_text().split(";\n")
     found = []
     for statement in statements:

@@ -1,6 +1,6 @@
--- Ten questions worth asking a corpus. Each stands between two semicolons, with its title in the comment above it:
--- `clipmill sql DIR "…"` answers any of them, `python -m bench.sql` times them all on a million clips. `catalog` has every
--- column of a clip in one row; the tables it joins are quicker where two of them are enough.
+-- Ten queries worth having. Each ends with a semicolon; the comment above it is its title. `clipmill sql DIR "…"` runs any
+-- of them, `python -m bench.sql` times them all on a million clips. `catalog` has every column of a clip in one row; a join
+-- of two of its tables is faster where two are enough.
 
 -- 1. What is in it?
 SELECT num_videos, num_clips, num_sentences, num_samples, clip_hours, mean_clip_s, words_per_sentence FROM totals;

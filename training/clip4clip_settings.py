@@ -11,7 +11,7 @@ Stem = Literal["2d", "3d"]
 
 
 class Clip4ClipSettings(Settings):
-    """The defaults are those of the published runs (spec/clip4clip.md section 6), but for `frozen_layers`."""
+    """The defaults are those of the published runs (docs/methods/clip4clip.md section 6), but for `frozen_layers`."""
 
     # How a text is compared with a video's frames: the mean frame; the mean after an LSTM or a transformer over frames;
     # a transformer over text and frames together, run once for every pair.

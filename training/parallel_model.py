@@ -38,7 +38,7 @@ def needs_pairs(model: nn.Module) -> bool:
 def encode_clips(model: nn.Module, pixels_BT3SS: Tensor, mask_BT: Tensor) -> Tensor:
     """Unit vectors [B, D] of uint8 pixels; of a model that scores pairs frames [B, T, D], zeros where there is none.
 
-    mask  false for frames that are not there, which are zeros to the model (spec/clip4clip.md section 5)
+    mask  false for frames that are not there, which are zeros to the model (docs/methods/clip4clip.md section 5)
     """
     pixels = normalise(pixels_BT3SS, model.config.image_mean, model.config.image_std)
     if not getattr(model, "takes_frame_mask", False):

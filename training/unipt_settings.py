@@ -10,7 +10,7 @@ VideoTokens = Literal["all", "frames", "proxies"]
 
 
 class UniPtSettings(Settings):
-    """The defaults are the published network for CLIP4Clip (spec/unipt.md section 3)."""
+    """The defaults are the published network for CLIP4Clip (docs/methods/unipt.md section 3)."""
 
     reduction: int = Field(1, ge=1)  # the inner width is embed_dim / reduction
     # Which hidden states of a video the network reads: all of them; the proxies and each frame's mean patch; the

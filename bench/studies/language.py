@@ -194,14 +194,14 @@ STUDY = Study(
     name="language",
     title="How far apart subtitles, captions and queries are",
     question="Is what is said in videos further from what people search with than what a captioner writes?",
-    claimed="By NMI, subtitles are much further from a benchmark's queries than captions of pictures are (CLIP-ViP,"
-    " arXiv 2209.06430: HD-VILA's subtitles and MSR-VTT against WebVid, COCO, CC12M and MSR-VTT). 0: "
-    "k-means cannot tell the two apart; 1: they fall apart into two clusters.",
-    setting="Subtitles are automatic captions of what is said in the demo world, captions are the demo captioner's,"
-    " queries ask for looks or for motion, half and half. All of different videos. Features are those of "
-    "the demo's image model, which knows written captions and nothing spoken. “Told apart” is the accuracy "
-    "of a linear map on the held-out half of the texts: it finds a difference also where that is not the "
-    "largest there is; guessing: 0.5.",
+    claimed="By NMI, subtitles are much further from a benchmark's queries than captions of pictures are (CLIP-ViP, "
+    "arXiv 2209.06430: HD-VILA's subtitles and MSR-VTT against WebVid, COCO, CC12M and MSR-VTT). 0: k-means "
+    "cannot tell the two apart; 1: the two are exactly its two clusters.",
+    setting="Subtitles are automatic captions of what is said in the demo world, captions are the demo captioner's, "
+    "and queries ask for looks or for motion, half and half. All are of different videos. Features are those "
+    "of the demo's image model, which knows written captions and nothing spoken. “Told apart” is the accuracy "
+    "of a linear map on the held-out half of the texts: it also finds a difference that is not the largest "
+    "one; guessing gives 0.5.",
     arms=(
         Arm("subtitles and queries"),
         Arm("captions and queries"),
@@ -226,11 +226,11 @@ STUDY = Study(
     sizes={"default": Size(), "small": Size(num_texts=20, restarts=2)},
     run=run,
     draw=draw,
-    notes="By a linear map, captions can be told from queries as well as subtitles can: half of the queries are "
-    "of motion, which no caption of a frame is. NMI does not see it, because what divides the texts most is"
-    " something else: it measures what dominates, not what differs. Against queries of looks alone, "
-    "captions are the same language by both measures. With 500 texts of other seeds NMI was 0.12 for "
-    "subtitles and queries and 0.004 for captions and queries; nothing else was tried.",
+    notes="A linear map tells captions from queries as well as it tells subtitles from queries: half of the queries "
+    "are about motion, and no caption of a frame is. NMI does not see this, because something else divides the "
+    "texts most: NMI measures what dominates, not what differs. Against queries of looks alone, captions are the"
+    " same language by both measures. With 500 texts of other seeds, NMI was 0.12 for subtitles and queries and "
+    "0.004 for captions and queries; nothing else was tried.",
     num_seeds=5,
     percent=False,
 )

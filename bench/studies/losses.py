@@ -82,31 +82,34 @@ def _percent(pair: tuple[float, float]) -> tuple[float, float]:
 
 NOTES = """## What to make of it
 
-With wrong subtitles V-(S,C) + F-C, the loss that CLIP-ViP adopts, is above V-S at both levels, further at the
-higher, and V-S alone is last at both. What captions rescue is mostly looks (with the most noise V-S finds 21 in a
-hundred by looks alone, V-(S,C) + F-C 40, which was no claim beforehand). Among themselves the losses with captions
-lie within four points, with the most noise in just the order claimed, which these seeds do not settle. With right
-subtitles none of them differs from V-S: a narrator's sentence says all that a caption says, and motion besides.
+With wrong subtitles V-(S,C) + F-C, the loss that CLIP-ViP adopts, is better than V-S at both levels of noise, by more
+at the higher one, and V-S alone is the worst at both. What captions rescue is mostly looks: with the most noise V-S
+finds 21 of 100 by looks alone, V-(S,C) + F-C 40. (That was not claimed beforehand.) Among themselves the losses with
+captions lie within four points. With the most noise their order is exactly the one claimed, but these seeds do not
+settle it. With right subtitles none of them differs from V-S: a narrator's sentence says all that a caption says, and
+motion as well.
 
-With 4 seeds everything was undecided. That there would be 12 was fixed then, before the other eight were run.
+With 4 seeds everything was undecided. The number of 12 was fixed then, before the other eight were run.
 
-Tried before, with the first seed: held-out clips with backgrounds of their own instead of one, where V-S was right 95
-times in a hundred without noise and 83 times with the most, too near the top to tell losses apart. Captions make no
-mistakes here, which flatters every loss that uses them; 40 updates are few, so that this is about what is learned
-first."""
+Tried before, with the first seed: held-out clips with different backgrounds instead of the same one, where V-S was
+right 95 times in a hundred without noise and 83 times with the most, too close to the top to tell losses apart.
+Captions have no mistakes here, which favours every loss that uses them. 40 updates are few, so the result is about
+what is learned first."""
 
 STUDY = Study(
     name="losses",
     title="Which loss, when subtitles are wrong",
-    question="Which of the losses over videos V, frames F, subtitles S and captions C gives the best search, and "
+    question="Which of the losses over videos V, frames F, subtitles S and captions C gives the best retrieval, and "
     "how does that depend on how many subtitles talk about something else?",
-    claimed="V-(S,C) + F-C is the one that CLIP-ViP (arXiv 2209.06430) adopts and its released settings name. That "
-    "captions beside subtitles are above subtitles alone is its ablation as remembered, without figures.",
-    setting="Clips of one scene of the demo world. S is what its narrator says of looks and motion, but for a share of "
-    "clips: half of these have another clip's S, half talk about nothing seen. C says the looks of the middle frame, "
-    "without mistakes. CLIP-ViP with four proxies starts from the demo's image model and is post-pretrained with each "
-    "loss on the same batches. Scores are of written sentences, without fine-tuning, over clips of other scenes that "
-    "all have one and the same background; nothing is selected.",
+    claimed="V-(S,C) + F-C is the loss that CLIP-ViP (arXiv 2209.06430) adopts and its released settings name. That "
+    "captions together with subtitles are better than subtitles alone is its ablation as remembered, without "
+    "figures.",
+    setting="Clips of one scene of the demo world. S is what its narrator says about looks and motion, except for a "
+    "share of the clips: half of these have another clip's S, half talk about nothing that is shown. C states "
+    "the looks of the middle frame, without mistakes. CLIP-ViP with four proxies starts from the demo's image "
+    "model and is post-pretrained with each loss on the same batches. Scores are for retrieving clips of other"
+    " scenes, all with the same background, by written sentences, without fine-tuning; nothing is selected by "
+    "a score.",
     arms=tuple(Arm(name, level) for level in NOISE for name in VARIANTS),
     metrics={"r1": "looks and motion, R@1", "r5": "looks and motion, R@5", "looks_r1": "looks alone, R@1"},
     claims=tuple(

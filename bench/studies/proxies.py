@@ -125,35 +125,36 @@ def draw(table: Table) -> Figure:
 
 NOTES = """## What to make of it
 
-What is there now is told by its place in time, and every model with a notion of time learns it in a few dozen updates;
-mean pooling, which sees the same frames in both twins, cannot, and its distance from 50 is rounding. Where any one
-frame answers nobody pays for it. Proxies tell twins apart as well as the heads, but find the right clip among all less
-often: their added tokens start from noise that the image model has to get over, and 80 updates are few. On real videos
-CLIP-ViP is post-pretrained for millions of clips first.
+“Now there” follows from the order of the scenes, and every model with a notion of time learns it in a few dozen
+updates. Mean pooling, which sees the same frames in both twins, cannot; its distance from 50 is rounding. Where any
+single frame answers, none of the models loses anything. Proxies tell twins apart as well as the heads do, but find the
+right clip among all less often: their added tokens start from noise that training has to overcome, and 80 updates are
+few. On real videos CLIP-ViP is post-pretrained on millions of clips first.
 
-Motion itself (growing against shrinking) was learned by nobody here. Tried before, each with the first seed, and no
-better than guessing either: 160 updates instead of 80 (proxies); growing and shrinking alone, 200 updates of 16 clips,
-with texts of motion and looks from a temperature of 23 and with texts of motion alone from one of 100 (proxies,
-seqTransf); left, right, up, down, growing and shrinking with the same looks in one batch at a learning rate of 1e-3,
-100 updates of 30 clips (proxies) and the first 100 of a longer run with 12 (proxies, seqTransf). A likely reason: the
-image model's text tower has never read a word of motion, and a linear map from its feature of a frame says where an
-object is no better than the mean place does (how large it is, it does say), so that both towers have to begin at
-once, and each learns from what the other can tell already. What is there now is described in words that the model
-knows, so that only time has to be learned."""
+No model learned motion itself (growing against shrinking). Tried before, each with the first seed, and no better than
+guessing either: 160 updates instead of 80 (proxies); growing and shrinking alone, 200 updates of 16 clips, with texts
+of motion and looks from a temperature of 23 and with texts of motion alone from one of 100 (proxies, seqTransf); left,
+right, up, down, growing and shrinking with the same looks in one batch at a learning rate of 1e-3, 100 updates of 30
+clips (proxies) and the first 100 of a longer run with 12 (proxies, seqTransf). A likely reason: the image model's text
+tower has never read a word about motion, and a linear map from its feature of a frame locates an object no better than
+the mean position does (it does predict its size). Both towers therefore have to start at the same time, and each
+learns from what the other can already tell. “Now there” is described in words that the model knows, so only time has
+to be learned."""
 
 STUDY = Study(
     name="proxies",
-    title="Video proxies, and what else can tell the order of frames",
-    question="Which way of making a video's vector from its frames answers queries that only the order of frames "
-    "answers, and does it cost anything where any one frame answers?",
-    claimed="Video proxies are above mean pooling (CLIP-ViP), and so is CLIP4Clip's seqTransf with enough data; on "
-    "what any frame answers mean pooling is as good.",
-    setting="Every clip has a twin, itself played backwards: exactly the same frames. In half of the pairs one scene "
-    "of the demo world gives way to another and the text says what is there now; in the others something grows or "
-    "shrinks and the text says which. Each model starts from the demo's image model, which has seen single frames "
-    "only, and trains with V-S on batches that hold both twins. Scores are of clips of other scenes, at the last step "
-    "(nothing is selected): the clip against its twin (guessing gives 50), against all clips of the kind, and for "
-    "looks against clips of which no two look the same.",
+    title="Video proxies, and other ways to see the order of frames",
+    question="Which way of making one vector from a video's frames answers queries that only the order of frames "
+    "answers, and does it cost anything where any single frame answers?",
+    claimed="Video proxies are better than mean pooling (CLIP-ViP), and so is CLIP4Clip's seqTransf with enough data; "
+    "where any frame answers, mean pooling is as good.",
+    setting="Every clip has a twin: itself played backwards, with exactly the same frames. In half of the pairs one "
+    "scene of the demo world is replaced by another, and the text says what is there now; in the others "
+    "something grows or shrinks, and the text says which. Each model starts from the demo's image model, which"
+    " has seen single frames only, and trains with V-S on batches that contain both twins. Scores are for "
+    "clips of other scenes, at the last step (nothing is selected by a score): the clip against its twin "
+    "(guessing gives 50), against all clips of its kind, and for looks against clips of which no two look the "
+    "same.",
     arms=tuple(Arm(name) for name in MODELS),
     metrics={
         "change_twin": "now there, clip or twin, R@1",

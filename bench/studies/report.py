@@ -11,18 +11,18 @@ from training.run.plots import save
 DEFAULT_OUT = "docs/studies"
 INDEX = """# Studies
 
-Claims of the methods' papers tried in miniature on the demo world, where the truth is known: small models, minutes of
-training, several seeds, held-out clips. Each page has its table, its plot, what was tried, and whether each ordering
-came out: “yes” and “no” where the differences within seeds lie beyond the 95 % interval of Student's t, else
-“undecided”. What comes out here need not come out on real videos, and the other way round.
+These studies try claims of the methods' papers in miniature on the demo world, where the truth is known: small models,
+minutes of training, several seeds, held-out clips. Each page has its table, its plot, what was tried, and for each
+claimed ordering whether it came out. “Yes” and “no” mean that the differences within seeds lie beyond the 95 % interval
+of Student's t; everything else is “undecided”. A result here need not hold on real videos, and vice versa.
 
 ```
-python -m bench.studies                                       # which there are
-python -m bench.studies proxies --out docs/studies/proxies     # runs one, or goes on with it; --seeds, --workers, --size small
-python -m bench.studies --out docs/studies                     # writes this page from the rows of all
+python -m bench.studies                                         # list them
+python -m bench.studies proxies --out docs/studies/proxies      # run or resume one; --seeds, --workers, --size small
+python -m bench.studies --out docs/studies                      # write this page from the rows of all
 ```
 
-How one is written: [bench/studies](../../bench/studies/__init__.py)."""
+How to write one: [bench/studies](../../bench/studies/__init__.py)."""
 
 
 def write_report(study: Study, size: str, num_seeds: int, table: Table, out: Path) -> None:
@@ -62,12 +62,12 @@ def page(study: Study, size: str, num_seeds: int, table: Table) -> str:
         "![The scores](plot.svg)",
         f"Mean ± standard deviation over {num_seeds} seeds" + (", in percent." if study.percent else "."),
         scores(study, table),
-        "## Did it come out?",
+        "## Outcome",
         claims(study, table),
-        f"Differences are taken within seeds: mean ± standard error over {num_seeds} of them. “Yes” and “no” are what "
-        "lies beyond the 95 % interval of Student's t; everything else is undecided.",
+        f"Differences are taken within seeds: mean ± standard error over {num_seeds} seeds. “Yes” and “no” mean that "
+        "the difference lies beyond the 95 % interval of Student's t; everything else is undecided.",
         study.notes,
-        "## Again",
+        "## Run it again",
         f"```\n{command}\n```",
         f"Size `{size}`: {settings}. All rows: [rows.csv](rows.csv).",
     ]

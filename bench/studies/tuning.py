@@ -181,15 +181,15 @@ def draw(table: Table) -> Figure:
 
 STUDY = Study(
     name="tuning",
-    title="UniPT against tuning everything and tuning nothing",
+    title="UniPT against full fine-tuning and a frozen model",
     question="How much of full fine-tuning's gain do UniPT's side networks reach, and how much less do they keep in "
     "memory for the backward pass?",
     claimed="Full fine-tuning > UniPT > frozen, at a seventh of the memory on image-text retrieval (UniPT, arXiv "
     "2308.14316); reading all layers is better than reading the last one.",
-    setting="The demo's image model, frames averaged (CLIP4Clip's meanP), is tuned to what is said in videos, which it "
-    "has never met. Unseen videos are searched by what is said over them. Linear maps: one behind each frozen "
-    "tower. Kept: bytes that autograd saves for the backward pass of a batch, weights not counted, here and, "
-    "from shapes alone, for 16 clips of 12 frames on ViT-B/32 in float32.",
+    setting="The demo's image model, with frames averaged (CLIP4Clip's meanP), is tuned to what is said in videos, "
+    "which it has never seen. The queries are what is said over unseen videos. Linear maps: one after each "
+    "frozen tower. Kept: bytes that autograd saves for the backward pass of a batch, without weights, here "
+    "and, from shapes alone, for 16 clips of 12 frames on ViT-B/32 in float32.",
     arms=tuple(map(Arm, ARMS)),
     metrics={
         "r1": "R@1",
@@ -206,12 +206,12 @@ STUDY = Study(
         Claim("UniPT keeps less", "saved", "full fine-tuning", "UniPT"),
         Claim("UniPT keeps less on ViT-B/32", "saved_b32", "full fine-tuning", "UniPT"),
     ),
-    notes="Here a linear map behind each frozen tower is as good as UniPT, and keeps next to nothing: what has to be "
-    "learned is mostly another wording, and the model's features hold all that averaged frames can answer. "
-    "Where things move they cannot say, and several clips of a gallery may fit a text, so that no arm gets near"
-    " 1. Tried before, each with one seed: pictures as negatives of themselves, a change of domain that linear "
-    "maps undo as well as anything (0.78 against 0.71 for full fine-tuning after as many updates), and texts "
-    "that say where in the picture a thing is, which no arm learns in 200 updates (at most 0.12).",
+    notes="Here a linear map after each frozen tower is as good as UniPT and keeps next to nothing: what has to be "
+    "learned is mostly a different wording, and the model's features contain all that averaged frames can "
+    "answer. They do not say where things move, and several clips of a gallery may fit a text, so no arm gets "
+    "near 1. Tried before, each with one seed: photographic negatives of the pictures, a change of domain that "
+    "linear maps undo as well as anything (0.78 against 0.71 for full fine-tuning after as many updates), and "
+    "texts that say where in the picture a thing is, which no arm learns in 200 updates (at most 0.12).",
     sizes={"default": Size(), "small": Size(num_clips=6, num_test=4, num_frames=2, batch_size=3, steps=2)},
     run=run,
     draw=draw,

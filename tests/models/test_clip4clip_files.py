@@ -97,7 +97,7 @@ def published_shapes(head: str, stem: str = "2d") -> dict[str, list[int]]:
 
 
 def test_published_sizes_have_the_published_shapes() -> None:
-    """spec/clip4clip.md section 10."""
+    """docs/methods/clip4clip.md section 10."""
     plain = published_shapes("meanP", "3d")
     assert plain.pop("clip.visual.conv2.weight") == [768, 3, 3, 32, 32]
     assert plain["clip.visual.positional_embedding"] == [50, 768] and plain["clip.visual.proj"] == [768, 512]

@@ -25,7 +25,7 @@ def tiny_unipt(seed: int = 0, pooling: str = "proxy", **settings) -> UniPtClip:
 
 
 def plain_loop(adapter: Adapter, states: list[Tensor], guide: Tensor, mask: Tensor, position: Tensor) -> Tensor:
-    """Steps 1 to 7 of spec/unipt.md section 3, item by item and token by token."""
+    """Steps 1 to 7 of docs/methods/unipt.md section 3, item by item and token by token."""
     outputs = []
     for item in range(len(guide)):
         query = adapter.downsample_layer(guide[item])
@@ -83,7 +83,7 @@ def test_confidences_of_the_layers_sum_to_one_and_are_told() -> None:
 
 
 def formula(widths: list[int], embed_dim: int, reduction: int) -> int:
-    """The count in spec/unipt.md section 3."""
+    """The count in docs/methods/unipt.md section 3."""
     inner = embed_dim // reduction
     return sum((width + 1) * inner for width in widths) + (embed_dim + 1) * inner + (inner + 1) * embed_dim + inner + 1
 

@@ -7,14 +7,14 @@ from clipmill.base.settings import recipe_names
 from training.models.registry import load
 from training.settings import RECIPES, ModelSettings, RunSettings, resolve
 
-# (recipe, frames, text tokens, batch, epochs): spec/clip_vip.md section 7. MSR-VTT draws one caption per epoch.
+# (recipe, frames, text tokens, batch, epochs): docs/methods/clip_vip.md section 7. MSR-VTT draws one caption per epoch.
 CLIP_VIP = [
     ("msrvtt", 12, (50, 50), (128, 128), 100),
     ("didemo", 12, (50, 70), (128, 128), 20),
     ("lsmdc", 12, (50, 50), (128, 128), 10),
     ("activitynet", 32, (70, 70), (128, 64), 20),
 ]
-# (recipe, frames and text tokens): spec/clip4clip.md section 5
+# (recipe, frames and text tokens): docs/methods/clip4clip.md section 5
 CLIP4CLIP = [("msrvtt", 12, 32), ("msvd", 12, 32), ("lsmdc", 12, 32), ("activitynet", 64, 64), ("didemo", 64, 64)]
 
 

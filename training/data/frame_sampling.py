@@ -1,4 +1,4 @@
-"""Which frames of a clip are taken, and how they become the model's pixels (spec section 6).
+"""Which frames of a clip are taken, and how they become the model's pixels (docs/methods/clip_vip.md section 6).
 
 Indices are pure functions of integers and names: no generator is carried from one clip to the next, so a sample is the
 same whichever worker reads it and however often. Pixels stay uint8 until `normalise`, which runs on the device.
@@ -35,8 +35,8 @@ def eval_indices(num_frames: int, num_taken: int) -> np.ndarray:
 def paced_indices(num_frames: int, fps: float, *, frames_per_s: float, most: int) -> np.ndarray:
     """[at most `most`] int64: what is shown at 0, 1/frames_per_s, … s of the clip; of too many, so many evenly.
 
-    CLIP4Clip's choice (spec/clip4clip.md section 5), true to the clip's own rate: the released code rounds that down to
-    an integer, so that its seconds drift, and may take a frame behind the end (section 9).
+    CLIP4Clip's choice (docs/methods/clip4clip.md section 5), true to the clip's own rate: the released code rounds that
+    down to an integer, so that its seconds drift, and may take a frame behind the end (section 9).
     """
     _check_counts(num_frames, most)
     shown = np.arange(max(1, math.ceil(num_frames / fps * frames_per_s - 1e-6))) * (fps / frames_per_s)

@@ -1,7 +1,7 @@
 """Video Editing for Video Retrieval: clips from single timestamps, and a teacher that edits their boundaries.
 
-spec/video_editing.md sections 3, 5 and 9; what is marked [design] there is ours. Pure functions of numbers: no model,
-no files. A model enters as a `Scorer`; `training.editing.scores` has one for cached frame features, and
+docs/methods/video_editing.md sections 3, 5 and 9; what is marked [design] there is ours. Pure functions of numbers: no
+model, no files. A model enters as a `Scorer`; `training.editing.scores` has one for cached frame features, and
 `training.editing.rounds` plays the rounds of teacher and student. Times are seconds as doubles; shape letters:
     N clips of a video   K candidates of a clip   2 start and end
 

@@ -1,4 +1,4 @@
-"""The rounds of teacher and student (spec/video_editing.md section 6), for any model behind `Host`.
+"""The rounds of teacher and student (docs/methods/video_editing.md section 6), for any model behind `Host`.
 
 A round: the teacher edits every clip from the present boundaries; the student trains an epoch on them and is validated
 on held-out clips of the same weak kind. When the student is better than ever, the teacher takes its weights, the

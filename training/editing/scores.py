@@ -1,7 +1,7 @@
 """Scores for edited boundaries: a caption against a clip, measured against the captions of other videos.
 
-`FrameScorer` is the cheap `Scorer` of spec/video_editing.md section 5: a video's frames are encoded once per round and
-every candidate is the mean of its frames, taken from running sums. numpy only. Shape letters as in
+`FrameScorer` is the cheap `Scorer` of docs/methods/video_editing.md section 5: a video's frames are encoded once per
+round and every candidate is the mean of its frames, taken from running sums. numpy only. Shape letters as in
 `training.editing.boundaries`, and    F frames of a video   J captions of the bank   C embed_dim
 """
 

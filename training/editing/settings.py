@@ -1,7 +1,7 @@
 """What decides how a teacher edits clip boundaries. Nothing heavy is imported here.
 
-The paper's own numbers are not known to us (spec/video_editing.md): where a default is not that file's proposal,
-docs/video_editing.md has the measurement that chose it.
+The paper's own numbers are not known to us (docs/methods/video_editing.md): where a default is not that file's
+proposal, docs/video_editing.md has the measurement that chose it.
 """
 
 from typing import Any, Literal

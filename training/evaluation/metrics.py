@@ -1,4 +1,4 @@
-"""Retrieval metrics: text to video and video to text, one rank per query, exact (spec section 8).
+"""Retrieval metrics: text to video and video to text, one rank per query, exact (docs/methods/clip_vip.md section 8).
 
 Takes similarities, no model. Positions never decide who belongs to whom: `text_to_video` does, so evaluation sets may
 be padded, shuffled or captioned several times.

@@ -1,4 +1,4 @@
-"""MIL-NCE: a clip has several right texts, its own and its neighbours' in time (spec/clip4clip.md section 4).
+"""MIL-NCE: a clip has several right texts, its own and its neighbours' in time (docs/methods/clip4clip.md section 4).
 
 For each clip -log of the share that its own block of texts has among everything it is compared with: all texts of the
 batch with its video, and its own text, the published block's middle one, with the other videos. Logits are

@@ -1,4 +1,4 @@
-"""Omnisource contrastive losses: videos and frames against subtitles and captions (spec section 5).
+"""Omnisource contrastive losses: videos and frames against subtitles and captions (docs/methods/clip_vip.md section 5).
 
 Everything here takes unit vectors; no model, no files. With a group, each process scores its own rows against the rows
 of all, and the result is that of one process on the whole batch.

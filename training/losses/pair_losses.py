@@ -23,7 +23,7 @@ def symmetric_cross_entropy(similarity: Tensor) -> Tensor:
 
 
 def mil_nce(similarity: Tensor, num_pairs: int = 1) -> Tensor:
-    """-log of the own block's share, for the middle pair of each block (spec/clip4clip.md section 4).
+    """-log of the own block's share, for the middle pair of each block (docs/methods/clip4clip.md section 4).
 
     The share is among all texts of the pair's video and the other blocks' videos of the pair's text.
     """

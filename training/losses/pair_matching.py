@@ -1,9 +1,9 @@
 """In-batch matching for models that score pairs: every text with every video, the own pair among them to be found.
 
 The two terms are those of `training.losses.omnisource`'s variant "vs", on scores instead of cosines; half their sum is the published
-symmetric loss (spec/clip4clip.md section 4). The released code compares a process's own rows alone; here it is all rows
-of the batch, as in the other losses. A process scores its own texts with all videos and scores are gathered, so that
-each of the K x K pairs is scored once. What is missing asks nothing and is nobody's negative, as there.
+symmetric loss (docs/methods/clip4clip.md section 4). The released code compares a process's own rows alone; here it is
+all rows of the batch, as in the other losses. A process scores its own texts with all videos and scores are gathered,
+so that each of the K x K pairs is scored once. What is missing asks nothing and is nobody's negative, as there.
 
 Legend: B clips of this process, K of all processes, F frames, C the features' size.
 """

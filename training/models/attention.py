@@ -11,10 +11,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def proxy_attention(qkv_BS3HE: Tensor, num_proxies: int, num_frames: int) -> Tensor:
-    """[B, S, D]. Proxies see every token, a patch sees the proxies and the patches of its own frame (spec 2.2).
+    """[B, S, D]. Proxies see every token, a patch sees the proxies and the patches of its own frame.
 
-    Two calls without a mask: the patches of a frame are one batch entry whose keys are [proxies, its patches]. Splits
-    and unbinds rather than slices: their gradient is one concatenation, a slice's is a zero tensor of full size.
+    docs/methods/clip_vip.md section 2.2. Two calls without a mask: the patches of a frame are one batch entry whose
+    keys are [proxies, its patches]. Splits and unbinds rather than slices: their gradient is one concatenation, a
+    slice's is a zero tensor of full size.
     """
     if num_frames == 1:
         return full_attention(qkv_BS3HE)

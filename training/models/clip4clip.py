@@ -1,6 +1,7 @@
-"""CLIP4Clip: CLIP frame by frame, and a head that compares texts with the frames of a video (spec/clip4clip.md).
+"""CLIP4Clip: CLIP frame by frame, and a head that compares texts with the frames of a video.
 
-The CLIP inside is `training.models.clip_vip.ClipVip` without proxies. Shape letters are those of `training.models.clip4clip_heads`, and
+docs/methods/clip4clip.md. The CLIP inside is `training.models.clip_vip.ClipVip` without proxies. Shape letters are those of
+`training.models.clip4clip_heads`, and
     L tokens of a text   T = F frames   H, W pixels
 """
 

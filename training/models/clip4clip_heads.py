@@ -1,4 +1,4 @@
-"""CLIP4Clip's four ways of comparing texts with frames (spec/clip4clip.md section 3). No CLIP and no files here.
+"""CLIP4Clip's four ways of comparing texts with frames (docs/methods/clip4clip.md section 3). No CLIP, no files.
 
 The first three map frames to frames, which `pooled` turns into one unit vector per video; the fourth scores pairs.
 

@@ -1,7 +1,8 @@
-"""CLIP-ViP: CLIP's two towers, the vision tower with video proxies (spec sections 2 and 3). No files are read here.
+"""CLIP-ViP: CLIP's two towers, the vision tower with video proxies. No files are read here.
 
-Shape letters are those of `training.models.attention`. `ClipVip` is what the rest of the trainer sees: pixels or token ids in,
-unit vectors out. An image is a video of one frame; without added proxies and with one frame this is plain CLIP.
+docs/methods/clip_vip.md sections 2 and 3. Shape letters are those of `training.models.attention`. `ClipVip` is what the rest
+of the trainer sees: pixels or token ids in, unit vectors out. An image is a video of one frame; without added proxies
+and with one frame this is plain CLIP.
 """
 
 import math
@@ -170,7 +171,10 @@ class VisionTower(Tower):
         return self.post_norm(self._run(self.blocks[-1].first_token, x_BSD)[:, 0])
 
     def tokens(self, pixels_BT3HW: Tensor) -> Tensor:
-        """[B, S, D]: class token, added proxies, frame 0's patches, frame 1's patches, … (spec 2.1)."""
+        """[B, S, D]: class token, added proxies, frame 0's patches, frame 1's patches, …
+
+        docs/methods/clip_vip.md section 2.1.
+        """
         batch, num_frames = pixels_BT3HW.shape[:2]
         patches = self.patch_embedding(pixels_BT3HW.flatten(0, 1)).flatten(2).transpose(1, 2)
         proxy_position, patch_position_LD = self.position_embedding.split([1, self.config.num_patches])
@@ -259,7 +263,10 @@ class ClipVip(nn.Module):
 
     @torch.no_grad()
     def clamp_log_scale(self) -> None:
-        """To [0, ln 200], in place (spec 5): call it after every update, on the parameter that the optimiser holds."""
+        """To [0, ln 200], in place: call it after every update, on the parameter that the optimiser holds.
+
+        docs/methods/clip_vip.md section 5.
+        """
         self.logit_scale.clamp_(0, MAX_LOG_SCALE)
 
     def initialise(self, seed: int = 0) -> None:
@@ -283,7 +290,10 @@ class ClipVip(nn.Module):
 
 
 def resample_times(table_ND: Tensor, num_frames: int) -> Tensor:
-    """[T, D]: the temporal table at T half-pixel centres, linear in between, clamped at both ends (spec 2.1)."""
+    """[T, D]: the temporal table at T half-pixel centres, linear in between, clamped at both ends.
+
+    docs/methods/clip_vip.md section 2.1.
+    """
     num_times = len(table_ND)
     if num_times == num_frames:
         return table_ND

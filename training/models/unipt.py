@@ -1,4 +1,4 @@
-"""UniPT: small networks beside a frozen CLIP that read every layer's hidden states at once (spec/unipt.md).
+"""UniPT: small networks beside a frozen CLIP that read every layer's hidden states at once (docs/methods/unipt.md).
 
 Only the two side networks train, and nothing is kept for a backward pass through the backbone: it runs without
 gradients, and its hidden states are plain inputs. Shape letters, besides those of `training.models.attention`:
@@ -53,7 +53,7 @@ class Adapter(nn.Module):
         mask_NS: Tensor | None = None,
         position_N: Tensor | None = None,
     ) -> Adapted:
-        """Steps 1 to 7 of spec/unipt.md section 3, in the wider of the guide's and the weights' dtypes.
+        """Steps 1 to 7 of docs/methods/unipt.md section 3, in the wider of the guide's and the weights' dtypes.
 
         states    Y hidden states [N, S, D]
         guide     the backbone's last feature, projected and not normalised
@@ -134,8 +134,8 @@ class UniPtClip(nn.Module):
     """A frozen backbone with a side network on each tower; used wherever a `ClipVip` is.
 
     On a backbone with pooling "mean" this is UniPT's CLIP4Clip with meanP; with pooling "proxy" the video's class token
-    is the guide (spec/unipt.md section 7). The log scale is the backbone's and frozen with it. The side networks are
-    made in float32 on the CPU, as every model is read; `to` moves all.
+    is the guide (docs/methods/unipt.md section 7). The log scale is the backbone's and frozen with it. The side
+    networks are made in float32 on the CPU, as every model is read; `to` moves all.
     """
 
     def __init__(self, backbone: ClipVip, settings: UniPtSettings | None = None, seed: int = 0):

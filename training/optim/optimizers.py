@@ -136,7 +136,10 @@ class PublishedAdamW(_Published):
 
 
 class BertAdam(_Published):
-    """CLIP4Clip's: no bias correction, each gradient clipped by itself, decay added to the update (spec section 6)."""
+    """CLIP4Clip's: no bias correction, each gradient clipped by itself, decay added to the update.
+
+    docs/methods/clip4clip.md section 6.
+    """
 
     max_norm = 1.0  # of one parameter's gradient
 

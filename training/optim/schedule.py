@@ -1,4 +1,7 @@
-"""Learning rate by step: warm-up, then a decay (spec: clip_vip.md section 7, clip4clip.md section 6). Arithmetic."""
+"""Learning rate by step: warm-up, then a decay. Arithmetic.
+
+docs/methods/clip_vip.md section 7, clip4clip.md section 6.
+"""
 
 import math
 from typing import Literal, get_args

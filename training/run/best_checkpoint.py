@@ -2,8 +2,9 @@
 
 The lines of eval.jsonl decide, nothing else: `checkpoints/best.json` repeats what they say, for people and commands,
 and is written anew from them whenever the run goes on. Choosing the evaluation with the best text to video R@1 is what
-released trainers do, on their test set (spec/clip4clip.md section 9.4); here no clip of a split "test" may take part
-(`training.data.clip_query`). Of equals the earlier counts. The model before its first step is no candidate: nothing was trained.
+released trainers do, on their test set (docs/methods/clip4clip.md section 9.4); here no clip of a split "test" may take
+part (`training.data.clip_query`). Of equals the earlier counts. The model before its first step is no candidate: nothing was
+trained.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""Words of a text found again among words with times, by dynamic time warping (spec/hd_vila 2.1 step 4).
+"""Words of a text found again among words with times, by dynamic time warping.
 
-Needed where the text is not the timed words themselves: a manual transcript against the word times of the automatic
-captions, or a transcript whose punctuation was restored by something that also rewrites words.
+docs/methods/hd_vila.md section 2.1 step 4. Needed where the text is not the timed words themselves: a manual transcript
+against the word times of the automatic captions, or a transcript whose punctuation was restored by something that also
+rewrites words.
 
 Letters: u_1..u_m are the words of the text, w_1..w_n the timed words. The cost of a pair is 0 for words that are equal
 after normalisation, else their edit distance divided by the longer length; steps (1,1), (1,0), (0,1); u_i is compared

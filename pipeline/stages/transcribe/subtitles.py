@@ -445,7 +445,7 @@ MAX_SHOWN = 200  # words that are compared: no caption carries over more
 
 
 def _collapse_roll_up(cues: list[Cue], repairs: Counter, always: bool) -> list[Cue]:
-    """Each cue cut down to what it adds to the cue before it (spec/hd_vila 2.1 step 1).
+    """Each cue cut down to what it adds to the cue before it (docs/methods/hd_vila.md section 2.1 step 1).
 
     Automatic captions show the previous line above the new one, and often a 10 ms cue with the new line alone between.
     Text is carried over when the previous cue ends with the words that this one begins with, up to the end of a line or

@@ -1,4 +1,4 @@
-"""What each tensor of `Clip4Clip` is called, and how it lies, in released files (spec/clip4clip.md section 10).
+"""What each tensor of `Clip4Clip` is called, and how it lies, in released files (docs/methods/clip4clip.md section 10).
 
 Pure functions of names and tensors. Nothing is loaded here.
 """
