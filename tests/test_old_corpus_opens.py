@@ -1,0 +1,303 @@
+"""A corpus and a training run of an earlier version open, are up to date, and go on as they were begun.
+
+Both are in tests/data/old_corpus, whose README says what they hold and how they were made; recorded.json has what the
+version that made them said of them. The values in it are never renewed: where one differs, users' corpora would be
+built again, or their runs would go on with other batches.
+
+None of the recorded hashes depends on the version of a library. Those of models that are named by a tag or a file are
+of the name or the file's bytes; losses are fp32 on a CPU, which other processors round otherwise.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import tarfile
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pipeline.build import session
+from pipeline.cli import app
+from pipeline.settings import resolve
+from pipeline.stages import fingerprints
+from shards.fragments import commit_name
+
+DATA = Path(__file__).parent / "data" / "old_corpus"
+RECORDED = json.loads((DATA / "recorded.json").read_text())
+
+NUM_FAILED = 2  # of the corpus's sources: a page that is not there, and one that is no video
+STAGES = ("download", "transcribe", "segment", "cut", "caption", "score", "pack")
+LAST_STEP, NUM_STEPS = 8, 12  # of the run: where it was stopped, and its length
+REWRITTEN = ("manifest.duckdb", "README.txt", "corpus.yaml")  # which a later version may complete
+
+# What a user may have of a corpus: all of it, or no cache, or only what nothing else can be made from.
+AS_IT_WAS, NO_CACHE, NO_MANIFEST = "as it was", "with an empty cache", "without cache and manifest"
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("old")
+    with tarfile.open(DATA / "corpus_and_run.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def copy_of_corpus(unpacked: Path, folder: Path, kind: str = AS_IT_WAS) -> Path:
+    corpus = Path(shutil.copytree(unpacked / "corpus", folder / "corpus"))
+    if kind != AS_IT_WAS:
+        shutil.rmtree(corpus / ".clipmill")
+    if kind == NO_CACHE:
+        (corpus / ".clipmill").mkdir()
+    if kind == NO_MANIFEST:
+        (corpus / "manifest.duckdb").unlink()
+    return corpus
+
+
+def copy_of_run(unpacked: Path, folder: Path, corpus: Path) -> Path:
+    """A run's selections say where its corpus lies, so they are told where it lies now."""
+    run = Path(shutil.copytree(unpacked / "run", folder / "run"))
+    for path in (run / "selection.arrow", run / "eval.arrow"):
+        table = pa.ipc.open_file(path.read_bytes()).read_all()
+        metadata = table.schema.metadata | {b"root": str(corpus).encode()}
+        with pa.ipc.new_file(path, table.schema.with_metadata(metadata)) as writer:
+            writer.write_table(table)
+    return run
+
+
+def clipmill(*arguments: str | Path, code: int = 0) -> str:
+    """Run the command in this process; returns its output."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def assigned(settings: list[str]) -> list[str]:
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+def settings_of(path: Path) -> dict:
+    """The settings in a corpus.yaml or a run.yaml."""
+    return yaml.safe_load(path.read_text())["settings"]
+
+
+def hashes(corpus: Path) -> dict[str, str]:
+    """SHA-256 of every file that the corpus consists of and that nothing rewrites."""
+    names = [str(path.relative_to(corpus)) for path in corpus.rglob("*") if path.is_file()]
+    kept = [name for name in names if not name.startswith(".clipmill/") and name not in REWRITTEN]
+    return {name: hashlib.sha256((corpus / name).read_bytes()).hexdigest() for name in kept}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# -- the corpus --------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_the_corpus_that_was_recorded(unpacked):
+    assert hashes(unpacked / "corpus") == RECORDED["files"]
+    assert any(name.startswith("sources/") for name in RECORDED["files"]), "sources were to be kept"
+
+
+@pytest.mark.parametrize("kind", [AS_IT_WAS, NO_CACHE])
+def test_status_finds_nothing_to_do(unpacked, tmp_path, kind):
+    corpus = copy_of_corpus(unpacked, tmp_path, kind)
+    rows = status_of(corpus)
+    assert list(rows) == list(STAGES)
+    for stage, counts in rows.items():
+        assert counts.pop("done") > 0, stage
+        assert counts.pop("failed") == (NUM_FAILED if stage == "download" else 0), stage
+        assert "pending" in counts and not any(counts.values()), stage
+    assert hashes(corpus) == RECORDED["files"]
+
+
+def status_of(corpus: Path) -> dict[str, dict[str, int]]:
+    """Stage → column → number, from the table that the command prints: a number ends where its column's name does."""
+    header, *rows = clipmill("status", corpus).splitlines()
+    columns = [(match.group(), match.end()) for match in re.finditer(r"\S+", header)]
+    starts = [len("transcribe"), *(end for _, end in columns[1:-1])]
+    found = {}
+    for row in rows:
+        if (stage := row.split(" ")[0]) in STAGES:
+            cells = {name: row[start:end] for (name, end), start in zip(columns[1:], starts, strict=True)}
+            found.setdefault(stage, {name: int(cell.strip() or 0) for name, cell in cells.items()})
+    return found
+
+
+@pytest.mark.parametrize("kind", [AS_IT_WAS, NO_CACHE, NO_MANIFEST])
+def test_a_build_has_nothing_to_do(unpacked, tmp_path, kind):
+    corpus = copy_of_corpus(unpacked, tmp_path, kind)
+    settings = settings_of(corpus / "corpus.yaml")
+    clipmill("build", "--corpus", corpus, code=1)  # 1: some sources have failed, then as now
+    assert hashes(corpus) == RECORDED["files"], "and no row of a run, which whatever a build does leaves"
+    assert settings_of(corpus / "corpus.yaml") | settings == settings_of(corpus / "corpus.yaml")
+    clipmill("verify", "--no-decode", corpus)
+
+
+def test_verify_is_clean(unpacked):
+    assert re.search(rf"\b{len(RECORDED['rows']['samples'])}\b", clipmill("verify", unpacked / "corpus"))
+
+
+def test_tables_and_views_have_the_columns_and_rows_that_they_had(unpacked, tmp_path):
+    """In a manifest that this version has published from the fragments."""
+    corpus = copy_of_corpus(unpacked, tmp_path, NO_MANIFEST)
+    clipmill("build", "--corpus", corpus, code=1)
+    with duckdb.connect(str(corpus / "manifest.duckdb"), read_only=True) as connection:
+        sql = "SELECT table_name, column_name, data_type FROM information_schema.columns"
+        types = {(table, column): kind for table, column, kind in connection.sql(sql).fetchall()}
+        for table, columns in RECORDED["columns"].items():
+            assert {column: types.get((table, column)) for column in columns} == columns, table
+        for table, recorded in RECORDED["rows"].items():
+            columns = ", ".join(f'"{name}"' for name in recorded[0])
+            rows = connection.sql(f"SELECT {columns} FROM {table}").to_arrow_table().to_pylist()
+            assert in_order(rows) == in_order(recorded), table
+
+
+def in_order(rows: list[dict]) -> list[dict]:
+    return sorted(rows, key=lambda row: json.dumps(row, sort_keys=True))
+
+
+def test_shards_packed_anew_are_the_same_bytes(unpacked, tmp_path):
+    corpus = copy_of_corpus(unpacked, tmp_path)
+    tars = {name: digest for name, digest in RECORDED["files"].items() if re.fullmatch(r"shards/\d+\.tar", name)}
+    indexes = {path: pq.read_table(path) for path in (corpus / "shards").glob("*.parquet")}
+    assert len(tars) == len(indexes) == 2
+    for name in tars:
+        (corpus / name).unlink()
+    clipmill("run", "pack", "--redo", "--corpus", corpus, code=1)
+    assert {name: digest for name, digest in hashes(corpus).items() if name in tars} == tars
+    assert all(pq.read_table(path).equals(table) for path, table in indexes.items())
+
+
+# Of a clip, what neither an encoder's version nor the rounding of a processor decides, and what that may change a bit.
+SAME = ("span_start_s", "span_end_s", "start_s", "end_s", "num_frames", "fps", "width", "height", "codec", "has_audio")
+SAME += ("text", "num_words", "num_sentences", "origin", "language", "transcript_origin")
+SAME += ("caption", "captioner", "shard")
+NEAR = ("motion", "brightness", "align_cost", "caption_score", "subtitle_similarity", "caption_similarity")
+
+
+@pytest.mark.slow
+def test_stages_done_again_make_the_same_clips(local_ray, unpacked, tmp_path):
+    """From the kept sources alone, every stage behind the download by the workers of a real build."""
+    corpus = copy_of_corpus(unpacked, tmp_path, NO_MANIFEST)
+    made = [*corpus.glob("fragments/*/*.parquet"), *corpus.glob("clips/*"), *corpus.glob("shards/*")]
+    for path in made:
+        if not path.name.startswith(("ingest-", "download-")):
+            path.unlink()
+    clipmill("build", "--corpus", corpus, code=1)
+    assert {path.stem for path in corpus.glob("fragments/ledger/*.parquet")} == RECORDED["commits"].keys()
+    with duckdb.connect(str(corpus / "manifest.duckdb"), read_only=True) as connection:
+        catalog = connection.sql("FROM catalog ORDER BY clip_id").to_arrow_table().to_pylist()
+    recorded = RECORDED["rows"]["catalog"]
+    assert [row["clip_id"] for row in catalog] == [row["clip_id"] for row in recorded]
+    for name in SAME:
+        assert [row[name] for row in catalog] == [row[name] for row in recorded], name
+    for name in NEAR:
+        assert numbers(catalog, name) == pytest.approx(numbers(recorded, name), rel=0.02, abs=0.01), name
+
+
+def numbers(rows: list[dict], name: str) -> dict[str, float]:
+    return {row["clip_id"]: row[name] for row in rows if row[name] is not None}
+
+
+# -- fingerprints, keys, names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECORDED["fingerprints"])
+def test_fingerprints_of_stages_are_the_same_bytes(unpacked, name):
+    """Of the defaults, of recipes, of changed settings, and of the corpus's own."""
+    recorded = RECORDED["fingerprints"][name]
+    saved = settings_of(unpacked / "corpus" / "corpus.yaml") if name == "the corpus" else None
+    assert fingerprints(resolve(saved, recorded["recipe"], recorded["set"])) == recorded["stages"]
+
+
+@pytest.mark.parametrize("change", RECORDED["keys"])
+def test_keys_of_all_items_are_the_same_bytes(unpacked, tmp_path, change):
+    """Of the corpus with its own settings, and of what a changed setting makes pending."""
+    recorded, found = RECORDED["keys"][change], {}
+    corpus = copy_of_corpus(unpacked, tmp_path, NO_CACHE)
+    with session(corpus, None, recorded["set"], "test", create=False) as (current, _):
+        current.derive_all()
+        for stage in recorded["stages"]:
+            rows = current.ledger.connection.sql(f"SELECT item_id, key, status FROM state_{stage}").fetchall()
+            found[stage] = {item: [key, status] for item, key, status in rows}
+    assert found == recorded["stages"]
+
+
+def test_commits_are_named_as_their_work(unpacked):
+    """A commit's name is a hash of its items and their keys: the same work lands in the same place."""
+    for name, rows in RECORDED["commits"].items():
+        path = unpacked / "corpus" / "fragments" / "ledger" / f"{name}.parquet"
+        assert pq.read_table(path, columns=list(rows[0])).to_pylist() == rows
+        if rows[0]["stage"] != "ingest":
+            items = {(row["item_id"], row["key"]) for row in rows}
+            assert commit_name(rows[0]["stage"], rows[0]["unit"], items) == name
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [LAST_STEP, 4])
+def test_the_run_resumes_with_the_batches_and_losses_that_it_would_have_had(unpacked, tmp_path, step):
+    """From its last checkpoint, and from the one before it where the last is lost."""
+    corpus = copy_of_corpus(unpacked, tmp_path)
+    run, recorded = copy_of_run(unpacked, tmp_path, corpus), RECORDED["run"]
+    if step != LAST_STEP:
+        shutil.rmtree(run / "checkpoints" / f"step-{LAST_STEP:08d}")
+    before = lines(run / "log.jsonl")
+    clipmill("train", "--run", run, "--corpus", corpus)
+    log = lines(run / "log.jsonl")
+    assert log[:step] == before[:step] and log[step]["wall_s"] > before[step - 1]["wall_s"]
+    assert [row["step"] for row in log] == list(range(1, NUM_STEPS + 1))
+    for name in ("step", "epoch", "batch"):
+        assert [row[name] for row in log] == [row[name] for row in recorded["steps"]], name
+    for name in recorded["steps"][0].keys() - {"step", "epoch", "batch"}:
+        assert [row[name] for row in log] == pytest.approx([row[name] for row in recorded["steps"]], rel=2e-3), name
+    assert [row["step"] for row in lines(run / "eval.jsonl")] == recorded["evaluations"]
+    seen = {row["clip_id"]: row["times_seen"] for row in pq.read_table(run / "feedback.parquet").to_pylist()}
+    assert seen == {row["clip_id"]: row["times_seen"] for row in recorded["feedback"]}
+    assert not (run / "failures.jsonl").exists() or not lines(run / "failures.jsonl")
+
+
+@pytest.mark.parametrize("name", RECORDED["selections"])
+def test_selections_and_orders_of_new_runs_are_the_same(unpacked, tmp_path, name):
+    """Of a run of the old one's settings with some of them changed: two epochs as they are planned on the disk."""
+    recorded = RECORDED["selections"][name]
+    run, recipe = tmp_path / "new", tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings_of(unpacked / "run" / "run.yaml")))
+    init = unpacked / "run" / "checkpoints" / f"step-{LAST_STEP:08d}"
+    settings = assigned([*recorded["set"], "train.max_steps=1"])
+    clipmill("train", "--run", run, "--corpus", unpacked / "corpus", "--recipe", recipe, "--init", init, *settings)
+    clips = frozen_clips(run / "selection.arrow", recorded)
+    if recorded["held_out"]:
+        frozen_clips(run / "eval.arrow", recorded["held_out"])
+    assert lines(run / "log.jsonl")[0]["batch"] == recorded["batch"]
+    batches = planned(run, recorded["plan"], 0, clips)
+    clipmill("train", "--run", run, "--set", f"train.max_steps={len(batches) + 1}")
+    batches += planned(run, recorded["plan"], 1, clips)
+    assert len(batches) >= 4
+    assert batches[: len(recorded["batches"])] == recorded["batches"][: len(batches)]
+
+
+def planned(run: Path, fingerprint: str, epoch: int, clips: list[str]) -> list[list[str | None]]:
+    """The clips of an epoch's batches, from its file; None: a hole."""
+    rows = np.load(run / "plan" / f"plan-{fingerprint}-{epoch:05d}.npy")
+    return [[clips[row] if row < len(clips) else None for row in batch] for batch in rows.tolist()]
+
+
+def frozen_clips(path: Path, recorded: dict) -> list[str]:
+    """The clips of a selection, once it is sure to be the one that was recorded."""
+    table = pa.ipc.open_file(path.read_bytes()).read_all()
+    for name in ("hash", "snapshot"):
+        assert table.schema.metadata[name.encode()].decode() == recorded.get(name, ""), name
+    assert table["clip_id"].to_pylist() == recorded["clips"]
+    return recorded["clips"]
