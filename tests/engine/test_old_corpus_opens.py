@@ -23,13 +23,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline.build import session
-from pipeline.cli import app
-from pipeline.settings import resolve
-from pipeline.stages import fingerprints
-from shards.fragments import commit_name
+from clipmill.cli.app import app
+from pipeline.engine.build import session
+from pipeline.engine.registry import fingerprints
+from pipeline.engine.settings import resolve
+from shards.corpus.fragments import commit_name
 
-DATA = Path(__file__).parent / "data" / "old_corpus"
+DATA = Path(__file__).parents[1] / "data" / "old_corpus"
 RECORDED = json.loads((DATA / "recorded.json").read_text())
 
 NUM_FAILED = 2  # of the corpus's sources: a page that is not there, and one that is no video
