@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from shards.query.sql import open_manifest, run_query
+from shards.sql import open_manifest, run_query
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- queries -->", "<!-- end of queries -->"
