@@ -36,6 +36,8 @@ import psutil
 
 from bench.same_corpus import differences, orphans
 
+STALL_S = 8.0  # what a busy machine's own server does not take for an answer
+
 SETTINGS = (
     "ingest.unit_videos=2",
     "cut.short_side=96",
@@ -47,7 +49,7 @@ SETTINGS = (
     "engine.batch_clips=16",
     "download.retries=5",
     "download.backoff_s=0.1",
-    "download.stall_timeout_s=2",
+    f"download.stall_timeout_s={STALL_S}",
     "download.cooldown_s=0.5",
 )
 PROCESS_KINDS = ("driver", "worker", "actor", "node")
@@ -286,7 +288,7 @@ class Spoiler(dict):
         some_bytes = self.rng.randrange(1, 200_000)
         return {
             "http-drop": {"cut_after_bytes": some_bytes},
-            "http-stall": {"delay_s": 4},
+            "http-stall": {"delay_s": 2 * STALL_S},
             "http-length": {"extra_bytes": self.rng.choice((-1, 1)) * self.rng.randrange(1, 2000)},
             "http-429": {"status": 429},
             "http-503": {"status": 503},

@@ -7,17 +7,22 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# The same examples in every run, HYPOTHESIS_PROFILE=any draws others; a deadline would measure the neighbours.
-settings.register_profile("same", derandomize=True, deadline=None)
-settings.register_profile("any", deadline=None)
+# The same examples in every run, HYPOTHESIS_PROFILE=any draws others; time limits would measure the neighbours.
+UNHURRIED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("same", derandomize=True, **UNHURRIED)
+settings.register_profile("any", **UNHURRIED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A worker of Ray's that a busy machine starts slowly is no failed one, nor is a node that answers slowly a dead one.
+os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
+os.environ.setdefault("RAY_health_check_timeout_ms", "60000")
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1200")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

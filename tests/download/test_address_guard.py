@@ -20,7 +20,7 @@ PRIVATE = [
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",
     "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4",
 ]  # fmt: skip
-SETTINGS = DownloadSettings(retries=0, timeout_s=20)
+SETTINGS = DownloadSettings(retries=0, timeout_s=600)
 
 
 @st.composite
@@ -153,8 +153,8 @@ def test_a_second_look_up_cannot_change_the_address(monkeypatch, public_loopback
     asked = pretend(monkeypatch, {"rebind.example": ["127.0.0.2", "127.0.0.1"]})
     listener = socket.create_server(("127.0.0.2", 0))
     try:
-        with Gate(allow_private=False, timeout_s=10) as gate:
-            connection = gate.connect("rebind.example", listener.getsockname()[1], 5)
+        with Gate(allow_private=False, timeout_s=600) as gate:
+            connection = gate.connect("rebind.example", listener.getsockname()[1], 600)
             assert connection.getpeername()[0] == "127.0.0.2"
             connection.close()
     finally:
@@ -180,7 +180,7 @@ def test_a_subtitle_link_is_guarded_too(monkeypatch, tmp_path):
 
 
 def test_the_gate_holds_for_any_use_of_the_session(tmp_path):
-    with media_server() as server, Gate(allow_private=False, timeout_s=10) as gate, requests.Session() as session:
+    with media_server() as server, Gate(allow_private=False, timeout_s=600) as gate, requests.Session() as session:
         gate.mount(session)
         with pytest.raises(ItemError, match="private-address"):
             session.get(server.add("/a", b"x"))
@@ -188,7 +188,7 @@ def test_the_gate_holds_for_any_use_of_the_session(tmp_path):
 
 
 def test_allowing_private_addresses_allows_them(tmp_path):
-    with media_server() as server, Gate(allow_private=True, timeout_s=10) as gate, requests.Session() as session:
+    with media_server() as server, Gate(allow_private=True, timeout_s=600) as gate, requests.Session() as session:
         gate.mount(session)
         assert session.get(server.add("/a", b"x")).content == b"x"
 

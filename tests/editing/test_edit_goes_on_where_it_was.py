@@ -2,7 +2,7 @@
 
 import shutil
 import signal
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from clipmill.base.errors import UserError
 from pipeline.editing.clips import Items
 from pipeline.editing.students import Students
 from tests.helpers.edits import EAGER, copy_of, edit, edit_command, edit_tables, edits, rows
-from tests.helpers.training import Forked
+from tests.helpers.training import ENOUGH_S, Forked, die_at_rename
 from training.data.selection import Selection, freeze_run
 from training.editing.rounds import fold_of
 from training.settings import DataSettings, EvalSettings
@@ -70,13 +70,9 @@ def test_an_editing_killed_goes_on_to_the_same_rows(numbered, whole, tmp_path):
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
     settings = [part for setting in EAGER for part in ("--set", setting)]
     command = edit_command("--corpus", corpus, "--model", "demo", "--out", out, "--no-train", "--rounds", 2, *settings)
-    process = Forked(command, tmp_path / "output")
-    deadline = time.monotonic() + 120
-    while not list((corpus / "fragments" / "ledger").glob("edit-u*")) and time.monotonic() < deadline:
-        assert process.poll() is None, (tmp_path / "output").read_text()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = Forked(command, tmp_path / "output", partial(die_at_rename, "ledger/edit-u", nth=2))
+    assert process.wait(timeout=ENOUGH_S) == -signal.SIGKILL, (tmp_path / "output").read_text()
+    assert len(list((corpus / "fragments" / "ledger").glob("edit-u*"))) == 1
     edit(corpus, out, rounds=2, trains=False)
     assert (edit_tables(corpus), tars_of(corpus)) == whole
 
@@ -242,7 +238,7 @@ def test_the_command_edits_trains_a_student_and_its_clips_train_a_run(numbered, 
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
     settings = [part for setting in (*EAGER, *SMALL) for part in ("--set", setting)]
     options = ["--corpus", corpus, "--model", "demo", "--recipe", "demo", "--out", out, "--rounds", 1, *settings]
-    assert Forked(edit_command(*options), tmp_path / "output").wait(timeout=200) == 0
+    assert Forked(edit_command(*options), tmp_path / "output").wait(timeout=ENOUGH_S) == 0
     told = (tmp_path / "output").read_text()
     assert "round 1, " in told and "student validation R@1" in told
     [warm_up, played] = rows(corpus, "SELECT * FROM edit_rounds ORDER BY round")

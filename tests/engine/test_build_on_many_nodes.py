@@ -18,11 +18,9 @@ def commits(corpus: Path, stage: str) -> int:
     return len(list((corpus / "fragments" / "ledger").glob(f"{stage}-*.parquet")))
 
 
-def wait_for(condition, build: Build, timeout_s: float = 120) -> None:
-    until = time.monotonic() + timeout_s
+def wait_for(condition, build: Build) -> None:
     while not condition():
         assert build.running(), build.said()
-        assert time.monotonic() < until, build.said()
         time.sleep(0.05)
 
 
@@ -36,6 +34,6 @@ def test_nodes_of_two_kinds_come_and_go(built, world, tmp_path):
         assert commits(build.corpus, "caption") == 0
         cluster.add(num_cpus=0, resources={"captioner": 1})
         cluster.remove(cluster.nodes[0])
-        assert build.process.wait(300) == 1, build.said()  # 1: the links that are made to fail
+        assert build.process.wait(1200) == 1, build.said()  # 1: the links that are made to fail
     assert hashes(build.corpus / "shards") == hashes(built[0] / "shards")
     assert tables(build.corpus) == tables(built[0])

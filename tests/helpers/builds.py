@@ -20,6 +20,10 @@ SMALL = [
     "pack.shard_bytes=1000000",
     "engine.publish_every_s=0.5",
     "engine.downloads_per_node=2",
+    # Nothing hangs here: a limit that is reached would only say that the machine is slow.
+    "download.stall_timeout_s=600",
+    "download.probe_timeout_s=600",
+    "cut.timeout_base_s=600",
 ]
 
 PLAIN = (
@@ -56,7 +60,7 @@ def build_here(
     return build(corpus, sources, stages=stages, recipe=recipe, assignments=assignments, command="test", **kwargs)
 
 
-def clipmill(*arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess:
+def clipmill(*arguments: str, timeout_s: float = 1200) -> subprocess.CompletedProcess:
     """The command itself, in a process of its own."""
     command = [sys.executable, "-m", "clipmill", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)

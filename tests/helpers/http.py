@@ -30,6 +30,7 @@ class Route:
     length_delta: int = 0  # added to the true Content-Length
     short_lengths: list[int] = field(default_factory=list)  # taken off it
     bytes_per_s: int | None = None
+    together: threading.Barrier | None = None  # answer when so many requests wait for their answer
     gzipped: bool = False
     announce: bool = True  # send Content-Length at all
 
@@ -117,6 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.active = 0
 
     def _answer(self, route: Route) -> None:
+        if route.together is not None:
+            route.together.wait()
         if route.failures:
             status, headers = route.failures.pop(0)
             self._send(status, headers, b"come back later", Route(content_type="text/plain", etag=None))
@@ -165,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
         sent = 0
         while sent < len(body):
             if route.stall_after is not None and sent >= route.stall_after:
-                self.media.closing.wait(30)
+                self.media.closing.wait()
                 break
             end = min(sent + step, len(body), len(body) if route.stall_after is None else route.stall_after)
             if end == len(body):

@@ -121,11 +121,12 @@ class BornDead(SampleReader):
 
 
 class StuckReader(DeadlyReader):
-    """Never comes back from a row."""
+    """Never comes back from a row, and leaves a file `stuck-PID`."""
 
     def _decode(self, clip, source, epoch, out) -> int:
         if self._row_of(clip["clip_id"]) in self.deadly:
-            time.sleep(1000)
+            (self.tally / f"stuck-{os.getpid()}").touch()
+            time.sleep(10_000)
         return super()._decode(clip, source, epoch, out)
 
 
@@ -159,7 +160,7 @@ def loader_processes() -> list[int]:
     return [process.pid for server in servers for process in server.children()]
 
 
-def wait_until_gone(processes: list[int], timeout_s: float = 20) -> bool:
+def wait_until_gone(processes: list[int], timeout_s: float = 600) -> bool:
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         if not any(_runs(process) for process in processes):

@@ -10,6 +10,15 @@ from PIL import Image, ImageStat
 
 from captioning.captioner import Caption
 from captioning.settings import CaptionSettings
+from pipeline.runtime import watchdog
+
+
+def let_time_be_over() -> None:
+    """Reach the limits of what this process is at: nobody waits for them, and only what hangs reaches them."""
+    limits = watchdog._limits
+    with limits.lock:
+        limits.running = {number: (0.0, words) for number, (_, words) in limits.running.items()}
+        limits._arm()
 
 
 class Poisoned:
@@ -27,6 +36,7 @@ class Poisoned:
         (luma,) = ImageStat.Stat(Image.open(io.BytesIO(image)).convert("L")).mean
         if not self.antidote.exists():
             if luma < 60:
+                let_time_be_over()
                 re.match(r"(a+)+$", "a" * 60 + "b")  # never gives the interpreter back
             if luma > 200:
                 os.kill(os.getpid(), signal.SIGKILL)

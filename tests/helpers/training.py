@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import pytest
 from clipmill.cli.app import main
 from tests.helpers.ranks import serve_imports
 from tests.helpers.shards import make_corpus, pack
+from training.run.log import RunLog
 from training.run.setup import Request
 from training.trainer import Report, train
+
+ENOUGH_S = 1200.0  # for any command: what takes longer hangs
 
 # The demo recipe on a corpus of a few colourful clips: a step takes a tenth of a second.
 SMALL = [
@@ -78,11 +82,14 @@ def assert_same_run(run: Path, expected: Path) -> None:
 
 
 class Forked:
-    """The command in a process of its own that is forked with its imports done; else as subprocess's Popen."""
+    """The command in a process of its own that is forked with its imports done; else as subprocess's Popen.
 
-    def __init__(self, command: list[str], output: Path, **environment: str):
+    before  called in that process before the command begins
+    """
+
+    def __init__(self, command: list[str], output: Path, before: Callable[[], None] | None = None, **environment: str):
         serve_imports()
-        arguments = (command[command.index("clipmill") + 1 :], output, environment)
+        arguments = (command[command.index("clipmill") + 1 :], output, before, environment)
         self._process = multiprocessing.get_context("forkserver").Process(target=_run_command, args=arguments)
         self._process.start()
         self.pid = self._process.pid
@@ -99,33 +106,61 @@ class Forked:
         return self._process.exitcode
 
 
-def _run_command(arguments: list[str], output: Path, environment: dict[str, str]) -> None:
+def _run_command(
+    arguments: list[str], output: Path, before: Callable[[], None] | None, environment: dict[str, str]
+) -> None:
     os.environ |= environment
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["clipmill", *arguments]
+    if before is not None:
+        before()
     main()
+
+
+def signal_at_step(step: int, number: int) -> None:
+    """Send this process a signal the moment its run has logged a step, so that it is at that step on any machine."""
+    write = RunLog._write
+
+    def write_and_send(log: RunLog, row: dict[str, Any]) -> None:
+        write(log, row)
+        if row["step"] == step:
+            os.kill(os.getpid(), number)
+
+    RunLog._write = write_and_send
+
+
+def die_at_rename(part: str, nth: int) -> None:
+    """Kill this process before it gives a file a name with such a part for the nth time."""
+    num_renames = 0
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal num_renames
+        if event == "os.rename" and part in str(arguments[1]):
+            num_renames += 1
+            if num_renames == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
 
 
 def kill_at_step(
     command: list[str], run: Path, step: int, signal_number: int = signal.SIGKILL, anew: bool = False
 ) -> int:
-    """Starts a training and sends it a signal once it has logged a step; returns its exit code.
+    """Starts a training that gets a signal once it has logged a step; returns its exit code.
 
     anew  in a new Python, as a shell starts it
     """
     output = run.with_name(f"{run.name}-output")
-    with output.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=quiet()) if anew else Forked(command, output)
-    deadline = time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < deadline:
-        logged = lines_so_far(run)
-        if logged and logged[-1] >= step:
-            process.send_signal(signal_number)
-            break
-        time.sleep(0.02)
-    code = process.wait(timeout=100)
+    if anew:
+        code = f"import sys; sys.path[:] = {sys.path}; import {__name__} as support; "
+        code += f"support.signal_at_step({step}, {int(signal_number)}); support.main()"
+        command = [sys.executable, "-c", code, *command[command.index("clipmill") + 1 :]]
+        with output.open("w") as file:
+            code = subprocess.run(command, stdout=file, stderr=file, env=quiet(), timeout=ENOUGH_S).returncode
+    else:
+        code = Forked(command, output, partial(signal_at_step, step, signal_number)).wait(timeout=ENOUGH_S)
     assert code != 2, output.read_text()
     return code
 

@@ -10,7 +10,6 @@ import json
 import resource
 import struct
 import subprocess
-import time
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -30,6 +29,7 @@ from pipeline.stages.segment.shots import detect_shots
 from pipeline.stages.transcribe.speech import extract_speech
 from pipeline.stages.transcribe.transcribe import TranscribeSettings, transcribe_video, transcript_of_subtitles
 from tests.helpers.http import MediaServer, media_server
+from tests.helpers.work import count_calls
 
 MB = 1 << 20
 
@@ -68,13 +68,13 @@ def gif(width: int, height: int, num_frames: int) -> bytes:
 
 def cut(sandbox: Sandbox, path: Path, **settings):
     spans = [SpanRequest("v.0", 0, 0.0, 3.0)]
-    return cut_in_sandbox(sandbox, path, spans, CutSettings(**settings), path.with_suffix(".out"))
+    return cut_in_sandbox(sandbox, path, spans, CutSettings(timeout_base_s=1000, **settings), path.with_suffix(".out"))
 
 
 def test_a_canvas_of_four_gigapixels_is_not_painted(tmp_path, sandbox):
     path = tmp_path / "huge.gif"
     path.write_bytes(gif(65535, 65535, 3))
-    assert failure(sandbox.call, probe, path, timeout_s=20) in ("undecodable", "out-of-memory")
+    assert failure(sandbox.call, probe, path, timeout_s=600) in ("undecodable", "out-of-memory")
     assert failure(cut, sandbox, path) in ("too-large", "undecodable")
 
 
@@ -88,9 +88,9 @@ def test_frames_beyond_count_end_at_the_limits(tmp_path, sandbox):
 def test_hours_of_silence_in_a_megabyte_end_at_the_longest_sound(tmp_path, sandbox):
     path = encode(tmp_path / "quiet.flac", "anullsrc=r=8000:cl=mono:d=2000", options="-compression_level 0")
     assert path.stat().st_size < MB
-    samples = sandbox.call(extract_speech, path, 30.0, 100.0, timeout_s=30)
+    samples = sandbox.call(extract_speech, path, 600.0, 100.0, timeout_s=600)
     assert len(samples) == 100 * 16_000
-    assert failure(sandbox.call, extract_speech, path, timeout_s=30, memory_bytes=100 * MB) == "out-of-memory"
+    assert failure(sandbox.call, extract_speech, path, timeout_s=600, memory_bytes=100 * MB) == "out-of-memory"
 
 
 def test_an_output_beyond_the_limit_ends_the_video(tmp_path, sandbox):
@@ -101,17 +101,15 @@ def test_an_output_beyond_the_limit_ends_the_video(tmp_path, sandbox):
 
 # --- downloads
 
-OPEN = DownloadSettings(allow_private_addresses=True, retries=0, timeout_s=20, backoff_s=0)
+OPEN = DownloadSettings(allow_private_addresses=True, retries=0, timeout_s=600, stall_timeout_s=600, backoff_s=0)
 
 
 def test_a_stream_without_end_ends_at_the_bytes_and_at_the_time(server: MediaServer, tmp_path):
     url = server.add("/endless", b"\0" * 30 * MB, announce=False)
     source = {"video_id": "v", "url": url, "kind": "url"}
     assert failure(fetch, source, tmp_path / "a", OPEN.model_copy(update={"max_bytes": 2 * MB})) == "too-large"
-    server.routes["/endless"].bytes_per_s = 10_000
-    begun = time.monotonic()
+    server.routes["/endless"].bytes_per_s = 1000  # hours of it
     assert failure(fetch, source, tmp_path / "b", OPEN.model_copy(update={"timeout_s": 1})) == "timeout"
-    assert time.monotonic() - begun < 10
 
 
 def test_a_body_packed_a_thousandfold_is_counted_unpacked(server: MediaServer, tmp_path):
@@ -128,7 +126,7 @@ def test_a_page_without_end_is_not_read_whole(server: MediaServer, tmp_path, mon
     monkeypatch.setattr(site_fetch, "MAX_PAGE_BYTES", 2 * MB)
     url = server.add("/page", b"<html>" + b"x" * 8 * MB, content_type="text/html", announce=False)
     (tmp_path / "work").mkdir()
-    with Gate(True, 20) as gate:
+    with Gate(True, 600) as gate:
         assert failure(download_site, url, tmp_path / "work", OPEN, gate, generic=True) == "too-large"
 
 
@@ -165,7 +163,6 @@ def test_a_subtitle_made_to_grow_ends_in_its_sandbox(attack, tmp_path, sandbox):
     path = tmp_path / "bomb.srt"
     path.write_text(SUBTITLES[attack])
     files = [{"path": str(path), "language": "en", "kind": "given", "format": None}]
-    begun = time.monotonic()
     try:
         limits = {"timeout_s": 10, "memory_bytes": 400 * MB}
         transcript, problems = sandbox.call(transcript_of_subtitles, files, TranscribeSettings(), **limits)
@@ -173,7 +170,6 @@ def test_a_subtitle_made_to_grow_ends_in_its_sandbox(attack, tmp_path, sandbox):
         assert {problem.error_class for problem in problems} <= {"subtitle-unreadable"} and "root:" not in said
     except ItemError as error:
         assert error.error_class in ("timeout", "out-of-memory", "decoder-crash")
-    assert time.monotonic() - begun < 30
 
 
 def test_more_words_than_anybody_speaks_are_no_subtitle(tmp_path):
@@ -218,6 +214,5 @@ def test_a_packed_list_is_unpacked_as_far_as_the_setting_says(tmp_path):
 def test_a_row_with_a_million_spans_is_bounded_by_its_line(tmp_path):
     spans = [{"clip_id": f"v.{n}.mp4", "span": ["00:00:00.000", "00:00:01.000"]} for n in range(20_000)]
     (tmp_path / "l.jsonl").write_text(json.dumps({"url": "http://h/1.mp4", "clip": spans}))
-    begun = time.process_time()
-    assert read_sources([str(tmp_path / "l.jsonl")], IngestSettings()).table.num_rows == 1
-    assert time.process_time() - begun < 10
+    listed, num_calls = count_calls(read_sources, [str(tmp_path / "l.jsonl")], IngestSettings())
+    assert listed.table.num_rows == 1 and num_calls < 1_000_000  # 7 for each of its spans

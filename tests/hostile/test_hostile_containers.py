@@ -138,7 +138,7 @@ def opened_files(path: Path, options: str) -> str:
     """What FFmpeg says of the files it opens."""
     binary = imageio_ffmpeg.get_ffmpeg_exe()
     command = [binary, "-v", "debug", *options.split(), "-i", f"file:{path}", "-f", "null", "-"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL).stderr
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL).stderr
 
 
 def test_an_external_reference_inside_of_a_movie_is_not_followed(tmp_path, secret):

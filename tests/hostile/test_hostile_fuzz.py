@@ -19,7 +19,7 @@ def seeds(tmp_path_factory):
 @pytest.mark.slow
 def test_mutated_videos_and_subtitles_give_results_or_classed_errors(seeds):
     videos, subtitles = seeds
-    tally = fuzz.fuzz(videos, subtitles, seed=7, numbers=iter(range(16)), limit_s=30)
+    tally = fuzz.fuzz(videos, subtitles, seed=7, numbers=iter(range(16)), limit_s=600)
     assert tally.findings == [] and tally.num_cases == 16
     classes = {outcome for _, outcome in tally.outcomes}
     assert "ok" in classes and len(classes) > 2, "too tame to prove anything"
@@ -48,5 +48,5 @@ def test_a_case_is_a_function_of_seed_and_number(seeds):
 def test_an_exception_that_nobody_foresaw_is_a_finding(seeds, monkeypatch):
     """A sandbox that only hands on what it is given would otherwise hide one."""
     monkeypatch.setattr(fuzz, "VIDEO_STEPS", {"cut": fuzz.mutated})  # called without its second argument
-    tally = fuzz.fuzz(seeds[0][:1], [], seed=1, numbers=iter([0]), limit_s=30)
+    tally = fuzz.fuzz(seeds[0][:1], [], seed=1, numbers=iter([0]), limit_s=600)
     assert len(tally.findings) == 1 and tally.findings[0].startswith("internal-error: cut --seed 1 --only 0")

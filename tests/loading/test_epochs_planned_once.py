@@ -109,7 +109,7 @@ def test_of_many_processes_one_plans_and_all_read_the_same(selection, tmp_path):
     processes = [context.Process(target=_rows, args=(epochs, 3, log, results)) for _ in range(6)]
     for process in processes:
         process.start()
-    answers = [results.get(timeout=60) for _ in processes]
+    answers = [results.get(timeout=600) for _ in processes]
     for process in processes:
         process.join()
     assert all(answer == answers[0] for answer in answers) and len(log.read_text().split()) == 1
@@ -127,7 +127,7 @@ def test_a_process_killed_while_planning_keeps_nobody_waiting(selection, tmp_pat
 
     process = context.Process(target=plans_forever)
     process.start()
-    assert ready.wait(timeout=30)
+    assert ready.wait(timeout=600)
     process.kill()
     process.join()
     assert epochs.rows(0).shape == (16,)

@@ -1,11 +1,13 @@
 """Loader processes that die: the batches stay the same; a sample that kills twice becomes a failure."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -77,9 +79,24 @@ def test_processes_that_cannot_start_end_the_run(run):
         run.batches(0, 5, 2, reader=run.reader(kind=BornDead))
 
 
+def let_time_pass_for_the_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two looks at a process of a `StuckReader` that is stuck hours go by; for the others time stands still."""
+    now, hours, is_stuck = [0.0], itertools.count(1), loader_pool._Worker.is_stuck
+
+    def look(worker) -> bool:
+        now[0] = 3600.0 * next(hours) if (folder / f"stuck-{worker.process.pid}").exists() else 0.0
+        try:
+            return is_stuck(worker)
+        finally:
+            now[0] = 0.0
+
+    monkeypatch.setattr(loader_pool, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(loader_pool._Worker, "is_stuck", look)
+
+
 @pytest.mark.slow
 def test_a_sample_that_never_ends_is_a_failure(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(loader_pool, "_STUCK_S", 3.0)
+    let_time_pass_for_the_stuck(tmp_path, monkeypatch)
     failures = []
     reader = deadly_reader(run, tmp_path, 23, kind=StuckReader)
     batches = run.batches(0, 5, 2, reader=reader, on_failures=failures.extend)
@@ -133,7 +150,7 @@ def test_processes_end_with_their_parent(run, tmp_path):
 def test_ending_in_the_middle_of_reading_is_quiet(run, tmp_path, then, said):
     """An exception, or an end, that leaves the loader open: nothing hangs, nothing is added to what is said."""
     parent = _start(run, tmp_path, then)
-    _, errors = parent.communicate(timeout=120)
+    _, errors = parent.communicate(timeout=600)
     assert parent.returncode == (1 if said else 3)
     assert errors.count("Traceback") == bool(said) and said in errors
 

@@ -203,7 +203,7 @@ def test_several_processes_under_a_tight_cap_read_only_true_bytes(store, tmp_pat
     ]
     for process in processes:
         process.start()
-    assert [outcome.get(timeout=120) for _ in processes] == [None] * 3
+    assert [outcome.get(timeout=600) for _ in processes] == [None] * 3
     for process in processes:
         process.join()
     assert sum(path.stat().st_size for path in _copies(tmp_path)) <= 2.5 * SIZE

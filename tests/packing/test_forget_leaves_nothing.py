@@ -321,7 +321,7 @@ def test_killed_while_compacting_and_run_again_it_ends_in_the_same_bytes(corpus,
     forget_video(corpus, GONE)
     for number in (8, 30):
         script = KILLED.format(paths=sys.path, calls=number, root=str(corpus))
-        process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
         assert process.returncode == -signal.SIGKILL, process.stderr
         assert not is_current(corpus), "a build must publish after a compaction that was killed"
     compact(corpus)

@@ -124,9 +124,14 @@ def test_no_audio_is_an_error_of_its_own(tmp_path):
     assert caught.value.error_class == "no-audio"
 
 
-def test_a_time_limit_holds(tmp_path):
+def test_a_time_limit_holds(tmp_path, monkeypatch):
+    """Against an FFmpeg that never ends: a real one may be quicker than the limit."""
+    video, hangs = make_video(tmp_path, SHAPES[0]), tmp_path / "hangs"
+    hangs.write_text("#!/bin/sh\nexec sleep 1000\n")
+    hangs.chmod(0o755)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(hangs))
     with pytest.raises(ItemError) as caught:
-        extract_speech(make_video(tmp_path, SHAPES[0]), timeout_s=0.001)
+        extract_speech(video, timeout_s=0.001)
     assert caught.value.error_class == "timeout"
 
 

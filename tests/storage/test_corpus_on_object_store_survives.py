@@ -183,7 +183,7 @@ def test_killed_with_sigkill_and_begun_again_at_once_from_an_empty_mirror(quiet,
         return None
 
     server.spoil = kill_at_the_cut
-    assert victim.wait(120) == -signal.SIGKILL
+    assert victim.wait(600) == -signal.SIGKILL
     machine("another machine")
     build_in(url, tmp_path, NUM_VIDEOS)
     assert outcome(url) == quiet[0]

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -34,10 +33,10 @@ from shards.corpus.folder import Corpus
 with Corpus({root!r}).writer():
     if {forks} and os.fork() == 0:
         os.write(1, f"child {{os.getpid()}}\\n".encode())
-        time.sleep(60)
+        time.sleep(1000)
         os._exit(0)
     os.write(1, b"held\\n")
-    time.sleep(60)
+    time.sleep(1000)
 """
 
 PUBLISHES = """
@@ -210,15 +209,14 @@ def test_readers_see_whole_snapshots_while_a_build_publishes(tmp_path):
         writer.stdout.readline()
         with open_manifest(tmp_path) as first:
             seen = [first.execute(facts).fetchall()[0]]
-            deadline = time.monotonic() + 60
-            while len(set(seen)) < 3 and time.monotonic() < deadline:
+            while len(set(seen)) < 3:
+                assert writer.poll() is None
                 with open_manifest(tmp_path) as connection:
                     seen.append(connection.execute(facts).fetchall()[0])
             assert first.execute(facts).fetchall()[0] == seen[0], "an open reader keeps its snapshot"
         write_tombstones(tmp_path, [{"video_hash": hash_of("v0a"), "url_hash": "", "places": []}])
-        while "v0a" in ids_in(tmp_path) and time.monotonic() < deadline:
-            writer.stdout.readline()
-    assert len(set(seen)) >= 3, "too few snapshots were published to prove anything"
+        while "v0a" in ids_in(tmp_path):
+            assert writer.stdout.readline(), "it has ended"
     assert all(len(set(counts)) == 1 for counts in seen), set(seen)
     assert "v0a" not in ids_in(tmp_path) and "v0b" in ids_in(tmp_path)
 

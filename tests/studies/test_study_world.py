@@ -6,11 +6,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from bench.studies import (
-    load,
-    losses,
-    proxies,
-)
+from bench.studies import load, losses, proxies
 from bench.studies.fitting import random_batches, recall, recall_within, similarities, written_texts
 from bench.studies.scenes import alike_scenes, frames_of, growing_scenes, single_scenes
 from bench.studies.study import Cell, Table

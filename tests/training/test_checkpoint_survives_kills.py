@@ -2,9 +2,9 @@
 
 import json
 import os
-import random
+import resource
 import signal
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,36 +204,67 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_litter(
     assert os.listdir(tmp_path) == ["step-00000001"] and checkpoints.find_latest() == 1
 
 
+# What a save does to the folder goes through Python's own functions, which are audited. The two that write large files
+# in native code are met by a limit of their size.
+CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.fsync")
+
+
+def save_and_die(folder: Path, step: int, at_change: int | None, at_bytes: int | None) -> None:
+    """Saves in this process, which is killed before that change of the folder, or when a file has so many bytes."""
+    num_changes = 0
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal num_changes
+        if event in CHANGES and (event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            num_changes += 1
+            if num_changes == at_change:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sync = os.fsync
+    os.fsync = lambda handle: (sys.audit("os.fsync", handle), sync(handle))
+    if at_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (at_bytes, at_bytes))
+    sys.addaudithook(count)
+    save(Checkpoints(folder), step, keep=2)
+
+
+def killed(*arguments: Any) -> bool:
+    """Whether `save_and_die` was killed: in a process that is forked, so that a kill costs no start-up."""
+    child = os.fork()
+    if child == 0:
+        try:
+            save_and_die(*arguments)
+        finally:  # nothing of pytest's runs here
+            os._exit(sys.exception() is not None)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL, -signal.SIGXFSZ)
+    return code != 0
+
+
 @pytest.mark.slow
 def test_kills_at_any_moment_always_leave_a_whole_checkpoint(tmp_path: Path) -> None:
-    """A process is killed in the act of saving again and again; the last it told of, or a later one, is whole.
+    """A process is killed before each change that a save makes, and within each file: the last save or this is whole.
 
-    The saving process is forked, so that a kill costs no start-up.
+    Where it is killed does not depend on how fast the machine is.
     """
     torch.set_num_threads(1)
-    chance, interrupted, last = random.Random(0), 0, 0
-    for _ in range(40):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            checkpoints = Checkpoints(tmp_path)
-            for step in range(last + 1, last + 1000):
-                save(checkpoints, step, keep=2)
-                os.write(writer, step.to_bytes(4))
-        os.close(writer)
-        os.read(reader, 4)  # one save is done, the next has begun
-        time.sleep(chance.uniform(0, 0.03))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        told = last + 1
-        while data := os.read(reader, 4):
-            told = int.from_bytes(data)
-        os.close(reader)
-        interrupted += any(name.startswith(".tmp-") for name in os.listdir(tmp_path))
-        checkpoints = Checkpoints(tmp_path, pytest.fail)
-        last = checkpoints.find_latest()
-        assert last in (told, told + 1)
-        assert_is_of_step(checkpoints.load(last), last)
+    folder, interrupted, last = tmp_path / "run", 0, 2
+    for step in (1, 2):
+        save(Checkpoints(folder), step)
+    sizes = [file.stat().st_size for file in (folder / "step-00000002").iterdir()]
+    places = [(None, size // 2) for size in sizes] + [(number, None) for number in range(1, 1000)]
+    for place in places:
+        done = not killed(folder, last + 1, *place)
+        interrupted += any(name.startswith(".tmp-") for name in os.listdir(folder))
+        checkpoints = Checkpoints(folder, pytest.fail)
+        saved = checkpoints.find_latest()
+        assert saved in (last, last + 1) and (saved == last + 1 or not done)
+        assert_is_of_step(checkpoints.load(saved), saved)
         checkpoints.sweep()
-        assert all(name.startswith("step-") for name in os.listdir(tmp_path))
-    assert interrupted >= 10, "the kills missed the saves"
+        assert all(name.startswith("step-") for name in os.listdir(folder))
+        last = saved
+        if done:
+            break
+    assert done and interrupted >= 10, "the kills missed the saves"

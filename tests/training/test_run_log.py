@@ -4,6 +4,7 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 
 from clipmill.base.errors import UserError
+from training.run import log as run_log
 from training.run.log import RunLog, cut_after
 from training.run.throughput import Meter
 
@@ -100,7 +102,7 @@ def test_wall_time_goes_on_where_the_kept_lines_end(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 5, "wall_s": 1000.0}\n{"step": 10, "wall_s": 2000.0}\n')
     with open_log(tmp_path, start_step=7) as log:
         take_steps(log, 8, 10)
-    assert 1000 < lines(tmp_path / "log.jsonl")[-1]["wall_s"] < 1100
+    assert 1000 < lines(tmp_path / "log.jsonl")[-1]["wall_s"] < 2000
 
 
 @pytest.mark.parametrize("torn", ['{"step": 15, "lo', "\0\0\0", '{"step": 15, "loss": 1.0}'])
@@ -184,8 +186,9 @@ def test_looking_early_does_not_change_the_next_line(tmp_path: Path) -> None:
 # -- what people see ---------------------------------------------------------------------------------------------------
 
 
-def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(monotonic=lambda: 1000.0))  # all of it takes no time
     with open_log(tmp_path, console=Console(file=out, width=200)) as log:
         take_steps(log, 1, TOTAL)
         log.say("something happened")

@@ -90,12 +90,29 @@ def test_a_gpu_that_is_not_known_has_no_peak_rather_than_a_wrong_one(name: str) 
     assert gpu_peak(name, "bf16") is None
 
 
-def test_a_cpu_is_measured_once_and_quickly() -> None:
+@pytest.fixture
+def unmeasured() -> Iterator[None]:
     peaks._measured.cache_clear()
-    before = time.perf_counter()
+    yield
+    peaks._measured.cache_clear()
+
+
+def test_a_cpu_is_measured_by_real_products(unmeasured: None) -> None:
+    assert 0 < peak_flops(torch.device("cpu"), "fp32") < float("inf")
+
+
+@pytest.mark.parametrize("product_s, num_products", [(0.125, 4), (3.0, 1)])
+def test_a_cpu_is_measured_once_and_quickly(
+    product_s: float, num_products: int, unmeasured: None, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For half a second, however many of its products that takes."""
+    sizes: list[int] = []
+
+    def multiply(one: torch.Tensor, other: torch.Tensor) -> None:
+        clock.now += product_s
+        sizes.append(len(one))
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
     first = peak_flops(torch.device("cpu"), "fp32")
-    measured_s = time.perf_counter() - before
-    before = time.perf_counter()
-    assert peak_flops(torch.device("cpu"), "fp32") == first
-    assert time.perf_counter() - before < 0.01
-    assert 1e9 < first < 1e14 and measured_s < 5, "half a second on an idle machine"
+    assert first == 2 * sizes[0] ** 3 / product_s and len(sizes) == num_products
+    assert peak_flops(torch.device("cpu"), "fp32") == first and len(sizes) == num_products

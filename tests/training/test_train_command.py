@@ -124,7 +124,8 @@ def test_held_out_clips_in_training_are_an_error_unless_told_otherwise(corpus, t
 @pytest.mark.slow
 def test_two_trainings_never_write_one_run(corpus, tmp_path):
     run, output = tmp_path / "run", tmp_path / "output"
-    first = Forked(train_command(corpus, run, "train.max_steps=400", "data.loader_processes=0"), output)
+    endless = ("train.max_steps=1000000", "data.loader_processes=0")
+    first = Forked(train_command(corpus, run, *endless), output)
     try:
         while not lines_so_far(run):
             assert first.poll() is None, output.read_text()

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 
 from tests.helpers.training import (
+    ENOUGH_S,
     assert_same_run,
     curve,
     kill_at_step,
@@ -75,6 +76,6 @@ def test_two_processes_of_torchrun_go_on_with_what_one_began(corpus, undisturbed
     command = train_command(None, run)
     command[command.index("train") : command.index("train")] = ["--"]  # torchrun takes --run for one of its own
     command[1:1] = together
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=quiet())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=ENOUGH_S, env=quiet())
     assert done.returncode == 0, done.stderr
     assert_same_run(run, undisturbed)

@@ -29,7 +29,7 @@ def test_a_rank_whose_launcher_was_killed_ends():
         while not rank.net_connections("tcp"):  # until it listens for the other one
             time.sleep(0.05)
         launcher.send_signal(signal.SIGKILL)
-        rank.wait(timeout=20)
+        rank.wait(timeout=600)
     finally:
         launcher.kill()
         launcher.wait()

@@ -1,0 +1,23 @@
+"""How much work something is, counted: the same number on every machine, however fast or busy it is."""
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+def count_calls(function: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
+    """Return a function's result and how many functions it called, Python's and C's, in threads that it started too."""
+    calls: list[None] = []  # appending is atomic: threads lose no count
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event in ("call", "c_call"):
+            calls.append(None)
+
+    threading.setprofile(count)
+    sys.setprofile(count)
+    try:
+        return function(*arguments), len(calls)
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
