@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
 from clipmill.base.file_lock import is_left_by_the_dead, said_by, take_named
 from clipmill.base.settings import read_yaml
@@ -104,7 +105,7 @@ class Corpus:
     def save_settings(self, settings: dict) -> None:
         text = "# Settings of this corpus, resolved. Change them with `clipmill build|run … --set stage.key=value`.\n"
         text += yaml.safe_dump({"format": FORMAT, "settings": settings}, sort_keys=False, allow_unicode=True)
-        write_text_atomically(self.settings_path, text)
+        write_text(self.settings_path, text)
         self.files.written("README.txt", SETTINGS)
 
     # -- one writer -----------------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ class Corpus:
     # -- progress of the running process, for `clipmill status` ----------------------------------------------------
 
     def write_progress(self, progress: dict) -> None:
-        write_text_atomically(self.private / "progress.json", json.dumps(progress))
+        write_text(self.private / "progress.json", json.dumps(progress))
 
     def read_progress(self) -> dict | None:
         """What the running build last said, None when nothing runs."""
@@ -197,9 +198,3 @@ def holder_now(root: Path, store: Store | None) -> str:
     from shards.storage.lease import token_in
 
     return token_in(store)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -5,15 +5,15 @@ keeps the one it opened for as long as it likes, and never meets a lock. It hold
 `shards.corpus.schema.MANIFEST` and the views of `shards/views.sql`.
 """
 
-import os
 from importlib import resources
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 
+from clipmill.base.atomic_file import atomic_path
 from clipmill.base.settings import digest
-from shards.corpus.fragments import TEMPORARY, is_whole
+from shards.corpus.fragments import is_whole
 from shards.corpus.ledger import Ledger
 from shards.corpus.near_duplicates import duplicate_groups
 from shards.corpus.schema import INDEX, MANIFEST
@@ -28,21 +28,19 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
     """
     connection = ledger.connection
     path = ledger.root / MANIFEST_NAME
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{MANIFEST_NAME}")
-    temporary.unlink(missing_ok=True)
     _prepare(ledger, groups)
-    connection.execute(f"ATTACH '{_sql_text(temporary)}' AS manifest")
-    try:
-        for table, schema in MANIFEST.items():
-            select = _SELECT[table].replace("$columns", _columns(schema))
-            connection.execute(f"CREATE TABLE manifest.{table} AS {select}")
-    finally:
-        connection.execute("DETACH manifest")
-    with duckdb.connect(str(temporary)) as fresh:
-        fresh.execute(_views())
-        fresh.execute(f"COMMENT ON VIEW catalog IS '{_layout()}'")
-        fresh.execute(f"COMMENT ON TABLE videos IS '{_made_from(ledger) if groups else 'unfinished'}'")
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        connection.execute(f"ATTACH '{_sql_text(temporary)}' AS manifest")
+        try:
+            for table, schema in MANIFEST.items():
+                select = _SELECT[table].replace("$columns", _columns(schema))
+                connection.execute(f"CREATE TABLE manifest.{table} AS {select}")
+        finally:
+            connection.execute("DETACH manifest")
+        with duckdb.connect(str(temporary)) as fresh:
+            fresh.execute(_views())
+            fresh.execute(f"COMMENT ON VIEW catalog IS '{_layout()}'")
+            fresh.execute(f"COMMENT ON TABLE videos IS '{_made_from(ledger) if groups else 'unfinished'}'")
     files_of(ledger.root).written(MANIFEST_NAME)
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipmill.base.atomic_file import atomic_file
 from clipmill.base.errors import UserError
 from shards.corpus.fragments import fragment_path
 from shards.corpus.schema import MANIFEST
-from shards.packing.tar import replacing
 from shards.storage.mirror import LOOK_EVERY_S as STORE_EVERY_S
 from shards.storage.mirror import files_of, for_reading
 
@@ -35,7 +35,7 @@ def write_tombstones(root: Path, rows: list[dict[str, Any]]) -> Path:
     """One file, named by the videos it is about: forgetting the same ones again replaces it. Survives a power cut."""
     named = "\n".join(sorted(row["video_hash"] for row in rows))
     path = fragment_path(root, FORGOTTEN, f"forget-{hash_of(named)[:12]}")
-    with replacing(path, fsync=True) as file:
+    with atomic_file(path, fsync=True) as file:
         pq.write_table(pa.Table.from_pylist(rows, TOMBSTONE), file, compression="zstd")
     files_of(root).written(str(path.relative_to(root)))
     return path

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import digest
-from shards.corpus.fragments import commit_name, fragment_path, outputs_of, write_atomically, write_commit
+from shards.corpus.fragments import commit_name, fragment_path, outputs_of, write_commit, write_fragment
 from shards.corpus.schema import INDEX, LEDGER
 from shards.corpus.tombstones import hash_of, read_tombstones
 from shards.packing.index import Stamp, read_index, read_stamp, write_index
@@ -305,7 +305,7 @@ def _replace(root: Path, path: Path, before: pa.Table, after: pa.Table, report: 
     report.num_commits += 1
     relative = str(path.relative_to(root))
     if after.num_rows:
-        write_atomically(path, after.replace_schema_metadata(before.schema.metadata))
+        write_fragment(path, after.replace_schema_metadata(before.schema.metadata))
         files_of(root).written(relative)
     else:
         files_of(root).remove(relative)

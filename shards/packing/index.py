@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipmill.base.atomic_file import atomic_file
 from shards.corpus.schema import INDEX
-from shards.packing.tar import replacing
 
 FORMAT = 1  # of the index and of what the tar holds; part of every plan's key
 TEXT_COLUMNS = ("subtitle", "caption", "captioner", "caption_score", "language")
@@ -32,7 +32,7 @@ def write_index(path: Path, rows: pa.Table, stamp: Stamp, *, fsync: bool = False
     """Same rows, same stamp, same bytes."""
     values = {"format": FORMAT, "plan_key": stamp.plan_key, "tar_bytes": stamp.tar_bytes, "missing": stamp.missing}
     metadata = {"clipmill.shard": json.dumps(values, sort_keys=True)}
-    with replacing(path, fsync=fsync) as file:
+    with atomic_file(path, fsync=fsync) as file:
         pq.write_table(rows.cast(INDEX).replace_schema_metadata(metadata), file, compression="zstd")
 
 

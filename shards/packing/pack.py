@@ -27,11 +27,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
+from clipmill.base.atomic_file import sync
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import Settings, digest, operational
 from shards.corpus.schema import INDEX, sample_key
 from shards.packing.index import FORMAT, Stamp, read_stamp, write_index
-from shards.packing.tar import Member, Sample, member_bytes, read_member, sync_folder, write_tar
+from shards.packing.tar import Member, Sample, member_bytes, read_member, write_tar
 from shards.storage.mirror import files_of
 
 Extension = Literal["mp4", "jpg", "txt", "json"]
@@ -316,7 +317,7 @@ def commit_shards(root: Path, plans: list[ShardPlan], *, fsync: bool = False) ->
         assert _stamp_of(root, plan), f"{plan.name} was not written"
     placed = sum(place(root, plan) for plan in plans)
     if fsync and placed:
-        sync_folder(folder)
+        sync(folder)
     wanted = {plan.name for plan in plans} | {plan.index_name for plan in plans}
     stale = [name for name in files.sizes("shards") if _is_shard_file(name) and name not in wanted]
     files.remove(*(f"shards/{name}" for name in stale))

@@ -9,15 +9,13 @@ or extension header, and believes no size that goes past the end of the file. Kn
 import hashlib
 import os
 import tarfile
-import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from clipmill.base.atomic_file import atomic_file
 from clipmill.base.errors import ItemError
-from shards.corpus.fragments import TEMPORARY
 
 BLOCK = 512
 RECORD = 20 * BLOCK  # a tar file ends at a multiple of this
@@ -72,7 +70,7 @@ def write_tar(path: str | Path, samples: Iterable[Sample], *, fsync: bool = Fals
     from webdataset.writer import TarWriter  # imports torch, which the cut stage's workers do without
 
     members: list[Member] = []
-    with replacing(path, fsync=fsync) as file:
+    with atomic_file(path, fsync=fsync) as file:
         with TarWriter(file, user=OWNER, group=OWNER, mode=MODE, mtime=0, encoder=False, compress=False) as writer:
             for sample in samples:
                 assert sample.key and sample.members and not set("./") & set(sample.key), (
@@ -90,7 +88,7 @@ def write_clips_tar(path: str | Path, blobs: Iterable[Blob], *, fsync: bool = Fa
     Raises ItemError "truncated-blob" when a source ends before its piece does; nothing is left under `path` then.
     """
     members: list[Member] = []
-    with replacing(path, fsync=fsync) as file:
+    with atomic_file(path, fsync=fsync) as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for blob in blobs:
                 members.append(_copy(blob, tar))
@@ -136,35 +134,6 @@ def scan(
             yield member, _stream(file, member, take) if take else ""
             offset = member.end
         _check_end(file, offset, size, Path(path).name)
-
-
-@contextmanager
-def replacing(path: str | Path, *, fsync: bool = False) -> Iterator[IO[bytes]]:
-    """A file to write whose content takes `path`'s place when the block ends well, and vanishes when it does not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            if fsync:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if fsync:
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _Piece:

@@ -19,20 +19,19 @@ import hashlib
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipmill.base.atomic_file import atomic_path, write_text
 from clipmill.base.errors import ItemError, UserError
 from shards.storage.s3 import CONNECTIONS, Changed, Object, Store, is_url
 
 MANIFEST_NAME = "manifest.duckdb"
 PRIVATE = ".clipmill"  # of this machine alone; in the store it holds the lock
 LOOK_EVERY_S = 10.0  # at what others may write without being asked: tombstones
-_TEMPORARY = ".tmp-"
 UNFINISHED = f"{PRIVATE}/compact.unfinished"  # there while `compact` runs: members move before the manifest says so
 _SMALL = (MANIFEST_NAME, "corpus.yaml", UNFINISHED)
 _LOCKLESS = "fragments/forgotten/"
@@ -297,14 +296,9 @@ class Mirror(Files):
     def _fetch(self, key: str) -> None:
         """Raises FileNotFoundError."""
         path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
-        try:
+        with atomic_path(path) as temporary:
             etag = self.store.fetch(key, temporary)
             stat = temporary.stat()
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         self._note(key, stat, etag)
 
     def _files_here(self) -> list[Path]:
@@ -360,10 +354,7 @@ class Mirror(Files):
         """The log is written anew, without what is gone. For the writer alone: others read on where they were."""
         notes = {key: note for key, note in self._noted().items() if key in there}
         lines = [f"{key}\t{note.num_bytes}\t{note.mtime_ns}\t{note.etag}\n" for key, note in notes.items()]
-        temporary = self._log.with_name(f"{_TEMPORARY}{os.getpid()}-{self._log.name}")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("".join(lines))
-        os.replace(temporary, self._log)
+        write_text(self._log, "".join(lines))
         self._notes, self._notes_read = notes, len("".join(lines).encode())
 
     def _seen(self, relative: str, num_bytes: int | None) -> None:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from clipmill.base.atomic_file import atomic_file
 from clipmill.base.errors import UserError
 from training.data.clip_query import Choice, Samples, Tables, add_neighbours, choose, choose_run, open_samples
 from training.data.edited_clips import edited_rows
@@ -103,11 +104,9 @@ def write(samples: Samples, choice: Choice, path: Path) -> None:
     Reads `samples` three times, a few shards at a time: for the snapshot, for the hash, for the rows. Both are in the
     file's first bytes, so they have to be known before the rows.
     """
-    from shards.packing.tar import replacing
-
     snapshot = _snapshot(samples, choice)
     metadata = {"root": samples.root, "snapshot": snapshot, "hash": hash_selection(snapshot, _ids(samples, choice))}
-    with replacing(path, fsync=True) as file:
+    with atomic_file(path, fsync=True) as file:
         with pa.ipc.new_file(file, SELECTION.with_metadata(metadata)) as writer:
             for batch in selected_rows(samples, choice):
                 writer.write_batch(batch)
