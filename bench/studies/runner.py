@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 from bench.studies import STUDIES, load
 from bench.studies.report import write_index, write_report
 from bench.studies.study import Arm, Cell, Study, Table, Values
+from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
-from shards.packing.tar import replacing
 
 COLUMNS = ("condition", "arm", "seed", "metric", "value")
 
@@ -151,8 +151,8 @@ class StudyFolder:
     def add(self, done: Done) -> None:
         self.values[done.cell] = done.values
         self.cpu_s += done.cpu_s
-        with replacing(self.path / "study.json") as file:
-            file.write((json.dumps(self.description | {"cpu_s": round(self.cpu_s)}, indent=1) + "\n").encode())
+        text = json.dumps(self.description | {"cpu_s": round(self.cpu_s)}, indent=1) + "\n"
+        write_text(self.path / "study.json", text)
         write_rows(self.path / "rows.csv", self.study, self.values)
 
 
@@ -187,5 +187,4 @@ def write_rows(path: Path, study: Study, values: dict[Cell, Values]) -> None:
     for cell in sorted(values, key=lambda cell: (study.arms.index(cell.arm), cell.seed)):
         for metric in study.metrics:
             writer.writerow((cell.arm.condition, cell.arm.name, cell.seed, metric, values[cell][metric]))
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+    write_text(path, text.getvalue())
