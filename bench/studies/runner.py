@@ -6,7 +6,6 @@ DIR/README.md, DIR/plot.svg   once all rows are there
 """
 
 import csv
-import fcntl
 import io
 import json
 import math
@@ -25,6 +24,7 @@ from bench.studies.report import write_index, write_report
 from bench.studies.study import Arm, Cell, Study, Table, Values
 from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
+from clipmill.base.file_lock import take_lock
 
 COLUMNS = ("condition", "arm", "seed", "metric", "value")
 
@@ -124,10 +124,8 @@ def only_writer(path: Path) -> Iterator[None]:
     path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--out {path}: a study is being run there now.") from error
+        if not take_lock(descriptor, 0):
+            raise UserError(f"--out {path}: a study is being run there now.")
         yield
     finally:
         os.close(descriptor)

@@ -4,7 +4,6 @@ Of a corpus in a store, `root` is this machine's mirror (`shards.storage.mirror`
 two locks, the store's (`shards.storage.lease`) and that of the mirror.
 """
 
-import fcntl
 import json
 import os
 import socket
@@ -17,7 +16,7 @@ import yaml
 
 from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
-from clipmill.base.file_lock import is_left_by_the_dead, said_by, take_named
+from clipmill.base.file_lock import is_locked, owner_has_died, owner_of, take_named_lock
 from clipmill.base.settings import read_yaml
 from shards.storage.mirror import PRIVATE, Files, files_of, mirror, mirror_folder
 from shards.storage.s3 import Store, is_url
@@ -143,9 +142,9 @@ class Corpus:
             self.private.mkdir(parents=True, exist_ok=True)
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         name = f"process {os.getpid()} on {socket.gethostname()} since {since}"
-        file = take_named(self._lock, name)
+        file = take_named_lock(self._lock, name)
         if file is None:
-            holder = said_by(self._lock) or "another process"
+            holder = owner_of(self._lock) or "another process"
             raise UserError(f"{self.name} is being written by {holder}. Wait for it or stop it; reading is fine.")
         with file:
             yield name
@@ -164,14 +163,7 @@ class Corpus:
         return is_held(self.store)
 
     def _is_held_here(self) -> bool:
-        if not self._lock.exists():
-            return False
-        with open(self._lock) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return not is_left_by_the_dead(self._lock)
-        return False
+        return self._lock.exists() and is_locked(self._lock) and not owner_has_died(self._lock)
 
     # -- progress of the running process, for `clipmill status` ----------------------------------------------------
 

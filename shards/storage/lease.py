@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmill.base.errors import UserError
-from clipmill.base.file_lock import is_gone
+from clipmill.base.file_lock import process_has_ended
 from shards.storage.s3 import Changed, Held, Store
 
 KEY = ".clipmill/lock.json"
@@ -140,7 +140,7 @@ def _is_alive(held: Held, holder: dict[str, Any]) -> bool:
     if holder.get("free") or held.age_s >= STALE_S:
         return False
     here = _machine()
-    return not (here and holder.get("machine") == here and is_gone(holder["pid"]))
+    return not (here and holder.get("machine") == here and process_has_ended(holder["pid"]))
 
 
 def _refusal(store: Store, held: Held, holder: dict[str, Any]) -> str:

@@ -14,7 +14,6 @@ All code works on a folder. Where the corpus is in a store, that folder is a *mi
 A mirror may be deleted whenever nobody uses it. `files_of` knows the mirrors of this process; all else is a folder.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -27,6 +26,7 @@ from pathlib import Path
 
 from clipmill.base.atomic_file import atomic_path, write_text
 from clipmill.base.errors import ItemError, UserError
+from clipmill.base.file_lock import lock_file
 from shards.storage.s3 import CONNECTIONS, Changed, Object, Store, is_url
 
 MANIFEST_NAME = "manifest.duckdb"
@@ -132,7 +132,9 @@ class Mirror(Files):
         if os.path.isabs(relative) or (path.exists() and not _may_change(relative)):
             return path
         try:
-            with self._alone(relative):
+            name = hashlib.sha256(relative.encode()).hexdigest()[:2]
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            with lock_file(self._log.with_name(f"fetch-{name}.lock")):  # one worker fetches, the others find the file
                 if not self._serves(relative):
                     self._fetch(relative)
         except FileNotFoundError as error:
@@ -145,15 +147,6 @@ class Mirror(Files):
             return False
         there = self.store.head(relative) if _may_change(relative) else None
         return there is None or self._is_current(relative, there)
-
-    @contextmanager
-    def _alone(self, relative: str) -> Iterator[None]:
-        """One worker of this machine fetches a file, the others find it."""
-        name = hashlib.sha256(relative.encode()).hexdigest()[:2]
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._log.with_name(f"fetch-{name}.lock"), "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
     def has(self, relative: str) -> bool:
         return (self.root / relative).exists() or (not os.path.isabs(relative) and bool(self.store.head(relative)))

@@ -118,7 +118,7 @@ def test_a_lock_file_is_one_threads_at_a_time_and_then_gone(tmp_path):
 
     def enter(number: int) -> None:
         for _ in range(20):
-            with lock_file(tmp_path / "lock", 30):
+            with lock_file(tmp_path / "lock", 30, remove=True):
                 inside.append(number)
                 most.append(len(inside))
                 inside.remove(number)
