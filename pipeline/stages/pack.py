@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from clipmill.base.errors import ItemError
+from clipmill.base.ray_cluster import start_ray
 from shards.corpus.fragments import fragment_path, write_commit
 from shards.corpus.schema import LEDGER
 from shards.packing.index import read_index, refresh_index
@@ -121,9 +122,8 @@ class _RayTasks:
     def __enter__(self):
         import ray
 
-        from pipeline.engine.driver import start_ray
-
-        self.ray, self.started = ray, start_ray(self.settings)
+        engine = self.settings.engine
+        self.ray, self.started = ray, start_ray(engine.address, engine.cpus, setting="engine.address")
         self.width = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self.task = ray.remote(num_cpus=1)(_write)  # writing again gives the same bytes, so Ray may retry
         return self
