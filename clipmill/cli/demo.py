@@ -10,7 +10,8 @@ from rich.panel import Panel
 from rich.progress import Progress
 
 from clipmill.base.atomic_file import write_text
-from clipmill.cli.display import Terminal, plain_console
+from clipmill.base.console import plain_console
+from clipmill.cli.display import Terminal
 from pipeline.demo.server import serve
 from pipeline.demo.world import WorldSettings, make_world, write_sources
 from pipeline.engine.build import BuildReport, build

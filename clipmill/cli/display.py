@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from clipmill.base.console import one_line, plain_console, print_failures
 from pipeline.engine.build import BuildReport, Status, status
 from pipeline.engine.driver import Engine
 from pipeline.engine.registry import STAGES
@@ -44,7 +45,7 @@ class Terminal:
             + (f", {report.num_forgotten:,} to be forgotten and left out" if report.num_forgotten else "")
         )
         for split, num_videos, num_texts, num_repeated in report.splits:
-            name = escape(_printable(split))
+            name = escape(one_line(split))
             self.console.print(
                 f"  {name}: {num_videos:,} videos, {num_texts:,} texts, {num_repeated:,} of them repeated"
             )
@@ -169,27 +170,6 @@ def _progress_text(name: str, engine: Engine, totals: dict[str, int]) -> str:
     return f"{name} {state.done + state.failed}/{totals[name]}{failed}"
 
 
-def plain_console() -> Console:
-    """A console that does not cut lines where nobody has a terminal's width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
-
-
-def print_failures(console: Console, failures: list[tuple[str, str, int, str]]) -> None:
-    if not failures:
-        return
-    console.print(f"[red]{sum(count for _, _, count, _ in failures):,} failed[/]")
-    for stage, error_class, count, example in failures:
-        error_class, example = escape(_printable(error_class)), escape(_printable(example))
-        text = f"  {stage:<10} {error_class:<18} {count:>7,}  [dim]{example}[/]"
-        console.print(text, no_wrap=True, overflow="ellipsis", highlight=False)
-
-
-def _printable(text: str) -> str:
-    """One line without control characters: messages come from the open internet."""
-    return "".join(c if c.isprintable() else " " for c in text)[:200]
-
-
 def show_status(root: str | Path, assignments: list[str]) -> None:
     console = plain_console()
     running = Corpus(root).require().read_progress()
@@ -252,7 +232,7 @@ def verify_corpus(root: str | Path, decode: bool) -> int:
     for problem in problems:
         colour = "yellow" if problem.is_warning else "red"
         console.print(
-            f"[{colour}]{problem.kind}[/] {escape(_printable(f'{problem.path} {problem.item}: {problem.message}'))}"
+            f"[{colour}]{problem.kind}[/] {escape(one_line(f'{problem.path} {problem.item}: {problem.message}'))}"
         )
     wrong = sum(not problem.is_warning for problem in problems)
     console.print(f"{checked}: {f'{wrong:,} problems' if wrong else 'all as the manifest says'}")

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from clipmill.base.atomic_file import write_text
+from clipmill.base.console import plain_console
 from clipmill.base.errors import UserError
 from clipmill.base.file_lock import take_lock
 from clipmill.base.settings import digest, read_yaml
-from clipmill.cli.display import plain_console
 from pipeline.editing.clips import Items, freeze_items
 from pipeline.editing.host import CorpusHost, hash_of
 from pipeline.editing.report import show
