@@ -83,7 +83,7 @@ class Session:
         }
         path = fragment_path(self.corpus.root, "runs", self.run_id)
         write_fragment(path, pa.Table.from_pylist([row], MANIFEST["runs"]))
-        self.corpus.files.written(str(path.relative_to(self.corpus.root)))
+        self.corpus.files.upload(str(path.relative_to(self.corpus.root)))
 
     def publish(self) -> None:
         self.derive_all()
@@ -248,7 +248,7 @@ def status(root: str | Path, assignments: list[str]) -> Status:
     corpus = Corpus(root).require()
     saved = corpus.load_settings()
     settings = resolve(saved, None, assignments)
-    with corpus.alone_here(), corpus.files.here_only():
+    with corpus.alone_here(), corpus.files.local_only():
         corpus.files.pull()
         ledger = Ledger(corpus.root, QUERIES, memory_limit=settings.engine.driver_memory)
         try:

@@ -24,7 +24,8 @@ from shards.corpus.tombstones import hash_of, read_tombstones, write_tombstones
 from shards.packing.compact import CompactReport, Remains, compact_commits, compact_shards, redact, remove_sources
 from shards.packing.pack import places_of, select_samples
 from shards.query.sql import open_manifest, rows_of
-from shards.storage.mirror import MANIFEST_NAME, UNFINISHED, for_reading, mirror_folder
+from shards.storage.local import MANIFEST_NAME, UNFINISHED
+from shards.storage.mirror import for_reading, mirror_folder
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def compact(root: str | Path) -> CompactReport:
     with session(corpus.root, None, [], "compact", create=False) as (current, _):
         current.publish()  # without the forgotten, whoever wrote the last one
         (corpus.root / UNFINISHED).touch()
-        corpus.files.written(UNFINISHED)
+        corpus.files.upload(UNFINISHED)
         remains = Remains.of(corpus.root)
         with open_manifest(corpus.root) as connection:
             plans = planned(connection, current.settings.pack)

@@ -15,7 +15,8 @@ from clipmill.media.sandbox import Sandbox
 from shards.corpus.folder import SETTINGS, Corpus
 from shards.packing.verify import Problem, verify
 from shards.query.sql import open_manifest
-from shards.storage.mirror import MANIFEST_NAME, for_reading
+from shards.storage.local import MANIFEST_NAME
+from shards.storage.mirror import for_reading
 
 CLIP_TIMEOUT_S = 120.0
 

@@ -54,7 +54,7 @@ def pack_corpus(session, display, *, write: bool, redo: bool) -> PackReport:
     with open_manifest(root) as connection:
         if write:
             plans = planned(connection, settings)
-            session.corpus.files.look("shards")
+            session.corpus.files.refresh("shards")
             todo = plans if redo else pending_shards(root, plans, retry_missing=True)
             report.failures = _write_all(session, connection, todo, display)
             report.num_written, num_removed = commit_shards(root, plans, fsync=settings.fsync)
@@ -187,6 +187,6 @@ def _refresh(root: Path, connection) -> int:
         ).to_arrow_table()
         connection.unregister("packed")
         if refresh_index(path, texts):
-            files_of(root).written(f"shards/{path.name}")
+            files_of(root).upload(f"shards/{path.name}")
             num_changed += 1
     return num_changed

@@ -18,7 +18,8 @@ from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
 from clipmill.base.file_lock import is_locked, owner_has_died, owner_of, take_named_lock
 from clipmill.base.settings import read_yaml
-from shards.storage.mirror import PRIVATE, Files, files_of, mirror, mirror_folder
+from shards.storage.local import PRIVATE, Files
+from shards.storage.mirror import files_of, mirror, mirror_folder
 from shards.storage.s3 import Store, is_url
 
 _OURS = ("README.txt", ".clipmill/")  # what a corpus in a store has before its settings
@@ -54,7 +55,7 @@ class Corpus:
     @property
     def exists(self) -> bool:
         if self.store and not self._is_held_here():  # a writer on this machine has the newest
-            self.files.update(SETTINGS)
+            self.files.refresh_file(SETTINGS)
         return self.settings_path.is_file()
 
     def require(self) -> "Corpus":
@@ -105,7 +106,7 @@ class Corpus:
         text = "# Settings of this corpus, resolved. Change them with `clipmill build|run … --set stage.key=value`.\n"
         text += yaml.safe_dump({"format": FORMAT, "settings": settings}, sort_keys=False, allow_unicode=True)
         write_text(self.settings_path, text)
-        self.files.written("README.txt", SETTINGS)
+        self.files.upload("README.txt", SETTINGS)
 
     # -- one writer -----------------------------------------------------------------------------------------------
 

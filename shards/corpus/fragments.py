@@ -81,12 +81,12 @@ def write_commit(
         outputs[str(path.relative_to(root))] = path.stat().st_size
     for relative in media:
         outputs[relative] = (root / relative).stat().st_size
-    files_of(root).written(*outputs)
+    files_of(root).upload(*outputs)
     metadata = {"clipmill.outputs": json.dumps(outputs, sort_keys=True)}
     metadata |= {"clipmill.replaces": replaces} if replaces else {}
     path = fragment_path(root, "ledger", name)
     write_fragment(path, ledger.cast(LEDGER).replace_schema_metadata(metadata))
-    files_of(root).written(str(path.relative_to(root)))
+    files_of(root).upload(str(path.relative_to(root)))
 
 
 def outputs_of(ledger_fragment: Path) -> dict[str, int]:

@@ -19,7 +19,8 @@ import pyarrow as pa
 from shards.corpus.fragments import fragment_path, outputs_of, replaced_by, table_schema
 from shards.corpus.schema import LEDGER, TABLES
 from shards.corpus.tombstones import read_tombstones, tombstone_files
-from shards.storage.mirror import Files, files_of
+from shards.storage.local import Files
+from shards.storage.mirror import files_of
 
 LEDGER_VERSION = 3  # of the working database's own layout; another version is rebuilt from the fragments
 

@@ -18,7 +18,8 @@ from shards.corpus.ledger import Ledger
 from shards.corpus.near_duplicates import duplicate_groups
 from shards.corpus.schema import INDEX, MANIFEST
 from shards.corpus.tombstones import FORGOTTEN, read_tombstones
-from shards.storage.mirror import MANIFEST_NAME, UNFINISHED, files_of
+from shards.storage.local import MANIFEST_NAME, UNFINISHED
+from shards.storage.mirror import files_of
 
 
 def publish(ledger: Ledger, *, groups: bool = True) -> None:
@@ -41,7 +42,7 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
             fresh.execute(_views())
             fresh.execute(f"COMMENT ON VIEW catalog IS '{_layout()}'")
             fresh.execute(f"COMMENT ON TABLE videos IS '{_made_from(ledger) if groups else 'unfinished'}'")
-    files_of(ledger.root).written(MANIFEST_NAME)
+    files_of(ledger.root).upload(MANIFEST_NAME)
 
 
 def is_current(root: Path, ledger: Ledger | None = None) -> bool:

@@ -19,7 +19,7 @@ from clipmill.base.atomic_file import atomic_file
 from clipmill.base.errors import UserError
 from shards.corpus.fragments import fragment_path
 from shards.corpus.schema import MANIFEST
-from shards.storage.mirror import LOOK_EVERY_S as STORE_EVERY_S
+from shards.storage.mirror import REFRESH_EVERY_S as STORE_EVERY_S
 from shards.storage.mirror import files_of, for_reading
 
 TOMBSTONE = MANIFEST["forgotten"]
@@ -37,7 +37,7 @@ def write_tombstones(root: Path, rows: list[dict[str, Any]]) -> Path:
     path = fragment_path(root, FORGOTTEN, f"forget-{hash_of(named)[:12]}")
     with atomic_file(path, fsync=True) as file:
         pq.write_table(pa.Table.from_pylist(rows, TOMBSTONE), file, compression="zstd")
-    files_of(root).written(str(path.relative_to(root)))
+    files_of(root).upload(str(path.relative_to(root)))
     return path
 
 
@@ -59,7 +59,7 @@ def _read(path: Path) -> pa.Table:
 
 def tombstone_files(root: Path) -> tuple[str, ...]:
     """Their names: when these are the same, so is what is forgotten. In a store they are looked for now and then."""
-    files_of(root).look(f"fragments/{FORGOTTEN}", STORE_EVERY_S)
+    files_of(root).refresh(f"fragments/{FORGOTTEN}", STORE_EVERY_S)
     try:
         names = os.listdir(_folder(root))
     except FileNotFoundError:

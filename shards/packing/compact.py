@@ -131,7 +131,7 @@ def _settle(root: Path) -> None:
     waits under `.next` is thrown away.
     """
     files = files_of(root)
-    files.look("shards")
+    files.refresh("shards")
     for path in sorted((root / "shards" / NEXT).glob("*.parquet")):
         stamp, name = read_stamp(path), path.name.partition("-")[0]
         index, next_tar = (f"shards/{NEXT}/{path.stem}{suffix}" for suffix in (".parquet", ".tar"))
@@ -198,11 +198,11 @@ class _Shard:
             plan = ShardPlan(self.name, pa.array(clip_ids, pa.string()), EXTENSIONS, key)
         tar, index = next_paths(plan)
         members = {m.name: m for m in write_tar(self.root / tar, (self._sample(row, remains) for row in rows))}
-        self.files.written(tar)
+        self.files.upload(tar)
         lines = [_moved(row, position, members) for position, row in enumerate(rows)]
         stamp = Stamp(plan.key, (self.root / tar).stat().st_size, missing)
         write_index(self.root / index, pa.Table.from_pylist(lines, INDEX), stamp)
-        self.files.written(index)
+        self.files.upload(index)
         place(self.root, plan)
         report.num_bytes += before - self.tar.stat().st_size
 
@@ -306,7 +306,7 @@ def _replace(root: Path, path: Path, before: pa.Table, after: pa.Table, report: 
     relative = str(path.relative_to(root))
     if after.num_rows:
         write_fragment(path, after.replace_schema_metadata(before.schema.metadata))
-        files_of(root).written(relative)
+        files_of(root).upload(relative)
     else:
         files_of(root).remove(relative)
 

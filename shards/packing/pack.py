@@ -299,10 +299,10 @@ def write_shard(plan: ShardPlan, rows: pa.Table, root: Path, *, fsync: bool = Fa
     members = {member.name: member for member in write_tar(root / tar, samples(), fsync=fsync)}
     lines = [_index_line(row, plan, position, members) for position, row in enumerate(packed)]
     table = pa.Table.from_pylist(lines, INDEX)
-    files.written(tar)
+    files.upload(tar)
     stamp = Stamp(plan.key, (root / tar).stat().st_size, tuple(clip_id for clip_id, _ in failures))
     write_index(root / index, table, stamp, fsync=fsync)
-    files.written(index)
+    files.upload(index)
     return Written(table, failures)
 
 
@@ -312,7 +312,7 @@ def commit_shards(root: Path, plans: list[ShardPlan], *, fsync: bool = False) ->
     All plans must be complete (see `pending_shards`). Call it again after a kill: it goes on where it was.
     """
     files, folder = files_of(root), root / "shards"
-    files.look("shards")
+    files.refresh("shards")
     for plan in plans:
         assert _stamp_of(root, plan), f"{plan.name} was not written"
     placed = sum(place(root, plan) for plan in plans)

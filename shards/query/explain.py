@@ -20,7 +20,8 @@ from shards.corpus.schema import LEDGER
 from shards.corpus.source_ids import canonical_url, canonical_urls
 from shards.corpus.tombstones import hash_of, read_tombstones
 from shards.query.sql import open_manifest
-from shards.storage.mirror import MANIFEST_NAME, files_of, for_reading
+from shards.storage.local import MANIFEST_NAME
+from shards.storage.mirror import files_of, for_reading
 
 Row = dict[str, Any]
 MEMBERS = ("mp4", "jpg", "txt", "json")
@@ -177,7 +178,7 @@ def _source_files(root: Path, source: Row) -> list[Row]:
     if Path(path).is_absolute():
         files = {path: Path(path).stat().st_size} if Path(path).is_file() else {}
     else:
-        files = files_of(root).beginning(f"{path.rpartition('/')[0]}/{source['video_id']}.")
+        files = files_of(root).list_prefix(f"{path.rpartition('/')[0]}/{source['video_id']}.")
     return [
         _place("source", file, 0, size, source["sha256"] if file == path else None)
         for file, size in sorted(files.items())

@@ -21,7 +21,8 @@ import pyarrow as pa
 
 from clipmill.base.errors import UserError
 from clipmill.base.text import CONTROL, escaped, visible
-from shards.storage.mirror import MANIFEST_NAME, for_reading
+from shards.storage.local import MANIFEST_NAME
+from shards.storage.mirror import for_reading
 from shards.storage.s3 import is_url
 
 Format = Literal["table", "csv", "json", "parquet"]
