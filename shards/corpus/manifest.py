@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from clipmill.base.atomic_file import atomic_path
 from clipmill.base.settings import digest
+from clipmill.base.text import sql_identifier, sql_literal
 from shards.corpus.fragments import is_whole
 from shards.corpus.ledger import Ledger
 from shards.corpus.near_duplicates import duplicate_groups
@@ -31,7 +32,7 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
     path = ledger.root / MANIFEST_NAME
     _prepare(ledger, groups)
     with atomic_path(path) as temporary:
-        connection.execute(f"ATTACH '{_sql_text(temporary)}' AS manifest")
+        connection.execute(f"ATTACH {sql_literal(temporary)} AS manifest")
         try:
             for table, schema in MANIFEST.items():
                 select = _SELECT[table].replace("$columns", _columns(schema))
@@ -55,7 +56,7 @@ def is_current(root: Path, ledger: Ledger | None = None) -> bool:
     if not path.is_file() or (root / UNFINISHED).exists():
         return False
     with duckdb.connect() as connection:
-        connection.execute(f"ATTACH '{_sql_text(path)}' AS manifest (READ_ONLY)")
+        connection.execute(f"ATTACH {sql_literal(path)} AS manifest (READ_ONLY)")
         sql = "SELECT comment FROM duckdb_views() WHERE database_name = 'manifest' AND view_name = 'catalog'"
         if connection.execute(sql).fetchall() != [(_layout(),)]:
             return False
@@ -112,11 +113,7 @@ def _load_parquet(connection: duckdb.DuckDBPyConnection, table: str, folder: Pat
 
 
 def _columns(schema: pa.Schema) -> str:
-    return ", ".join(f'"{name}"' for name in schema.names)  # `at` is a reserved word
-
-
-def _sql_text(path: Path) -> str:
-    return str(path).replace("'", "''")
+    return ", ".join(sql_identifier(name) for name in schema.names)  # `at` is a reserved word
 
 
 _SELECT = {

@@ -20,7 +20,7 @@ import duckdb
 import pyarrow as pa
 
 from clipmill.base.errors import UserError
-from clipmill.base.text import CONTROL, escaped, visible
+from clipmill.base.text import CONTROL, escaped, sql_identifier, sql_literal, visible
 from shards.storage.local import MANIFEST_NAME
 from shards.storage.mirror import for_reading
 from shards.storage.s3 import is_url
@@ -54,7 +54,7 @@ def open_manifest(corpus: str | Path, tables: Mapping[str, str | Path] | None = 
     connection = private_connection()
     try:
         # Attached, not opened: opening a path twice in one process gives the file that was there the first time.
-        connection.execute(f"ATTACH {_literal(str(path))} AS manifest (READ_ONLY)")
+        connection.execute(f"ATTACH {sql_literal(str(path))} AS manifest (READ_ONLY)")
         connection.execute("USE manifest")
         add_tables(connection, tables or {})
     except duckdb.Error as error:
@@ -235,16 +235,13 @@ def _add_table(connection: duckdb.DuckDBPyConnection, name: str, path: Path) -> 
     }
     if path.suffix in (".arrow", ".feather"):
         connection.register("loaded", pa.ipc.open_file(pa.memory_map(str(path))).read_all())
-        connection.execute(f'CREATE TEMP TABLE "{name}" AS SELECT * FROM loaded')
+        connection.execute(f"CREATE TEMP TABLE {sql_identifier(name)} AS SELECT * FROM loaded")
         connection.unregister("loaded")
     elif path.suffix in readers:
-        connection.execute(f'CREATE TEMP TABLE "{name}" AS SELECT * FROM {readers[path.suffix]}({_literal(str(path))})')
+        source = f"{readers[path.suffix]}({sql_literal(path)})"
+        connection.execute(f"CREATE TEMP TABLE {sql_identifier(name)} AS SELECT * FROM {source}")
     else:
         raise UserError(f"--table {name}={path}: allowed are files in {', '.join(readers)}, .arrow and .feather.")
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _memory_limit_bytes() -> int:
@@ -474,8 +471,8 @@ def _command(connection: duckdb.DuckDBPyConnection, line: str) -> None:
     if name == ".tables":
         run_query(connection, "SHOW TABLES")
     elif name == ".schema":
-        wanted = argument.strip().replace('"', '""')
-        run_query(connection, f'DESCRIBE "{wanted}"' if wanted else "SHOW ALL TABLES")
+        wanted = argument.strip()
+        run_query(connection, f"DESCRIBE {sql_identifier(wanted)}" if wanted else "SHOW ALL TABLES")
     elif name == ".help":
         print(".tables        the tables and views\n.schema NAME   columns of one\n.quit          leave (or Ctrl-D)")
     else:
