@@ -42,7 +42,7 @@ from shards.packing.pack import (
     rows_by_shard,
     sample_json,
 )
-from shards.packing.tar import Blob, Member, Sample, list_members, read_member, write_clips_tar, write_tar
+from shards.packing.tar import Member, Sample, read_member, write_clips, write_tar
 from shards.storage.mirror import files_of
 
 REDACTED = "[forgotten]"
@@ -367,28 +367,10 @@ def _write_in_place_of(root: Path, old: str, tables: dict[str, pa.Table], ledger
 
 
 def _copy_clips(root: Path, tar: str, clips: pa.Table) -> pa.Table:
-    """A tar of these clips alone, in the order that they had, and their rows pointing into it."""
+    """Write a tar with these clips alone, in their old order; return their rows, which point into it."""
     rows = clips.to_pylist()
-    pieces = [piece for row in rows for piece in _pieces(row)]
-    names = {
-        (old, member.offset): member.name
-        for old in {old for old, _, _ in pieces}
-        for member in list_members(files_of(root).local(old))
-    }
-    blobs = [Blob(names[old, offset], root / old, offset, num_bytes) for old, offset, num_bytes in pieces]
-    moved = iter(write_clips_tar(root / tar, blobs))
-    for row in rows:
-        row |= {"tar": tar, "mp4_offset": next(moved).offset}
-        for frame in row["frames"] or ():
-            frame["offset"] = next(moved).offset
-    return pa.Table.from_pylist(rows, clips.schema)
-
-
-def _pieces(row: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
-    """(tar, offset, size) of a clip's mp4 and of its frames."""
-    yield row["tar"], row["mp4_offset"], row["num_bytes"]
-    for frame in row["frames"] or ():
-        yield row["tar"], frame["offset"], frame["num_bytes"]
+    write_clips(root / tar, rows, lambda row: files_of(root).local(row["tar"]))
+    return pa.Table.from_pylist([row | {"tar": tar} for row in rows], clips.schema)
 
 
 def _fragments(root: Path, table: str) -> list[Path]:

@@ -3,7 +3,7 @@
 What is written here is plain USTAR: names of at most 100 ASCII characters and members under 8 GiB need no extension
 header, so a member's data starts 512 bytes after its header does. The same samples give the same bytes: times are 0;
 owner, group and mode are fixed. What is read here may come from anywhere: nothing is extracted, no link is followed, no
-size is believed that goes past the end of the file. This module knows nothing of clips or Parquet.
+size is believed that goes past the end of the file. This module knows nothing of Parquet.
 """
 
 import hashlib
@@ -102,6 +102,25 @@ def write_clips_tar(path: str | Path, blobs: Iterable[Blob], *, fsync: bool = Fa
             for blob in blobs:
                 members.append(_copy(blob, tar))
     return members
+
+
+def write_clips(path: Path, rows: list[dict[str, Any]], source_of: Callable[[dict[str, Any]], Path]) -> None:
+    """Copy the media of clips into one tar, CLIP_ID.mp4 and CLIP_ID.N.jpg, and set the rows' offsets to their places.
+
+    rows       of the table `clips` or one like it; their offsets and sizes are those in their source files
+    source_of  file in which the media of a row lie
+    """
+    blobs = []
+    for row in rows:
+        source, clip_id = source_of(row), row["clip_id"]
+        blobs.append(Blob(f"{clip_id}.mp4", source, row["mp4_offset"], row["num_bytes"]))
+        for number, frame in enumerate(row["frames"] or ()):
+            blobs.append(Blob(f"{clip_id}.{number}.jpg", source, frame["offset"], frame["num_bytes"]))
+    members = iter(write_clips_tar(path, blobs))
+    for row in rows:
+        row["mp4_offset"] = next(members).offset
+        for frame in row["frames"] or ():
+            frame["offset"] = next(members).offset
 
 
 def read_member(path: str | Path, offset: int, num_bytes: int) -> bytes:
