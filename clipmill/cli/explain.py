@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from clipmill.base.text import visible
 from shards.query.explain import Row, Story, explain
 from shards.query.explain import as_json as told_as_json
-from shards.query.sql import visible
 
 WIDTH = 80
 SHOWN = 30  # clips of a source, and lines of its history

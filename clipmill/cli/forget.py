@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from clipmill.base.errors import UserError
+from clipmill.base.text import visible
 from pipeline.maintenance.forget import Doomed, compact, find, forget
-from shards.query.sql import visible
 
 SHOWN = 20  # videos that are listed
 

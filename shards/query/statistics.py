@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from shards.query.sql import visible
+from clipmill.base.text import visible
 
 # HD-VILA-100M as published (arXiv 2111.10337, table 1) and its category shares in percent of videos and of clips, read
 # off the ring charts of its release: reference to hold one's own corpus against.
