@@ -33,6 +33,7 @@ from clipmill.base.settings import Settings, digest, operational
 from shards.corpus.schema import INDEX, sample_key
 from shards.packing.index import FORMAT, Stamp, read_stamp, write_index
 from shards.packing.tar import Member, Sample, member_bytes, read_member, write_tar
+from shards.query.sql import check_selection, selection
 from shards.storage.mirror import files_of
 
 Extension = Literal["mp4", "jpg", "txt", "json"]
@@ -108,8 +109,6 @@ def select_samples(connection: duckdb.DuckDBPyConnection, settings: PackSettings
 
     Raises UserError when the condition is not one.
     """
-    from shards.query.sql import check_selection, selection
-
     check_selection(connection, settings.where, "pack.where")
     hashed = ", ".join(f"'{name}': {name}" for name in (*FIXED, "sha256", "frame_sha256", "phash", "kind"))
     referred = ", ".join(f"'{name}': {name}" for name in REFERENCES)

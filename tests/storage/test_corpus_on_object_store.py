@@ -217,8 +217,8 @@ def test_a_store_that_does_not_answer_is_a_clear_message(stored, server):
     ("corpus", "said"),
     [
         ("s3://corpora", "write it as s3://BUCKET/PREFIX"),
-        ("s3://no-such-bucket/corpus", "is no corpus"),
-        ("s3://corpora/nothing-here", "is no corpus"),
+        ("s3://no-such-bucket/corpus", "is not a corpus"),
+        ("s3://corpora/nothing-here", "is not a corpus"),
     ],
 )
 def test_mistakes_are_told(corpus, said):

@@ -273,7 +273,7 @@ def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes():
     corpus = Corpus(url)
     corpus.create()
     with corpus.writer():
-        before = corpus.holder
+        before = corpus.lock_owner
     root, kinds = str(corpus.root), ("while nobody else writes", "while another does")
     items = [{"item_id": kind, "key": "k", "attempts": 0, "cost": 1} for kind in kinds]
     first, second = (
