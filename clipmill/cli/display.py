@@ -1,4 +1,4 @@
-"""What people see: progress while a build runs, the summary after it, `status`, `verify`."""
+"""Output of the build commands: progress, the summary after a build, `status` and `verify`."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -17,12 +17,12 @@ from pipeline.engine.registry import STAGES
 from pipeline.stages.ingest.stage import IngestReport
 from shards.corpus.folder import Corpus
 
-ON_PLAIN_OUTPUT_EVERY_S = 10.0  # a line this often where there is no terminal to redraw
+ON_PLAIN_OUTPUT_EVERY_S = 10.0  # seconds between lines where the output is not a terminal
 OPEN = ("pending", "retry")
 
 
 class Terminal:
-    """Shows a build on a terminal, or as plain lines where output goes elsewhere."""
+    """Shows a build on a terminal, or as plain lines where the output is not one."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or plain_console()
@@ -61,10 +61,10 @@ class Terminal:
             name: sum(by.get(status, 0) for status in OPEN) for name, by in counts.items() if name not in stages
         }
         left = " · ".join(f"{name} {num:,}" for name, num in num_left.items() if num)
-        if "pack" in stages and left:  # shards lose what a condition finds no more
+        if "pack" in stages and left:  # shards lose clips that the condition no longer finds
             self.console.print(
-                f"[yellow]note[/] pack.where sees nothing of what is pending elsewhere: {left}. "
-                "`clipmill build` does that first.",
+                f"[yellow]note[/] pack.where does not see clips that are pending in other stages: {left}. "
+                "`clipmill build` runs those stages first.",
                 soft_wrap=True,
             )
 
@@ -109,7 +109,7 @@ class Terminal:
 
     def finished(self, report: BuildReport, corpus: str | Path) -> None:
         if not report.did_something:
-            self.console.print("Nothing to do: everything that can be done is done.")
+            self.console.print("Nothing to do: everything is up to date.")
         else:
             self._summary(report)
         print_failures(self.console, report.failures)
@@ -123,7 +123,7 @@ class Terminal:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def _totals(self, engine: Engine) -> dict[str, int]:
-        """How many items each stage will have at least: what was pending, and what has appeared since."""
+        """Return how many items each stage has at least: pending at the start, or appeared since."""
         return {
             name: max(self.known.get(name, 0), state.done + state.failed + state.in_flight)
             for name, state in engine.report.by_stage.items()
@@ -147,7 +147,7 @@ class Terminal:
 
 
 def progress_row(engine: Engine, totals: dict[str, int], elapsed_s: float) -> dict:
-    """What `status` of another process shows of a running build."""
+    """Return the progress of a running build for `status` in another process."""
     stages = {}
     for name, state in engine.report.by_stage.items():
         num_finished = state.done + state.failed
@@ -180,7 +180,7 @@ def show_status(root: str | Path, assignments: list[str]) -> None:
 
 
 def _show_running(console: Console, progress: dict) -> None:
-    console.print(f"A build is running since {progress['elapsed_s']:,.0f} s (run {progress['run_id']}).")
+    console.print(f"A build has been running for {progress['elapsed_s']:,.0f} s (run {progress['run_id']}).")
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "done", "failed", "in flight", "known left", "per s", "time left"):
         table.add_column(column, justify="left" if column == "stage" else "right")
@@ -216,7 +216,7 @@ def _show_idle(console: Console, current: Status) -> None:
     )
     console.print(table)
     if any(row.get("waiting") for row in current.counts.values()):
-        console.print("[dim]waiting: done, but what it was made from is pending, so it may have to be done again[/]")
+        console.print("[dim]waiting: done, but its inputs are pending, so it may have to be done again[/]")
     if any(row.get("quarantined") for row in current.counts.values()):
         hint = "failed engine.max_attempts times; `run STAGE --where quarantined` tries again"
         console.print(f"[dim]quarantined: {hint}[/]")
@@ -224,7 +224,7 @@ def _show_idle(console: Console, current: Status) -> None:
 
 
 def verify_corpus(root: str | Path, decode: bool) -> int:
-    """Print what is wrong with the shards; the exit code."""
+    """Print the problems of the shards; return the exit code."""
     from pipeline.maintenance.verify import verify_with_sandbox
 
     console = plain_console()

@@ -1,7 +1,7 @@
 """The folder of a corpus: its saved settings, and the lock that makes one process its only writer.
 
-Of a corpus in a store, `root` is this machine's mirror (`shards.storage.mirror`). Its one writer brings the mirror up to
-date, and holds two locks: the store's (`shards.storage.lease`) and that of the mirror.
+Of a corpus in a store, `root` is this machine's mirror (`shards.storage.mirror`). Its one writer brings the mirror up
+to date, and holds two locks: the store's (`shards.storage.lease`) and that of the mirror.
 """
 
 import json

@@ -177,7 +177,7 @@ class Store:
             client.delete_object(**self._at(key))
 
     def _checked(self, key: str) -> str:
-        """Return the key relative to the prefix. It becomes a path: raises UserError if that leads out of the folder."""
+        """Return the key relative to the prefix. Raises UserError if that would lead out of the mirror as a path."""
         name = key.removeprefix(self.prefix)
         if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
             raise UserError(f"{self.url}: the object {name!r} does not belong to a corpus: remove it.")
@@ -217,7 +217,7 @@ class Store:
 
 
 def _till_whole(read: Callable[[], Answer]) -> Answer:
-    """Call `read`, again after a pause when an answer broke off in its middle, which the client itself never retries."""
+    """Call `read`, and again after a pause when an answer broke off, which the client does not retry."""
     from botocore.exceptions import HTTPClientError, IncompleteReadError
 
     for pause_s in READ_PAUSES_S:
