@@ -29,7 +29,7 @@ from shards.packing.compact import (
     redact,
     remove_sources,
 )
-from shards.packing.pack import places_of, select_samples
+from shards.packing.pack import select_samples, slots_of
 from shards.query.sql import open_manifest, rows_of
 from shards.storage.local import MANIFEST_NAME, UNFINISHED
 from shards.storage.mirror import for_reading, mirror_folder
@@ -123,13 +123,13 @@ def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:
     Returns whether the manifest is published without them already; else a running build will do it.
     """
     corpus, at = Corpus(root).require(), datetime.now(UTC)
-    places = _places(corpus, plan)
+    slots = _slots_of(corpus, plan)
     rows = [
         {
             "video_hash": hash_of(video["video_id"]),
             "url_hash": hash_of(canonical_url(video["url"])),
             "sha256": video["sha256"],
-            "places": places.get(video["video_id"], []),
+            "places": slots.get(video["video_id"], []),
         }
         for video in plan.videos
     ]
@@ -148,7 +148,7 @@ def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:
     return True
 
 
-def _places(corpus: Corpus, plan: ForgetPlan) -> dict[str, list[dict]]:
+def _slots_of(corpus: Corpus, plan: ForgetPlan) -> dict[str, list[dict]]:
     """Return video → reserved slots of its clips in the order of packing; {} where nothing is packed yet."""
     settings, found = resolve(corpus.load_settings(), None, []).pack, {}
     with open_manifest(for_reading(corpus.name, MANIFEST_NAME)) as connection:
@@ -156,9 +156,9 @@ def _places(corpus: Corpus, plan: ForgetPlan) -> dict[str, list[dict]]:
             return {}
         samples = select_samples(connection, settings)
     gone = set(plan.video_ids)
-    for clip_id, place in places_of(samples, settings.seed):
+    for clip_id, slot in slots_of(samples, settings.seed):
         if (video_id := clip_id.rpartition(".")[0]) in gone:
-            found.setdefault(video_id, []).append(place)
+            found.setdefault(video_id, []).append(slot)
     return found
 
 

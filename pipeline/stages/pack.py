@@ -22,9 +22,9 @@ from shards.packing.pack import (
     PackSettings,
     ShardPlan,
     commit_shards,
-    forgotten_places,
     pending_shards,
     plan_shards,
+    reserved_slots,
     rows_by_shard,
     select_samples,
     write_shard,
@@ -69,7 +69,7 @@ def pack_corpus(session, display, *, write: bool, redo: bool) -> PackReport:
 
 def planned(connection, settings: PackSettings) -> list[ShardPlan]:
     """The shards that ought to exist, from the manifest."""
-    return plan_shards(select_samples(connection, settings), settings, forgotten_places(connection))
+    return plan_shards(select_samples(connection, settings), settings, reserved_slots(connection))
 
 
 def pack_state(session) -> dict[str, int]:

@@ -40,7 +40,7 @@ README = """A clipmill corpus.
 
 class Corpus:
     def __init__(self, root: str | Path):
-        """`root`: a folder, s3://BUCKET/PREFIX, or the mirror of such a corpus that this process has opened before."""
+        """Open a corpus: a folder, s3://BUCKET/PREFIX, or the mirror of one that this process has opened before."""
         if is_url(root):
             store = Store.of(str(root))
             self.root = mirror(mirror_folder(store, "corpus"), store).root
