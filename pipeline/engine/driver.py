@@ -10,13 +10,13 @@ the node that carries this process is gone, nothing comes back but errors: it jo
 
 import heapq
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from clipmill.base.errors import ItemError, UserError
+from clipmill.base.ray_cluster import start_ray
 from pipeline.engine.registry import STAGES, Stage, fingerprints
 from pipeline.engine.settings import CorpusSettings
 from pipeline.runtime.task import GOVERNOR, Outcome, Work, commit
@@ -26,7 +26,6 @@ from shards.corpus.fragments import Commit
 from shards.corpus.ledger import Ledger
 from shards.corpus.manifest import publish
 
-JOIN_ATTEMPTS = 4  # at joining a cluster
 LOOK_EVERY_S = 3.0  # at the cluster's size
 MAX_LOST = 12  # times that a piece of work may be lost with this process's node before that counts as a death
 MAX_DEATHS = 3  # a piece of work whose worker died this often is split, and failed when it is a single item
@@ -213,7 +212,7 @@ class Engine:
             root=str(self.corpus.root),
             run_id=self.run_id,
             store=self.corpus.store,
-            holder=self.corpus.holder,
+            holder=self.corpus.lock_owner,
         )
 
     def _enqueue(self, stage: Stage, work: Work, deaths: int = 0, num_lost: int = 0) -> None:
@@ -302,7 +301,7 @@ class Pools:
         import ray
 
         self.ray, self.settings = ray, settings.engine
-        self.started_ray = start_ray(settings)
+        self.started_ray = start_ray(settings.engine.address, settings.engine.cpus, setting="engine.address")
         self.cut_off = False  # the node is gone by which this process belongs to the cluster
         self.running = {"io": 0, "cpu": 0}
         self._look()
@@ -432,35 +431,3 @@ def _execute(work: Work) -> Commit:
 
     limit_threads()
     return execute(work)
-
-
-def start_ray(settings: CorpusSettings) -> bool:
-    """Join the cluster that the settings or the environment name, else start Ray here. True when we started it."""
-    import ray
-
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
-    quiet = {"logging_level": "ERROR", "log_to_driver": False, "ignore_reinit_error": True}
-    address = settings.engine.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _join(address, quiet)
-    else:
-        ray.init(num_cpus=settings.engine.cpus, include_dashboard=False, **quiet)
-    return True
-
-
-def _join(address: str, quiet: dict) -> None:
-    """Raises UserError where no cluster answers. A node that has just died may be asked first: then the next one is."""
-    import ray
-
-    for attempt in range(JOIN_ATTEMPTS):
-        try:
-            ray.init(address=address, **quiet)
-            return
-        except ConnectionError as error:
-            if attempt == JOIN_ATTEMPTS - 1:
-                raise UserError(
-                    f"engine.address or RAY_ADDRESS: the Ray cluster at {address} cannot be joined ({error})."
-                ) from error
-            time.sleep(3)

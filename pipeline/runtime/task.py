@@ -19,7 +19,7 @@ import pyarrow as pa
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import Settings
 from pipeline.runtime.watchdog import reporting
-from shards.corpus.folder import holder_now
+from shards.corpus.folder import lock_owner
 from shards.corpus.fragments import Commit, commit_name, table_schema, write_commit
 from shards.corpus.schema import LEDGER
 from shards.storage.mirror import mirror
@@ -78,7 +78,7 @@ def require_holder(work: Work) -> None:
     A worker may outlive its build by a while. The next build has swept up by then and does the same work: what this one
     could not do for that reason is no failure, and what it has done must not replace what the other has.
     """
-    if work.holder and holder_now(Path(work.root), work.store) != work.holder:
+    if work.holder and lock_owner(Path(work.root), work.store) != work.holder:
         raise UserError("another process writes the corpus by now; this work is done by its workers.")
 
 

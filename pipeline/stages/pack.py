@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from clipmill.base.errors import ItemError
+from clipmill.base.ray_cluster import start_ray
 from shards.corpus.fragments import fragment_path, write_commit
 from shards.corpus.schema import LEDGER
 from shards.packing.index import read_index, refresh_index
@@ -21,9 +22,9 @@ from shards.packing.pack import (
     PackSettings,
     ShardPlan,
     commit_shards,
-    forgotten_places,
     pending_shards,
     plan_shards,
+    reserved_slots,
     rows_by_shard,
     select_samples,
     write_shard,
@@ -53,7 +54,7 @@ def pack_corpus(session, display, *, write: bool, redo: bool) -> PackReport:
     with open_manifest(root) as connection:
         if write:
             plans = planned(connection, settings)
-            session.corpus.files.look("shards")
+            session.corpus.files.refresh("shards")
             todo = plans if redo else pending_shards(root, plans, retry_missing=True)
             report.failures = _write_all(session, connection, todo, display)
             report.num_written, num_removed = commit_shards(root, plans, fsync=settings.fsync)
@@ -68,7 +69,7 @@ def pack_corpus(session, display, *, write: bool, redo: bool) -> PackReport:
 
 def planned(connection, settings: PackSettings) -> list[ShardPlan]:
     """The shards that ought to exist, from the manifest."""
-    return plan_shards(select_samples(connection, settings), settings, forgotten_places(connection))
+    return plan_shards(select_samples(connection, settings), settings, reserved_slots(connection))
 
 
 def pack_state(session) -> dict[str, int]:
@@ -121,9 +122,8 @@ class _RayTasks:
     def __enter__(self):
         import ray
 
-        from pipeline.engine.driver import start_ray
-
-        self.ray, self.started = ray, start_ray(self.settings)
+        engine = self.settings.engine
+        self.ray, self.started = ray, start_ray(engine.address, engine.cpus, setting="engine.address")
         self.width = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self.task = ray.remote(num_cpus=1)(_write)  # writing again gives the same bytes, so Ray may retry
         return self
@@ -187,6 +187,6 @@ def _refresh(root: Path, connection) -> int:
         ).to_arrow_table()
         connection.unregister("packed")
         if refresh_index(path, texts):
-            files_of(root).written(f"shards/{path.name}")
+            files_of(root).upload(f"shards/{path.name}")
             num_changed += 1
     return num_changed

@@ -32,7 +32,7 @@ from pipeline.stages.transcribe.transcribe import (
 from pipeline.stages.transcribe.words import Word
 from shards.corpus.fragments import temporary_folder
 from shards.corpus.tombstones import FORGOTTEN, read_tombstones
-from shards.packing.tar import Blob, write_clips_tar
+from shards.packing.tar import write_clips
 from shards.storage.mirror import files_of
 
 
@@ -65,7 +65,7 @@ def run_download(work: Work) -> Result:
                 _remove_files(folder, item["video_id"])
                 raise ItemError(FORGOTTEN, "these are the bytes of a video that the corpus was told to forget")
             if not os.path.isabs(row["path"]):
-                files_of(root).written(*(str(p.relative_to(root)) for p in folder.glob(f"{item['video_id']}.*")))
+                files_of(root).upload(*(str(p.relative_to(root)) for p in folder.glob(f"{item['video_id']}.*")))
             outcome.rows["downloads"] = [row]
             outcome.parts = list(_subtitle_failures(row))
         return outcome
@@ -187,7 +187,7 @@ def run_cut(work: Work) -> Result:
         outcomes = [_cut_video(work, item, folder) for item in work.items]
         rows = [row for outcome in outcomes for row in outcome.rows.get("clips", [])]
         if rows:
-            _write_tar(root / name, folder, rows)
+            write_clips(root / name, rows, lambda row: folder / row["video_id"])
             for row in rows:
                 row["tar"] = name
         return outcomes, [name] if rows else []
@@ -203,18 +203,3 @@ def _cut_video(work: Work, item: dict, folder: Path) -> Outcome:
         outcome.rows["clips"] = [{**row, **stamp} for row in result.rows]
         outcome.parts = list(result.failures)
     return outcome
-
-
-def _write_tar(path: Path, folder: Path, rows: list[dict]) -> None:
-    """Copy every clip's mp4 and caption frames into one tar and point the rows at them."""
-    blobs = []
-    for row in rows:
-        source = folder / row["video_id"]
-        blobs.append(Blob(f"{row['clip_id']}.mp4", source, row["mp4_offset"], row["num_bytes"]))
-        for index, frame in enumerate(row["frames"]):
-            blobs.append(Blob(f"{row['clip_id']}.{index}.jpg", source, frame["offset"], frame["num_bytes"]))
-    offsets = {member.name: member.offset for member in write_clips_tar(path, blobs)}
-    for row in rows:
-        row["mp4_offset"] = offsets[f"{row['clip_id']}.mp4"]
-        for index, frame in enumerate(row["frames"]):
-            frame["offset"] = offsets[f"{row['clip_id']}.{index}.jpg"]

@@ -16,10 +16,12 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from clipmill.base.text import sql_literal
 from shards.corpus.fragments import fragment_path, outputs_of, replaced_by, table_schema
 from shards.corpus.schema import LEDGER, TABLES
 from shards.corpus.tombstones import read_tombstones, tombstone_files
-from shards.storage.mirror import Files, files_of
+from shards.storage.local import Files
+from shards.storage.mirror import files_of
 
 LEDGER_VERSION = 3  # of the working database's own layout; another version is rebuilt from the fragments
 
@@ -186,13 +188,13 @@ class Ledger:
             self.connection.unregister("wanted")
         for stage in self.stages.values():
             fingerprint = fingerprints[stage.name]
-            inputs = stage.inputs.replace("$fingerprint", _quoted(fingerprint or ""))
+            inputs = stage.inputs.replace("$fingerprint", sql_literal(fingerprint or ""))
             inputs = inputs if fingerprint else f"SELECT * FROM ({inputs}) WHERE false"
             self.connection.execute(f"CREATE OR REPLACE TEMP TABLE input_{stage.name} AS {inputs}")
             self.connection.execute(_CHOOSE.replace("$stage", stage.name))
             self.connection.execute(
                 _STATE.replace("$stage", stage.name)
-                .replace("$run_id", _quoted(run_id))
+                .replace("$run_id", sql_literal(run_id))
                 .replace("$max_attempts", str(int(max_attempts)))
             )
             for statement in stage.current:
@@ -449,7 +451,3 @@ def remove_cache(root: Path) -> None:
     path = root / ".clipmill" / "ledger.duckdb"
     path.unlink(missing_ok=True)
     path.with_name(path.name + ".wal").unlink(missing_ok=True)
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

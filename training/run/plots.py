@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
-from shards.packing.tar import replacing
+from clipmill.base.atomic_file import atomic_file
 
 Value = float | tuple[float, float]  # a number, or a mean and its spread: drawn as mean ± spread
 Point = tuple[float, float] | tuple[float, float, float]  # x, y, and optionally the spread of y
@@ -130,7 +130,7 @@ def lines(
 
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure as SVG, whole or not at all, and return its path."""
-    with matplotlib.rc_context(STYLE), replacing(path) as file:
+    with matplotlib.rc_context(STYLE), atomic_file(path) as file:
         figure.savefig(file, format="svg", metadata={"Date": None, "Title": figure.axes[0].get_title(loc="left")})
     return Path(path)
 
