@@ -13,8 +13,8 @@ from training.data.batch import Batch
 from training.losses.mil_nce import mil_nce_loss
 from training.losses.omnisource import OmnisourceLoss, omnisource_loss
 from training.losses.pair_matching import matching_loss
-from training.models.clip_vip import ClipVip
-from training.models.unipt import UniPtClip
+from training.models.clip_vip.model import ClipVip
+from training.models.unipt.model import UniPtClip
 from training.optim.augment import augment
 from training.optim.ema import Ema
 from training.optim.gradient_cache import cached_backward

@@ -14,7 +14,7 @@ from clipmill.base.errors import UserError
 from training.data.batch import Batch
 from training.data.frame_sampling import normalise
 from training.losses.omnisource import TERMS
-from training.models.clip_vip import ClipVip
+from training.models.clip_vip.model import ClipVip
 from training.parallel.distributed import Process
 from training.settings import TrainSettings
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from clipmill.base.settings import Settings, operational, resolve_settings
-from training.clip4clip_settings import Clip4ClipSettings
-from training.unipt_settings import UniPtSettings
+from training.models.clip4clip.settings import Clip4ClipSettings
+from training.models.unipt.settings import UniPtSettings
 
 Method = Literal["clip_vip", "clip4clip", "unipt"]
 Variant = Literal["vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc", "joint", "mil_nce"]

@@ -30,8 +30,8 @@ from training.data.stateless_random import mix
 from training.evaluation.retrieval import evaluate
 from training.learner import Learner, Values
 from training.models import registry as models
-from training.models.clip4clip import pair_flops
-from training.models.clip_vip import sample_flops
+from training.models.clip4clip.model import pair_flops
+from training.models.clip_vip.model import sample_flops
 from training.parallel.distributed import Process, join
 from training.parallel.state_dict import (
     OptimiserState,

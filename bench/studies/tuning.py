@@ -12,7 +12,7 @@ from bench.studies.study import Arm, Claim, Study, Table
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from training.models.clip_vip import ClipVip
+    from training.models.clip_vip.model import ClipVip
 
 ARMS = ("full fine-tuning", "UniPT", "UniPT, last layer", "linear maps", "frozen")
 
@@ -78,8 +78,8 @@ def model_of(name: str, seed: int) -> Any:
 
 def tuned_as(name: str, backbone: "ClipVip", seed: int) -> Any:
     """The backbone with what an arm trains, and everything else frozen."""
-    from training.models.unipt import UniPtClip
-    from training.unipt_settings import UniPtSettings
+    from training.models.unipt.model import UniPtClip
+    from training.models.unipt.settings import UniPtSettings
 
     if name == "full fine-tuning":
         return backbone
@@ -152,7 +152,7 @@ def saved_at_full_size(name: str, num_clips: int = 16) -> int:
 
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig
+    from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig
 
     config = ModelConfig(TowerConfig(768, 12, 12, 3072), TowerConfig(512, 12, 8, 2048), 512)
     config = replace(config, pooling="mean", num_added=0, num_times=0)

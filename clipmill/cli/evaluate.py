@@ -23,7 +23,7 @@ from clipmill.cli.display import plain_console, print_failures
 from training.data.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze
 from training.evaluation.retrieval import evaluate, similarity_format
 from training.models import registry as models
-from training.models.clip_vip import ClipVip
+from training.models.clip_vip.model import ClipVip
 from training.parallel.distributed import Process, join
 from training.run.best_checkpoint import chosen_checkpoint
 from training.run.folder import RunFolder

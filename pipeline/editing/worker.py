@@ -30,7 +30,7 @@ from training.editing.boundaries import Floats, Scorer, VideoClips, edit_video, 
 from training.editing.scores import Bank, FrameFeatures, FrameScorer, VideoScorer, draw_bank
 from training.editing.settings import EditRunSettings
 from training.models import registry as models
-from training.models.clip4clip import Clip4Clip
+from training.models.clip4clip.model import Clip4Clip
 from training.parallel.distributed import join
 
 CODE_VERSION = 1  # raised when the same job gives other rows

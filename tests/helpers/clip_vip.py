@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig
+from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference"
 

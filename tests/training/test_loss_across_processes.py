@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
 from tests.helpers.ranks import run_ranks
 from training.losses.omnisource import TERMS, OmnisourceLoss, omnisource_loss
-from training.models.clip_vip import ClipVip
+from training.models.clip_vip.model import ClipVip
 from training.optim.gradient_cache import cached_backward
 
 BATCH = 8

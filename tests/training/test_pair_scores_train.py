@@ -12,11 +12,11 @@ from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import random_texts, tensors, tiny_model
 from tests.models.test_clip4clip_reference import features, inputs, load, worst
 from tests.training.test_update_is_the_same_everywhere import BATCH, alone, assert_same, settings, together, whole_batch
-from training.clip4clip_settings import Clip4ClipSettings
 from training.data.batch import Batch
 from training.learner import Learner
 from training.losses.pair_matching import matching_loss
-from training.models.clip4clip import Clip4Clip, pair_flops
+from training.models.clip4clip.model import Clip4Clip, pair_flops
+from training.models.clip4clip.settings import Clip4ClipSettings
 from training.parallel.distributed import Process
 
 SETTINGS = Clip4ClipSettings(head="tightTransf", num_layers=2)

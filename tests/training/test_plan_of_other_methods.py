@@ -10,7 +10,7 @@ from training.cost.estimate import estimate, memory
 from training.cost.footprint import Footprint
 from training.cost.memory import saved_bytes
 from training.models import registry as models
-from training.models.clip_vip import TowerConfig
+from training.models.clip_vip.model import TowerConfig
 from training.parallel_model import score_pairs
 from training.settings import RunSettings, resolve
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from training.cost.memory import saved_bytes
 from training.models import registry as models
-from training.models.clip4clip import Clip4Clip, pair_flops
-from training.models.clip_vip import ModelConfig, TowerConfig, sample_flops
-from training.models.unipt import UniPtClip
+from training.models.clip4clip.model import Clip4Clip, pair_flops
+from training.models.clip_vip.model import ModelConfig, TowerConfig, sample_flops
+from training.models.unipt.model import UniPtClip
 from training.parallel_model import sources_of
 from training.settings import DataSettings, RunSettings, TrainSettings
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from clipmill.base.errors import UserError
 from training.data.tokenizer import TextEncoder
-from training.models.clip4clip import Clip4Clip
-from training.models.clip_vip import ClipVip, ModelConfig
-from training.models.unipt import UniPtClip, side_tensors
-from training.models.weights.clip4clip import file_contents, load_clip4clip
-from training.models.weights.clip_vip import (
+from training.models.clip4clip.model import Clip4Clip
+from training.models.clip4clip.weights import file_contents, load_clip4clip
+from training.models.clip_vip.config_formats import config_from_open_clip
+from training.models.clip_vip.model import ClipVip, ModelConfig
+from training.models.clip_vip.weights import (
     from_open_clip_model,
     load_clip_vip,
     load_model,
@@ -24,8 +24,8 @@ from training.models.weights.clip_vip import (
     with_shape,
     write_model,
 )
-from training.models.weights.config_formats import config_from_open_clip
-from training.models.weights.unipt import load_unipt, unipt_header
+from training.models.unipt.model import UniPtClip, side_tensors
+from training.models.unipt.weights import load_unipt, unipt_header
 from training.parallel.state_dict import State
 from training.settings import ModelSettings
 

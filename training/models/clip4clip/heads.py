@@ -2,7 +2,7 @@
 
 The first three map frames to frames, which `pooled` turns into one unit vector per video; the fourth scores pairs.
 
-Shape letters, used as suffixes here and in `training.models.clip4clip`:
+Shape letters, used as suffixes here and in `training.models.clip4clip.model`:
     N texts   B videos   F frames of a video   P pairs of text and video   S tokens of a sequence
     C size of CLIP's features, which is the width of every head
 Masks [B, F] are 1 where a frame is real. Features come and go unnormalised.
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipmill.base.errors import UserError
-from training.models.attention import biased_attention
-from training.models.clip_vip import Block, TowerConfig
+from training.models.clip_vip.attention import biased_attention
+from training.models.clip_vip.model import Block, TowerConfig
 
 NORM_EPS = 1e-12  # of every norm in a head; CLIP's own are 1e-5
 MASKED_SCORE = -1e6  # added to the attention scores of frames that are not there

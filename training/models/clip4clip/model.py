@@ -1,6 +1,6 @@
 """CLIP4Clip: CLIP frame by frame, and a head that compares texts with the frames of a video (spec/clip4clip.md).
 
-The CLIP inside is `training.models.clip_vip.ClipVip` without proxies. Shape letters are those of `training.models.clip4clip_heads`, and
+The CLIP inside is `training.models.clip_vip.model.ClipVip` without proxies. Shape letters are those of `training.models.clip4clip.heads`, and
     L tokens of a text   T = F frames   H, W pixels
 """
 
@@ -15,10 +15,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from clipmill.base.errors import UserError
-from training.clip4clip_settings import Clip4ClipSettings
-from training.models.clip4clip_heads import NORM_EPS, PairHead, build_head, pooled
-from training.models.clip_vip import ClipVip, ModelConfig, TextTower, TowerConfig, VisionTower, cut_texts, tower_flops
-from training.models.weights.clip4clip_names import stem_of
+from training.models.clip4clip.heads import NORM_EPS, PairHead, build_head, pooled
+from training.models.clip4clip.settings import Clip4ClipSettings
+from training.models.clip4clip.weight_names import stem_of
+from training.models.clip_vip.model import (
+    ClipVip,
+    ModelConfig,
+    TextTower,
+    TowerConfig,
+    VisionTower,
+    cut_texts,
+    tower_flops,
+)
 
 MAX_LOG_SCALE = math.log(100)
 INIT_STD = 0.02
@@ -223,7 +231,7 @@ class Clip4Clip(nn.Module):
 def pair_flops(config: ModelConfig, settings: Clip4ClipSettings, num_frames: int) -> float:
     """Forward and backward FLOPs of tightTransf's blocks for one pair; 0 for heads that score none.
 
-    What the towers need is in `training.models.clip_vip.sample_flops`.
+    What the towers need is in `training.models.clip_vip.model.sample_flops`.
     """
     if settings.head != "tightTransf":
         return 0.0

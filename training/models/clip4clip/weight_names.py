@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from clipmill.base.errors import UserError
-from training.models.clip_vip import ModelConfig, TowerConfig
-from training.models.weights.clip_vip_names import open_clip_name
+from training.models.clip_vip.model import ModelConfig, TowerConfig
+from training.models.clip_vip.weight_names import open_clip_name
 
 _HEADS = {
     "meanP": {},

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from clipmill.base.errors import UserError
 from clipmill.base.settings import validate_settings
-from training.clip4clip_settings import Clip4ClipSettings
-from training.models.clip4clip import MAX_LOG_SCALE, Clip4Clip
-from training.models.clip_vip import ClipVip, ModelConfig
-from training.models.weights.clip4clip_names import (
+from training.models.clip4clip.model import MAX_LOG_SCALE, Clip4Clip
+from training.models.clip4clip.settings import Clip4ClipSettings
+from training.models.clip4clip.weight_names import (
     STEM_3D,
     config_from_names,
     head_of,
@@ -29,8 +28,9 @@ from training.models.weights.clip4clip_names import (
     tidy,
     to_released,
 )
-from training.models.weights.clip_vip import assemble, load_clip_vip, load_model, read_tensors, write_model
-from training.models.weights.config_formats import config_from_dict, config_to_dict
+from training.models.clip_vip.config_formats import config_from_dict, config_to_dict
+from training.models.clip_vip.model import ClipVip, ModelConfig
+from training.models.clip_vip.weights import assemble, load_clip_vip, load_model, read_tensors, write_model
 
 Config = str | Path | Mapping[str, Any] | ModelConfig | None
 
@@ -49,7 +49,7 @@ def load_clip4clip(
     """A model in evaluation mode (tightTransf has dropout), in float32 unless the file is float64.
 
     weights       a file in released names (OpenAI's, with or without `clip.`), with or without the head's tensors; one
-                  of our folders; or whatever `training.models.weights.clip_vip.load_model` takes and is a plain CLIP
+                  of our folders; or whatever `training.models.clip_vip.weights.load_model` takes and is a plain CLIP
     head_weights  a file with the tensors that CLIP4Clip adds
     head          "meanP", "seqLSTM", "seqTransf" or "tightTransf"; None: the one whose tensors are there
     config        the CLIP's: HF's JSON as a path or dict, or a `ModelConfig`. None: the file's header, else its shapes
@@ -70,7 +70,7 @@ def load_clip4clip(
 
 
 def save_clip4clip(model: Clip4Clip, path: str | Path) -> Path:
-    """Writes released names as `training.models.weights.clip_vip.save` writes published ones; returns the weights' path."""
+    """Writes released names as `training.models.clip_vip.weights.save` writes published ones; returns the weights' path."""
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     return write_model(*file_contents(tensors, model.config, model.settings), path)
 

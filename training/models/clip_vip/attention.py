@@ -1,6 +1,6 @@
 """The attention patterns of the two towers, each as fused scaled-dot-product calls. Tensors only: no parameters here.
 
-Shape letters, used as suffixes here and in `training.models.clip_vip`:
+Shape letters, used as suffixes here and in `training.models.clip_vip.model`:
     B clips   T frames   L patches of a frame   M proxies, the class token among them   S = M + T·L tokens
     D width   H heads    E width of a head      3 query, key, value
 """

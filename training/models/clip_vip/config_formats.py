@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from clipmill.base.errors import UserError
-from training.models.clip_vip import ModelConfig, TowerConfig
+from training.models.clip_vip.model import ModelConfig, TowerConfig
 
 # HF writes only what differs from these.
 _HF_VISION = {

@@ -1,6 +1,6 @@
 """CLIP-ViP: CLIP's two towers, the vision tower with video proxies (spec sections 2 and 3). No files are read here.
 
-Shape letters are those of `training.models.attention`. `ClipVip` is what the rest of the trainer sees: pixels or token ids in,
+Shape letters are those of `training.models.clip_vip.attention`. `ClipVip` is what the rest of the trainer sees: pixels or token ids in,
 unit vectors out. An image is a video of one frame; without added proxies and with one frame this is plain CLIP.
 """
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from clipmill.base.errors import UserError
-from training.models.attention import causal_attention, causal_bias, first_token_attention, proxy_attention
+from training.models.clip_vip.attention import causal_attention, causal_bias, first_token_attention, proxy_attention
 
 MAX_LOG_SCALE = math.log(200)
 

@@ -21,20 +21,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clipmill.base.errors import UserError
-from training.models.clip_vip import MAX_LOG_SCALE, ClipVip, ModelConfig, initialise_tensor
-from training.models.weights.clip_vip_names import (
+from training.models.clip_vip.config_formats import (
+    config_from_dict,
+    config_from_open_clip,
+    config_from_shapes,
+    config_to_dict,
+)
+from training.models.clip_vip.model import MAX_LOG_SCALE, ClipVip, ModelConfig, initialise_tensor
+from training.models.clip_vip.weight_names import (
     NEW_TENSORS,
     from_open_clip,
     from_published,
     open_clip_name,
     published_names,
     to_published,
-)
-from training.models.weights.config_formats import (
-    config_from_dict,
-    config_from_open_clip,
-    config_from_shapes,
-    config_to_dict,
 )
 
 OPENAI_NAMES = {

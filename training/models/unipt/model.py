@@ -1,7 +1,7 @@
 """UniPT: small networks beside a frozen CLIP that read every layer's hidden states at once (spec/unipt.md).
 
 Only the two side networks train, and nothing is kept for a backward pass through the backbone: it runs without
-gradients, and its hidden states are plain inputs. Shape letters, besides those of `training.models.attention`:
+gradients, and its hidden states are plain inputs. Shape letters, besides those of `training.models.clip_vip.attention`:
     N items (videos, frames or texts)   S tokens of an item   C embed_dim   I inner width   Y layers that are read
 Each layer's tokens enter only through sums over tokens, so their map to the inner width is applied to the query before
 and to the sums afterwards, never to the tokens: same numbers, no [N, S, I] tensor and S times fewer products.
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipmill.base.errors import UserError
-from training.models.clip4clip_heads import pooled
-from training.models.clip_vip import ClipVip, ModelConfig, cut_texts
-from training.unipt_settings import UniPtSettings
+from training.models.clip4clip.heads import pooled
+from training.models.clip_vip.model import ClipVip, ModelConfig, cut_texts
+from training.models.unipt.settings import UniPtSettings
 
 PREFIXES = ("image_adapter.", "text_adapter.")  # as published, beside CLIP's own tensors under `clip.`
 INIT_STD = 0.02

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from clipmill.base.errors import UserError
 from clipmill.base.settings import validate_settings
-from training.models.clip_vip import ClipVip
-from training.models.unipt import PREFIXES, UniPtClip, side_tensors
-from training.models.weights.clip4clip_names import config_from_names, tidy
-from training.models.weights.clip_vip import assemble, read_tensors, write_model
-from training.unipt_settings import UniPtSettings
+from training.models.clip4clip.weight_names import config_from_names, tidy
+from training.models.clip_vip.model import ClipVip
+from training.models.clip_vip.weights import assemble, read_tensors, write_model
+from training.models.unipt.model import PREFIXES, UniPtClip, side_tensors
+from training.models.unipt.settings import UniPtSettings
 
 
 def save_unipt(model: UniPtClip, path: str | Path) -> Path:
-    """Writes the side networks to PATH.safetensors with PATH.json, or to a folder, as `training.models.weights.clip_vip.save` does.
+    """Writes the side networks to PATH.safetensors with PATH.json, or to a folder, as `training.models.clip_vip.weights.save` does.
 
     Returns the weights' path.
     """
