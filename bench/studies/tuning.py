@@ -95,7 +95,9 @@ def make_linear(backbone: "ClipVip") -> Any:
     import torch
     from torch.nn import functional as F
 
-    class Linear(torch.nn.Module):
+    from training.models.model import VideoTextModel
+
+    class Linear(VideoTextModel):
         def __init__(self) -> None:
             super().__init__()
             self.backbone = backbone.requires_grad_(False)
@@ -119,12 +121,6 @@ def make_linear(backbone: "ClipVip") -> Any:
         def encode_text(self, ids: "Tensor", mask: "Tensor | None" = None, *, cut: bool = True) -> "Tensor":
             return F.normalize(self.of_text(self.backbone.encode_text(ids, mask, cut=cut)), dim=-1)
 
-        def set_activation_checkpointing(self, enabled: bool = True) -> None:
-            assert not enabled
-
-        def clamp_log_scale(self) -> None:
-            """Nothing: it is frozen."""
-
     return Linear()
 
 
@@ -139,7 +135,7 @@ def saved_of(model: Any, num_clips: int, num_frames: int, num_tokens: int) -> in
     """Bytes that a batch of so many clips and texts keeps for the backward pass."""
     import torch
 
-    from training.cost.memory import saved_bytes
+    from training.cost.footprint import saved_bytes
 
     size, last = model.config.image_size, model.config.vocab_size - 1
     pixels, ids = torch.zeros(num_clips, num_frames, 3, size, size), torch.full((num_clips, num_tokens), last)

@@ -5,6 +5,8 @@ from typing import Any
 
 from clipmill.base.errors import UserError
 
+PLUGIN = r"^[\w.]+:\w+$"  # MODULE:ATTRIBUTE, the pattern of a setting that may name a plug-in
+
 
 def load_attribute(setting: str, value: str, place: str | None = None) -> Any:
     """Import the object that `setting` = `value` stands for.

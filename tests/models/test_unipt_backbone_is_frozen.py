@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.clip_vip import random_pixels, random_texts, tiny_config, tiny_model
-from training.cost.memory import saved_bytes
+from training.cost.footprint import saved_bytes
 from training.losses.omnisource import omnisource_loss
 from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig
 from training.models.unipt.model import UniPtClip

@@ -15,7 +15,7 @@ from tests.training.test_update_is_the_same_everywhere import BATCH, alone, asse
 from training.data.batch import Batch
 from training.learner import Learner
 from training.losses.pair_matching import matching_loss
-from training.models.clip4clip.model import Clip4Clip, pair_flops
+from training.models.clip4clip.model import Clip4Clip
 from training.models.clip4clip.settings import Clip4ClipSettings
 from training.parallel.distributed import Process
 
@@ -101,5 +101,5 @@ def test_flops_of_a_pair_are_those_of_its_blocks() -> None:
     model = small().eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         model.similarity(torch.randn(BATCH, 24), torch.randn(BATCH, 3, 24))
-    estimate = pair_flops(model.config, model.settings, 3)
+    estimate = model.pair_flops(3)
     assert 3 * counted.get_total_flops() == pytest.approx(BATCH**2 * estimate, rel=0.05)

@@ -1,6 +1,7 @@
 """CLIP4Clip: CLIP frame by frame, and a head that compares texts with the frames of a video (spec/clip4clip.md).
 
-The CLIP inside is `training.models.clip_vip.model.ClipVip` without proxies. Shape letters are those of `training.models.clip4clip.heads`, and
+The CLIP inside is `training.models.clip_vip.model.ClipVip` without proxies. Shape letters are those of
+`training.models.clip4clip.heads`, and
     L tokens of a text   T = F frames   H, W pixels
 """
 
@@ -27,6 +28,7 @@ from training.models.clip_vip.model import (
     cut_texts,
     tower_flops,
 )
+from training.models.model import VideoTextModel
 
 MAX_LOG_SCALE = math.log(100)
 INIT_STD = 0.02
@@ -34,7 +36,7 @@ INIT_STD = 0.02
 _ALWAYS_TRAINED = ("logit_scale", "text.final_norm.", "text_projection.", "vision.post_norm.", "visual_projection.")
 
 
-class Clip4Clip(nn.Module):
+class Clip4Clip(VideoTextModel):
     """A CLIP with a head that starts from its weights; where `ClipVip` is used, this can be.
 
     clip        a plain one: no added tokens, no temporal table. It becomes part of this model
@@ -44,6 +46,8 @@ class Clip4Clip(nn.Module):
     per item: `encode_video` and `encode_text`, for every head but tightTransf, whose scores are of pairs
     (`needs_pairs`).
     """
+
+    method = "clip4clip"
 
     def __init__(self, clip: ClipVip, settings: Clip4ClipSettings | None = None, seed: int = 0):
         super().__init__()
@@ -138,7 +142,18 @@ class Clip4Clip(nn.Module):
         """Unit vectors [N, C] of token ids [N, L]; `mask` is not read, as in `forward`."""
         return F.normalize(self.text_features(ids, cut=cut), dim=1)
 
+    def encode_frames(self, pixels_F3HW: Tensor) -> Tensor:
+        return self.frame_features(pixels_F3HW.unsqueeze(0))[0]
+
+    @property
+    def mixes_frames(self) -> bool:
+        return self.settings.head in ("seqLSTM", "seqTransf")
+
     # -- what the trainer needs ---------------------------------------------------------------------------------------
+
+    @property
+    def called(self) -> str:
+        return f"model.clip4clip.head = {self.settings.head!r}" if self.needs_pairs else super().called
 
     @property
     def config(self) -> ModelConfig:
@@ -178,6 +193,32 @@ class Clip4Clip(nn.Module):
         """Whether a tensor is CLIP4Clip's rather than CLIP's."""
         stem = self.settings.stem == "3d" and name == "clip.vision.patch_embedding.weight"
         return stem or name.startswith("head.")
+
+    # -- what it costs ------------------------------------------------------------------------------------------------
+
+    @property
+    def num_frozen_blocks(self) -> int:
+        return 0 if self.settings.stem == "3d" else self.settings.frozen_layers or 0
+
+    def pair_flops(self, num_frames: int) -> float:
+        """Forward and backward FLOPs of tightTransf's blocks for one pair; 0 for heads that score none."""
+        if not self.needs_pairs:
+            return 0.0
+        num_tokens = 1 + num_frames
+        return 3 * tower_flops(_head_config(self.config, self.settings), num_tokens, num_tokens**2)
+
+    def head_activations(self, num_frames: int) -> int:
+        return num_frames * self._head_values_per_token if self.settings.head == "seqTransf" else 0
+
+    def pair_activations(self, num_frames: int, num_pairs: int) -> int:
+        """Of one chunk of pairs: those of the others are computed again."""
+        if not self.needs_pairs:
+            return 0
+        return min(num_pairs, self.pairs_at_a_time) * (1 + num_frames) * self._head_values_per_token
+
+    @property
+    def _head_values_per_token(self) -> int:
+        return self.config.embed_dim * self.settings.num_layers
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -226,17 +267,6 @@ class Clip4Clip(nn.Module):
         stem = nn.Conv2d(9, width, kernel_size=patch, stride=patch, bias=False).to(flat_D3PP)
         stem.weight.copy_(stem_of(F.pad(flat_D3PP.unsqueeze(2), (0, 0, 0, 0, 1, 1))))
         self.clip.vision.patch_embedding = stem
-
-
-def pair_flops(config: ModelConfig, settings: Clip4ClipSettings, num_frames: int) -> float:
-    """Forward and backward FLOPs of tightTransf's blocks for one pair; 0 for heads that score none.
-
-    What the towers need is in `training.models.clip_vip.model.sample_flops`.
-    """
-    if settings.head != "tightTransf":
-        return 0.0
-    num_tokens = 1 + num_frames
-    return 3 * tower_flops(_head_config(config, settings), num_tokens, num_tokens**2)
 
 
 def with_neighbours(pixels_BT3HW: Tensor) -> Tensor:

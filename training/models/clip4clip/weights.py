@@ -70,18 +70,21 @@ def load_clip4clip(
 
 
 def save_clip4clip(model: Clip4Clip, path: str | Path) -> Path:
-    """Writes released names as `training.models.clip_vip.weights.save` writes published ones; returns the weights' path."""
+    """Write released names, to files as `training.models.clip_vip.weights.save` writes them; return the weights' path."""
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    return write_model(*file_contents(tensors, model.config, model.settings), path)
+    return write_model(released_tensors(model, tensors), header_of(model), path)
 
 
-def file_contents(
-    tensors: Mapping[str, Tensor], config: ModelConfig, settings: Clip4ClipSettings
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A state of `Clip4Clip` on the CPU as its file has it: tensors by released names, and the configuration's JSON."""
-    released = to_released(tensors, settings.head, settings.stem)
+def header_of(model: Clip4Clip) -> dict[str, Any]:
+    """Describe a model for the header of its file: the CLIP's configuration and the settings of its head."""
+    return config_to_dict(model.config) | {"model_type": "clip4clip", "clip4clip": model.settings.model_dump()}
+
+
+def released_tensors(model: Clip4Clip, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name the tensors of a state on the CPU as released files do."""
+    released = to_released(tensors, model.settings.head, model.settings.stem)
     released["clip.logit_scale"] = released["clip.logit_scale"].clamp(max=MAX_LOG_SCALE)
-    return released, config_to_dict(config) | {"model_type": "clip4clip", "clip4clip": settings.model_dump()}
+    return released
 
 
 def _read(weights: str | Path, config: Config) -> tuple[ClipVip, dict[str, Tensor]]:

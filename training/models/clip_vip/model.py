@@ -1,7 +1,8 @@
 """CLIP-ViP: CLIP's two towers, the vision tower with video proxies (spec sections 2 and 3). No files are read here.
 
-Shape letters are those of `training.models.clip_vip.attention`. `ClipVip` is what the rest of the trainer sees: pixels or token ids in,
-unit vectors out. An image is a video of one frame; without added proxies and with one frame this is plain CLIP.
+Shape letters are those of `training.models.clip_vip.attention`. `ClipVip` is what the rest of the trainer sees: pixels
+or token ids in, unit vectors out. An image is a video of one frame; without added proxies and with one frame this is
+plain CLIP.
 """
 
 import math
@@ -11,11 +12,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from clipmill.base.errors import UserError
 from training.models.clip_vip.attention import causal_attention, causal_bias, first_token_attention, proxy_attention
+from training.models.model import VideoTextModel
 
 MAX_LOG_SCALE = math.log(200)
 
@@ -204,8 +207,11 @@ class TextTower(Tower):
         return self.final_norm(x_BSD[rows, ids_BS.argmax(dim=1)])
 
 
-class ClipVip(nn.Module):
+class ClipVip(VideoTextModel):
     """The whole model. `new_tensors` names what a plain image CLIP did not bring and was initialised instead."""
+
+    method = "clip_vip"
+    can_be_sharded = True
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -256,6 +262,15 @@ class ClipVip(nn.Module):
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
         """Keep only the blocks' inputs for the backward pass and compute the rest again."""
         self.vision.activation_checkpointing = self.text.activation_checkpointing = enabled
+
+    def shard(self) -> None:
+        for block in [*self.vision.blocks, *self.text.blocks]:
+            fully_shard(block)
+            register_fsdp_forward_method(block, "first_token")
+
+    def without_weights(self) -> "ClipVip":
+        with torch.device("meta"):
+            return ClipVip(self.config)
 
     @torch.no_grad()
     def clamp_log_scale(self) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from clipmill.base.errors import UserError
 from training.models.clip4clip.heads import pooled
 from training.models.clip_vip.model import ClipVip, ModelConfig, cut_texts
+from training.models.model import VideoTextModel
 from training.models.unipt.settings import UniPtSettings
 
 PREFIXES = ("image_adapter.", "text_adapter.")  # as published, beside CLIP's own tensors under `clip.`
@@ -130,13 +131,17 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
-class UniPtClip(nn.Module):
+class UniPtClip(VideoTextModel):
     """A frozen backbone with a side network on each tower; used wherever a `ClipVip` is.
 
     On a backbone with pooling "mean" this is UniPT's CLIP4Clip with meanP; with pooling "proxy" the video's class token
     is the guide (spec/unipt.md section 7). The log scale is the backbone's and frozen with it. The side networks are
     made in float32 on the CPU, as every model is read; `to` moves all.
     """
+
+    method = "unipt"
+    saves_only_trained = True
+    reads_hidden_states = True
 
     def __init__(self, backbone: ClipVip, settings: UniPtSettings | None = None, seed: int = 0):
         super().__init__()
@@ -223,12 +228,14 @@ class UniPtClip(nn.Module):
         adapters = {"image": self.image_adapter, "text": self.text_adapter}
         return {name: a.mean_confidence_Y for name, a in adapters.items() if a.mean_confidence_Y is not None}
 
+    @property
+    def num_frozen_blocks(self) -> int:
+        """All: the side networks' own arithmetic is less than a hundredth of the backbone's."""
+        return self.config.vision.num_layers
+
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
         if enabled:
             raise UserError("train.activation_checkpointing: UniPT keeps no activations of the backbone; set it false")
-
-    def clamp_log_scale(self) -> None:
-        """Nothing: it is frozen, and was clamped when it was read."""
 
     def _video_features(self, pixels_BT3HW: Tensor) -> Tensor:
         guide_BC, states = self._video_states(pixels_BT3HW)

@@ -24,9 +24,9 @@ from training.models.unipt.settings import UniPtSettings
 
 
 def save_unipt(model: UniPtClip, path: str | Path) -> Path:
-    """Writes the side networks to PATH.safetensors with PATH.json, or to a folder, as `training.models.clip_vip.weights.save` does.
+    """Write the side networks to PATH.safetensors with PATH.json, or to a folder; return the weights' path.
 
-    Returns the weights' path.
+    Files are written as `training.models.clip_vip.weights.save` does.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in side_tensors(model.state_dict()).items()}
     return write_model(tensors, unipt_header(model), path)
