@@ -126,5 +126,5 @@ def config_of(settings: ModelSettings) -> "ModelConfig":
 
 
 def skeleton(config: "ModelConfig", settings: ModelSettings) -> "VideoTextModel":
-    """Build the model that `load(settings)` gives, of `config_of(settings)`, without weights: on meta or fake tensors."""
+    """Build the model of `load(settings)` from `config_of(settings)`, without weights: on meta or fake tensors."""
     return load_method(settings.method).code.skeleton(config, settings)

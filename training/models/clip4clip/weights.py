@@ -70,7 +70,7 @@ def load_clip4clip(
 
 
 def save_clip4clip(model: Clip4Clip, path: str | Path) -> Path:
-    """Write released names, to files as `training.models.clip_vip.weights.save` writes them; return the weights' path."""
+    """Write released names to files as `training.models.clip_vip.weights.save` does; return the weights' path."""
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     return write_model(released_tensors(model, tensors), header_of(model), path)
 
