@@ -121,12 +121,12 @@ class EvalSettings(Settings):
 
     @property
     def selects(self) -> bool:
-        """Whether evaluations decide which checkpoint is the best."""
+        """Tell whether evaluations decide which checkpoint is the best."""
         return bool(self.where.strip()) and self.every is not None and self.select is not None
 
     @property
     def every_epochs(self) -> int | None:
-        """`every` where it counts epochs."""
+        """Return the number of epochs where `every` counts them, else None."""
         return int(self.every.split()[0].replace("epoch", "1")) if isinstance(self.every, str) else None
 
 
@@ -171,7 +171,7 @@ RECIPES = resources.files("training").joinpath("recipes")
 
 
 def resolve(base: dict[str, Any] | None, recipe: str | None, assignments: list[str]) -> RunSettings:
-    """Settings from a recipe (else `base`, a run's saved ones, else the defaults) with `--set` on top.
+    """Resolve settings: a recipe (else `base`, a run's saved ones, else the defaults) with `--set` on top.
 
     Raises UserError.
     """

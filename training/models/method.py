@@ -53,8 +53,8 @@ class Method:
     code_in    the module with the functions of `MethodCode`, imported when a model is made
     settings   the class of that section; None: the method has no settings of its own
     check      raises UserError for model settings that the method cannot be made from
-    takes_frames_per_s  tells from the model settings whether `data.frames_per_s` may be set: the model leaves frames
-               out of a video that are not there (`VideoTextModel.takes_frame_mask`)
+    takes_frames_per_s  tells from the model settings whether `data.frames_per_s` may be set: then the model leaves out
+               frames that a video does not have (`VideoTextModel.takes_frame_mask`)
     """
 
     name: str

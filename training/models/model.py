@@ -75,13 +75,13 @@ class VideoTextModel(nn.Module):
     reads_hidden_states = False
 
     def pair_flops(self, num_frames: int) -> float:
-        """Forward and backward FLOPs of scoring one pair."""
+        """Count forward and backward FLOPs of scoring one pair."""
         return 0.0
 
     def head_activations(self, num_frames: int) -> int:
-        """Tokens x channels x blocks of a transformer over the frames of one video."""
+        """Count tokens x channels x blocks of a transformer over the frames of one video."""
         return 0
 
     def pair_activations(self, num_frames: int, num_pairs: int) -> int:
-        """Tokens x channels x blocks of the pairs that are scored at a time, of `num_pairs` in all."""
+        """Count tokens x channels x blocks of the pairs that are scored at a time, of `num_pairs` in all."""
         return 0

@@ -22,7 +22,7 @@ DROPOUT = 0.1  # of tightTransf's input, in training
 
 
 def pooled(frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
-    """[B, C]: unit frames, their mean over the mask, its unit vector; zeros for a video without any real frame.
+    """Average unit frames over the mask and normalise: [B, C], zeros for a video without any real frame.
 
     The published model divides 0 by 0 there, and its NaN spreads to every gradient of the batch.
     """
@@ -96,7 +96,7 @@ class PairHead(_MaskedTransformer):
         self.score = nn.Linear(config.width, 1)
 
     def forward(self, text_PC: Tensor, frames_PFC: Tensor, mask_PF: Tensor) -> Tensor:
-        """[P] scores, without temperature."""
+        """Score pairs, [P], without temperature."""
         tokens_PSC = torch.cat([text_PC.unsqueeze(1), frames_PFC], dim=1)
         mask_PS = F.pad(mask_PF, (1, 0), value=1)
         tokens_PSC = self.run(self.dropout(self.positioned(tokens_PSC)), mask_PS)
@@ -105,7 +105,7 @@ class PairHead(_MaskedTransformer):
 
 
 def build_head(kind: str, config: TowerConfig, num_positions: int) -> nn.Module:
-    """`config` and `num_positions` are for those heads that have blocks or a table."""
+    """Build a head; `config` and `num_positions` are for those that have blocks or a table."""
     if kind == "meanP":
         return MeanHead()
     if kind == "seqLSTM":

@@ -46,7 +46,7 @@ def load_clip4clip(
     frozen_layers: int | None = None,
     seed: int = 0,
 ) -> Clip4Clip:
-    """A model in evaluation mode (tightTransf has dropout), in float32 unless the file is float64.
+    """Load a model in evaluation mode (tightTransf has dropout), in float32 unless the file is float64.
 
     weights       a file in released names (OpenAI's, with or without `clip.`), with or without the head's tensors; one
                   of our folders; or whatever `training.models.clip_vip.weights.load_model` takes and is a plain CLIP
@@ -88,7 +88,7 @@ def released_tensors(model: Clip4Clip, tensors: Mapping[str, Tensor]) -> dict[st
 
 
 def _read(weights: str | Path, config: Config) -> tuple[ClipVip, dict[str, Tensor]]:
-    """The CLIP of a source, and what its file holds that CLIP does not have, by released names."""
+    """Read the CLIP of a source, and what its file holds that CLIP does not have, by released names."""
     path = Path(weights)
     if (path / "model.safetensors").is_file():
         path = path / "model.safetensors"
@@ -113,7 +113,7 @@ def _clip_config(path: Path, config: Config, theirs: Mapping[str, Tensor]) -> Mo
 
 
 def _plain(config: str | Path | Mapping[str, Any] | ModelConfig) -> ModelConfig:
-    """Without proxies, whatever it says: that a file has none is checked when its tensors are read."""
+    """Read a configuration without proxies: that a file has none is checked when its tensors are read."""
     if isinstance(config, str | Path):
         if not Path(config).is_file():
             raise UserError(f"config {str(config)!r}: no such file")
@@ -134,7 +134,7 @@ def _header(path: Path) -> dict[str, Any] | None:
 def _settings(
     added: Mapping[str, Tensor], head: str | None, stem: str | None, num_layers: int | None, frozen_layers: int | None
 ) -> Clip4ClipSettings:
-    """What was asked for, and for what was not, what the tensors say."""
+    """Settle the settings: what was asked for, else what the tensors say."""
     if head is None:
         head = next((kind for kind in ("tightTransf", "seqTransf", "seqLSTM") if _has(added, kind)), "meanP")
     chosen: dict[str, Any] = {"head": head, "frozen_layers": frozen_layers}
@@ -145,14 +145,14 @@ def _settings(
 
 
 def _has(added: Mapping[str, Tensor], kind: str) -> bool:
-    """Whether a tensor is there that only this head has."""
+    """Tell whether a tensor is there that only this head has."""
     probe = {"seqLSTM": "lstm.bias_ih_l0", "seqTransf": "blocks.0.out.bias", "tightTransf": "score.bias"}
     return released_name(f"head.{probe[kind]}", kind, "2d") in added
 
 
 @torch.no_grad()
 def _read_added(model: Clip4Clip, theirs: Mapping[str, Tensor], source: str) -> None:
-    """Fills what CLIP4Clip adds: the whole head and the 3-D stem, of which either may be absent altogether."""
+    """Fill what CLIP4Clip adds: the whole head and the 3-D stem, of which either may be absent altogether."""
     ours = {name: tensor for name, tensor in model.state_dict().items() if model.is_added(name)}
     keys = {name: released_name(name, model.settings.head, model.settings.stem) for name in ours}
     if unexpected := sorted(set(theirs) - set(keys.values())):

@@ -51,7 +51,7 @@ _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_m
 def load_clip_vip(
     weights: str | Path, config: str | Path | Mapping[str, Any] | ModelConfig | None = None, *, seed: int = 0
 ) -> ClipVip:
-    """A model from one .safetensors or .pt file in published names, with or without the `clipmodel.` prefix.
+    """Load a model from one .safetensors or .pt file in published names, with or without the `clipmodel.` prefix.
 
     config  a JSON path or dict: HF's CLIP configuration, alone or as `reference_config`, and its
             `vision_additional_config`. None: the file's own header, a JSON of the same name, or what its shapes say.
@@ -71,7 +71,7 @@ def load_model(
     pooling: str | None = None,
     seed: int = 0,
 ) -> ClipVip:
-    """A model from whatever the settings name.
+    """Load a model from whatever the settings name.
 
     source  a folder (ours, or HF's CLIP layout) · a file as for `load_clip_vip` · `open_clip:NAME/TAG` or
             `open_clip:NAME/PATH` · `open_clip:local-dir:FOLDER` · OpenAI's names such as `ViT-B/32`
@@ -94,7 +94,7 @@ def load_model(
 
 
 def model_config(source: str, **shape: Any) -> ModelConfig:
-    """The configuration of `load_model(source, **shape)`, from names, headers and shapes: weights are not read.
+    """Find the configuration of `load_model(source, **shape)` from names, headers and shapes; read no weights.
 
     Whether an open_clip tag or file has weights that fit is not looked at.
     """
@@ -113,14 +113,14 @@ def model_config(source: str, **shape: Any) -> ModelConfig:
 def from_open_clip_model(
     model: torch.nn.Module, model_cfg: Mapping[str, Any], *, seed: int = 0, **shape: Any
 ) -> ClipVip:
-    """A `ClipVip` with the weights of an open_clip model in memory and its `get_model_config` dict."""
+    """Convert an open_clip model in memory, with its `get_model_config` dict."""
     tensors = {key.removeprefix("text."): tensor for key, tensor in model.state_dict().items()}
     config = config_from_open_clip(model, model_cfg)
     return assemble(with_shape(config, shape), "open_clip", tensors, seed, source="the open_clip model")
 
 
 def save(model: ClipVip, path: str | Path, *, prefix: str = "") -> Path:
-    """Writes published names to PATH.safetensors with PATH.json, or to a folder as model.safetensors and config.json.
+    """Write published names to PATH.safetensors with PATH.json, or to a folder as model.safetensors and config.json.
 
     Each file is renamed into place, whole or not at all, and the weights' header repeats the configuration, so that a
     kill between the two leaves nothing inconsistent. A folder without proxies opens in `transformers.CLIPModel`.
@@ -132,7 +132,7 @@ def save(model: ClipVip, path: str | Path, *, prefix: str = "") -> Path:
 
 
 def write_model(tensors: dict[str, Tensor], config: Mapping[str, Any], path: str | Path) -> Path:
-    """What `save` promises of its files, for tensors by the names they are to have and any JSON as configuration."""
+    """Write files as `save` does, of tensors by the names they are to have and any JSON as configuration."""
     path = Path(path)
     is_file = path.suffix == ".safetensors"
     weights = path if is_file else path / "model.safetensors"
@@ -144,7 +144,7 @@ def write_model(tensors: dict[str, Tensor], config: Mapping[str, Any], path: str
 
 
 def read_tensors(path: Path, *, only_shapes: bool = False) -> dict[str, Tensor]:
-    """The flat state dict of a file, in published names without prefixes; `position_ids` buffers are left out.
+    """Read the flat state dict of a file, in published names without prefixes; `position_ids` buffers are left out.
 
     only_shapes  tensors without values, from the file's header
     """
@@ -220,7 +220,7 @@ def _embedded_config(weights: Path) -> dict[str, Any] | None:
 
 
 def _reshaped(config: ModelConfig, tensors: dict[str, Tensor], shape: dict[str, Any], source: str) -> ModelConfig:
-    """The configuration as read, unless the file is a plain CLIP: then with the proxies that the settings ask for."""
+    """Return the configuration as read, of a plain CLIP with the proxies that the settings ask for."""
     if not any(key in tensors for name in NEW_TENSORS for key in published_names(name)):
         return with_shape(config, shape)
     for name, value in shape.items():
@@ -230,14 +230,14 @@ def _reshaped(config: ModelConfig, tensors: dict[str, Tensor], shape: dict[str, 
 
 
 def with_shape(config: ModelConfig, shape: Mapping[str, Any]) -> ModelConfig:
-    """A plain CLIP's configuration with what the settings add to it."""
+    """Add to a plain CLIP's configuration what the settings ask for."""
     if shape.get("pooling") == "mean":
         shape = {"num_added": 0, "num_times": 0} | shape
     return replace(config, **shape)
 
 
 def assemble(config: ModelConfig, layout: str, theirs: dict[str, Tensor], seed: int, source: str) -> ClipVip:
-    """A model of exactly the tensors of a file in `layout`, "published" or "open_clip"; `source` is for messages.
+    """Make a model of exactly the tensors of a file in `layout`, "published" or "open_clip"; `source` is for messages.
 
     Raises UserError where one is missing, left over or of another shape; see the module's text for what may be missing.
     """
@@ -313,7 +313,7 @@ def _model_cfg(name: str) -> dict[str, Any]:
 
 
 def _open_clip_config(name: str) -> ModelConfig:
-    """That of a named model without weights."""
+    """Build a named model without weights, for its configuration."""
     import open_clip
 
     model_cfg = _model_cfg(name)

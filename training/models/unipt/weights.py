@@ -33,13 +33,13 @@ def save_unipt(model: UniPtClip, path: str | Path) -> Path:
 
 
 def unipt_header(model: UniPtClip) -> dict[str, Any]:
-    """What a file of ours says besides its tensors."""
+    """Describe the side networks and their backbone for the header of a file."""
     header = {"model_type": "unipt", "unipt": model.settings.model_dump(mode="json")}
     return header | {"backbone": backbone_digest(model.backbone)}
 
 
 def load_unipt(weights: str | Path, backbone: ClipVip | None = None) -> UniPtClip:
-    """Side networks of a file or folder of ours, or of a released file, on their backbone.
+    """Load side networks from a file or folder of ours, or from a released file, onto their backbone.
 
     backbone  None: the CLIP that a released file holds under `clip.`
     Raises UserError where names or sizes do not fit, and where a file of ours was trained on another backbone.
@@ -64,7 +64,7 @@ def load_unipt(weights: str | Path, backbone: ClipVip | None = None) -> UniPtCli
 
 
 def fill(model: UniPtClip, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Fills both side networks. Raises UserError unless the names and shapes are exactly theirs."""
+    """Fill both side networks. Raises UserError unless the names and shapes are exactly theirs."""
     ours = side_tensors(model.state_dict())
     for problem, names in {"lacks": ours.keys() - tensors.keys(), "has besides": tensors.keys() - ours.keys()}.items():
         if names:
@@ -78,7 +78,7 @@ def fill(model: UniPtClip, tensors: Mapping[str, Tensor], source: str) -> None:
 
 @torch.no_grad()
 def backbone_digest(backbone: ClipVip) -> str:
-    """16 hex digits of every weight's bytes, name and shape."""
+    """Hash every weight's bytes, name and shape to 16 hex digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
