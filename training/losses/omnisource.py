@@ -140,16 +140,12 @@ def _aligned(given: dict[str, tuple[Tensor, Tensor] | None]) -> dict[str, tuple[
     partners = {"subtitle": "video", "frame": "caption", "caption": "frame"}
     rows = {}
     for name, pair in given.items():
-        features, mask = pair or _nothing_like(given[partners[name]] or given["video"])
+        features, mask = pair or map(torch.zeros_like, given[partners[name]] or given["video"])
         if len(mask) == len(video_mask):
             mask = mask & video_mask  # a clip that could not be read has nothing
         # a masked row may hold anything, NaN included: zeros keep it out of every value and gradient
         rows[name] = torch.where(mask[:, None], features.to(dtype), 0), mask
     return rows
-
-
-def _nothing_like(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.zeros_like(pair[0]), torch.zeros_like(pair[1])
 
 
 def _check_rows(rows: dict[str, tuple[Tensor, Tensor]], variant: str) -> None:

@@ -52,17 +52,14 @@ def parameter_groups(
     for bare, parameter in named.items():
         if not parameter.requires_grad:
             continue
-        factor, decayed = _rate_factor(bare, rate_factors or {}), decays(bare, published_decay)
+        fitting = [prefix for prefix in rate_factors or {} if bare.startswith(prefix)]
+        factor = rate_factors[max(fitting, key=len)] if fitting else 1.0
+        decayed = decays(bare, published_decay)
         group = {"params": [], "names": [], "rate_factor": factor, "weight_decay": weight_decay if decayed else 0.0}
         group = groups.setdefault((factor, decayed), group)
         group["params"].append(parameter)
         group["names"].append(bare)
     return list(groups.values())
-
-
-def _rate_factor(name: str, rate_factors: Mapping[str, float]) -> float:
-    fitting = [prefix for prefix in rate_factors if name.startswith(prefix)]
-    return rate_factors[max(fitting, key=len)] if fitting else 1.0
 
 
 def build_optimiser(groups: list[dict[str, Any]], update: Update = "adamw") -> Optimizer:

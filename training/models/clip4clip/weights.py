@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from clipmill.base.errors import UserError
@@ -30,7 +29,7 @@ from training.models.clip4clip.weight_names import (
 )
 from training.models.clip_vip.config_formats import config_from_dict, config_to_dict
 from training.models.clip_vip.model import ClipVip, ModelConfig
-from training.models.clip_vip.weights import assemble, load_clip_vip, load_model, read_tensors, write_model
+from training.models.clip_vip.weights import assemble, load_clip_vip, load_model, read_header, read_tensors, write_model
 
 Config = str | Path | Mapping[str, Any] | ModelConfig | None
 
@@ -94,22 +93,14 @@ def _read(weights: str | Path, config: Config) -> tuple[ClipVip, dict[str, Tenso
         path = path / "model.safetensors"
     theirs = tidy(read_tensors(path)) if path.is_file() else {}
     if "clip.visual.class_embedding" not in theirs:
-        return _plain_clip(weights, config), {}
+        if config is None:
+            return load_model(weights, num_added=0, num_times=0, pooling="mean"), {}
+        return load_clip_vip(weights, _plain(config)), {}
     added = {key: theirs.pop(key) for key in list(theirs) if key == STEM_3D or head_of(key)}
     bare = {key.removeprefix("clip."): tensor for key, tensor in theirs.items()}
-    return assemble(_clip_config(path, config, theirs), "open_clip", bare, seed=0, source=str(weights)), added
-
-
-def _plain_clip(weights: str | Path, config: Config) -> ClipVip:
-    if config is None:
-        return load_model(weights, num_added=0, num_times=0, pooling="mean")
-    return load_clip_vip(weights, _plain(config))
-
-
-def _clip_config(path: Path, config: Config, theirs: Mapping[str, Tensor]) -> ModelConfig:
-    if config is None:
-        config = _header(path)
-    return config_from_names(theirs) if config is None else _plain(config)
+    config = read_header(path) if config is None else config
+    clip_config = config_from_names(theirs) if config is None else _plain(config)
+    return assemble(clip_config, "open_clip", bare, seed=0, source=str(weights)), added
 
 
 def _plain(config: str | Path | Mapping[str, Any] | ModelConfig) -> ModelConfig:
@@ -121,14 +112,6 @@ def _plain(config: str | Path | Mapping[str, Any] | ModelConfig) -> ModelConfig:
     if isinstance(config, Mapping):
         config = config_from_dict(config)
     return replace(config, pooling="mean", num_added=0, num_times=0)
-
-
-def _header(path: Path) -> dict[str, Any] | None:
-    if path.suffix != ".safetensors":
-        return None
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("config")
-    return json.loads(text) if text else None
 
 
 def _settings(

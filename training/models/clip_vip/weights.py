@@ -167,6 +167,15 @@ def read_tensors(path: Path, *, only_shapes: bool = False) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in state.items() if not key.endswith("position_ids")}
 
 
+def read_header(weights: Path) -> dict[str, Any] | None:
+    """Read the configuration in the header of a .safetensors file; None where there is none."""
+    if weights.suffix != ".safetensors":
+        return None
+    with safe_open(weights, "pt") as file:
+        text = (file.metadata() or {}).get("config")
+    return json.loads(text) if text else None
+
+
 def _existing(source: str) -> Path:
     if not Path(source).exists():
         raise UserError(
@@ -205,18 +214,10 @@ def _resolve_config(
         if not Path(config).is_file():
             raise UserError(f"config {str(config)!r}: no such file")
         return config_from_dict(json.loads(Path(config).read_text()))
-    if embedded := _embedded_config(weights):
+    if embedded := read_header(weights):
         return config_from_dict(embedded)
     beside = weights.with_name(weights.stem.removesuffix(".weights") + ".json")
     return config_from_dict(json.loads(beside.read_text())) if beside.is_file() else config_from_shapes(tensors)
-
-
-def _embedded_config(weights: Path) -> dict[str, Any] | None:
-    if weights.suffix != ".safetensors":
-        return None
-    with safe_open(weights, "pt") as file:
-        text = (file.metadata() or {}).get("config")
-    return json.loads(text) if text else None
 
 
 def _reshaped(config: ModelConfig, tensors: dict[str, Tensor], shape: dict[str, Any], source: str) -> ModelConfig:
