@@ -7,8 +7,9 @@ tokens, backward, clipping, AdamW) on one batch that lies on the device, so that
 not, with activation checkpointing, with gradient caching. With --corpus the same update is fed by the loader from that
 corpus's shards; the difference is what data cost.
 
-MFU is the published arithmetic (`training.models.clip_vip.sample_flops`: 374 GFLOP a sample for B/32, 1,402 for B/16) per second
-over the chip's dense bf16 peak (`training.run.hardware_peaks`); what recomputing adds is not credited. Gate: MFU >= 0.45.
+MFU is the published arithmetic (`training.models.clip_vip.model.sample_flops`: 374 GFLOP a sample for B/32, 1,402 for
+B/16) per second over the chip's dense bf16 peak (`training.run.hardware_peaks`); what recomputing adds is not credited.
+Gate: MFU >= 0.45.
 
 Traps: the first steps of a compiled way are its compilation; a batch that does not fit is a row, not an end; a GPU
 that somebody else uses, or that is hot, is slower: the table has the clock and what else ran is yours to know.
@@ -34,9 +35,9 @@ from training.data.batch import Batch
 from training.data.epoch_files import Epochs, plan_spec
 from training.data.loader import Loader, SampleReader
 from training.data.selection import Selection, freeze
+from training.data.tokenizer import text_encoder
 from training.learner import Learner
-from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig, sample_flops
-from training.models.registry import text_encoder
+from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig, sample_flops
 from training.parallel.distributed import Process
 from training.run.hardware_peaks import peak_flops
 from training.settings import DataSettings, TrainSettings

@@ -20,8 +20,8 @@ import time
 import torch
 from torch import Tensor, nn
 
-from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig, video_flops
-from training.models.weights.clip_vip_names import to_published
+from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig, video_flops
+from training.models.clip_vip.weight_names import to_published
 
 GATE = 0.88  # of the plain tower's time
 _TEXT = TowerConfig(width=64, num_layers=1, num_heads=1, mlp_width=64)  # never run here

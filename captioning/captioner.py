@@ -5,7 +5,6 @@ Nothing is made up: what the model leaves empty is the text "".
 """
 
 import hashlib
-import importlib
 import importlib.util
 import io
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from captioning.model_identity import demo_identity, file_sha256, folder_identity, open_clip_identity
 from captioning.settings import CaptionSettings
 from clipmill.base.errors import ItemError, UserError
+from clipmill.base.plugins import load_attribute
 from clipmill.base.settings import digest
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def load_captioner(settings: CaptionSettings) -> Captioner:
 @lru_cache(maxsize=2)  # the fingerprint is part of the key, so weights that changed on disk are loaded anew
 def _load(settings_json: str, fingerprint: str) -> Captioner:
     settings = CaptionSettings.model_validate_json(settings_json)
-    captioner = _factory(settings.captioner)(settings)
+    factory = load_attribute("caption.captioner", settings.captioner, _BUILT_IN.get(settings.captioner))
+    captioner = factory(settings)
     if not isinstance(captioner, Captioner):
         raise UserError(
             f"setting caption.captioner = {settings.captioner}: it gives no name, fingerprint and caption()."
@@ -89,14 +90,6 @@ def _module_sha256(captioner: str) -> str:
     if spec is None or not spec.origin or not Path(spec.origin).is_file():
         raise UserError(f"setting caption.captioner = {captioner}: there is no module {module} on the Python path.")
     return file_sha256(Path(spec.origin))
-
-
-def _factory(captioner: str) -> Callable[[CaptionSettings], Captioner]:
-    module, _, attribute = _BUILT_IN.get(captioner, captioner).partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"setting caption.captioner = {captioner}: {error}.") from error
 
 
 _BUILT_IN = {

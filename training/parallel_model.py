@@ -1,10 +1,11 @@
 """The model behind one `forward`, as wrappers want it: copied (DDP), sharded (FSDP2) or compiled, from settings."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
@@ -12,56 +13,30 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from clipmill.base.errors import UserError
 from training.data.batch import Batch
-from training.data.frame_sampling import normalise
-from training.losses.omnisource import TERMS
-from training.models.clip_vip import ClipVip
+from training.losses import Loss, load_loss, losses_that
+from training.models.encode import encode_clips, encode_texts, needs_pairs, score_pairs
+from training.models.model import VideoTextModel
 from training.parallel.distributed import Process
 from training.settings import TrainSettings
 
-FeatureSets = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-SOURCES = ("video", "subtitle", "frame", "caption")
 
+class FeatureSets(NamedTuple):
+    """A batch, encoded: unit vectors [B, D], of neighbours [B, N, D]; None for what the loss does not compare.
 
-def sources_of(variant: str) -> frozenset[str]:
-    """Which of `SOURCES` a loss variant compares: the others need not be encoded."""
-    if variant == "mil_nce":
-        return frozenset({"video", "subtitle"})
-    used = {name for term in TERMS[variant] for name in (term.query, term.key, term.other)}
-    return frozenset(SOURCES) if "visual" in used else frozenset(used) & frozenset(SOURCES)
-
-
-def needs_pairs(model: nn.Module) -> bool:
-    """Whether a model scores pairs instead of giving a vector per item (CLIP4Clip's tightTransf)."""
-    return getattr(model, "needs_pairs", False)
-
-
-def encode_clips(model: nn.Module, pixels_BT3SS: Tensor, mask_BT: Tensor) -> Tensor:
-    """Unit vectors [B, D] of uint8 pixels; of a model that scores pairs frames [B, T, D], zeros where there is none.
-
-    mask  false for frames that are not there, which are zeros to the model (docs/methods/clip4clip.md section 5)
+    Of a model that scores pairs the video is frames [B, F, D] and texts are [B, D], of any length.
     """
-    pixels = normalise(pixels_BT3SS, model.config.image_mean, model.config.image_std)
-    if not getattr(model, "takes_frame_mask", False):
-        return model.encode_video(pixels)
-    pixels = torch.where(mask_BT[..., None, None, None], pixels, 0)
-    return (
-        model.frame_features(pixels) * mask_BT.unsqueeze(2)
-        if needs_pairs(model)
-        else model.encode_video(pixels, mask_BT)
-    )
 
-
-def score_pairs(model: nn.Module, text_BC: Tensor, frames_KTC: Tensor) -> Tensor:
-    """[B, K] of a model that scores pairs, of frames as `encode_clips` gives them."""
-    return model.similarity(text_BC, frames_KTC, frames_KTC.any(dim=2))
+    video: Tensor
+    subtitle: Tensor | None
+    frame: Tensor | None
+    caption: Tensor | None
+    neighbours: Tensor | None
 
 
 class Encoder(nn.Module):
-    """A batch to its feature sets (video, subtitle, frame, caption, neighbours): unit vectors [B, D], of neighbours
-    [B, N, D]; None where not asked for. Of a model that scores pairs frames [B, F, D] and texts [B, D], of any length.
-    """
+    """Encode of a batch the sources that a loss compares."""
 
-    def __init__(self, model: ClipVip, sources: frozenset[str]):
+    def __init__(self, model: VideoTextModel, sources: frozenset[str]):
         super().__init__()
         self.model, self.sources = model, sources
 
@@ -70,18 +45,17 @@ class Encoder(nn.Module):
         still_mask_B1 = torch.ones_like(batch.frame_mask_BT[:, :1])
         frame = encode_clips(self.model, batch.frame_B13SS, still_mask_B1) if "frame" in self.sources else None
         subtitle, caption = self._encode_texts(batch)
-        return video, subtitle, frame, caption, self._encode_neighbours(batch)
+        return FeatureSets(video, subtitle, frame, caption, self._encode_neighbours(batch))
 
     def _encode_texts(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """Both texts in one pass of the tower; the loader has cut them already."""
+        """Encode both texts in one pass of the tower; the loader has cut them already."""
         ids = {"subtitle": batch.subtitle_BL, "caption": batch.caption_BL}
         wanted = [name for name in ids if name in self.sources]
         if not wanted:
             return None, None
         length = max(ids[name].shape[1] for name in wanted)
         stacked = torch.cat([pad(ids[name], (0, length - ids[name].shape[1])) for name in wanted])
-        encode = self.model.text_features if needs_pairs(self.model) else self.model.encode_text
-        features = encode(stacked, cut=False).chunk(len(wanted))
+        features = encode_texts(self.model, stacked, cut=False).chunk(len(wanted))
         by_name = dict(zip(wanted, features, strict=True))
         return by_name.get("subtitle"), by_name.get("caption")
 
@@ -93,19 +67,22 @@ class Encoder(nn.Module):
 
 
 class Wrapped:
-    """An encoder as the settings want it run. `model` is the bare `ClipVip` inside, whatever surrounds it."""
+    """An encoder as the settings want it run. `model` is the bare model inside, whatever surrounds it."""
 
-    def __init__(self, model: ClipVip, settings: TrainSettings, process: Process):
+    def __init__(self, model: VideoTextModel, settings: TrainSettings, process: Process):
         self.settings, self.process = settings, process
         check_settings(model, settings)
         if needs_pairs(model):
-            _prepare_for_pairs(model)
+            model.train()  # its head has dropout
+            model.logit_scale.requires_grad_(False)  # in no score, so it stays what it is, as in the published runs
         model.set_activation_checkpointing(settings.activation_checkpointing)
         self.model = model.to(process.device)
-        encoder: nn.Module = Encoder(self.model, sources_of(settings.loss))
+        encoder: nn.Module = Encoder(self.model, load_loss(settings.loss).sources)
         self.is_sharded = process.group is not None and settings.parallel == "fsdp"
         if self.is_sharded:
-            _shard(encoder, self.model)
+            self.model.shard()
+            # the temperature is a single number and stays whole on every process
+            fully_shard(encoder, ignored_params={self.model.logit_scale})
         self.module = encoder
         if settings.compile:
             encoder = torch.compile(encoder)
@@ -114,33 +91,34 @@ class Wrapped:
         self._run = encoder
 
     def encode(self, batch: Batch) -> FeatureSets:
-        """Under autocast where the settings say bf16; features are of the weights' dtype."""
-        enabled = self.settings.precision == "bf16"
-        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=enabled):
+        """Encode under autocast where the settings say bf16; features are of the weights' dtype."""
+        with self._autocast():
             features = self._run(batch)
         dtype = self.model.logit_scale.dtype
-        return tuple(None if feature is None else feature.to(dtype) for feature in features)
+        return FeatureSets(*(None if feature is None else feature.to(dtype) for feature in features))
 
     def score(self, text_BC: Tensor, frames_KFC: Tensor) -> Tensor:
-        """[B, K] of a model that scores pairs. Outside of what DDP runs, which averages its gradients all the same."""
-        enabled = self.settings.precision == "bf16"
-        with torch.autocast(self.process.device.type, torch.bfloat16, enabled=enabled):
+        """Score pairs, [B, K]. Outside of what DDP runs, which averages its gradients all the same."""
+        with self._autocast():
             return score_pairs(self.model, text_BC, frames_KFC)
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
+
     def no_sync(self) -> AbstractContextManager[None]:
-        """Gradients stay with this process until a backward pass outside."""
+        """Keep gradients with this process until a backward pass outside."""
         if isinstance(self._run, DistributedDataParallel):
             return self._run.no_sync()
         return nullcontext()
 
     def reduce_loose_gradients(self) -> None:
-        """The mean over processes of what FSDP does not hold: the temperature."""
+        """Average over processes what FSDP does not hold: the gradient of the temperature."""
         if self.is_sharded:
             torch.distributed.all_reduce(self.model.logit_scale.grad, group=self.process.group)
             self.model.logit_scale.grad /= self.process.world_size
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
-        """Scales all gradients so that their common norm is at most `max_norm`; returns the norm as it was."""
+        """Scale all gradients so that their common norm is at most `max_norm`; return the norm as it was."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         sharded = [p for p in parameters if isinstance(p.grad, DTensor)]
         whole = [p for p in parameters if not isinstance(p.grad, DTensor)]
@@ -153,33 +131,21 @@ class Wrapped:
         return total
 
 
-def check_settings(model: nn.Module, settings: TrainSettings) -> None:
-    """Raises UserError for settings that this model cannot be trained with."""
-    if settings.parallel == "fsdp" and not isinstance(model, ClipVip):
-        raise UserError("train.parallel = 'fsdp' is for model.method = 'clip_vip'; allowed here: ddp.")
+def check_settings(model: VideoTextModel, settings: TrainSettings) -> Loss:
+    """Return the loss of the settings. Raises UserError for settings that this model cannot be trained with."""
+    loss = load_loss(settings.loss)
+    if settings.parallel == "fsdp" and not model.can_be_sharded:
+        raise UserError(f"train.parallel = 'fsdp': {model.called} cannot be sharded; allowed here: ddp.")
     if not needs_pairs(model):
-        return
+        return loss
     refused = {
-        "train.loss": (settings.loss, settings.loss != "vs", "vs"),
+        "train.loss": (settings.loss, loss.on_pairs is None, " or ".join(losses_that("on_pairs"))),
         "train.chunk_size": (settings.chunk_size, settings.chunk_size is not None, "null: pairs are scored in chunks"),
         "train.feedback": (settings.feedback, settings.feedback, "false"),
     }
     for name, (value, is_refused, allowed) in refused.items():
         if is_refused:
             raise UserError(
-                f"{name} = {value}: model.clip4clip.head = 'tightTransf' scores pairs and has no vector per video; "
-                f"allowed here: {allowed}."
+                f"{name} = {value}: {model.called} scores pairs and has no vector per video; allowed here: {allowed}."
             )
-
-
-def _prepare_for_pairs(model: nn.Module) -> None:
-    model.train()  # its head has dropout
-    model.logit_scale.requires_grad_(False)  # in no score, so it stays what it is, as in the published runs
-
-
-def _shard(encoder: nn.Module, model: ClipVip) -> None:
-    """FSDP2 block by block. The temperature is a single number and stays whole on every process."""
-    for block in [*model.vision.blocks, *model.text.blocks]:
-        fully_shard(block)
-        register_fsdp_forward_method(block, "first_token")
-    fully_shard(encoder, ignored_params={model.logit_scale})
+    return loss

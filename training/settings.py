@@ -1,44 +1,25 @@
 """All settings of a training run, in sections; recipes and `--set section.key=value` as for a corpus.
 
-Nothing heavy is imported here, so that the command line can name every setting quickly.
+Nothing heavy is imported here, so that the command line can name every setting quickly: losses and methods are known by
+name, and their code is imported when a run begins.
 """
 
 from importlib import resources
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
+from clipmill.base.plugins import PLUGIN
 from clipmill.base.settings import Settings, operational, resolve_settings
-from training.clip4clip_settings import Clip4ClipSettings
-from training.unipt_settings import UniPtSettings
+from training.losses import LOSSES, load_loss, losses_that
+from training.models.registry import ModelSettings, load_method
 
-Method = Literal["clip_vip", "clip4clip", "unipt"]
-Variant = Literal["vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc", "joint", "mil_nce"]
 Decay = Literal["cosine", "linear", "invsqrt", "constant", "clip4clip"]
 Update = Literal["adamw", "clip_vip", "clip4clip"]
 Group = Literal["video", "duplicate"]
 TextColumn = Literal["subtitle", "caption", "texts"]
 Metric = Literal["t2v_r1", "t2v_r5", "t2v_r10", "v2t_r1", "v2t_r5", "v2t_r10"]
 Round = Annotated[int, Field(ge=1)]
-
-
-class ModelSettings(Settings):
-    """What the run starts from."""
-
-    # A folder or file of weights, "open_clip:NAME/TAG", one of OpenAI's names ("ViT-B/32"), or "demo": the small CLIP
-    # that ships with clipmill.
-    init: str = "open_clip:ViT-B-32-quickgelu/openai"
-    # A checkpoint of this very method to begin with; `init` then says what it was built on. None: begin with `init`.
-    weights: str | None = None
-    # Proxy tokens besides CLIP's class token, rows of the temporal table, and how frames become a video; None: as the
-    # file has them, else 3, 12 and "proxy".
-    num_added: int | None = Field(None, ge=0)
-    num_times: int | None = Field(None, ge=0)
-    pooling: Literal["proxy", "mean"] | None = None
-
-    method: Method = "clip_vip"
-    clip4clip: Clip4ClipSettings = Clip4ClipSettings()  # for that method alone, as the three above are for clip_vip
-    unipt: UniPtSettings = UniPtSettings()  # for that method alone; the three above say what its backbone is
 
 
 class DataSettings(Settings):
@@ -90,7 +71,9 @@ class TrainSettings(Settings):
     batch_size: int = Field(1024, ge=1)  # global: over all processes
     max_steps: int | None = Field(None, ge=1)  # updates in all; None: `epochs` decides
     epochs: float = Field(5, gt=0)
-    loss: Variant = "vsc_fc"
+    # What is compared with what: v video, s subtitle, c caption, f still frame; mil_nce: a video with the subtitles of
+    # its neighbours, too. Or MODULE:ATTRIBUTE, a `training.losses.Loss` of your own.
+    loss: Literal[tuple(LOSSES)] | Annotated[str, Field(pattern=PLUGIN)] = "vsc_fc"
     # On the device, the same for all frames of a clip; none as published. "flip" is not for texts that say left or
     # right.
     augment: tuple[Literal["flip", "brightness", "contrast"], ...] = ()
@@ -138,17 +121,17 @@ class EvalSettings(Settings):
 
     @property
     def selects(self) -> bool:
-        """Whether evaluations decide which checkpoint is the best."""
+        """Tell whether evaluations decide which checkpoint is the best."""
         return bool(self.where.strip()) and self.every is not None and self.select is not None
 
     @property
     def every_epochs(self) -> int | None:
-        """`every` where it counts epochs."""
+        """Return the number of epochs where `every` counts them, else None."""
         return int(self.every.split()[0].replace("epoch", "1")) if isinstance(self.every, str) else None
 
 
 class RunSettings(Settings):
-    model: ModelSettings = ModelSettings()
+    model: SerializeAsAny[ModelSettings] = ModelSettings()  # with the section of a method from outside, if it has one
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
@@ -157,10 +140,11 @@ class RunSettings(Settings):
     def _pace_fits(self) -> "RunSettings":
         if self.data.frames_per_s is None:
             return self
-        if self.model.method == "clip_vip" or (self.model.method == "unipt" and self.model.pooling != "mean"):
+        if not load_method(self.model.method).takes_frames_per_s(self.model):
             raise ValueError(
-                f"data.frames_per_s = {self.data.frames_per_s} leaves frames empty, which only a mean or a head over "
-                "frames can be told: model.method = clip4clip, or unipt with model.pooling = mean"
+                f"data.frames_per_s = {self.data.frames_per_s} leaves frames empty, which model.method = "
+                f"{self.model.method} cannot leave out; allowed: model.method = clip4clip, or unipt with "
+                "model.pooling = mean"
             )
         if self.data.jitter:
             raise ValueError("data.frames_per_s says which frames are taken; allowed with it: data.jitter = false")
@@ -169,11 +153,14 @@ class RunSettings(Settings):
     @model_validator(mode="after")
     def _neighbours_fit(self) -> "RunSettings":
         data = self.data
-        if data.neighbours and self.train.loss != "mil_nce":
-            raise ValueError(f"data.neighbours = {data.neighbours} is for train.loss = mil_nce; allowed here: 0")
-        if data.neighbours and data.subtitle != "subtitle":
+        if not data.neighbours:
+            return self
+        if not load_loss(self.train.loss).takes_neighbours:
+            losses = " or ".join(losses_that("takes_neighbours"))
+            raise ValueError(f"data.neighbours = {data.neighbours} is for train.loss = {losses}; allowed here: 0")
+        if data.subtitle != "subtitle":
             raise ValueError(f"data.neighbours is of what is said; allowed with data.subtitle = {data.subtitle}: 0")
-        if data.neighbours and "video" not in data.apart:
+        if "video" not in data.apart:
             raise ValueError(
                 "data.neighbours: a clip's text is a neighbour's, too; allowed: data.apart with video in it"
             )
@@ -184,7 +171,7 @@ RECIPES = resources.files("training").joinpath("recipes")
 
 
 def resolve(base: dict[str, Any] | None, recipe: str | None, assignments: list[str]) -> RunSettings:
-    """Settings from a recipe (else `base`, a run's saved ones, else the defaults) with `--set` on top.
+    """Resolve settings: a recipe (else `base`, a run's saved ones, else the defaults) with `--set` on top.
 
     Raises UserError.
     """

@@ -27,11 +27,13 @@ from training.data.epoch_plan import PlanSpec, locate, num_steps_done, rank_slot
 from training.data.loader import Loader, default_processes
 from training.data.sample_reader import Failure, SampleReader
 from training.data.stateless_random import mix
+from training.data.tokenizer import text_encoder
 from training.evaluation.retrieval import evaluate
 from training.learner import Learner, Values
+from training.losses import load_loss
 from training.models import registry as models
-from training.models.clip4clip import pair_flops
-from training.models.clip_vip import sample_flops
+from training.models.clip_vip.model import sample_flops
+from training.models.model import VideoTextModel
 from training.parallel.distributed import Process, join
 from training.parallel.state_dict import (
     OptimiserState,
@@ -41,7 +43,6 @@ from training.parallel.state_dict import (
     restore_optimiser,
     set_random_state,
 )
-from training.parallel_model import sources_of
 from training.run.best_checkpoint import Best, best_of, write_best
 from training.run.checkpoints import Checkpoint
 from training.run.folder import RunFolder
@@ -118,7 +119,7 @@ class Trainer:
         set_random_state(checkpoint.random)
         return learner
 
-    def _learner(self, model: models.Model) -> Learner:
+    def _learner(self, model: VideoTextModel) -> Learner:
         train = self.settings.train
         process, num_clips = self.process, self.prepared.selection.num_clips
         feedback = Feedback(num_clips, process.group, process.control) if train.feedback else None
@@ -260,7 +261,7 @@ class Trainer:
 
     def _open_loader(self) -> Loader:
         data, config = self.settings.data, self.learner.model.config
-        texts = models.text_encoder(config, data.max_text_tokens)
+        texts = text_encoder(config, data.max_text_tokens)
         num_processes = data.loader_processes
         return Loader(
             SampleReader(self.prepared.selection, data, texts, config.image_size),
@@ -307,14 +308,13 @@ class Trainer:
 
     def _step_flops(self, batch: Batch) -> float:
         """Of the whole global batch, by the published arithmetic; texts as long as this process has cut them."""
-        sources = sources_of(self.settings.train.loss)
+        sources = load_loss(self.settings.train.loss).sources
         lengths = [batch.subtitle_BL.shape[1]] * ("subtitle" in sources)
         lengths += [batch.caption_BL.shape[1]] * ("caption" in sources)
         lengths += [batch.neighbour_BNL.shape[2]] * batch.neighbour_BNL.shape[1]
         config, num_frames = self.learner.model.config, batch.video_BT3SS.shape[1]
         flops = self.spec.batch_size * sample_flops(config, num_frames, int("frame" in sources), tuple(lengths))
-        settings = self.settings.model.clip4clip
-        return flops + self.spec.batch_size**2 * pair_flops(config, settings, num_frames)
+        return flops + self.spec.batch_size**2 * self.learner.model.pair_flops(num_frames)
 
 
 def _told(step: int, metrics: dict[str, Any]) -> str:

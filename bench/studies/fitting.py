@@ -13,12 +13,14 @@ from torch import Tensor
 
 from pipeline.demo.grammar import Scene, motion_text, still_text
 from training.data.batch import Batch
-from training.data.frame_sampling import middle_index, normalise
+from training.data.frame_sampling import middle_index
+from training.data.tokenizer import text_encoder
 from training.evaluation.metrics import ranks_of
 from training.learner import Learner
-from training.models.registry import Model, text_encoder
+from training.models.encode import normalise
+from training.models.model import VideoTextModel
 from training.parallel.distributed import Process
-from training.settings import TrainSettings, Variant
+from training.settings import TrainSettings
 
 MAX_TOKENS = 40  # of a text; longer ones are cut
 CHUNK = 64  # clips or texts encoded at once when scoring
@@ -34,7 +36,7 @@ class Texts(NamedTuple):
 Draw = Callable[[np.random.Generator], tuple[NDArray[np.int64], Texts]]  # rows of a batch, and the texts of this visit
 
 
-def settings_of(loss: Variant, steps: int, lr: float, lr_factors: Mapping[str, float] | None = None) -> TrainSettings:
+def settings_of(loss: str, steps: int, lr: float, lr_factors: Mapping[str, float] | None = None) -> TrainSettings:
     """What the studies' trainings have in common."""
     return TrainSettings(
         loss=loss,
@@ -47,7 +49,9 @@ def settings_of(loss: Variant, steps: int, lr: float, lr_factors: Mapping[str, f
     )
 
 
-def fit(model: Model, pixels_NT3SS: np.ndarray, draw: Draw, settings: TrainSettings, seed: int) -> Model:
+def fit(
+    model: VideoTextModel, pixels_NT3SS: np.ndarray, draw: Draw, settings: TrainSettings, seed: int
+) -> VideoTextModel:
     """`settings.max_steps` updates of the model, in place; returns it in evaluation mode."""
     assert settings.max_steps is not None
     learner = Learner(model.train(), settings, settings.max_steps, Process(torch.device("cpu")), seed=seed)
@@ -72,7 +76,7 @@ def random_batches(subtitles: Sequence[str | None], captions: Sequence[str | Non
     return draw
 
 
-def make_batch(model: Model, pixels_NT3SS: np.ndarray, rows: NDArray[np.int64], texts: Texts) -> Batch:
+def make_batch(model: VideoTextModel, pixels_NT3SS: np.ndarray, rows: NDArray[np.int64], texts: Texts) -> Batch:
     video_BT3SS = torch.from_numpy(pixels_NT3SS[rows])
     middle = middle_index(video_BT3SS.shape[1])
     return Batch(
@@ -87,14 +91,14 @@ def make_batch(model: Model, pixels_NT3SS: np.ndarray, rows: NDArray[np.int64], 
     )
 
 
-def _ids(model: Model, texts: Sequence[str | None]) -> Tensor:
+def _ids(model: VideoTextModel, texts: Sequence[str | None]) -> Tensor:
     """[B, L], cut behind the longest text."""
     ids_BL = text_encoder(model.config, MAX_TOKENS)([text or "" for text in texts])
     return ids_BL[:, : int(ids_BL.argmax(dim=1).max()) + 1]
 
 
 @torch.no_grad()
-def video_features(model: Model, pixels_NT3SS: np.ndarray) -> Tensor:
+def video_features(model: VideoTextModel, pixels_NT3SS: np.ndarray) -> Tensor:
     """Unit vectors [N, D]."""
     mean, std = model.config.image_mean, model.config.image_std
     chunks = (torch.from_numpy(np.array(chunk)) for chunk in _chunks(pixels_NT3SS))
@@ -102,12 +106,12 @@ def video_features(model: Model, pixels_NT3SS: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def text_features(model: Model, texts: Sequence[str]) -> Tensor:
+def text_features(model: VideoTextModel, texts: Sequence[str]) -> Tensor:
     """Unit vectors [M, D]."""
     return torch.cat([model.encode_text(_ids(model, chunk)) for chunk in _chunks(texts)])
 
 
-def similarities(model: Model, texts: Sequence[str], pixels_NT3SS: np.ndarray) -> NDArray[np.float64]:
+def similarities(model: VideoTextModel, texts: Sequence[str], pixels_NT3SS: np.ndarray) -> NDArray[np.float64]:
     """Cosines [M, N]."""
     return (text_features(model, texts).double() @ video_features(model, pixels_NT3SS).double().T).numpy()
 
@@ -124,7 +128,7 @@ def written_texts(scenes: Sequence[Scene]) -> list[str]:
     return [f"{still_text(scene, i)} and {motion_text(scene, i)}" for i, scene in enumerate(scenes)]
 
 
-def written_scores(model: Model, scenes: Sequence[Scene], pixels_NT3SS: np.ndarray) -> dict[str, float]:
+def written_scores(model: VideoTextModel, scenes: Sequence[Scene], pixels_NT3SS: np.ndarray) -> dict[str, float]:
     """Retrieval as in a benchmark: written sentences of looks and motion, and of looks alone; a clip per scene."""
     looks, whole = [still_text(scene, i) for i, scene in enumerate(scenes)], written_texts(scenes)
     video_ND = video_features(model, pixels_NT3SS).double()

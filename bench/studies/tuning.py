@@ -14,7 +14,7 @@ from training.run.plots import bars
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from training.models.clip_vip import ClipVip
+    from training.models.clip_vip.model import ClipVip
 
 ARMS = ("full fine-tuning", "UniPT", "UniPT, last layer", "linear maps", "frozen")
 
@@ -80,8 +80,8 @@ def model_of(name: str, seed: int) -> Any:
 
 def tuned_as(name: str, backbone: "ClipVip", seed: int) -> Any:
     """The backbone with what an arm trains, and everything else frozen."""
-    from training.models.unipt import UniPtClip
-    from training.unipt_settings import UniPtSettings
+    from training.models.unipt.model import UniPtClip
+    from training.models.unipt.settings import UniPtSettings
 
     if name == "full fine-tuning":
         return backbone
@@ -97,7 +97,9 @@ def make_linear(backbone: "ClipVip") -> Any:
     import torch
     from torch.nn import functional as F
 
-    class Linear(torch.nn.Module):
+    from training.models.model import VideoTextModel
+
+    class Linear(VideoTextModel):
         def __init__(self) -> None:
             super().__init__()
             self.backbone = backbone.requires_grad_(False)
@@ -121,12 +123,6 @@ def make_linear(backbone: "ClipVip") -> Any:
         def encode_text(self, ids: "Tensor", mask: "Tensor | None" = None, *, cut: bool = True) -> "Tensor":
             return F.normalize(self.of_text(self.backbone.encode_text(ids, mask, cut=cut)), dim=-1)
 
-        def set_activation_checkpointing(self, enabled: bool = True) -> None:
-            assert not enabled
-
-        def clamp_log_scale(self) -> None:
-            """Nothing: it is frozen."""
-
     return Linear()
 
 
@@ -141,7 +137,7 @@ def saved_of(model: Any, num_clips: int, num_frames: int, num_tokens: int) -> in
     """Bytes that a batch of so many clips and texts keeps for the backward pass."""
     import torch
 
-    from training.cost.memory import saved_bytes
+    from training.cost.footprint import saved_bytes
 
     size, last = model.config.image_size, model.config.vocab_size - 1
     pixels, ids = torch.zeros(num_clips, num_frames, 3, size, size), torch.full((num_clips, num_tokens), last)
@@ -154,7 +150,7 @@ def saved_at_full_size(name: str, num_clips: int = 16) -> int:
 
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig
+    from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig
 
     config = ModelConfig(TowerConfig(768, 12, 12, 3072), TowerConfig(512, 12, 8, 2048), 512)
     config = replace(config, pooling="mean", num_added=0, num_times=0)

@@ -23,7 +23,7 @@ from clipmill.base.errors import UserError
 from training.data.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze
 from training.evaluation.retrieval import evaluate, similarity_format
 from training.models import registry as models
-from training.models.clip_vip import ClipVip
+from training.models.model import VideoTextModel
 from training.parallel.distributed import Process, join
 from training.run.best_checkpoint import chosen_checkpoint
 from training.run.folder import RunFolder
@@ -38,7 +38,7 @@ class Subject:
     """What is evaluated."""
 
     name: str
-    model: ClipVip
+    model: VideoTextModel
     settings: RunSettings
     corpus: str | None  # of the run, for when no other is given
     trained_on: Path | None  # the run's frozen selection

@@ -26,12 +26,13 @@ from pipeline.stages.cut.cut import CutSettings, SpanRequest
 from shards.corpus.fragments import Commit, temporary_folder
 from shards.packing.tar import write_clips
 from training.data.clip_frames import Picture, Pixels
-from training.data.frame_sampling import eval_indices, normalise
+from training.data.frame_sampling import eval_indices
+from training.data.tokenizer import text_encoder
 from training.editing.boundaries import Floats, Scorer, VideoClips, edit_video, scores_of
 from training.editing.scores import Bank, FrameFeatures, FrameScorer, VideoScorer, draw_bank
 from training.editing.settings import EditRunSettings
 from training.models import registry as models
-from training.models.clip4clip import Clip4Clip
+from training.models.encode import normalise
 from training.parallel.distributed import join
 
 CODE_VERSION = 1  # raised when the same job gives other rows
@@ -230,9 +231,7 @@ class Teacher:
     @property
     def looks_again(self) -> bool:
         """Whether its video is more than the mean of its frames, and has a vector at all."""
-        if isinstance(self.model, Clip4Clip):
-            return self.model.settings.head in ("seqLSTM", "seqTransf")
-        return self.model.config.pooling == "proxy"
+        return self.model.mixes_frames
 
     def video_features(self, times_F: Floats, pixels_FSS3: Pixels, spans_K2: Floats) -> NDArray[np.float32]:
         """[K, C] of pieces of a video, from the frames that are known of it."""
@@ -254,12 +253,10 @@ class Teacher:
 
     @cached_property
     def _tokens(self) -> Any:
-        return models.text_encoder(self.model.config, self.settings.data.max_text_tokens)
+        return text_encoder(self.model.config, self.settings.data.max_text_tokens)
 
     def _encode_frames(self, pixels_FSS3: Tensor) -> Tensor:
-        if isinstance(self.model, Clip4Clip):
-            return self.model.frame_features(self._normalised(pixels_FSS3).unsqueeze(0))[0]
-        return self.model.encode_video(self._normalised(pixels_FSS3).unsqueeze(1))
+        return self.model.encode_frames(self._normalised(pixels_FSS3))
 
     def _encode_video(self, pixels_KTSS3: Tensor) -> Tensor:
         return self.model.encode_video(self._normalised(pixels_KTSS3.to(self.device)))

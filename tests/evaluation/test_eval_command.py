@@ -14,8 +14,8 @@ from clipmill.cli.evaluate import run_eval
 from tests.helpers.evaluations import ALONE, packed_corpus, selected, small_model, small_settings
 from training.data.selection import freeze
 from training.evaluation.retrieval import evaluate
+from training.models.clip_vip.weights import save
 from training.models.registry import writer
-from training.models.weights.clip_vip import save
 from training.run.folder import RunFolder, RunRecord
 
 SETTINGS = ["data.num_frames=4", "data.loader_processes=0", "eval.batch_size=5"]

@@ -12,14 +12,14 @@ from safetensors import safe_open
 
 from clipmill.base.errors import UserError
 from tests.helpers.evaluations import ALONE, packed_corpus, selected, small_clip4clip, small_model, small_settings
-from training.data.frame_sampling import normalise
 from training.data.loader import Loader
 from training.data.reader_pool import Request
 from training.data.sample_reader import SampleReader
 from training.data.selection import Selection
+from training.data.tokenizer import text_encoder
 from training.evaluation.metrics import retrieval_metrics
 from training.evaluation.retrieval import EvalFeatures, evaluate, features, queries
-from training.models.registry import text_encoder
+from training.models.encode import normalise
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig
+from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig
 
 REFERENCE = Path(__file__).resolve().parents[1] / "data" / "reference"
 _completed: list[tempfile.TemporaryDirectory] = []  # made at the first need: ranks that import this end without cleanup

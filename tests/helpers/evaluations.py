@@ -8,10 +8,10 @@ import torch
 from shards.packing.pack import PackSettings
 from tests.helpers.clip_vip import tiny_model
 from tests.helpers.shards import change_manifest, make_corpus, pack
-from training.clip4clip_settings import Clip4ClipSettings
 from training.data.selection import Selection, freeze
-from training.models.clip4clip import Clip4Clip
-from training.models.clip_vip import ClipVip
+from training.models.clip4clip.model import Clip4Clip
+from training.models.clip4clip.settings import Clip4ClipSettings
+from training.models.clip_vip.model import ClipVip
 from training.parallel.distributed import Process
 from training.settings import RunSettings, resolve
 

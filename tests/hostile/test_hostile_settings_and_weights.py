@@ -17,7 +17,7 @@ from pipeline.engine.settings import resolve
 from pipeline.stages.transcribe.transcribe import TranscribeSettings, load_whisper
 from shards.corpus.folder import Corpus
 from tests.helpers.work import count_calls
-from training.models.weights.clip_vip import load_model, read_tensors
+from training.models.clip_vip.weights import load_model, read_tensors
 from training.run.checkpoints import Checkpoints
 from training.run.folder import RunFolder
 

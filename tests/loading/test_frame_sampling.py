@@ -8,16 +8,15 @@ from hypothesis import strategies as st
 
 from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import numbers
-from training.data import frame_sampling as frames
 from training.data.frame_sampling import (
     eval_indices,
     jitter_ranges,
     middle_index,
-    normalise,
     paced_indices,
     resize,
     train_indices,
 )
+from training.models.encode import CLIP_MEAN, CLIP_STD, normalise
 
 
 def test_test_mode_indices_equal_the_published_table() -> None:
@@ -154,7 +153,7 @@ def test_any_shape_becomes_the_square(height: int, width: int, fit: str) -> None
 
 def test_normalised_pixels_have_clips_mean_and_deviation() -> None:
     pixels = torch.stack([torch.full((2, 2), value, dtype=torch.uint8) for value in (0, 128, 255)])
-    expected = [(v / 255 - m) / s for v, m, s in zip((0, 128, 255), frames.CLIP_MEAN, frames.CLIP_STD, strict=True)]
+    expected = [(v / 255 - m) / s for v, m, s in zip((0, 128, 255), CLIP_MEAN, CLIP_STD, strict=True)]
     assert normalise(pixels)[:, 0, 0].tolist() == pytest.approx(expected, abs=1e-6)
     assert normalise(pixels).dtype == torch.float32
     assert normalise(pixels.double())[:, 0, 0].tolist() == pytest.approx(expected, abs=1e-14)

@@ -12,8 +12,8 @@ from tests.helpers.training import SMALL, losses, small_corpus
 from training.data.clip_frames import Picture, decode_clip
 from training.data.frame_sampling import paced_indices
 from training.data.selection import Selection
+from training.models.encode import encode_clips
 from training.models.registry import load
-from training.parallel_model import encode_clips
 from training.run.setup import Request
 from training.settings import resolve
 from training.trainer import train

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import random_pixels, random_texts, reference, tiny_config, tiny_model
-from training.models.clip_vip import ClipVip, without_proxies
-from training.models.weights import clip_vip as checkpoint
-from training.models.weights.clip_vip import from_open_clip_model, load_clip_vip, load_model, save
-from training.models.weights.clip_vip_names import to_published
-from training.models.weights.config_formats import config_from_dict, config_to_dict
+from training.models.clip_vip import weights as checkpoint
+from training.models.clip_vip.config_formats import config_from_dict, config_to_dict
+from training.models.clip_vip.model import ClipVip, without_proxies
+from training.models.clip_vip.weight_names import to_published
+from training.models.clip_vip.weights import from_open_clip_model, load_clip_vip, load_model, save
 
 
 def published(model: ClipVip, prefix: str = "clipmodel.") -> dict[str, Tensor]:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
-from training.clip4clip_settings import Clip4ClipSettings
-from training.models.clip4clip import Clip4Clip
-from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig
-from training.models.weights.clip4clip import load_clip4clip, save_clip4clip
-from training.models.weights.clip4clip_names import to_released
-from training.models.weights.clip_vip import save
+from training.models.clip4clip.model import Clip4Clip
+from training.models.clip4clip.settings import Clip4ClipSettings
+from training.models.clip4clip.weight_names import to_released
+from training.models.clip4clip.weights import load_clip4clip, save_clip4clip
+from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig
+from training.models.clip_vip.weights import save
 
 HEADS = ("meanP", "seqLSTM", "seqTransf", "tightTransf")
 

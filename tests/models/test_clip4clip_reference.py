@@ -6,9 +6,9 @@ from torch import Tensor
 
 from tests.helpers.clip_vip import numbers, reference, tensors
 from training.losses.pair_losses import cross_entropy, max_margin, mil_nce, symmetric_cross_entropy
-from training.models.clip4clip import Clip4Clip
-from training.models.weights.clip4clip import load_clip4clip
-from training.models.weights.clip4clip_names import to_released
+from training.models.clip4clip.model import Clip4Clip
+from training.models.clip4clip.weight_names import to_released
+from training.models.clip4clip.weights import load_clip4clip
 from training.optim.optimizers import build_optimiser, set_learning_rate
 from training.optim.schedule import learning_rate, rate_factor
 

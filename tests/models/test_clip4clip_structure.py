@@ -7,10 +7,10 @@ from torch.nn import functional as F
 
 from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
-from training.clip4clip_settings import Clip4ClipSettings
 from training.losses.omnisource import omnisource_loss
 from training.losses.pair_losses import mil_nce, symmetric_cross_entropy
-from training.models.clip4clip import Clip4Clip
+from training.models.clip4clip.model import Clip4Clip
+from training.models.clip4clip.settings import Clip4ClipSettings
 from training.optim.optimizers import parameter_groups
 
 HEADS = ("meanP", "seqLSTM", "seqTransf", "tightTransf")
@@ -199,7 +199,7 @@ def test_a_3d_stem_is_a_3d_convolution() -> None:
     with torch.no_grad():
         model.vision.patch_embedding.weight.copy_(weight.transpose(1, 2).flatten(1, 2))
     patches = F.conv3d(pixels.transpose(1, 2), weight, stride=(1, 16, 16), padding=(1, 0, 0)).transpose(1, 2)
-    from training.models.clip4clip import with_neighbours
+    from training.models.clip4clip.model import with_neighbours
 
     ours = model.vision.patch_embedding(with_neighbours(pixels).flatten(0, 1)).unflatten(0, (2, 4))
     assert (ours - patches).abs().max() <= 1e-10

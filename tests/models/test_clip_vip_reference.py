@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tests.helpers.clip_vip import from_recipe, numbers, reference, tensors
 from training.losses.omnisource import omnisource_loss
-from training.models.clip_vip import ClipVip
-from training.models.weights.clip_vip import load_clip_vip
-from training.models.weights.clip_vip_names import to_published
+from training.models.clip_vip.model import ClipVip
+from training.models.clip_vip.weight_names import to_published
+from training.models.clip_vip.weights import load_clip_vip
 
 CASES = {"p16": ("T4", "T7", "T2"), "p32": ("T4", "T6"), "p16_notemporal": ("T4", "T5")}
 CASE_FRAMES = [(name, frames) for name, all_frames in CASES.items() for frames in all_frames]
@@ -149,7 +149,7 @@ def real_model(name: str, tmp_path) -> ClipVip:
     """The published sizes with the recipe's weights, through a file in published names."""
     from safetensors.torch import save_file
 
-    from training.models.weights.config_formats import config_from_dict
+    from training.models.clip_vip.config_formats import config_from_dict
 
     info = numbers("clipvip", f"{name}.json")
     with torch.device("meta"):

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import random_pixels, random_texts, tiny_config, tiny_model
-from training.models.attention import proxy_attention
-from training.models.clip_vip import ModelConfig, TowerConfig, cut_texts, resample_times, sample_flops
+from training.models.clip_vip.attention import proxy_attention
+from training.models.clip_vip.model import ModelConfig, TowerConfig, cut_texts, resample_times, sample_flops
 
 
 def dense_attention(qkv: Tensor, num_proxies: int, num_frames: int) -> Tensor:
@@ -84,7 +84,7 @@ def test_an_image_is_a_video_of_one_frame_with_the_mean_time() -> None:
 def test_without_proxies_and_with_one_frame_it_is_open_clips_vit_b_32(quick_gelu: bool) -> None:
     import open_clip
 
-    from training.models.weights.clip_vip import from_open_clip_model
+    from training.models.clip_vip.weights import from_open_clip_model
 
     name = "ViT-B-32-quickgelu" if quick_gelu else "ViT-B-32"
     torch.manual_seed(0)
@@ -188,7 +188,7 @@ def test_flop_estimate_equals_counted_flops() -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from training.models.clip_vip import text_flops, video_flops
+    from training.models.clip_vip.model import text_flops, video_flops
 
     model = tiny_model()
     with FlopCounterMode(display=False) as video, sdpa_kernel(SDPBackend.MATH), torch.no_grad():

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.clip_vip import random_pixels, random_texts, tiny_config, tiny_model
-from training.cost.memory import saved_bytes
+from training.cost.footprint import saved_bytes
 from training.losses.omnisource import omnisource_loss
-from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig
-from training.models.unipt import UniPtClip
+from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig
+from training.models.unipt.model import UniPtClip
+from training.models.unipt.settings import UniPtSettings
 from training.optim.gradient_cache import cached_backward
 from training.optim.optimizers import build_optimiser, parameter_groups, set_learning_rate
-from training.unipt_settings import UniPtSettings
 
 
 def loss_of(model: nn.Module, pixels: Tensor, ids: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import random_pixels, random_texts, tiny_config, tiny_model
-from training.models.unipt import UniPtClip, side_tensors
-from training.models.weights.clip4clip_names import to_released
-from training.models.weights.unipt import load_unipt, save_unipt
-from training.unipt_settings import UniPtSettings
+from training.models.clip4clip.weight_names import to_released
+from training.models.unipt.model import UniPtClip, side_tensors
+from training.models.unipt.settings import UniPtSettings
+from training.models.unipt.weights import load_unipt, save_unipt
 
 SETTINGS = UniPtSettings(reduction=2, every=2, tokens="frames")
 

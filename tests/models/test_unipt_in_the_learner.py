@@ -8,10 +8,10 @@ import torch
 from tests.helpers.clip_vip import tiny_model
 from tests.training.test_update_is_the_same_everywhere import settings, whole_batch
 from training.learner import Learner
-from training.models.unipt import UniPtClip
+from training.models.unipt.model import UniPtClip
+from training.models.unipt.settings import UniPtSettings
 from training.parallel.distributed import Process
 from training.settings import TrainSettings
-from training.unipt_settings import UniPtSettings
 
 
 def learn(train: TrainSettings, dtype: torch.dtype = torch.float64) -> tuple[UniPtClip, list[float]]:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.helpers.clip_vip import numbers, tensors
-from training.models.unipt import Adapted, Adapter, UniPtClip
-from training.models.weights.unipt import load_unipt
+from training.models.unipt.model import Adapted, Adapter, UniPtClip
+from training.models.unipt.weights import load_unipt
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64}
 PRECISIONS = pytest.mark.parametrize("precision, limit", [("f32", 2e-6), ("f64", 1e-12)])

@@ -10,10 +10,10 @@ import yaml
 from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
 from training.models import registry as models
-from training.models.unipt import UniPtClip
-from training.models.weights import clip_vip as checkpoint
+from training.models.clip_vip import weights as checkpoint
+from training.models.unipt.model import UniPtClip
+from training.models.unipt.settings import UniPtSettings
 from training.settings import ModelSettings, resolve
-from training.unipt_settings import UniPtSettings
 
 RECIPES = ("unipt_msrvtt", "unipt_msvd", "unipt_clip_vip_msrvtt")
 

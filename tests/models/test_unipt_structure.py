@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import random_pixels, random_texts, tiny_config, tiny_model
-from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig
-from training.models.unipt import Adapter, UniPtClip, side_tensors
-from training.unipt_settings import UniPtSettings
+from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig
+from training.models.unipt.model import Adapter, UniPtClip, side_tensors
+from training.models.unipt.settings import UniPtSettings
 
 
 def tiny_unipt(seed: int = 0, pooling: str = "proxy", **settings) -> UniPtClip:

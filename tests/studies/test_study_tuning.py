@@ -6,7 +6,7 @@ import torch
 from bench.studies.tuning import ARMS, lr_of, num_trained, saved_of, spoken_scenes, tuned_as
 from bench.studies.tuning import STUDY as TUNING
 from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
-from training.models.clip_vip import ClipVip
+from training.models.clip_vip.model import ClipVip
 
 
 def plain() -> ClipVip:

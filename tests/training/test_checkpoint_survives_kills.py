@@ -15,8 +15,8 @@ from torch import Tensor
 from clipmill.base.errors import UserError
 from clipmill.base.settings import digest
 from tests.helpers.clip_vip import tiny_config, tiny_model
+from training.models.clip_vip.weights import load_clip_vip, load_model
 from training.models.registry import writer
-from training.models.weights.clip_vip import load_clip_vip, load_model
 from training.run import checkpoints as run_checkpoints
 from training.run.checkpoints import Checkpoint, Checkpoints
 

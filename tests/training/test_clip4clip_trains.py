@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.helpers.clip_vip import random_texts, tiny_model
-from training.clip4clip_settings import Clip4ClipSettings
 from training.data.batch import Batch
 from training.learner import Learner
-from training.models.clip4clip import Clip4Clip
+from training.models.clip4clip.model import Clip4Clip
+from training.models.clip4clip.settings import Clip4ClipSettings
 from training.parallel.distributed import Process
 from training.settings import TrainSettings, resolve
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.helpers.clip_vip import tiny_model
-from training.models.clip_vip import MAX_LOG_SCALE, ClipVip
+from training.models.clip_vip.model import MAX_LOG_SCALE, ClipVip
 from training.optim.ema import Ema
 
 

@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
 from tests.helpers.ranks import run_ranks
-from training.losses.omnisource import TERMS, OmnisourceLoss, omnisource_loss
-from training.models.clip_vip import ClipVip
+from training.losses import LossValue
+from training.losses.omnisource import TERMS, omnisource_loss
+from training.models.clip_vip.model import ClipVip
 from training.optim.gradient_cache import cached_backward
 
 BATCH = 8
@@ -55,7 +56,7 @@ class Step(torch.nn.Module):
         super().__init__()
         self.model, self.variant, self.group = model, variant, group
 
-    def forward(self, batch: Batch) -> OmnisourceLoss:
+    def forward(self, batch: Batch) -> LossValue:
         features = encode(self.model, batch)
         return omnisource_loss(*features, self.model.logit_scale, self.variant, group=self.group, **masks(batch))
 
@@ -64,7 +65,7 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def one_process(variant: str) -> tuple[OmnisourceLoss, dict[str, Tensor]]:
+def one_process(variant: str) -> tuple[LossValue, dict[str, Tensor]]:
     model = tiny_model().double()
     loss = Step(model, variant, None)(whole_batch())
     loss.total.backward()

@@ -12,11 +12,11 @@ from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import random_texts, tensors, tiny_model
 from tests.models.test_clip4clip_reference import features, inputs, load, worst
 from tests.training.test_update_is_the_same_everywhere import BATCH, alone, assert_same, settings, together, whole_batch
-from training.clip4clip_settings import Clip4ClipSettings
 from training.data.batch import Batch
 from training.learner import Learner
 from training.losses.pair_matching import matching_loss
-from training.models.clip4clip import Clip4Clip, pair_flops
+from training.models.clip4clip.model import Clip4Clip
+from training.models.clip4clip.settings import Clip4ClipSettings
 from training.parallel.distributed import Process
 
 SETTINGS = Clip4ClipSettings(head="tightTransf", num_layers=2)
@@ -101,5 +101,5 @@ def test_flops_of_a_pair_are_those_of_its_blocks() -> None:
     model = small().eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         model.similarity(torch.randn(BATCH, 24), torch.randn(BATCH, 3, 24))
-    estimate = pair_flops(model.config, model.settings, 3)
+    estimate = model.pair_flops(3)
     assert 3 * counted.get_total_flops() == pytest.approx(BATCH**2 * estimate, rel=0.05)

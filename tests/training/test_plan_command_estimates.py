@@ -20,7 +20,7 @@ from training.data.epoch_files import Epochs, plan_spec, total_steps
 from training.data.epoch_plan import plan_path
 from training.data.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze_run
 from training.models import registry as models
-from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig, sample_flops
+from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig, sample_flops
 from training.settings import DataSettings, TrainSettings, resolve
 
 NUM_CLIPS = 90

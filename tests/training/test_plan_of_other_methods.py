@@ -7,11 +7,10 @@ from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import tiny_config
 from tests.helpers.shards import make_corpus, pack
 from training.cost.estimate import estimate, memory
-from training.cost.footprint import Footprint
-from training.cost.memory import saved_bytes
+from training.cost.footprint import Footprint, saved_bytes
 from training.models import registry as models
-from training.models.clip_vip import TowerConfig
-from training.parallel_model import score_pairs
+from training.models.clip_vip.model import TowerConfig
+from training.models.encode import score_pairs
 from training.settings import RunSettings, resolve
 
 NUM_FRAMES, NUM_TOKENS = 6, 16

@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 
 from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
 from tests.helpers.ranks import run_ranks
-from training.models.clip_vip import ClipVip
+from training.models.clip_vip.model import ClipVip
 from training.optim.ema import Ema
 from training.optim.optimizers import PublishedAdamW, parameter_groups, set_learning_rate
 from training.parallel.state_dict import full_state, random_state, restore, set_random_state

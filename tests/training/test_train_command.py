@@ -154,7 +154,7 @@ def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_checkpoint_is_a_model_that_others_open(plain_run):
-    from training.models.weights.clip_vip import load_model
+    from training.models.clip_vip.weights import load_model
 
     folder = plain_run / "checkpoints" / "step-00000006"
     assert load_model(folder).config.words

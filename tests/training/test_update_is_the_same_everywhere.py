@@ -14,7 +14,7 @@ from tests.helpers.clip_vip import random_texts, tiny_model
 from tests.helpers.ranks import run_ranks
 from training.data.batch import Batch
 from training.learner import Learner
-from training.models.clip_vip import TowerConfig
+from training.models.clip_vip.model import TowerConfig
 from training.parallel.distributed import Process, join
 from training.settings import TrainSettings
 

@@ -21,9 +21,11 @@ from training.data.epoch_files import spec_without_groups, total_steps
 from training.data.epoch_plan import PlanSpec, rank_slots, steps_in_epoch, tail_rows
 from training.data.range_reader import LOCAL_GAP_BYTES, REMOTE_GAP_BYTES
 from training.data.selection import selected_rows
-from training.losses.omnisource import TERMS
+from training.data.tokenizer import text_encoder
+from training.losses import load_loss
 from training.models import registry as models
-from training.parallel_model import check_settings, needs_pairs
+from training.models.encode import needs_pairs
+from training.parallel_model import check_settings
 from training.run.hardware_peaks import gpu_peak, peak_flops
 from training.settings import DataSettings, RunSettings, TrainSettings
 
@@ -125,7 +127,7 @@ def estimate(
 
     data, train = settings.data, settings.train
     config = models.config_of(settings.model)
-    models.text_encoder(config, data.max_text_tokens)
+    text_encoder(config, data.max_text_tokens)
     with open_samples(corpus, tables) as samples:
         training, held_out = choose_run(samples, data, settings.eval)
         cost = data_cost(samples, training, held_out, settings)
@@ -263,7 +265,7 @@ def memory(footprint: Footprint, data: DataSettings, train: TrainSettings, per_d
     values = pixels_of(config, data, train) * 3  # of a sample
     float_bytes = 2 if train.precision == "bf16" else 4
     batch_size = per_device * num_devices
-    num_matrices = 2 + 2 * data.neighbours if train.loss == "mil_nce" else len(TERMS[train.loss])
+    num_matrices = load_loss(train.loss).num_similarities + 2 * data.neighbours
     similarities = 3 * 4 * num_matrices * per_device * batch_size
     return Memory(
         weights=4 * parameters // share,

@@ -1,16 +1,16 @@
-"""What a model takes to train, from shapes alone: parameters, arithmetic, and what is kept for the backward pass."""
+"""Tell what a model takes to train, from shapes alone: parameters, FLOPs, and bytes kept for the backward pass."""
 
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from training.cost.memory import saved_bytes
+from training.losses import load_loss
 from training.models import registry as models
-from training.models.clip4clip import Clip4Clip, pair_flops
-from training.models.clip_vip import ModelConfig, TowerConfig, sample_flops
-from training.models.unipt import UniPtClip
-from training.parallel_model import sources_of
+from training.models.clip_vip.model import ModelConfig, TowerConfig, sample_flops
+from training.models.model import VideoTextModel
 from training.settings import DataSettings, RunSettings, TrainSettings
 
 # Bytes that autograd keeps for the backward pass, per token, channel and block: counted with saved-tensor hooks on the
@@ -20,7 +20,7 @@ BLOCK_INPUT_BYTES = 4  # all that activation checkpointing keeps of a block: the
 
 
 class Footprint:
-    """Of the model that `config` and a run's settings describe; its weights are not read."""
+    """The costs of the model that `config` and a run's settings describe; its weights are not read."""
 
     def __init__(self, config: ModelConfig, settings: RunSettings):
         self.config, self.settings = config, settings
@@ -37,89 +37,71 @@ class Footprint:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Weights in fp32, the moments of those that train, the average. Of UniPT the side networks alone are kept."""
-        written = self.num_trained if isinstance(self.model, UniPtClip) else self.num_parameters
+        """Count weights in fp32, the moments of those that train, and the averaged weights."""
+        written = self.num_trained if self.model.saves_only_trained else self.num_parameters
         return 4 * written + 8 * self.num_trained + 4 * written * bool(self.settings.train.ema)
 
     @property
     def flops_of_clip(self) -> float:
-        """Forward and backward, texts as long as they may be: an upper bound, since batches are cut to their longest.
+        """Count forward and backward FLOPs of a clip with its texts.
 
-        What is frozen below all that trains has no backward pass. Of UniPT its backbone alone is counted: its side
-        networks add less than a hundredth.
+        An upper bound: texts are taken as long as they may be, while batches are cut to their longest. A backward pass
+        costs two forward passes, and there is none through blocks below all that trains.
         """
-        data, sources = self.settings.data, sources_of(self.settings.train.loss)
+        data, sources = self.settings.data, load_loss(self.settings.train.loss).sources
         lengths = (data.max_text_tokens,) * _num_texts(data, sources)
         whole = sample_flops(self.config, data.num_frames, int("frame" in sources), lengths)
-        if isinstance(self.model, UniPtClip):
-            return whole / 3
-        return whole * (1 - 2 / 3 * self._frozen_blocks / self.config.vision.num_layers)
+        return whole / 3 * (3 - 2 * self.model.num_frozen_blocks / self.config.vision.num_layers)
 
     @property
     def flops_of_pair(self) -> float:
-        """Of each text with each clip of a batch, where pairs are scored."""
-        return pair_flops(self.config, self.settings.model.clip4clip, self.settings.data.num_frames)
+        """Count FLOPs of each text with each clip of a batch, where pairs are scored."""
+        return self.model.pair_flops(self.settings.data.num_frames)
 
     def kept_of_clip(self, train: TrainSettings) -> int:
-        """Bytes of one clip and its texts until the backward pass."""
+        """Count bytes kept of one clip and its texts until the backward pass."""
         data = self.settings.data
-        if isinstance(self.model, UniPtClip):
-            return self._kept_of_unipt(train)
-        kept = kept_bytes(self.config, data, train, self._frozen_blocks)
-        if isinstance(self.model, Clip4Clip) and self.model.settings.head == "seqTransf":
-            kept += data.num_frames * self._kept_per_token_of_head
-        return kept
+        if self.model.reads_hidden_states:
+            num_states = 1 + self.config.vision.num_layers
+            states = 4 * num_states * _num_tokens(self.config, data, train) * self.config.vision.width
+            return max(self._counted_bytes(train), states)
+        kept = kept_bytes(self.config, data, train, self.model.num_frozen_blocks)
+        return kept + KEPT_BYTES[self.settings.train.precision] * self.model.head_activations(data.num_frames)
 
     def kept_of_pairs(self, num_pairs: int) -> int:
-        """Bytes of the pairs that are scored at a time; those of the others are computed again."""
-        if not isinstance(self.model, Clip4Clip) or not self.model.needs_pairs:
-            return 0
-        num_tokens = 1 + self.settings.data.num_frames
-        return min(num_pairs, self.model.pairs_at_a_time) * num_tokens * self._kept_per_token_of_head
+        """Count bytes kept of the pairs that are scored at a time; those of the others are computed again."""
+        values = self.model.pair_activations(self.settings.data.num_frames, num_pairs)
+        return KEPT_BYTES[self.settings.train.precision] * values
 
-    @property
-    def _kept_per_token_of_head(self) -> int:
-        blocks = self.settings.model.clip4clip.num_layers
-        return KEPT_BYTES[self.settings.train.precision] * self.config.embed_dim * blocks
-
-    @property
-    def _frozen_blocks(self) -> int:
-        """How many blocks of each tower lie below all that trains."""
-        if not isinstance(self.model, Clip4Clip) or self.model.settings.stem == "3d":
-            return 0
-        return self.model.settings.frozen_layers or 0
-
-    def _kept_of_unipt(self, train: TrainSettings) -> int:
-        """Counted in a run on tensors without contents; at least the hidden states, which are all there at one time."""
+    def _counted_bytes(self, train: TrainSettings) -> int:
+        """Count what autograd keeps of one clip, as the difference of two clips and one on tensors without contents."""
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        data, config = self.settings.data, self.config
+        data, size = self.settings.data, self.config.image_size
+        num_texts = _num_texts(data, load_loss(train.loss).sources)
+
+        def encode(model: VideoTextModel, num_clips: int) -> tuple[Tensor, Tensor]:
+            pixels = torch.empty(num_clips, data.num_frames, 3, size, size)
+            ids = torch.zeros(num_clips * num_texts, data.max_text_tokens, dtype=torch.long)
+            return model.encode_video(pixels), model.encode_text(ids, cut=False)
+
         with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16"):
-            model = models.skeleton(config, self.settings.model)
-            one, two = (saved_bytes(model, lambda n=n: _encode(model, n, data, train)) for n in (1, 2))
-        num_states = 1 + config.vision.num_layers
-        states = 4 * num_states * _num_tokens(config, data, train) * config.vision.width
-        return max(two - one, states)
-
-
-def _encode(model: UniPtClip, num_clips: int, data: DataSettings, train: TrainSettings) -> tuple[Tensor, Tensor]:
-    size, num_texts = model.config.image_size, _num_texts(data, sources_of(train.loss))
-    pixels = torch.empty(num_clips, data.num_frames, 3, size, size)
-    ids = torch.zeros(num_clips * num_texts, data.max_text_tokens, dtype=torch.long)
-    return model.encode_video(pixels), model.encode_text(ids, cut=False)
+            model = models.skeleton(self.config, self.settings.model)
+            one, two = (saved_bytes(model, lambda n=n: encode(model, n)) for n in (1, 2))
+        return two - one
 
 
 def pixels_of(config: ModelConfig, data: DataSettings, train: TrainSettings) -> int:
-    """Of one sample: its frames, and the still where the loss has one."""
-    return (data.num_frames + int("frame" in sources_of(train.loss))) * config.image_size**2
+    """Count the pixels of one sample: its frames, and the still where the loss has one."""
+    return (data.num_frames + int("frame" in load_loss(train.loss).sources)) * config.image_size**2
 
 
 def kept_bytes(config: ModelConfig, data: DataSettings, train: TrainSettings, frozen_blocks: int = 0) -> int:
-    """Activations of one sample: tokens x width x (bytes per block x blocks), and those of one block recomputed.
+    """Count bytes kept of one sample: tokens x width x (bytes per block x blocks), and those of one block recomputed.
 
     A vision tower's last block computes its class token alone, so it keeps next to nothing.
     """
-    num_texts = _num_texts(data, sources_of(train.loss))
+    num_texts = _num_texts(data, load_loss(train.loss).sources)
     vision_blocks = max(config.vision.num_layers - 1 - frozen_blocks, 0)
     text_blocks = max(config.text.num_layers - frozen_blocks, 0)
     vision = _num_tokens(config, data, train) * _kept_per_token(config.vision, vision_blocks, train)
@@ -128,13 +110,13 @@ def kept_bytes(config: ModelConfig, data: DataSettings, train: TrainSettings, fr
 
 
 def _num_tokens(config: ModelConfig, data: DataSettings, train: TrainSettings) -> int:
-    """Of one sample in the vision tower, the still frame's included."""
+    """Count the tokens of one sample in the vision tower, the still frame's included."""
     proxies, patches = config.num_proxies, config.num_patches
     if config.pooling == "proxy":
         tokens = proxies + data.num_frames * patches
     else:
         tokens = data.num_frames * (proxies + patches)
-    return tokens + (proxies + patches) * ("frame" in sources_of(train.loss))
+    return tokens + (proxies + patches) * ("frame" in load_loss(train.loss).sources)
 
 
 def _num_texts(data: DataSettings, sources: frozenset[str]) -> int:
@@ -146,3 +128,21 @@ def _kept_per_token(tower: TowerConfig, num_blocks: int, train: TrainSettings) -
     if train.activation_checkpointing:
         return BLOCK_INPUT_BYTES * tower.width * num_blocks + per_block
     return per_block * num_blocks
+
+
+def saved_bytes(model: nn.Module, step: Callable[[], Any]) -> int:
+    """Count bytes that autograd keeps of `step` for the backward pass, each storage once, the model's weights excluded.
+
+    Under `FakeTensorMode` shapes alone are enough: a model of any size costs no memory and no time.
+    """
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -1,7 +1,8 @@
 """Which frames of a clip are taken, and how they become the model's pixels (docs/methods/clip_vip.md section 6).
 
 Indices are pure functions of integers and names: no generator is carried from one clip to the next, so a sample is the
-same whichever worker reads it and however often. Pixels stay uint8 until `normalise`, which runs on the device.
+same whichever worker reads it and however often. Pixels stay uint8 until the device normalises them
+(`training.models.encode.normalise`).
 """
 
 import hashlib
@@ -13,11 +14,7 @@ import numpy as np
 from clipmill.base.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 Fit = Literal["squash", "crop"]
 
@@ -113,18 +110,3 @@ def _scaled(height: int, width: int, size: int) -> tuple[int, int]:
     if height <= width:
         return size, max(size, round(width * size / height))
     return max(size, round(height * size / width)), size
-
-
-def normalise(
-    frames: "Tensor",
-    mean: tuple[float, float, float] = CLIP_MEAN,
-    std: tuple[float, float, float] = CLIP_STD,
-    dtype: "torch.dtype | None" = None,
-) -> "Tensor":
-    """uint8 (or float 0..255) [..., 3, H, W] to (x/255 - mean)/std, wherever the frames are; float32 unless told."""
-    import torch
-
-    dtype = dtype or (frames.dtype if frames.is_floating_point() else torch.float32)
-    scale = torch.tensor([1 / (255 * s) for s in std], dtype=dtype, device=frames.device)
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], dtype=dtype, device=frames.device)
-    return frames.to(dtype) * scale[:, None, None] - shift[:, None, None]

@@ -2,8 +2,8 @@
 
 For each clip -log of the share that its own block of texts has among everything it is compared with: all texts of the
 batch with its video, and its own text, the published block's middle one, with the other videos. Logits are
-exp(log_scale) times cosines. `training.losses.pair_losses.mil_nce` is the published form, on a matrix of pairs; with one video
-for a block of texts the two are the same (tests/training/test_mil_nce_across_processes.py).
+exp(log_scale) times cosines. `training.losses.pair_losses.mil_nce` is the published form, on a matrix of pairs; with
+one video for a block of texts the two are the same (tests/training/test_mil_nce_across_processes.py).
 
 What is missing: a text that does not exist is nobody's positive and nobody's negative. A clip that could not be read
 has no text either. A clip without an own text asks nothing, but its video and its neighbours' texts are negatives.
@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.losses.omnisource import OmnisourceLoss, sum_of_means
-from training.parallel.all_gather import gather_rows
+from training.losses import Loss, LossInputs, LossValue
+from training.losses.terms import gather_equal, own_rows, sum_of_means
 
 
 def mil_nce_loss(
@@ -30,8 +30,8 @@ def mil_nce_loss(
     group: dist.ProcessGroup | None = None,
     *,
     mean_gradients: bool = True,
-) -> OmnisourceLoss:
-    """Of unit vectors; masks are true where something exists. neighbour_BND None: no clip has any.
+) -> LossValue:
+    """Compute MIL-NCE of unit vectors; masks are true where something exists. neighbour_BND None: no clip has any.
 
     group, mean_gradients  as in `training.losses.omnisource.omnisource_loss`; every process has equally many clips
     """
@@ -42,15 +42,17 @@ def mil_nce_loss(
         vectors_BmD = torch.cat([video_BD[:, None], text_BnD], dim=1)
         mask_Bm = torch.cat([video_mask_B[:, None], text_mask_Bn], dim=1)
         vectors_BmD = torch.where(mask_Bm[..., None], vectors_BmD, 0)
-        vectors_KmD, mask_Km, own_B = _of_all(vectors_BmD, mask_Bm, group)
-        losses_B = _losses(vectors_BmD, vectors_KmD, mask_Km, own_B, log_scale.exp())
+        packed_K = gather_equal(torch.cat([vectors_BmD.flatten(1), mask_Bm], dim=1), group)
+        vectors_KmD = packed_K[:, : -mask_Bm.shape[1]].unflatten(1, vectors_BmD.shape[1:])
+        mask_Km = packed_K[:, -mask_Bm.shape[1] :].detach() > 0
+        losses_B = _losses(vectors_BmD, vectors_KmD, mask_Km, own_rows(mask_Bm, group), log_scale.exp())
         counted_B, num_rows = mask_Bm[:, :2].all(dim=1), mask_Km[:, :2].all(dim=1).sum().clamp(min=1)
         mean = torch.where(counted_B, losses_B, 0).sum() / num_rows
         return sum_of_means({"": log_scale.sum() * 0, "video_and_texts": mean}, group, mean_gradients)
 
 
 def _losses(vectors_BmD: Tensor, vectors_KmD: Tensor, mask_Km: Tensor, own_B: Tensor, scale: Tensor) -> Tensor:
-    """[B]; of rows that do not count something finite."""
+    """Return -log of each row's share, [B]; finite also for rows that do not count."""
     to_texts_BKn = scale * torch.einsum("bd,knd->bkn", vectors_BmD[:, 0], vectors_KmD[:, 1:])
     to_videos_BK = scale * vectors_BmD[:, 1] @ vectors_KmD[:, 0].T
     rows = torch.arange(len(own_B), device=own_B.device)
@@ -64,13 +66,9 @@ def _losses(vectors_BmD: Tensor, vectors_KmD: Tensor, mask_Km: Tensor, own_B: Te
     return rivals.logsumexp(dim=1) - to_texts_BKn[rows, own_B].logsumexp(dim=1)
 
 
-def _of_all(vectors_BmD: Tensor, mask_Bm: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors and mask of all processes, and where this one's rows are among them."""
-    num, width = mask_Bm.shape
-    own_B = torch.arange(num, device=mask_Bm.device)
-    if group is None:
-        return vectors_BmD, mask_Bm, own_B
-    packed = torch.cat([vectors_BmD.flatten(1), mask_Bm], dim=1)
-    gathered = gather_rows(packed, group, [num] * dist.get_world_size(group))
-    vectors_KmD = gathered[:, :-width].unflatten(1, vectors_BmD.shape[1:])
-    return vectors_KmD, gathered[:, -width:].detach() > 0, own_B + num * dist.get_rank(group)
+def _of_inputs(inputs: LossInputs) -> LossValue:
+    masks = inputs.video_mask, inputs.subtitle_mask, inputs.neighbour_mask
+    return mil_nce_loss(inputs.video, inputs.subtitle, inputs.neighbours, inputs.log_scale, *masks, group=inputs.group)
+
+
+MIL_NCE = Loss(_of_inputs, frozenset({"video", "subtitle"}), num_similarities=2, takes_neighbours=True)

@@ -11,16 +11,19 @@ other subtitles. A term none of whose rows exist is 0. With every row present th
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from clipmill.base.errors import UserError
+from training.losses import SOURCES, Loss, LossInputs, LossValue
+from training.losses.pair_matching import matching_on_pairs
+from training.losses.terms import sum_of_means
 from training.parallel.all_gather import gather_counts, gather_rows
 
-Variant = Literal["vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc", "joint"]  # `training.losses.mil_nce` is another
 Features = Tensor | tuple[Tensor, Tensor] | None
 
 
@@ -51,13 +54,6 @@ TERMS: dict[str, tuple[Term, ...]] = {
 }
 
 
-class OmnisourceLoss(NamedTuple):
-    """`total` carries the gradient; `terms` are the detached means it is the sum of, by name (`video_to_subtitle`)."""
-
-    total: Tensor
-    terms: dict[str, Tensor]
-
-
 @dataclass(frozen=True)
 class _Source:
     """One kind of feature: this process's N rows, all processes' K rows, and where the former are among the latter."""
@@ -75,7 +71,7 @@ def omnisource_loss(
     frame: Features,
     caption: Features,
     log_scale: Tensor,
-    variant: Variant = "vsc_fc",
+    variant: str = "vsc_fc",
     *,
     video_mask: Tensor | None = None,
     subtitle_mask: Tensor | None = None,
@@ -84,8 +80,8 @@ def omnisource_loss(
     group: dist.ProcessGroup | None = None,
     mean_gradients: bool = True,
     equal_rows: bool = False,
-) -> OmnisourceLoss:
-    """The sum of the variant's terms, each a mean of cross entropies with logits exp(log_scale)·a·b.
+) -> LossValue:
+    """Sum the variant's terms, each a mean of cross entropies with logits exp(log_scale)·a·b.
 
     video … caption   unit vectors [B, D], or (features, mask), or None where a source is absent altogether, on every
                       process alike; terms with it fall away. frame and caption may have another number of rows than
@@ -98,7 +94,7 @@ def omnisource_loss(
     equal_rows        all processes have equally many rows: they need not ask, which would wait for the device
     """
     if variant not in TERMS:
-        raise UserError(f"loss variant is {variant!r}; allowed: {', '.join(get_args(Variant))}")
+        raise UserError(f"loss variant is {variant!r}; allowed: {', '.join(TERMS)}")
     given = {
         "video": _with_mask("video", video, video_mask),
         "subtitle": _with_mask("subtitle", subtitle, subtitle_mask),
@@ -115,7 +111,10 @@ def omnisource_loss(
             sources["visual"] = _stack(sources["video"], sources["frame"])
             sources["text"] = _stack(sources["subtitle"], sources["caption"])
         terms = [term for term in TERMS[variant] if not absent & {term.query, term.key}]
-        return _sum_of_terms(terms, sources, _wide(log_scale).exp(), group, mean_gradients)
+        scale = log_scale.to(torch.promote_types(log_scale.dtype, torch.float32)).exp()
+        # starts from the scale so that a batch without any row still has a (zero) gradient on every process
+        means = {"": scale.sum() * 0} | {term.name: _mean_over_rows(term, sources, scale) for term in terms}
+        return sum_of_means(means, group, mean_gradients)
 
 
 def _with_mask(name: str, features: Features, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -131,7 +130,7 @@ def _with_mask(name: str, features: Features, mask: Tensor | None) -> tuple[Tens
 
 
 def _aligned(given: dict[str, tuple[Tensor, Tensor] | None]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Every source as (features, mask) of one dtype: absent ones as masked rows beside the one they pair with."""
+    """Bring all sources to one dtype, with masks: absent ones as masked rows beside the one they pair with."""
     if given["video"] is None:
         raise UserError("the loss needs video features; only subtitle, frame and caption may be None")
     dtype = torch.float32
@@ -141,16 +140,12 @@ def _aligned(given: dict[str, tuple[Tensor, Tensor] | None]) -> dict[str, tuple[
     partners = {"subtitle": "video", "frame": "caption", "caption": "frame"}
     rows = {}
     for name, pair in given.items():
-        features, mask = pair or _nothing_like(given[partners[name]] or given["video"])
+        features, mask = pair or map(torch.zeros_like, given[partners[name]] or given["video"])
         if len(mask) == len(video_mask):
             mask = mask & video_mask  # a clip that could not be read has nothing
         # a masked row may hold anything, NaN included: zeros keep it out of every value and gradient
         rows[name] = torch.where(mask[:, None], features.to(dtype), 0), mask
     return rows
-
-
-def _nothing_like(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return torch.zeros_like(pair[0]), torch.zeros_like(pair[1])
 
 
 def _check_rows(rows: dict[str, tuple[Tensor, Tensor]], variant: str) -> None:
@@ -169,7 +164,7 @@ def _pack(
     group: dist.ProcessGroup | None,
     equal_rows: bool,
 ) -> dict[str, _Source]:
-    """Two sources of equally many rows, gathered in one exchange."""
+    """Gather two sources of equally many rows in one exchange."""
     local = [rows[first], rows[second]]
     num_rows, dim = local[0][0].shape
     if group is None:
@@ -189,7 +184,7 @@ def _pack(
 
 
 def _stack(first: _Source, second: _Source) -> _Source:
-    """The joint variant's view: one source of both kinds of rows."""
+    """Join two kinds of rows to one source: a view of the variant "joint"."""
     return _Source(
         torch.cat([first.local_ND, second.local_ND]),
         torch.cat([first.local_mask_N, second.local_mask_N]),
@@ -199,35 +194,8 @@ def _stack(first: _Source, second: _Source) -> _Source:
     )
 
 
-def _sum_of_terms(
-    terms: list[Term],
-    sources: dict[str, _Source],
-    scale: Tensor,
-    group: dist.ProcessGroup | None,
-    mean_gradients: bool,
-) -> OmnisourceLoss:
-    # starts from the scale so that a batch without any row still has a (zero) gradient on every process
-    means = {"": scale.sum() * 0} | {term.name: _mean_over_rows(term, sources, scale) for term in terms}
-    return sum_of_means(means, group, mean_gradients)
-
-
-def sum_of_means(
-    means: dict[str, Tensor], group: dist.ProcessGroup | None, mean_gradients: bool = True
-) -> OmnisourceLoss:
-    """The loss of all processes, of this one's parts of its terms; "" is none. `mean_gradients` as above."""
-    shares = torch.stack(list(means.values()))
-    share, whole = shares.sum(), shares.detach().clone()
-    total = share
-    if group is not None:
-        dist.all_reduce(whole, group=group)
-        share = share * dist.get_world_size(group) if mean_gradients else share
-        # the value is the batch's, the gradient this process's part of it
-        total = share + (whole.sum() - share).detach()
-    return OmnisourceLoss(total, {name: mean for name, mean in zip(means, whole, strict=True) if name})
-
-
 def _mean_over_rows(term: Term, sources: dict[str, _Source], scale: Tensor) -> Tensor:
-    """This process's part of a term: the sum over its rows, divided by the number of rows of all processes."""
+    """Compute this process's part of a term: the sum over its rows, divided by the number of rows of all processes."""
     query, key = sources[term.query], sources[term.key]
     rows = torch.arange(len(query.index_N), device=scale.device)
     logits_NK = scale * (query.local_ND @ key.all_KD.T)
@@ -246,5 +214,33 @@ def _mean_over_rows(term: Term, sources: dict[str, _Source], scale: Tensor) -> T
     return torch.where(counted_N, losses_N, 0).sum() / num_rows
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _of_inputs(variant: str, inputs: LossInputs) -> LossValue:
+    return omnisource_loss(
+        inputs.video,
+        inputs.subtitle,
+        inputs.frame,
+        inputs.caption,
+        inputs.log_scale,
+        variant,
+        video_mask=inputs.video_mask,
+        subtitle_mask=inputs.subtitle_mask,
+        frame_mask=inputs.video_mask,
+        caption_mask=inputs.caption_mask,
+        group=inputs.group,
+        equal_rows=True,
+    )
+
+
+def _loss_of(variant: str, **more: Any) -> Loss:
+    names = {name for term in TERMS[variant] for name in (term.query, term.key, term.other)}
+    sources = frozenset(SOURCES) & names or frozenset(SOURCES)  # "joint" compares views of all four
+    return Loss(partial(_of_inputs, variant), sources, num_similarities=len(TERMS[variant]), **more)
+
+
+VS = _loss_of("vs", on_pairs=matching_on_pairs)
+VS_FC = _loss_of("vs_fc")
+VS_VC = _loss_of("vs_vc")
+VS_VC_FC = _loss_of("vs_vc_fc")
+VSC = _loss_of("vsc")
+VSC_FC = _loss_of("vsc_fc")
+JOINT = _loss_of("joint")

@@ -12,18 +12,18 @@ from clipmill.base.errors import UserError
 
 
 def cross_entropy(similarity: Tensor) -> Tensor:
-    """Mean over rows of the cross entropy with the diagonal as target."""
+    """Average over rows the cross entropy with the diagonal as target."""
     _num_blocks(similarity, 1)
     return F.cross_entropy(similarity, torch.arange(len(similarity), device=similarity.device))
 
 
 def symmetric_cross_entropy(similarity: Tensor) -> Tensor:
-    """Half the sum of both directions. `training.losses.omnisource`'s variant "vs" on the same vectors is twice this."""
+    """Return half the sum of both directions: on the same vectors the loss "vs" is twice this."""
     return (cross_entropy(similarity) + cross_entropy(similarity.T)) / 2
 
 
 def mil_nce(similarity: Tensor, num_pairs: int = 1) -> Tensor:
-    """-log of the own block's share, for the middle pair of each block (docs/methods/clip4clip.md section 4).
+    """Average -log of the own block's share, for the middle pair of each block (docs/methods/clip4clip.md section 4).
 
     The share is among all texts of the pair's video and the other blocks' videos of the pair's text.
     """
@@ -44,7 +44,7 @@ def max_margin(
     hard_negative_rate: float = 0.5,
     negative_weighting: bool = True,
 ) -> Tensor:
-    """Mean over all entries of how far each is within `margin` of its row's and of its column's diagonal entry.
+    """Average over all entries how far each is within `margin` of its row's and of its column's diagonal entry.
 
     negative_weighting  where videos have several texts, weigh entries within a block against those outside so that the
                         latter make up 1 - hard_negative_rate of the total weight; else every entry counts 1

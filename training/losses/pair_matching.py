@@ -1,9 +1,9 @@
 """In-batch matching for models that score pairs: every text with every video, the own pair among them to be found.
 
-The two terms are those of `training.losses.omnisource`'s variant "vs", on scores instead of cosines; half their sum is the published
-symmetric loss (docs/methods/clip4clip.md section 4). The released code compares a process's own rows alone; here it is
-all rows of the batch, as in the other losses. A process scores its own texts with all videos and scores are gathered,
-so that each of the K x K pairs is scored once. What is missing asks nothing and is nobody's negative, as there.
+The two terms are those of the loss "vs" (`training.losses.omnisource`), on scores instead of cosines; half their sum is
+the published symmetric loss (docs/methods/clip4clip.md section 4). The released code compares a process's own rows alone; here
+it is all rows of the batch, as in the other losses. A process scores its own texts with all videos and scores are
+gathered, so that each of the K x K pairs is scored once. What is missing asks nothing and is nobody's negative.
 
 Legend: B clips of this process, K of all processes, F frames, C the features' size.
 """
@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.losses.omnisource import OmnisourceLoss, sum_of_means
-from training.parallel.all_gather import gather_rows
+from training.losses import LossInputs, LossValue
+from training.losses.terms import gather_equal, own_rows, sum_of_means
 
 Score = Callable[[Tensor, Tensor], Tensor]  # texts [B, C] and frames [K, F, C] to [B, K]
 
@@ -29,20 +29,19 @@ def matching_loss(
     group: dist.ProcessGroup | None = None,
     *,
     mean_gradients: bool = True,
-) -> OmnisourceLoss:
-    """Sum of both directions' mean cross entropies; masks are true where something exists.
+) -> LossValue:
+    """Sum both directions' mean cross entropies; masks are true where something exists.
 
     group, mean_gradients  as in `training.losses.omnisource.omnisource_loss`; every process has equally many clips
     """
     text_mask_B = text_mask_B & video_mask_B
     text_BC = torch.where(text_mask_B[:, None], text_BC, 0)
     frames_BFC = torch.where(video_mask_B[:, None, None], frames_BFC, 0)
-    scores_BK = score(text_BC, _of_all(frames_BFC, group))
+    scores_BK = score(text_BC, gather_equal(frames_BFC, group))
     scores_BK = scores_BK.to(torch.promote_types(scores_BK.dtype, torch.float32))
-    scores_KK = _of_all(scores_BK, group)
-    masks_K2 = _of_all(torch.stack([text_mask_B, video_mask_B], dim=1).float(), group) > 0
-    start = 0 if group is None else len(text_BC) * dist.get_rank(group)
-    own_B = start + torch.arange(len(text_BC), device=text_BC.device)
+    scores_KK = gather_equal(scores_BK, group)
+    masks_K2 = gather_equal(torch.stack([text_mask_B, video_mask_B], dim=1).float(), group) > 0
+    own_B = own_rows(text_BC, group)
     num_pairs = masks_K2[:, 0].sum().clamp(min=1)
     to_video_B = _cross_entropy(scores_BK, masks_K2[:, 1], own_B)
     to_text_B = _cross_entropy(scores_KK[:, own_B].T, masks_K2[:, 0], own_B)
@@ -54,12 +53,14 @@ def matching_loss(
 
 
 def _cross_entropy(scores_BK: Tensor, mask_K: Tensor, own_B: Tensor) -> Tensor:
-    """[B], of picking the own one among those that exist; of rows that do not count something finite."""
+    """Score [B] how well the own one is picked among those that exist; finite also for rows that do not count."""
     rows = torch.arange(len(own_B), device=own_B.device)
     blocked_BK = (~mask_K).repeat(len(own_B), 1)
     blocked_BK[rows, own_B] = False
     return scores_BK.masked_fill(blocked_BK, -torch.inf).logsumexp(dim=1) - scores_BK[rows, own_B]
 
 
-def _of_all(rows_B: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    return rows_B if group is None else gather_rows(rows_B, group, [len(rows_B)] * dist.get_world_size(group))
+def matching_on_pairs(inputs: LossInputs) -> LossValue:
+    """Compute `matching_loss` of a process's inputs: `Loss.on_pairs` of "vs"."""
+    masks = inputs.subtitle_mask, inputs.video_mask
+    return matching_loss(inputs.score, inputs.subtitle, inputs.video, *masks, group=inputs.group)

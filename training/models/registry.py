@@ -1,162 +1,130 @@
-"""The model of a run's settings, and what its texts become."""
+"""Training methods by the names of `model.method`, the settings of a model, and the models that they make.
 
-import json
+A method is a folder here and a line in `METHODS`, or MODULE:ATTRIBUTE of any module that has a `Method`. Settings
+import this file, so it imports nothing heavy; a method's code is imported when a model is made.
+"""
+
 from collections.abc import Callable
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-from safetensors.torch import load_file
+from pydantic import Field, create_model, model_validator
 
 from clipmill.base.errors import UserError
-from training.data.tokenizer import TextEncoder
-from training.models.clip4clip import Clip4Clip
-from training.models.clip_vip import ClipVip, ModelConfig
-from training.models.unipt import UniPtClip, side_tensors
-from training.models.weights.clip4clip import file_contents, load_clip4clip
-from training.models.weights.clip_vip import (
-    from_open_clip_model,
-    load_clip_vip,
-    load_model,
-    model_config,
-    save,
-    with_shape,
-    write_model,
-)
-from training.models.weights.config_formats import config_from_open_clip
-from training.models.weights.unipt import load_unipt, unipt_header
-from training.parallel.state_dict import State
-from training.settings import ModelSettings
+from clipmill.base.plugins import PLUGIN, load_attribute
+from clipmill.base.settings import Settings
+from training.models.method import Method
 
-Model = ClipVip | Clip4Clip | UniPtClip
+if TYPE_CHECKING:
+    from training.models.clip_vip.model import ModelConfig
+    from training.models.model import VideoTextModel
+    from training.parallel.state_dict import State
 
-_PLAIN = {"num_added": 0, "num_times": 0, "pooling": "mean"}  # a CLIP that nothing was added to
+METHODS = {
+    "clip_vip": "training.models.clip_vip:METHOD",
+    "clip4clip": "training.models.clip4clip:METHOD",
+    "unipt": "training.models.unipt:METHOD",
+}
 
 
-def load(settings: ModelSettings, seed: int = 0) -> Model:
-    """float32 on the CPU. `seed` draws what the method adds and a plain CLIP lacks. Raises UserError."""
-    _refuse_settings_of_others(settings, _shape(settings))
-    if settings.weights is not None:
-        return read(Path(settings.weights), settings, seed)
-    if settings.method == "clip4clip":
-        return _clip4clip(settings, seed)
-    model = _clip_vip(settings, seed)
-    return _unipt(model, settings, seed) if settings.method == "unipt" else model
+@cache
+def load_method(name: str) -> Method:
+    """Import the method that `model.method` names. Raises UserError where the name stands for something else."""
+    method = load_attribute("model.method", name, METHODS.get(name))
+    if not isinstance(method, Method):
+        raise UserError(
+            f"setting model.method = {name}: it is a {type(method).__name__}, not a training.models.method.Method."
+        )
+    return method
 
 
-def read(weights: Path, settings: ModelSettings, seed: int = 0) -> Model:
-    """The model of a checkpoint's weights, as its run's settings say what they are of. Raises UserError."""
-    if settings.method == "clip4clip":
-        frozen = settings.clip4clip.frozen_layers
-        return load_clip4clip(weights, head=None, frozen_layers=frozen, seed=seed)
-    if settings.method == "unipt":
-        return load_unipt(weights, _clip_vip(settings, seed))
-    return load_clip_vip(weights)
+# --- Settings
 
 
-def writer(model: Model) -> Callable[[State, Path], Any]:
-    """A function that writes such a model's state, whole and on the CPU, to a folder or a .safetensors file."""
-    if isinstance(model, UniPtClip):
-        header = unipt_header(model)
-        return lambda tensors, path: write_model(side_tensors(tensors), header, path)
-    if isinstance(model, Clip4Clip):
-        return lambda tensors, path: write_model(*file_contents(tensors, model.config, model.settings), path)
-    return lambda tensors, path: save(_with_tensors(model.config, tensors), path)
+class ModelSettings(Settings):
+    """What a run starts from."""
+
+    # A folder or file of weights, "open_clip:NAME/TAG", one of OpenAI's names ("ViT-B/32"), or "demo": the small CLIP
+    # that ships with clipmill.
+    init: str = "open_clip:ViT-B-32-quickgelu/openai"
+    # A checkpoint of this very method to begin with; `init` then says what it was built on. None: begin with `init`.
+    weights: str | None = None
+    # Proxy tokens besides CLIP's class token, rows of the temporal table, and how frames become a video; None: as the
+    # file has them, else 3, 12 and "proxy". Of clip_vip, and of the backbone of unipt.
+    num_added: int | None = Field(None, ge=0)
+    num_times: int | None = Field(None, ge=0)
+    pooling: Literal["proxy", "mean"] | None = None
+
+    # Which model is trained. Below it every method has its own section, model.METHOD, which is for it alone.
+    method: Literal[tuple(METHODS)] | Annotated[str, Field(pattern=PLUGIN)] = "clip_vip"
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_section_of_plugin(cls, data: Any, validate: Callable[[Any], "ModelSettings"]) -> "ModelSettings":
+        """Read the section of a method from outside, which `ModelSettings` cannot have as a field."""
+        name = data.get("method") if isinstance(data, dict) else None
+        if not isinstance(name, str) or ":" not in name:
+            return validate(data)
+        method = load_method(name)
+        if method.settings is None or method.name in cls.model_fields:
+            return validate(data)
+        return _with_sections(cls, method).model_validate(data)
 
 
-def config_of(settings: ModelSettings) -> ModelConfig:
-    """The configuration of `load(settings)`, weights unread: that of the CLIP inside. Raises UserError."""
-    shape = _shape(settings)
-    _refuse_settings_of_others(settings, shape)
-    if settings.method == "clip4clip":
-        if Path(settings.init).exists():  # only the tensors themselves tell what such a file holds
-            return _clip4clip(settings, seed=0).config
-        shape = _PLAIN
-    if settings.init == "demo":
-        clip, description = _demo_clip()
-        config = with_shape(config_from_open_clip(clip, description["model"]), shape)
-        return replace(config, words=tuple(description["words"]))
-    return model_config(settings.init, **shape)
+@cache  # the same settings are of the same class
+def _with_sections(base: type[ModelSettings], *methods: Method) -> type[ModelSettings]:
+    sections = {method.name: (method.settings, method.settings()) for method in methods if method.settings}
+    return create_model("ModelSettings", __base__=base, __doc__=base.__doc__, __module__=__name__, **sections)
 
 
-def skeleton(config: ModelConfig, settings: ModelSettings) -> Model:
-    """The model that `load(settings)` gives, of `config_of(settings)`, untouched by any weights: for meta or fake
-    tensors, which have shapes and no contents.
+ModelSettings = _with_sections(ModelSettings, *map(load_method, METHODS))
+
+
+def check_settings(settings: ModelSettings) -> Method:
+    """Return the method of the settings. Raises UserError for settings that are of another method."""
+    method = load_method(settings.method)
+    for other in map(load_method, METHODS):
+        section = getattr(settings, other.name, None)
+        if other is not method and section is not None and section != other.settings():
+            raise UserError(f"model.{other.name} is for model.method = {other.name!r}; here it is {settings.method!r}")
+    method.check(settings)
+    return method
+
+
+# --- Models
+
+
+def load(settings: ModelSettings, seed: int = 0) -> "VideoTextModel":
+    """Load the model that a run starts from, float32 on the CPU.
+
+    seed  draws what the method adds and `settings.init` lacks. Raises UserError
     """
-    clip = ClipVip(config)
-    if settings.method == "clip4clip":
-        return Clip4Clip(clip, settings.clip4clip)
-    return UniPtClip(clip, settings.unipt) if settings.method == "unipt" else clip
+    method = check_settings(settings)
+    if settings.weights is not None:
+        return method.code.read(Path(settings.weights), settings, seed)
+    return method.code.load(settings, seed)
 
 
-def text_encoder(config: ModelConfig, max_tokens: int) -> TextEncoder:
-    """Raises UserError where the model knows no text of that length."""
-    if max_tokens > config.context_length:
-        raise UserError(
-            f"data.max_text_tokens = {max_tokens}: the model reads at most {config.context_length}, "
-            "both end tokens included."
-        )
-    return TextEncoder(config.words, max_tokens)
+def read(weights: Path, settings: ModelSettings, seed: int = 0) -> "VideoTextModel":
+    """Load the weights of a checkpoint, as its run's settings say what they are of. Raises UserError."""
+    return load_method(settings.method).code.read(weights, settings, seed)
 
 
-def _refuse_settings_of_others(settings: ModelSettings, shape: dict) -> None:
-    if settings.method == "clip4clip" and shape:
-        raise UserError(f"model.{next(iter(shape))} is for model.method = 'clip_vip'; here it is 'clip4clip'")
-    for name in ("clip4clip", "unipt"):
-        if settings.method != name and getattr(settings, name) != ModelSettings.model_fields[name].default:
-            raise UserError(f"model.{name} is for model.method = {name!r}; here it is {settings.method!r}")
+def writer(model: "VideoTextModel") -> "Callable[[State, Path], Path]":
+    """Return a function that writes a state of the model, whole and on the CPU, to a folder or .safetensors file."""
+    from training.models.clip_vip.weights import write_model
+
+    code = load_method(model.method).code
+    header = code.file_header(model)
+    return lambda tensors, path: write_model(code.file_tensors(model, tensors), header, path)
 
 
-def _shape(settings: ModelSettings) -> dict[str, Any]:
-    return settings.model_dump(include={"num_added", "num_times", "pooling"}, exclude_none=True)
+def config_of(settings: ModelSettings) -> "ModelConfig":
+    """Find the configuration of the CLIP inside `load(settings)`, weights unread. Raises UserError."""
+    return check_settings(settings).code.config_of(settings)
 
 
-def _clip_vip(settings: ModelSettings, seed: int) -> ClipVip:
-    shape = _shape(settings)
-    return _demo_model(seed, shape) if settings.init == "demo" else load_model(settings.init, seed=seed, **shape)
-
-
-def _with_tensors(config: ModelConfig, tensors: State) -> ClipVip:
-    """The tensors as a model; nothing is copied or initialised."""
-    with torch.device("meta"):
-        model = ClipVip(config)
-    model.load_state_dict(tensors, assign=True)
-    return model
-
-
-def _clip4clip(settings: ModelSettings, seed: int) -> Clip4Clip:
-    if settings.init == "demo":
-        plain = _demo_model(seed, _PLAIN)
-        return Clip4Clip(plain, settings.clip4clip, seed)
-    return load_clip4clip(settings.init, seed=seed, **settings.clip4clip.model_dump())
-
-
-def _unipt(backbone: ClipVip, settings: ModelSettings, seed: int) -> UniPtClip:
-    if "vision.added_embedding" in backbone.new_tensors:
-        raise UserError(
-            f"model.method = 'unipt' on {settings.init}: a plain CLIP has no trained proxies, and frozen it never gets "
-            "any. Begin with a post-pretrained model, or set model.pooling=mean."
-        )
-    return UniPtClip(backbone, settings.unipt, seed)
-
-
-def _demo_model(seed: int, shape: dict) -> ClipVip:
-    """The image-text model that ships with clipmill (`bench.demo_models.train`)."""
-    from captioning.model_identity import DEMO_WEIGHTS
-
-    clip, description = _demo_clip()
-    weights = load_file(DEMO_WEIGHTS / "demo_clip.safetensors")
-    clip.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=True)
-    model = from_open_clip_model(clip, description["model"], seed=seed, **shape)
-    model.config = replace(model.config, words=tuple(description["words"]))
-    return model
-
-
-def _demo_clip() -> tuple[Any, dict[str, Any]]:
-    """Its open_clip model with random weights, and its description."""
-    from captioning.demo_models import build
-    from captioning.model_identity import DEMO_WEIGHTS
-
-    description = json.loads((DEMO_WEIGHTS / "demo_clip.json").read_text())
-    return build("demo_clip", description).model, description
+def skeleton(config: "ModelConfig", settings: ModelSettings) -> "VideoTextModel":
+    """Build the model of `load(settings)` from `config_of(settings)`, without weights: on meta or fake tensors."""
+    return load_method(settings.method).code.skeleton(config, settings)

@@ -21,7 +21,7 @@ _GOLDEN, _MIX1, _MIX2 = -7046029254386353131, -4658895280553007687, -77235922931
 
 
 def augment(batch: Batch, kinds: Sequence[Augmentation], *, seed: int, step: int) -> Batch:
-    """The batch with other pixels. "flip" mirrors half of the clips: not for texts that say left or right."""
+    """Change the pixels of a batch. "flip" mirrors half of the clips: not for texts that say left or right."""
     video, frame = batch.video_BT3SS, batch.frame_B13SS
     for kind in kinds:
         draw_B = uniform(batch.rows_B, key_of(seed, step, kind))
@@ -30,7 +30,7 @@ def augment(batch: Batch, kinds: Sequence[Augmentation], *, seed: int, step: int
 
 
 def uniform(rows_B: Tensor, key: int) -> Tensor:
-    """float32 [B] in [0, 1): a hash of each row under a 64-bit key, computed where the rows are."""
+    """Hash each row under a 64-bit key to float32 [B] in [0, 1), computed where the rows are."""
     z = (rows_B + 1) * _GOLDEN + (key - (1 << 64) if key >= 1 << 63 else key)
     z = (z ^ _shifted(z, 30)) * _MIX1
     z = (z ^ _shifted(z, 27)) * _MIX2
@@ -39,7 +39,7 @@ def uniform(rows_B: Tensor, key: int) -> Tensor:
 
 
 def _shifted(z: Tensor, num_bits: int) -> Tensor:
-    """To the right, as if there were no sign."""
+    """Shift to the right, as if there were no sign."""
     return (z >> num_bits) & ((1 << (64 - num_bits)) - 1)
 
 

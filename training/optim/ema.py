@@ -30,12 +30,12 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After every update of the weights."""
+        """Update the averages, after every update of the weights."""
         torch._foreach_lerp_(self._local_averages, self._local_parameters(), 1 - self.decay)
 
     @contextmanager
     def apply(self, module: nn.Module) -> Iterator[None]:
-        """Inside, the model has the averaged weights; afterwards its own again.
+        """Give the model the averaged weights inside the context, and its own again afterwards.
 
         module  the outermost that holds the model: FSDP keeps gathered weights there, which must not outlive a change
         """
@@ -56,11 +56,11 @@ class Ema:
             average.copy_(kept)
 
     def full_state(self) -> State:
-        """Whole averages on the CPU by bare name, on the first process: see `training.parallel.state_dict`."""
+        """Gather whole averages on the CPU by bare name, on the first process: see `training.parallel.state_dict`."""
         return gather(self._averages)
 
     def restore(self, tensors: State) -> None:
-        """Goes on from a saved average, which every process has read."""
+        """Continue from a saved average, which every process has read."""
         assert tensors.keys() == self._averages.keys(), "another model's averages"
         for name, average in self._averages.items():
             deal(tensors[name], average)
@@ -70,5 +70,5 @@ class Ema:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This process's part, in the same memory."""
+    """Return this process's part, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

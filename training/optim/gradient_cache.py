@@ -21,7 +21,7 @@ def cached_backward(
     used_by_loss: Sequence[Tensor] = (),
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Any:
-    """Accumulates the gradient of `loss` over all chunks into the parameters, and returns what `loss` returned.
+    """Accumulate the gradient of `loss` over all chunks into the parameters, and return what `loss` returned.
 
     encode        a chunk's features: a tuple of [b, D] tensors, None where a source is absent in every chunk. It enters
                   autocast itself: a cast made in the first pass and kept for the second would have no gradient
@@ -50,7 +50,7 @@ def cached_backward(
 def _feature_gradients(
     parts: list[FeatureSets], loss: Callable[[FeatureSets, list[Tensor]], Any], used_by_loss: Sequence[Tensor]
 ) -> tuple[Any, list[tuple[Tensor | None, ...]], Sequence[Tensor | None]]:
-    """The loss, its gradient in every chunk's features, and in what it reads directly."""
+    """Compute the loss, its gradient in every chunk's features, and in what it reads directly."""
     columns = [None if column[0] is None else torch.cat(column).requires_grad_() for column in zip(*parts, strict=True)]
     stand_ins = [parameter.detach().requires_grad_() for parameter in used_by_loss]
     result = loss(tuple(columns), stand_ins)
@@ -71,7 +71,7 @@ def _random_state() -> tuple[Tensor, list[Tensor]]:
 
 @contextmanager
 def _under_random_state(state: tuple[Tensor, list[Tensor]]) -> Any:
-    """The dropout of the first pass again; afterwards the generators go on as if only one pass had drawn."""
+    """Repeat the dropout of the first pass; afterwards the generators continue as if only one pass had drawn."""
     before = _random_state()
     _set_random_state(state)
     try:

@@ -5,21 +5,21 @@ Parameters arrive by name from `ClipVip.named_parameters()`; wrappers' prefixes 
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from clipmill.base.errors import UserError
+from training.settings import Update
 
-Update = Literal["adamw", "clip_vip", "clip4clip"]
 BETAS = (0.9, 0.98)
 EPS = 1e-6
 
 
 def decays(name: str, published: bool = False) -> bool:
-    """Whether weight decay applies to a parameter: to matrices only.
+    """Tell whether weight decay applies to a parameter: to matrices only.
 
     Not to norms, biases and `logit_scale`, nor to what is like an embedding (class and added tokens; position, temporal
     and token tables).
@@ -39,7 +39,7 @@ def parameter_groups(
     published_decay: bool = False,
     rate_factors: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimiser, at most two per rate factor; each has its `rate_factor`, for `set_learning_rate`.
+    """Group parameters for an optimiser, at most two groups per rate factor, which `set_learning_rate` applies.
 
     rate_factors  by prefix of the parameter's name, the longest that fits counts; e.g. {"logit_scale": 10.0}
     Raises UserError for a prefix of nothing.
@@ -52,7 +52,9 @@ def parameter_groups(
     for bare, parameter in named.items():
         if not parameter.requires_grad:
             continue
-        factor, decayed = _rate_factor(bare, rate_factors or {}), decays(bare, published_decay)
+        fitting = [prefix for prefix in rate_factors or {} if bare.startswith(prefix)]
+        factor = rate_factors[max(fitting, key=len)] if fitting else 1.0
+        decayed = decays(bare, published_decay)
         group = {"params": [], "names": [], "rate_factor": factor, "weight_decay": weight_decay if decayed else 0.0}
         group = groups.setdefault((factor, decayed), group)
         group["params"].append(parameter)
@@ -60,13 +62,8 @@ def parameter_groups(
     return list(groups.values())
 
 
-def _rate_factor(name: str, rate_factors: Mapping[str, float]) -> float:
-    fitting = [prefix for prefix in rate_factors if name.startswith(prefix)]
-    return rate_factors[max(fitting, key=len)] if fitting else 1.0
-
-
 def build_optimiser(groups: list[dict[str, Any]], update: Update = "adamw") -> Optimizer:
-    """torch's fused AdamW, or a published update; rates are set before every step by `set_learning_rate`."""
+    """Build torch's fused AdamW, or a published update; `set_learning_rate` sets rates before every step."""
     if update not in get_args(Update):
         raise UserError(f"update is {update!r}; allowed: {', '.join(get_args(Update))}")
     if update == "adamw":
@@ -75,7 +72,7 @@ def build_optimiser(groups: list[dict[str, Any]], update: Update = "adamw") -> O
 
 
 def set_learning_rate(optimiser: Optimizer, rate: float) -> None:
-    """`rate` times each group's factor; a rate that lives in a tensor (a compiled step) is filled in place."""
+    """Set `rate` times each group's factor; a rate that is a tensor (a compiled step) is filled in place."""
     for group in optimiser.param_groups:
         value = rate * group["rate_factor"]
         if isinstance(group["lr"], Tensor):
@@ -109,10 +106,10 @@ class _Published(Optimizer):
 
     @abstractmethod
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """Counts the parameter's step and changes it."""
+        """Count the parameter's step and change it."""
 
     def _averages(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The moving averages of the gradient and of its square, this one included."""
+        """Update the moving averages of the gradient and of its square, and return them."""
         state = self.state[parameter]
         if not state:
             state["step"] = 0

@@ -4,18 +4,18 @@ docs/methods/clip_vip.md section 7, clip4clip.md section 6.
 """
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 from clipmill.base.errors import UserError
+from training.settings import Decay
 
-Decay = Literal["cosine", "linear", "invsqrt", "constant", "clip4clip"]
 LOWEST_RATE = 1e-8  # an absolute rate, not a factor: what a step gets whose formula gives nothing
 
 
 def learning_rate(
     step: int, base_rate: float, *, total_steps: int, warmup_ratio: float = 0.01, decay: Decay = "cosine"
 ) -> float:
-    """The rate of update number `step`, counted from 1: the last of `total_steps` gets `LOWEST_RATE` under cosine.
+    """Compute the rate of update number `step`, from 1: under cosine the last of `total_steps` gets `LOWEST_RATE`.
 
     Under "clip4clip" the first update gets 0, as published.
     """
@@ -24,7 +24,7 @@ def learning_rate(
 
 
 def rate_factor(step: int, *, total_steps: int, warmup_ratio: float = 0.01, decay: Decay = "cosine") -> float:
-    """What the base rate is multiplied with: step/warm-up steps, then the decay. "constant" knows no warm-up.
+    """Compute the factor of the base rate: step/warm-up steps, then the decay. "constant" has no warm-up.
 
     "clip4clip" is a cosine over the whole run, warm-up included, so that it drops when the warm-up ends; it counts the
     updates done before this one.

@@ -9,12 +9,12 @@ from torch.autograd.function import once_differentiable
 
 
 def gather_rows(local_ND: Tensor, group: dist.ProcessGroup, counts: list[int]) -> Tensor:
-    """[sum(counts), D]: all ranks' rows in rank order. The gradient of a row is the sum over the ranks that used it."""
+    """Gather all ranks' rows in rank order, [sum(counts), D]; a row's gradient is the sum over ranks that used it."""
     return _GatherRows.apply(local_ND, group, counts)
 
 
 def gather_counts(numbers: list[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
-    """For each of `numbers` what every rank of the group has there, in rank order."""
+    """Gather for each of `numbers` what every rank of the group has there, in rank order."""
     table = torch.zeros(len(numbers), dist.get_world_size(group), dtype=torch.int64, device=device)
     table[:, dist.get_rank(group)] = torch.tensor(numbers, device=device)
     dist.all_reduce(table, group=group)

@@ -1,4 +1,4 @@
-"""The processes of a run: how this one joins the others, and the few things they say to each other besides gradients.
+"""The processes of a run: how this one joins the others, and what they exchange besides gradients.
 
 A run is one process, or as many as `torchrun` or Ray Train starts. Which of these makes no difference further on.
 """
@@ -41,7 +41,7 @@ class Process:
         return self.rank == 0
 
     def first(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns on the first process, on all of them; its error is everybody's."""
+        """Call `function` on the first process; return its result, or raise its error, on all of them."""
         outcome: list[Any] = [None, None]
         if self.is_first:
             try:
@@ -57,7 +57,7 @@ class Process:
         return outcome[0]
 
     def sum(self, *numbers: int) -> list[int]:
-        """Of each number the sum over all processes, modulo 2^64 as a signed integer."""
+        """Sum each number over all processes, modulo 2^64 as a signed integer."""
         if self.group is None:
             return list(numbers)
         told = torch.tensor(numbers, dtype=torch.int64)
@@ -71,7 +71,7 @@ class Process:
 
 @contextmanager
 def join(device: str = "auto") -> Iterator[Process]:
-    """This process among its kind: a group that exists already (Ray Train), torchrun's environment, or alone.
+    """Join the other processes: a group that exists already (Ray Train), torchrun's environment, or alone.
 
     device  "auto", "cpu" or "cuda". Raises UserError where there is no such device.
     """
@@ -95,9 +95,9 @@ def join(device: str = "auto") -> Iterator[Process]:
 
 
 def _stop_with_parent() -> None:
-    """If torchrun dies, even killed, its processes get SIGTERM: a run that nobody can stop any more saves and ends.
+    """Ask for SIGTERM when torchrun dies: a run that can no longer be stopped saves and ends.
 
-    Linux alone can be asked for that. The signal comes when the thread that started this process ends: torchrun's main.
+    Only Linux offers that. The signal comes when the thread that started this process ends: torchrun's main.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

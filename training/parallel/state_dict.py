@@ -2,6 +2,9 @@
 
 States are dicts by the parameters' bare names in `ClipVip`, whatever surrounds the model, of whole tensors on the CPU.
 So what W processes wrote any other number of processes reads. Every process of a group calls these functions together.
+
+torch.distributed.checkpoint.state_dict is not used: its setter puts the saved groups (weight decay, rate factors) back,
+which a resumed run may have changed, refuses parameters that have no state yet, and has nothing for averaged weights.
 """
 
 from collections.abc import Mapping
@@ -20,14 +23,14 @@ _WRAPPERS = ("_orig_mod.", "module.", "_checkpoint_wrapped_module.")
 
 
 def bare_name(name: str) -> str:
-    """A parameter's name without what `torch.compile`, DDP and the like put before it."""
+    """Remove from a parameter's name what `torch.compile`, DDP and the like put before it."""
     for prefix in _WRAPPERS:
         name = name.replace(prefix, "")
     return name
 
 
 def full_state(model: nn.Module, optimiser: Optimizer | None = None) -> tuple[State, OptimiserState]:
-    """Model and optimiser on the first process; two empty dicts on the others, which only lend their shards."""
+    """Gather model and optimiser on the first process; return empty dicts on the others, which lend their shards."""
     tensors = gather({bare_name(name): tensor for name, tensor in model.state_dict().items()})
     if optimiser is None:
         return tensors, {}
@@ -41,7 +44,7 @@ def full_state(model: nn.Module, optimiser: Optimizer | None = None) -> tuple[St
 
 
 def gather(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies on the CPU, whole, on the first process; an empty dict on the others. What is no tensor stays as it is."""
+    """Copy whole tensors to the CPU of the first process; return an empty dict on the others. Other values stay."""
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     gathered = {}
     for name, value in values.items():
@@ -53,7 +56,7 @@ def gather(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restore(model: nn.Module, optimiser: Optimizer | None, tensors: State, state: OptimiserState) -> None:
-    """Puts a full state, which every process has read, into a model and an optimiser, in place.
+    """Put a full state, which every process has read, into a model and an optimiser, in place.
 
     Groups and their settings stay the optimiser's own. The names must be those of the model.
     """
@@ -67,14 +70,14 @@ def restore(model: nn.Module, optimiser: Optimizer | None, tensors: State, state
 
 @torch.no_grad()
 def deal(full: Tensor, target: Tensor) -> None:
-    """Copies a whole tensor into one of its shape, or into this process's shard of it."""
+    """Copy a whole tensor into one of its shape, or into this process's shard of it."""
     assert full.shape == target.shape, f"{list(full.shape)} is no state for {list(target.shape)}"
     local = target.to_local() if isinstance(target, DTensor) else target
     local.copy_(_like(full, target).to_local() if isinstance(target, DTensor) else full)
 
 
 def _like(full: Tensor, parameter: Tensor) -> Tensor:
-    """On the parameter's device, sharded as it is; nothing is sent, since everybody has it all."""
+    """Move a tensor to the parameter's device, sharded as it is; nothing is sent, since every process has all."""
     full = full.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return full.clone()
@@ -82,7 +85,7 @@ def _like(full: Tensor, parameter: Tensor) -> Tensor:
 
 
 def restore_optimiser(model: nn.Module, optimiser: Optimizer, state: OptimiserState) -> None:
-    """The optimiser's part of `restore`, for a model that has its weights already."""
+    """Do the optimiser's part of `restore`, for a model that has its weights already."""
     names = _names_of_parameters(model)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     unknown = state.keys() - {names[parameter] for parameter in parameters}
@@ -97,7 +100,7 @@ def restore_optimiser(model: nn.Module, optimiser: Optimizer, state: OptimiserSt
 
 
 def _dealt_value(value: Any, parameter: Tensor) -> Any:
-    """Moments lie as their parameter does; a count is the same everywhere."""
+    """Shard moments as their parameter is; a count is the same everywhere."""
     if isinstance(value, Tensor):
         return _like(value, parameter) if value.shape == parameter.shape and value.ndim else value.clone()
     return value
@@ -111,7 +114,7 @@ def _names_of_parameters(model: nn.Module) -> dict[Tensor, str]:
 
 
 def random_state() -> State:
-    """torch's generators of this process: nothing else draws, since order and frames are functions of the seed."""
+    """Save torch's generators of this process: nothing else draws, since order and frames depend on the seed alone."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -119,7 +122,7 @@ def random_state() -> State:
 
 
 def set_random_state(state: State) -> None:
-    """A generator that this machine lacks, or that the state does not know, is left alone."""
+    """Restore torch's generators; one that this machine or the state lacks is left alone."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -1,7 +1,7 @@
 """The checkpoints of a run: written whole or not at all, checked before they are trusted, the latest few kept.
 
     checkpoints/step-00000100/
-      model.safetensors config.json   the weights: `training.models.weights.clip_vip.load_model` opens the folder
+      model.safetensors config.json   the weights: `training.models.clip_vip.weights.load_model` opens the folder
       ema.safetensors ema.json        averaged weights, where the run keeps them
       training.pt                     optimiser and random state: tensors and plain containers, nothing that runs
       state.json                      the position in the plan, settings, selection; size and SHA-256 of the others

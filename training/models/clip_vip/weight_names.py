@@ -51,7 +51,7 @@ NEW_TENSORS = ("vision.added_embedding", "vision.time_embedding")  # what a plai
 
 
 def published_names(name: str) -> tuple[str, ...]:
-    """One name of ours in the published layout; three for a fused query-key-value tensor."""
+    """Translate one name of ours to the published layout; three for a fused query-key-value tensor."""
     renamed = _rename(name, _PUBLISHED)
     if ".qkv." not in name:
         return (renamed,)
@@ -59,7 +59,7 @@ def published_names(name: str) -> tuple[str, ...]:
 
 
 def to_published(tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Tensors (or gradients) by our names, by their published ones: `clipmodel.` is the released files' prefix."""
+    """Rename tensors (or gradients) from our names to the published ones; released files have prefix `clipmodel.`."""
     published: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         theirs = published_names(name)
@@ -71,7 +71,7 @@ def to_published(tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tens
 
 
 def from_published(names: list[str], published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of ours among `names` whose published parts are all there."""
+    """Collect the tensors of ours among `names` whose published parts are all there."""
     ours: dict[str, Tensor] = {}
     for name in names:
         parts = [published[key] for key in published_names(name) if key in published]
@@ -82,12 +82,12 @@ def from_published(names: list[str], published: dict[str, Tensor]) -> dict[str, 
 
 
 def open_clip_name(name: str) -> str | None:
-    """One name of ours in open_clip's layout, None for what CLIP does not have."""
+    """Translate one name of ours to open_clip's layout, None for what CLIP does not have."""
     return None if name in NEW_TENSORS else _rename(name, _OPEN_CLIP)
 
 
 def from_open_clip(names: list[str], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of ours among `names` that open_clip's state dict holds; its projections lie transposed."""
+    """Collect the tensors of ours among `names` that open_clip's state dict holds; its projections lie transposed."""
     ours = {name: theirs[key] for name in names if (key := open_clip_name(name)) in theirs}
     return {name: tensor.t() if name.endswith("_projection.weight") else tensor for name, tensor in ours.items()}
 

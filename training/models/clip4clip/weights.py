@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from clipmill.base.errors import UserError
 from clipmill.base.settings import validate_settings
-from training.clip4clip_settings import Clip4ClipSettings
-from training.models.clip4clip import MAX_LOG_SCALE, Clip4Clip
-from training.models.clip_vip import ClipVip, ModelConfig
-from training.models.weights.clip4clip_names import (
+from training.models.clip4clip.model import MAX_LOG_SCALE, Clip4Clip
+from training.models.clip4clip.settings import Clip4ClipSettings
+from training.models.clip4clip.weight_names import (
     STEM_3D,
     config_from_names,
     head_of,
@@ -29,8 +27,9 @@ from training.models.weights.clip4clip_names import (
     tidy,
     to_released,
 )
-from training.models.weights.clip_vip import assemble, load_clip_vip, load_model, read_tensors, write_model
-from training.models.weights.config_formats import config_from_dict, config_to_dict
+from training.models.clip_vip.config_formats import config_from_dict, config_to_dict
+from training.models.clip_vip.model import ClipVip, ModelConfig
+from training.models.clip_vip.weights import assemble, load_clip_vip, load_model, read_header, read_tensors, write_model
 
 Config = str | Path | Mapping[str, Any] | ModelConfig | None
 
@@ -46,10 +45,10 @@ def load_clip4clip(
     frozen_layers: int | None = None,
     seed: int = 0,
 ) -> Clip4Clip:
-    """A model in evaluation mode (tightTransf has dropout), in float32 unless the file is float64.
+    """Load a model in evaluation mode (tightTransf has dropout), in float32 unless the file is float64.
 
     weights       a file in released names (OpenAI's, with or without `clip.`), with or without the head's tensors; one
-                  of our folders; or whatever `training.models.weights.clip_vip.load_model` takes and is a plain CLIP
+                  of our folders; or whatever `training.models.clip_vip.weights.load_model` takes and is a plain CLIP
     head_weights  a file with the tensors that CLIP4Clip adds
     head          "meanP", "seqLSTM", "seqTransf" or "tightTransf"; None: the one whose tensors are there
     config        the CLIP's: HF's JSON as a path or dict, or a `ModelConfig`. None: the file's header, else its shapes
@@ -70,47 +69,42 @@ def load_clip4clip(
 
 
 def save_clip4clip(model: Clip4Clip, path: str | Path) -> Path:
-    """Writes released names as `training.models.weights.clip_vip.save` writes published ones; returns the weights' path."""
+    """Write released names to files as `training.models.clip_vip.weights.save` does; return the weights' path."""
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    return write_model(*file_contents(tensors, model.config, model.settings), path)
+    return write_model(released_tensors(model, tensors), header_of(model), path)
 
 
-def file_contents(
-    tensors: Mapping[str, Tensor], config: ModelConfig, settings: Clip4ClipSettings
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A state of `Clip4Clip` on the CPU as its file has it: tensors by released names, and the configuration's JSON."""
-    released = to_released(tensors, settings.head, settings.stem)
+def header_of(model: Clip4Clip) -> dict[str, Any]:
+    """Describe a model for the header of its file: the CLIP's configuration and the settings of its head."""
+    return config_to_dict(model.config) | {"model_type": "clip4clip", "clip4clip": model.settings.model_dump()}
+
+
+def released_tensors(model: Clip4Clip, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name the tensors of a state on the CPU as released files do."""
+    released = to_released(tensors, model.settings.head, model.settings.stem)
     released["clip.logit_scale"] = released["clip.logit_scale"].clamp(max=MAX_LOG_SCALE)
-    return released, config_to_dict(config) | {"model_type": "clip4clip", "clip4clip": settings.model_dump()}
+    return released
 
 
 def _read(weights: str | Path, config: Config) -> tuple[ClipVip, dict[str, Tensor]]:
-    """The CLIP of a source, and what its file holds that CLIP does not have, by released names."""
+    """Read the CLIP of a source, and what its file holds that CLIP does not have, by released names."""
     path = Path(weights)
     if (path / "model.safetensors").is_file():
         path = path / "model.safetensors"
     theirs = tidy(read_tensors(path)) if path.is_file() else {}
     if "clip.visual.class_embedding" not in theirs:
-        return _plain_clip(weights, config), {}
+        if config is None:
+            return load_model(weights, num_added=0, num_times=0, pooling="mean"), {}
+        return load_clip_vip(weights, _plain(config)), {}
     added = {key: theirs.pop(key) for key in list(theirs) if key == STEM_3D or head_of(key)}
     bare = {key.removeprefix("clip."): tensor for key, tensor in theirs.items()}
-    return assemble(_clip_config(path, config, theirs), "open_clip", bare, seed=0, source=str(weights)), added
-
-
-def _plain_clip(weights: str | Path, config: Config) -> ClipVip:
-    if config is None:
-        return load_model(weights, num_added=0, num_times=0, pooling="mean")
-    return load_clip_vip(weights, _plain(config))
-
-
-def _clip_config(path: Path, config: Config, theirs: Mapping[str, Tensor]) -> ModelConfig:
-    if config is None:
-        config = _header(path)
-    return config_from_names(theirs) if config is None else _plain(config)
+    config = read_header(path) if config is None else config
+    clip_config = config_from_names(theirs) if config is None else _plain(config)
+    return assemble(clip_config, "open_clip", bare, seed=0, source=str(weights)), added
 
 
 def _plain(config: str | Path | Mapping[str, Any] | ModelConfig) -> ModelConfig:
-    """Without proxies, whatever it says: that a file has none is checked when its tensors are read."""
+    """Read a configuration without proxies: that a file has none is checked when its tensors are read."""
     if isinstance(config, str | Path):
         if not Path(config).is_file():
             raise UserError(f"config {str(config)!r}: no such file")
@@ -120,18 +114,10 @@ def _plain(config: str | Path | Mapping[str, Any] | ModelConfig) -> ModelConfig:
     return replace(config, pooling="mean", num_added=0, num_times=0)
 
 
-def _header(path: Path) -> dict[str, Any] | None:
-    if path.suffix != ".safetensors":
-        return None
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("config")
-    return json.loads(text) if text else None
-
-
 def _settings(
     added: Mapping[str, Tensor], head: str | None, stem: str | None, num_layers: int | None, frozen_layers: int | None
 ) -> Clip4ClipSettings:
-    """What was asked for, and for what was not, what the tensors say."""
+    """Settle the settings: what was asked for, else what the tensors say."""
     if head is None:
         head = next((kind for kind in ("tightTransf", "seqTransf", "seqLSTM") if _has(added, kind)), "meanP")
     chosen: dict[str, Any] = {"head": head, "frozen_layers": frozen_layers}
@@ -142,14 +128,14 @@ def _settings(
 
 
 def _has(added: Mapping[str, Tensor], kind: str) -> bool:
-    """Whether a tensor is there that only this head has."""
+    """Tell whether a tensor is there that only this head has."""
     probe = {"seqLSTM": "lstm.bias_ih_l0", "seqTransf": "blocks.0.out.bias", "tightTransf": "score.bias"}
     return released_name(f"head.{probe[kind]}", kind, "2d") in added
 
 
 @torch.no_grad()
 def _read_added(model: Clip4Clip, theirs: Mapping[str, Tensor], source: str) -> None:
-    """Fills what CLIP4Clip adds: the whole head and the 3-D stem, of which either may be absent altogether."""
+    """Fill what CLIP4Clip adds: the whole head and the 3-D stem, of which either may be absent altogether."""
     ours = {name: tensor for name, tensor in model.state_dict().items() if model.is_added(name)}
     keys = {name: released_name(name, model.settings.head, model.settings.stem) for name in ours}
     if unexpected := sorted(set(theirs) - set(keys.values())):

@@ -1,7 +1,7 @@
-"""CLIP4Clip: CLIP frame by frame, and a head that compares texts with the frames of a video.
+"""CLIP4Clip: CLIP frame by frame, and a head that compares texts with the frames of a video (docs/methods/clip4clip.md).
 
-docs/methods/clip4clip.md. The CLIP inside is `training.models.clip_vip.ClipVip` without proxies. Shape letters are those of
-`training.models.clip4clip_heads`, and
+The CLIP inside is `training.models.clip_vip.model.ClipVip` without proxies. Shape letters are those of
+`training.models.clip4clip.heads`, and
     L tokens of a text   T = F frames   H, W pixels
 """
 
@@ -16,10 +16,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from clipmill.base.errors import UserError
-from training.clip4clip_settings import Clip4ClipSettings
-from training.models.clip4clip_heads import NORM_EPS, PairHead, build_head, pooled
-from training.models.clip_vip import ClipVip, ModelConfig, TextTower, TowerConfig, VisionTower, cut_texts, tower_flops
-from training.models.weights.clip4clip_names import stem_of
+from training.models.clip4clip.heads import NORM_EPS, PairHead, build_head, pooled
+from training.models.clip4clip.settings import Clip4ClipSettings
+from training.models.clip4clip.weight_names import stem_of
+from training.models.clip_vip.model import (
+    ClipVip,
+    ModelConfig,
+    TextTower,
+    TowerConfig,
+    VisionTower,
+    cut_texts,
+    tower_flops,
+)
+from training.models.model import VideoTextModel
 
 MAX_LOG_SCALE = math.log(100)
 INIT_STD = 0.02
@@ -27,7 +36,7 @@ INIT_STD = 0.02
 _ALWAYS_TRAINED = ("logit_scale", "text.final_norm.", "text_projection.", "vision.post_norm.", "visual_projection.")
 
 
-class Clip4Clip(nn.Module):
+class Clip4Clip(VideoTextModel):
     """A CLIP with a head that starts from its weights; where `ClipVip` is used, this can be.
 
     clip        a plain one: no added tokens, no temporal table. It becomes part of this model
@@ -37,6 +46,8 @@ class Clip4Clip(nn.Module):
     per item: `encode_video` and `encode_text`, for every head but tightTransf, whose scores are of pairs
     (`needs_pairs`).
     """
+
+    method = "clip4clip"
 
     def __init__(self, clip: ClipVip, settings: Clip4ClipSettings | None = None, seed: int = 0):
         super().__init__()
@@ -56,7 +67,9 @@ class Clip4Clip(nn.Module):
     # -- features, then scores ----------------------------------------------------------------------------------------
 
     def frame_features(self, pixels: Tensor) -> Tensor:
-        """[B, F, C], unnormalised, of normalised pixels [B, F, 3, H, W] or, as published, [B, 1, F, 1, 3, H, W].
+        """Encode normalised pixels [B, F, 3, H, W] or, as published, [B, 1, F, 1, 3, H, W] to frames [B, F, C].
+
+        Frames are not unit vectors.
 
         Computed in the model's dtype, except that float64 pixels are computed in float64 whatever the model's.
         """
@@ -71,7 +84,7 @@ class Clip4Clip(nn.Module):
         return _in_dtype(pixels.dtype, self.clip.visual_projection, tokens).unflatten(0, (-1, num_frames))
 
     def text_features(self, ids: Tensor, *, cut: bool = True, dtype: torch.dtype | None = None) -> Tensor:
-        """[N, C], unnormalised, of token ids [N, L] or, as published, [N, 1, L]. `cut` as in `ClipVip.encode_text`.
+        """Encode token ids [N, L] or, as published, [N, 1, L] to [N, C], no unit vectors. `cut`: `ClipVip.encode_text`.
 
         dtype  float64 computes in it whatever the model's
         """
@@ -83,7 +96,7 @@ class Clip4Clip(nn.Module):
         return _in_dtype(dtype, self.clip.text_projection, _in_dtype(dtype, self.clip.text, ids))
 
     def similarity(self, text_features: Tensor, visual_output: Tensor, video_mask: Tensor | None = None) -> Tensor:
-        """[N, B]: every text with every video, with the temperature in it (tightTransf has none).
+        """Compare every text with every video, [N, B], with the temperature in it (tightTransf has none).
 
         text_features  [N, C] or [N, 1, C], from `text_features`
         visual_output  [B, F, C], from `frame_features`
@@ -104,7 +117,7 @@ class Clip4Clip(nn.Module):
             return self.logit_scale.to(dtype).exp() * (text_NC @ video_BC.T)
 
     def forward(self, ids: Tensor, mask: Tensor | None, video: Tensor, video_mask: Tensor | None = None) -> Tensor:
-        """[N, B] similarities of N texts with B videos; shapes as in the methods above.
+        """Compare N texts with B videos, [N, B]; shapes as in the methods above.
 
         mask  not read: a text is pooled at its end token, which nothing behind it can reach, and the published model
               knows no other holes
@@ -121,17 +134,28 @@ class Clip4Clip(nn.Module):
         return isinstance(self.head, PairHead)
 
     def encode_video(self, pixels: Tensor, video_mask: Tensor | None = None) -> Tensor:
-        """Unit vectors [B, C] of pixels and mask as above: the logits are exp(logit_scale) times their cosines."""
+        """Encode pixels and mask as above to unit vectors [B, C]: logits are exp(logit_scale) times their cosines."""
         if self.needs_pairs:
             raise UserError("model.clip4clip.head = 'tightTransf' has no vector per video: it scores pairs")
         frames_BFC = self.frame_features(pixels)
         return self._pool(frames_BFC, self._mask(video_mask, frames_BFC))
 
     def encode_text(self, ids: Tensor, mask: Tensor | None = None, *, cut: bool = True) -> Tensor:
-        """Unit vectors [N, C] of token ids [N, L]; `mask` is not read, as in `forward`."""
+        """Encode token ids [N, L] to unit vectors [N, C]; `mask` is not read, as in `forward`."""
         return F.normalize(self.text_features(ids, cut=cut), dim=1)
 
+    def encode_frames(self, pixels_F3HW: Tensor) -> Tensor:
+        return self.frame_features(pixels_F3HW.unsqueeze(0))[0]
+
+    @property
+    def mixes_frames(self) -> bool:
+        return self.settings.head in ("seqLSTM", "seqTransf")
+
     # -- what the trainer needs ---------------------------------------------------------------------------------------
+
+    @property
+    def called(self) -> str:
+        return f"model.clip4clip.head = {self.settings.head!r}" if self.needs_pairs else super().called
 
     @property
     def config(self) -> ModelConfig:
@@ -150,16 +174,16 @@ class Clip4Clip(nn.Module):
         return self.clip.text
 
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
-        """As `ClipVip`'s. tightTransf computes its pairs again in the backward pass in any case, but for one chunk."""
+        """Set it for CLIP. tightTransf computes its pairs again in the backward pass in any case, but for one chunk."""
         self.clip.set_activation_checkpointing(enabled)
 
     @torch.no_grad()
     def clamp_log_scale(self) -> None:
-        """To at most ln 100, in place: call it after every update."""
+        """Clamp to at most ln 100, in place, after every update."""
         self.logit_scale.clamp_(max=MAX_LOG_SCALE)
 
     def freeze(self, num_layers: int | None) -> None:
-        """Lets train what `model.clip4clip.frozen_layers` = num_layers says. A 3-D stem trains in any case."""
+        """Freeze what `model.clip4clip.frozen_layers` = num_layers says. A 3-D stem trains in any case."""
         deepest = max(len(self.vision.blocks), len(self.text.blocks))
         if num_layers is not None and num_layers > deepest:
             raise UserError(f"model.clip4clip.frozen_layers is {num_layers}; this CLIP has {deepest} layers")
@@ -168,9 +192,35 @@ class Clip4Clip(nn.Module):
             parameter.requires_grad_(num_layers is None or always or _layer(name) >= num_layers)
 
     def is_added(self, name: str) -> bool:
-        """Whether a tensor is CLIP4Clip's rather than CLIP's."""
+        """Tell whether a tensor is CLIP4Clip's rather than CLIP's."""
         stem = self.settings.stem == "3d" and name == "clip.vision.patch_embedding.weight"
         return stem or name.startswith("head.")
+
+    # -- what it costs ------------------------------------------------------------------------------------------------
+
+    @property
+    def num_frozen_blocks(self) -> int:
+        return 0 if self.settings.stem == "3d" else self.settings.frozen_layers or 0
+
+    def pair_flops(self, num_frames: int) -> float:
+        """Count forward and backward FLOPs of tightTransf's blocks for one pair; 0 for heads that score none."""
+        if not self.needs_pairs:
+            return 0.0
+        num_tokens = 1 + num_frames
+        return 3 * tower_flops(_head_config(self.config, self.settings), num_tokens, num_tokens**2)
+
+    def head_activations(self, num_frames: int) -> int:
+        return num_frames * self._head_values_per_token if self.settings.head == "seqTransf" else 0
+
+    def pair_activations(self, num_frames: int, num_pairs: int) -> int:
+        """Count those of one chunk of pairs: the others' are computed again."""
+        if not self.needs_pairs:
+            return 0
+        return min(num_pairs, self.pairs_at_a_time) * (1 + num_frames) * self._head_values_per_token
+
+    @property
+    def _head_values_per_token(self) -> int:
+        return self.config.embed_dim * self.settings.num_layers
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -198,7 +248,7 @@ class Clip4Clip(nn.Module):
 
     @torch.no_grad()
     def _start_head(self, generator: torch.Generator) -> None:
-        """Position table and blocks copy the text tower's where shapes agree; everything else is drawn."""
+        """Copy position table and blocks from the text tower where shapes agree; draw everything else."""
         theirs = dict(self.clip.text.named_parameters())
         for name, tensor in self.head.state_dict().items():
             like = theirs.get(name)
@@ -209,7 +259,7 @@ class Clip4Clip(nn.Module):
 
     @torch.no_grad()
     def _start_stem(self) -> None:
-        """A convolution over three frames that sees the middle one only: CLIP's own at the start.
+        """Make a convolution over three frames that sees the middle one only: CLIP's own at the start.
 
         CLIP's 2-D weight is kept beside it, though nothing reads it: the released files hold both.
         """
@@ -221,19 +271,8 @@ class Clip4Clip(nn.Module):
         self.clip.vision.patch_embedding = stem
 
 
-def pair_flops(config: ModelConfig, settings: Clip4ClipSettings, num_frames: int) -> float:
-    """Forward and backward FLOPs of tightTransf's blocks for one pair; 0 for heads that score none.
-
-    What the towers need is in `training.models.clip_vip.sample_flops`.
-    """
-    if settings.head != "tightTransf":
-        return 0.0
-    num_tokens = 1 + num_frames
-    return 3 * tower_flops(_head_config(config, settings), num_tokens, num_tokens**2)
-
-
 def with_neighbours(pixels_BT3HW: Tensor) -> Tensor:
-    """[B, T, 9, H, W]: the channels of the frame before, the frame, the frame behind; zeros beyond either end.
+    """Put the frame before and the frame behind into the channels: [B, T, 9, H, W], zeros beyond either end.
 
     A 2-D convolution over them is the published 3-D one with kernel 3 along time.
     """
@@ -242,7 +281,7 @@ def with_neighbours(pixels_BT3HW: Tensor) -> Tensor:
 
 
 def _head_config(config: ModelConfig, settings: Clip4ClipSettings) -> TowerConfig:
-    """Blocks like the text tower's where features have its width, as in every OpenAI CLIP; else of OpenAI's shape."""
+    """Size blocks as the text tower's where features have its width, as in OpenAI's CLIPs; else in OpenAI's shape."""
     sizes: dict[str, Any] = {"num_layers": settings.num_layers, "norm_eps": NORM_EPS}
     width = config.embed_dim
     if width == config.text.width:
@@ -264,13 +303,13 @@ def _draw(name: str, tensor: Tensor, generator: torch.Generator) -> None:
 
 
 def _layer(name: str) -> int:
-    """The number of the block a parameter of CLIP is in, -1 for none."""
+    """Return the number of the block that a parameter of CLIP is in, -1 for none."""
     parts = name.split(".")
     return int(parts[2]) if parts[1:2] == ["blocks"] else -1
 
 
 def _in_dtype(dtype: torch.dtype, module: nn.Module, *inputs: Tensor) -> Tensor:
-    """module(*inputs) with weights widened to float64 where `dtype` is that and theirs is not."""
+    """Call the module, with weights widened to float64 where `dtype` is that and theirs is not."""
     parameters = dict(module.named_parameters())
     if dtype != torch.float64 or all(p.dtype == dtype for p in parameters.values()):
         return module(*inputs)

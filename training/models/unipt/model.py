@@ -1,7 +1,7 @@
 """UniPT: small networks beside a frozen CLIP that read every layer's hidden states at once (docs/methods/unipt.md).
 
 Only the two side networks train, and nothing is kept for a backward pass through the backbone: it runs without
-gradients, and its hidden states are plain inputs. Shape letters, besides those of `training.models.attention`:
+gradients, and its hidden states are plain inputs. Shape letters, besides those of `training.models.clip_vip.attention`:
     N items (videos, frames or texts)   S tokens of an item   C embed_dim   I inner width   Y layers that are read
 Each layer's tokens enter only through sums over tokens, so their map to the inner width is applied to the query before
 and to the sums afterwards, never to the tokens: same numbers, no [N, S, I] tensor and S times fewer products.
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipmill.base.errors import UserError
-from training.models.clip4clip_heads import pooled
-from training.models.clip_vip import ClipVip, ModelConfig, cut_texts
-from training.unipt_settings import UniPtSettings
+from training.models.clip4clip.heads import pooled
+from training.models.clip_vip.model import ClipVip, ModelConfig, cut_texts
+from training.models.model import VideoTextModel
+from training.models.unipt.settings import UniPtSettings
 
 PREFIXES = ("image_adapter.", "text_adapter.")  # as published, beside CLIP's own tensors under `clip.`
 INIT_STD = 0.02
@@ -53,7 +54,7 @@ class Adapter(nn.Module):
         mask_NS: Tensor | None = None,
         position_N: Tensor | None = None,
     ) -> Adapted:
-        """Steps 1 to 7 of docs/methods/unipt.md section 3, in the wider of the guide's and the weights' dtypes.
+        """Do steps 1 to 7 of docs/methods/unipt.md section 3, in the wider of the guide's and the weights' dtypes.
 
         states    Y hidden states [N, S, D]
         guide     the backbone's last feature, projected and not normalised
@@ -91,7 +92,7 @@ def _read_layer(
     mask_NS: Tensor | None,
     anchor: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Two [N, I]: what the query gathers from a layer plus the anchor's own feature, and the mean over tokens."""
+    """Return two [N, I]: what the query gathers from a layer plus the anchor's feature, and the mean over tokens."""
     tokens_NSD = _tokens(state_NSD, query_NI.dtype)
     weight_ID, bias_I = (parameter.to(query_NI.dtype) for parameter in (linear.weight, linear.bias))
     scores_NS = torch.bmm(tokens_NSD, (query_NI @ weight_ID).to(tokens_NSD.dtype).unsqueeze(2)).squeeze(2)
@@ -111,7 +112,7 @@ def _weighted(tokens_NSD: Tensor, *weights_NS: Tensor) -> tuple[Tensor, ...]:
 
 
 def _tokens(state_NSD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rectified, and under autocast narrowed once: every product that keeps its tokens then keeps this one copy."""
+    """Rectify, and under autocast narrow once: every product that keeps its tokens then keeps this one copy."""
     kind = state_NSD.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -130,13 +131,17 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
-class UniPtClip(nn.Module):
+class UniPtClip(VideoTextModel):
     """A frozen backbone with a side network on each tower; used wherever a `ClipVip` is.
 
     On a backbone with pooling "mean" this is UniPT's CLIP4Clip with meanP; with pooling "proxy" the video's class token
-    is the guide (docs/methods/unipt.md section 7). The log scale is the backbone's and frozen with it. The side
-    networks are made in float32 on the CPU, as every model is read; `to` moves all.
+    is the guide (docs/methods/unipt.md section 7). The log scale is the backbone's and frozen with it. The side networks are
+    made in float32 on the CPU, as every model is read; `to` moves all.
     """
+
+    method = "unipt"
+    saves_only_trained = True
+    reads_hidden_states = True
 
     def __init__(self, backbone: ClipVip, settings: UniPtSettings | None = None, seed: int = 0):
         super().__init__()
@@ -161,7 +166,7 @@ class UniPtClip(nn.Module):
         return self.backbone.new_tensors
 
     def train(self, mode: bool = True) -> "UniPtClip":
-        """The side networks' mode; the backbone stays in eval mode."""
+        """Set the side networks' mode; the backbone stays in eval mode."""
         super().train(mode)
         self.backbone.eval()
         return self
@@ -171,7 +176,7 @@ class UniPtClip(nn.Module):
         return self.config.pooling == "mean"
 
     def encode_video(self, pixels: Tensor, video_mask: Tensor | None = None) -> Tensor:
-        """Unit vectors [B, embed_dim] of normalised pixels [B, T, 3, H, W]; dtypes as in `ClipVip.encode_video`.
+        """Encode normalised pixels [B, T, 3, H, W] to unit vectors [B, embed_dim]; dtypes as in `ClipVip.encode_video`.
 
         video_mask  [B, T], for pooling "mean" alone: false where a frame is not there; None: all are
         """
@@ -181,16 +186,16 @@ class UniPtClip(nn.Module):
         return pooled(frames_BTC, frames_BTC.new_ones(frames_BTC.shape[:2]) if video_mask is None else video_mask)
 
     def frame_features(self, pixels: Tensor) -> Tensor:
-        """[B, T, embed_dim], not normalised: every frame as a video of its own, as CLIP4Clip's heads take them."""
+        """Encode every frame as a video of its own, for CLIP4Clip's heads: [B, T, embed_dim], not normalised."""
         self.backbone.check_pixels(pixels)
         return self._video_features(pixels.flatten(0, 1).unsqueeze(1)).unflatten(0, pixels.shape[:2])
 
     def encode_text(self, ids: Tensor, mask: Tensor | None = None, *, cut: bool = True) -> Tensor:
-        """Unit vectors [B, embed_dim] of token ids [B, L]; arguments as in `ClipVip.encode_text`."""
+        """Encode token ids [B, L] to unit vectors [B, embed_dim]; arguments as in `ClipVip.encode_text`."""
         return F.normalize(self.text_features(ids, mask, cut=cut), dim=-1)
 
     def text_features(self, ids: Tensor, mask: Tensor | None = None, *, cut: bool = True) -> Tensor:
-        """[B, embed_dim], not normalised. Start and end tokens are read with the words, what is behind them is not.
+        """Encode token ids to [B, embed_dim], not normalised. Start and end tokens are read with the words.
 
         The published code reads every token but those of id 0, which is padding there and "!" as well.
         """
@@ -205,17 +210,17 @@ class UniPtClip(nn.Module):
         return self.text_adapter(states, guide_BC, read_BL, ends_B).features_NC
 
     def forward(self, pixels: Tensor | None = None, ids: Tensor | None = None, mask: Tensor | None = None) -> Any:
-        """As `ClipVip.forward`."""
+        """Run the encoders that have an input, as `ClipVip.forward`."""
         video = None if pixels is None else self.encode_video(pixels)
         text = None if ids is None else self.encode_text(ids, mask)
         return (video, text) if video is not None and text is not None else video if text is None else text
 
     def layer_confidence(self) -> dict[str, list[float]]:
-        """Each network's mean share of the layers it reads, first to last, in the last forward pass."""
+        """Return each network's mean share of the layers it reads, first to last, in the last forward pass."""
         return {name: shares_Y.tolist() for name, shares_Y in self._mean_confidence().items()}
 
     def log_values(self) -> dict[str, Tensor]:
-        """The same for a line of the log: a number for each layer, still on the device."""
+        """Return the same for a line of the log: a number for each layer, still on the device."""
         named = self._mean_confidence().items()
         return {f"{name}_layer_{n}": share for name, shares_Y in named for n, share in enumerate(shares_Y.unbind())}
 
@@ -223,12 +228,14 @@ class UniPtClip(nn.Module):
         adapters = {"image": self.image_adapter, "text": self.text_adapter}
         return {name: a.mean_confidence_Y for name, a in adapters.items() if a.mean_confidence_Y is not None}
 
+    @property
+    def num_frozen_blocks(self) -> int:
+        """Count all blocks: the side networks' own arithmetic is less than a hundredth of the backbone's."""
+        return self.config.vision.num_layers
+
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
         if enabled:
             raise UserError("train.activation_checkpointing: UniPT keeps no activations of the backbone; set it false")
-
-    def clamp_log_scale(self) -> None:
-        """Nothing: it is frozen, and was clamped when it was read."""
 
     def _video_features(self, pixels_BT3HW: Tensor) -> Tensor:
         guide_BC, states = self._video_states(pixels_BT3HW)
@@ -236,7 +243,7 @@ class UniPtClip(nn.Module):
 
     @torch.no_grad()
     def _video_states(self, pixels_BT3HW: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The projected class token [B, C] and the hidden states to read; float64 pixels stay float64 throughout."""
+        """Return the projected class token [B, C] and the hidden states to read; float64 pixels stay float64."""
         self.backbone.check_pixels(pixels_BT3HW)
         dtype, own = pixels_BT3HW.dtype, self.logit_scale.dtype
         dtype = torch.float64 if torch.float64 in (dtype, own) else own
@@ -257,7 +264,7 @@ class UniPtClip(nn.Module):
         return states[:: -self.settings.every][::-1]
 
     def _video_tokens(self, state_BSD: Tensor, num_frames: int) -> Tensor:
-        """The tokens of one layer that `settings.tokens` names."""
+        """Select the tokens of one layer that `settings.tokens` names."""
         if self.settings.tokens == "all":
             return state_BSD
         num_proxies = self.config.num_proxies
@@ -275,5 +282,5 @@ def _adapter(config: ModelConfig, tower: str, settings: UniPtSettings) -> Adapte
 
 
 def side_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What training changes of a model's state, by its published names."""
+    """Select of a model's state what training changes, by its published names."""
     return {name: tensor for name, tensor in state.items() if name.startswith(PREFIXES)}

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from clipmill.base.errors import UserError
-from training.models.clip_vip import ModelConfig, TowerConfig
+from training.models.clip_vip.model import ModelConfig, TowerConfig
 
 # HF writes only what differs from these.
 _HF_VISION = {
@@ -41,7 +41,7 @@ _OPEN_CLIP_DEFAULTS = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learn
 
 
 def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
-    """HF's CLIP configuration (alone or as `reference_config`) and `vision_additional_config`, each value optional."""
+    """Read HF's CLIP configuration (alone or as `reference_config`) and `vision_additional_config`; all is optional."""
     clip = data.get("reference_config") or data.get("clip_config") or data
     if not isinstance(clip, Mapping) or not ("vision_config" in clip or "text_config" in clip):
         raise UserError("config: no vision_config or text_config in it; HF's CLIP config.json has both")
@@ -68,7 +68,7 @@ def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
-    """The JSON that goes with weights in published names: HF reads its part, `config_from_dict` reads all of it."""
+    """Make the JSON of weights in published names: HF reads its part, `config_from_dict` reads all of it."""
     vision = _to_hf(config.vision) | {"image_size": config.image_size, "patch_size": config.patch_size}
     text = _to_hf(config.text) | {"vocab_size": config.vocab_size, "max_position_embeddings": config.context_length}
     # CLIP's start and end tokens are the two largest ids; HF pools at the id it is told
@@ -94,7 +94,7 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
 
 
 def config_from_shapes(tensors: Mapping[str, Tensor]) -> ModelConfig:
-    """What a bare file in published names says by its shapes, with OpenAI's conventions: heads of 64, quick-GELU.
+    """Read the configuration off the shapes of a bare file in published names: heads of 64, quick-GELU as OpenAI's.
 
     A file with neither added tokens nor a temporal table is a plain CLIP and gets the default proxies.
     """
@@ -123,7 +123,7 @@ def config_from_shapes(tensors: Mapping[str, Tensor]) -> ModelConfig:
 
 
 def config_from_open_clip(model: nn.Module, model_cfg: Mapping[str, Any]) -> ModelConfig:
-    """The configuration of a built open_clip ViT CLIP; anything its towers do that ours do not is an error.
+    """Read the configuration of a built open_clip ViT CLIP. Raises UserError for what our towers do not do.
 
     The activation is read off the built model, because a pretrained tag can change what the name's configuration says.
     """

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from clipmill.base.errors import UserError
-from training.models.clip_vip import ModelConfig, TowerConfig
-from training.models.weights.clip_vip_names import open_clip_name
+from training.models.clip_vip.model import ModelConfig, TowerConfig
+from training.models.clip_vip.weight_names import open_clip_name
 
 _HEADS = {
     "meanP": {},
@@ -36,7 +36,7 @@ _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers t
 
 
 def released_name(name: str, head: str, stem: str) -> str:
-    """One name of ours in the released files."""
+    """Translate one name of ours to that in the released files."""
     if name.startswith("head."):
         for ours, theirs in (_HEADS[head] | _BLOCK).items():
             name = name.removeprefix("head.").replace(ours, theirs)
@@ -51,7 +51,7 @@ def released_name(name: str, head: str, stem: str) -> str:
 
 
 def to_released(tensors: Mapping[str, Tensor], head: str, stem: str) -> dict[str, Tensor]:
-    """Tensors (or gradients) by our names, by their released ones."""
+    """Rename tensors (or gradients) from our names to the released ones."""
     released = {}
     for name, tensor in tensors.items():
         key = released_name(name, head, stem)
@@ -64,12 +64,12 @@ def to_released(tensors: Mapping[str, Tensor], head: str, stem: str) -> dict[str
 
 
 def stem_of(released_DCTPP: Tensor) -> Tensor:
-    """[D, 9, P, P]: the released 3-D patch weight for three frames whose channels lie behind one another."""
+    """Reshape the released 3-D patch weight to [D, 9, P, P], for three frames whose channels lie behind one another."""
     return released_DCTPP.transpose(1, 2).flatten(1, 2)
 
 
 def tidy(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors with `clip.` in front of what is CLIP's, norms named as today, and weights only."""
+    """Bring a file's tensors into one form: `clip.` before what is CLIP's, norms named as today, weights only."""
     tidied = {}
     for key, tensor in theirs.items():
         key = key.removesuffix(".gamma") + ".weight" if key.endswith(".gamma") else key
@@ -80,13 +80,13 @@ def tidy(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def head_of(key: str) -> str | None:
-    """A head that has this tensor, where it is a head's; the two that share the frame positions count as one."""
+    """Name a head that has this tensor, if one has; the two that share the frame positions count as one."""
     fitting = (head for head, names in _HEADS.items() if key.startswith(tuple(names.values())))
     return next(fitting, None)
 
 
 def config_from_names(theirs: Mapping[str, Tensor]) -> ModelConfig:
-    """The CLIP that tidied tensors are of, by their shapes and OpenAI's conventions: heads of 64, quick-GELU."""
+    """Read a CLIP's configuration off tidied tensors, by shapes and OpenAI's conventions: heads of 64, quick-GELU."""
     try:
         patch = theirs["clip.visual.conv1.weight"].shape[-1]
         return ModelConfig(
@@ -110,7 +110,7 @@ def num_layers(keys: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def num_head_layers(keys: Mapping[str, Tensor], head: str) -> int:
-    """Blocks of a head among tidied tensors; 0 where there are none."""
+    """Count the blocks of a head among tidied tensors."""
     prefix = _HEADS[head].get("blocks.")
     return num_layers(keys, prefix) if prefix else 0
 

@@ -5,41 +5,39 @@ backbone: beside a backbone of 600 MB that never changes it is 38 MB.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from clipmill.base.errors import UserError
 from clipmill.base.settings import validate_settings
-from training.models.clip_vip import ClipVip
-from training.models.unipt import PREFIXES, UniPtClip, side_tensors
-from training.models.weights.clip4clip_names import config_from_names, tidy
-from training.models.weights.clip_vip import assemble, read_tensors, write_model
-from training.unipt_settings import UniPtSettings
+from training.models.clip4clip.weight_names import config_from_names, tidy
+from training.models.clip_vip.model import ClipVip
+from training.models.clip_vip.weights import assemble, read_header, read_tensors, write_model
+from training.models.unipt.model import PREFIXES, UniPtClip, side_tensors
+from training.models.unipt.settings import UniPtSettings
 
 
 def save_unipt(model: UniPtClip, path: str | Path) -> Path:
-    """Writes the side networks to PATH.safetensors with PATH.json, or to a folder, as `training.models.weights.clip_vip.save` does.
+    """Write the side networks to PATH.safetensors with PATH.json, or to a folder; return the weights' path.
 
-    Returns the weights' path.
+    Files are written as `training.models.clip_vip.weights.save` does.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in side_tensors(model.state_dict()).items()}
     return write_model(tensors, unipt_header(model), path)
 
 
 def unipt_header(model: UniPtClip) -> dict[str, Any]:
-    """What a file of ours says besides its tensors."""
+    """Describe the side networks and their backbone for the header of a file."""
     header = {"model_type": "unipt", "unipt": model.settings.model_dump(mode="json")}
     return header | {"backbone": backbone_digest(model.backbone)}
 
 
 def load_unipt(weights: str | Path, backbone: ClipVip | None = None) -> UniPtClip:
-    """Side networks of a file or folder of ours, or of a released file, on their backbone.
+    """Load side networks from a file or folder of ours, or from a released file, onto their backbone.
 
     backbone  None: the CLIP that a released file holds under `clip.`
     Raises UserError where names or sizes do not fit, and where a file of ours was trained on another backbone.
@@ -52,10 +50,13 @@ def load_unipt(weights: str | Path, backbone: ClipVip | None = None) -> UniPtCli
         raise UserError(f"{path} holds no UniPT network: no tensor in it begins with {' or '.join(PREFIXES)}")
     if foreign := sorted(name for name in theirs if not name.startswith((*PREFIXES, "clip."))):
         raise UserError(f"{path} holds {len(foreign)} tensors that UniPT does not have, {foreign[0]} the first of them")
-    header = _header(path)
-    if header is not None:
+    header = read_header(path) or {}
+    if "unipt" in header:
         return _ours(path, header, side, backbone)
-    backbone = backbone or _clip(path, {name: tensor for name, tensor in theirs.items() if name not in side})
+    if backbone is None:
+        clip = tidy({name: tensor for name, tensor in theirs.items() if name not in side})
+        bare = {name.removeprefix("clip."): tensor for name, tensor in clip.items()}
+        backbone = assemble(config_from_names(clip), "open_clip", bare, seed=0, source=str(path))
     gate = side.get("image_adapter.gate_layer.weight")
     inner = backbone.config.embed_dim if gate is None else gate.shape[-1]
     model = UniPtClip(backbone, UniPtSettings(reduction=max(1, backbone.config.embed_dim // inner)))
@@ -64,7 +65,7 @@ def load_unipt(weights: str | Path, backbone: ClipVip | None = None) -> UniPtCli
 
 
 def fill(model: UniPtClip, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Fills both side networks. Raises UserError unless the names and shapes are exactly theirs."""
+    """Fill both side networks. Raises UserError unless the names and shapes are exactly theirs."""
     ours = side_tensors(model.state_dict())
     for problem, names in {"lacks": ours.keys() - tensors.keys(), "has besides": tensors.keys() - ours.keys()}.items():
         if names:
@@ -78,7 +79,7 @@ def fill(model: UniPtClip, tensors: Mapping[str, Tensor], source: str) -> None:
 
 @torch.no_grad()
 def backbone_digest(backbone: ClipVip) -> str:
-    """16 hex digits of every weight's bytes, name and shape."""
+    """Hash every weight's bytes, name and shape to 16 hex digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -96,18 +97,3 @@ def _ours(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor], bac
     model = UniPtClip(backbone, validate_settings(UniPtSettings, header["unipt"]))
     fill(model, tensors, str(path))
     return model
-
-
-def _clip(path: Path, theirs: Mapping[str, Tensor]) -> ClipVip:
-    tensors = tidy(theirs)
-    bare = {name.removeprefix("clip."): tensor for name, tensor in tensors.items()}
-    return assemble(config_from_names(tensors), "open_clip", bare, seed=0, source=str(path))
-
-
-def _header(path: Path) -> dict[str, Any] | None:
-    if path.suffix != ".safetensors":
-        return None
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("config")
-    header = json.loads(text) if text else {}
-    return header if "unipt" in header else None

@@ -20,20 +20,20 @@ from torch import Tensor
 
 from clipmill.base.atomic_file import atomic_path, write_text
 from clipmill.base.errors import UserError
-from training.models.clip_vip import MAX_LOG_SCALE, ClipVip, ModelConfig, initialise_tensor
-from training.models.weights.clip_vip_names import (
+from training.models.clip_vip.config_formats import (
+    config_from_dict,
+    config_from_open_clip,
+    config_from_shapes,
+    config_to_dict,
+)
+from training.models.clip_vip.model import MAX_LOG_SCALE, ClipVip, ModelConfig, initialise_tensor
+from training.models.clip_vip.weight_names import (
     NEW_TENSORS,
     from_open_clip,
     from_published,
     open_clip_name,
     published_names,
     to_published,
-)
-from training.models.weights.config_formats import (
-    config_from_dict,
-    config_from_open_clip,
-    config_from_shapes,
-    config_to_dict,
 )
 
 OPENAI_NAMES = {
@@ -50,7 +50,7 @@ _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_m
 def load_clip_vip(
     weights: str | Path, config: str | Path | Mapping[str, Any] | ModelConfig | None = None, *, seed: int = 0
 ) -> ClipVip:
-    """A model from one .safetensors or .pt file in published names, with or without the `clipmodel.` prefix.
+    """Load a model from one .safetensors or .pt file in published names, with or without the `clipmodel.` prefix.
 
     config  a JSON path or dict: HF's CLIP configuration, alone or as `reference_config`, and its
             `vision_additional_config`. None: the file's own header, a JSON of the same name, or what its shapes say.
@@ -70,7 +70,7 @@ def load_model(
     pooling: str | None = None,
     seed: int = 0,
 ) -> ClipVip:
-    """A model from whatever the settings name.
+    """Load a model from whatever the settings name.
 
     source  a folder (ours, or HF's CLIP layout) · a file as for `load_clip_vip` · `open_clip:NAME/TAG` or
             `open_clip:NAME/PATH` · `open_clip:local-dir:FOLDER` · OpenAI's names such as `ViT-B/32`
@@ -93,7 +93,7 @@ def load_model(
 
 
 def model_config(source: str, **shape: Any) -> ModelConfig:
-    """The configuration of `load_model(source, **shape)`, from names, headers and shapes: weights are not read.
+    """Find the configuration of `load_model(source, **shape)` from names, headers and shapes; read no weights.
 
     Whether an open_clip tag or file has weights that fit is not looked at.
     """
@@ -112,14 +112,14 @@ def model_config(source: str, **shape: Any) -> ModelConfig:
 def from_open_clip_model(
     model: torch.nn.Module, model_cfg: Mapping[str, Any], *, seed: int = 0, **shape: Any
 ) -> ClipVip:
-    """A `ClipVip` with the weights of an open_clip model in memory and its `get_model_config` dict."""
+    """Convert an open_clip model in memory, with its `get_model_config` dict."""
     tensors = {key.removeprefix("text."): tensor for key, tensor in model.state_dict().items()}
     config = config_from_open_clip(model, model_cfg)
     return assemble(with_shape(config, shape), "open_clip", tensors, seed, source="the open_clip model")
 
 
 def save(model: ClipVip, path: str | Path, *, prefix: str = "") -> Path:
-    """Writes published names to PATH.safetensors with PATH.json, or to a folder as model.safetensors and config.json.
+    """Write published names to PATH.safetensors with PATH.json, or to a folder as model.safetensors and config.json.
 
     Each file is renamed into place, whole or not at all, and the weights' header repeats the configuration, so that a
     kill between the two leaves nothing inconsistent. A folder without proxies opens in `transformers.CLIPModel`.
@@ -131,7 +131,7 @@ def save(model: ClipVip, path: str | Path, *, prefix: str = "") -> Path:
 
 
 def write_model(tensors: dict[str, Tensor], config: Mapping[str, Any], path: str | Path) -> Path:
-    """What `save` promises of its files, for tensors by the names they are to have and any JSON as configuration."""
+    """Write files as `save` does, of tensors by the names they are to have and any JSON as configuration."""
     path = Path(path)
     is_file = path.suffix == ".safetensors"
     weights = path if is_file else path / "model.safetensors"
@@ -144,7 +144,7 @@ def write_model(tensors: dict[str, Tensor], config: Mapping[str, Any], path: str
 
 
 def read_tensors(path: Path, *, only_shapes: bool = False) -> dict[str, Tensor]:
-    """The flat state dict of a file, in published names without prefixes; `position_ids` buffers are left out.
+    """Read the flat state dict of a file, in published names without prefixes; `position_ids` buffers are left out.
 
     only_shapes  tensors without values, from the file's header
     """
@@ -165,6 +165,15 @@ def read_tensors(path: Path, *, only_shapes: bool = False) -> dict[str, Tensor]:
         state = _unpickle(path, "meta" if only_shapes else "cpu")
     state = {key.removeprefix("module.").removeprefix("clipmodel."): tensor for key, tensor in state.items()}
     return {key: tensor for key, tensor in state.items() if not key.endswith("position_ids")}
+
+
+def read_header(weights: Path) -> dict[str, Any] | None:
+    """Read the configuration in the header of a .safetensors file; None where there is none."""
+    if weights.suffix != ".safetensors":
+        return None
+    with safe_open(weights, "pt") as file:
+        text = (file.metadata() or {}).get("config")
+    return json.loads(text) if text else None
 
 
 def _existing(source: str) -> Path:
@@ -205,22 +214,14 @@ def _resolve_config(
         if not Path(config).is_file():
             raise UserError(f"config {str(config)!r}: no such file")
         return config_from_dict(json.loads(Path(config).read_text()))
-    if embedded := _embedded_config(weights):
+    if embedded := read_header(weights):
         return config_from_dict(embedded)
     beside = weights.with_name(weights.stem.removesuffix(".weights") + ".json")
     return config_from_dict(json.loads(beside.read_text())) if beside.is_file() else config_from_shapes(tensors)
 
 
-def _embedded_config(weights: Path) -> dict[str, Any] | None:
-    if weights.suffix != ".safetensors":
-        return None
-    with safe_open(weights, "pt") as file:
-        text = (file.metadata() or {}).get("config")
-    return json.loads(text) if text else None
-
-
 def _reshaped(config: ModelConfig, tensors: dict[str, Tensor], shape: dict[str, Any], source: str) -> ModelConfig:
-    """The configuration as read, unless the file is a plain CLIP: then with the proxies that the settings ask for."""
+    """Return the configuration as read, of a plain CLIP with the proxies that the settings ask for."""
     if not any(key in tensors for name in NEW_TENSORS for key in published_names(name)):
         return with_shape(config, shape)
     for name, value in shape.items():
@@ -230,14 +231,14 @@ def _reshaped(config: ModelConfig, tensors: dict[str, Tensor], shape: dict[str, 
 
 
 def with_shape(config: ModelConfig, shape: Mapping[str, Any]) -> ModelConfig:
-    """A plain CLIP's configuration with what the settings add to it."""
+    """Add to a plain CLIP's configuration what the settings ask for."""
     if shape.get("pooling") == "mean":
         shape = {"num_added": 0, "num_times": 0} | shape
     return replace(config, **shape)
 
 
 def assemble(config: ModelConfig, layout: str, theirs: dict[str, Tensor], seed: int, source: str) -> ClipVip:
-    """A model of exactly the tensors of a file in `layout`, "published" or "open_clip"; `source` is for messages.
+    """Make a model of exactly the tensors of a file in `layout`, "published" or "open_clip"; `source` is for messages.
 
     Raises UserError where one is missing, left over or of another shape; see the module's text for what may be missing.
     """
@@ -313,7 +314,7 @@ def _model_cfg(name: str) -> dict[str, Any]:
 
 
 def _open_clip_config(name: str) -> ModelConfig:
-    """That of a named model without weights."""
+    """Build a named model without weights, for its configuration."""
     import open_clip
 
     model_cfg = _model_cfg(name)

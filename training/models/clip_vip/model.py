@@ -1,8 +1,9 @@
-"""CLIP-ViP: CLIP's two towers, the vision tower with video proxies. No files are read here.
+"""CLIP-ViP: CLIP's two towers, the vision tower with video proxies of docs/methods/clip_vip.md,
+sections 2 and 3. No files are read here.
 
-docs/methods/clip_vip.md sections 2 and 3. Shape letters are those of `training.models.attention`. `ClipVip` is what the rest
-of the trainer sees: pixels or token ids in, unit vectors out. An image is a video of one frame; without added proxies
-and with one frame this is plain CLIP.
+Shape letters are those of `training.models.clip_vip.attention`. `ClipVip` is what the rest of the trainer sees: pixels
+or token ids in, unit vectors out. An image is a video of one frame; without added proxies and with one frame this is
+plain CLIP.
 """
 
 import math
@@ -12,11 +13,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from clipmill.base.errors import UserError
-from training.models.attention import causal_attention, causal_bias, first_token_attention, proxy_attention
+from training.models.clip_vip.attention import causal_attention, causal_bias, first_token_attention, proxy_attention
+from training.models.model import VideoTextModel
 
 MAX_LOG_SCALE = math.log(200)
 
@@ -96,7 +99,7 @@ class Block(nn.Module):
         return x_BSD + self.mlp(self.norm2(x_BSD))
 
     def first_token(self, x_BSD: Tensor) -> Tensor:
-        """[B, 1, D]: the block's output for token 0, which sees all: the other tokens give only keys and values."""
+        """Compute the block for token 0 alone, [B, 1, D]: it sees all; the other tokens give only keys and values."""
         width = self.config.width
         (q_weight, kv_weight), (q_bias, kv_bias) = (p.split([width, 2 * width]) for p in self.qkv.parameters())
         normed_BSD = self.norm1(x_BSD)
@@ -132,7 +135,7 @@ class Tower(nn.Module):
     def _stack(
         self, x_BSD: Tensor, attend: Callable[[Tensor], Tensor], num_blocks: int, states: list[Tensor] | None
     ) -> Tensor:
-        """Runs the first `num_blocks` blocks; `states`, where given, gets their input and every block's output."""
+        """Run the first `num_blocks` blocks; `states`, where given, gets their input and every block's output."""
         if states is not None:
             states.append(x_BSD)
         for block in self.blocks[:num_blocks]:
@@ -158,7 +161,7 @@ class VisionTower(Tower):
         self.post_norm = nn.LayerNorm(width, eps=config.vision.norm_eps)
 
     def forward(self, pixels_BT3HW: Tensor, states: list[Tensor] | None = None) -> Tensor:
-        """[B, D]. With a list as `states` every block runs in full and leaves its output [B, S, D] there."""
+        """Run the tower, [B, D]. With a list as `states` every block runs in full and adds its output [B, S, D]."""
         num_frames, num_blocks = pixels_BT3HW.shape[1], len(self.blocks)
 
         def attend(qkv_BS3HE: Tensor) -> Tensor:
@@ -171,10 +174,7 @@ class VisionTower(Tower):
         return self.post_norm(self._run(self.blocks[-1].first_token, x_BSD)[:, 0])
 
     def tokens(self, pixels_BT3HW: Tensor) -> Tensor:
-        """[B, S, D]: class token, added proxies, frame 0's patches, frame 1's patches, …
-
-        docs/methods/clip_vip.md section 2.1.
-        """
+        """Embed pixels, [B, S, D]: class token, added proxies, frame 0's patches, frame 1's patches, … (docs/methods/clip_vip.md 2.1)."""
         batch, num_frames = pixels_BT3HW.shape[:2]
         patches = self.patch_embedding(pixels_BT3HW.flatten(0, 1)).flatten(2).transpose(1, 2)
         proxy_position, patch_position_LD = self.position_embedding.split([1, self.config.num_patches])
@@ -200,7 +200,7 @@ class TextTower(Tower):
         self.final_norm = nn.LayerNorm(width, eps=config.text.norm_eps)
 
     def forward(self, ids_BS: Tensor, mask_BS: Tensor | None = None, states: list[Tensor] | None = None) -> Tensor:
-        """[B, D], pooled at the first position of the largest id. `states` as in the vision tower."""
+        """Run the tower, [B, D], pooled at the first position of the largest id. `states` as in the vision tower."""
         x_BSD = self.token_embedding(ids_BS) + self.position_embedding[: ids_BS.shape[1]]
         bias = None if mask_BS is None else causal_bias(mask_BS, x_BSD.dtype)
         x_BSD = self._stack(x_BSD, lambda qkv: causal_attention(qkv, bias), len(self.blocks), states)
@@ -208,8 +208,11 @@ class TextTower(Tower):
         return self.final_norm(x_BSD[rows, ids_BS.argmax(dim=1)])
 
 
-class ClipVip(nn.Module):
+class ClipVip(VideoTextModel):
     """The whole model. `new_tensors` names what a plain image CLIP did not bring and was initialised instead."""
+
+    method = "clip_vip"
+    can_be_sharded = True
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -222,7 +225,7 @@ class ClipVip(nn.Module):
         self.new_tensors: tuple[str, ...] = ()
 
     def encode_video(self, pixels: Tensor) -> Tensor:
-        """Unit vectors [B, embed_dim] of normalised pixels [B, T, 3, H, W].
+        """Encode normalised pixels [B, T, 3, H, W] to unit vectors [B, embed_dim].
 
         Computed in the model's dtype, except that float64 pixels are computed in float64 whatever the model's.
         """
@@ -237,7 +240,7 @@ class ClipVip(nn.Module):
         return F.normalize(frames.unflatten(0, pixels.shape[:2]).mean(dim=1), dim=-1)
 
     def encode_text(self, ids: Tensor, mask: Tensor | None = None, *, cut: bool = True) -> Tensor:
-        """Unit vectors [B, embed_dim] of token ids [B, L] and an optional mask [B, L] whose zeros nobody attends to.
+        """Encode token ids [B, L], with an optional mask [B, L] whose zeros nobody attends to, to unit vectors.
 
         `cut` drops the positions behind the batch's last end of text, which changes no number but reads one back from
         the device; a caller that has cut already (`cut_texts`) passes False.
@@ -248,29 +251,34 @@ class ClipVip(nn.Module):
         return self._unit(self.text_projection(self.text(ids, mask)))
 
     def _unit(self, features: Tensor) -> Tensor:
-        """In the weights' dtype: divided in bf16, as autocast leaves them, vectors are up to 0.4 % off their length."""
+        """Normalise in the weights' dtype: in bf16, as autocast leaves them, lengths are up to 0.4 % off."""
         return F.normalize(features.to(self.logit_scale.dtype), dim=-1)
 
     def forward(self, pixels: Tensor | None = None, ids: Tensor | None = None, mask: Tensor | None = None) -> Any:
-        """Whichever of the two encoders has an input, a pair where both have: for wrappers that only know `forward`."""
+        """Run the encoders that have an input; return a pair where both have. For wrappers that only know `forward`."""
         video = None if pixels is None else self.encode_video(pixels)
         text = None if ids is None else self.encode_text(ids, mask)
         return (video, text) if video is not None and text is not None else video if text is None else text
 
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
-        """Keep only the blocks' inputs for the backward pass and compute the rest again."""
         self.vision.activation_checkpointing = self.text.activation_checkpointing = enabled
+
+    def shard(self) -> None:
+        for block in [*self.vision.blocks, *self.text.blocks]:
+            fully_shard(block)
+            register_fsdp_forward_method(block, "first_token")
+
+    def without_weights(self) -> "ClipVip":
+        with torch.device("meta"):
+            return ClipVip(self.config)
 
     @torch.no_grad()
     def clamp_log_scale(self) -> None:
-        """To [0, ln 200], in place: call it after every update, on the parameter that the optimiser holds.
-
-        docs/methods/clip_vip.md section 5.
-        """
+        """Clamp to [0, ln 200], in place (docs/methods/clip_vip.md 5), after every update, on the parameter that the optimiser holds."""
         self.logit_scale.clamp_(0, MAX_LOG_SCALE)
 
     def initialise(self, seed: int = 0) -> None:
-        """Random weights for a model that starts from nothing: OpenAI's standard deviations, a function of the seed."""
+        """Draw weights for a model that starts from nothing: OpenAI's standard deviations, a function of the seed."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             initialise_tensor(self.config, name, parameter, generator)
@@ -290,10 +298,7 @@ class ClipVip(nn.Module):
 
 
 def resample_times(table_ND: Tensor, num_frames: int) -> Tensor:
-    """[T, D]: the temporal table at T half-pixel centres, linear in between, clamped at both ends.
-
-    docs/methods/clip_vip.md section 2.1.
-    """
+    """Resample the temporal table at T half-pixel centres, linear, clamped at both ends: [T, D] (docs/methods/clip_vip.md 2.1)."""
     num_times = len(table_ND)
     if num_times == num_frames:
         return table_ND
@@ -305,7 +310,7 @@ def resample_times(table_ND: Tensor, num_frames: int) -> Tensor:
 
 
 def cut_texts(ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The same texts without the positions behind the batch's last end of text, and without a mask that hides nothing.
+    """Drop the positions behind the batch's last end of text, and a mask that hides nothing.
 
     Nothing is cut where a text's first position is masked: such a row averages over what comes behind it.
     """
@@ -321,7 +326,7 @@ def cut_texts(ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor |
 
 @torch.no_grad()
 def initialise_tensor(config: ModelConfig, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    """Fills one parameter, by its name in `ClipVip`. The two tensors CLIP lacks: time table 0, added tokens N(0, 1)."""
+    """Fill one parameter, by its name in `ClipVip`. The two tensors CLIP lacks: time table 0, added tokens N(0, 1)."""
     if name.endswith("time_embedding") or name.endswith("bias"):
         tensor.zero_()
     elif name == "logit_scale":
@@ -348,7 +353,7 @@ def _init_std(config: ModelConfig, name: str) -> float:
 
 
 def without_proxies(config: ModelConfig) -> ModelConfig:
-    """The plain CLIP inside: no added tokens, no temporal table."""
+    """Return the configuration of the plain CLIP inside: no added tokens, no temporal table."""
     return replace(config, num_added=0, num_times=0)
 
 
@@ -357,7 +362,7 @@ def without_proxies(config: ModelConfig) -> ModelConfig:
 
 
 def video_flops(config: ModelConfig, num_frames: int) -> float:
-    """Forward FLOPs of one video (or image: one frame) through the vision tower and its projection."""
+    """Count forward FLOPs of one video (or image: one frame) through the vision tower and its projection."""
     if config.pooling == "mean" and num_frames > 1:
         return num_frames * video_flops(config, 1)
     num_proxies, num_patches = config.num_proxies, config.num_patches
@@ -368,14 +373,14 @@ def video_flops(config: ModelConfig, num_frames: int) -> float:
 
 
 def text_flops(config: ModelConfig, num_tokens: int) -> float:
-    """Forward FLOPs of one text of `num_tokens` tokens; the causal half is not subtracted."""
+    """Count forward FLOPs of one text of `num_tokens` tokens; the causal half is not subtracted."""
     return tower_flops(config.text, num_tokens, num_tokens**2) + 2 * config.text.width * config.embed_dim
 
 
 def sample_flops(
     config: ModelConfig, num_frames: int = 12, num_images: int = 1, text_lengths: tuple[int, ...] = (70, 70)
 ) -> float:
-    """Forward and backward FLOPs of one training sample: 374e9 for B/32, 1,402e9 for B/16 as pre-training runs them."""
+    """Count forward and backward FLOPs of one training sample: in pre-training 374e9 for B/32, 1,402e9 for B/16."""
     forward = video_flops(config, num_frames) + num_images * video_flops(config, 1)
     return 3 * (forward + sum(text_flops(config, length) for length in text_lengths))
 

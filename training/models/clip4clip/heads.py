@@ -2,7 +2,7 @@
 
 The first three map frames to frames, which `pooled` turns into one unit vector per video; the fourth scores pairs.
 
-Shape letters, used as suffixes here and in `training.models.clip4clip`:
+Shape letters, used as suffixes here and in `training.models.clip4clip.model`:
     N texts   B videos   F frames of a video   P pairs of text and video   S tokens of a sequence
     C size of CLIP's features, which is the width of every head
 Masks [B, F] are 1 where a frame is real. Features come and go unnormalised.
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipmill.base.errors import UserError
-from training.models.attention import biased_attention
-from training.models.clip_vip import Block, TowerConfig
+from training.models.clip_vip.attention import biased_attention
+from training.models.clip_vip.model import Block, TowerConfig
 
 NORM_EPS = 1e-12  # of every norm in a head; CLIP's own are 1e-5
 MASKED_SCORE = -1e6  # added to the attention scores of frames that are not there
@@ -22,7 +22,7 @@ DROPOUT = 0.1  # of tightTransf's input, in training
 
 
 def pooled(frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
-    """[B, C]: unit frames, their mean over the mask, its unit vector; zeros for a video without any real frame.
+    """Average unit frames over the mask and normalise: [B, C], zeros for a video without any real frame.
 
     The published model divides 0 by 0 there, and its NaN spreads to every gradient of the batch.
     """
@@ -96,7 +96,7 @@ class PairHead(_MaskedTransformer):
         self.score = nn.Linear(config.width, 1)
 
     def forward(self, text_PC: Tensor, frames_PFC: Tensor, mask_PF: Tensor) -> Tensor:
-        """[P] scores, without temperature."""
+        """Score pairs, [P], without temperature."""
         tokens_PSC = torch.cat([text_PC.unsqueeze(1), frames_PFC], dim=1)
         mask_PS = F.pad(mask_PF, (1, 0), value=1)
         tokens_PSC = self.run(self.dropout(self.positioned(tokens_PSC)), mask_PS)
@@ -105,7 +105,7 @@ class PairHead(_MaskedTransformer):
 
 
 def build_head(kind: str, config: TowerConfig, num_positions: int) -> nn.Module:
-    """`config` and `num_positions` are for those heads that have blocks or a table."""
+    """Build a head; `config` and `num_positions` are for those that have blocks or a table."""
     if kind == "meanP":
         return MeanHead()
     if kind == "seqLSTM":

@@ -1,6 +1,6 @@
 """The attention patterns of the two towers, each as fused scaled-dot-product calls. Tensors only: no parameters here.
 
-Shape letters, used as suffixes here and in `training.models.clip_vip`:
+Shape letters, used as suffixes here and in `training.models.clip_vip.model`:
     B clips   T frames   L patches of a frame   M proxies, the class token among them   S = M + T·L tokens
     D width   H heads    E width of a head      3 query, key, value
 """
@@ -11,11 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def proxy_attention(qkv_BS3HE: Tensor, num_proxies: int, num_frames: int) -> Tensor:
-    """[B, S, D]. Proxies see every token, a patch sees the proxies and the patches of its own frame.
+    """Let proxies see every token, a patch the proxies and the patches of its own frame: [B, S, D] (docs/methods/clip_vip.md 2.2).
 
-    docs/methods/clip_vip.md section 2.2. Two calls without a mask: the patches of a frame are one batch entry whose
-    keys are [proxies, its patches]. Splits and unbinds rather than slices: their gradient is one concatenation, a
-    slice's is a zero tensor of full size.
+    Two calls without a mask: the patches of a frame are one batch entry whose keys are [proxies, its patches]. Splits
+    and unbinds rather than slices: their gradient is one concatenation, a slice's is a zero tensor of full size.
     """
     if num_frames == 1:
         return full_attention(qkv_BS3HE)
@@ -29,27 +28,27 @@ def proxy_attention(qkv_BS3HE: Tensor, num_proxies: int, num_frames: int) -> Ten
 
 
 def full_attention(qkv_BS3HE: Tensor) -> Tensor:
-    """[B, S, D]: every token sees every token."""
+    """Let every token see every token: [B, S, D]."""
     return _attend(*qkv_BS3HE.unbind(2))
 
 
 def first_token_attention(q_B1HE: Tensor, kv_BS2HE: Tensor) -> Tensor:
-    """[B, 1, D]: what the class token gathers from all tokens."""
+    """Let the class token see all tokens: [B, 1, D]."""
     return _attend(q_B1HE, *kv_BS2HE.unbind(2))
 
 
 def causal_attention(qkv_BS3HE: Tensor, bias_B1SS: Tensor | None = None) -> Tensor:
-    """[B, S, D]: each token sees itself and those before it, or what `bias` (see `causal_bias`) leaves it."""
+    """Let each token see itself and those before it, or what `bias` (see `causal_bias`) leaves it: [B, S, D]."""
     return _attend(*qkv_BS3HE.unbind(2), bias=bias_B1SS, causal=bias_B1SS is None)
 
 
 def biased_attention(qkv_BS3HE: Tensor, bias: Tensor) -> Tensor:
-    """[B, S, D]: every token sees every token; `bias`, broadcast to [B, H, S, S], is added to the scores."""
+    """Let every token see every token, with `bias`, broadcast to [B, H, S, S], added to the scores: [B, S, D]."""
     return _attend(*qkv_BS3HE.unbind(2), bias=bias.to(qkv_BS3HE.dtype))
 
 
 def causal_bias(mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, 1, S, S] to be added to the scores: the future and the positions where `mask` is 0 are shut out.
+    """Make what is added to the scores, [B, 1, S, S], to shut out the future and positions where `mask` is 0.
 
     The dtype's lowest value rather than -inf, and added twice where both reasons hold, as the published model does: a
     row with nothing left to see then gets a defined average instead of NaN.
@@ -68,7 +67,7 @@ def _attend(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, bias: Tensor | None 
 
 
 def _keys_by_frame(k_BSHE: Tensor, parts: list[int], num_frames: int) -> Tensor:
-    """[B·T, M+L, H, E]: the proxies' keys (or values) in front of those of each frame's patches."""
+    """Put the proxies' keys (or values) in front of those of each frame's patches: [B·T, M+L, H, E]."""
     proxies, patches = k_BSHE.split(parts, dim=1)
     proxies = proxies.unsqueeze(1).expand(-1, num_frames, -1, -1, -1)
     return torch.cat([proxies, patches.unflatten(1, (num_frames, -1))], dim=2).flatten(0, 1)

@@ -1,0 +1,21 @@
+"""Load what a setting names as MODULE:ATTRIBUTE: captioners, losses and methods, ours or from outside."""
+
+import importlib
+from typing import Any
+
+from clipmill.base.errors import UserError
+
+PLUGIN = r"^[\w.]+:\w+$"  # MODULE:ATTRIBUTE, the pattern of a setting that may name a plug-in
+
+
+def load_attribute(setting: str, value: str, place: str | None = None) -> Any:
+    """Import the object that `setting` = `value` stands for.
+
+    place  MODULE:ATTRIBUTE of a value that is a short name; None: the value is one itself
+    Raises UserError where there is no such module or attribute.
+    """
+    module, _, attribute = (place or value).partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"setting {setting} = {value}: {error}.") from error
