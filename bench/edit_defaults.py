@@ -1,11 +1,12 @@
-"""How far edits of the demo's clips bring them to the scenes that their texts are about, by settings; informational.
+"""Measure how close edits move the demo's clips to the scenes their texts describe, by settings; informational.
 
     clipmill demo DIR && python -m bench.edit_defaults DIR
 
 The demo's own run is the teacher and edits without a student, so rows differ by settings alone. A clip's truth is the
-scenes whose sentences it says. `IoU` is with them; `inside` is the share of the clip that shows them, which growing
-alone cannot raise. Clips of late or early subtitles are told apart. Trap: speech fills only a part of its scene, so IoU
-rises with length; look at `inside` beside it. Videos of the run's evaluation are left out, as in `clipmill edit`.
+scenes whose sentences it contains. `IoU` compares the two; `inside` is the share of the clip that shows its scenes,
+which lengthening alone cannot raise. Clips with late or early subtitles have their own figures. Trap: speech fills only
+a part of its scene, so IoU rises with length; look at `inside`, too. Videos of the run's evaluation are left out, as in
+`clipmill edit`.
 """
 
 import argparse
@@ -39,7 +40,7 @@ Truth = dict[str, tuple[float, float]]  # by clip_id
 
 @dataclass(frozen=True)
 class Seen:
-    """What the teacher makes of all videos, once."""
+    """The teacher's features of all videos, computed once."""
 
     teacher: Teacher
     frames: dict[str, FrameFeatures]  # by video
@@ -98,7 +99,7 @@ def _prepared(demo: Path, folder: Path) -> tuple[Items, Teacher]:
 
 
 def _shifted(items: Items, shift_s: float) -> Items:
-    """Every video's clips early or late, as its id says; no further than the video goes."""
+    """Shift every video's clips, early or late by its id, inside the video; changes `items`."""
     for video in items.videos if shift_s else ():
         by_s = shift_s if fold_of(video.video_id) else -shift_s
         for item in video.items:
@@ -124,7 +125,7 @@ def _seen(corpus: Path, items: Items, teacher: Teacher) -> Seen:
 
 
 def _truth(path: Path, items: Items) -> tuple[Truth, Mapping[str, float]]:
-    """The scenes that a clip's sentences are about, where all of it is about any; the subtitles' offset by video."""
+    """Return the span of the scenes that each clip describes, if it describes nothing else, and subtitle offsets."""
     worlds = {row["video_id"]: row for row in map(json.loads, path.read_text().splitlines())}
     truth: Truth = {}
     for video in items.videos:

@@ -1,14 +1,14 @@
-"""Gate: our vision tower against a plain transcription of the published formulation, forward and backward on CPU.
+"""Compare our vision tower with a plain transcription of the published one (gate), forward and backward on CPU.
 
     python -m bench.model_step [--model b32|b16|small] [--batch 4] [--rounds 5] [--threads 2]
 
-The plain tower is the method as its papers and released checkpoints spell it out: separate query, key and value
-matrices, scores and softmax written out, the proxies' keys repeated for every frame, x·sigmoid(1.702 x), every token
-through the last block. Same weights, and first of all the same numbers: nothing is timed before outputs and gradients
-agree. Then A B A B …, so that a busy machine is busy for both; the ratio is the median over the rounds.
+The plain tower follows the papers and the released checkpoints literally: separate query, key and value matrices,
+explicit scores and softmax, the proxies' keys repeated for every frame, x·sigmoid(1.702 x), every token through the
+last block. Both have the same weights, and nothing is timed before their outputs and gradients agree. Then they
+alternate, A B A B …, so that other work on the machine affects both; the ratio is the median over the rounds.
 
-Traps: another number of threads, or a batch that leaves the cache in one case only, changes the ratio; a single pair
-of runs on a shared machine is worth nothing.
+Traps: another number of threads, or a batch that exceeds the cache in one case only, changes the ratio; a single pair
+of runs on a shared machine proves nothing.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig, video_fl
 from training.models.weights.clip_vip_names import to_published
 
 GATE = 0.88  # of the plain tower's time
-_TEXT = TowerConfig(width=64, num_layers=1, num_heads=1, mlp_width=64)  # never run here
+_TEXT = TowerConfig(width=64, num_layers=1, num_heads=1, mlp_width=64)  # not run here
 _BASE = TowerConfig(width=768, num_layers=12, num_heads=12, mlp_width=3072)
 MODELS = {
     "b32": ModelConfig(vision=_BASE, text=_TEXT, embed_dim=512, vocab_size=8),
@@ -88,7 +88,7 @@ class PlainLayer(nn.Module):
 
 
 class PlainTower(nn.Module):
-    """Parameters carry the published names, so that the same weights load into both."""
+    """The plain tower, whose parameters have the published names, so that both load the same weights."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -141,7 +141,7 @@ def step(tower: nn.Module, pixels: Tensor, cotangent: Tensor) -> Tensor:
 
 
 def assert_same_numbers(ours: nn.Module, plain: nn.Module, pixels: Tensor, cotangent: Tensor) -> dict[str, float]:
-    """Largest error of the output and of three gradients, relative to the largest entry. float32: up to 2e-5."""
+    """Assert that output and gradients agree; return their errors relative to the largest entry (float32: 2e-5)."""
     outputs = [step(tower, pixels, cotangent) for tower in (ours, plain)]
     block, layer = ours.blocks[0], plain.layers[0]
     width = len(block.out.weight)

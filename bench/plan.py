@@ -1,4 +1,4 @@
-"""Gate: an epoch of 100 million clips is planned in 20 s and 3 GB, and opens elsewhere in under a second.
+"""Check that an epoch of 100 million clips is planned in 20 s and 3 GB, and opens in under a second (gate).
 
     python -m bench.plan [--clips 100000000] [--batch 1024] [--block 1] [--groups]
 
@@ -7,7 +7,7 @@ keeps neighbours together. Time and peak memory (of the whole process, the group
 and writing the file; "resume" is a fresh process that finds a position and reads its batch. Making the group arrays,
 which a run takes from the manifest, is not timed.
 
-Trap: the first run on a machine also pays for the memory's first use; the plan itself is the same bytes every time.
+Trap: the first run on a machine also pays for first use of its memory; the plan itself is the same bytes every time.
 """
 
 import argparse
@@ -38,7 +38,7 @@ print(time.perf_counter() - started)
 
 
 def group_arrays(num_clips: int) -> list[np.ndarray]:
-    """30 clips a video, scattered; one clip in twenty has on average two near-duplicates."""
+    """Make groups: 30 scattered clips a video; one clip in twenty has on average two near-duplicates."""
     generator = np.random.default_rng(0)
     videos = generator.integers(0, max(1, num_clips // 30), num_clips, dtype=np.uint32)
     duplicates = np.full(num_clips, 2**32 - 1, np.uint32)

@@ -1,9 +1,9 @@
-"""What making the demo world costs: scenes per CPU-second, and milliseconds per frame drawn and encoded.
+"""Measure the cost of making the demo world: scenes per CPU-second, and milliseconds per frame drawn and encoded.
 
     python -m bench.world [--videos N] [--seed S]
 
 Informational. CPU time of one process, all threads, everything included (drawing, encoding, audio, subtitles, truth).
-The first line answers "how long do a thousand clips take"; the table says where it goes, by format.
+The first line gives the time of a thousand clips; the table divides it by format.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def world_cost(num_videos: int, seed: int) -> None:
 
 
 def frame_cost(seed: int) -> None:
-    """Drawing alone, once a scene's background and sprites are there."""
+    """Time drawing alone, after a scene's background and sprites are made."""
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(20)]
     for width, height in ((320, 240), (426, 240), (640, 360)):

@@ -1,4 +1,4 @@
-"""Study c: what more clips to post-pretrain on are worth after fine-tuning."""
+"""Study c: the gain after fine-tuning from post-pretraining on more clips."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from bench.studies.study import Arm, Claim, Study, Table
 from training.run.plots import lines
 
-NUM_CLIPS = {"none": 0, "25 clips": 25, "100 clips": 100, "400 clips": 400}  # by arm: those of the world's first
+NUM_CLIPS = {"none": 0, "25 clips": 25, "100 clips": 100, "400 clips": 400}  # by arm: the first clips of the world
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Size:
     num_frames: int = 3
     seconds: float = 2.4
     batch_size: int = 16
-    steps: int = 60  # of post-pretraining, whatever the number of clips
+    steps: int = 60  # of post-pretraining, for any number of clips
     num_tuned: int = 48  # clips with a written text to fine-tune on
     tuning_steps: int = 20
     num_test: int = 150

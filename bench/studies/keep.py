@@ -1,4 +1,4 @@
-"""Things that several arms need, made once on this machine, whichever process asks first."""
+"""Make what several arms share once per machine, in whichever process needs it first."""
 
 import fcntl
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def kept(path: Path, make: Callable[[Path], None]) -> Path:
-    """`path`, which `make(temporary path)` wrote as a file or folder, now or on an earlier call. Never half of it."""
+    """Return `path`, a complete file or folder; `make(temporary path)` writes it where it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

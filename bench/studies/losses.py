@@ -1,4 +1,4 @@
-"""Study b: which loss makes most of subtitles that are partly wrong and captions of one frame."""
+"""Study b: the best loss for subtitles that are partly wrong and captions of one frame."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ VARIANTS = {
     "V-(S,C)": "vsc",
     "V-(S,C) + F-C": "vsc_fc",
 }
-# Share of clips whose subtitle is talk about something else: half of it another clip's, half of it filler
+# Share of clips whose subtitle is about something else: half of them have another clip's, half have filler
 NOISE = {"no noise": 0.0, "30 % noise": 0.3, "70 % noise": 0.7}
 
 
@@ -51,7 +51,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
 
 def noisy_subtitles(scenes: Sequence[Any], noise: float, seed: int) -> list[str]:
-    """What is said over each clip. The wrong ones at a low level are wrong at a higher one, too."""
+    """Write a subtitle per clip. Those wrong at a low level of noise are wrong at higher ones, too."""
     from pipeline.demo.grammar import filler_sentence, spoken_sentences
 
     rng = np.random.default_rng([seed, 11])
@@ -64,7 +64,7 @@ def noisy_subtitles(scenes: Sequence[Any], noise: float, seed: int) -> list[str]
 
 
 def captions_of(scenes: Sequence[Any], seed: int) -> list[str]:
-    """One per clip, of what a frame shows, in a captioner's few wordings."""
+    """Write a caption per clip of what a frame shows, in a captioner's few wordings."""
     from pipeline.demo.grammar import still_text
 
     rng = np.random.default_rng([seed, 12])

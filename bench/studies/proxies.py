@@ -1,7 +1,7 @@
-"""Study a: what in the model lets it tell the order of frames.
+"""Study a: the part of the model that lets it recognise the order of frames.
 
-Every clip has a twin: itself played backwards, with exactly the same frames. In half of them one scene gives way to
-another, and the text says what is there now; in the other half something grows or shrinks, and the text says which.
+Every clip has a twin: itself played backwards, with exactly the same frames. In half of the pairs one scene is replaced
+by another, and the text describes the last one; in the others something grows or shrinks, and the text says which.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {  # `ModelSettings` by arm
     "seqTransf": {"method": "clip4clip", "clip4clip": {"head": "seqTransf"}},
     "seqLSTM": {"method": "clip4clip", "clip4clip": {"head": "seqLSTM"}},
 }
-# Tables of places in time. They start from zero, or far below what they are added to, and learn faster than the rest.
+# Embeddings of time. They start from zero, or far below what they are added to, and get a higher learning rate.
 TIME_TABLES = {"4 proxies": "vision.time_embedding", "seqTransf": "head.position_embedding"}
 
 
@@ -34,13 +34,13 @@ class Size:
     steps: int = 80
     pairs_per_batch: int = 8
     lr: float = 4e-4
-    time_factor: float = 10.0  # of the learning rate of the tables of time
+    time_factor: float = 10.0  # factor on the learning rate of the embeddings of time
 
 
 class Clips(NamedTuple):
-    """Twins stand side by side: 2 i and 2 i + 1. The first half of the pairs change scene, the others their sizes."""
+    """Clips with twins side by side, 2 i and 2 i + 1; the first half of the pairs change scene, the others grow."""
 
-    scenes: list  # what a clip shows last
+    scenes: list  # the last one that a clip shows
     pixels: np.ndarray  # uint8 [N, T, 3, S, S]
 
     @property
@@ -81,7 +81,7 @@ def make_clips(num_pairs: int, seed: list[int], size: Size, image_size: int, cac
 
 
 def draw_batch(clips: Clips, num_pairs: int, rng: np.random.Generator) -> Any:
-    """Twins are always in one batch, each the other's negative."""
+    """Draw a batch in which both twins of a pair occur, so that each is a negative of the other."""
     from bench.studies.fitting import Texts
 
     pairs = rng.choice(clips.half, num_pairs, replace=False)
