@@ -40,6 +40,7 @@ def main() -> None:
 
 
 def _build(scratch: Path, arguments: argparse.Namespace) -> None:
+    """Measure builds of the benchmark set with and without the engine; print table and gates."""
     from bench.media import benchmark_set
 
     videos = benchmark_set(footage=arguments.footage, duration_s=arguments.duration)
@@ -78,6 +79,7 @@ def _list(videos: list[dict], folder: Path) -> Path:
 
 
 def _source(video: dict) -> dict:
+    """Return the source of a video, with its spans, in HD-VILA's format."""
     spans = [{"n": n, "start_s": start, "end_s": end} for n, (start, end) in enumerate(video["spans"])]
     clips = [
         {"clip_id": f"{Path(video['path']).stem}.{s['n']}.mp4", "span": [_clock(s["start_s"]), _clock(s["end_s"])]}
@@ -91,6 +93,7 @@ def _clock(seconds: float) -> str:
 
 
 def _clean_build(sources: Path, corpus: Path, *settings: str, environment: dict[str, str] | None = None) -> Cost:
+    """Build a corpus from nothing; return its cost."""
     shutil.rmtree(corpus, ignore_errors=True)
     command = [sys.executable, "-m", "clipmill", "build", str(sources), "--corpus", str(corpus), "--recipe", "demo"]
     return _measured([*command, *(word for setting in settings for word in ("--set", setting))], environment)

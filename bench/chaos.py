@@ -126,7 +126,8 @@ def torment(
     make_world(world, WorldSettings(num_videos=num_videos, min_video_s=15, max_video_s=30, broken=broken, seed=seed))
     spoiler, started = Spoiler(random.Random(seed)), time.monotonic()
     with serve(world, faults=spoiler) as base_url:
-        spoiler.always = _listed_faults(world)
+        if (world / "faults.json").exists():
+            spoiler.always = json.loads((world / "faults.json").read_text())
         sources = folder / "sources.jsonl"
         write_sources(world, base_url, sources)
         with _small_disk(folder / "disk", summary) as disk, local_cluster(num_nodes) as cluster:
@@ -226,6 +227,7 @@ class Chaos:
         return False
 
     def _kill_one(self, wanted: Callable[[str], bool]) -> bool:
+        """Kill a random worker whose title is wanted; return whether there was one."""
         victims = sorted((p for p in self.cluster.workers() if wanted(title_of(p))), key=lambda p: p.pid)
         if not victims:
             return False
@@ -282,6 +284,7 @@ class Spoiler(dict):
         self._lock = threading.Lock()
 
     def get(self, name: str, default: Any = None) -> Any:
+        """Return the faults of an answer: those of a bad source, or the ordered ones."""
         with self._lock:
             if name in self.always or not name.startswith("videos/") or not self._ordered:
                 return self.always.get(name, default)
@@ -290,6 +293,7 @@ class Spoiler(dict):
         return self._answer(kind)
 
     def _answer(self, kind: str) -> dict[str, Any]:
+        """Return the server's options for a fault."""
         some_bytes = self.rng.randrange(1, 200_000)
         return {
             "http-drop": {"cut_after_bytes": some_bytes},
@@ -300,16 +304,19 @@ class Spoiler(dict):
         }[kind]
 
     def order(self, kind: str) -> None:
+        """Order one bad answer; at most three wait."""
         with self._lock:
             if len(self._ordered) < 3:
                 self._ordered.append(kind)
 
     def take_spoilt(self) -> Counter:
+        """Return the bad answers given since the last call, by kind."""
         with self._lock:
             taken, self._spoilt = self._spoilt, Counter()
         return taken
 
     def stop(self) -> None:
+        """Cancel the ordered faults."""
         with self._lock:
             self._ordered.clear()
 
@@ -318,11 +325,6 @@ def _replace(path: Path, data: bytes) -> None:
     aside = path.with_name(f".tmp-{path.name}.torn")
     aside.write_bytes(data)
     os.replace(aside, path)
-
-
-def _listed_faults(world: Path) -> dict[str, Any]:
-    listed = world / "faults.json"
-    return json.loads(listed.read_text()) if listed.exists() else {}
 
 
 # -- what is hit ------------------------------------------------------------------------------------------------------
@@ -339,6 +341,7 @@ class Build:
         self.num_started = 0
 
     def start(self) -> None:
+        """Start the command."""
         settings = [word for setting in self.settings for word in ("--set", setting)]
         words = ["build", str(self.sources), "--corpus", str(self.corpus), "--recipe", "demo", *settings]
         self.num_started += 1
@@ -353,6 +356,7 @@ class Build:
             )
 
     def running(self) -> bool:
+        """Return whether the command runs."""
         return self.process is not None and self.process.poll() is None
 
     def finished(self) -> bool:
@@ -364,6 +368,7 @@ class Build:
         return self.log.read_bytes()[self._log_start :].decode(errors="replace")
 
     def kill(self) -> bool:
+        """Kill the command and its processes; return whether it ran."""
         if not self.running():
             return False
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -418,6 +423,7 @@ class RayNodes:
         self.cluster.remove_node(node, allow_graceful=False)
 
     def replace_one(self, rng: random.Random) -> bool:
+        """Kill a random node without notice and add another."""
         self.remove(rng.choice(self.nodes))
         self.add(num_cpus=1)
         return True
@@ -454,6 +460,7 @@ class CommitCount:
         self._look()
 
     def total(self) -> int:
+        """Return the number of commits so far."""
         self._look()
         return len(self._seen)
 
@@ -462,6 +469,7 @@ class CommitCount:
             self._look()
 
     def _look(self) -> None:
+        """Note the ledger fragments that are new."""
         with suppress(FileNotFoundError):
             for entry in os.scandir(self.folder):
                 with suppress(FileNotFoundError):
@@ -475,6 +483,7 @@ class CommitCount:
 
 @contextmanager
 def _scratch(keep: Path | None) -> Iterator[Path]:
+    """Yield the folder to work in: `keep`, or a temporary one."""
     if keep:
         keep.mkdir(parents=True, exist_ok=True)
         yield keep
@@ -485,6 +494,7 @@ def _scratch(keep: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _small_disk(folder: Path, summary: Summary) -> Iterator[Path]:
+    """Mount a small tmpfs at `folder`; where that fails, say so in the summary and use the folder itself."""
     folder.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], capture_output=True

@@ -50,6 +50,7 @@ def pictures(seed: int) -> list[np.ndarray]:
 
 
 def encoded(frames: list[np.ndarray], encoding: Encoding, rng: random.Random) -> str:
+    """Encode the frames with random allocations between them; return the hash of the clip."""
     encoder, held = ClipEncoder(encoding, SIZE, FPS, len(frames), 0.0), []
     noise = np.random.default_rng(rng.randrange(1 << 30))
     for n, frame in enumerate(frames):

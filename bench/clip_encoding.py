@@ -48,6 +48,8 @@ VARIANTS: dict[str, Encoding] = {
 
 @dataclass
 class Tally:
+    """Figures of an encoding."""
+
     num_bytes: int = 0
     write_ms: list[float] = field(default_factory=list)  # of each round, per clip
     naive_ms: list[float] = field(default_factory=list)
@@ -73,6 +75,7 @@ def clips_of(videos: list[dict], count: int) -> list[list[av.VideoFrame]]:
 
 
 def encoded(encoding: Encoding, pictures: list[av.VideoFrame]) -> bytes:
+    """Encode pictures as a clip."""
     if encoding.codec == "jpeg-frames":
         encoder = JpegSequence(CutSettings().jpeg_quality)
     else:
@@ -94,6 +97,7 @@ def read_planned(data: bytes) -> np.ndarray:
 
 
 def _read(data: bytes, needed: Callable[[list], range | list[int]]) -> np.ndarray:
+    """Decode the needed packets; return the wanted frames."""
     out = np.empty((NUM_READ, SIDE, SIDE, 3), np.uint8)
     scaler, found = VideoReformatter(), 0
     with av.open(io.BytesIO(data)) as container:
@@ -136,6 +140,7 @@ def _dependencies(packets: list) -> list[int]:
 
 
 def read_jpegs(data: bytes) -> np.ndarray:
+    """Return uint8 [12, 224, 224, 3] of a clip of JPEG frames."""
     files = jpeg_frames(data)
     views = [cv2.imdecode(np.frombuffer(files[k], np.uint8), cv2.IMREAD_COLOR) for k in WANTED]
     return np.stack([cv2.cvtColor(cv2.resize(view, (SIDE, SIDE)), cv2.COLOR_BGR2RGB) for view in views])
@@ -165,6 +170,7 @@ def timed_ms(work: Callable[[], object]) -> float:
 
 
 def measure(clips: list[list[av.VideoFrame]], rounds: int) -> dict[str, Tally]:
+    """Measure all encodings, alternating them by round."""
     encodings = ENCODINGS | VARIANTS
     tallies = {name: Tally() for name in encodings}
     kept: dict[str, list[bytes]] = {}
@@ -186,6 +192,7 @@ def measure(clips: list[list[av.VideoFrame]], rounds: int) -> dict[str, Tally]:
 
 
 def table(tallies: dict[str, Tally]) -> str:
+    """Return the results as a Markdown table."""
     lines = [
         "| encoding | KB / clip | write, ms | 12 frames, ms: naive | planned | PSNR-Y, dB | same bytes each time |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -200,6 +207,7 @@ def table(tallies: dict[str, Tally]) -> str:
 
 
 def broken(tally: Tally) -> list[str]:
+    """Print the gates; return those that failed."""
     kilobytes, read_ms = tally.num_bytes / 1000, min(tally.planned_ms)
     checks = {
         f"{kilobytes:.0f} KB a clip, at most {MOST_KB}": kilobytes <= MOST_KB,
@@ -231,6 +239,7 @@ def main() -> None:
 
 
 def _put_between_marks(document: Path, text: str) -> None:
+    """Replace the table in a document."""
     before, _, rest = document.read_text().partition("<!-- table -->")
     _, mark, after = rest.partition("<!-- end of table -->")
     if not mark:

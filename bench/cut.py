@@ -32,11 +32,14 @@ LEAST_SPEEDUP = 1.8
 
 @dataclass
 class Cost:
+    """CPU seconds and peak memory of a command."""
+
     cpu_s: float
     peak_mb: float
 
 
 def cost_of(command: list[str]) -> Cost:
+    """Run a command; return its cost, with that of its children."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -87,6 +90,7 @@ WAYS: dict[str, tuple[str, Callable[[dict, Path], list[list[str]]]]] = {
 
 
 def measure(videos: list[dict], rounds: int, out: Path) -> dict[str, list[Cost]]:
+    """Measure all ways, alternating them."""
     costs: dict[str, list[Cost]] = {name: [] for name in WAYS}
     for _ in range(rounds):
         for name, (_, commands_of) in WAYS.items():
@@ -127,6 +131,7 @@ def start_errors(videos: list[dict], out: Path) -> list[float]:
 
 
 def _first_pictures(video: dict, out: Path):
+    """Yield the luma of the first picture of each clip."""
     import io
 
     import av
@@ -176,6 +181,7 @@ def _requests(video: dict) -> list:
 
 
 def _cut(video: dict, encoding: str, target: Path):
+    """Cut all spans of a video."""
     from pipeline.stages.cut.cut import CutSettings, cut_video
 
     result = cut_video(video["path"], _requests(video), CutSettings(encoding=encoding), target)
@@ -184,6 +190,7 @@ def _cut(video: dict, encoding: str, target: Path):
 
 
 def _decode(video: dict) -> None:
+    """Decode a video to the end of its last span."""
     import av
 
     with av.open(video["path"]) as container:
@@ -227,6 +234,7 @@ def main() -> None:
 
 
 def _report_starts(errors: list[float]) -> list[str]:
+    """Print errors of clip starts; return the gates that failed."""
     largest, half_frame = max(abs(error) for error in errors), 500 / FPS
     print(
         f"\nfirst frame minus asked start: median {statistics.median(errors):+.1f} ms, largest {largest:.1f} ms; ",
@@ -237,6 +245,7 @@ def _report_starts(errors: list[float]) -> list[str]:
 
 
 def _report_workers(videos: list[dict], out: Path) -> list[str]:
+    """Print the speed-up by a second worker; return the gates that failed."""
     times = {count: [] for count in (1, 2)}
     for _ in range(2):
         for count, walls in times.items():

@@ -48,6 +48,7 @@ class Seen:
     texts: dict[str, np.ndarray]  # by clip
 
     def scorer(self, videos: Sequence[VideoClips], settings: EditSettings) -> Scorer:
+        """Make the teacher's scorer for these settings."""
         owners = [(video.video_id, clip_id) for video in videos for clip_id in video.clip_ids]
         features = np.stack([self.texts[clip_id] for _, clip_id in owners])
         bank = draw_bank([owner for owner, _ in owners], features, settings.bank_size) if settings.bank_size else None
@@ -81,6 +82,7 @@ def main() -> None:
 
 
 def _settings() -> Iterator[EditSettings]:
+    """Yield the settings to compare."""
     for bank, weight, gain in itertools.product(BANKS, LENGTH_WEIGHTS, MIN_GAINS):
         yield EditSettings(length_weight=weight, min_gain=gain, bank_size=bank, reencode=0)
     for changes in ({"margin_s": 2.0}, {"rings": 2}, {"same_caption": 0.9}):
@@ -90,6 +92,7 @@ def _settings() -> Iterator[EditSettings]:
 
 
 def _prepared(demo: Path, folder: Path) -> tuple[Items, Teacher]:
+    """Freeze the clips of the demo's corpus and load its teacher."""
     run = RunFolder(demo / "run").require()
     settings = resolve_edit(run.load().settings, None, [])
     never = frozenset(Selection.open(run.root / EVAL_FILE).column("video_id").to_pylist())
@@ -110,6 +113,7 @@ def _shifted(items: Items, shift_s: float) -> Items:
 
 
 def _seen(corpus: Path, items: Items, teacher: Teacher) -> Seen:
+    """Encode all frames and texts by the teacher."""
     with session(corpus, None, [], "", create=False) as (current, _):
         cut = current.settings.cut
     seen = Seen(teacher, {}, {}, {})
@@ -143,6 +147,7 @@ def _words(text: str) -> str:
 
 
 def _play(settings: EditSettings, items: Items, seen: Seen, scenes: Truth, offsets: Mapping[str, float]) -> None:
+    """Edit for some rounds with these settings and print a row."""
     videos = [video.clips(settings) for video in items.videos]
     scorer = seen.scorer(videos, settings)
     spans, told = base_spans(videos), [_told(0, videos, base_spans(videos), scenes, offsets, settings)]
@@ -164,6 +169,7 @@ def _told(
     offsets: Mapping[str, float],
     settings: EditSettings,
 ) -> str:
+    """Return the figures after a round as text."""
     rows = [
         (span, scenes[clip_id], offsets[video.video_id] != 0)
         for video in videos

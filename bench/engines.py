@@ -14,6 +14,7 @@ from bench.tree_cpu import measure
 
 
 def core(num_pieces: int) -> None:
+    """Run empty tasks by Ray core."""
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
@@ -30,6 +31,7 @@ def core(num_pieces: int) -> None:
 
 
 def data(num_pieces: int) -> None:
+    """Run empty tasks by Ray Data."""
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)

@@ -39,6 +39,7 @@ def _blocks(number: int) -> list[bool]:
 
 
 def _ungrey(code: int) -> int:
+    """Convert a Gray code to a number."""
     number = 0
     while code:
         number ^= code

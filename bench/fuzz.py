@@ -102,6 +102,7 @@ def _train(path: str) -> int:
 
 
 def _subtitle(path: str) -> int:
+    """Read a subtitle; return its number of words."""
     files = [{"path": path, "language": "en", "kind": "manual", "format": None}]
     transcript, problems = transcript_of_subtitles(files, TranscribeSettings())
     if problems:
@@ -151,6 +152,7 @@ def fuzz(videos: list[Path], subtitles: list[Path], seed: int, numbers: Iterator
 
 
 def _run(sandbox: Sandbox, name: str, step: Callable, case: Path, again: str, limit_s: float, tally: Tally) -> None:
+    """Run a step of a case in the sandbox and tally the result."""
     begun = time.monotonic()
     try:
         sandbox.call(step, str(case), timeout_s=limit_s)
@@ -239,6 +241,7 @@ def main() -> int:
 
 
 def report(tally: Tally, seed: int, elapsed_s: float) -> None:
+    """Print the tally."""
     for (step, outcome), count in sorted(tally.outcomes.items()):
         print(f"{step:10} {outcome:22} {count:8,}")
     for line in [*tally.contained, *tally.findings]:

@@ -77,6 +77,7 @@ class Row:
 
 
 def settings_of(way: str, batch_size: int) -> TrainSettings:
+    """Return the training settings of a way."""
     changes = dict(WAYS[way])
     if "chunk_size" in changes:
         changes["chunk_size"] = max(1, batch_size // changes["chunk_size"])
@@ -97,6 +98,7 @@ def cached_batches(config: ModelConfig, batch_size: int, device: torch.device) -
 
 
 def measure(name: str, way: str, batches: Iterator[Batch], batch_size: int, process: Process, source: str) -> Row:
+    """Measure a way: samples per second, MFU and memory; without a rate where the batch does not fit."""
     config, device = MODELS[name], process.device
     model = ClipVip(config)
     model.initialise()
@@ -127,6 +129,7 @@ def _memory_gb(device: torch.device) -> float:
 
 
 def told(row: Row) -> str:
+    """Return a row as text."""
     if row.samples_per_s is None:
         return f"{row.model:5} {row.way:30} {row.source:13} {row.batch_size:5}  does not fit"
     mfu = "" if row.mfu is None else f"{row.mfu:7.1%}"

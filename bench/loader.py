@@ -70,6 +70,8 @@ WORDS = "so the first thing that we want to do here is take the wheel off of the
 
 @dataclass(frozen=True)
 class Clip:
+    """A clip in the default and the ordinary encoding."""
+
     default: bytes
     ordinary: bytes
     still: bytes
@@ -91,6 +93,7 @@ def make_clips(count: int, seconds: tuple[float, float], footage: Path | None) -
 
 
 def _frame(planes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> av.VideoFrame:
+    """Make a yuv420p frame of its planes."""
     frame = av.VideoFrame(planes[0].shape[1], planes[0].shape[0], "yuv420p")
     for plane, values in zip(frame.planes, planes, strict=True):
         rows = np.zeros((plane.height, plane.line_size), np.uint8)
@@ -100,6 +103,7 @@ def _frame(planes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> av.VideoFrame:
 
 
 def _encoded(encoding: Encoding, pictures: list[av.VideoFrame]) -> bytes:
+    """Encode pictures as a clip."""
     size = (pictures[0].width, pictures[0].height)
     encoder = ClipEncoder(encoding, size, Fraction(CLIP_FPS), len(pictures), 0.0)
     for picture in pictures:
@@ -188,6 +192,7 @@ def ordinary_loader(selection: Selection, wanted: list[Request]) -> Iterator[tup
 
 
 def _by_pyav(data: bytes) -> torch.Tensor:
+    """Decode the wanted frames by PyAV to uint8 [13, 3, H, W]."""
     with av.open(io.BytesIO(data)) as container:
         container.streams.video[0].codec_context.thread_count = 1
         frames = list(container.decode(video=0))
@@ -201,6 +206,7 @@ def _by_torchcodec(data: bytes) -> torch.Tensor:
 
 
 def _torchcodec():
+    """Import torchcodec's decoders; return None where they are not installed."""
     try:
         import torchcodec.decoders
     except (ImportError, RuntimeError):  # RuntimeError: FFmpeg's libraries are missing

@@ -102,6 +102,7 @@ class _Shot:
         self.tones = rng.integers(40, 220, (10, 3))
 
     def frame(self, t: float) -> Planes:
+        """Draw the picture at time `t` in seconds."""
         import cv2
 
         zoom = 1.0 / (1.15 + self.zoom * t)
@@ -138,6 +139,7 @@ def _footage(folder: Path, index: int) -> Iterator[Planes]:
 
 
 def _padded(frame) -> Planes:
+    """Scale and pad a frame to 1280x720."""
     scale = min(WIDTH / frame.width, HEIGHT / frame.height)
     width, height = int(frame.width * scale) // 4 * 4, int(frame.height * scale) // 4 * 4
     packed = frame.reformat(width, height, "yuv420p", interpolation="BICUBIC", threads=1).to_ndarray()
@@ -151,6 +153,7 @@ def _padded(frame) -> Planes:
 
 
 def _encode(frames: Iterator[Planes], path: Path) -> None:
+    """Encode frames and noise as sound to a video file."""
     import ffmpeg
     import imageio_ffmpeg
 

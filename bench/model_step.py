@@ -36,6 +36,8 @@ MODELS = {
 
 
 class PlainAttention(nn.Module):
+    """Attention of the published formulation, literally."""
+
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.num_heads, self.scale = num_heads, (width // num_heads) ** -0.5
@@ -43,6 +45,7 @@ class PlainAttention(nn.Module):
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor, num_proxies: int, num_frames: int) -> Tensor:
+        """Attend within each frame and its proxies; x is [B, tokens, width]."""
         batch, num_tokens, width = x.shape
         q = self._heads(self.q_proj(x) * self.scale)
         k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
@@ -73,6 +76,8 @@ class PlainAttention(nn.Module):
 
 
 class PlainLayer(nn.Module):
+    """A transformer block of the published formulation, literally."""
+
     def __init__(self, config: TowerConfig):
         super().__init__()
         self.self_attn = PlainAttention(config.width, config.num_heads)
@@ -107,6 +112,7 @@ class PlainTower(nn.Module):
         self.layers = nn.ModuleList(PlainLayer(config.vision) for _ in range(config.vision.num_layers))
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Encode pixels [B, T, 3, H, W]."""
         batch, num_frames = pixels.shape[:2]
         x = self.patch_embedding(pixels.flatten(0, 1)).flatten(2).transpose(1, 2)
         x = x.reshape(batch, num_frames, -1, x.shape[-1])
@@ -121,6 +127,7 @@ class PlainTower(nn.Module):
 
 
 def plain_twin(model: ClipVip) -> PlainTower:
+    """Make the plain tower with a model's weights."""
     published = to_published({f"vision.{name}": tensor.detach() for name, tensor in model.vision.state_dict().items()})
     state = {}
     for name, tensor in published.items():
@@ -134,6 +141,7 @@ def plain_twin(model: ClipVip) -> PlainTower:
 
 
 def step(tower: nn.Module, pixels: Tensor, cotangent: Tensor) -> Tensor:
+    """Run a forward and backward pass; return the output."""
     tower.zero_grad(set_to_none=True)
     out = tower(pixels)
     (out * cotangent).sum().backward()
@@ -157,6 +165,7 @@ def assert_same_numbers(ours: nn.Module, plain: nn.Module, pixels: Tensor, cotan
 
 
 def measure(model_name: str, batch: int, num_frames: int, rounds: int) -> dict[str, object]:
+    """Compare the towers; return times and their ratio."""
     model = ClipVip(MODELS[model_name])
     model.initialise(seed=0)
     ours, plain = model.vision, plain_twin(model)

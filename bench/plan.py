@@ -48,6 +48,7 @@ def group_arrays(num_clips: int) -> list[np.ndarray]:
 
 
 def measure(num_clips: int, batch_size: int, block_size: int, with_groups: bool, folder: Path) -> dict[str, object]:
+    """Plan an epoch; return time, memory and checks."""
     groups = group_arrays(num_clips) if with_groups else []
     started = time.perf_counter()
     spec = PlanSpec(num_clips, batch_size, "bench", block_size=block_size, groups_hash=hash_groups(groups))
@@ -55,6 +56,8 @@ def measure(num_clips: int, batch_size: int, block_size: int, with_groups: bool,
     plan_s = time.perf_counter() - started
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows = open_epoch(folder, spec, 0)
+    resume = [sys.executable, "-c", _OPEN, json.dumps(vars(spec)), str(folder), str(len(rows) // 2)]
+    resume_s = float(subprocess.run(resume, capture_output=True, check=True, text=True).stdout)
     return {
         "bench": "plan",
         "num_clips": num_clips,
@@ -64,16 +67,11 @@ def measure(num_clips: int, batch_size: int, block_size: int, with_groups: bool,
         "plan_s": plan_s,
         "peak_bytes": peak_bytes,
         "file_bytes": path.stat().st_size,
-        "resume_s": _resume_elsewhere(spec, folder, len(rows) // 2),
+        "resume_s": resume_s,
         "num_conflicts": num_conflicts(rows, groups) if groups else 0,
         "each_clip_once": bool(np.bincount(rows.ravel(), minlength=num_clips).max() == 1),
         "gates": {"plan_s": GATE_S, "peak_bytes": GATE_BYTES, "resume_s": GATE_OPEN_S},
     }
-
-
-def _resume_elsewhere(spec: PlanSpec, folder: Path, position: int) -> float:
-    arguments = [sys.executable, "-c", _OPEN, json.dumps(vars(spec)), str(folder), str(position)]
-    return float(subprocess.run(arguments, capture_output=True, check=True, text=True).stdout)
 
 
 def main() -> None:

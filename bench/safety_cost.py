@@ -48,6 +48,7 @@ def main() -> None:
 
 
 def _measure(scratch: Path, ways: dict[str, tuple[str, ...]], arguments: argparse.Namespace) -> dict[str, list[Cost]]:
+    """Build in all ways, alternating them; return costs by way."""
     sources = sources_of_set(scratch, arguments.footage, arguments.duration)
     (scratch / "site").mkdir()
     (scratch / "site" / "sitecustomize.py").write_text("import bench.without_safety\n")
@@ -73,6 +74,7 @@ def _what_was_made(corpus: Path) -> tuple[tuple[int, ...], str]:
 
 
 def _report(costs: dict[str, list[Cost]]) -> int:
+    """Print the table and the gate; return the exit code."""
     whole = [cost.cpu_s for cost in costs["as it is"]]
     print("| way | CPU-s | wall s | share of what is left out |\n| --- | --- | --- | --- |")
     shares = {}

@@ -14,7 +14,8 @@ TEMPORARY = (".tmp-", ".next", ".part")
 
 def differences(one: Path, other: Path) -> list[str]:
     """Describe the differences; empty where there is none."""
-    found = [f"shard {name}" for name in _unequal(_hashes(one), _hashes(other))]
+    ours, theirs = _hashes(one), _hashes(other)
+    found = [f"shard {name}" for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
     with _open(one) as ours, _open(other) as theirs:
         for table in TABLES:
             without = PLACES.get(table)
@@ -46,10 +47,6 @@ def _hashes(corpus: Path) -> dict[str, str]:
     """Return the hashes of shards and indexes by name; the same rows make the same index file."""
     files = sorted(path for path in (corpus / "shards").glob("*") if path.is_file())
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def _unequal(one: dict[str, str], other: dict[str, str]) -> list[str]:
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
 def _open(corpus: Path) -> duckdb.DuckDBPyConnection:

@@ -29,6 +29,7 @@ def read_queries(path: Path = QUERIES) -> list[tuple[str, str]]:
 
 
 def measure(manifest: Path, rounds: int) -> list[tuple[str, float, int]]:
+    """Time every query; return title, wall seconds and rows."""
     results = []
     start = time.perf_counter()
     connection = open_manifest(manifest)

@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -58,17 +59,23 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="clipmill-chaos-") as scratch:
         corpus = arguments.corpus or _build(Path(scratch))
-        report = torment(Path(scratch), corpus, arguments.kills, arguments.steps, arguments.seed, arguments.ways, _say)
+        report = torment(
+            Path(scratch),
+            corpus,
+            arguments.kills,
+            arguments.steps,
+            arguments.seed,
+            arguments.ways,
+            partial(print, flush=True),
+        )
     print(report)
     sys.exit(bool(report.wrong))
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 @dataclass
 class Report:
+    """The kills, and what is wrong with the result."""
+
     steps: int
     kills: Counter = field(default_factory=Counter)
     ways: Counter = field(default_factory=Counter)
@@ -112,6 +119,7 @@ def torment(
 
 
 def _build(folder: Path) -> Path:
+    """Build a small corpus; return its folder."""
     from pipeline.demo.world import WorldSettings, make_world
 
     make_world(folder / "world", WorldSettings(num_videos=4, min_video_s=30, max_video_s=40, seed=1))
@@ -147,6 +155,7 @@ class Attempt:
         )
 
     def end_well(self) -> None:
+        """Wait for the end of the command and assert that it succeeded."""
         code = self.process.wait(timeout=1800)
         assert code == 0, self.said()
 
@@ -165,6 +174,7 @@ class Attempt:
             self._kill_all()
 
     def _strike(self, rng: random.Random) -> tuple[list[str], str | None]:
+        """Wait for a step and a random time, then kill a part or the attempt; return as `strike` does."""
         kinds = ("ray-worker", "ray-node") if self.way == "ray" else ("anywhere", "saving", "SIGTERM", "loader")
         kind = rng.choice(kinds)
         self._wait_for(lambda: _last_step(self.run) > self.begun_at)
@@ -190,6 +200,7 @@ class Attempt:
         return [kind]
 
     def _loaders(self) -> list[psutil.Process]:
+        """Return the loader processes."""
         with suppress(psutil.Error):
             below = psutil.Process(self.process.pid).children(recursive=True)
             return [p for p in below if p.parent() and "forkserver" in title_of(p.parent())]
@@ -208,6 +219,7 @@ class Attempt:
         return "saving" if kind == "saving" else "anywhere"
 
     def _kill_all(self) -> None:
+        """Kill the attempt and everything it started."""
         if self.process.poll() is None:
             below = psutil.Process(self.process.pid).children(recursive=True)
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -223,6 +235,7 @@ class Attempt:
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds; raises TimeoutError."""
     until = time.monotonic() + PATIENCE_S
     while not condition():
         if time.monotonic() > until:
@@ -231,6 +244,7 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 
 def _kill_one(victims: list[psutil.Process], rng: random.Random) -> bool:
+    """Kill a random process; return whether there was one."""
     with suppress(psutil.NoSuchProcess):
         if victims:
             rng.choice(sorted(victims, key=lambda p: p.pid)).kill()
@@ -239,6 +253,7 @@ def _kill_one(victims: list[psutil.Process], rng: random.Random) -> bool:
 
 
 def _lines(run: Path) -> list[dict]:
+    """Read the complete lines of a run's log."""
     with suppress(FileNotFoundError):
         text = (run / "log.jsonl").read_text()
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -250,6 +265,7 @@ def _last_step(run: Path) -> int:
 
 
 def _differences(expected: list[dict], found: list[dict], steps: int) -> list[str]:
+    """Describe the differences between two logs."""
     if [line["step"] for line in found] != list(range(1, steps + 1)):
         return [f"{len(found)} lines for {steps} steps"]
     pairs = list(zip(expected, found, strict=True))

@@ -25,6 +25,8 @@ INTERVAL_S = 0.1
 
 @dataclass(frozen=True)
 class Cost:
+    """The cost of a process tree, with the command's exit code and output."""
+
     cpu_s: float
     wall_s: float
     peak_mb: float  # of the largest single process
@@ -64,6 +66,7 @@ class _Watch:
         self._thread.join()
 
     def _run(self) -> None:
+        """Sample until stopped."""
         me = psutil.Process()
         while not self._stop.wait(INTERVAL_S):
             for process in me.children(recursive=True):
@@ -76,6 +79,7 @@ class _Watch:
 
 
 def _reap_orphans(patience_s: float = 60.0) -> None:
+    """Wait for processes that outlive the command, at most `patience_s`."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         try:

@@ -24,6 +24,7 @@ _sha256, _file_digest = hashlib.sha256, hashlib.file_digest
 
 
 def apply(parts: list[str]) -> None:
+    """Remove the named parts."""
     from clipmill.media import sandbox
     from pipeline.runtime import watchdog
 
@@ -57,6 +58,7 @@ class EndsOnly:
 
 
 def _digest_of_ends(file: Any, name: str) -> Any:
+    """Hash the size and two short ranges of a file."""
     if name != "sha256":
         return _file_digest(file, name)
     size = os.fstat(file.fileno()).st_size

@@ -33,6 +33,7 @@ def main() -> None:
 
 
 def world_cost(num_videos: int, seed: int) -> None:
+    """Print the cost of making a world."""
     settings = WorldSettings(num_videos=num_videos, seed=seed, workers=1)
     marks_s: list[float] = [time.process_time()]
     with tempfile.TemporaryDirectory() as scratch:
@@ -71,6 +72,7 @@ def _draw(scene, width: int, height: int, num_frames: int) -> None:
 
 
 def _cpu_ms(work: Callable[[], object], warm: bool = False) -> float:
+    """Return the CPU milliseconds of a call."""
     if warm:
         work()
     start_s = time.process_time()

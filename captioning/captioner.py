@@ -57,6 +57,7 @@ def load_captioner(settings: CaptionSettings) -> Captioner:
 
 @lru_cache(maxsize=2)  # the fingerprint is part of the key, so that weights changed on disk are loaded again
 def _load(settings_json: str, fingerprint: str) -> Captioner:
+    """Load a captioner, cached by its settings and fingerprint."""
     settings = CaptionSettings.model_validate_json(settings_json)
     path = _BUILT_IN.get(settings.captioner, settings.captioner)
     captioner = load_attribute(path, "caption.captioner")(settings)

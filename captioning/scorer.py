@@ -45,6 +45,7 @@ def load_scorer(settings: ScoreSettings) -> "Scorer":
 
 @lru_cache(maxsize=2)  # the fingerprint is part of the key, so that weights changed on disk are loaded again
 def _load(settings_json: str, fingerprint: str) -> "Scorer":
+    """Load a scorer, cached by its settings and fingerprint."""
     settings = ScoreSettings.model_validate_json(settings_json)
     if settings.model == "demo":
         from captioning.demo_models import load_model

@@ -71,6 +71,7 @@ class CaptionSettings(ModelSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        """Check settings that depend on each other."""
         if self.min_tokens >= self.max_tokens:
             raise ValueError(f"min_tokens = {self.min_tokens} must be below max_tokens = {self.max_tokens}")
         if self.captioner == "coca" and self.generation == "beam_search" and self.num_beams % self.num_beam_groups:
@@ -105,6 +106,7 @@ class ScoreSettings(ModelSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        """Check settings that depend on each other."""
         if self.model == "demo" and self.pretrained != CLIP_PRETRAINED:
             raise ValueError("model = demo has its own weights: leave out pretrained, or set model")
         return self

@@ -24,6 +24,8 @@ SCENES_PER_BACKGROUND = 5  # drawing a background costs more than the rest of a 
 
 @dataclass(frozen=True)
 class DemoFrame:
+    """A frame with its scene, as the captioner gets it."""
+
     scene: Scene
     jpeg: bytes
     boxes: tuple[tuple[float, float, float, float], ...]  # x0, y0, x1, y1 of every object, fractions of the frame
@@ -46,6 +48,7 @@ def demo_frames(
 
 
 def _demo_frame(scene: Scene, t_s: float, width: int, height: int, rng: np.random.Generator) -> DemoFrame:
+    """Draw a frame and pass it through video coding, scaling and JPEG."""
     pixels = _video_coded(render_frame(scene, t_s, width, height), crf=int(rng.integers(18, 30)))
     scale = SHORT_SIDE / min(width, height)
     picture = Image.fromarray(pixels).resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)

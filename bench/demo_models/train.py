@@ -90,6 +90,8 @@ def clip_config() -> dict[str, Any]:
 
 @dataclass
 class FrameSet:
+    """Frames at a model's size, with what they show."""
+
     pixels: np.ndarray  # uint8 [num, H, W, 3]
     boxes: np.ndarray  # float32 [num, objects, 4], fractions of the frame; zeros without a second object
     scenes: list[Scene]
@@ -106,6 +108,7 @@ def load_frames(num: int, size: int, seed: int, cache: Path) -> FrameSet:
 
 
 def load_chunk(seed: int, size: int, cache: Path) -> FrameSet:
+    """Load a chunk of frames at a size; draw it where the cache lacks it."""
     path = cache / f"frames-{seed:04d}.npz"
     if not path.exists():
         _write_chunk(seed, path)
@@ -115,6 +118,7 @@ def load_chunk(seed: int, size: int, cache: Path) -> FrameSet:
 
 
 def _write_chunk(seed: int, path: Path) -> None:
+    """Draw a chunk of frames and write it at both models' sizes."""
     frames = list(itertools.islice(demo_frames(seed), CHUNK))
     boxes = np.zeros((CHUNK, MAX_OBJECTS, 4), np.float32)
     for row, frame in zip(boxes, frames, strict=True):
@@ -285,6 +289,7 @@ def train(plan: Plan, num_frames: int, seed: int, cache: Path, output: Path) -> 
 
 
 def train_with_texts(loaded: LoadedModel, frames: FrameSet, plan: Plan, seed: int, output: Path) -> None:
+    """Train on frames and texts together; write the weights at intervals."""
     model, patches = loaded.model, KeptPatches()
     model.visual.patch_dropout = patches
     optimizer = torch.optim.AdamW(_groups(model, plan.weight_decay), betas=(0.9, 0.98))
@@ -304,6 +309,7 @@ def train_with_texts(loaded: LoadedModel, frames: FrameSet, plan: Plan, seed: in
 
 
 def text_losses(name: str, model: torch.nn.Module, pixels_BCHW: torch.Tensor, ids_BL: torch.Tensor) -> dict:
+    """Return the losses of a batch by name."""
     if name == "demo_captioner":
         loss = open_clip.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
         return loss(**model(pixels_BCHW, ids_BL), output_dict=True)
@@ -312,6 +318,7 @@ def text_losses(name: str, model: torch.nn.Module, pixels_BCHW: torch.Tensor, id
 
 
 def update(optimizer: torch.optim.Optimizer, losses: dict[str, torch.Tensor], lr: float) -> None:
+    """Run one optimiser step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     sum(losses.values()).backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -353,6 +360,8 @@ class Log:
 
 @dataclass
 class Batch:
+    """A batch of frames and patches to keep."""
+
     chosen: np.ndarray  # indices of the frames [B]
     pixels_BCHW: torch.Tensor
     boxes_BO4: torch.Tensor
@@ -392,6 +401,7 @@ def _kept_patches(boxes: np.ndarray, grid: int, num: int, rng: np.random.Generat
 
 
 def _normalised(pixels: np.ndarray) -> torch.Tensor:
+    """Convert uint8 [B, H, W, 3] to normalised float32 [B, 3, H, W]."""
     pixels_BCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255)
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
     std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)

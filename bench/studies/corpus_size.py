@@ -14,6 +14,8 @@ NUM_CLIPS = {"none": 0, "25 clips": 25, "100 clips": 100, "400 clips": 400}  # b
 
 @dataclass(frozen=True)
 class Size:
+    """The amount of work."""
+
     num_frames: int = 3
     seconds: float = 2.4
     batch_size: int = 16
@@ -27,6 +29,7 @@ class Size:
 
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
+    """Post-pretrain on an arm's clips, fine-tune, and score."""
     from bench.studies.fitting import fit, random_batches, settings_of, written_scores, written_texts
     from bench.studies.losses import captions_of, noisy_subtitles
     from bench.studies.scenes import alike_scenes, frames_of, single_scenes
@@ -51,6 +54,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
 
 def draw(table: Table) -> Figure:
+    """Plot the scores over the number of clips."""
     told = {"tuned_r1": "after fine-tuning", "zero_shot_r1": "before fine-tuning"}
     some = {name: num for name, num in NUM_CLIPS.items() if num}
     series = {

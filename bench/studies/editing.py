@@ -40,6 +40,8 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Size:
+    """The amount of work."""
+
     num_videos: int = 40
     num_validation: int = 100  # videos with the same weak boundaries, which decide on promoting the teacher
     num_test: int = 100  # videos with true boundaries
@@ -77,6 +79,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
 
 def edit_nothing(videos: "Sequence[VideoClips]", host: "Host", settings: "EditSettings", state: "State") -> "Edited":
+    """Return the spans unchanged."""
     from training.editing.boundaries import EDITS, Edited
 
     return Edited(EDITS.empty_table(), state.spans)
@@ -111,6 +114,7 @@ def settings_of(size: Size, kind: str) -> "EditSettings":
 
 
 def clips_of(videos: "Sequence[Untrimmed]", kind: str, settings: "EditSettings", seed: int) -> "list[VideoClips]":
+    """Make the clips of videos with first boundaries of a kind."""
     from training.editing.boundaries import video_clips
 
     clips = []
@@ -159,17 +163,21 @@ class Host:
         self._scorer: Callable[..., Any] | None = None
 
     def teacher(self) -> str:
+        """Return a hash of the teacher's weights."""
         from hashlib import sha256
 
         return sha256(b"".join(tensor.numpy().tobytes() for tensor in self.best.values())).hexdigest()[:16]
 
     def promote(self) -> None:
+        """Make the student the teacher."""
         self.best, self._scorer = self._copy(), None
 
     def restore(self) -> None:
+        """Give the student the teacher's weights."""
         self.student.load_state_dict(self.best)
 
     def train(self, spans: "Mapping[str, Floats]") -> float:
+        """Train for a round; return R@1 on the validation clips."""
         import torch
 
         from training.losses.omnisource import omnisource_loss
@@ -186,6 +194,7 @@ class Host:
         return float((self.ranks(self.validation) <= 1).mean())
 
     def score(self, video: "VideoClips", offered: "Sequence[Floats]") -> "Sequence[Floats]":
+        """Score offered spans by the teacher."""
         if self._scorer is None:
             self._scorer = self._make_scorer()
         return self._scorer(video, offered)
@@ -258,6 +267,7 @@ def shares_of(times_F: "Floats", spans_N2: "Floats") -> "Floats":
 
 
 def draw(table: Table) -> Figure:
+    """Plot scores and IoU by arm."""
     groups = {
         told: {arm.name: tuple(100 * v for v in table.mean(arm, metric)) for arm in STUDY.arms}
         for metric, told in (("r1", "R@1 of the model trained on them"), ("iou", "overlap with the truth (IoU)"))

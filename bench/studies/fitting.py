@@ -73,6 +73,7 @@ def random_batches(subtitles: Sequence[str | None], captions: Sequence[str | Non
 
 
 def make_batch(model: Model, pixels_NT3SS: np.ndarray, rows: NDArray[np.int64], texts: Texts) -> Batch:
+    """Make a training batch of clips and their texts."""
     video_BT3SS = torch.from_numpy(pixels_NT3SS[rows])
     middle = middle_index(video_BT3SS.shape[1])
     return Batch(

@@ -24,6 +24,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Size:
+    """The amount of work."""
+
     num_texts: int = 300  # of a source
     restarts: int = 10  # of k-means; the tightest clusters count
     filler: float = 0.15  # share of the scenes with talk about something else, as in the demo world
@@ -42,6 +44,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
 
 def texts_of(source: str, seed: list[int], size: Size, cache: Path) -> list[str]:
+    """Return the texts of a source."""
     if source == "captions":
         return captions(size.num_texts, seed, cache)
     rng = np.random.default_rng(seed)
@@ -99,6 +102,7 @@ def captions(num: int, seed: list[int], cache: Path) -> list[str]:
 
 
 def _caption(path: Path, num: int, seed: list[int]) -> None:
+    """Caption frames and write the texts as JSON."""
     from bench.demo_models.frames import demo_frames
     from captioning.demo_models import load_captioner
     from captioning.settings import CaptionSettings
@@ -178,6 +182,7 @@ def probe(features_NC: Floats, sources_N: NDArray[np.int64], seed: int, ridge: f
 
 
 def draw(table: Table) -> Figure:
+    """Plot both measures by arm."""
     shown = {"nmi": "NMI of k-means", "probe": "accuracy of a linear map"}
     groups = {
         arm.name: {told: _bounded(*table.mean(arm, metric)) for metric, told in shown.items()} for arm in STUDY.arms

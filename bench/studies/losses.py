@@ -25,6 +25,8 @@ NOISE = {"no noise": 0.0, "30 % noise": 0.3, "70 % noise": 0.7}
 
 @dataclass(frozen=True)
 class Size:
+    """The amount of work."""
+
     num_clips: int = 300
     num_test: int = 150
     num_frames: int = 3
@@ -35,6 +37,7 @@ class Size:
 
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
+    """Post-pretrain with an arm's loss and score."""
     from bench.studies.fitting import fit, random_batches, settings_of, written_scores
     from bench.studies.scenes import alike_scenes, frames_of, single_scenes
     from training.models import registry as models
@@ -72,12 +75,12 @@ def captions_of(scenes: Sequence[Any], seed: int) -> list[str]:
 
 
 def draw(table: Table) -> Figure:
-    groups = {level: {name: _percent(table.mean(Arm(name, level), "r1")) for name in VARIANTS} for level in NOISE}
+    """Plot R@1 by loss and level of noise."""
+    groups = {
+        level: {name: tuple(100 * value for value in table.mean(Arm(name, level), "r1")) for name in VARIANTS}
+        for level in NOISE
+    }
     return bars(STUDY.title, groups, y_label="R@1 of written queries, percent", label="{:.0f}".format)
-
-
-def _percent(pair: tuple[float, float]) -> tuple[float, float]:
-    return 100 * pair[0], 100 * pair[1]
 
 
 NOTES = """## What to make of it

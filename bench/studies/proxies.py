@@ -27,6 +27,8 @@ TIME_TABLES = {"4 proxies": "vision.time_embedding", "seqTransf": "head.position
 
 @dataclass(frozen=True)
 class Size:
+    """The amount of work."""
+
     num_pairs: int = 240  # of twins to train on
     num_test_pairs: int = 100
     num_frames: int = 4
@@ -48,6 +50,7 @@ class Clips(NamedTuple):
         return len(self.scenes) // 2
 
     def text(self, row: int, wording: int) -> str:
+        """Describe the clip of a row in a wording."""
         from pipeline.demo.grammar import motion_text, still_text
 
         scene = self.scenes[row]
@@ -55,6 +58,7 @@ class Clips(NamedTuple):
 
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
+    """Train an arm's model and score it."""
     from bench.studies.fitting import fit, settings_of
     from training.models import registry as models
     from training.settings import ModelSettings
@@ -68,6 +72,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
 
 def make_clips(num_pairs: int, seed: list[int], size: Size, image_size: int, cache: Path) -> Clips:
+    """Make pairs of twins with their scenes."""
     from bench.studies.scenes import backwards, frames_of, growing_scenes, single_scenes
 
     num = num_pairs // 2
@@ -90,6 +95,7 @@ def draw_batch(clips: Clips, num_pairs: int, rng: np.random.Generator) -> Any:
 
 
 def scores(model: Any, clips: Clips) -> dict[str, float]:
+    """Score a model on clips: against twins, within a kind, and by looks."""
     from bench.studies.fitting import recall, recall_within, similarities
     from pipeline.demo.grammar import still_text
 
@@ -109,6 +115,7 @@ def scores(model: Any, clips: Clips) -> dict[str, float]:
 
 
 def draw(table: Table) -> Figure:
+    """Plot the main scores by arm."""
     shown = {
         "change_twin": "now there: clip or twin",
         "motion_twin": "grows or shrinks: clip or twin",

@@ -77,6 +77,7 @@ def index(folder: Path) -> None:
 def _run_missing(
     folder: "StudyFolder", num_seeds: int, cache: Path, workers: int, progress: Callable[[str], None]
 ) -> Table:
+    """Run the missing cells, store each at once, and write the report."""
     study, size = folder.study, folder.size
     seeds = range(num_seeds)
     missing = [Cell(arm, seed) for seed in seeds for arm in study.arms if Cell(arm, seed) not in folder.values]
@@ -107,6 +108,7 @@ def _results(name: str, size: str, cells: list[Cell], cache: Path, workers: int)
 
 
 def _run(name: str, size: str, cell: Cell, cache: Path) -> Done:
+    """Run a cell on one thread."""
     import torch
 
     threads = torch.get_num_threads()
@@ -159,6 +161,7 @@ class StudyFolder:
         self.description = description
 
     def add(self, done: Done) -> None:
+        """Store a result."""
         self.values[done.cell] = done.values
         self.cpu_s += done.cpu_s
         with replacing(self.path / "study.json") as file:
@@ -167,6 +170,7 @@ class StudyFolder:
 
 
 def _check_same(path: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise UserError where a folder's description differs from the wanted one."""
     wanted = json.loads(json.dumps(wanted))
     if there != wanted:
         differing = [key for key in wanted if there.get(key) != wanted[key]]

@@ -24,6 +24,7 @@ def frames_of(scenes: Sequence[Scene], num_frames: int, image_size: int, seconds
 
 
 def _draw(path: Path, scenes: Sequence[Scene], num_frames: int, image_size: int, seconds: float) -> None:
+    """Draw all frames and write them as an array."""
     times_s = (np.arange(num_frames) + 0.5) * (seconds / num_frames)
     shape = (len(scenes), num_frames, 3, image_size, image_size)
     pixels = np.empty(shape, np.uint8)

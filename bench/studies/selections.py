@@ -44,6 +44,8 @@ UNTRAINED = Arm("untrained")
 
 @dataclass(frozen=True)
 class Size:
+    """The amount of work."""
+
     num_videos: int = 44
     num_copied: int = 10  # videos with a further copy in each container of COPIES
     video_s: float = 40.0
@@ -150,6 +152,7 @@ def _make_world(path: Path, size: Size) -> None:
 
 
 def _sources(world: Path) -> list[dict[str, str]]:
+    """List the videos of all containers with their subtitles."""
     from pipeline.demo.world import read_truth
 
     return [
@@ -212,6 +215,7 @@ def trained(corpus: Path, select: str, seed: int, size: Size) -> Any:
 
 
 def draw(table: Table) -> Figure:
+    """Plot R@1 and unrelated talk by arm."""
     shown = {"spoken_r1": "R@1, spoken queries", "r1": "R@1, written queries", "filler": "clips with unrelated talk"}
     groups = {
         arm.name: {told: tuple(100 * v for v in table.mean(arm, metric)) for metric, told in shown.items()}

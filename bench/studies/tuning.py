@@ -21,6 +21,8 @@ ARMS = ("full fine-tuning", "UniPT", "UniPT, last layer", "linear maps", "frozen
 
 @dataclass(frozen=True)
 class Size:
+    """The amount of work."""
+
     num_clips: int = 400
     num_test: int = 200
     num_frames: int = 2
@@ -33,6 +35,7 @@ class Size:
 
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
+    """Tune an arm's model and score it; measure its memory."""
     from bench.studies.fitting import fit, random_batches, recall, settings_of, similarities
     from bench.studies.scenes import frames_of
 
@@ -72,6 +75,7 @@ def lr_of(name: str, size: Size) -> float | None:
 
 
 def model_of(name: str, seed: int) -> Any:
+    """Load the demo's image model with an arm's trainable parts."""
     from training.models import registry as models
     from training.settings import ModelSettings
 
@@ -134,6 +138,7 @@ def make_linear(backbone: "ClipVip") -> Any:
 
 
 def num_trained(model: "nn.Module") -> int:
+    """Return the number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -166,6 +171,7 @@ def saved_at_full_size(name: str, num_clips: int = 16) -> int:
 
 
 def draw(table: Table) -> Figure:
+    """Plot R@1 and memory by arm."""
     groups = {
         "R@1, percent": {arm.name: tuple(100 * v for v in table.mean(arm, "r1")) for arm in STUDY.arms},
         "kept for the backward pass, percent of full fine-tuning": {

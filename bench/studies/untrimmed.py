@@ -51,6 +51,7 @@ _ARRAYS = ("times_F", "frames_FC", "spans_N2", "timestamps_N", "texts_NC")
 
 
 def _write(path: Path, num: int, seed: int) -> None:
+    """Make videos and write them."""
     arrays = {}
     for n, video in enumerate(_make(num, seed)):
         arrays |= {f"{n}/{name}": getattr(video, name) for name in _ARRAYS}
@@ -69,6 +70,7 @@ def _id(n: int) -> str:
 
 
 def _make(num: int, seed: int) -> Iterator[Untrimmed]:
+    """Yield the videos of a seed."""
     from bench.studies.fitting import text_features, video_features
     from training.models import registry as models
     from training.settings import ModelSettings

@@ -48,10 +48,12 @@ class CocaCaptioner:
 
     @torch.inference_mode()
     def _caption_batch(self, pictures: list[Image.Image]) -> list[Caption]:
-        """Encode the pictures once; generate captions and their scores from that."""
+        """Encode the pictures once; generate ids, then score each but the first, given those before and the picture."""
         latent_BD, tokens_BPD = self.loaded.model._encode_image(self.loaded.pixels(pictures))
         ids_BL = self._generate(pictures, latent_BD, tokens_BPD)
-        log_probs_BL = self._log_probs(ids_BL, latent_BD, tokens_BPD)
+        scored_BL = ids_BL[:, : self.loaded.model.context_length]
+        logits_BLV = self.loaded.model(None, scored_BL, image_latent=latent_BD, image_embs=tokens_BPD)["logits"]
+        log_probs_BL = logits_BLV.float().log_softmax(-1).gather(-1, scored_BL[:, 1:, None])[..., 0]
         return [
             self._as_caption(ids, scores) for ids, scores in zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
         ]
@@ -87,13 +89,6 @@ class CocaCaptioner:
                 sot_token_id=tokenizer.sot_token_id,
                 eos_token_id=tokenizer.eot_token_id,
             )
-
-    def _log_probs(self, ids_BL: torch.Tensor, latent_BD: torch.Tensor, tokens_BPD: torch.Tensor) -> torch.Tensor:
-        """Return the log-probability [B, L - 1] of every id but the first, given the ids before it and the picture."""
-        ids_BL = ids_BL[:, : self.loaded.model.context_length]
-        logits_BLV = self.loaded.model(None, ids_BL, image_latent=latent_BD, image_embs=tokens_BPD)["logits"]
-        log_probs_BLV = logits_BLV.float().log_softmax(-1)
-        return log_probs_BLV.gather(-1, ids_BL[:, 1:, None])[..., 0]
 
     def _as_caption(self, ids: list[int], log_probs: list[float]) -> Caption:
         """Make a caption of `ids` (start, text, end, padding); `log_probs[i]` belongs to `ids[i + 1]`."""

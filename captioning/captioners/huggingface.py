@@ -68,9 +68,12 @@ class HuggingFaceCaptioner:
         return captions
 
     def _generate(self, pixels_BCHW: torch.Tensor) -> list[Caption]:
-        """Generate captions and their scores."""
+        """Generate ids [B, L], then score each id but the first, given the ids before it and the picture."""
         ids_BL = self.model.generate(pixel_values=pixels_BCHW, **self._decoding())
-        log_probs_BL = self._log_probs(pixels_BCHW, ids_BL)
+        given = "decoder_input_ids" if self.model.config.is_encoder_decoder else "input_ids"
+        logits = self.model(pixel_values=pixels_BCHW, **{given: ids_BL[:, :-1]}).logits
+        logits_BLV = logits[:, 1 - ids_BL.shape[1] :]  # some models put the picture's tokens before the text's
+        log_probs_BL = logits_BLV.float().log_softmax(-1).gather(-1, ids_BL[:, 1:, None])[..., 0]
         return [
             self._as_caption(ids, scores) for ids, scores in zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
         ]
@@ -89,13 +92,6 @@ class HuggingFaceCaptioner:
             return common
         limit = {"top_k": chosen.top_k} if chosen.generation == "top_k" else {"top_k": 0, "top_p": chosen.top_p}
         return {**common, **limit, "temperature": chosen.temperature}
-
-    def _log_probs(self, pixels_BCHW: torch.Tensor, ids_BL: torch.Tensor) -> torch.Tensor:
-        """Return the log-probability [B, L - 1] of every id but the first, given the ids before it and the picture."""
-        given = "decoder_input_ids" if self.model.config.is_encoder_decoder else "input_ids"
-        logits = self.model(pixel_values=pixels_BCHW, **{given: ids_BL[:, :-1]}).logits
-        logits_BLV = logits[:, 1 - ids_BL.shape[1] :]  # some models put the picture's tokens before the text's
-        return logits_BLV.float().log_softmax(-1).gather(-1, ids_BL[:, 1:, None])[..., 0]
 
     def _as_caption(self, ids: list[int], log_probs: list[float]) -> Caption:
         """Make a caption of `ids` (start, text, end, padding); `log_probs[i]` belongs to `ids[i + 1]`."""

@@ -73,6 +73,7 @@ class SegmentSettings(SentenceSettings):
 
     @model_validator(mode="after")
     def _range_is_wide_enough(self):
+        """Check that target_s is in the range, and that any longer span can be split."""
         if not self.min_s <= self.target_s <= self.max_s:
             raise ValueError(
                 f"target_s = {self.target_s} must lie between min_s = {self.min_s} and max_s = {self.max_s}"
@@ -103,6 +104,7 @@ class _Span:
 
     @property
     def length_s(self) -> float:
+        """Length in seconds."""
         return self.end_s - self.start_s
 
 

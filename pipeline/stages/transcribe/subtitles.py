@@ -51,6 +51,7 @@ class SubtitleSettings(Settings):
     @field_validator("encoding")
     @classmethod
     def _known_codec(cls, name: str) -> str:
+        """Refuse names of codecs that Python does not have."""
         if name != "auto":
             try:
                 codecs.lookup(name)
@@ -141,7 +142,14 @@ def read_subtitles(
     speech gives no cues. Raises ItemError "subtitle-unreadable".
     """
     settings = settings or SubtitleSettings()
-    data = source if isinstance(source, bytes) else _read_bytes(Path(source))
+    if isinstance(source, bytes):
+        data = source
+    else:
+        try:
+            with open(source, "rb") as file:
+                data = file.read(MAX_FILE_BYTES + 1)
+        except OSError as error:
+            raise unreadable(f"{Path(source).name}: {error.strerror or error}") from error
     if len(data) > MAX_FILE_BYTES:
         raise unreadable(f"the file is larger than {MAX_FILE_BYTES >> 20} MiB, which no subtitle file is")
     text, guessed = decode(data, settings.encoding)
@@ -158,15 +166,6 @@ def read_subtitles(
 def unreadable(why: str) -> ItemError:
     """Return the ItemError of a subtitle file that cannot be used."""
     return ItemError("subtitle-unreadable", why)
-
-
-def _read_bytes(path: Path) -> bytes:
-    """Read a file, at most one byte more than is allowed; raises ItemError "subtitle-unreadable"."""
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise unreadable(f"{path.name}: {error.strerror or error}") from error
 
 
 def sniff(text: str) -> str | None:

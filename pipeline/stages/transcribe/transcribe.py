@@ -84,6 +84,7 @@ class TranscribeSettings(SubtitleSettings):
     @field_validator("whisper", mode="before")
     @classmethod
     def _off_is_none(cls, value: Any) -> Any:
+        """Read a bare `off`, which YAML turns into false, as null."""
         return None if value in (False, "", "off", "none") else value  # YAML reads a bare off as false
 
 
@@ -124,6 +125,7 @@ def load_whisper(settings: TranscribeSettings) -> Any:
 
 @lru_cache(maxsize=1)
 def _load_whisper(name: str, device: str | None, folder: str | None) -> Any:
+    """Load a Whisper model; see `load_whisper` for errors."""
     import torch
     import whisper
 
