@@ -150,18 +150,20 @@ def _play(settings: EditSettings, items: Items, seen: Seen, scenes: Truth, offse
     """Edit for some rounds with these settings and print a row."""
     videos = [video.clips(settings) for video in items.videos]
     scorer = seen.scorer(videos, settings)
-    spans, told = base_spans(videos), [_told(0, videos, base_spans(videos), scenes, offsets, settings)]
+    spans, columns = base_spans(videos), [_describe(0, videos, base_spans(videos), scenes, offsets, settings)]
     for number in range(1, NUM_ROUNDS + 1):
         edited = edit_videos(videos, spans, scorer, settings, round_number=number, teacher="demo")
         spans, num_accepted = edited.spans, sum(edited.rows["accepted"].to_pylist())
         if number in (1, 3, 5):
-            told.append(_told(num_accepted, videos, spans, scenes, offsets, settings))
+            columns.append(_describe(num_accepted, videos, spans, scenes, offsets, settings))
     name = f"{settings.length_weight:5g} {settings.min_gain:5g} {settings.margin_s:3g} {settings.rings}"
     other = {"same_caption": settings.same_caption, "bank_size": settings.bank_size, "reencode": settings.reencode}
-    print(name, *(f"{k}={v}" for k, v in other.items() if v != EditSettings.model_fields[k].default), *told, sep=" | ")
+    print(
+        name, *(f"{k}={v}" for k, v in other.items() if v != EditSettings.model_fields[k].default), *columns, sep=" | "
+    )
 
 
-def _told(
+def _describe(
     num_accepted: int,
     videos: Sequence[VideoClips],
     spans: Spans,

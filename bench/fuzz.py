@@ -159,11 +159,11 @@ def _run(sandbox: Sandbox, name: str, step: Callable, case: Path, again: str, li
         outcome = "ok"
     except ItemError as error:
         outcome = error.error_class
-        told = f"{CONTAINED.get(outcome, outcome)}: {name} {again}: {error.message.strip()[-400:]}"
+        finding = f"{CONTAINED.get(outcome, outcome)}: {name} {again}: {error.message.strip()[-400:]}"
         if outcome == "internal-error":
-            tally.findings.append(told)
+            tally.findings.append(finding)
         elif outcome in CONTAINED:
-            tally.contained.append(told)
+            tally.contained.append(finding)
     elapsed_s = time.monotonic() - begun
     tally.outcomes[name, outcome] += 1
     tally.slowest_s = max(tally.slowest_s, elapsed_s)

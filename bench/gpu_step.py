@@ -128,7 +128,7 @@ def _memory_gb(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
 
 
-def told(row: Row) -> str:
+def describe(row: Row) -> str:
     """Return a row as text."""
     if row.samples_per_s is None:
         return f"{row.model:5} {row.way:30} {row.source:13} {row.batch_size:5}  does not fit"
@@ -173,14 +173,14 @@ def main() -> None:
             for batch_size in chosen.batches:
                 batches = cached_batches(MODELS[name], batch_size, process.device)
                 rows.append(measure(name, way, batches, batch_size, process, "cached batch"))
-                print(told(rows[-1]), flush=True)
+                print(describe(rows[-1]), flush=True)
                 torch.compiler.reset()
         best = max((row for row in rows if row.model == name and row.samples_per_s), key=lambda row: row.samples_per_s)
         if chosen.corpus:
             with ExitStack() as stack:
                 batches = loader_batches(chosen.corpus, MODELS[name], best.batch_size, stack)
                 rows.append(measure(name, best.way, batches, best.batch_size, process, "loader"))
-            print(told(rows[-1]), flush=True)
+            print(describe(rows[-1]), flush=True)
         if best.mfu is not None:
             verdict = "passes" if best.mfu >= GATE_MFU else "fails"
             print(f"{name}: best {best.mfu:.1%} of peak, gate {GATE_MFU:.0%}: {verdict}")
@@ -188,8 +188,12 @@ def main() -> None:
         device = torch.cuda.get_device_name() if chosen.device == "cuda" else "cpu"
         path = chosen.output / f"gpu_step-{device.replace(' ', '-').lower()}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        told_by = {"device": device, "torch": torch.__version__, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        path.write_text(json.dumps(told_by | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        environment = {
+            "device": device,
+            "torch": torch.__version__,
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        path.write_text(json.dumps(environment | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
         print(f"written: {path}")
 
 

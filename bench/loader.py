@@ -363,16 +363,16 @@ def report(figures: dict[str, list[float]], seconds: dict[str, float], clips: li
         ("loader to bare", ratios["bare"], GATE_BARE),
         ("loader to ordinary", ratios["ordinary"], GATE_ORDINARY),
     ]
-    told = [
-        f"gate: {name}: {value:.2f}, at least {least:g}: {'holds' if value >= least else 'BROKEN'}"
+    verdicts = [
+        f"gate: {name}: {value:.2f}, at least {least:g}: {'passed' if value >= least else 'FAILED'}"
         for name, value, least in gates
     ]
-    told += [
+    verdicts += [
         f"gate: step 1,000,000, {name}: {spent:.2f} s, at most {GATE_RESUME_S:g}: "
-        f"{'holds' if spent <= GATE_RESUME_S else 'BROKEN'}"
+        f"{'passed' if spent <= GATE_RESUME_S else 'FAILED'}"
         for name, spent in seconds.items()
     ]
-    return "\n".join([*lines, "", *told]), [line for line in told if line.endswith("BROKEN")]
+    return "\n".join([*lines, "", *verdicts]), [line for line in verdicts if line.endswith("FAILED")]
 
 
 def main() -> None:

@@ -85,12 +85,12 @@ class Report:
     def __str__(self) -> str:
         kinds = ", ".join(f"{self.kills[kind]} {kind}" for kind in KINDS if self.kills[kind])
         ways = ", ".join(f"{self.ways[way]} {way}" for way in WAYS if self.ways[way])
-        told = [
+        lines = [
             f"{self.kills.total()} kills in {self.seconds / 60:.1f} minutes: {kinds}",
             f"{self.ways.total()} attempts: {ways}",
             *(f"WRONG: {problem}" for problem in self.wrong),
         ]
-        return "\n".join([*told, "FAILED" if self.wrong else f"the same {self.steps} batches and losses"])
+        return "\n".join([*lines, "FAILED" if self.wrong else f"the same {self.steps} batches and losses"])
 
 
 def torment(

@@ -21,7 +21,8 @@ class ModelSettings(Settings):
     batch_size: int = operational(32, ge=1, le=4096)
     # CPU threads of torch in each process; null: torch's own choice.
     num_threads: int | None = operational(None, ge=1)
-    # Seconds that the model may take for a task before it counts as hung. Ten minutes hold the loading of its weights.
+    # Seconds that the model may take for a task, besides those per image, before it counts as hung. Ten minutes are far
+    # more than any start.
     timeout_base_s: float = operational(600.0, gt=0)
     # More seconds for each image of the task. 30 leave room for ViT-L with beam search on one CPU core.
     timeout_per_image_s: float = operational(30.0, gt=0)
@@ -96,8 +97,8 @@ class CaptionSettings(ModelSettings):
 class ScoreSettings(ModelSettings):
     """Settings of the stage `score`: the model that compares frames and texts."""
 
-    # Name of an open_clip model, local-dir:FOLDER, or demo for the demo world's model; null: no scores. ViT-B-32 scores
-    # fast, and its similarities are good enough to filter by.
+    # Name of an open_clip model, local-dir:FOLDER, or demo for the demo world's model; null: no scores. ViT-B-32 is
+    # the fastest of the usual CLIP models.
     model: str | None = CLIP_MODEL
     # Weights of the model: open_clip's tag, or a local .safetensors or .pt file. local-dir and demo do not use it.
     pretrained: str = CLIP_PRETRAINED

@@ -55,13 +55,16 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
 def draw(table: Table) -> Figure:
     """Plot the scores over the number of clips."""
-    told = {"tuned_r1": "after fine-tuning", "zero_shot_r1": "before fine-tuning"}
+    headings = {"tuned_r1": "after fine-tuning", "zero_shot_r1": "before fine-tuning"}
     some = {name: num for name, num in NUM_CLIPS.items() if num}
     series = {
-        what: [(num, *(100 * value for value in table.mean(Arm(name), metric))) for name, num in some.items()]
-        for metric, what in told.items()
+        heading: [(num, *(100 * value for value in table.mean(Arm(name), metric))) for name, num in some.items()]
+        for metric, heading in headings.items()
     }
-    marks = {f"no post-pretraining, {what}": 100 * table.mean(Arm("none"), metric)[0] for metric, what in told.items()}
+    marks = {
+        f"no post-pretraining, {heading}": 100 * table.mean(Arm("none"), metric)[0]
+        for metric, heading in headings.items()
+    }
     x_label, y_label = "clips post-pretrained on", "R@1 of written queries, percent"
     return lines(STUDY.title, series, x_label=x_label, y_label=y_label, from_zero=True, log_x=True, marks=marks)
 

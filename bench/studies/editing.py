@@ -269,8 +269,8 @@ def shares_of(times_F: "Floats", spans_N2: "Floats") -> "Floats":
 def draw(table: Table) -> Figure:
     """Plot scores and IoU by arm."""
     groups = {
-        told: {arm.name: tuple(100 * v for v in table.mean(arm, metric)) for arm in STUDY.arms}
-        for metric, told in (("r1", "R@1 of the model trained on them"), ("iou", "overlap with the truth (IoU)"))
+        heading: {arm.name: tuple(100 * v for v in table.mean(arm, metric)) for arm in STUDY.arms}
+        for metric, heading in (("r1", "R@1 of the model trained on them"), ("iou", "overlap with the truth (IoU)"))
     }
     return bars(STUDY.title, groups, y_label="percent", label="{:.0f}".format)
 

@@ -185,7 +185,8 @@ def draw(table: Table) -> Figure:
     """Plot both measures by arm."""
     shown = {"nmi": "NMI of k-means", "probe": "accuracy of a linear map"}
     groups = {
-        arm.name: {told: _bounded(*table.mean(arm, metric)) for metric, told in shown.items()} for arm in STUDY.arms
+        arm.name: {heading: _bounded(*table.mean(arm, metric)) for metric, heading in shown.items()}
+        for arm in STUDY.arms
     }
     return bars(STUDY.title, groups, y_label="0: not separated, 1: separated", label="{:.2f}".format)
 

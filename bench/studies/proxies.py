@@ -123,8 +123,8 @@ def draw(table: Table) -> Figure:
         "still_r1": "looks: all clips",
     }
     groups = {
-        told: {arm.name: tuple(100 * value for value in table.mean(arm, metric)) for arm in STUDY.arms}
-        for metric, told in shown.items()
+        heading: {arm.name: tuple(100 * value for value in table.mean(arm, metric)) for arm in STUDY.arms}
+        for metric, heading in shown.items()
     }
     marks = dict.fromkeys(list(groups)[:2], 50.0)
     return bars(STUDY.title, groups, y_label="R@1, percent", marks=marks, label="{:.0f}".format, top=100)

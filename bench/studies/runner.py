@@ -88,8 +88,8 @@ def _run_missing(
         for done in results:
             folder.add(done)
             num_there += 1
-            told = "  ".join(f"{metric} {value:.3g}" for metric, value in done.values.items())
-            progress(f"{num_there:3}  {done.cell.arm.label}, seed {done.cell.seed}: {told}  ({done.cpu_s:.0f} s)")
+            values = "  ".join(f"{metric} {value:.3g}" for metric, value in done.values.items())
+            progress(f"{num_there:3}  {done.cell.arm.label}, seed {done.cell.seed}: {values}  ({done.cpu_s:.0f} s)")
     table = Table({cell: values for cell, values in folder.values.items() if cell.seed in seeds})
     write_report(study, size, num_seeds, table, folder.path)
     return table

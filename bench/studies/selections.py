@@ -68,14 +68,14 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
     corpus = corpus_of(size, cache)
     if arm == UNTRAINED:
-        model, told = image_model(), {"distinct": 0.0, "filler": 0.0}
+        model, shares = image_model(), {"distinct": 0.0, "filler": 0.0}
     else:
         select = drawn(POOLS[arm.name].format(half=size.share), size.budget, seed)
-        model, told = trained(corpus, select, seed, size), facts(corpus, select)
+        model, shares = trained(corpus, select, seed, size), facts(corpus, select)
     scenes, spoken = held_out(size.num_test, seed)
     pixels = frames_of(scenes, size.num_frames, model.config.image_size, 4.0, cache)
     spoken_r1 = recall(similarities(model, spoken, pixels))
-    return {"spoken_r1": spoken_r1} | written_scores(model, scenes, pixels) | told
+    return {"spoken_r1": spoken_r1} | written_scores(model, scenes, pixels) | shares
 
 
 def image_model() -> Any:
@@ -218,7 +218,7 @@ def draw(table: Table) -> Figure:
     """Plot R@1 and unrelated talk by arm."""
     shown = {"spoken_r1": "R@1, spoken queries", "r1": "R@1, written queries", "filler": "clips with unrelated talk"}
     groups = {
-        arm.name: {told: tuple(100 * v for v in table.mean(arm, metric)) for metric, told in shown.items()}
+        arm.name: {heading: tuple(100 * v for v in table.mean(arm, metric)) for metric, heading in shown.items()}
         for arm in STUDY.arms
     }
     return bars(STUDY.title, groups, y_label="percent", label="{:.0f}".format)

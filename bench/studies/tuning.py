@@ -40,10 +40,10 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
     from bench.studies.scenes import frames_of
 
     model = model_of(arm.name, seed)
-    train, told = spoken_scenes(size.num_clips, [seed, 41])
+    train, spoken = spoken_scenes(size.num_clips, [seed, 41])
     frames = size.num_frames, model.config.image_size, size.seconds, cache
     if lr := lr_of(arm.name, size):
-        batches = random_batches(told, [None] * len(told), size.batch_size)
+        batches = random_batches(spoken, [None] * len(spoken), size.batch_size)
         fit(model, frames_of(train, *frames), batches, settings_of("vs", size.steps, lr), seed)
     test, asked = spoken_scenes(size.num_test, [seed, 42])
     similarity = similarities(model, asked, frames_of(test, *frames))

@@ -57,7 +57,7 @@ class SegmentSettings(SentenceSettings):
     min_s: float = Field(2.0, gt=0)
     # Longest span in seconds, at least 2 × min_s: a caption and 12 frames do not cover more.
     max_s: float = Field(30.0, gt=0)
-    # Seconds of silence to include on both sides of speech, as far as there is silence. 0, as in HD-VILA.
+    # Seconds of silence to include on both sides of speech, as far as there is silence. 0: clips of speech only.
     pad_s: float = Field(0.0, ge=0)
     # Speech shorter than min_s: extend it by the silence around it, or drop it.
     short: Literal["extend", "drop"] = "extend"
