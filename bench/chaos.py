@@ -126,8 +126,7 @@ def torment(
     make_world(world, WorldSettings(num_videos=num_videos, min_video_s=15, max_video_s=30, broken=broken, seed=seed))
     spoiler, started = Spoiler(random.Random(seed)), time.monotonic()
     with serve(world, faults=spoiler) as base_url:
-        if (world / "faults.json").exists():
-            spoiler.always = json.loads((world / "faults.json").read_text())
+        spoiler.always = _listed_faults(world)
         sources = folder / "sources.jsonl"
         write_sources(world, base_url, sources)
         with _small_disk(folder / "disk", summary) as disk, local_cluster(num_nodes) as cluster:
@@ -325,6 +324,11 @@ def _replace(path: Path, data: bytes) -> None:
     aside = path.with_name(f".tmp-{path.name}.torn")
     aside.write_bytes(data)
     os.replace(aside, path)
+
+
+def _listed_faults(world: Path) -> dict[str, Any]:
+    listed = world / "faults.json"
+    return json.loads(listed.read_text()) if listed.exists() else {}
 
 
 # -- what is hit ------------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def _encode(frames: Iterator[Planes], path: Path) -> None:
             process.stdin.write(np.ascontiguousarray(plane).data)
     process.stdin.close()
     if process.wait() != 0:
-        raise RuntimeError(f"ffmpeg could not write {partial}; its output is above")
+        raise RuntimeError(f"ffmpeg failed on {partial}")
     partial.rename(path)
 
 

@@ -85,7 +85,6 @@ class CaptionSettings(ModelSettings):
 
     @property
     def is_off(self) -> bool:
-        """Return whether no captions are made."""
         return self.captioner is None
 
     @property
@@ -114,5 +113,4 @@ class ScoreSettings(ModelSettings):
 
     @property
     def is_off(self) -> bool:
-        """Return whether no scores are made."""
         return self.model is None
