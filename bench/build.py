@@ -1,4 +1,4 @@
-"""What a whole build costs, and how much of that is the engine's own.
+"""Measure the CPU cost of a whole build, and the engine's share of it.
 
     python -m bench.build              the benchmark set (`bench.media`): build and the same work without the engine
     python -m bench.build --scaling    tiny media: cost per clip at 1,000 and at 20,000 clips (informational, minutes)
@@ -7,7 +7,7 @@ gate           build ≥ 0.6 clips per CPU-second · engine overhead ≤ 10 % of
 informational  cost per clip as the corpus grows · the driver's memory
 
 "The same work" runs every stage's worker code in one process, on the same items, without Ray, ledger or manifest. Both
-count every process they start. Ways run in turn (A B A B), figures are medians.
+count every process they start. The two alternate (A B A B), and figures are medians.
 """
 
 import argparse
@@ -40,6 +40,7 @@ def main() -> None:
 
 
 def _build(scratch: Path, arguments: argparse.Namespace) -> None:
+    """Measure builds of the benchmark set with and without the engine; print table and gates."""
     from bench.media import benchmark_set
 
     videos = benchmark_set(footage=arguments.footage, duration_s=arguments.duration)
@@ -65,7 +66,7 @@ def _build(scratch: Path, arguments: argparse.Namespace) -> None:
 
 
 def sources_of_set(folder: Path, footage: Path | None, duration_s: float) -> Path:
-    """The benchmark set as a list of sources with their spans."""
+    """Write the benchmark set as a list of sources with their spans; return its path."""
     from bench.media import benchmark_set
 
     return _list(benchmark_set(footage=footage, duration_s=duration_s), folder)
@@ -78,6 +79,7 @@ def _list(videos: list[dict], folder: Path) -> Path:
 
 
 def _source(video: dict) -> dict:
+    """Return the source of a video, with its spans, in HD-VILA's format."""
     spans = [{"n": n, "start_s": start, "end_s": end} for n, (start, end) in enumerate(video["spans"])]
     clips = [
         {"clip_id": f"{Path(video['path']).stem}.{s['n']}.mp4", "span": [_clock(s["start_s"]), _clock(s["end_s"])]}
@@ -91,6 +93,7 @@ def _clock(seconds: float) -> str:
 
 
 def _clean_build(sources: Path, corpus: Path, *settings: str, environment: dict[str, str] | None = None) -> Cost:
+    """Build a corpus from nothing; return its cost."""
     shutil.rmtree(corpus, ignore_errors=True)
     command = [sys.executable, "-m", "clipmill", "build", str(sources), "--corpus", str(corpus), "--recipe", "demo"]
     return _measured([*command, *(word for setting in settings for word in ("--set", setting))], environment)
@@ -103,7 +106,7 @@ def _measured(command: list[str], environment: dict[str, str] | None = None) -> 
 
 
 def _scaling(scratch: Path, sizes: list[int]) -> None:
-    """Many tiny videos of twenty clips each, all different to the ledger: what is left is mostly the engine's cost."""
+    """Build corpora of tiny videos of twenty clips each, whose cost is mostly the engine's; print a row per size."""
     print("| clips | CPU ms / clip | wall ms / clip | driver's peak MB |\n| --- | --- | --- | --- |")
     for size in sizes:
         folder = scratch / f"{size}"
@@ -118,7 +121,10 @@ def _scaling(scratch: Path, sizes: list[int]) -> None:
 
 
 def _tiny_videos(folder: Path, num_videos: int) -> Path:
-    """Copies of one 100 s video of 64x48 pixels that differ in a trailing `free` box, with twenty spans each."""
+    """Write copies of a 100 s video of 64x48 pixels, with twenty spans each.
+
+    A trailing `free` box makes them differ, so that the ledger takes none for another.
+    """
     import imageio_ffmpeg
 
     folder.mkdir(parents=True)
@@ -136,7 +142,7 @@ def _tiny_videos(folder: Path, num_videos: int) -> Path:
 
 
 def _driver_peaks(corpus: Path) -> list[float]:
-    """Peak resident MB of the drivers that wrote this corpus, as their runs recorded it."""
+    """Return the peak resident MB that the drivers of this corpus recorded."""
     import duckdb
 
     with duckdb.connect(str(corpus / "manifest.duckdb"), read_only=True) as connection:

@@ -1,16 +1,16 @@
-"""A build of the demo world while everything that can die does, compared with a quiet one.
+"""Build the demo world under injected faults, and compare the corpus with that of an undisturbed build.
 
     python -m bench.chaos                       100 faults, 12 videos, three Ray nodes (10 minutes or so)
     python -m bench.chaos --faults 15 --videos 4 --seed 7
 
-gate           shards, tables and failures are those of the quiet build, to the byte · no orphan file · nothing was done
-               more often than the faults explain
-informational  what was done twice, minutes
+gate           shards, tables and failures equal those of the quiet build, to the byte · no orphan file · no more work
+               was repeated than the faults explain
+informational  repeated work, minutes
 
-Faults come in a seeded order at seeded moments; what they hit depends on the moment, so two runs of one seed are not
-the same run. A fault counts when it has really hit: a process that was there is dead, an answer has been spoilt, the
-disk has been full while a build ran. The disk is a tmpfs, which takes root to mount; where it cannot be, that kind is
-left out and the summary says so. Exit code 1 when a gate fails.
+Faults come in a seeded order at seeded times; what they hit depends on timing, so two runs of one seed differ. A fault
+counts only when it has an effect: a process was killed, an HTTP answer was spoilt, the disk was full while a build ran.
+The disk is a tmpfs, which needs root to mount; without it that kind is left out, and the summary says so. Exit code 1
+when a gate fails.
 """
 
 import argparse
@@ -44,7 +44,7 @@ SETTINGS = (
     "cut.short_side=96",
     "pack.shard_bytes=1000000",
     "engine.publish_every_s=0.5",
-    "engine.max_attempts=1000",  # here faults are what fails, not sources
+    "engine.max_attempts=1000",  # failures here come from faults, not from sources
     "engine.downloads_per_node=2",
     "engine.batch_video_s=40",
     "engine.batch_clips=16",
@@ -56,24 +56,26 @@ SETTINGS = (
 PROCESS_KINDS = ("driver", "worker", "actor", "node")
 HTTP_KINDS = ("http-drop", "http-stall", "http-length", "http-429", "http-503")
 KINDS = (*PROCESS_KINDS, *HTTP_KINDS, "torn", "disk-full")
-# Pieces of work that a death can cost: those in flight on two nodes of one CPU and the head (downloads, cuts, models).
+# Tasks that a death can cost: those in flight on two nodes of one CPU and the head (downloads, cuts, models).
 MOST_IN_FLIGHT = 3 * 2 + 3 + 2
 DISK_BYTES = 400 << 20
 
 
 @dataclass
 class Summary:
+    """Faults, repeated work, and what is wrong with the result."""
+
     faults: Counter = field(default_factory=Counter)
-    num_builds: int = 0  # commands that were started
+    num_builds: int = 0  # commands started
     num_needed: int = 0  # commits of the quiet build
-    num_made: int = 0  # commits of the tormented one, those made again included
+    num_made: int = 0  # commits of the build under faults, repeated ones included
     wrong: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def num_explained(self) -> int:
-        """Commits that the faults may have cost at most."""
+        """Most commits that the faults may have cost."""
         deaths = sum(self.faults[kind] for kind in (*PROCESS_KINDS, "disk-full"))
         return deaths * MOST_IN_FLIGHT + self.faults["torn"] + sum(self.faults[kind] for kind in HTTP_KINDS)
 
@@ -86,7 +88,7 @@ class Summary:
         lines = [
             f"{self.faults.total()} faults in {self.seconds / 60:.1f} minutes: {kinds}",
             f"{self.num_builds} builds; {self.num_needed} commits were needed, {self.num_made} were made; the faults "
-            f"explain up to {self.num_explained} more: {self.num_unexplained} done more often than they explain",
+            f"explain up to {self.num_explained} more: {self.num_unexplained} are not explained",
             *(f"left out: {reason}" for reason in self.left_out),
             *(f"WRONG: {problem}" for problem in self.wrong),
         ]
@@ -98,7 +100,7 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--videos", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="a folder to work in that is kept, with the builds' output")
+    parser.add_argument("--keep", type=Path, help="work in this folder and keep it, with the builds' output")
     arguments = parser.parse_args()
     with _scratch(arguments.keep) as folder:
         summary = torment(folder, arguments.faults, arguments.videos, arguments.seed, partial(print, flush=True))
@@ -118,7 +120,7 @@ def torment(
     num_nodes: int = 2,
     settings: Sequence[str] = SETTINGS,
 ) -> Summary:
-    """Build quietly, build with at least so many faults of so many kinds, compare. The work is done in `folder`."""
+    """Build undisturbed, build under at least `num_faults` faults of `num_kinds` kinds, and compare (in `folder`)."""
     from pipeline.demo.server import serve
     from pipeline.demo.world import WorldSettings, make_world, write_sources
 
@@ -155,11 +157,11 @@ def torment(
 
 
 def _compare(quiet: Path, tormented: Path, keep_in: Path, summary: Summary) -> None:
-    """What is wrong, into the summary; a wrong corpus is copied from the small disk, which goes with the run."""
+    """Add what is wrong to the summary; copy a wrong corpus from the small disk, which is unmounted later."""
     summary.wrong += differences(quiet, tormented)
     summary.wrong += [f"orphan: {name}" for name in orphans(tormented)]
     if summary.num_unexplained:
-        summary.wrong.append("more was done again than the faults explain")
+        summary.wrong.append("more work was repeated than the faults explain")
     if summary.wrong:
         shutil.copytree(tormented, keep_in)
 
@@ -168,14 +170,14 @@ def _compare(quiet: Path, tormented: Path, keep_in: Path, summary: Summary) -> N
 
 
 class Chaos:
-    """Keeps a build running and hits it, its cluster, its server and its disk."""
+    """A loop that keeps a build running and injects faults into it, its cluster, its server and its disk."""
 
     def __init__(self, build: "Build", made: "CommitCount", cluster: "RayNodes", spoiler: "Spoiler", seed: int):
         self.build, self.made, self.cluster, self.spoiler = build, made, cluster, spoiler
         self.rng, self.faults = random.Random(seed), Counter()
 
     def run(self, num_faults: int, num_kinds: int, kinds: list[str], say: Callable[[str], Any]) -> Counter:
-        """What has hit, by kind."""
+        """Inject faults until enough have had an effect; return their number by kind."""
         queue: list[str] = []
         while self._num_hit() < num_faults or len(+self.faults) < num_kinds:
             self._keep_building()
@@ -188,7 +190,10 @@ class Chaos:
         return self.faults
 
     def _keep_building(self) -> None:
-        """A build that is hit again before it has begun anew teaches nothing; one that is done is given work."""
+        """Restart a build that has ended and wait for its first commit; give a finished one work by damaging files.
+
+        A build that is killed again before it does anything would test nothing.
+        """
         if not self.build.running():
             if self.build.finished():
                 self.faults["torn"] += self._tear(1, ["fragments/downloads/[!.]*.parquet"]) + self._tear(2)
@@ -206,7 +211,7 @@ class Chaos:
         return self.faults.total()
 
     def _strike(self, kind: str) -> bool:
-        """Whether it has hit. Spoilt answers are counted by the server, when one has been."""
+        """Inject a fault; return whether it had an effect. The server counts spoilt answers when it gives them."""
         match kind:
             case "driver":
                 return self.build.kill()
@@ -224,6 +229,7 @@ class Chaos:
         return False
 
     def _kill_one(self, wanted: Callable[[str], bool]) -> bool:
+        """Kill a random worker whose title is wanted; return whether there was one."""
         victims = sorted((p for p in self.cluster.workers() if wanted(title_of(p))), key=lambda p: p.pid)
         if not victims:
             return False
@@ -233,8 +239,10 @@ class Chaos:
         return False
 
     def _tear(self, num_files: int, of: Sequence[str] = ("fragments/*/[!.]*.parquet", "clips/[!.]*.tar")) -> int:
-        """What a crash may leave: beside a running build a file cut short under a temporary name, else (no sync) one
-        under its final name, which is work for the next build.
+        """Truncate files as a crash without sync may leave them; return how many.
+
+        While a build runs, the truncated copy gets a temporary name; else it replaces the file, and the next build has
+        to repair it.
         """
         files = sorted(path for pattern in of for path in self.build.corpus.glob(pattern))
         torn = 0
@@ -242,7 +250,7 @@ class Chaos:
             with suppress(FileNotFoundError):
                 data = path.read_bytes()
                 half = data[: self.rng.randrange(len(data))]
-                if self.build.running():  # it may have read the file already, and need it
+                if self.build.running():  # the build may have read the file already and still need it
                     path.with_name(f".tmp-{path.name}").write_bytes(half)
                 else:
                     with atomic_file(path) as file:
@@ -251,7 +259,7 @@ class Chaos:
         return torn
 
     def _fill_disk(self) -> bool:
-        """Until the build has ended for want of room, or for three seconds."""
+        """Fill the disk until the build fails, or for three seconds; return whether there was a build to disturb."""
         ballast, room = self.build.corpus.parent / "ballast", shutil.disk_usage(self.build.corpus.parent).free
         if not self.build.running() or room == 0:
             return False
@@ -259,7 +267,7 @@ class Chaos:
             with ballast.open("wb") as file, suppress(OSError):
                 while True:
                     file.write(b"\0" * (1 << 20))
-        except OSError:  # the last block does not fit when the file is closed either
+        except OSError:  # closing flushes the last block, which does not fit either
             pass
         until = time.monotonic() + 3
         while self.build.running() and time.monotonic() < until:
@@ -269,7 +277,7 @@ class Chaos:
 
 
 class Spoiler(dict):
-    """The server's faults: those of bad sources always, and one bad answer for each that was ordered."""
+    """The server's faults: always those of bad sources, and one bad answer for each fault that was ordered."""
 
     def __init__(self, rng: random.Random):
         super().__init__()
@@ -279,6 +287,7 @@ class Spoiler(dict):
         self._lock = threading.Lock()
 
     def get(self, name: str, default: Any = None) -> Any:
+        """Return the faults of an answer: those of a bad source, or the ordered ones."""
         with self._lock:
             if name in self.always or not name.startswith("videos/") or not self._ordered:
                 return self.always.get(name, default)
@@ -287,6 +296,7 @@ class Spoiler(dict):
         return self._answer(kind)
 
     def _answer(self, kind: str) -> dict[str, Any]:
+        """Return the server's options for a fault."""
         some_bytes = self.rng.randrange(1, 200_000)
         return {
             "http-drop": {"cut_after_bytes": some_bytes},
@@ -297,16 +307,19 @@ class Spoiler(dict):
         }[kind]
 
     def order(self, kind: str) -> None:
+        """Order one bad answer; at most three wait."""
         with self._lock:
             if len(self._ordered) < 3:
                 self._ordered.append(kind)
 
     def take_spoilt(self) -> Counter:
+        """Return the bad answers given since the last call, by kind."""
         with self._lock:
             taken, self._spoilt = self._spoilt, Counter()
         return taken
 
     def stop(self) -> None:
+        """Cancel the ordered faults."""
         with self._lock:
             self._ordered.clear()
 
@@ -320,7 +333,7 @@ def _listed_faults(world: Path) -> dict[str, Any]:
 
 
 class Build:
-    """The command, run again whenever it has been killed; its output goes to a file beside the list of sources."""
+    """The build command, which can be killed and restarted; its output goes to a file beside the list of sources."""
 
     def __init__(self, corpus: Path, sources: Path, address: str, settings: Sequence[str] = SETTINGS):
         self.corpus, self.sources, self.settings = corpus, sources, settings
@@ -330,6 +343,7 @@ class Build:
         self.num_started = 0
 
     def start(self) -> None:
+        """Start the command."""
         settings = [word for setting in self.settings for word in ("--set", setting)]
         words = ["build", str(self.sources), "--corpus", str(self.corpus), "--recipe", "demo", *settings]
         self.num_started += 1
@@ -344,17 +358,19 @@ class Build:
             )
 
     def running(self) -> bool:
+        """Return whether the command runs."""
         return self.process is not None and self.process.poll() is None
 
     def finished(self) -> bool:
-        """It ended by itself; the bad sources make it 1."""
+        """Return whether the command ended by itself; bad sources make its exit code 1."""
         return self.process is not None and self.process.poll() in (0, 1)
 
     def said(self) -> str:
-        """What the last command printed."""
+        """Return what the last command printed."""
         return self.log.read_bytes()[self._log_start :].decode(errors="replace")
 
     def kill(self) -> bool:
+        """Kill the command and its processes; return whether it ran."""
         if not self.running():
             return False
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -363,18 +379,20 @@ class Build:
 
 
 def _finish(build: Build, timeout_s: float = 900) -> None:
-    """Let it end in peace."""
+    """Let the build end undisturbed; start it again once where an earlier fault makes it fail."""
     if not build.running():
         build.start()
     code = build.process.wait(timeout_s)
-    if code not in (0, 1):  # what had been hit before died of it now
+    if code not in (0, 1):  # an earlier fault has its effect only now
         build.start()
         code = build.process.wait(timeout_s)
-    assert code in (0, 1) and "Traceback" not in build.said(), f"the build ended with {code}, see {build.log}"
+    assert code in (0, 1) and "Traceback" not in build.said(), (
+        f"the build ended with exit code {code}; its output is in {build.log}"
+    )
 
 
 class RayNodes:
-    """A head and other nodes on this machine, each of one CPU, with its own raylet and workers."""
+    """A Ray cluster on this machine: a head and other nodes of one CPU, each with its own raylet and workers."""
 
     def __init__(self, num_nodes: int) -> None:
         from ray.cluster_utils import Cluster
@@ -389,7 +407,7 @@ class RayNodes:
         return self.cluster.address
 
     def workers(self, nodes: Sequence[Any] | None = None) -> Iterator[psutil.Process]:
-        """Processes that run tasks and actors on these nodes (None: all of them): children of their raylets."""
+        """Yield the processes that run tasks and actors on these nodes (None: on all): children of their raylets."""
         for node in [self.cluster.head_node, *self.nodes] if nodes is None else nodes:
             for raylet in node.all_processes.get("raylet", []):
                 with suppress(psutil.NoSuchProcess):
@@ -398,22 +416,23 @@ class RayNodes:
                     )
 
     def add(self, **resources: Any) -> None:
-        """A node that joins; `resources` as `ray start` has them."""
+        """Add a node; `resources` are those of `ray start`."""
         self.nodes.append(self.cluster.add_node(**resources))
 
     def remove(self, node: Any) -> None:
-        """A node that is gone without a word."""
+        """Kill a node without notice."""
         self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
 
     def replace_one(self, rng: random.Random) -> bool:
+        """Kill a random node without notice and add another."""
         self.remove(rng.choice(self.nodes))
         self.add(num_cpus=1)
         return True
 
 
 def title_of(process: psutil.Process) -> str:
-    """Its command line; Ray writes there what a worker is doing. Empty where it is gone."""
+    """Return a process's command line, in which Ray names what a worker does; empty when it has ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
@@ -425,7 +444,7 @@ def _is_actor(title: str) -> bool:
 
 
 class CommitCount:
-    """How often each commit was made: its ledger fragment is renamed into place each time, which a new inode shows."""
+    """Count commits, repeated ones included: each renames its ledger fragment into place, which a new inode shows."""
 
     def __init__(self, corpus: Path):
         self.folder = corpus / "fragments" / "ledger"
@@ -443,6 +462,7 @@ class CommitCount:
         self._look()
 
     def total(self) -> int:
+        """Return the number of commits so far."""
         self._look()
         return len(self._seen)
 
@@ -451,6 +471,7 @@ class CommitCount:
             self._look()
 
     def _look(self) -> None:
+        """Note the ledger fragments that are new."""
         with suppress(FileNotFoundError):
             for entry in os.scandir(self.folder):
                 with suppress(FileNotFoundError):
@@ -464,6 +485,7 @@ class CommitCount:
 
 @contextmanager
 def _scratch(keep: Path | None) -> Iterator[Path]:
+    """Yield the folder to work in: `keep`, or a temporary one."""
     if keep:
         keep.mkdir(parents=True, exist_ok=True)
         yield keep
@@ -474,12 +496,13 @@ def _scratch(keep: Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _small_disk(folder: Path, summary: Summary) -> Iterator[Path]:
+    """Mount a small tmpfs at `folder`; where that fails, say so in the summary and use the folder itself."""
     folder.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], capture_output=True
     )
     if mounted.returncode:
-        summary.left_out.append("disk-full (no tmpfs can be mounted here)")
+        summary.left_out.append("disk-full (mounting a tmpfs failed; it needs root)")
     try:
         yield folder
     finally:
@@ -489,7 +512,7 @@ def _small_disk(folder: Path, summary: Summary) -> Iterator[Path]:
 
 @contextmanager
 def local_cluster(num_nodes: int = 2) -> Iterator[RayNodes]:
-    """Ray's files go to a folder of their own, so that nothing else on this machine joins this cluster by chance."""
+    """Run a Ray cluster whose files have their own folder, so that no other process joins it by chance."""
     with tempfile.TemporaryDirectory(prefix="cmc-", ignore_cleanup_errors=True) as folder:
         before = os.environ.get("RAY_TMPDIR")
         os.environ.update(RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0")

@@ -1,13 +1,11 @@
-"""Whether the same pictures always become the same bytes, with x264's AVX-512 code and without it.
+"""Check that the same pictures always become the same bytes, with x264's AVX-512 code and without it.
 
     python -m bench.clip_bytes [--encodes 1000] [--encoding fastdecode]
 
-informational  how many encodes of one clip had other bytes than most
+informational  number of encodes of one clip whose bytes differ from those of most
 
-The clip is encoded again and again while memory is taken and freed between its frames: what x264 reads by mistake lies
-there. Whether a clip shows it depends on the clip: try other seeds.
-
-Where the processor has no AVX-512 both lines are the same way.
+The clip is encoded many times while memory is allocated and freed between its frames, because x264 reads such memory by
+mistake. Not every clip shows it: try other seeds. On a processor without AVX-512 both rows are the same code.
 """
 
 import argparse
@@ -41,17 +39,18 @@ def main() -> None:
     print(f"{arguments.encodes} encodes of one clip, {SIZE[0]}x{SIZE[1]}; AVX-512: {'avx512f' in cpu_flags()}")
     for way, encoding in (("as clips are encoded", ours), ("as x264 chooses", replace(ours, options=options))):
         counts = Counter(encoded(frames, encoding, random.Random(n)) for n in range(arguments.encodes))
-        print(f"{way}: {arguments.encodes - max(counts.values())} with other bytes than most")
+        print(f"{way}: {arguments.encodes - max(counts.values())} encodes differ from most")
 
 
 def pictures(seed: int) -> list[np.ndarray]:
-    """Frames of a scene of the demo world as yuv420p."""
+    """Draw a scene of the demo world as yuv420p frames."""
     scene = sample_scene(np.random.default_rng(seed))
     frames = (render_frame(scene, float(n / FPS), *SIZE) for n in range(NUM_FRAMES))
     return [av.VideoFrame.from_ndarray(frame, format="rgb24").to_ndarray(format="yuv420p") for frame in frames]
 
 
 def encoded(frames: list[np.ndarray], encoding: Encoding, rng: random.Random) -> str:
+    """Encode the frames with random allocations between them; return the hash of the clip."""
     encoder, held = ClipEncoder(encoding, SIZE, FPS, len(frames), 0.0), []
     noise = np.random.default_rng(rng.randrange(1 << 30))
     for n, frame in enumerate(frames):

@@ -1,9 +1,11 @@
-"""Which encoding of clips is cheapest to train from: `python -m bench.clip_encoding [--write docs/clip_encoding.md]`.
+"""Find the encoding of clips that is cheapest to train from.
 
-For every preset of `clipmill.media.encode` (and the x264 variants around them that explain the choice): size of a clip of 34
-frames at short side 256, CPU milliseconds to write it and to get 12 evenly spread frames of it as 224x224 RGB, and how
-much of the picture is lost. One process, one thread, the ways in turn round by round, the least of the rounds: other
-work on the machine can only add to a time. The gate is on the default preset.
+    python -m bench.clip_encoding [--write docs/clip_encoding.md]
+
+For every preset of `clipmill.media.encode`, and for x264 variants of them: size of a clip of 34 frames at short side
+256, CPU milliseconds to write it and to read 12 evenly spread frames of it as 224x224 RGB, and the loss of quality. One
+process and one thread; the encodings alternate, and the minimum of the rounds counts, because other work on the machine
+only adds time. The gate is on the default preset.
 
 Reading: "naive" decodes from the first frame to the last wanted one, as any library does; "planned" gives the decoder
 only the packets that a wanted frame depends on, as `clipmill.media.decode` does. JPEG frames are read one by one.
@@ -46,6 +48,8 @@ VARIANTS: dict[str, Encoding] = {
 
 @dataclass
 class Tally:
+    """Figures of an encoding."""
+
     num_bytes: int = 0
     write_ms: list[float] = field(default_factory=list)  # of each round, per clip
     naive_ms: list[float] = field(default_factory=list)
@@ -55,7 +59,7 @@ class Tally:
 
 
 def clips_of(videos: list[dict], count: int) -> list[list[av.VideoFrame]]:
-    """`count` clips of 34 scaled pictures at 3 fps, spread over the videos."""
+    """Make `count` clips of 34 scaled pictures at 3 fps, spread over the videos."""
     clips = []
     for i, video in enumerate(videos):
         maker, pictures = PictureMaker(Fraction(1), 256), []
@@ -71,6 +75,7 @@ def clips_of(videos: list[dict], count: int) -> list[list[av.VideoFrame]]:
 
 
 def encoded(encoding: Encoding, pictures: list[av.VideoFrame]) -> bytes:
+    """Encode pictures as a clip."""
     if encoding.codec == "jpeg-frames":
         encoder = JpegSequence(CutSettings().jpeg_quality)
     else:
@@ -82,16 +87,17 @@ def encoded(encoding: Encoding, pictures: list[av.VideoFrame]) -> bytes:
 
 
 def read_naive(data: bytes) -> np.ndarray:
-    """uint8 [12, 224, 224, 3], decoding every frame up to the last wanted one."""
+    """Return uint8 [12, 224, 224, 3], decoding every frame up to the last wanted one."""
     return _read(data, needed=lambda packets: range(len(packets)))
 
 
 def read_planned(data: bytes) -> np.ndarray:
-    """The same pictures, decoding only from each wanted frame's keyframe on."""
+    """Return the same pictures, decoding only from each wanted frame's keyframe on."""
     return _read(data, needed=_dependencies)
 
 
 def _read(data: bytes, needed: Callable[[list], range | list[int]]) -> np.ndarray:
+    """Decode the needed packets; return the wanted frames."""
     out = np.empty((NUM_READ, SIDE, SIDE, 3), np.uint8)
     scaler, found = VideoReformatter(), 0
     with av.open(io.BytesIO(data)) as container:
@@ -106,12 +112,12 @@ def _read(data: bytes, needed: Callable[[list], range | list[int]]) -> np.ndarra
                 view = scaler.reformat(frame, SIDE, SIDE, "rgb24", interpolation=Interpolation.BILINEAR, threads=1)
                 out[found] = view.to_ndarray()
                 found += 1
-    assert found == NUM_READ, f"{found} of {NUM_READ} frames came out"
+    assert found == NUM_READ, f"{found} of {NUM_READ} frames were decoded"
     return out
 
 
 def _frames(decoder, packets: list, needed: list[int]):
-    """Where packets are left out the decoder is drained and flushed: it may else take two keyframes for one picture."""
+    """Decode the needed packets; drain and flush where some are left out, or two keyframes may become one picture."""
     last = -1
     for i in needed:
         if i != last + 1 and last >= 0:
@@ -123,7 +129,7 @@ def _frames(decoder, packets: list, needed: list[int]):
 
 
 def _dependencies(packets: list) -> list[int]:
-    """Packets from the keyframe before each wanted one to it, in decode order; all where frames are reordered."""
+    """Return the packets from the keyframe before each wanted frame to it; all of them where frames are reordered."""
     if any(a.pts > b.pts for a, b in zip(packets, packets[1:], strict=False)):
         return list(range(len(packets)))
     chosen: set[int] = set()
@@ -134,13 +140,14 @@ def _dependencies(packets: list) -> list[int]:
 
 
 def read_jpegs(data: bytes) -> np.ndarray:
+    """Return uint8 [12, 224, 224, 3] of a clip of JPEG frames."""
     files = jpeg_frames(data)
     views = [cv2.imdecode(np.frombuffer(files[k], np.uint8), cv2.IMREAD_COLOR) for k in WANTED]
     return np.stack([cv2.cvtColor(cv2.resize(view, (SIDE, SIDE)), cv2.COLOR_BGR2RGB) for view in views])
 
 
 def psnr_of(data: bytes, pictures: list[av.VideoFrame], encoding: Encoding) -> float:
-    """Peak signal to noise of luma in decibels, on limited range."""
+    """Return the luma peak signal-to-noise ratio in decibels, on limited range."""
     if encoding.codec == "jpeg-frames" or encoding.pix_fmt != "yuv420p":
         return float("nan")
     with av.open(io.BytesIO(data)) as container:
@@ -163,6 +170,7 @@ def timed_ms(work: Callable[[], object]) -> float:
 
 
 def measure(clips: list[list[av.VideoFrame]], rounds: int) -> dict[str, Tally]:
+    """Measure all encodings, alternating them by round."""
     encodings = ENCODINGS | VARIANTS
     tallies = {name: Tally() for name in encodings}
     kept: dict[str, list[bytes]] = {}
@@ -184,6 +192,7 @@ def measure(clips: list[list[av.VideoFrame]], rounds: int) -> dict[str, Tally]:
 
 
 def table(tallies: dict[str, Tally]) -> str:
+    """Return the results as a Markdown table."""
     lines = [
         "| encoding | KB / clip | write, ms | 12 frames, ms: naive | planned | PSNR-Y, dB | same bytes each time |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -198,6 +207,7 @@ def table(tallies: dict[str, Tally]) -> str:
 
 
 def broken(tally: Tally) -> list[str]:
+    """Print the gates; return those that failed."""
     kilobytes, read_ms = tally.num_bytes / 1000, min(tally.planned_ms)
     checks = {
         f"{kilobytes:.0f} KB a clip, at most {MOST_KB}": kilobytes <= MOST_KB,
@@ -205,18 +215,18 @@ def broken(tally: Tally) -> list[str]:
         "the same bytes each time": tally.same_bytes,
     }
     for text, holds in checks.items():
-        print(f"gate ({DEFAULT}): {text}: {'holds' if holds else 'BROKEN'}")
+        print(f"gate ({DEFAULT}): {text}: {'passed' if holds else 'FAILED'}")
     return [text for text, holds in checks.items() if not holds]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--clips", type=int, default=22, help="how many clips of 34 frames")
+    parser.add_argument("--clips", type=int, default=22, help="number of clips of 34 frames")
     parser.add_argument("--folder", type=Path, default=DEFAULT_DIR, help="where the benchmark set is kept")
     parser.add_argument("--footage", type=Path, help="a folder of real videos to make the set from")
     parser.add_argument("--duration-s", type=float, default=DURATION_S, help="length of each of its videos")
-    parser.add_argument("--write", type=Path, help="put the table into this document, between its marks")
+    parser.add_argument("--write", type=Path, help="write the table into this document, between its marks")
     options = parser.parse_args()
     videos = benchmark_set(options.folder, options.footage, options.duration_s)
     tallies = measure(clips_of(videos, options.clips), options.rounds)
@@ -229,10 +239,11 @@ def main() -> None:
 
 
 def _put_between_marks(document: Path, text: str) -> None:
+    """Replace the table in a document."""
     before, _, rest = document.read_text().partition("<!-- table -->")
     _, mark, after = rest.partition("<!-- end of table -->")
     if not mark:
-        sys.exit(f"{document} has no <!-- table --> … <!-- end of table --> to put the table in")
+        sys.exit(f"{document} has no <!-- table --> … <!-- end of table --> for the table; add these two lines")
     document.write_text(f"{before}<!-- table -->\n{text}\n{mark}{after}")
 
 

@@ -1,7 +1,7 @@
-"""What cutting costs, against decoding alone: `python -m bench.cut` (which first makes its videos: 5 minutes, once).
+"""Measure the cost of cutting against decoding alone: `python -m bench.cut` (the first run makes videos for 5 minutes).
 
-CPU seconds of child processes (user + system of each and of all it waited for), every way in turn, A B C A B C: CPU
-seconds do not feel other work on the machine as wall seconds do, and alternating keeps what drift there is out of the
+Figures are CPU seconds of child processes (user + system of each and of all it waited for). The ways alternate, A B C A
+B C: CPU seconds suffer less from other work on the machine than wall seconds, and alternating keeps drift out of the
 ratios. A row is a gate (the command fails when it does not hold) or informational.
 
 Traps: with 3 videos two workers cannot be twice as fast, so the scaling rows cut each video twice; the first call of a
@@ -32,11 +32,14 @@ LEAST_SPEEDUP = 1.8
 
 @dataclass
 class Cost:
+    """CPU seconds and peak memory of a command."""
+
     cpu_s: float
     peak_mb: float
 
 
 def cost_of(command: list[str]) -> Cost:
+    """Run a command; return its cost, with that of its children."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -50,7 +53,7 @@ def this(way: str, *arguments: str) -> list[str]:
 
 
 def decode_ffmpeg(video: dict, out: Path) -> list[list[str]]:
-    """Everything from the first span to the last: what a cutter cannot avoid without skipping."""
+    """Decode up to the end of the last span, which a cutter cannot avoid without seeking."""
     end = video["spans"][-1][1]
     options = ["-v", "error", "-nostdin", "-threads", "1", "-t", str(end), "-i", video["path"]]
     return [[imageio_ffmpeg.get_ffmpeg_exe(), *options, "-map", "0:v", "-f", "null", "-"]]
@@ -61,7 +64,7 @@ def decode_pyav(video: dict, out: Path) -> list[list[str]]:
 
 
 def plain(video: dict, out: Path) -> list[list[str]]:
-    """One ffmpeg per clip, as people write it."""
+    """Run an ffmpeg per clip, the usual script."""
     fixed = ["-map", "0:v", "-vf", "fps=3,scale=-2:256", "-c:v", "libx264", "-preset", "veryfast", "-crf", "23"]
     commands = []
     for n, (start, end) in enumerate(video["spans"]):
@@ -87,6 +90,7 @@ WAYS: dict[str, tuple[str, Callable[[dict, Path], list[list[str]]]]] = {
 
 
 def measure(videos: list[dict], rounds: int, out: Path) -> dict[str, list[Cost]]:
+    """Measure all ways, alternating them."""
     costs: dict[str, list[Cost]] = {name: [] for name in WAYS}
     for _ in range(rounds):
         for name, (_, commands_of) in WAYS.items():
@@ -96,7 +100,7 @@ def measure(videos: list[dict], rounds: int, out: Path) -> dict[str, list[Cost]]
 
 
 def report(costs: dict[str, list[Cost]], num_clips: int, minutes: float) -> list[str]:
-    """Prints the table; returns what did not hold."""
+    """Print the table; return the gates that failed."""
     reference = statistics.median(cost.cpu_s for cost in costs["decode alone, ffmpeg"])
     print("| way | CPU-s / source minute | clips / CPU-s | of decode alone | peak MB | |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -109,14 +113,14 @@ def report(costs: dict[str, list[Cost]], num_clips: int, minutes: float) -> list
         verdict = kind
         if kind == "gate":
             holds = ratio <= 1.0 and peak < MOST_MB
-            verdict = f"gate: <= 1.00 and < {MOST_MB} MB: {'holds' if holds else 'BROKEN'}"
+            verdict = f"gate: <= 1.00 and < {MOST_MB} MB: {'passed' if holds else 'FAILED'}"
             broken += [] if holds else [name]
         print(f"| {name} | {spread} | {num_clips / middle:.2f} | {ratio:.2f} | {peak:.0f} | {verdict} |")
     return broken
 
 
 def start_errors(videos: list[dict], out: Path) -> list[float]:
-    """Milliseconds between where each clip should start and the number that its first picture shows."""
+    """Return the milliseconds between each clip's asked start and the frame number in its first picture."""
     from bench.frame_code import read_number
 
     errors = []
@@ -127,6 +131,7 @@ def start_errors(videos: list[dict], out: Path) -> list[float]:
 
 
 def _first_pictures(video: dict, out: Path):
+    """Yield the luma of the first picture of each clip."""
     import io
 
     import av
@@ -143,7 +148,7 @@ def _first_pictures(video: dict, out: Path):
 
 
 def wall_of_workers(videos: list[dict], num_workers: int, out: Path) -> float:
-    """Wall seconds to cut every video twice in warm sandboxes."""
+    """Measure the wall seconds to cut every video twice in warm sandboxes."""
     from clipmill.media.sandbox import Sandbox
     from pipeline.stages.cut.cut import CutSettings, cut_in_sandbox
 
@@ -176,6 +181,7 @@ def _requests(video: dict) -> list:
 
 
 def _cut(video: dict, encoding: str, target: Path):
+    """Cut all spans of a video."""
     from pipeline.stages.cut.cut import CutSettings, cut_video
 
     result = cut_video(video["path"], _requests(video), CutSettings(encoding=encoding), target)
@@ -184,6 +190,7 @@ def _cut(video: dict, encoding: str, target: Path):
 
 
 def _decode(video: dict) -> None:
+    """Decode a video to the end of its last span."""
     import av
 
     with av.open(video["path"]) as container:
@@ -195,7 +202,7 @@ def _decode(video: dict) -> None:
 
 
 def run_way(arguments: list[str]) -> None:
-    """The inside of a measured process."""
+    """Run a way inside a measured process."""
     way, video, *rest = arguments
     if way == "decode":
         _decode(json.loads(video))
@@ -207,7 +214,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--way"]:
         return run_way(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="how often each way is run")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each way")
     parser.add_argument("--folder", type=Path, default=DEFAULT_DIR, help="where the benchmark set is kept")
     parser.add_argument("--footage", type=Path, help="a folder of real videos to make the set from")
     parser.add_argument("--duration-s", type=float, default=DURATION_S, help="length of each of the three videos")
@@ -223,10 +230,11 @@ def main() -> None:
         if not options.skip_workers:
             broken += _report_workers(videos, Path(out))
     if broken:
-        sys.exit("broken: " + ", ".join(broken))
+        sys.exit("gates failed: " + ", ".join(broken))
 
 
 def _report_starts(errors: list[float]) -> list[str]:
+    """Print errors of clip starts; return the gates that failed."""
     largest, half_frame = max(abs(error) for error in errors), 500 / FPS
     print(
         f"\nfirst frame minus asked start: median {statistics.median(errors):+.1f} ms, largest {largest:.1f} ms; ",
@@ -237,6 +245,7 @@ def _report_starts(errors: list[float]) -> list[str]:
 
 
 def _report_workers(videos: list[dict], out: Path) -> list[str]:
+    """Print the speed-up by a second worker; return the gates that failed."""
     times = {count: [] for count in (1, 2)}
     for _ in range(2):
         for count, walls in times.items():

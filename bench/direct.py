@@ -1,6 +1,6 @@
-"""The work of a build without its engine: every stage's worker code in this one process, item after item.
+"""Do the work of a build without its engine: every stage's worker code in this process, item after item.
 
-    python -m bench.direct CORPUS OUT      does again, under OUT, what was done for CORPUS (`bench.build` runs it)
+    python -m bench.direct CORPUS OUT      repeats the work of CORPUS under OUT (`bench.build` runs it)
 
 It takes the items from CORPUS's ledger and writes clips and shards, but no ledger, fragments or manifest.
 """
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def _work_of(corpus: Corpus, settings):
-    """Every item that the finished corpus has, stage by stage, in the units it was done in."""
+    """Yield all items of the finished corpus by stage and unit."""
     ledger = Ledger(corpus.root, QUERIES)
     names = [stage.name for stage in STAGES]
     ledger.derive(fingerprints(settings), units=None, run_id="direct", max_attempts=1)

@@ -1,11 +1,12 @@
-"""How far edits of the demo's clips bring them to the scenes that their texts are about, by settings; informational.
+"""Measure how close edits move the demo's clips to the scenes their texts describe, by settings; informational.
 
     clipmill demo DIR && python -m bench.edit_defaults DIR
 
 The demo's own run is the teacher and edits without a student, so rows differ by settings alone. A clip's truth is the
-scenes whose sentences it says. `IoU` is with them; `inside` is the share of the clip that shows them, which growing
-alone cannot raise. Clips of late or early subtitles are told apart. Trap: speech fills only a part of its scene, so IoU
-rises with length; look at `inside` beside it. Videos of the run's evaluation are left out, as in `clipmill edit`.
+scenes whose sentences it contains. `IoU` compares the two; `inside` is the share of the clip that shows its scenes,
+which lengthening alone cannot raise. Clips with late or early subtitles have their own figures. Trap: speech fills only
+a part of its scene, so IoU rises with length; look at `inside`, too. Videos of the run's evaluation are left out, as in
+`clipmill edit`.
 """
 
 import argparse
@@ -39,7 +40,7 @@ Truth = dict[str, tuple[float, float]]  # by clip_id
 
 @dataclass(frozen=True)
 class Seen:
-    """What the teacher makes of all videos, once."""
+    """The teacher's features of all videos, computed once."""
 
     teacher: Teacher
     frames: dict[str, FrameFeatures]  # by video
@@ -47,6 +48,7 @@ class Seen:
     texts: dict[str, np.ndarray]  # by clip
 
     def scorer(self, videos: Sequence[VideoClips], settings: EditSettings) -> Scorer:
+        """Make the teacher's scorer for these settings."""
         owners = [(video.video_id, clip_id) for video in videos for clip_id in video.clip_ids]
         features = np.stack([self.texts[clip_id] for _, clip_id in owners])
         bank = draw_bank([owner for owner, _ in owners], features, settings.bank_size) if settings.bank_size else None
@@ -80,6 +82,7 @@ def main() -> None:
 
 
 def _settings() -> Iterator[EditSettings]:
+    """Yield the settings to compare."""
     for bank, weight, gain in itertools.product(BANKS, LENGTH_WEIGHTS, MIN_GAINS):
         yield EditSettings(length_weight=weight, min_gain=gain, bank_size=bank, reencode=0)
     for changes in ({"margin_s": 2.0}, {"rings": 2}, {"same_caption": 0.9}):
@@ -89,6 +92,7 @@ def _settings() -> Iterator[EditSettings]:
 
 
 def _prepared(demo: Path, folder: Path) -> tuple[Items, Teacher]:
+    """Freeze the clips of the demo's corpus and load its teacher."""
     run = RunFolder(demo / "run").require()
     settings = resolve_edit(run.load().settings, None, [])
     never = frozenset(Selection.open(run.root / EVAL_FILE).column("video_id").to_pylist())
@@ -98,7 +102,7 @@ def _prepared(demo: Path, folder: Path) -> tuple[Items, Teacher]:
 
 
 def _shifted(items: Items, shift_s: float) -> Items:
-    """Every video's clips early or late, as its id says; no further than the video goes."""
+    """Shift every video's clips, early or late by its id, inside the video; changes `items`."""
     for video in items.videos if shift_s else ():
         by_s = shift_s if fold_of(video.video_id) else -shift_s
         for item in video.items:
@@ -109,6 +113,7 @@ def _shifted(items: Items, shift_s: float) -> Items:
 
 
 def _seen(corpus: Path, items: Items, teacher: Teacher) -> Seen:
+    """Encode all frames and texts by the teacher."""
     with session(corpus, None, [], "", create=False) as (current, _):
         cut = current.settings.cut
     seen = Seen(teacher, {}, {}, {})
@@ -124,7 +129,7 @@ def _seen(corpus: Path, items: Items, teacher: Teacher) -> Seen:
 
 
 def _truth(path: Path, items: Items) -> tuple[Truth, Mapping[str, float]]:
-    """The scenes that a clip's sentences are about, where all of it is about any; the subtitles' offset by video."""
+    """Return the span of the scenes that each clip describes, if it describes nothing else, and subtitle offsets."""
     worlds = {row["video_id"]: row for row in map(json.loads, path.read_text().splitlines())}
     truth: Truth = {}
     for video in items.videos:
@@ -142,20 +147,23 @@ def _words(text: str) -> str:
 
 
 def _play(settings: EditSettings, items: Items, seen: Seen, scenes: Truth, offsets: Mapping[str, float]) -> None:
+    """Edit for some rounds with these settings and print a row."""
     videos = [video.clips(settings) for video in items.videos]
     scorer = seen.scorer(videos, settings)
-    spans, told = base_spans(videos), [_told(0, videos, base_spans(videos), scenes, offsets, settings)]
+    spans, columns = base_spans(videos), [_describe(0, videos, base_spans(videos), scenes, offsets, settings)]
     for number in range(1, NUM_ROUNDS + 1):
         edited = edit_videos(videos, spans, scorer, settings, round_number=number, teacher="demo")
         spans, num_accepted = edited.spans, sum(edited.rows["accepted"].to_pylist())
         if number in (1, 3, 5):
-            told.append(_told(num_accepted, videos, spans, scenes, offsets, settings))
+            columns.append(_describe(num_accepted, videos, spans, scenes, offsets, settings))
     name = f"{settings.length_weight:5g} {settings.min_gain:5g} {settings.margin_s:3g} {settings.rings}"
     other = {"same_caption": settings.same_caption, "bank_size": settings.bank_size, "reencode": settings.reencode}
-    print(name, *(f"{k}={v}" for k, v in other.items() if v != EditSettings.model_fields[k].default), *told, sep=" | ")
+    print(
+        name, *(f"{k}={v}" for k, v in other.items() if v != EditSettings.model_fields[k].default), *columns, sep=" | "
+    )
 
 
-def _told(
+def _describe(
     num_accepted: int,
     videos: Sequence[VideoClips],
     spans: Spans,
@@ -163,6 +171,7 @@ def _told(
     offsets: Mapping[str, float],
     settings: EditSettings,
 ) -> str:
+    """Return the figures after a round as text."""
     rows = [
         (span, scenes[clip_id], offsets[video.video_id] != 0)
         for video in videos

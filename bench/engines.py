@@ -1,9 +1,9 @@
-"""What Ray core and Ray Data cost per piece of work that does nothing: informational, the reason behind the engine.
+"""Measure what Ray core and Ray Data cost per empty task: informational, the reason for the engine's design.
 
     python -m bench.engines [--pieces 400] [--rounds 3]
 
-Both ways give every piece to a worker that returns a small row; CPU seconds of all processes, starting Ray left in
-(both pay it). Ways run in turn (A B A B).
+In both ways a worker returns a small row for each task. Figures are CPU seconds of all processes, with the start of
+Ray, which both pay. The ways alternate (A B A B).
 """
 
 import argparse
@@ -14,6 +14,7 @@ from bench.tree_cpu import measure
 
 
 def core(num_pieces: int) -> None:
+    """Run empty tasks by Ray core."""
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
@@ -21,7 +22,7 @@ def core(num_pieces: int) -> None:
     waiting, done = [], 0
     for number in range(num_pieces):
         waiting.append(task.remote({"unit": number}))
-        if len(waiting) >= 4:  # as the driver does: little more in flight than there are cores
+        if len(waiting) >= 4:  # as the driver: few more in flight than cores
             ready, waiting = ray.wait(waiting, num_returns=1)
             done += len(ray.get(ready))
     done += len(ray.get(waiting))
@@ -30,6 +31,7 @@ def core(num_pieces: int) -> None:
 
 
 def data(num_pieces: int) -> None:
+    """Run empty tasks by Ray Data."""
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)

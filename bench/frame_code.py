@@ -1,7 +1,7 @@
-"""A frame's number drawn into its picture as a row of grey-code blocks, and read back after scaling and encoding.
+"""Draw a frame's number into its picture as Gray-code blocks, and read it back after scaling and encoding.
 
 Layout along the top edge: one black and one white reference block, then `BITS` data blocks, most significant first,
-each `width / columns` pixels wide and as high. Grey code, so blocks that blur between two frames are off by one.
+each `width / columns` pixels wide and as high. With Gray code a blur of two neighbouring frames is at most off by one.
 """
 
 import numpy as np
@@ -19,14 +19,14 @@ def draw_number(luma: np.ndarray, number: int, columns: int = COLUMNS) -> None:
 
 
 def read_number(luma: np.ndarray, columns: int = COLUMNS) -> int:
-    """The number in a [H, W] luma plane of any size; raises ValueError where the reference blocks are not there."""
+    """Read the number in a [H, W] luma plane of any size; raises ValueError without the reference blocks."""
     size = luma.shape[1] / columns
     rows = slice(int(size * 0.3), max(int(size * 0.7), int(size * 0.3) + 1))
     starts = [int(size * (i + 0.3)) for i in range(BITS + 2)]
     levels = [float(luma[rows, x : x + max(1, int(size * 0.4))].mean()) for x in starts]
     black, white, *bits = levels
     if white - black < 100:
-        raise ValueError(f"no frame number: reference blocks at {black:.0f} and {white:.0f}")
+        raise ValueError(f"no frame number: the reference blocks are {black:.0f} and {white:.0f}, not dark and bright")
     code = 0
     for level in bits:
         code = code << 1 | (level > (black + white) / 2)
@@ -39,6 +39,7 @@ def _blocks(number: int) -> list[bool]:
 
 
 def _ungrey(code: int) -> int:
+    """Convert a Gray code to a number."""
     number = 0
     while code:
         number ^= code

@@ -1,14 +1,14 @@
-"""Mutated videos and subtitles through everything that reads sources: `python -m bench.fuzz [--count N] [--seed S]`.
+"""Fuzz everything that reads sources with mutated videos and subtitles: `python -m bench.fuzz [--count N] [--seed S]`.
 
 Each case is a pure function of (seed, number): a real or made video or subtitle with bytes flipped, pieces overwritten,
-moved, repeated or cut out, and sizes and counts in it replaced by extreme ones. A video goes through probe, shots,
-speech, cut and the trainer's decoder, a subtitle through reading and word times, each in a sandbox as in a build. What
-may come back is a result or an error that has a class of its own. Counted as findings, and printed with the number that
-makes them again:
+moved, repeated or removed, and sizes and counts replaced by extreme ones. A video passes through probe, shots, speech,
+cut and the trainer's decoder, a subtitle through reading and word times, each in a sandbox as in a build. A step may
+return a result or raise an error with a class of its own. Anything else is a finding, printed with the number that
+reproduces it:
 
-  internal-error   an exception that nobody foresaw
-  hang             a time limit that was reached (informational: a build records it and goes on)
-  crash, memory    what the sandbox contains (informational: likewise), with the decoder's last words
+  internal-error   an exception without a class
+  hang             a time limit was reached (informational: a build records it and continues)
+  crash, memory    contained by the sandbox (informational as well), with the decoder's last output
   escape           the sandbox's own process died, or this process grew beyond the limit: never allowed
 """
 
@@ -37,7 +37,7 @@ from pipeline.stages.transcribe.transcribe import TranscribeSettings, transcript
 
 EXTREMES = (b"\0", b"\xff", b"\x7f", b"\x80", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\1")
 MEMORY_BYTES = 1 << 30
-GROWTH_BYTES = 300 << 20  # of this process over all cases: answers of cases come and go in it
+GROWTH_BYTES = 300 << 20  # of this process over all cases, which handles their results
 CONTAINED = {"timeout": "hang", "decoder-crash": "crash", "out-of-memory": "memory"}
 IMPORT_S = 300.0
 SPANS = [SpanRequest("v.0", 0, 0.0, 0.8), SpanRequest("v.1", 1, 0.5, 2.0)]
@@ -45,7 +45,7 @@ SPANS = [SpanRequest("v.0", 0, 0.0, 0.8), SpanRequest("v.1", 1, 0.5, 2.0)]
 
 @dataclass
 class Tally:
-    """What came of the cases: by step and class, and what is to be looked at."""
+    """Results by step and class, and the findings."""
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     findings: list[str] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Tally:
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """One to eight mutations, half of them in the first kilobytes and the last: there lie the headers and indexes."""
+    """Apply one to eight mutations, half of them near the start or end, where headers and indexes are."""
     content = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4, 8))):
         if len(content) < 16:
@@ -86,7 +86,7 @@ def _place(rng: random.Random, size: int) -> int:
 
 
 def _warm_up(trains: bool) -> None:
-    """Imports, which are nobody's hang."""
+    """Import everything, so that no case is charged for it."""
     for name in ("av", "cv2", "scenedetect", *(["training.data.clip_frames"] if trains else [])):
         importlib.import_module(name)
 
@@ -102,6 +102,7 @@ def _train(path: str) -> int:
 
 
 def _subtitle(path: str) -> int:
+    """Read a subtitle; return its number of words."""
     files = [{"path": path, "language": "en", "kind": "manual", "format": None}]
     transcript, problems = transcript_of_subtitles(files, TranscribeSettings())
     if problems:
@@ -127,13 +128,13 @@ VIDEO_STEPS: dict[str, Callable[[str], object]] = {
 
 
 def fuzz(videos: list[Path], subtitles: list[Path], seed: int, numbers: Iterator[int], limit_s: float) -> Tally:
-    """Cases of these numbers, one after another."""
+    """Run the cases of these numbers, one after another."""
     tally, seeds = Tally(), [*videos, *subtitles]
     steps = dict.fromkeys(videos, VIDEO_STEPS) | dict.fromkeys(subtitles, {"subtitle": _subtitle})
     before = _resident_bytes()
     box = partial(Sandbox, MEMORY_BYTES, file_bytes=1 << 28, calls_per_child=1000)
     with box() as media, box() as trainer, TemporaryDirectory() as folder:
-        with suppress(KeyboardInterrupt):  # what was done by then is told
+        with suppress(KeyboardInterrupt):  # report the cases done so far
             for number in numbers:
                 rng = random.Random(f"{seed}:{number}")
                 source = rng.choice(seeds)
@@ -151,17 +152,18 @@ def fuzz(videos: list[Path], subtitles: list[Path], seed: int, numbers: Iterator
 
 
 def _run(sandbox: Sandbox, name: str, step: Callable, case: Path, again: str, limit_s: float, tally: Tally) -> None:
+    """Run a step of a case in the sandbox and tally the result."""
     begun = time.monotonic()
     try:
         sandbox.call(step, str(case), timeout_s=limit_s)
         outcome = "ok"
     except ItemError as error:
         outcome = error.error_class
-        told = f"{CONTAINED.get(outcome, outcome)}: {name} {again}: {error.message.strip()[-400:]}"
+        finding = f"{CONTAINED.get(outcome, outcome)}: {name} {again}: {error.message.strip()[-400:]}"
         if outcome == "internal-error":
-            tally.findings.append(told)
+            tally.findings.append(finding)
         elif outcome in CONTAINED:
-            tally.contained.append(told)
+            tally.contained.append(finding)
     elapsed_s = time.monotonic() - begun
     tally.outcomes[name, outcome] += 1
     tally.slowest_s = max(tally.slowest_s, elapsed_s)
@@ -174,7 +176,7 @@ def _resident_bytes() -> int:
 
 
 def made_seeds(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Small videos in eight containers and codecs, and subtitles in five formats: seeds where no footage is given."""
+    """Make small videos in eight containers and codecs, and subtitles in five formats, as seeds of mutations."""
     import subprocess
 
     import imageio_ffmpeg
@@ -217,12 +219,12 @@ def made_seeds(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=1000, help="cases")
+    parser.add_argument("--count", type=int, default=1000, help="number of cases")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--only", type=int, help="this case alone")
-    parser.add_argument("--limit-s", type=float, default=20.0, help="of each step of a case")
-    parser.add_argument("--footage", type=Path, help="a folder of videos and subtitles to mutate as well")
+    parser.add_argument("--only", type=int, help="run this case alone")
+    parser.add_argument("--limit-s", type=float, default=20.0, help="seconds per step of a case")
+    parser.add_argument("--footage", type=Path, help="folder of videos and subtitles to mutate as well")
     given = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
@@ -239,6 +241,7 @@ def main() -> int:
 
 
 def report(tally: Tally, seed: int, elapsed_s: float) -> None:
+    """Print the tally."""
     for (step, outcome), count in sorted(tally.outcomes.items()):
         print(f"{step:10} {outcome:22} {count:8,}")
     for line in [*tally.contained, *tally.findings]:
@@ -251,6 +254,6 @@ def report(tally: Tally, seed: int, elapsed_s: float) -> None:
 
 
 if __name__ == "__main__":
-    from bench import fuzz  # the sandbox finds its steps by their module's name
+    from bench import fuzz  # the sandbox imports its steps by their module's name
 
     sys.exit(fuzz.main())

@@ -1,19 +1,19 @@
-"""Gate: updates per second on a GPU, for ViT-B/32 and B/16 as post-pretraining runs them, against the chip's peak.
+"""Measure updates per second on a GPU (gate), for ViT-B/32 and B/16 as post-pretraining runs them.
 
     python -m bench.gpu_step [--models b32 b16] [--batches 64 128 256 512] [--corpus DIR] [--output bench/results]
 
-Headspace first: the whole update (`Learner.train_step`: four encoders, loss over 12 frames, 1 still, two texts of 70
-tokens, backward, clipping, AdamW) on one batch that lies on the device, so that data cost nothing. In ways: compiled or
-not, with activation checkpointing, with gradient caching. With --corpus the same update is fed by the loader from that
-corpus's shards; the difference is what data cost.
+First the whole update alone (`Learner.train_step`: four encoders, loss over 12 frames, 1 still, two texts of 70 tokens,
+backward, clipping, AdamW) on one batch that stays on the device, so that data cost nothing: compiled or not, with
+activation checkpointing, with gradient caching. With --corpus the loader feeds the same update from that corpus's
+shards; the difference is the cost of data.
 
 MFU is the published arithmetic (`training.models.clip_vip.model.sample_flops`: 374 GFLOP a sample for B/32, 1,402 for
 B/16) per second over the chip's dense bf16 peak (`training.run.hardware_peaks`); what recomputing adds is not credited.
 Gate: MFU >= 0.45.
 
-Traps: the first steps of a compiled way are its compilation; a batch that does not fit is a row, not an end; a GPU
-that somebody else uses, or that is hot, is slower: the table has the clock and what else ran is yours to know.
-`--device cpu --models tiny` checks that the bench runs where there is no GPU; its figures mean nothing.
+Traps: the first steps of a compiled way compile; a batch that does not fit gives a row and the bench continues; a hot
+or shared GPU is slower: the table has the clock, but check what else runs. `--device cpu --models tiny` checks that the
+bench runs without a GPU; its figures mean nothing.
 """
 
 import argparse
@@ -65,7 +65,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One way, measured. `samples_per_s` is None where the batch did not fit."""
+    """The measurement of one way. `samples_per_s` is None where the batch did not fit."""
 
     model: str
     way: str
@@ -77,6 +77,7 @@ class Row:
 
 
 def settings_of(way: str, batch_size: int) -> TrainSettings:
+    """Return the training settings of a way."""
     changes = dict(WAYS[way])
     if "chunk_size" in changes:
         changes["chunk_size"] = max(1, batch_size // changes["chunk_size"])
@@ -84,7 +85,7 @@ def settings_of(way: str, batch_size: int) -> TrainSettings:
 
 
 def cached_batches(config: ModelConfig, batch_size: int, device: torch.device) -> Iterator[Batch]:
-    """The same random batch for ever, on the device. Texts are as long as they may be: nothing is cut."""
+    """Yield the same random batch for ever, on the device, with texts of the maximum length."""
     size, generator = config.image_size, torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (batch_size, NUM_FRAMES + 1, 3, size, size), dtype=torch.uint8, generator=generator)
     ids = torch.randint(1, config.vocab_size - 2, (2, batch_size, NUM_TOKENS), generator=generator)
@@ -97,6 +98,7 @@ def cached_batches(config: ModelConfig, batch_size: int, device: torch.device) -
 
 
 def measure(name: str, way: str, batches: Iterator[Batch], batch_size: int, process: Process, source: str) -> Row:
+    """Measure a way: samples per second, MFU and memory; without a rate where the batch does not fit."""
     config, device = MODELS[name], process.device
     model = ClipVip(config)
     model.initialise()
@@ -114,7 +116,7 @@ def measure(name: str, way: str, batches: Iterator[Batch], batch_size: int, proc
 
 
 def _timed_step(learner: Learner, batches: Iterator[Batch], device: torch.device) -> float:
-    """From the loop's side: waiting for the batch is part of a step."""
+    """Time a step as the training loop sees it, waiting for the batch included."""
     before = time.perf_counter()
     learner.train_step(next(batches).to(device))
     if device.type == "cuda":
@@ -126,7 +128,8 @@ def _memory_gb(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
 
 
-def told(row: Row) -> str:
+def describe(row: Row) -> str:
+    """Return a row as text."""
     if row.samples_per_s is None:
         return f"{row.model:5} {row.way:30} {row.source:13} {row.batch_size:5}  does not fit"
     mfu = "" if row.mfu is None else f"{row.mfu:7.1%}"
@@ -137,7 +140,7 @@ def told(row: Row) -> str:
 
 
 def loader_batches(corpus: str, config: ModelConfig, batch_size: int, stack: ExitStack) -> Iterator[Batch]:
-    """Batches of a corpus as a run reads them, over again when an epoch ends."""
+    """Yield batches of a corpus as a run reads them, epoch after epoch."""
     folder = Path(stack.enter_context(TemporaryDirectory()))
     data = DataSettings(max_text_tokens=NUM_TOKENS, apart=())
     freeze(folder / "selection.arrow", corpus)
@@ -159,7 +162,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for the rows as JSON")
     chosen = parser.parse_args()
     if chosen.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("no GPU here: run this where there is one (or with --device cpu --models tiny to see that it runs)")
+        sys.exit(
+            "torch finds no GPU: run this on a machine with one, or pass --device cpu --models tiny to test the bench"
+        )
     process = Process(torch.device(chosen.device))
     torch.set_float32_matmul_precision("high")
     rows = []
@@ -168,14 +173,14 @@ def main() -> None:
             for batch_size in chosen.batches:
                 batches = cached_batches(MODELS[name], batch_size, process.device)
                 rows.append(measure(name, way, batches, batch_size, process, "cached batch"))
-                print(told(rows[-1]), flush=True)
+                print(describe(rows[-1]), flush=True)
                 torch.compiler.reset()
         best = max((row for row in rows if row.model == name and row.samples_per_s), key=lambda row: row.samples_per_s)
         if chosen.corpus:
             with ExitStack() as stack:
                 batches = loader_batches(chosen.corpus, MODELS[name], best.batch_size, stack)
                 rows.append(measure(name, best.way, batches, best.batch_size, process, "loader"))
-            print(told(rows[-1]), flush=True)
+            print(describe(rows[-1]), flush=True)
         if best.mfu is not None:
             verdict = "passes" if best.mfu >= GATE_MFU else "fails"
             print(f"{name}: best {best.mfu:.1%} of peak, gate {GATE_MFU:.0%}: {verdict}")
@@ -183,8 +188,12 @@ def main() -> None:
         device = torch.cuda.get_device_name() if chosen.device == "cuda" else "cpu"
         path = chosen.output / f"gpu_step-{device.replace(' ', '-').lower()}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        told_by = {"device": device, "torch": torch.__version__, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        path.write_text(json.dumps(told_by | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        environment = {
+            "device": device,
+            "torch": torch.__version__,
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        path.write_text(json.dumps(environment | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
         print(f"written: {path}")
 
 

@@ -1,29 +1,30 @@
-"""Samples per second per core that the training loader reads: `python -m bench.loader [--footage DIR] [--write FILE]`.
+"""Measure the samples per second and core of the training loader.
 
-A sample is what pre-training takes of a clip: 12 frames of 224x224, the middle frame, two texts. The clips are made
-here (5 to 8 s, short side 256, 3 fps) and packed into shards: once in the default encoding, once as people ordinarily
-encode them (x264 medium: B-frames, CABAC, a keyframe every 250 frames). The ways, in turn, round by round, median:
+    python -m bench.loader [--footage DIR] [--write FILE]
+
+A sample is what pre-training takes from a clip: 12 frames of 224x224, the middle frame, two texts. The clips are made
+here (5 to 8 s, short side 256, 3 fps) and packed into shards: once in the default encoding, once as clips are usually
+encoded (x264 medium: B-frames, CABAC, a keyframe every 250 frames). The ways alternate; figures are medians of rounds:
 
   loader      this loader in one process: bytes, pictures, tokens, batches of 32. Gate: at least 60 a second
-  processes   the same through loader processes, their time and this one's. Gate: at least 60 a second
+  processes   the same through loader processes, with the time of all processes. Gate: at least 60 a second
   bare        the same pictures of the same clips, nothing else: bytes in memory, no texts, no batch.
-              Gate: the loader is at least 0.9 of it
-  frames      the clips' frames as PyAV decodes them, not even turned to RGB: the codec's own floor
-  ordinary    a plain loader over the ordinary clips: open, decode, convert what is wanted, resize, tokens, stack a
-              batch; with torchcodec where it is installed, else PyAV. Gate: the loader is at least twice as fast
+              Gate: the loader reaches at least 0.9 of it
+  frames      decoding of the clips by PyAV without conversion to RGB: the minimum for this codec
+  ordinary    a plain loader over the usual clips: open, decode, convert, resize, tokenise, stack a batch; with
+              torchcodec where it is installed, else PyAV. Gate: the loader is at least twice as fast
 
 Then the wall time from asking for step 1,000,000 to its batch of 32, without processes and with two. Gate: 2 s each.
-With processes that is measured once their fork server has done its imports, which a training process asks it to do
-before it loads the model; they are told apart.
+With processes that is measured after the imports of their fork server, which a training process requests before it
+loads the model; the imports have their own figure.
 
-Traps. Wall time measures the neighbours: figures are CPU time, user and system, of every process that takes part; even
-so a busy machine adds some 20 %, so ratios are taken within a round. The first pass pays for imports, page faults and
-the page cache: it is not counted. Shards lie in the page cache, so disks are not measured. A way that decodes other
-pictures than it should is fast for nothing: all are compared pixel by pixel first. Memory that goes back to the kernel
-after every clip costs any way up to 1 ms a sample, now and then: here it is kept, as loader processes do, for all ways
-alike. FFmpeg's default is a thread per core, which spends half as much again: every decoder here has one. What decoding
-costs is a matter of grain, and real footage has more or less of it than these pictures: `--footage` takes a folder of
-videos.
+Traps. Wall time includes other work on the machine: figures are CPU time, user and system, of all processes; even so a
+busy machine adds some 20 %, so ratios are taken within a round. The first pass pays for imports, page faults and the
+page cache, and is not counted. Shards lie in the page cache, so disks are not measured. A way could be fast because it
+decodes the wrong pictures: all are compared pixel by pixel first. Returning memory to the kernel after every clip costs
+up to 1 ms a sample at times: it is kept here for all ways, as loader processes do. FFmpeg's default is a thread per
+core, which costs half as much again: every decoder here has one thread. The cost of decoding depends on grain, of which
+real footage has more or less than these pictures: `--footage` takes a folder of videos.
 """
 
 import argparse
@@ -69,6 +70,8 @@ WORDS = "so the first thing that we want to do here is take the wheel off of the
 
 @dataclass(frozen=True)
 class Clip:
+    """A clip in the default and the ordinary encoding."""
+
     default: bytes
     ordinary: bytes
     still: bytes
@@ -76,7 +79,7 @@ class Clip:
 
 
 def make_clips(count: int, seconds: tuple[float, float], footage: Path | None) -> list[Clip]:
-    """Spread over the three videos of the benchmark set."""
+    """Make clips in both encodings, spread over the three videos of the benchmark set."""
     clips, random = [], np.random.default_rng(0)
     for index in range(3):
         maker, frames = PictureMaker(Fraction(1), SHORT_SIDE), pictures_of(index, footage)
@@ -90,6 +93,7 @@ def make_clips(count: int, seconds: tuple[float, float], footage: Path | None) -
 
 
 def _frame(planes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> av.VideoFrame:
+    """Make a yuv420p frame of its planes."""
     frame = av.VideoFrame(planes[0].shape[1], planes[0].shape[0], "yuv420p")
     for plane, values in zip(frame.planes, planes, strict=True):
         rows = np.zeros((plane.height, plane.line_size), np.uint8)
@@ -99,6 +103,7 @@ def _frame(planes: tuple[np.ndarray, np.ndarray, np.ndarray]) -> av.VideoFrame:
 
 
 def _encoded(encoding: Encoding, pictures: list[av.VideoFrame]) -> bytes:
+    """Encode pictures as a clip."""
     size = (pictures[0].width, pictures[0].height)
     encoder = ClipEncoder(encoding, size, Fraction(CLIP_FPS), len(pictures), 0.0)
     for picture in pictures:
@@ -107,7 +112,7 @@ def _encoded(encoding: Encoding, pictures: list[av.VideoFrame]) -> bytes:
 
 
 def make_selection(folder: Path, clips: list[Clip], kind: str) -> Selection:
-    """Shards of 16 samples and the selection of all of them, with texts as long as speech is."""
+    """Write shards of 16 samples; return the selection of all of them, with texts of the length of speech."""
     rows, random = [], np.random.default_rng(1)
     for start in range(0, len(clips), 16):
         shard = f"{kind}-{start // 16:06d}.tar"
@@ -155,7 +160,7 @@ def _sentence(random: np.random.Generator, num_words: int) -> str:
 
 
 def choose(total: int) -> np.ndarray:
-    """What a training sample without jitter takes: the same pictures for every way."""
+    """Choose the frames of a training sample without jitter: the same ones for every way."""
     return np.append(eval_indices(total, 12), middle_index(total))
 
 
@@ -170,13 +175,13 @@ def frames_alone(data: bytes) -> int:
 
 
 def ordinary(data: bytes) -> torch.Tensor:
-    """uint8 [13, 3, S, S]; the resize is torch's, on its fast path, as a user of torchvision gets it."""
+    """Return uint8 [13, 3, S, S], resized by torch on its fast path, as torchvision does."""
     frames = _by_torchcodec(data) if _torchcodec() else _by_pyav(data)
     return resize(frames, SIZE)
 
 
 def ordinary_loader(selection: Selection, wanted: list[Request]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Batches the plain way."""
+    """Yield batches of a plain loader."""
     encode = TextEncoder(None, DataSettings().max_text_tokens)
     for request in wanted:
         samples = []
@@ -187,6 +192,7 @@ def ordinary_loader(selection: Selection, wanted: list[Request]) -> Iterator[tup
 
 
 def _by_pyav(data: bytes) -> torch.Tensor:
+    """Decode the wanted frames by PyAV to uint8 [13, 3, H, W]."""
     with av.open(io.BytesIO(data)) as container:
         container.streams.video[0].codec_context.thread_count = 1
         frames = list(container.decode(video=0))
@@ -200,9 +206,10 @@ def _by_torchcodec(data: bytes) -> torch.Tensor:
 
 
 def _torchcodec():
+    """Import torchcodec's decoders; return None where they are not installed."""
     try:
         import torchcodec.decoders
-    except (ImportError, RuntimeError):  # it also raises where FFmpeg's libraries are missing
+    except (ImportError, RuntimeError):  # RuntimeError: FFmpeg's libraries are missing
         return None
     return torchcodec.decoders
 
@@ -221,12 +228,12 @@ def reader_of(selection: Selection, **changes: object) -> SampleReader:
 
 
 def resume_s(clips: list[Clip], folder: Path) -> dict[str, float]:
-    """Wall seconds from a new loader to the first batch of a late step."""
+    """Measure the wall seconds from a new loader to the first batch of a late step."""
     selection, step = make_selection(folder, clips, "default"), 1_000_000
     data = DataSettings(apart=())
     epochs = Epochs(folder / "plan", plan_spec(selection, data, BATCH), selection.path)
     seconds: dict[str, float] = {}
-    reader_of(selection).read([0], 0)  # imports, which training has long done
+    reader_of(selection).read([0], 0)  # do the imports first, as training has by then
     for name, num_processes in (("fork server", 2), ("with processes", 2), ("without", 0)):
         begun = time.perf_counter()
         with Loader(reader_of(selection), num_processes=num_processes) as loader:
@@ -236,7 +243,7 @@ def resume_s(clips: list[Clip], folder: Path) -> dict[str, float]:
 
 
 class Together:
-    """A loader with processes that live through all rounds, so that their time can be read."""
+    """A loader whose processes live through all rounds, so that their CPU time can be read."""
 
     def __init__(self, reader: SampleReader, wanted: list[Request]):
         self.loader, self.wanted = Loader(reader, num_processes=2, prefetch_samples=64), wanted
@@ -249,7 +256,7 @@ class Together:
         self.loader.close()
 
     def read(self) -> None:
-        """As many batches as are wanted; then the processes read ahead as far as they may, and rest, as before."""
+        """Read the wanted batches; the processes then read ahead up to their limit, as before each round."""
         for _ in self.wanted:
             next(self.batches)
         spent = -1.0
@@ -258,7 +265,7 @@ class Together:
 
 
 def cpu_s(processes: list[int]) -> float:
-    """User and system seconds of these processes."""
+    """Return the user and system seconds of these processes."""
     ticks = 0
     for process in processes:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -267,7 +274,7 @@ def cpu_s(processes: list[int]) -> float:
 
 
 def measure(clips: list[Clip], folder: Path, num_rounds: int) -> dict[str, list[float]]:
-    """CPU milliseconds per sample of every way, one figure a round."""
+    """Measure the CPU milliseconds per sample of every way, a figure per round."""
     selection, plain = (make_selection(folder, clips, kind) for kind in ("default", "ordinary"))
     check(clips, selection, plain)
     wanted = requests(len(clips))
@@ -290,10 +297,10 @@ def measure(clips: list[Clip], folder: Path, num_rounds: int) -> dict[str, list[
 
 
 def _in_turn(ways: dict[str, Callable[[], object]], num_rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every way in every round but the first."""
+    """Run all ways in each round; return their CPU seconds in every round but the first."""
     figures: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(num_rounds + 1):
-        for name in np.roll(list(ways), turn):  # so that nobody always follows the same one
+        for name in np.roll(list(ways), turn):  # so that no way always follows the same other
             processes = loader_processes()
             begun = cpu_s(processes) + time.process_time()
             ways[name]()
@@ -304,7 +311,7 @@ def _in_turn(ways: dict[str, Callable[[], object]], num_rounds: int) -> dict[str
 
 
 def loader_processes() -> list[int]:
-    """Those forked from this process's fork server."""
+    """Return the processes forked from this process's fork server."""
     parents = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -316,7 +323,7 @@ def loader_processes() -> list[int]:
 
 
 def check(clips: list[Clip], selection: Selection, plain: Selection) -> None:
-    """Every way sees the pictures it should."""
+    """Assert that every way reads the right pictures."""
     for kind, work, chosen in (("default", bare, selection), ("ordinary", ordinary, plain)):
         part = reader_of(chosen, jitter=False).read(np.arange(8), 0)
         assert not part.failures, part.failures
@@ -330,7 +337,7 @@ def check(clips: list[Clip], selection: Selection, plain: Selection) -> None:
 
 
 def report(figures: dict[str, list[float]], seconds: dict[str, float], clips: list[Clip]) -> tuple[str, list[str]]:
-    """The table and the gates that do not hold."""
+    """Return the table, and the gates that failed."""
     num_frames = statistics.mean(clip.num_frames for clip in clips)
     sizes = [statistics.mean(len(getattr(clip, kind)) for clip in clips) / 1000 for kind in ("default", "ordinary")]
     lines = [
@@ -356,16 +363,16 @@ def report(figures: dict[str, list[float]], seconds: dict[str, float], clips: li
         ("loader to bare", ratios["bare"], GATE_BARE),
         ("loader to ordinary", ratios["ordinary"], GATE_ORDINARY),
     ]
-    told = [
-        f"gate: {name}: {value:.2f}, at least {least:g}: {'holds' if value >= least else 'BROKEN'}"
+    verdicts = [
+        f"gate: {name}: {value:.2f}, at least {least:g}: {'passed' if value >= least else 'FAILED'}"
         for name, value, least in gates
     ]
-    told += [
+    verdicts += [
         f"gate: step 1,000,000, {name}: {spent:.2f} s, at most {GATE_RESUME_S:g}: "
-        f"{'holds' if spent <= GATE_RESUME_S else 'BROKEN'}"
+        f"{'passed' if spent <= GATE_RESUME_S else 'FAILED'}"
         for name, spent in seconds.items()
     ]
-    return "\n".join([*lines, "", *told]), [line for line in told if line.endswith("BROKEN")]
+    return "\n".join([*lines, "", *verdicts]), [line for line in verdicts if line.endswith("FAILED")]
 
 
 def main() -> None:
@@ -374,7 +381,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, nargs=2, default=(5.0, 8.0), help="shortest and longest clip")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--footage", type=Path, help="a folder of real videos instead of made pictures")
-    parser.add_argument("--write", type=Path, help="also write the table to this file")
+    parser.add_argument("--write", type=Path, help="write the table to this file, too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()

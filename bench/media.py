@@ -1,9 +1,9 @@
-"""The benchmark set: three long videos with hard cuts and a frame number in every picture, and the spans to cut out.
+"""Make the benchmark set: three long videos with hard cuts and a frame number in every picture, and spans to cut.
 
 1280x720, 30 fps, H.264 medium CRF 23 with 3 B-frames in a pyramid, a keyframe at least every 150 frames, AAC. The repo
 ships no footage, so the content is synthetic (a panned and zoomed texture, moving discs, grain); `--footage DIR` takes
-real videos instead, scaled and padded to the same size. Bit rates are meant to lie between 1.3 and 2.2 Mb/s.
-Made once per folder: what is already there is kept.
+real videos instead, scaled and padded to the same size. Bit rates should lie between 1.3 and 2.2 Mb/s. Videos that
+exist in the folder are used again.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from clipmill.base.atomic_file import atomic_path
 
 WIDTH, HEIGHT, FPS, DURATION_S = 1280, 720, 30, 185
 COLUMNS = 40  # frame-number blocks of 32 pixels: 11 after scaling to 256 lines
-GRAIN = (0.56, 0.42, 0.60)  # of the three videos: sets their bit rates apart
+GRAIN = (0.56, 0.42, 0.60)  # of the three videos, so that their bit rates differ
 DEFAULT_DIR = Path(tempfile.gettempdir()) / "clipmill-bench"
 
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -28,7 +28,7 @@ Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
 def benchmark_set(
     folder: Path = DEFAULT_DIR, footage: Path | None = None, duration_s: float = DURATION_S
 ) -> list[dict]:
-    """[{"path", "spans": [[start_s, end_s], …]}] of the three videos, made where they are missing."""
+    """Return [{"path", "spans": [[start_s, end_s], …]}] of the three videos; make those that are missing."""
     folder = Path(folder) / ("footage" if footage else "synthetic") / f"{duration_s:g}s"
     folder.mkdir(parents=True, exist_ok=True)
     videos = []
@@ -44,12 +44,12 @@ def benchmark_set(
 
 
 def pictures_of(index: int, footage: Path | None = None) -> Iterator[Planes]:
-    """Endless yuv420p frames of one of the three videos, 1280x720 at 30 fps."""
+    """Yield endless yuv420p frames of one of the three videos, 1280x720 at 30 fps."""
     return _footage(footage, index) if footage else _synthetic(index)
 
 
 def spans_of(index: int, duration_s: float = DURATION_S) -> list[list[float]]:
-    """Sentence-like spans of one video: 4 to 28.5 s, mean near 12.4, most of them touching the one before."""
+    """Return spans like sentences: 4 to 28.5 s, mean near 12.4, most of them touching the one before."""
     rng = np.random.default_rng(110 + index)
     spans, at = [], float(rng.uniform(0.3, 1.5))
     while True:
@@ -61,7 +61,7 @@ def spans_of(index: int, duration_s: float = DURATION_S) -> list[list[float]]:
 
 
 def _synthetic(index: int) -> Iterator[Planes]:
-    """Endless yuv420p frames: shots of 2 to 9 s, each with its own texture, camera move and discs."""
+    """Yield endless yuv420p frames: shots of 2 to 9 s, each with its own texture, camera move and discs."""
     import cv2
 
     rng = np.random.default_rng(index)
@@ -81,7 +81,7 @@ def _synthetic(index: int) -> Iterator[Planes]:
 
 
 class _Shot:
-    """One texture under a slowly moving camera with a few discs crossing it."""
+    """A shot of a texture under a slowly moving camera, crossed by a few discs."""
 
     def __init__(self, rng: np.random.Generator):
         import cv2
@@ -103,6 +103,7 @@ class _Shot:
         self.tones = rng.integers(40, 220, (10, 3))
 
     def frame(self, t: float) -> Planes:
+        """Draw the picture at time `t` in seconds."""
         import cv2
 
         zoom = 1.0 / (1.15 + self.zoom * t)
@@ -122,7 +123,7 @@ class _Shot:
 
 
 def _footage(folder: Path, index: int) -> Iterator[Planes]:
-    """Endless yuv420p frames of the folder's videos in turn, scaled and padded; each starts the list elsewhere."""
+    """Yield endless yuv420p frames of the folder's videos in turn, scaled and padded; `index` sets the first one."""
     import av
 
     paths = sorted(p for p in Path(folder).iterdir() if p.suffix in (".mp4", ".webm", ".mkv"))
@@ -139,6 +140,7 @@ def _footage(folder: Path, index: int) -> Iterator[Planes]:
 
 
 def _padded(frame) -> Planes:
+    """Scale and pad a frame to 1280x720."""
     scale = min(WIDTH / frame.width, HEIGHT / frame.height)
     width, height = int(frame.width * scale) // 4 * 4, int(frame.height * scale) // 4 * 4
     packed = frame.reformat(width, height, "yuv420p", interpolation="BICUBIC", threads=1).to_ndarray()
@@ -152,6 +154,7 @@ def _padded(frame) -> Planes:
 
 
 def _encode(frames: Iterator[Planes], path: Path) -> None:
+    """Encode frames and noise as sound to a video file."""
     import ffmpeg
     import imageio_ffmpeg
 

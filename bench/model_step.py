@@ -1,14 +1,14 @@
-"""Gate: our vision tower against a plain transcription of the published formulation, forward and backward on CPU.
+"""Compare our vision tower with a plain transcription of the published one (gate), forward and backward on CPU.
 
     python -m bench.model_step [--model b32|b16|small] [--batch 4] [--rounds 5] [--threads 2]
 
-The plain tower is the method as its papers and released checkpoints spell it out: separate query, key and value
-matrices, scores and softmax written out, the proxies' keys repeated for every frame, x·sigmoid(1.702 x), every token
-through the last block. Same weights, and first of all the same numbers: nothing is timed before outputs and gradients
-agree. Then A B A B …, so that a busy machine is busy for both; the ratio is the median over the rounds.
+The plain tower follows the papers and the released checkpoints literally: separate query, key and value matrices,
+explicit scores and softmax, the proxies' keys repeated for every frame, x·sigmoid(1.702 x), every token through the
+last block. Both have the same weights, and nothing is timed before their outputs and gradients agree. Then they
+alternate, A B A B …, so that other work on the machine affects both; the ratio is the median over the rounds.
 
-Traps: another number of threads, or a batch that leaves the cache in one case only, changes the ratio; a single pair
-of runs on a shared machine is worth nothing.
+Traps: another number of threads, or a batch that exceeds the cache in one case only, changes the ratio; a single pair
+of runs on a shared machine proves nothing.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig, vi
 from training.models.clip_vip.weight_names import to_published
 
 GATE = 0.88  # of the plain tower's time
-_TEXT = TowerConfig(width=64, num_layers=1, num_heads=1, mlp_width=64)  # never run here
+_TEXT = TowerConfig(width=64, num_layers=1, num_heads=1, mlp_width=64)  # not run here
 _BASE = TowerConfig(width=768, num_layers=12, num_heads=12, mlp_width=3072)
 MODELS = {
     "b32": ModelConfig(vision=_BASE, text=_TEXT, embed_dim=512, vocab_size=8),
@@ -36,6 +36,8 @@ MODELS = {
 
 
 class PlainAttention(nn.Module):
+    """Attention of the published formulation, literally."""
+
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.num_heads, self.scale = num_heads, (width // num_heads) ** -0.5
@@ -43,6 +45,7 @@ class PlainAttention(nn.Module):
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor, num_proxies: int, num_frames: int) -> Tensor:
+        """Attend within each frame and its proxies; x is [B, tokens, width]."""
         batch, num_tokens, width = x.shape
         q = self._heads(self.q_proj(x) * self.scale)
         k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
@@ -73,6 +76,8 @@ class PlainAttention(nn.Module):
 
 
 class PlainLayer(nn.Module):
+    """A transformer block of the published formulation, literally."""
+
     def __init__(self, config: TowerConfig):
         super().__init__()
         self.self_attn = PlainAttention(config.width, config.num_heads)
@@ -88,7 +93,7 @@ class PlainLayer(nn.Module):
 
 
 class PlainTower(nn.Module):
-    """Parameters carry the published names, so that the same weights load into both."""
+    """The plain tower, whose parameters have the published names, so that both load the same weights."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -107,6 +112,7 @@ class PlainTower(nn.Module):
         self.layers = nn.ModuleList(PlainLayer(config.vision) for _ in range(config.vision.num_layers))
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Encode pixels [B, T, 3, H, W]."""
         batch, num_frames = pixels.shape[:2]
         x = self.patch_embedding(pixels.flatten(0, 1)).flatten(2).transpose(1, 2)
         x = x.reshape(batch, num_frames, -1, x.shape[-1])
@@ -121,6 +127,7 @@ class PlainTower(nn.Module):
 
 
 def plain_twin(model: ClipVip) -> PlainTower:
+    """Make the plain tower with a model's weights."""
     published = to_published({f"vision.{name}": tensor.detach() for name, tensor in model.vision.state_dict().items()})
     state = {}
     for name, tensor in published.items():
@@ -134,6 +141,7 @@ def plain_twin(model: ClipVip) -> PlainTower:
 
 
 def step(tower: nn.Module, pixels: Tensor, cotangent: Tensor) -> Tensor:
+    """Run a forward and backward pass; return the output."""
     tower.zero_grad(set_to_none=True)
     out = tower(pixels)
     (out * cotangent).sum().backward()
@@ -141,7 +149,7 @@ def step(tower: nn.Module, pixels: Tensor, cotangent: Tensor) -> Tensor:
 
 
 def assert_same_numbers(ours: nn.Module, plain: nn.Module, pixels: Tensor, cotangent: Tensor) -> dict[str, float]:
-    """Largest error of the output and of three gradients, relative to the largest entry. float32: up to 2e-5."""
+    """Assert that output and gradients agree; return their errors relative to the largest entry (float32: 2e-5)."""
     outputs = [step(tower, pixels, cotangent) for tower in (ours, plain)]
     block, layer = ours.blocks[0], plain.layers[0]
     width = len(block.out.weight)
@@ -157,6 +165,7 @@ def assert_same_numbers(ours: nn.Module, plain: nn.Module, pixels: Tensor, cotan
 
 
 def measure(model_name: str, batch: int, num_frames: int, rounds: int) -> dict[str, object]:
+    """Compare the towers; return times and their ratio."""
     model = ClipVip(MODELS[model_name])
     model.initialise(seed=0)
     ours, plain = model.vision, plain_twin(model)

@@ -1,4 +1,4 @@
-"""Gate: an epoch of 100 million clips is planned in 20 s and 3 GB, and opens elsewhere in under a second.
+"""Check that an epoch of 100 million clips is planned in 20 s and 3 GB, and opens in under a second (gate).
 
     python -m bench.plan [--clips 100000000] [--batch 1024] [--block 1] [--groups]
 
@@ -7,7 +7,7 @@ keeps neighbours together. Time and peak memory (of the whole process, the group
 and writing the file; "resume" is a fresh process that finds a position and reads its batch. Making the group arrays,
 which a run takes from the manifest, is not timed.
 
-Trap: the first run on a machine also pays for the memory's first use; the plan itself is the same bytes every time.
+Trap: the first run on a machine also pays for first use of its memory; the plan itself is the same bytes every time.
 """
 
 import argparse
@@ -38,7 +38,7 @@ print(time.perf_counter() - started)
 
 
 def group_arrays(num_clips: int) -> list[np.ndarray]:
-    """30 clips a video, scattered; one clip in twenty has on average two near-duplicates."""
+    """Make groups: 30 scattered clips a video; one clip in twenty has on average two near-duplicates."""
     generator = np.random.default_rng(0)
     videos = generator.integers(0, max(1, num_clips // 30), num_clips, dtype=np.uint32)
     duplicates = np.full(num_clips, 2**32 - 1, np.uint32)
@@ -48,6 +48,7 @@ def group_arrays(num_clips: int) -> list[np.ndarray]:
 
 
 def measure(num_clips: int, batch_size: int, block_size: int, with_groups: bool, folder: Path) -> dict[str, object]:
+    """Plan an epoch; return time, memory and checks."""
     groups = group_arrays(num_clips) if with_groups else []
     started = time.perf_counter()
     spec = PlanSpec(num_clips, batch_size, "bench", block_size=block_size, groups_hash=hash_groups(groups))
@@ -55,6 +56,8 @@ def measure(num_clips: int, batch_size: int, block_size: int, with_groups: bool,
     plan_s = time.perf_counter() - started
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows = open_epoch(folder, spec, 0)
+    resume = [sys.executable, "-c", _OPEN, json.dumps(vars(spec)), str(folder), str(len(rows) // 2)]
+    resume_s = float(subprocess.run(resume, capture_output=True, check=True, text=True).stdout)
     return {
         "bench": "plan",
         "num_clips": num_clips,
@@ -64,16 +67,11 @@ def measure(num_clips: int, batch_size: int, block_size: int, with_groups: bool,
         "plan_s": plan_s,
         "peak_bytes": peak_bytes,
         "file_bytes": path.stat().st_size,
-        "resume_s": _resume_elsewhere(spec, folder, len(rows) // 2),
+        "resume_s": resume_s,
         "num_conflicts": num_conflicts(rows, groups) if groups else 0,
         "each_clip_once": bool(np.bincount(rows.ravel(), minlength=num_clips).max() == 1),
         "gates": {"plan_s": GATE_S, "peak_bytes": GATE_BYTES, "resume_s": GATE_OPEN_S},
     }
-
-
-def _resume_elsewhere(spec: PlanSpec, folder: Path, position: int) -> float:
-    arguments = [sys.executable, "-c", _OPEN, json.dumps(vars(spec)), str(folder), str(position)]
-    return float(subprocess.run(arguments, capture_output=True, check=True, text=True).stdout)
 
 
 def main() -> None:

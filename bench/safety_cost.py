@@ -1,4 +1,4 @@
-"""What hashing, checking and sandboxing cost of a whole build's CPU.
+"""Measure the share of a build's CPU that hashing, checking and sandboxing cost.
 
     python -m bench.safety_cost                        the benchmark set (`bench.media`), 3 rounds (over 12 minutes)
     python -m bench.safety_cost --parts                each part taken out alone, too
@@ -7,14 +7,14 @@
 gate           all of it together < 5 % of the build's CPU
 informational  each part alone
 
-The same build with and without these parts, in turn (A B A B); a round's two builds are compared with each other and
-the median of the rounds counts. `bench.without_safety` says what is taken out; no setting of the product can. CPU is
-that of every process there has been (`bench.tree_cpu`). Not in it: guarding addresses and limits of downloads (the
-set lies on this disk), which wait for the network and hash what comes as it comes.
+Builds with and without these parts alternate (A B A B); the two builds of a round are compared, and the median of the
+rounds counts. `bench.without_safety` removes the parts, which no setting of the product can. CPU is that of all
+processes (`bench.tree_cpu`). Not measured: the address guard and the limits of downloads, which wait for the network
+and hash data as they arrive (the set lies on this disk).
 
-Traps: starting Ray and the models is most of a short set's CPU (some 35 s of 40 at `--duration 60`), so what they
-measure is how these differ from build to build; and what is out of the sandbox is done in Ray's worker, which starts no
-interpreter of its own for it but imports the same, so the figure may fall below zero where little is cut.
+Traps: starting Ray and the models is most of a short set's CPU (some 35 s of 40 at `--duration 60`), whose variation
+then hides the difference. Without a sandbox, Ray's worker decodes; it starts no further interpreter but imports the
+same modules, so the figure may fall below zero where little is cut.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--duration", type=float, default=185.0, help="seconds of each of the three videos")
     parser.add_argument("--footage", type=Path, help="folder of real videos to make the set from")
-    parser.add_argument("--parts", action="store_true", help="also take out each part alone")
+    parser.add_argument("--parts", action="store_true", help="remove each part alone, too")
     arguments = parser.parse_args()
     ways = {"as it is": (), "without": PARTS}
     ways |= {f"without {part}": (part,) for part in PARTS if arguments.parts}
@@ -48,6 +48,7 @@ def main() -> None:
 
 
 def _measure(scratch: Path, ways: dict[str, tuple[str, ...]], arguments: argparse.Namespace) -> dict[str, list[Cost]]:
+    """Build in all ways, alternating them; return costs by way."""
     sources = sources_of_set(scratch, arguments.footage, arguments.duration)
     (scratch / "site").mkdir()
     (scratch / "site" / "sitecustomize.py").write_text("import bench.without_safety\n")
@@ -60,12 +61,12 @@ def _measure(scratch: Path, ways: dict[str, tuple[str, ...]], arguments: argpars
             costs[way].append(_clean_build(sources, corpus, environment=environment | {VARIABLE: ",".join(parts)}))
             made[way] = _what_was_made(corpus)
     assert len({counts for counts, _ in made.values()}) == 1, f"the ways made different corpora: {made}"
-    assert made["without"][1] != made["as it is"][1], "nothing was taken out: the hashes are the same"
+    assert made["without"][1] != made["as it is"][1], "hashing was not removed: the hashes are the same"
     return costs
 
 
 def _what_was_made(corpus: Path) -> tuple[tuple[int, ...], str]:
-    """How many rows there are, and one of the clips' hashes."""
+    """Return the numbers of rows, and the hash of a clip."""
     with duckdb.connect(str(corpus / "manifest.duckdb"), read_only=True) as connection:
         tables = ("clips", "captions", "scores", "samples", "failures")
         counts = tuple(connection.execute(f"SELECT count(*) FROM {table}").fetchall()[0][0] for table in tables)
@@ -73,8 +74,9 @@ def _what_was_made(corpus: Path) -> tuple[tuple[int, ...], str]:
 
 
 def _report(costs: dict[str, list[Cost]]) -> int:
+    """Print the table and the gate; return the exit code."""
     whole = [cost.cpu_s for cost in costs["as it is"]]
-    print("| way | CPU-s | wall s | what is left out costs, of the whole |\n| --- | --- | --- | --- |")
+    print("| way | CPU-s | wall s | share of what is left out |\n| --- | --- | --- | --- |")
     shares = {}
     for way, measured in costs.items():
         cpu_s = [cost.cpu_s for cost in measured]

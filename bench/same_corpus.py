@@ -1,4 +1,4 @@
-"""Whether two corpora are the same: shards to the byte, tables row by row, failures by what and why. Orphan files."""
+"""Compare two corpora: shards by their bytes, tables row by row, failures by item and class; find orphan files."""
 
 import hashlib
 from pathlib import Path
@@ -6,15 +6,16 @@ from pathlib import Path
 import duckdb
 
 TABLES = ("videos", "sentences", "spans", "clips", "texts", "captions", "scores", "samples")
-# Where media lie before packing follows from how the work was cut into pieces, which a fault changes.
+# The place of media before packing depends on how work was divided into tasks, which a fault changes.
 PLACES = {"clips": ("tar", "mp4_offset", "frames")}
 OWNED = ("transcripts", "sentences", "spans", "clips", "captions", "scores")
 TEMPORARY = (".tmp-", ".next", ".part")
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs, in words; empty where nothing does."""
-    found = [f"shard {name}" for name in _unequal(_hashes(one), _hashes(other))]
+    """Describe the differences; empty where there is none."""
+    ours, theirs = _hashes(one), _hashes(other)
+    found = [f"shard {name}" for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
     with _open(one) as ours, _open(other) as theirs:
         for table in TABLES:
             without = PLACES.get(table)
@@ -32,7 +33,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def orphans(corpus: Path) -> list[str]:
-    """Temporary files, and fragments and clips that no commit names."""
+    """Return temporary files, and fragments and clips that no commit names."""
     files = [path.relative_to(corpus) for path in corpus.rglob("*") if path.is_file()]
     files = [path for path in files if ".clipmill" not in path.parts]
     owners = {path.stem for path in (corpus / "fragments" / "ledger").glob("*.parquet")}
@@ -43,13 +44,9 @@ def orphans(corpus: Path) -> list[str]:
 
 
 def _hashes(corpus: Path) -> dict[str, str]:
-    """Of shards; their indexes hold what is served now, and the same rows make the same file."""
+    """Return the hashes of shards and indexes by name; the same rows make the same index file."""
     files = sorted(path for path in (corpus / "shards").glob("*") if path.is_file())
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def _unequal(one: dict[str, str], other: dict[str, str]) -> list[str]:
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
 def _open(corpus: Path) -> duckdb.DuckDBPyConnection:

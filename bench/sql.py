@@ -1,11 +1,11 @@
-"""GATE: the ten queries of docs/queries.sql, each under a second on a manifest of a million clips.
+"""Time the ten queries of docs/queries.sql on a manifest of a million clips; the gate is a second for each.
 
     python -m bench.sql [--clips 1000000] [--manifest FILE] [--rounds 3]
 
-Prints the fastest of the rounds: the first one also reads the file, and other work on the machine only ever adds time
-(compare the CPU seconds, those of all threads: where they are less than the wall seconds, the machine was busy).
-Exit code 1 when a query misses the gate. What would measure the wrong thing: fetching rows is part of it, opening the
-file is not (informational line); `text` is drawn from 16 words, real text compresses worse and is longer.
+The fastest of the rounds counts: the first one also reads the file, and other work on the machine only adds time. CPU
+seconds are those of all threads; where they are below the wall seconds, the machine was busy. Exit code 1 when a query
+misses the gate. Traps: fetching rows is included, opening the file is not (it has its own line); `text` is drawn from
+16 words, while real text is longer and compresses worse.
 """
 
 import argparse
@@ -23,12 +23,13 @@ QUERIES = Path(__file__).resolve().parents[1] / "docs" / "queries.sql"
 
 
 def read_queries(path: Path = QUERIES) -> list[tuple[str, str]]:
-    """(title, SQL) of every query in the file: the comment that begins with a number names what follows."""
+    """Return (title, SQL) of every query in the file; a comment that begins with a number is the title."""
     blocks = re.split(r"^-- (?=\d+\. )", path.read_text(), flags=re.MULTILINE)[1:]
     return [(title, sql.strip().rstrip(";")) for title, sql in (block.split("\n", 1) for block in blocks)]
 
 
 def measure(manifest: Path, rounds: int) -> list[tuple[str, float, int]]:
+    """Time every query; return title, wall seconds and rows."""
     results = []
     start = time.perf_counter()
     connection = open_manifest(manifest)

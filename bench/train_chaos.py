@@ -1,17 +1,17 @@
-"""A training that is killed again and again, each time gone on with by other processes, compared with a quiet one.
+"""Kill a training run repeatedly, resume it by other processes, and compare it with an undisturbed one.
 
     python -m bench.train_chaos                       30 kills over 120 steps (10 minutes or so)
     python -m bench.train_chaos --kills 6 --steps 40
     python -m bench.train_chaos --ways ray            only under Ray Train
 
-gate           the batches are those of the quiet run, and so are the fp32 losses, but for how sums are rounded (2e-4) ·
-               no attempt ends by itself with an error
+gate           the batches equal those of the quiet run, and the fp32 losses do up to the rounding of sums (2e-4) ·
+               no attempt fails by itself
 informational  kills by kind
 
 Each attempt trains with 0 to 3 loader processes: alone, as two processes of torchrun, or as two workers of Ray Train on
-a cluster of three nodes on this machine. It is killed at a seeded random moment: anywhere, while a checkpoint is being
-written, or with SIGTERM, which it may answer by saving. Loader processes, Ray's workers and a node with all that is on
-it are killed, too, without ending the attempt: it has to go on by itself. Exit code 1 when the gate fails.
+a cluster of three nodes on this machine. It is killed at a seeded random time: anywhere, while a checkpoint is written,
+or with SIGTERM, on which it may save. Loader processes, Ray's workers and a whole node are killed, too, which the
+attempt has to survive. Exit code 1 when the gate fails.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -34,9 +35,9 @@ import psutil
 from bench.chaos import RayNodes, local_cluster, title_of
 
 KINDS = ("anywhere", "saving", "SIGTERM", "loader", "ray-worker", "ray-node")
-WAYS = {"alone": 0.5, "torchrun": 0.25, "ray": 0.25}  # how an attempt is started → how often
+WAYS = {"alone": 0.5, "torchrun": 0.25, "ray": 0.25}  # how an attempt is started → share
 RELATIVE = 2e-4
-PATIENCE_S = 600  # with an attempt that makes no step
+PATIENCE_S = 600  # without a step, after which an attempt counts as hung
 SETTINGS = (
     "train.batch_size=8",
     "train.log_every=1",
@@ -54,21 +55,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--corpus", type=Path, help="one that is there; else a small one is built")
+    parser.add_argument("--corpus", type=Path, help="existing corpus; without it a small one is built")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="clipmill-chaos-") as scratch:
         corpus = arguments.corpus or _build(Path(scratch))
-        report = torment(Path(scratch), corpus, arguments.kills, arguments.steps, arguments.seed, arguments.ways, _say)
+        report = torment(
+            Path(scratch),
+            corpus,
+            arguments.kills,
+            arguments.steps,
+            arguments.seed,
+            arguments.ways,
+            partial(print, flush=True),
+        )
     print(report)
     sys.exit(bool(report.wrong))
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 @dataclass
 class Report:
+    """The kills, and what is wrong with the result."""
+
     steps: int
     kills: Counter = field(default_factory=Counter)
     ways: Counter = field(default_factory=Counter)
@@ -78,18 +85,18 @@ class Report:
     def __str__(self) -> str:
         kinds = ", ".join(f"{self.kills[kind]} {kind}" for kind in KINDS if self.kills[kind])
         ways = ", ".join(f"{self.ways[way]} {way}" for way in WAYS if self.ways[way])
-        told = [
+        lines = [
             f"{self.kills.total()} kills in {self.seconds / 60:.1f} minutes: {kinds}",
             f"{self.ways.total()} attempts: {ways}",
             *(f"WRONG: {problem}" for problem in self.wrong),
         ]
-        return "\n".join([*told, "FAILED" if self.wrong else f"the same {self.steps} batches and losses"])
+        return "\n".join([*lines, "FAILED" if self.wrong else f"the same {self.steps} batches and losses"])
 
 
 def torment(
     folder: Path, corpus: Path, num_kills: int, steps: int, seed: int, ways: Sequence[str], say: Callable[[str], None]
 ) -> Report:
-    """Train quietly, train under kills, compare. The work is done in `folder`."""
+    """Train undisturbed, train under kills, and compare; work in `folder`."""
     quiet, run, rng = folder / "quiet", folder / "run", random.Random(seed)
     started, report = time.monotonic(), Report(steps)
     say(f"quiet training of {steps} steps")
@@ -112,6 +119,7 @@ def torment(
 
 
 def _build(folder: Path) -> Path:
+    """Build a small corpus; return its folder."""
     from pipeline.demo.world import WorldSettings, make_world
 
     make_world(folder / "world", WorldSettings(num_videos=4, min_video_s=30, max_video_s=40, seed=1))
@@ -122,7 +130,7 @@ def _build(folder: Path) -> Path:
 
 
 class Attempt:
-    """One start of the command, in a process group of its own."""
+    """A run of the command, in its own process group."""
 
     def __init__(
         self, corpus: Path, run: Path, steps: int, loaders: int, way: str = "alone", cluster: RayNodes | None = None
@@ -147,16 +155,17 @@ class Attempt:
         )
 
     def end_well(self) -> None:
+        """Wait for the end of the command and assert that it succeeded."""
         code = self.process.wait(timeout=1800)
         assert code == 0, self.said()
 
     def said(self) -> str:
-        """The end of what it printed."""
+        """Return the end of what the command printed."""
         self.output.seek(0)
         return self.output.read()[-3000:]
 
     def strike(self, rng: random.Random) -> tuple[list[str], str | None]:
-        """Kills once it trains: what has been hit, and what it died of where it was not that."""
+        """Kill once the attempt trains; return what was hit, and the error where it failed for another reason."""
         try:
             return self._strike(rng)
         except TimeoutError as error:
@@ -165,6 +174,7 @@ class Attempt:
             self._kill_all()
 
     def _strike(self, rng: random.Random) -> tuple[list[str], str | None]:
+        """Wait for a step and a random time, then kill a part or the attempt; return as `strike` does."""
         kinds = ("ray-worker", "ray-node") if self.way == "ray" else ("anywhere", "saving", "SIGTERM", "loader")
         kind = rng.choice(kinds)
         self._wait_for(lambda: _last_step(self.run) > self.begun_at)
@@ -179,7 +189,7 @@ class Attempt:
         return hit, f"ended with {code}: {self.said()}" if code else None
 
     def _hit_a_part(self, kind: str, rng: random.Random) -> list[str]:
-        """What the attempt has to live through: it goes on by itself, or this takes up all patience."""
+        """Kill a part that the attempt has to survive; wait for its next step, or raise TimeoutError."""
         victims = {"loader": self._loaders, "ray-worker": self._ray_workers}
         if kind == "ray-node":
             self.cluster.replace_one(rng)
@@ -190,6 +200,7 @@ class Attempt:
         return [kind]
 
     def _loaders(self) -> list[psutil.Process]:
+        """Return the loader processes."""
         with suppress(psutil.Error):
             below = psutil.Process(self.process.pid).children(recursive=True)
             return [p for p in below if p.parent() and "forkserver" in title_of(p.parent())]
@@ -199,7 +210,7 @@ class Attempt:
         return [p for p in self.cluster.workers() if "RayTrainWorker" in title_of(p)]
 
     def _end(self, kind: str) -> str:
-        """The whole attempt, torchrun's processes (which have sessions of their own) and Ray's workers with it."""
+        """End the whole attempt, with torchrun's processes (which have their own sessions) and Ray's workers."""
         if kind == "SIGTERM":
             os.killpg(self.process.pid, signal.SIGTERM)
             self._wait_for(lambda: False)
@@ -208,6 +219,7 @@ class Attempt:
         return "saving" if kind == "saving" else "anywhere"
 
     def _kill_all(self) -> None:
+        """Kill the attempt and everything it started."""
         if self.process.poll() is None:
             below = psutil.Process(self.process.pid).children(recursive=True)
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -216,21 +228,23 @@ class Attempt:
                     process.kill()
             self.process.wait()
         if self.way == "ray":
-            _wait_until(lambda: not self._ray_workers())  # Ray ends what belonged to a driver that is gone
+            _wait_until(lambda: not self._ray_workers())  # Ray ends the workers of a dead driver
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         _wait_until(lambda: self.process.poll() is not None or condition())
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds; raises TimeoutError."""
     until = time.monotonic() + PATIENCE_S
     while not condition():
         if time.monotonic() > until:
-            raise TimeoutError(f"nothing happened for {PATIENCE_S} s")
+            raise TimeoutError(f"the attempt made no step for {PATIENCE_S} s")
         time.sleep(0.005)
 
 
 def _kill_one(victims: list[psutil.Process], rng: random.Random) -> bool:
+    """Kill a random process; return whether there was one."""
     with suppress(psutil.NoSuchProcess):
         if victims:
             rng.choice(sorted(victims, key=lambda p: p.pid)).kill()
@@ -239,6 +253,7 @@ def _kill_one(victims: list[psutil.Process], rng: random.Random) -> bool:
 
 
 def _lines(run: Path) -> list[dict]:
+    """Read the complete lines of a run's log."""
     with suppress(FileNotFoundError):
         text = (run / "log.jsonl").read_text()
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -250,6 +265,7 @@ def _last_step(run: Path) -> int:
 
 
 def _differences(expected: list[dict], found: list[dict], steps: int) -> list[str]:
+    """Describe the differences between two logs."""
     if [line["step"] for line in found] != list(range(1, steps + 1)):
         return [f"{len(found)} lines for {steps} steps"]
     pairs = list(zip(expected, found, strict=True))

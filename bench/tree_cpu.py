@@ -1,11 +1,11 @@
-"""CPU seconds of a command and of all that it started, orphans included, by looking at them ten times a second.
+"""Measure the CPU seconds of a command and all its descendants, orphans included, by sampling ten times a second.
 
 The kernel's own sum (RUSAGE_CHILDREN) leaves out processes whose parent ignores SIGCHLD, as Ray's raylet does with its
-workers. Here each process counts with the CPU time it was last seen with. The measuring process becomes the reaper of
-all descendants (Linux), so that what outlives its parent is still found.
+workers. Here each process counts with its last sample. The measuring process becomes the reaper of all descendants
+(Linux), so that processes which outlive their parent are still found.
 
-Trap: up to a tenth of a second at a process's end is missed, and processes that live shorter altogether. Where the
-kernel's sum is larger, that is the figure.
+Trap: up to a tenth of a second at a process's end is missed, and processes that live for less time altogether. The
+kernel's sum is used where it is larger.
 """
 
 import ctypes
@@ -25,6 +25,8 @@ INTERVAL_S = 0.1
 
 @dataclass(frozen=True)
 class Cost:
+    """The cost of a process tree, with the command's exit code and output."""
+
     cpu_s: float
     wall_s: float
     peak_mb: float  # of the largest single process
@@ -33,7 +35,7 @@ class Cost:
 
 
 def measure(command: list[str], environment: dict[str, str] | None = None) -> Cost:
-    """Run a command and wait for its whole tree."""
+    """Run a command and wait for its whole process tree."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     with _Watch() as watch:
@@ -47,7 +49,7 @@ def measure(command: list[str], environment: dict[str, str] | None = None) -> Co
 
 
 class _Watch:
-    """A thread that keeps, for every descendant there has been, the CPU time it was last seen with."""
+    """A thread that samples the CPU time of every descendant and keeps the last value."""
 
     def __init__(self) -> None:
         self.cpu_s: dict[tuple[int, float], float] = {}
@@ -64,6 +66,7 @@ class _Watch:
         self._thread.join()
 
     def _run(self) -> None:
+        """Sample until stopped."""
         me = psutil.Process()
         while not self._stop.wait(INTERVAL_S):
             for process in me.children(recursive=True):
@@ -72,10 +75,11 @@ class _Watch:
                     self.cpu_s[process.pid, process.create_time()] = times.user + times.system
                     self.peak_bytes = max(self.peak_bytes, process.memory_info().rss)
                 except psutil.Error:
-                    continue  # it has just ended
+                    continue  # the process has just ended
 
 
 def _reap_orphans(patience_s: float = 60.0) -> None:
+    """Wait for processes that outlive the command, at most `patience_s`."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         try:
@@ -84,4 +88,4 @@ def _reap_orphans(patience_s: float = 60.0) -> None:
             return
         if not pid:
             time.sleep(0.05)
-    print("bench: processes outlived the command; their CPU is not counted to the end", file=sys.stderr)
+    print("bench: some processes outlived the command, and their CPU time is not complete", file=sys.stderr)

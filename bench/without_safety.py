@@ -1,13 +1,13 @@
-"""Takes safety out of whatever process imports this, for `bench.safety_cost`: never a way to run a build.
+"""Remove safety from the process that imports this module, for `bench.safety_cost` only.
 
 CLIPMILL_BENCH_WITHOUT names the parts, with commas:
 
-hashing  SHA-256 of media reads the ends of each piece instead of all of it (short texts are hashed as ever: ids,
-         keys and the names of commits come from them), so that checks compare and pass, having cost nothing
-sandbox  untrusted media are decoded in the worker itself, without a process of their own and its limits
-limits   nothing watches how long a worker takes, and no report is written for it
+hashing  SHA-256 of media reads only the ends of each block, so that checks still compare and pass at no cost (short
+         texts are hashed as usual, because ids, keys and names of commits come from them)
+sandbox  untrusted media are decoded in the worker itself, without a process and limits of their own
+limits   workers run without time limits, and write no reports for them
 
-It has to come before the modules that it changes, so each Python process gets it by a `sitecustomize`.
+It has to be imported before the modules that it changes, so a `sitecustomize` imports it in each Python process.
 """
 
 import hashlib
@@ -17,13 +17,14 @@ from typing import Any
 
 PARTS = ("hashing", "sandbox", "limits")
 VARIABLE = "CLIPMILL_BENCH_WITHOUT"
-ENDS = 128  # bytes hashed at each end of a piece
-LONG = 4096  # bytes; what is shorter is hardly media, and costs nothing
+ENDS = 128  # bytes hashed at each end of a block
+LONG = 4096  # bytes; shorter data are rarely media and cost little
 
 _sha256, _file_digest = hashlib.sha256, hashlib.file_digest
 
 
 def apply(parts: list[str]) -> None:
+    """Remove the named parts."""
     from clipmill.media import sandbox
     from pipeline.runtime import watchdog
 
@@ -36,7 +37,7 @@ def apply(parts: list[str]) -> None:
 
 
 class EndsOnly:
-    """As hashlib.sha256, of the two ends of long pieces."""
+    """A replacement of hashlib.sha256 that hashes the two ends of long blocks."""
 
     def __init__(self, data: bytes = b"", **_: Any):
         self._hash = _sha256()
@@ -57,6 +58,7 @@ class EndsOnly:
 
 
 def _digest_of_ends(file: Any, name: str) -> Any:
+    """Hash the size and two short ranges of a file."""
     if name != "sha256":
         return _file_digest(file, name)
     size = os.fstat(file.fileno()).st_size

@@ -1,9 +1,9 @@
-"""What making the demo world costs: scenes per CPU-second, and milliseconds per frame drawn and encoded.
+"""Measure the cost of making the demo world: scenes per CPU-second, and milliseconds per frame drawn and encoded.
 
     python -m bench.world [--videos N] [--seed S]
 
 Informational. CPU time of one process, all threads, everything included (drawing, encoding, audio, subtitles, truth).
-The first line answers "how long do a thousand clips take"; the table says where it goes, by format.
+The first line gives the time of a thousand clips; the table divides it by format.
 """
 
 import argparse
@@ -33,6 +33,7 @@ def main() -> None:
 
 
 def world_cost(num_videos: int, seed: int) -> None:
+    """Print the cost of making a world."""
     settings = WorldSettings(num_videos=num_videos, seed=seed, workers=1)
     marks_s: list[float] = [time.process_time()]
     with tempfile.TemporaryDirectory() as scratch:
@@ -57,7 +58,7 @@ def world_cost(num_videos: int, seed: int) -> None:
 
 
 def frame_cost(seed: int) -> None:
-    """Drawing alone, once a scene's background and sprites are there."""
+    """Time drawing alone, after a scene's background and sprites are made."""
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(20)]
     for width, height in ((320, 240), (426, 240), (640, 360)):
@@ -71,6 +72,7 @@ def _draw(scene, width: int, height: int, num_frames: int) -> None:
 
 
 def _cpu_ms(work: Callable[[], object], warm: bool = False) -> float:
+    """Return the CPU milliseconds of a call."""
     if warm:
         work()
     start_s = time.process_time()

@@ -1,7 +1,7 @@
-"""The captioner interface, and which class stands behind a setting. No model library is imported at the top.
+"""The captioner interface, the registry of built-in captioners, and what all of them share.
 
-A captioner gets frames and answers for every one of them, in order: a `Caption`, or the `ItemError` of that one frame.
-Nothing is made up: what the model leaves empty is the text "".
+A captioner gets frames and returns a `Caption` or an `ItemError` for each of them, in order. An empty answer of the
+model stays the text "". Import no model library at the top of this module: commands that run no model import it, too.
 """
 
 import hashlib
@@ -22,46 +22,55 @@ from clipmill.base.settings import digest
 if TYPE_CHECKING:
     from PIL import Image
 
-CODE_VERSION = 1  # of what captioners write for the same model and settings: raising it makes every caption pending
+CODE_VERSION = 1  # raise it when captioners write something else for the same settings: all captions become pending
 SCORE_DECIMALS = 4  # float32 sums differ in the sixth decimal between batch sizes and processors
 
 
 @dataclass(frozen=True)
 class Caption:
-    text: str  # "" where the model said nothing
-    score: float | None  # mean natural log-probability of the text's tokens and the end token; None: not known
+    """The caption of one frame."""
+
+    text: str  # "" where the model gives none
+    score: float | None  # mean natural log-probability of the text's tokens and the end token; None: unknown
     num_tokens: int  # of the text, without start and end
 
 
 @runtime_checkable
 class Captioner(Protocol):
-    name: str  # what the column `captioner` says: the kind and the model, no path
+    """A model that captions frames; a plug-in (`captioner: MODULE:ATTRIBUTE`) takes CaptionSettings and returns one."""
+
+    name: str  # for the column `captioner`: the kind and the model, without local paths
     fingerprint: str  # equals `fingerprint_of(settings)`
 
     def caption(self, images: Sequence["Image.Image | bytes"]) -> list[Caption | ItemError]:
-        """One answer per image (PIL, or the bytes of a JPEG), in their order, whatever the other images are."""
+        """Return an answer per image (PIL, or the bytes of a JPEG), in order, independent of the other images."""
         ...
 
 
 def load_captioner(settings: CaptionSettings) -> Captioner:
-    """The captioner of these settings, its model loaded; the same object when asked again. Raises UserError."""
+    """Load the captioner of these settings with its model; the same settings give the same object.
+
+    Raises UserError where the settings name no captioner, or a model that cannot be loaded.
+    """
     return _load(settings.model_dump_json(), fingerprint_of(settings))
 
 
-@lru_cache(maxsize=2)  # the fingerprint is part of the key, so weights that changed on disk are loaded anew
+@lru_cache(maxsize=2)  # the fingerprint is part of the key, so that weights changed on disk are loaded again
 def _load(settings_json: str, fingerprint: str) -> Captioner:
+    """Load a captioner, cached by its settings and fingerprint."""
     settings = CaptionSettings.model_validate_json(settings_json)
     factory = load_attribute("caption.captioner", settings.captioner, _BUILT_IN.get(settings.captioner))
     captioner = factory(settings)
     if not isinstance(captioner, Captioner):
         raise UserError(
-            f"setting caption.captioner = {settings.captioner}: it gives no name, fingerprint and caption()."
+            f"setting caption.captioner = {settings.captioner} returns an object of type {type(captioner).__name__}; "
+            "a captioner needs the attributes name, fingerprint and caption()."
         )
     return captioner
 
 
 def fingerprint_of(settings: CaptionSettings) -> str:
-    """Hash of everything that shapes a caption but the frame; reads local weights once, loads no model.
+    """Hash everything but the frame that a caption depends on. Reads local weights once; loads no model.
 
     Raises UserError where a file, folder or module that the settings name is missing.
     """
@@ -70,6 +79,7 @@ def fingerprint_of(settings: CaptionSettings) -> str:
 
 
 def _model_identity(settings: CaptionSettings) -> list:
+    """Return what identifies the model: names of published models, hashes of local files."""
     if settings.captioner == "coca":
         return open_clip_identity(settings.model, settings.pretrained, "caption")
     if settings.captioner == "huggingface":
@@ -81,14 +91,17 @@ def _model_identity(settings: CaptionSettings) -> list:
 
 
 def _module_sha256(captioner: str) -> str:
-    """Hash of a plugged-in captioner's source file: editing it makes captions pending."""
+    """Hash the source file of a plugged-in captioner, so that editing it makes captions pending."""
     module = captioner.partition(":")[0]
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError) as error:
         raise UserError(f"setting caption.captioner = {captioner}: {error}.") from error
     if spec is None or not spec.origin or not Path(spec.origin).is_file():
-        raise UserError(f"setting caption.captioner = {captioner}: there is no module {module} on the Python path.")
+        raise UserError(
+            f"setting caption.captioner = {captioner}: Python finds no source file of the module {module}; "
+            "add its folder to PYTHONPATH."
+        )
     return file_sha256(Path(spec.origin))
 
 
@@ -100,7 +113,7 @@ _BUILT_IN = {
 
 
 def decode_frame(image: "Image.Image | bytes") -> "Image.Image | ItemError":
-    """A frame as an RGB picture; the ItemError "undecodable-frame" (returned, not raised) for bytes that are none."""
+    """Decode a frame to an RGB picture; return (not raise) the ItemError "undecodable-frame" for other bytes."""
     from PIL import Image
 
     try:
@@ -115,7 +128,7 @@ def caption_in_batches(
     batch_size: int,
     caption_batch: Callable[[list["Image.Image"]], list[Caption]],
 ) -> list[Caption | ItemError]:
-    """Decode, hand the pictures that decode to `caption_batch` in lists of at most `batch_size`, keep the order."""
+    """Caption the images that can be decoded, at most `batch_size` at a time; return answers in the images' order."""
     answers: list[Caption | ItemError] = []
     for start in range(0, len(images), batch_size):
         frames = [decode_frame(image) for image in images[start : start + batch_size]]
@@ -126,6 +139,6 @@ def caption_in_batches(
 
 
 def frame_seed(picture: "Image.Image", seed: int) -> int:
-    """The seed for what is drawn about this picture: its pixels and the setting decide, nothing around it."""
+    """Return the random seed of a picture, which depends on its pixels and `seed` only, not on its batch."""
     pixels = hashlib.sha256(picture.tobytes()).digest()
     return int.from_bytes(hashlib.sha256(pixels + seed.to_bytes(16, "big")).digest()[:8], "big") >> 1

@@ -1,7 +1,8 @@
-"""The demo world's two models, trained by `bench.demo_models.train` and shipped in `captioning/weights`.
+"""Load the demo world's two models, which `bench.demo_models.train` trains and `captioning/weights` holds.
 
-`demo_captioner` is open_clip's CoCa, `demo_clip` open_clip's CLIP, both with a configuration and a vocabulary of their
-own, which lie beside the weights as JSON: `model` (arguments of the class), `preprocess`, `words`.
+`demo_captioner` is open_clip's CoCa and `demo_clip` open_clip's CLIP, each with its own configuration and vocabulary.
+A JSON file beside the weights holds them: `model` (arguments of the class), `preprocess`, `words`. Training code
+belongs in `bench.demo_models`.
 """
 
 import json
@@ -22,12 +23,15 @@ CLASSES = {"demo_captioner": open_clip.CoCa, "demo_clip": open_clip.CLIP}
 
 
 def load_captioner(settings: CaptionSettings) -> CocaCaptioner:
-    """The captioner behind `captioner: demo`."""
+    """Load the captioner of `captioner: demo`."""
     return CocaCaptioner(load_model("demo_captioner", settings, "caption"), settings, "demo")
 
 
 def load_model(name: str, settings: CaptionSettings | ScoreSettings, section: str) -> LoadedModel:
-    """A shipped model with its weights, on the device and in the precision of the settings."""
+    """Load a shipped model with its weights, on the device and in the precision of the settings.
+
+    `section` names the settings' section in messages. Raises UserError where the device is missing.
+    """
     config = json.loads((DEMO_WEIGHTS / f"{name}.json").read_text())
     device, dtype = use_device(settings, section), DTYPES[settings.precision]
     loaded = build(name, config)
@@ -38,11 +42,11 @@ def load_model(name: str, settings: CaptionSettings | ScoreSettings, section: st
 
 
 def build(name: str, config: dict[str, Any]) -> LoadedModel:
-    """The architecture of a config with random weights, in fp32 on the CPU."""
+    """Build the architecture of a config with random weights, in fp32 on the CPU."""
     model = CLASSES[name](**config["model"])
     if config.get("stem"):
         model.visual.conv1 = convolutional_stem(config["stem"], config["model"]["vision_cfg"]["width"])
-    if name == "demo_captioner":  # open_clip leaves this tensor as the memory happened to be
+    if name == "demo_captioner":  # open_clip leaves this tensor uninitialised
         torch.nn.init.normal_(
             model.text_decoder.text_projection, std=config["model"]["multimodal_cfg"]["width"] ** -0.5
         )
@@ -52,7 +56,7 @@ def build(name: str, config: dict[str, Any]) -> LoadedModel:
 
 
 def convolutional_stem(channels: list[int], width: int) -> torch.nn.Sequential:
-    """[B, 3, H, W] → [B, width, H/s, W/s], s = 2 ** len(channels): takes the place of the patch embedding.
+    """Build a replacement for the patch embedding: [B, 3, H, W] → [B, width, H/s, W/s], s = 2 ** len(channels).
 
     Overlapping 3x3 convolutions of stride 2 (Xiao et al., "Early Convolutions Help Transformers See Better", 2021).
     """

@@ -1,4 +1,7 @@
-"""What a model is, said without loading it: hashes of its files and names. Standard library only."""
+"""Identify models without loading them, by names and by hashes of their files.
+
+Fingerprints are made of these identities. Import the standard library only: every command may read this module.
+"""
 
 import hashlib
 from functools import lru_cache
@@ -13,7 +16,7 @@ DEMO_WEIGHTS = Path(__file__).parent / "weights"
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file, computed once per process for a file of this path, size and time."""
+    """Return the hex digest of a file, computed once per process for the same path, size and modification time."""
     stat = path.stat()
     return _sha256(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
 
@@ -25,40 +28,43 @@ def _sha256(path: str, num_bytes: int, mtime_ns: int) -> str:
 
 
 def folder_identity(folder: Path) -> list[list[str]]:
-    """Name and hash of every file of a model's folder: where it lies does not matter, what it holds does."""
+    """Return name and hash of every file in a model's folder; the folder's own path does not matter."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [[path.relative_to(folder).as_posix(), file_sha256(path)] for path in files]
 
 
 def demo_identity(name: str) -> list[str]:
-    """Hashes of a shipped model's weights and of its config."""
+    """Return the hashes of a shipped model's weights and config."""
     return [file_sha256(DEMO_WEIGHTS / f"{name}{suffix}") for suffix in (".safetensors", ".json")]
 
 
 def weights_file(pretrained: str, setting: str) -> Path | None:
-    """The local file that `pretrained` names, None where it is a tag. Raises UserError where a file is missing."""
+    """Return the local file that `pretrained` names, None for a tag. Raises UserError where a file is missing."""
     path = Path(pretrained).expanduser()
     if path.suffix not in WEIGHT_SUFFIXES and not path.is_file():
         return None
     if path.suffix not in WEIGHT_SUFFIXES:
         raise UserError(
-            f"setting {setting} = {pretrained}: a weights file ends in one of {', '.join(WEIGHT_SUFFIXES)}."
+            f"setting {setting} = {pretrained}: the name of a weights file ends in {', '.join(WEIGHT_SUFFIXES)}."
         )
     if not path.is_file():
-        raise UserError(f"setting {setting} = {pretrained}: there is no such file.")
+        raise UserError(f"setting {setting} = {pretrained}: this file does not exist; give a file or a tag.")
     return path
 
 
 def model_folder(model: str, setting: str) -> Path:
-    """The folder behind open_clip's `local-dir:`. Raises UserError where it is not one."""
+    """Return the folder that open_clip's `local-dir:` names. Raises UserError where it is not a model's folder."""
     folder = Path(model.removeprefix(LOCAL_DIR)).expanduser()
     if not (folder / "open_clip_config.json").is_file():
-        raise UserError(f"setting {setting} = {model}: the folder needs open_clip_config.json and weights beside it.")
+        raise UserError(
+            f"setting {setting} = {model}: {folder} has no open_clip_config.json; name a folder that holds that file "
+            "and the weights."
+        )
     return folder
 
 
 def open_clip_identity(model: str, pretrained: str, section: str) -> list:
-    """What makes an open_clip model the one it is: names for what is published, hashes for what lies here."""
+    """Return what identifies an open_clip model: names of a published one, hashes of local files."""
     if model.startswith(LOCAL_DIR):
         return ["local-dir", folder_identity(model_folder(model, f"{section}.model"))]
     file = weights_file(pretrained, f"{section}.pretrained")
@@ -66,7 +72,7 @@ def open_clip_identity(model: str, pretrained: str, section: str) -> list:
 
 
 def open_clip_name(model: str, pretrained: str, section: str) -> str:
-    """The name that result rows carry: no path of this machine, the same for the same weights."""
+    """Return the model's name for result rows: without local paths, the same for the same weights."""
     if model.startswith(LOCAL_DIR):
         return f"local-dir/{digest(open_clip_identity(model, pretrained, section))}"
     file = weights_file(pretrained, f"{section}.pretrained")

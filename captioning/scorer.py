@@ -1,6 +1,7 @@
-"""How well texts fit a clip's frame, by any open_clip model, and two facts about the subtitle: the columns of `scores`.
+"""Score clips: similarities of frame, subtitle and caption by any open_clip model, and two measures of the subtitle.
 
-Scores only; what is good enough is decided in SQL. A text that is not there gives null, never a number.
+The result is the rows of `scores`. A missing text or frame gives null, never a number. Thresholds do not belong here:
+queries decide which scores are good enough.
 """
 
 import hashlib
@@ -21,27 +22,30 @@ if TYPE_CHECKING:
 
     from captioning.open_clip_loader import LoadedModel
 
-CODE_VERSION = 1  # of what is computed for the same model and settings: raising it makes every score pending
+CODE_VERSION = 1  # raise it when scores change for the same model and settings: all scores become pending
 DEMO_MODEL = "demo_captioner"
 DECIMALS = 5  # float32 sums differ in the seventh decimal between batch sizes and processors
 
 
 @dataclass(frozen=True)
 class ScoreInput:
+    """A clip to score."""
+
     clip_id: str
-    jpeg: bytes | None  # the clip's caption frame; None where it has none
-    subtitle: str | None  # None and "" alike: nothing is said
+    jpeg: bytes | None  # the clip's caption frame; None without one
+    subtitle: str | None  # None and "" both mean no speech
     caption: str | None
     duration_s: float | None = None  # of the clip, for words per second
 
 
 def load_scorer(settings: ScoreSettings) -> "Scorer":
-    """The scorer of these settings, its model loaded; the same object when asked again. Raises UserError."""
+    """Load the scorer of these settings with its model; the same settings give the same object. Raises UserError."""
     return _load(settings.model_dump_json(), fingerprint_of(settings))
 
 
-@lru_cache(maxsize=2)  # the fingerprint is part of the key, so weights that changed on disk are loaded anew
+@lru_cache(maxsize=2)  # the fingerprint is part of the key, so that weights changed on disk are loaded again
 def _load(settings_json: str, fingerprint: str) -> "Scorer":
+    """Load a scorer, cached by its settings and fingerprint."""
     settings = ScoreSettings.model_validate_json(settings_json)
     if settings.model == "demo":
         from captioning.demo_models import load_model
@@ -54,7 +58,7 @@ def _load(settings_json: str, fingerprint: str) -> "Scorer":
 
 
 def fingerprint_of(settings: ScoreSettings) -> str:
-    """Hash of the model and of all that shapes a score but the row; loads no model. Raises UserError: files missing."""
+    """Hash everything but the clip that a score depends on; loads no model. Raises UserError for missing files."""
     if settings.model == "demo":
         identity: list = demo_identity(DEMO_MODEL)
     else:
@@ -63,19 +67,20 @@ def fingerprint_of(settings: ScoreSettings) -> str:
 
 
 class Scorer:
-    """Features are computed once per distinct frame and once per distinct text, in batches."""
+    """A model that scores clips. It encodes each distinct frame and each distinct text once, in batches."""
 
     def __init__(self, loaded: "LoadedModel", batch_size: int, name: str, fingerprint: str):
         self.loaded, self.batch_size, self.name, self.fingerprint = loaded, batch_size, name, fingerprint
 
     def score(self, rows: Sequence[ScoreInput]) -> list[dict[str, Any] | ItemError]:
-        """A row of `scores` per input, in order; the ItemError "undecodable-frame" where its frame is no picture."""
+        """Return a row of `scores` per clip, in order, or the ItemError "undecodable-frame"."""
         frames = {row.jpeg: None for row in rows if row.jpeg is not None}
         images = self._image_features(frames)
         texts = self._text_features(dict.fromkeys(t for row in rows for t in (row.subtitle, row.caption) if t))
         return [self._row(row, images.get(row.jpeg), texts) for row in rows]
 
     def _row(self, row: ScoreInput, image: Any, texts: dict[str, "torch.Tensor"]) -> dict[str, Any] | ItemError:
+        """Make the row of a clip from the features of its frame and of all texts."""
         if isinstance(image, ItemError):
             return image
         subtitle, caption = texts.get(row.subtitle), texts.get(row.caption)
@@ -91,7 +96,7 @@ class Scorer:
         }
 
     def _image_features(self, jpegs: Iterable[bytes]) -> dict[bytes, Any]:
-        """Unit vector [D], or the ItemError, of every frame."""
+        """Return the unit vector [D], or the ItemError, of every frame."""
         features: dict[bytes, Any] = {}
         for batch in _batched(jpegs, self.batch_size):
             decoded = {jpeg: decode_frame(jpeg) for jpeg in batch}
@@ -103,7 +108,7 @@ class Scorer:
         return features
 
     def _text_features(self, texts: Iterable[str]) -> dict[str, "torch.Tensor"]:
-        """Unit vector [D] of every text; the tokenizer cuts a long one at the model's context length."""
+        """Return the unit vector [D] of every text; the tokenizer cuts long ones at the model's context length."""
         features: dict[str, torch.Tensor] = {}
         for batch in _batched(texts, self.batch_size):
             ids = self.loaded.tokenizer(batch).to(self.loaded.device)
@@ -111,6 +116,7 @@ class Scorer:
         return features
 
     def _encode(self, tower: Callable, inputs: "torch.Tensor") -> "torch.Tensor":
+        """Encode a batch to unit vectors, float32 [B, D] on the CPU."""
         import torch
 
         with torch.inference_mode():
@@ -118,7 +124,7 @@ class Scorer:
 
 
 def speech_columns(subtitle: str | None, duration_s: float | None) -> dict[str, float | None]:
-    """Words per second of the clip, and 1 - distinct words / words; null without words (or without a duration)."""
+    """Return words per second, and 1 - distinct words / words; None without words, or without a duration."""
     words = re.findall(r"\w+(?:['’-]\w+)*", (subtitle or "").lower())
     return {
         "words_per_s": len(words) / duration_s if words and duration_s else None,
@@ -127,9 +133,11 @@ def speech_columns(subtitle: str | None, duration_s: float | None) -> dict[str, 
 
 
 def _cosine(first: "torch.Tensor | None", second: "torch.Tensor | None") -> float | None:
+    """Return the cosine of two unit vectors, rounded; None where one is missing."""
     return None if first is None or second is None else round(float(first @ second), DECIMALS)
 
 
 def _batched(items: Iterable, size: int) -> Iterable[list]:
+    """Divide items into lists of at most `size`."""
     items = list(items)
     return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,4 +1,4 @@
-"""Settings of the caption and score stages. Nothing heavy is imported here: every command reads this module."""
+"""Settings of the caption and score stages. Import nothing heavy here: every command reads this module."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -13,48 +13,74 @@ CaptionerName = Annotated[str, Field(pattern=r"^(coca|huggingface|demo|[A-Za-z_]
 
 
 class ModelSettings(Settings):
-    """What the caption and score stages share: how a model is run, which changes no result."""
+    """Settings that the caption and score stages share: how to run a model, which does not change its results."""
 
-    device: Literal["auto", "cpu", "cuda"] = operational("auto")  # auto: a GPU where there is one
-    batch_size: int = operational(32, ge=1, le=4096)  # images per forward pass: 32 frames of ViT-L fit in 8 GB
-    num_threads: int | None = operational(None, ge=1)  # CPU threads of torch in this process; None: as torch chose
-    # The model may take this long for a piece of work, and so much for each image of it, before it counts as hung.
+    # Device of the model. auto: a GPU where there is one.
+    device: Literal["auto", "cpu", "cuda"] = operational("auto")
+    # Images per forward pass: 32 frames of ViT-L fit in 8 GB.
+    batch_size: int = operational(32, ge=1, le=4096)
+    # CPU threads of torch in each process; null: torch's own choice.
+    num_threads: int | None = operational(None, ge=1)
+    # Seconds that the model may take for a task, besides those per image, before it counts as hung. Ten minutes are far
+    # more than any start.
     timeout_base_s: float = operational(600.0, gt=0)
+    # More seconds for each image of the task. 30 leave room for ViT-L with beam search on one CPU core.
     timeout_per_image_s: float = operational(30.0, gt=0)
 
 
 class CaptionSettings(ModelSettings):
-    # coca | huggingface | demo | MODULE:ATTRIBUTE (see docs/captioning.md); None: no captions
+    """Settings of the stage `caption`: the captioner, its model, and the decoding of its text."""
+
+    # coca, huggingface, demo or MODULE:ATTRIBUTE (docs/captioning.md); null: no captions. coca runs on open_clip, which
+    # scores need anyway.
     captioner: CaptionerName | None = "coca"
-    model: str = COCA_MODEL  # open_clip name, local-dir:FOLDER; for huggingface a name or folder
-    pretrained: str = COCA_PRETRAINED  # open_clip tag, or a local .safetensors/.pt file; unused by local-dir and others
-    revision: str | None = None  # huggingface only: commit, tag or branch; a commit makes captions repeatable
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp32 gives the same captions on CPU and GPU; bf16 is faster
+    # The captioner's model: an open_clip name or local-dir:FOLDER for coca, a name or folder for huggingface. The
+    # default is the largest CoCa that is published.
+    model: str = COCA_MODEL
+    # Weights of the model: open_clip's tag, or a local .safetensors or .pt file. The default is fine-tuned on captions.
+    # local-dir and captioners other than coca do not use this setting.
+    pretrained: str = COCA_PRETRAINED
+    # huggingface only: a commit, tag or branch of the model. A commit makes captions repeatable.
+    revision: str | None = None
+    # fp32 gives the same captions on CPU and GPU; bf16 and fp16 are faster.
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
-    # Decoding. The values are those CoCa's authors generate with.
-    generation: Literal["beam_search", "top_k", "top_p"] = "beam_search"  # top_k with top_k=1 is greedy, and fastest
-    num_beams: int = Field(6, ge=1, le=64)  # beam_search: hypotheses kept
-    num_beam_groups: int = Field(3, ge=1, le=64)  # beam_search of coca: diverse groups; must divide num_beams
-    top_k: int = Field(1, ge=1)  # top_k: draw among this many likeliest tokens
-    top_p: float = Field(0.1, gt=0, le=1)  # top_p: draw among the likeliest tokens that hold this probability
-    temperature: float = Field(1.0, gt=0)  # top_k, top_p: below 1 is less varied
-    repetition_penalty: float = Field(1.0, gt=0)  # above 1 avoids words that were said; 1 leaves the model alone
-    min_tokens: int = Field(5, ge=0)  # ids before the end token, the start token included
-    max_tokens: int = Field(30, ge=3)  # ids in all, start and end included, and no more than the model reads
-    seed: int = Field(0, ge=0)  # with the frame's hash it seeds what is drawn, so a frame is always captioned alike
+    # Decoding; the defaults of this and the following settings are those of CoCa's authors. top_k with top_k = 1 is
+    # greedy, and fastest.
+    generation: Literal["beam_search", "top_k", "top_p"] = "beam_search"
+    # beam_search: number of hypotheses kept.
+    num_beams: int = Field(6, ge=1, le=64)
+    # beam_search of coca: groups of beams that are made to differ; has to divide num_beams.
+    num_beam_groups: int = Field(3, ge=1, le=64)
+    # top_k: draw among this many of the likeliest tokens; 1 always takes the likeliest.
+    top_k: int = Field(1, ge=1)
+    # top_p: draw among the likeliest tokens that have this probability together.
+    top_p: float = Field(0.1, gt=0, le=1)
+    # top_k and top_p: below 1 captions vary less; 1 uses the model's own probabilities.
+    temperature: float = Field(1.0, gt=0)
+    # Above 1 words that were used become less likely; 1 uses the model's own probabilities.
+    repetition_penalty: float = Field(1.0, gt=0)
+    # Least number of ids before the end token, the start token included: 5 prevents captions of a word or two.
+    min_tokens: int = Field(5, ge=0)
+    # Most ids, start and end included, at most as many as the model reads: 30 hold a sentence.
+    max_tokens: int = Field(30, ge=3)
+    # Seed of top_k and top_p, combined with the frame's hash, so that a frame always gets the same caption.
+    seed: int = Field(0, ge=0)
 
-    options: dict[str, Any] = {}  # passed on to a MODULE:ATTRIBUTE captioner
+    # Options for a MODULE:ATTRIBUTE captioner, which gets them with these settings; others ignore them.
+    options: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        """Check settings that depend on each other."""
         if self.min_tokens >= self.max_tokens:
-            raise ValueError(f"min_tokens {self.min_tokens} must be below max_tokens {self.max_tokens}")
+            raise ValueError(f"min_tokens = {self.min_tokens} must be below max_tokens = {self.max_tokens}")
         if self.captioner == "coca" and self.generation == "beam_search" and self.num_beams % self.num_beam_groups:
-            raise ValueError(f"num_beam_groups {self.num_beam_groups} must divide num_beams {self.num_beams}")
+            raise ValueError(f"num_beam_groups = {self.num_beam_groups} must divide num_beams = {self.num_beams}")
         if self.captioner == "demo" and (self.model, self.pretrained) != (COCA_MODEL, COCA_PRETRAINED):
-            raise ValueError("the demo captioner has one model: leave model and pretrained out, or set captioner")
+            raise ValueError("captioner = demo has its own model: leave out model and pretrained, or set captioner")
         if self.captioner == "huggingface" and self.model == COCA_MODEL:
-            raise ValueError("captioner huggingface needs model: a model's name or its local folder")
+            raise ValueError("captioner = huggingface needs model: a model's name or its local folder")
         return self
 
     @property
@@ -63,20 +89,26 @@ class CaptionSettings(ModelSettings):
 
     @property
     def samples(self) -> bool:
-        """Whether chance decides what is written: then frames are captioned one by one, each with its own seed."""
+        """Return whether tokens are drawn at random; frames are then captioned one by one, each with its own seed."""
         return self.generation == "top_p" or (self.generation == "top_k" and self.top_k > 1)
 
 
 class ScoreSettings(ModelSettings):
-    # Any open_clip model's name, local-dir:FOLDER, or demo: the demo world's own; None: no scores.
+    """Settings of the stage `score`: the model that compares frames and texts."""
+
+    # Name of an open_clip model, local-dir:FOLDER, or demo for the demo world's model; null: no scores. ViT-B-32 is
+    # the fastest of the usual CLIP models.
     model: str | None = CLIP_MODEL
-    pretrained: str = CLIP_PRETRAINED  # open_clip tag, or a local .safetensors/.pt file; unused by local-dir and demo
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp32 gives the same scores on CPU and GPU to five decimals
+    # Weights of the model: open_clip's tag, or a local .safetensors or .pt file. local-dir and demo do not use it.
+    pretrained: str = CLIP_PRETRAINED
+    # fp32 gives the same scores on CPU and GPU to five decimals; bf16 and fp16 are faster.
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        """Check settings that depend on each other."""
         if self.model == "demo" and self.pretrained != CLIP_PRETRAINED:
-            raise ValueError("the demo model has one set of weights: leave pretrained out, or set model")
+            raise ValueError("model = demo has its own weights: leave out pretrained, or set model")
         return self
 
     @property

@@ -1,7 +1,7 @@
-"""A word-level tokenizer for models of a small world: every word of a fixed vocabulary is one token.
+"""A word-level tokenizer for the demo models: each word of a fixed vocabulary is a token.
 
-It stands in for CLIP's tokenizer (same call, same attributes), whose 49,408 entries would be most of a tiny model.
-As in CLIP, padding is 0 and the end token has the highest id, so pooling by argmax finds it.
+It replaces CLIP's tokenizer (same call, same attributes), whose 49,408 embeddings would be most of a tiny model. As in
+CLIP, padding is 0 and the end token has the highest id, so that pooling by argmax finds it. Any text may come in.
 """
 
 import re
@@ -13,10 +13,10 @@ _WORD = re.compile(r"[a-z0-9]+(?:['-][a-z0-9]+)*")
 
 
 class WordTokenizer:
-    """ids: 0 padding, 1 any unknown word, then the words as given, then start, then end."""
+    """A tokenizer with the ids 0 for padding, 1 for unknown words, then the words in order, start and end."""
 
     def __init__(self, words: Sequence[str], context_length: int):
-        assert len(set(words)) == len(words), "a word appears twice in the vocabulary"
+        assert len(set(words)) == len(words), "the vocabulary has a word twice"
         self.words = tuple(words)
         self.context_length = context_length
         self.sot_token_id = len(words) + 2
@@ -28,14 +28,15 @@ class WordTokenizer:
         return {word: i for i, word in enumerate(self.words, 2)}
 
     def encode(self, text: str) -> list[int]:
+        """Return the ids of a text's words, without start and end."""
         return [self._ids.get(word, UNKNOWN) for word in split_words(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The words, joined by spaces; ids that stand for no word are left out."""
+        """Return the words of ids, joined by spaces; ids of no word are left out."""
         return " ".join(self.words[i - 2] for i in ids if 2 <= i < self.sot_token_id)
 
     def __call__(self, texts: str | list[str], context_length: int | None = None):
-        """ids [len(texts), context_length], int64; longer texts are cut, their last id is the end token."""
+        """Tokenise texts to int64 [len(texts), context_length]; longer texts are cut before their end token."""
         import torch
 
         texts = [texts] if isinstance(texts, str) else texts
@@ -48,5 +49,5 @@ class WordTokenizer:
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case words; inner apostrophes and hyphens stay, punctuation goes, as in automatic subtitles."""
+    """Split a text into lower-case words without punctuation, as in automatic subtitles; keep inner ' and -."""
     return _WORD.findall(text.lower())

@@ -1,4 +1,4 @@
-"""How true the demo captioner is, and how well the demo models match frames with texts, on unseen frames."""
+"""Evaluate the demo models on unseen frames: truth of captions, and matching of frames with texts."""
 
 import itertools
 from collections import Counter
@@ -18,12 +18,12 @@ PROPERTIES = ("colour", "shape", "size", "texture", "background colour", "backgr
 
 
 def unseen_frames(num: int, pair_fraction: float, seed: int = UNSEEN_SEED) -> list[DemoFrame]:
-    """Frames of scenes that training never drew; every one has a background of its own."""
+    """Draw frames of scenes that training never draws, each with its own background."""
     return list(itertools.islice(demo_frames(seed, pair_fraction, per_background=1), num))
 
 
 def caption_accuracy(frames: list[DemoFrame], settings: CaptionSettings = GREEDY) -> dict[str, float]:
-    """Share of the frames whose caption says exactly what is true, per property."""
+    """Return the share of frames whose caption is exactly true, per property."""
     captions = load_captioner(settings).caption([frame.jpeg for frame in frames])
     counts: Counter[str] = Counter()
     for caption, frame in zip(captions, frames, strict=True):
@@ -32,9 +32,9 @@ def caption_accuracy(frames: list[DemoFrame], settings: CaptionSettings = GREEDY
 
 
 def matching_accuracy(name: str, frames: list[DemoFrame]) -> dict[str, float]:
-    """Top-1 matching among all the frames' texts, both ways, by a shipped model's contrastive side.
+    """Return top-1 accuracy of matching frames with texts, in both directions, by a shipped model.
 
-    Frames with the same true text count as one another's match.
+    Frames with the same true text count as matches of each other.
     """
     loaded = load_model(name, ScoreSettings(model="demo", device="cpu"), "score")
     texts = [still_text(frame.scene) for frame in frames]
@@ -49,7 +49,7 @@ def matching_accuracy(name: str, frames: list[DemoFrame]) -> dict[str, float]:
 
 
 def report(num_frames: int = 500) -> str:
-    """The table of docs/captioning.md."""
+    """Return the table of docs/captioning.md."""
     single, pairs = unseen_frames(num_frames, 0.0), unseen_frames(num_frames, 1.0, UNSEEN_SEED + 1)
     rows = [("demo captioner, true of %", "one object", "two objects")]
     one, two = caption_accuracy(single), caption_accuracy(pairs)

@@ -1,6 +1,7 @@
-"""Frames of the demo world as the captioner meets them, with what is true about them: for training and for measuring.
+"""Draw frames of the demo world as the captioner gets them, with their facts, for training and evaluation.
 
-Uses the world's grammar and renderer; a frame goes through video coding, scaling and JPEG as in the cut stage.
+The world's grammar and renderer make the pictures; a frame passes through video coding, scaling and JPEG as in the cut
+stage.
 """
 
 import io
@@ -15,14 +16,16 @@ from PIL import Image
 from pipeline.demo.grammar import COLOURS, SHAPES, SIZES, TEXTURES, Scene, facts, sample_scene
 from pipeline.demo.render import locate, render_frame
 
-# width x height of the pictures; more of the shapes that videos usually have
+# width x height of the pictures; common aspect ratios occur more often
 FRAME_SIZES = ((426, 240), (480, 270), (640, 360), (320, 240), (320, 240), (480, 360), (240, 426), (320, 320))
 SHORT_SIDE = 256  # the cut stage's default
-SCENES_PER_BACKGROUND = 5  # drawing a background costs more than all the rest of a frame
+SCENES_PER_BACKGROUND = 5  # drawing a background costs more than the rest of a frame
 
 
 @dataclass(frozen=True)
 class DemoFrame:
+    """A frame with its scene, as the captioner gets it."""
+
     scene: Scene
     jpeg: bytes
     boxes: tuple[tuple[float, float, float, float], ...]  # x0, y0, x1, y1 of every object, fractions of the frame
@@ -34,7 +37,7 @@ class DemoFrame:
 def demo_frames(
     seed: int, pair_fraction: float = 0.3, per_background: int = SCENES_PER_BACKGROUND
 ) -> Iterator[DemoFrame]:
-    """Endless frames of random scenes; a function of the seed. Seeds below 1,000 are for training."""
+    """Yield endless frames of random scenes, a function of the seed; seeds below 1,000 are for training."""
     rng = np.random.default_rng(seed)
     while True:
         background = sample_scene(rng).background
@@ -45,6 +48,7 @@ def demo_frames(
 
 
 def _demo_frame(scene: Scene, t_s: float, width: int, height: int, rng: np.random.Generator) -> DemoFrame:
+    """Draw a frame and pass it through video coding, scaling and JPEG."""
     pixels = _video_coded(render_frame(scene, t_s, width, height), crf=int(rng.integers(18, 30)))
     scale = SHORT_SIDE / min(width, height)
     picture = Image.fromarray(pixels).resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
@@ -58,7 +62,7 @@ def _demo_frame(scene: Scene, t_s: float, width: int, height: int, rng: np.rando
 
 
 def _video_coded(pixels: np.ndarray, crf: int) -> np.ndarray:
-    """RGB pixels after H.264 coding with 4:2:0 chroma."""
+    """Return RGB pixels after H.264 coding with 4:2:0 chroma."""
     import av
 
     height, width = pixels.shape[:2]
@@ -80,7 +84,7 @@ _BACKGROUND = re.compile(r"(\w+) (\w+) background")
 
 
 def said(text: str) -> dict:
-    """What a caption claims, in the form of `grammar.facts` (without motion); missing parts are None."""
+    """Parse a caption to the form of `grammar.facts`, without motion; missing parts are None."""
     background = _BACKGROUND.search(text)
     texture, colour = background.groups() if background else (None, None)
     things = [
@@ -91,7 +95,7 @@ def said(text: str) -> dict:
 
 
 def correct(text: str, scene: Scene) -> dict[str, bool]:
-    """Per property: whether the caption says exactly what is true, of every object and of no other."""
+    """Return per property whether the caption is exactly true, for every object and no other."""
     claim, truth = said(text), facts(scene)
     result = {
         name: sorted(str(thing[name]) for thing in claim["objects"])

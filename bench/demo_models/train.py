@@ -1,11 +1,11 @@
-"""Trains the demo world's two models and writes them to `captioning/weights`; prints how well the shipped ones do.
+"""Train the demo world's two models and write them to `captioning/weights`; or evaluate the shipped ones.
 
     python -m bench.demo_models.train captioner    an open_clip CoCa: 25 minutes on one CPU core
     python -m bench.demo_models.train clip         an open_clip CLIP: likewise
     python -m bench.demo_models.train evaluate     the table of docs/captioning.md
 
-Frames come from `demo_frames`, drawn once (12 minutes) and kept under --cache. Everything is a function of --seed,
---frames and the steps. Both models see single frames and texts about looks; no text about motion is ever shown.
+Frames come from `demo_frames`, drawn once (12 minutes) and kept under --cache. The result is a function of --seed,
+--frames and the steps. Both models see single frames and texts about looks, and never a text about motion.
 
 Shapes: B frames, N patches, K patches kept, L ids.
 """
@@ -48,7 +48,7 @@ from pipeline.demo.grammar import (
 
 WORDS = [*VOCABULARY]
 NUM_IDS = len(WORDS) + 4
-CHUNK = 2000  # frames per cache file, each with a seed of its own
+CHUNK = 2000  # frames per cache file, each with its own seed
 MAX_OBJECTS = 2
 
 
@@ -57,7 +57,7 @@ def _preprocess(size: int) -> dict:
 
 
 def captioner_config() -> dict[str, Any]:
-    """96 pixels and patches of 8: the smallest shapes are an eighth of the short side, and must be told apart."""
+    """Return the captioner's config: 96 pixels and patches of 8, as shapes of an eighth of the short side matter."""
     width, text = 128, {"context_length": 24, "vocab_size": NUM_IDS, "width": 128, "heads": 4}
     model = {
         "embed_dim": 64,
@@ -76,7 +76,7 @@ def captioner_config() -> dict[str, Any]:
 
 
 def clip_config() -> dict[str, Any]:
-    """25 patches a frame: the video model that starts from it sees many frames at once."""
+    """Return the CLIP's config: 25 patches a frame, because the video model that starts from it sees many frames."""
     model = {
         "embed_dim": 96,
         "vision_cfg": {"image_size": 80, "patch_size": 16, "width": 128, "layers": 4, "head_width": 32},
@@ -91,13 +91,15 @@ def clip_config() -> dict[str, Any]:
 
 @dataclass
 class FrameSet:
+    """Frames at a model's size, with what they show."""
+
     pixels: np.ndarray  # uint8 [num, H, W, 3]
-    boxes: np.ndarray  # float32 [num, objects, 4], fractions of the frame; zeros where there is no second object
+    boxes: np.ndarray  # float32 [num, objects, 4], fractions of the frame; zeros without a second object
     scenes: list[Scene]
 
 
 def load_frames(num: int, size: int, seed: int, cache: Path) -> FrameSet:
-    """Frames of a seed at a model's size, drawn where the cache lacks them."""
+    """Load the frames of a seed at a model's size; draw those that the cache lacks."""
     chunks = [load_chunk(seed + n, size, cache) for n in range(math.ceil(num / CHUNK))]
     return FrameSet(
         np.concatenate([chunk.pixels for chunk in chunks]),
@@ -107,6 +109,7 @@ def load_frames(num: int, size: int, seed: int, cache: Path) -> FrameSet:
 
 
 def load_chunk(seed: int, size: int, cache: Path) -> FrameSet:
+    """Load a chunk of frames at a size; draw it where the cache lacks it."""
     path = cache / f"frames-{seed:04d}.npz"
     if not path.exists():
         _write_chunk(seed, path)
@@ -116,6 +119,7 @@ def load_chunk(seed: int, size: int, cache: Path) -> FrameSet:
 
 
 def _write_chunk(seed: int, path: Path) -> None:
+    """Draw a chunk of frames and write it at both models' sizes."""
     frames = list(itertools.islice(demo_frames(seed), CHUNK))
     boxes = np.zeros((CHUNK, MAX_OBJECTS, 4), np.float32)
     for row, frame in zip(boxes, frames, strict=True):
@@ -138,15 +142,15 @@ def _scene_from(record: dict) -> Scene:
 
 
 def caption_text(scene: Scene, rng: np.random.Generator) -> str:
-    """The captioner says everything that one frame shows, always in the same order: nothing is left to chance."""
+    """Write a caption of everything that a frame shows, always in the same order, so that captions have one form."""
     return still_text(scene)
 
 
 def written_text(scene: Scene, rng: np.random.Generator) -> str:
-    """Looks in five wordings, as captions of pictures are written. Nothing spoken: no talk around, no "watch closely".
+    """Describe looks in five wordings, as captions of pictures do, without spoken phrases such as "watch closely".
 
-    So what is said in the videos is as foreign to the image model as subtitles are to one trained on alt texts: the gap
-    that post-pretraining is there to close.
+    Speech in the videos is then as foreign to the image model as subtitles are to one trained on alt texts, which is
+    the gap that post-pretraining closes.
     """
     with_size, with_texture = rng.random(2) < 0.8
     return still_text(scene, int(rng.integers(5)), bool(with_size), bool(with_texture))
@@ -156,10 +160,10 @@ def written_text(scene: Scene, rng: np.random.Generator) -> str:
 
 
 class PatchFacts(torch.nn.Module):
-    """Heads over the vision tower, thrown away afterwards: which object lies on a patch, and where its edges are.
+    """Temporary heads over the vision tower, which predict the object on a patch and the places of its edges.
 
-    One wrong word in ten is little for a vision tower to start from: without these heads it takes the colours at once
-    and no shape for as long as we cared to wait.
+    A loss over words gives the tower too little signal to start from: without these heads it learns colours at once,
+    and shapes not in the time we gave it.
     """
 
     def __init__(self, width: int, grid: int):
@@ -175,7 +179,7 @@ class PatchFacts(torch.nn.Module):
         self.edges = torch.nn.Linear(width, 4)
 
     def losses(self, tokens_BKD: torch.Tensor, keep_BK: torch.Tensor, facts: dict[str, torch.Tensor]) -> dict:
-        """`facts`: boxes [B, objects, 4], per object fact labels [B, objects], per scene fact labels [B]."""
+        """Return losses by name. `facts`: boxes [B, objects, 4], labels per object [B, objects] and per scene [B]."""
         entropy = torch.nn.functional.cross_entropy
         owner_BK = owners(self.centres_N2[keep_BK], facts["boxes"])
         row, place = torch.nonzero(owner_BK >= 0, as_tuple=True)
@@ -193,14 +197,14 @@ SCENE_FACTS = {"background_colour": BACKGROUND_COLOURS, "background_texture": BA
 
 
 def owners(centres_BK2: torch.Tensor, boxes_BO4: torch.Tensor) -> torch.Tensor:
-    """Which object's box holds each patch's centre [B, K]; -1: none."""
+    """Return the index of the object whose box holds each patch's centre, [B, K]; -1 without one."""
     centres = centres_BK2[:, :, None]
     inside_BKO = ((centres > boxes_BO4[:, None, :, :2]) & (centres < boxes_BO4[:, None, :, 2:])).all(-1)
     return torch.where(inside_BKO.any(-1), inside_BKO.float().argmax(-1), -1)
 
 
 def labels_of(scenes: list[Scene]) -> dict[str, np.ndarray]:
-    """Numbers for the facts of every scene; 0 where there is no second object (its box is empty)."""
+    """Return the facts of every scene as class numbers; 0 without a second object, whose box is empty."""
     labels = {name: np.zeros((len(scenes), MAX_OBJECTS), np.int64) for name in OBJECT_FACTS}
     for i, scene in enumerate(scenes):
         for name, values in OBJECT_FACTS.items():
@@ -212,7 +216,7 @@ def labels_of(scenes: list[Scene]) -> dict[str, np.ndarray]:
 
 
 def train_vision(loaded: LoadedModel, frames: FrameSet, plan: "Plan", seed: int) -> None:
-    """Teach the vision tower what lies on which patch, before any text."""
+    """Train the vision tower to recognise the objects on its patches, before any text."""
     visual, patches = loaded.model.visual, KeptPatches()
     heads = PatchFacts(visual.positional_embedding.shape[1], visual.grid_size[0])
     visual.patch_dropout, with_tokens, visual.output_tokens = patches, visual.output_tokens, True
@@ -234,15 +238,15 @@ def train_vision(loaded: LoadedModel, frames: FrameSet, plan: "Plan", seed: int)
 
 @dataclass(frozen=True)
 class Plan:
-    """How one model is trained."""
+    """The training plan of a model."""
 
     name: str
     config: dict[str, Any]
     text: Callable[[Scene, np.random.Generator], str]
     vision_steps: int
-    vision_patches: int  # kept per frame, those under objects first: fewer are cheaper
+    vision_patches: int  # kept per frame, those under objects first; fewer are cheaper
     steps: int
-    patches: int  # likewise, with texts; all of them in the last `whole` of the steps
+    patches: int  # the same for training with texts; all in the last `whole` of the steps
     whole: float = 0.3
     batch_size: int = 48
     vision_lr: float = 2e-3
@@ -259,7 +263,7 @@ PLANS = {
 
 
 class KeptPatches(torch.nn.Module):
-    """Takes the place of the vision tower's patch dropout: class token and the patches named in `keep_BK` stay."""
+    """A replacement for the vision tower's patch dropout that keeps the class token and the patches in `keep_BK`."""
 
     keep_BK: torch.Tensor | None = None
 
@@ -271,11 +275,11 @@ class KeptPatches(torch.nn.Module):
 
 
 def train(plan: Plan, num_frames: int, seed: int, cache: Path, output: Path) -> None:
-    """Train and write `output`/NAME.safetensors (fp16) and .json; a first version early, the last at the end."""
+    """Train and write `output`/NAME.safetensors (fp16) and .json, a first version early and the last at the end."""
     torch.manual_seed(seed)
     loaded = build(plan.name, plan.config)
     visual = loaded.model.train().visual
-    with torch.no_grad():  # neighbours start as neighbours; learned from there on
+    with torch.no_grad():  # start with similar positions for neighbours, then learn them
         table = get_2d_sincos_pos_embed(visual.positional_embedding.shape[1], visual.grid_size[0], cls_token=True)
         visual.positional_embedding.copy_(torch.from_numpy(table) * 0.5)
     frames = load_frames(num_frames, plan.config["preprocess"]["size"], seed, cache)
@@ -284,6 +288,7 @@ def train(plan: Plan, num_frames: int, seed: int, cache: Path, output: Path) -> 
 
 
 def train_with_texts(loaded: LoadedModel, frames: FrameSet, plan: Plan, seed: int, output: Path) -> None:
+    """Train on frames and texts together; write the weights at intervals."""
     model, patches = loaded.model, KeptPatches()
     model.visual.patch_dropout = patches
     optimizer = torch.optim.AdamW(_groups(model, plan.weight_decay), betas=(0.9, 0.98))
@@ -303,6 +308,7 @@ def train_with_texts(loaded: LoadedModel, frames: FrameSet, plan: Plan, seed: in
 
 
 def text_losses(name: str, model: torch.nn.Module, pixels_BCHW: torch.Tensor, ids_BL: torch.Tensor) -> dict:
+    """Return the losses of a batch by name."""
     if name == "demo_captioner":
         loss = open_clip.CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
         return loss(**model(pixels_BCHW, ids_BL), output_dict=True)
@@ -311,6 +317,7 @@ def text_losses(name: str, model: torch.nn.Module, pixels_BCHW: torch.Tensor, id
 
 
 def update(optimizer: torch.optim.Optimizer, losses: dict[str, torch.Tensor], lr: float) -> None:
+    """Run one optimiser step."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     sum(losses.values()).backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -321,21 +328,21 @@ def update(optimizer: torch.optim.Optimizer, losses: dict[str, torch.Tensor], lr
 
 
 def _learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Return the rate of a step: linear warm-up, then a cosine to zero."""
     if step < warmup:
         return peak * step / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices are decayed. Vectors and scalars are not, nor embeddings: words that no text holds stay as they are."""
+    """Return parameter groups; vectors, scalars and embeddings do not decay, so that unused words stay as they are."""
     kept = [p for n, p in model.named_parameters() if p.ndim < 2 or "embedding" in n]
     decayed = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in n]
     return [{"params": kept, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
 
 class Log:
-    """A line every hundred steps: smoothed losses, wall and CPU seconds."""
+    """A log with a line every hundred steps: smoothed losses, wall and CPU seconds."""
 
     def __init__(self, name: str, steps: int):
         self.name, self.steps, self.mean = name, steps, {}
@@ -352,6 +359,8 @@ class Log:
 
 @dataclass
 class Batch:
+    """A batch of frames and patches to keep."""
+
     chosen: np.ndarray  # indices of the frames [B]
     pixels_BCHW: torch.Tensor
     boxes_BO4: torch.Tensor
@@ -359,7 +368,7 @@ class Batch:
 
 
 def _batches(frames: FrameSet, plan: Plan, seed: int, steps: int, num_patches: int) -> Iterator[Batch]:
-    """Frames in a new random order every epoch, mirrored half the time."""
+    """Yield batches in a new random order every epoch, half of the frames mirrored."""
     rng = np.random.default_rng(seed)
     order = itertools.chain.from_iterable(rng.permutation(len(frames.scenes)) for _ in itertools.count())
     vision = plan.config["model"]["vision_cfg"]
@@ -380,7 +389,7 @@ def _mirrored(boxes: np.ndarray) -> np.ndarray:
 
 
 def _kept_patches(boxes: np.ndarray, grid: int, num: int, rng: np.random.Generator) -> torch.Tensor:
-    """Indices [B, K] of patches: all that an object touches (as many as fit), then random ones."""
+    """Choose patches: as many as fit of those that an object touches, then random ones; return indices [B, K]."""
     edge = np.arange(grid) / grid
     x0, y0, x1, y1 = (boxes[..., i, None] for i in range(4))
     across = (edge < x1) & (edge + 1 / grid > x0)  # [B, objects, grid]
@@ -391,6 +400,7 @@ def _kept_patches(boxes: np.ndarray, grid: int, num: int, rng: np.random.Generat
 
 
 def _normalised(pixels: np.ndarray) -> torch.Tensor:
+    """Convert uint8 [B, H, W, 3] to normalised float32 [B, 3, H, W]."""
     pixels_BCHW = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255)
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
     std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
@@ -398,7 +408,7 @@ def _normalised(pixels: np.ndarray) -> torch.Tensor:
 
 
 def save(name: str, loaded: LoadedModel, config: dict[str, Any], output: Path) -> None:
-    """Weights in half precision, and the JSON that `demo.load_model` builds the model from."""
+    """Write weights in half precision, and the JSON from which `captioning.demo_models` builds the model."""
     output.mkdir(parents=True, exist_ok=True)
     weights = {key: value.half().contiguous() for key, value in loaded.model.state_dict().items()}
     (output / f"{name}.safetensors").write_bytes(serialize(weights))
@@ -408,10 +418,10 @@ def save(name: str, loaded: LoadedModel, config: dict[str, Any], output: Path) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("captioner", "clip", "evaluate"))
-    parser.add_argument("--frames", type=int, default=40_000, help="different frames to train on")
+    parser.add_argument("--frames", type=int, default=40_000, help="number of different frames")
     parser.add_argument("--vision-steps", type=int, help="steps of the vision tower alone (default: as shipped)")
     parser.add_argument("--steps", type=int, help="steps with texts (default: as the shipped models)")
-    parser.add_argument("--seed", type=int, default=0, help="of frames, order and first weights; below 900")
+    parser.add_argument("--seed", type=int, default=0, help="seed of frames, order and first weights; below 900")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=Path("demo/training"), help="where drawn frames are kept")
     parser.add_argument("--output", type=Path, default=DEMO_WEIGHTS)

@@ -1,4 +1,4 @@
-"""Study c: what more clips to post-pretrain on are worth after fine-tuning."""
+"""Study c: the gain after fine-tuning from post-pretraining on more clips."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,15 +9,17 @@ from matplotlib.figure import Figure
 from bench.studies.study import Arm, Claim, Study, Table
 from training.run.plots import lines
 
-NUM_CLIPS = {"none": 0, "25 clips": 25, "100 clips": 100, "400 clips": 400}  # by arm: those of the world's first
+NUM_CLIPS = {"none": 0, "25 clips": 25, "100 clips": 100, "400 clips": 400}  # by arm: the first clips of the world
 
 
 @dataclass(frozen=True)
 class Size:
+    """The amount of work."""
+
     num_frames: int = 3
     seconds: float = 2.4
     batch_size: int = 16
-    steps: int = 60  # of post-pretraining, whatever the number of clips
+    steps: int = 60  # of post-pretraining, for any number of clips
     num_tuned: int = 48  # clips with a written text to fine-tune on
     tuning_steps: int = 20
     num_test: int = 150
@@ -27,6 +29,7 @@ class Size:
 
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
+    """Post-pretrain on an arm's clips, fine-tune, and score."""
     from bench.studies.fitting import fit, random_batches, settings_of, written_scores, written_texts
     from bench.studies.losses import captions_of, noisy_subtitles
     from bench.studies.scenes import alike_scenes, frames_of, single_scenes
@@ -51,13 +54,17 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
 
 def draw(table: Table) -> Figure:
-    told = {"tuned_r1": "after fine-tuning", "zero_shot_r1": "before fine-tuning"}
+    """Plot the scores over the number of clips."""
+    headings = {"tuned_r1": "after fine-tuning", "zero_shot_r1": "before fine-tuning"}
     some = {name: num for name, num in NUM_CLIPS.items() if num}
     series = {
-        what: [(num, *(100 * value for value in table.mean(Arm(name), metric))) for name, num in some.items()]
-        for metric, what in told.items()
+        heading: [(num, *(100 * value for value in table.mean(Arm(name), metric))) for name, num in some.items()]
+        for metric, heading in headings.items()
     }
-    marks = {f"no post-pretraining, {what}": 100 * table.mean(Arm("none"), metric)[0] for metric, what in told.items()}
+    marks = {
+        f"no post-pretraining, {heading}": 100 * table.mean(Arm("none"), metric)[0]
+        for metric, heading in headings.items()
+    }
     x_label, y_label = "clips post-pretrained on", "R@1 of written queries, percent"
     return lines(STUDY.title, series, x_label=x_label, y_label=y_label, from_zero=True, log_x=True, marks=marks)
 

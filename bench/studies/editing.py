@@ -1,7 +1,7 @@
 """Study e: does a teacher that edits the boundaries of its training clips help the student, and find the truth?
 
-The host is the smallest real one: a linear map for frames and one for texts, from the features of the demo's image
-model into one space, learned from nothing on few clips; a clip is the mean of its frames, as in CLIP4Clip's meanP.
+The model is minimal: a linear map for frames and one for texts, from the features of the demo's image model into one
+space, trained from scratch on few clips; a clip is the mean of its frames, as in CLIP4Clip's meanP.
 Shape letters: N clips, F frames of all videos together, C the image model's embed_dim, D of the common space.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EMBED_DIM = 64
 LOG_SCALE = float(np.log(20))
 
-# First boundaries by arm, and whether they are edited
+# By arm: first boundaries, and whether the teacher edits them
 ARMS = {
     "true": ("true", False),
     "midpoint, edited": ("midpoint", True),
@@ -40,12 +40,14 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Size:
+    """The amount of work."""
+
     num_videos: int = 40
-    num_validation: int = 100  # videos with the same weak boundaries: what "better" means to the teacher
+    num_validation: int = 100  # videos with the same weak boundaries, which decide on promoting the teacher
     num_test: int = 100  # videos with true boundaries
     warmup_rounds: int = 4
     rounds: int = 8
-    # Over the clips in a round: an epoch of docs/methods/video_editing.md is of a corpus, this one has 200 clips.
+    # Over the clips per round: an epoch in docs/methods/video_editing.md covers a corpus, these are 200 clips.
     passes: int = 10
     batch_size: int = 64
     lr: float = 3e-3
@@ -56,7 +58,7 @@ class Size:
 
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
-    """Every arm trains as many passes in as many rounds, and has the weights of the round that validated best."""
+    """Train an arm and score it. All arms train equally long and keep the weights of the round that validated best."""
     from bench.studies.untrimmed import untrimmed_videos
     from training.editing.rounds import edit_here, rounds, warm_up
 
@@ -77,13 +79,14 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
 
 def edit_nothing(videos: "Sequence[VideoClips]", host: "Host", settings: "EditSettings", state: "State") -> "Edited":
+    """Return the spans unchanged."""
     from training.editing.boundaries import EDITS, Edited
 
     return Edited(EDITS.empty_table(), state.spans)
 
 
 def settings_of(size: Size, kind: str) -> "EditSettings":
-    """No rule ends the rounds early, so that all arms train alike."""
+    """Return settings in which no rule ends the rounds early, so that all arms train equally long."""
     from training.editing.settings import EditSettings
 
     return EditSettings(
@@ -111,6 +114,7 @@ def settings_of(size: Size, kind: str) -> "EditSettings":
 
 
 def clips_of(videos: "Sequence[Untrimmed]", kind: str, settings: "EditSettings", seed: int) -> "list[VideoClips]":
+    """Make the clips of videos with first boundaries of a kind."""
     from training.editing.boundaries import video_clips
 
     clips = []
@@ -122,21 +126,21 @@ def clips_of(videos: "Sequence[Untrimmed]", kind: str, settings: "EditSettings",
 
 
 def anywhere(video: "Untrimmed", seed: int) -> "Floats":
-    """Spans as long as the true ones, at a random place of the video."""
+    """Return spans as long as the true ones at random places of the video."""
     lengths_N = video.spans_N2[:, 1] - video.spans_N2[:, 0]
     starts_N = np.random.default_rng([seed, int(video.video_id[1:]), 5]).uniform(0, video.duration_s - lengths_N)
     return np.stack([starts_N, starts_N + lengths_N], axis=1)
 
 
 def mean_iou(videos: "Sequence[Untrimmed]", spans: "Spans") -> float:
-    """Of all clips with the truth."""
+    """Return the mean IoU of all clips with the truth."""
     from training.editing.boundaries import iou
 
     return float(np.concatenate([iou(spans[video.video_id], video.spans_N2) for video in videos]).mean())
 
 
 class Host:
-    """`training.editing.rounds.Host`: the student trains, the teacher is the student as it was when it was best."""
+    """A `training.editing.rounds.Host`: the student trains, and the teacher is the student at its best so far."""
 
     def __init__(
         self,
@@ -159,17 +163,21 @@ class Host:
         self._scorer: Callable[..., Any] | None = None
 
     def teacher(self) -> str:
+        """Return a hash of the teacher's weights."""
         from hashlib import sha256
 
         return sha256(b"".join(tensor.numpy().tobytes() for tensor in self.best.values())).hexdigest()[:16]
 
     def promote(self) -> None:
+        """Make the student the teacher."""
         self.best, self._scorer = self._copy(), None
 
     def restore(self) -> None:
+        """Give the student the teacher's weights."""
         self.student.load_state_dict(self.best)
 
     def train(self, spans: "Mapping[str, Floats]") -> float:
+        """Train for a round; return R@1 on the validation clips."""
         import torch
 
         from training.losses.omnisource import omnisource_loss
@@ -186,12 +194,13 @@ class Host:
         return float((self.ranks(self.validation) <= 1).mean())
 
     def score(self, video: "VideoClips", offered: "Sequence[Floats]") -> "Sequence[Floats]":
+        """Score offered spans by the teacher."""
         if self._scorer is None:
             self._scorer = self._make_scorer()
         return self._scorer(video, offered)
 
     def ranks(self, clips: "Sequence[VideoClips]") -> "Floats":
-        """[N] of each text's own clip among all clips, these having their first boundaries."""
+        """Return the rank [N] of each text's own clip among all clips, which have their first boundaries."""
         import torch
 
         from training.evaluation.metrics import ranks_of
@@ -215,7 +224,7 @@ class Host:
         return normalize(shares_NF @ self._unit("frame", frames_FC), dim=-1)
 
     def _inputs(self, clips: "Sequence[VideoClips]", spans: "Mapping[str, Floats]") -> "tuple[Tensor, Tensor, Tensor]":
-        """All frames, which of them each clip is the mean of, and each clip's text."""
+        """Return all frames [F, C], the share of each frame in each clip [N, F], and each clip's text [N, C]."""
         import torch
 
         videos = [self.videos[clip.video_id] for clip in clips]
@@ -227,7 +236,7 @@ class Host:
         return torch.from_numpy(frames), shares_NF, torch.from_numpy(texts)
 
     def _make_scorer(self) -> Callable[..., Any]:
-        """Of the teacher, with frames and texts mapped once."""
+        """Make the teacher's scorer, mapping frames and texts once."""
         import torch
 
         from training.editing.scores import FrameFeatures, FrameScorer, draw_bank
@@ -249,7 +258,7 @@ class Host:
 
 
 def shares_of(times_F: "Floats", spans_N2: "Floats") -> "Floats":
-    """[N, F] rows that sum to 1: the frames of each span alike, the nearest one where there is none."""
+    """Return [N, F] whose rows sum to 1, with equal shares for the frames of a span, or the nearest frame alone."""
     inside_NF = (times_F >= spans_N2[:, :1]) & (times_F < spans_N2[:, 1:])
     nearest_N = np.abs(times_F - spans_N2.mean(axis=1, keepdims=True)).argmin(axis=1)
     empty_N = ~inside_NF.any(axis=1)
@@ -258,9 +267,10 @@ def shares_of(times_F: "Floats", spans_N2: "Floats") -> "Floats":
 
 
 def draw(table: Table) -> Figure:
+    """Plot scores and IoU by arm."""
     groups = {
-        told: {arm.name: tuple(100 * v for v in table.mean(arm, metric)) for arm in STUDY.arms}
-        for metric, told in (("r1", "R@1 of the model trained on them"), ("iou", "overlap with the truth (IoU)"))
+        heading: {arm.name: tuple(100 * v for v in table.mean(arm, metric)) for arm in STUDY.arms}
+        for metric, heading in (("r1", "R@1 of the model trained on them"), ("iou", "overlap with the truth (IoU)"))
     }
     return bars(STUDY.title, groups, y_label="percent", label="{:.0f}".format)
 
@@ -294,14 +304,14 @@ STUDY = Study(
     },
     run=run,
     draw=draw,
-    notes="If no round is kept, the student was never better on the weakly labelled validation clips than before. An "
-    "edited arm is then the arm it began with, which explains most of the spread of its IoU. Tried before, on "
-    "other videos: steps of a tenth of the clip in one ring and one pass a round, the proposal of "
+    notes="A round is kept where the student does better on the weakly labelled validation clips than before. Without "
+    "such a round an edited arm equals the arm it began with, which explains most of the spread of its IoU. Tried on "
+    "other videos before: steps of a tenth of the clip in one ring and one pass a round, the proposal of "
     "docs/methods/video_editing.md, where rounds are hardly ever kept; no penalty for length and no minimal "
     "gain, where boundaries get worse (IoU 0.61 to 0.55 after six rounds that were all kept); no comparison with"
     " captions of other videos, about as good as with it. If every round were kept, IoU would rise from 0.61 to "
     "about 0.72 and, from fixed clips, from 0.44 to about 0.66. With 200 training videos instead of 40, or with "
     "maps that begin as the image model's own space, boundaries hardly matter: even clips of fixed length train "
-    "as good a model as true ones, since the only thing that all clips of a text have in common is what it says.",
+    "as good a model as true ones, because the text is all that the clips of a text have in common.",
     num_seeds=10,
 )

@@ -1,4 +1,4 @@
-"""Training and scoring for studies: the project's learner and metrics on arrays in memory.
+"""Train and score models for studies, by the project's learner and metrics on arrays in memory.
 
 Shape letters: N clips, T frames, S pixels a side, B clips of a batch, M texts, D the features' size.
 """
@@ -27,7 +27,7 @@ CHUNK = 64  # clips or texts encoded at once when scoring
 
 
 class Texts(NamedTuple):
-    """What the clips of a batch are paired with; None: the clip has no such text."""
+    """The texts of a batch's clips; None where a clip has none."""
 
     subtitles: Sequence[str | None]
     captions: Sequence[str | None]
@@ -37,7 +37,7 @@ Draw = Callable[[np.random.Generator], tuple[NDArray[np.int64], Texts]]  # rows 
 
 
 def settings_of(loss: str, steps: int, lr: float, lr_factors: Mapping[str, float] | None = None) -> TrainSettings:
-    """What the studies' trainings have in common."""
+    """Return the training settings that the studies share."""
     return TrainSettings(
         loss=loss,
         max_steps=steps,
@@ -52,7 +52,7 @@ def settings_of(loss: str, steps: int, lr: float, lr_factors: Mapping[str, float
 def fit(
     model: VideoTextModel, pixels_NT3SS: np.ndarray, draw: Draw, settings: TrainSettings, seed: int
 ) -> VideoTextModel:
-    """`settings.max_steps` updates of the model, in place; returns it in evaluation mode."""
+    """Train a model in place for `settings.max_steps` updates; return it in evaluation mode."""
     assert settings.max_steps is not None
     learner = Learner(model.train(), settings, settings.max_steps, Process(torch.device("cpu")), seed=seed)
     rng = np.random.default_rng([seed, 7])
@@ -63,7 +63,7 @@ def fit(
 
 
 def random_batches(subtitles: Sequence[str | None], captions: Sequence[str | None], batch_size: int) -> Draw:
-    """Every clip once in random order, then again in another; the last of an order may be short of a batch and wait."""
+    """Return a drawer of batches that takes all clips in one random order after another, without the remainders."""
     num = len(subtitles)
     waiting: list[int] = []
 
@@ -77,6 +77,7 @@ def random_batches(subtitles: Sequence[str | None], captions: Sequence[str | Non
 
 
 def make_batch(model: VideoTextModel, pixels_NT3SS: np.ndarray, rows: NDArray[np.int64], texts: Texts) -> Batch:
+    """Make a training batch of clips and their texts."""
     video_BT3SS = torch.from_numpy(pixels_NT3SS[rows])
     middle = middle_index(video_BT3SS.shape[1])
     return Batch(
@@ -92,14 +93,14 @@ def make_batch(model: VideoTextModel, pixels_NT3SS: np.ndarray, rows: NDArray[np
 
 
 def _ids(model: VideoTextModel, texts: Sequence[str | None]) -> Tensor:
-    """[B, L], cut behind the longest text."""
+    """Return token ids [B, L], cut after the longest text."""
     ids_BL = text_encoder(model.config, MAX_TOKENS)([text or "" for text in texts])
     return ids_BL[:, : int(ids_BL.argmax(dim=1).max()) + 1]
 
 
 @torch.no_grad()
 def video_features(model: VideoTextModel, pixels_NT3SS: np.ndarray) -> Tensor:
-    """Unit vectors [N, D]."""
+    """Encode clips to unit vectors [N, D]."""
     mean, std = model.config.image_mean, model.config.image_std
     chunks = (torch.from_numpy(np.array(chunk)) for chunk in _chunks(pixels_NT3SS))
     return torch.cat([model.encode_video(normalise(chunk, mean, std)) for chunk in chunks])
@@ -107,29 +108,29 @@ def video_features(model: VideoTextModel, pixels_NT3SS: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def text_features(model: VideoTextModel, texts: Sequence[str]) -> Tensor:
-    """Unit vectors [M, D]."""
+    """Encode texts to unit vectors [M, D]."""
     return torch.cat([model.encode_text(_ids(model, chunk)) for chunk in _chunks(texts)])
 
 
 def similarities(model: VideoTextModel, texts: Sequence[str], pixels_NT3SS: np.ndarray) -> NDArray[np.float64]:
-    """Cosines [M, N]."""
+    """Return the cosines of texts and clips, [M, N]."""
     return (text_features(model, texts).double() @ video_features(model, pixels_NT3SS).double().T).numpy()
 
 
 def recall(similarity_MN: NDArray[np.float64], k: int = 1) -> float:
-    """Share of texts whose own video (text i's is video i) is among the k nearest; a tie at the border counts half."""
+    """Return the share of texts i with video i among the k nearest; a tie at the k-th place counts half."""
     answers = np.arange(len(similarity_MN))
     best, worst = (ranks_of(similarity_MN, answers, ties=ties) for ties in ("optimistic", "pessimistic"))
     return float(((best <= k).mean() + (worst <= k).mean()) / 2)
 
 
 def written_texts(scenes: Sequence[Scene]) -> list[str]:
-    """A sentence of looks and motion per scene, as a benchmark's annotator might write it, in changing words."""
+    """Write a sentence of looks and motion per scene, in varying words, as a benchmark's annotator might."""
     return [f"{still_text(scene, i)} and {motion_text(scene, i)}" for i, scene in enumerate(scenes)]
 
 
 def written_scores(model: VideoTextModel, scenes: Sequence[Scene], pixels_NT3SS: np.ndarray) -> dict[str, float]:
-    """Retrieval as in a benchmark: written sentences of looks and motion, and of looks alone; a clip per scene."""
+    """Score retrieval as in a benchmark, by sentences of looks and motion, and of looks alone; a clip per scene."""
     looks, whole = [still_text(scene, i) for i, scene in enumerate(scenes)], written_texts(scenes)
     video_ND = video_features(model, pixels_NT3SS).double()
     by_whole, by_looks = ((text_features(model, texts).double() @ video_ND.T).numpy() for texts in (whole, looks))
@@ -137,7 +138,7 @@ def written_scores(model: VideoTextModel, scenes: Sequence[Scene], pixels_NT3SS:
 
 
 def recall_within(similarity_MN: NDArray[np.float64], size: int, k: int = 1) -> float:
-    """`recall` where text i's video is i and its rivals are only those of the same block of `size`."""
+    """Return `recall` where a video's rivals are only those in the same block of `size`."""
     blocks = [similarity_MN[start : start + size, start : start + size] for start in range(0, len(similarity_MN), size)]
     return float(np.mean([recall(block, k) for block in blocks]))
 

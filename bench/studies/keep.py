@@ -1,4 +1,4 @@
-"""Things that several arms need, made once on this machine, whichever process asks first."""
+"""Make what several arms share once per machine, in whichever process needs it first."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ from clipmill.base.file_lock import lock_file
 
 
 def kept(path: Path, make: Callable[[Path], None]) -> Path:
-    """`path`, which `make(temporary path)` wrote as a file or folder, now or on an earlier call. Never half of it."""
+    """Return `path`, a complete file or folder; `make(temporary path)` writes it where it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock_file(path.with_name(f".{path.name}.lock")):
         if not path.exists():

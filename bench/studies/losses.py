@@ -1,4 +1,4 @@
-"""Study b: which loss makes most of subtitles that are partly wrong and captions of one frame."""
+"""Study b: the best loss for subtitles that are partly wrong and captions of one frame."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,14 @@ VARIANTS = {
     "V-(S,C)": "vsc",
     "V-(S,C) + F-C": "vsc_fc",
 }
-# Share of clips whose subtitle is talk about something else: half of it another clip's, half of it filler
+# Share of clips whose subtitle is about something else: half of them have another clip's, half have filler
 NOISE = {"no noise": 0.0, "30 % noise": 0.3, "70 % noise": 0.7}
 
 
 @dataclass(frozen=True)
 class Size:
+    """The amount of work."""
+
     num_clips: int = 300
     num_test: int = 150
     num_frames: int = 3
@@ -35,6 +37,7 @@ class Size:
 
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
+    """Post-pretrain with an arm's loss and score."""
     from bench.studies.fitting import fit, random_batches, settings_of, written_scores
     from bench.studies.scenes import alike_scenes, frames_of, single_scenes
     from training.models import registry as models
@@ -51,7 +54,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
 
 def noisy_subtitles(scenes: Sequence[Any], noise: float, seed: int) -> list[str]:
-    """What is said over each clip. The wrong ones at a low level are wrong at a higher one, too."""
+    """Write a subtitle per clip. Those wrong at a low level of noise are wrong at higher ones, too."""
     from pipeline.demo.grammar import filler_sentence, spoken_sentences
 
     rng = np.random.default_rng([seed, 11])
@@ -64,7 +67,7 @@ def noisy_subtitles(scenes: Sequence[Any], noise: float, seed: int) -> list[str]
 
 
 def captions_of(scenes: Sequence[Any], seed: int) -> list[str]:
-    """One per clip, of what a frame shows, in a captioner's few wordings."""
+    """Write a caption per clip of what a frame shows, in a captioner's few wordings."""
     from pipeline.demo.grammar import still_text
 
     rng = np.random.default_rng([seed, 12])
@@ -72,12 +75,12 @@ def captions_of(scenes: Sequence[Any], seed: int) -> list[str]:
 
 
 def draw(table: Table) -> Figure:
-    groups = {level: {name: _percent(table.mean(Arm(name, level), "r1")) for name in VARIANTS} for level in NOISE}
+    """Plot R@1 by loss and level of noise."""
+    groups = {
+        level: {name: tuple(100 * value for value in table.mean(Arm(name, level), "r1")) for name in VARIANTS}
+        for level in NOISE
+    }
     return bars(STUDY.title, groups, y_label="R@1 of written queries, percent", label="{:.0f}".format)
-
-
-def _percent(pair: tuple[float, float]) -> tuple[float, float]:
-    return 100 * pair[0], 100 * pair[1]
 
 
 NOTES = """## What to make of it

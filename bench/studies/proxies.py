@@ -1,7 +1,7 @@
-"""Study a: what in the model lets it tell the order of frames.
+"""Study a: the part of the model that lets it recognise the order of frames.
 
-Every clip has a twin: itself played backwards, with exactly the same frames. In half of them one scene gives way to
-another, and the text says what is there now; in the other half something grows or shrinks, and the text says which.
+Every clip has a twin: itself played backwards, with exactly the same frames. In half of the pairs one scene is replaced
+by another, and the text describes the last one; in the others something grows or shrinks, and the text says which.
 """
 
 from collections.abc import Mapping
@@ -21,12 +21,14 @@ MODELS: dict[str, dict[str, Any]] = {  # `ModelSettings` by arm
     "seqTransf": {"method": "clip4clip", "clip4clip": {"head": "seqTransf"}},
     "seqLSTM": {"method": "clip4clip", "clip4clip": {"head": "seqLSTM"}},
 }
-# Tables of places in time. They start from zero, or far below what they are added to, and learn faster than the rest.
+# Embeddings of time. They start from zero, or far below what they are added to, and get a higher learning rate.
 TIME_TABLES = {"4 proxies": "vision.time_embedding", "seqTransf": "head.position_embedding"}
 
 
 @dataclass(frozen=True)
 class Size:
+    """The amount of work."""
+
     num_pairs: int = 240  # of twins to train on
     num_test_pairs: int = 100
     num_frames: int = 4
@@ -34,13 +36,13 @@ class Size:
     steps: int = 80
     pairs_per_batch: int = 8
     lr: float = 4e-4
-    time_factor: float = 10.0  # of the learning rate of the tables of time
+    time_factor: float = 10.0  # factor on the learning rate of the embeddings of time
 
 
 class Clips(NamedTuple):
-    """Twins stand side by side: 2 i and 2 i + 1. The first half of the pairs change scene, the others their sizes."""
+    """Clips with twins side by side, 2 i and 2 i + 1; the first half of the pairs change scene, the others grow."""
 
-    scenes: list  # what a clip shows last
+    scenes: list  # the last one that a clip shows
     pixels: np.ndarray  # uint8 [N, T, 3, S, S]
 
     @property
@@ -48,6 +50,7 @@ class Clips(NamedTuple):
         return len(self.scenes) // 2
 
     def text(self, row: int, wording: int) -> str:
+        """Describe the clip of a row in a wording."""
         from pipeline.demo.grammar import motion_text, still_text
 
         scene = self.scenes[row]
@@ -55,6 +58,7 @@ class Clips(NamedTuple):
 
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
+    """Train an arm's model and score it."""
     from bench.studies.fitting import fit, settings_of
     from training.models import registry as models
     from training.settings import ModelSettings
@@ -68,6 +72,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
 
 def make_clips(num_pairs: int, seed: list[int], size: Size, image_size: int, cache: Path) -> Clips:
+    """Make pairs of twins with their scenes."""
     from bench.studies.scenes import backwards, frames_of, growing_scenes, single_scenes
 
     num = num_pairs // 2
@@ -81,7 +86,7 @@ def make_clips(num_pairs: int, seed: list[int], size: Size, image_size: int, cac
 
 
 def draw_batch(clips: Clips, num_pairs: int, rng: np.random.Generator) -> Any:
-    """Twins are always in one batch, each the other's negative."""
+    """Draw a batch in which both twins of a pair occur, so that each is a negative of the other."""
     from bench.studies.fitting import Texts
 
     pairs = rng.choice(clips.half, num_pairs, replace=False)
@@ -90,6 +95,7 @@ def draw_batch(clips: Clips, num_pairs: int, rng: np.random.Generator) -> Any:
 
 
 def scores(model: Any, clips: Clips) -> dict[str, float]:
+    """Score a model on clips: against twins, within a kind, and by looks."""
     from bench.studies.fitting import recall, recall_within, similarities
     from pipeline.demo.grammar import still_text
 
@@ -109,6 +115,7 @@ def scores(model: Any, clips: Clips) -> dict[str, float]:
 
 
 def draw(table: Table) -> Figure:
+    """Plot the main scores by arm."""
     shown = {
         "change_twin": "now there: clip or twin",
         "motion_twin": "grows or shrinks: clip or twin",
@@ -116,8 +123,8 @@ def draw(table: Table) -> Figure:
         "still_r1": "looks: all clips",
     }
     groups = {
-        told: {arm.name: tuple(100 * value for value in table.mean(arm, metric)) for arm in STUDY.arms}
-        for metric, told in shown.items()
+        heading: {arm.name: tuple(100 * value for value in table.mean(arm, metric)) for arm in STUDY.arms}
+        for metric, heading in shown.items()
     }
     marks = dict.fromkeys(list(groups)[:2], 50.0)
     return bars(STUDY.title, groups, y_label="R@1, percent", marks=marks, label="{:.0f}".format, top=100)

@@ -1,4 +1,4 @@
-"""A study's rows as a page: what was asked, what came out, and how to run it again."""
+"""Write a study's rows as a page: question, plot, scores, outcome of the claims, and the command to repeat it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,31 +11,32 @@ from training.run.plots import save
 DEFAULT_OUT = "docs/studies"
 INDEX = """# Studies
 
-These studies try claims of the methods' papers in miniature on the demo world, where the truth is known: small models,
-minutes of training, several seeds, held-out clips. Each page has its table, its plot, what was tried, and for each
-claimed ordering whether it came out. “Yes” and “no” mean that the differences within seeds lie beyond the 95 % interval
-of Student's t; everything else is “undecided”. A result here need not hold on real videos, and vice versa.
+These studies test claims of the methods' papers in miniature on the demo world, where the truth is known: small models,
+minutes of training, several seeds, held-out clips. Each page has a table, a plot, notes on what was tried, and the
+outcome of each claimed ordering. “Yes” and “no” mean that the differences within seeds lie beyond the 95 % interval of
+Student's t; everything else is “undecided”. A result here need not hold on real videos, and vice versa.
 
 ```
 python -m bench.studies                                         # list them
 python -m bench.studies proxies --out docs/studies/proxies      # run or resume one; --seeds, --workers, --size small
-python -m bench.studies --out docs/studies                      # write this page from the rows of all
+python -m bench.studies --out docs/studies                      # write this page from all rows
 ```
 
-How to write one: [bench/studies](../../bench/studies/__init__.py)."""
+To write a study, see [bench/studies](../../bench/studies/__init__.py)."""
 
 
 def write_report(study: Study, size: str, num_seeds: int, table: Table, out: Path) -> None:
-    """DIR/plot.svg and DIR/README.md. Says nothing of the machine or the day: same rows, same bytes."""
+    """Write DIR/plot.svg and DIR/README.md, which depend on the rows only, not on the machine or the date."""
     save(study.draw(table), out / "plot.svg")
     write_text(out / "README.md", page(study, size, num_seeds, table))
 
 
 def write_index(folder: Path, done: Mapping[str, tuple[Study, Table, float]]) -> None:
-    """FOLDER/README.md: of every study that was run into a folder of its name there, by name with its rows and
-    processor seconds, what was claimed and what came out.
+    """Write FOLDER/README.md with the claim and the outcome of each study.
+
+    `done` holds study, rows and processor seconds by name.
     """
-    lines = [["study", "claimed", "came out", "processor minutes"], ["---"] * 4]
+    lines = [["study", "claimed", "outcome", "processor minutes"], ["---"] * 4]
     for name, (study, table, cpu_s) in done.items():
         outcome = "not finished" if table.lacks(study) else _verdicts(study, table)
         lines.append([f"[{name}]({name}/README.md)", study.claimed, outcome, f"{cpu_s / 60:.0f}"])
@@ -48,6 +49,7 @@ def _verdicts(study: Study, table: Table) -> str:
 
 
 def page(study: Study, size: str, num_seeds: int, table: Table) -> str:
+    """Return the page of a study in Markdown."""
     command = f"python -m bench.studies {study.name} --out {DEFAULT_OUT}/{study.name}"
     command += "" if size == "default" else f" --size {size}"
     command += "" if num_seeds == study.num_seeds else f" --seeds {num_seeds}"
@@ -65,7 +67,7 @@ def page(study: Study, size: str, num_seeds: int, table: Table) -> str:
         f"Differences are taken within seeds: mean ± standard error over {num_seeds} seeds. “Yes” and “no” mean that "
         "the difference lies beyond the 95 % interval of Student's t; everything else is undecided.",
         study.notes,
-        "## Run it again",
+        "## Repeat it",
         f"```\n{command}\n```",
         f"Size `{size}`: {settings}. All rows: [rows.csv](rows.csv).",
     ]
@@ -73,7 +75,7 @@ def page(study: Study, size: str, num_seeds: int, table: Table) -> str:
 
 
 def scores(study: Study, table: Table) -> str:
-    """A Markdown table: a line per arm, a column per metric."""
+    """Return a Markdown table with a line per arm and a column per metric."""
     under_conditions = any(arm.condition for arm in study.arms)
     head = (["", "condition"] if under_conditions else [""]) + list(study.metrics.values())
     lines = [head, ["---"] * len(head)]
@@ -84,7 +86,8 @@ def scores(study: Study, table: Table) -> str:
 
 
 def claims(study: Study, table: Table) -> str:
-    lines = [["claimed", "on", "difference", "came out"], ["---"] * 4]
+    """Return a Markdown table with a line per claim."""
+    lines = [["claimed", "metric", "difference", "outcome"], ["---"] * 4]
     lines += [_claim(study, claim, table) for claim in study.claims]
     return _markdown(lines)
 

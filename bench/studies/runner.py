@@ -1,8 +1,8 @@
-"""Runs a study's arms with its seeds, keeps what is there, and reports.
+"""Run a study's arms with all seeds, resume unfinished ones, and write the report.
 
-DIR/rows.csv    condition, arm, seed, metric, value: a run's values are all there or none is
-DIR/study.json  which study these rows are of, its size, and the processor seconds that they took
-DIR/README.md, DIR/plot.svg   once all rows are there
+DIR/rows.csv                  condition, arm, seed, metric, value; a run has all its values or none
+DIR/study.json                study and size of the rows, and the processor seconds that they took
+DIR/README.md, DIR/plot.svg   written once all rows are complete
 """
 
 import csv
@@ -30,6 +30,8 @@ COLUMNS = ("condition", "arm", "seed", "metric", "value")
 
 
 class Done(NamedTuple):
+    """The result of a cell."""
+
     cell: Cell
     values: Values
     cpu_s: float
@@ -45,51 +47,56 @@ def run_study(
     workers: int = 1,
     progress: Callable[[str], None] = print,
 ) -> Table:
-    """Does what DIR lacks and writes the report. The same rows whatever the number of workers. Raises UserError."""
+    """Run the missing cells of a study and write its report to `out`; return the rows.
+
+    The rows do not depend on the number of workers. Raises UserError for wrong options, or where `out` holds another
+    study or is in use.
+    """
     study = load(name)
     if size not in study.sizes:
-        raise UserError(f"--size {size}: the study {name} has {', '.join(study.sizes)}.")
+        raise UserError(f"--size {size}: the study {name} has the sizes {', '.join(study.sizes)}.")
     for option, number in (("--seeds", num_seeds), ("--workers", workers)):
         if number is not None and number < 1:
-            raise UserError(f"{option} {number}: at least 1.")
+            raise UserError(f"{option} {number} must be at least 1.")
     with only_writer(out):
         return _run_missing(StudyFolder(out, study, size), num_seeds or study.num_seeds, cache, workers, progress)
 
 
 def index(folder: Path) -> None:
-    """FOLDER/README.md of the studies that were run into FOLDER/NAME. Raises UserError where there is none."""
+    """Write FOLDER/README.md about the studies in FOLDER/NAME. Raises UserError where there is none."""
     done = {}
     for name in STUDIES:
         if (folder / name / "study.json").exists():
             study, cpu_s = load(name), json.loads((folder / name / "study.json").read_text())["cpu_s"]
             done[name] = study, Table(read_rows(folder / name / "rows.csv", study)), cpu_s
     if not done:
-        raise UserError(f"--out {folder}: no study was run into a folder of its name there.")
+        raise UserError(f"--out {folder} holds no study; run one into {folder}/NAME first.")
     write_index(folder, done)
 
 
 def _run_missing(
     folder: "StudyFolder", num_seeds: int, cache: Path, workers: int, progress: Callable[[str], None]
 ) -> Table:
+    """Run the missing cells, store each at once, and write the report."""
     study, size = folder.study, folder.size
     seeds = range(num_seeds)
     missing = [Cell(arm, seed) for seed in seeds for arm in study.arms if Cell(arm, seed) not in folder.values]
     num_there = len(seeds) * len(study.arms) - len(missing)
     if num_there:
-        progress(f"{num_there} of {len(seeds) * len(study.arms)} runs are there already.")
+        progress(f"{num_there} of {len(seeds) * len(study.arms)} runs are done already.")
     with closing(_results(study.name, size, missing, cache, workers)) as results:
         for done in results:
             folder.add(done)
             num_there += 1
-            told = "  ".join(f"{metric} {value:.3g}" for metric, value in done.values.items())
-            progress(f"{num_there:3}  {done.cell.arm.label}, seed {done.cell.seed}: {told}  ({done.cpu_s:.0f} s)")
+            values = "  ".join(f"{metric} {value:.3g}" for metric, value in done.values.items())
+            progress(f"{num_there:3}  {done.cell.arm.label}, seed {done.cell.seed}: {values}  ({done.cpu_s:.0f} s)")
     table = Table({cell: values for cell, values in folder.values.items() if cell.seed in seeds})
     write_report(study, size, num_seeds, table, folder.path)
     return table
 
 
 def _results(name: str, size: str, cells: list[Cell], cache: Path, workers: int) -> Iterator[Done]:
-    """As they are done. Each process has one thread, so that sums are rounded alike wherever a cell is run."""
+    """Yield results as they are done. Each process has one thread, so that sums are rounded alike everywhere."""
     if workers == 1 or len(cells) < 2:
         yield from (_run(name, size, cell, cache) for cell in cells)
         return
@@ -101,6 +108,7 @@ def _results(name: str, size: str, cells: list[Cell], cache: Path, workers: int)
 
 
 def _run(name: str, size: str, cell: Cell, cache: Path) -> Done:
+    """Run a cell on one thread."""
     import torch
 
     threads = torch.get_num_threads()
@@ -112,27 +120,29 @@ def _run(name: str, size: str, cell: Cell, cache: Path) -> Done:
         values = study.run(cell.arm, cell.seed, study.sizes[size], cache)
     finally:
         torch.set_num_threads(threads)
-    assert set(values) == set(study.metrics), f"{name}: {sorted(values)} are not its metrics"
-    assert all(map(math.isfinite, values.values())), f"{name}, {cell}: {values}"
+    assert set(values) == set(study.metrics), (
+        f"{name}: run() returned {sorted(values)} instead of the metrics {sorted(study.metrics)}"
+    )
+    assert all(map(math.isfinite, values.values())), f"{name}, {cell}: values are not finite: {values}"
     rounded = {metric: float(f"{values[metric]:.6g}") for metric in study.metrics}
     return Done(cell, rounded, time.process_time() - begun)
 
 
 @contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Raises UserError while another process writes there: each would replace the other's rows."""
+    """Lock a folder. Raises UserError while another process has it: each would replace the other's rows."""
     path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if not take_lock(descriptor, 0):
-            raise UserError(f"--out {path}: a study is being run there now.")
+            raise UserError(f"--out {path}: another process runs a study there; wait, or choose another folder.")
         yield
     finally:
         os.close(descriptor)
 
 
 class StudyFolder:
-    """The rows of one study at one size. Opening it refuses those of another. Raises UserError."""
+    """The rows of a study at one size. Raises UserError where the folder holds those of another study or size."""
 
     def __init__(self, path: Path, study: Study, size: str):
         self.path, self.study, self.size = path, study, size
@@ -147,6 +157,7 @@ class StudyFolder:
         self.description = description
 
     def add(self, done: Done) -> None:
+        """Store a result."""
         self.values[done.cell] = done.values
         self.cpu_s += done.cpu_s
         text = json.dumps(self.description | {"cpu_s": round(self.cpu_s)}, indent=1) + "\n"
@@ -155,18 +166,19 @@ class StudyFolder:
 
 
 def _check_same(path: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise UserError where a folder's description differs from the wanted one."""
     wanted = json.loads(json.dumps(wanted))
     if there != wanted:
         differing = [key for key in wanted if there.get(key) != wanted[key]]
         key = differing[0] if differing else "settings"
         raise UserError(
-            f"--out {path} holds rows of another run: {key} is {there.get(key)!r} there, and {wanted[key]!r} was asked "
-            "for. Choose another folder, or remove this one."
+            f"--out {path} holds rows of another run: its {key} is {there.get(key)!r}, not {wanted[key]!r}. Choose "
+            "another folder, or remove this one."
         )
 
 
 def read_rows(path: Path, study: Study) -> dict[Cell, Values]:
-    """Cells of `rows.csv` that are arms of the study and have all its metrics."""
+    """Read the cells of `rows.csv` that are arms of the study and have all its metrics."""
     values: dict[Cell, dict[str, float]] = {}
     if path.exists():
         for row in csv.DictReader(io.StringIO(path.read_text())):
@@ -178,7 +190,7 @@ def read_rows(path: Path, study: Study) -> dict[Cell, Values]:
 
 
 def write_rows(path: Path, study: Study, values: dict[Cell, Values]) -> None:
-    """In the order of arms and seeds, whatever came first: all of them, in place of what was there."""
+    """Replace `rows.csv` by all rows, in the order of arms and seeds."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -1,4 +1,4 @@
-"""Clips of the demo world for studies: drawn straight to small pictures, without files of video in between.
+"""Draw clips of the demo world for studies as small pictures, without encoding them as video.
 
 Shape letters: N clips, T frames, S pixels a side.
 """
@@ -17,13 +17,14 @@ from pipeline.demo.grammar import Scene
 
 
 def frames_of(scenes: Sequence[Scene], num_frames: int, image_size: int, seconds: float, cache: Path) -> np.ndarray:
-    """uint8 [N, T, 3, S, S], mapped from `cache`: frames evenly over the first `seconds` of each scene."""
+    """Return uint8 [N, T, 3, S, S], mapped from `cache`: frames evenly over the first `seconds` of each scene."""
     name = digest([[asdict(scene) for scene in scenes], num_frames, image_size, seconds, _drawn_by()])
     path = kept(cache / f"frames-{name}.npy", lambda path: _draw(path, scenes, num_frames, image_size, seconds))
     return np.load(path, mmap_mode="r")
 
 
 def _draw(path: Path, scenes: Sequence[Scene], num_frames: int, image_size: int, seconds: float) -> None:
+    """Draw all frames and write them as an array."""
     times_s = (np.arange(num_frames) + 0.5) * (seconds / num_frames)
     shape = (len(scenes), num_frames, 3, image_size, image_size)
     pixels = np.empty(shape, np.uint8)
@@ -40,13 +41,13 @@ def _drawn_by() -> str:
 
 
 def single_scenes(num: int, seed: Sequence[int], pair_fraction: float = 0.3) -> list[Scene]:
-    """Scenes as the world has them; `pair_fraction` of them of two objects."""
+    """Sample scenes as in the world, a share `pair_fraction` with two objects."""
     rng = np.random.default_rng(seed)
     return [grammar.sample_scene(rng, 6.0, pair_fraction=pair_fraction) for _ in range(num)]
 
 
 def alike_scenes(num: int, seed: Sequence[int]) -> list[Scene]:
-    """A hard gallery: scenes on one and the same background, no two described alike."""
+    """Sample a hard gallery: scenes on the same background, no two with the same description."""
     rng = np.random.default_rng(seed)
     background = grammar.sample_scene(rng).background
     scenes: dict[str, Scene] = {}
@@ -57,7 +58,7 @@ def alike_scenes(num: int, seed: Sequence[int]) -> list[Scene]:
 
 
 def growing_scenes(num: int, seed: Sequence[int], seconds: float) -> list[Scene]:
-    """Of one object each, which grows; in the first `seconds` it does not begin anew."""
+    """Sample scenes of one object that grows, without starting again in the first `seconds`."""
     rng = np.random.default_rng(seed)
     scenes = []
     for _ in range(num):
@@ -69,7 +70,7 @@ def growing_scenes(num: int, seed: Sequence[int], seconds: float) -> list[Scene]
 
 
 def backwards(scene: Scene) -> Scene:
-    """What a text may say of a growing scene's clip played backwards."""
+    """Return the scene that describes a growing scene's clip played backwards."""
     (thing,) = scene.objects
     assert thing.motion == "growing"
     return replace(scene, objects=(replace(thing, motion="shrinking"),))

@@ -1,7 +1,7 @@
-"""Study g: which selection of one built corpus teaches best, at the same budget of clips and of updates.
+"""Study g: the selection of a built corpus that trains the best model, with the same number of clips and updates.
 
-The corpus is a real one: a noisy world, of which some videos were uploaded several times in other containers, through
-`clipmill build`; an arm is the SQL that a user would give `clipmill train --select`, and the run is the real trainer's.
+`clipmill build` makes the corpus from a noisy world, of which some videos were uploaded several times in other
+containers; an arm is the SQL that a user would give `clipmill train --select`, and the trainer runs as for a user.
 """
 
 import json
@@ -21,10 +21,10 @@ from clipmill.base.errors import UserError
 from clipmill.base.settings import digest
 from training.run.plots import bars
 
-COPIES = ("h264-mkv", "h264-ts", "mpeg4-mov")  # containers in which some videos are there once more
+COPIES = ("h264-mkv", "h264-ts", "mpeg4-mov")  # containers of the further copies of some videos
 WORLD_SEED = 71
 
-# What each arm may draw from; `half` of the clips, the better ones. Clips without a text are in none.
+# The clips that each arm draws from. `half` is the share of the better clips. Clips without a text are left out.
 USABLE = "text <> '' AND caption <> ''"
 POOLS = {
     "all": f"SELECT clip_id FROM catalog WHERE {USABLE}",
@@ -44,10 +44,12 @@ UNTRAINED = Arm("untrained")
 
 @dataclass(frozen=True)
 class Size:
+    """The amount of work."""
+
     num_videos: int = 44
-    num_copied: int = 10  # of them, each once more in every container of COPIES
+    num_copied: int = 10  # videos with a further copy in each container of COPIES
     video_s: float = 40.0
-    filler: float = 0.4  # share of the scenes that are talked over with something else
+    filler: float = 0.4  # share of the scenes with talk about something else
     shifted: float = 0.4  # share of the videos whose subtitles are up to 4 s late or early
     share: float = 0.5  # `half`
     budget: int = 96  # clips of a selection
@@ -60,24 +62,24 @@ class Size:
 
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
-    """The same corpus for all; the seed draws the clips, the batches and the clips that are searched."""
+    """Train on an arm's clips and score. All arms share a corpus; the seed draws clips, batches and the gallery."""
     from bench.studies.fitting import recall, similarities, written_scores
     from bench.studies.scenes import frames_of
 
     corpus = corpus_of(size, cache)
     if arm == UNTRAINED:
-        model, told = image_model(), {"distinct": 0.0, "filler": 0.0}
+        model, shares = image_model(), {"distinct": 0.0, "filler": 0.0}
     else:
         select = drawn(POOLS[arm.name].format(half=size.share), size.budget, seed)
-        model, told = trained(corpus, select, seed, size), facts(corpus, select)
+        model, shares = trained(corpus, select, seed, size), facts(corpus, select)
     scenes, spoken = held_out(size.num_test, seed)
     pixels = frames_of(scenes, size.num_frames, model.config.image_size, 4.0, cache)
     spoken_r1 = recall(similarities(model, spoken, pixels))
-    return {"spoken_r1": spoken_r1} | written_scores(model, scenes, pixels) | told
+    return {"spoken_r1": spoken_r1} | written_scores(model, scenes, pixels) | shares
 
 
 def image_model() -> Any:
-    """Every frame by itself, the unit vectors averaged: what an image model makes of a video."""
+    """Load the demo's image model, which encodes a video as the mean of its frames' unit vectors."""
     from training.models import registry as models
     from training.settings import ModelSettings
 
@@ -85,12 +87,12 @@ def image_model() -> Any:
 
 
 def drawn(pool: str, budget: int, seed: int) -> str:
-    """So many clips of a pool, at random: a function of the seed and of the clips' ids."""
+    """Return SQL that draws `budget` clips of a pool at random, a function of the seed and the clips' ids."""
     return f"SELECT clip_id FROM ({pool}) ORDER BY md5(clip_id || ':{seed}') LIMIT {budget}"
 
 
 def held_out(num: int, seed: int) -> tuple[list, list[str]]:
-    """Scenes that no video of the corpus has, and what is said over them."""
+    """Sample scenes that no video of the corpus has, and the speech over them."""
     import numpy as np
 
     from pipeline.demo.grammar import sample_scene, spoken_sentences
@@ -101,7 +103,7 @@ def held_out(num: int, seed: int) -> tuple[list, list[str]]:
 
 
 def facts(corpus: Path, select: str) -> dict[str, float]:
-    """What an arm's clips are: how many show something that none of the others shows, and how many are talked over."""
+    """Return shares of an arm's clips: distinct ones (`distinct`), and ones with unrelated talk (`filler`)."""
     from pipeline.demo.grammar import FILLER, words_of
     from shards.query.sql import open_manifest
 
@@ -118,7 +120,7 @@ def facts(corpus: Path, select: str) -> dict[str, float]:
 
 
 def corpus_of(size: Size, cache: Path) -> Path:
-    """Built once. The world stays beside it: sources are referred to, not copied."""
+    """Build the corpus, once; the world stays beside it, because sources are referenced, not copied."""
     of_world = [size.num_videos, size.num_copied, size.video_s, size.filler, size.shifted]
     name = digest([of_world, COPIES, WORLD_SEED])
     world = kept(cache / f"world-{name}", lambda path: _make_world(path, size)).absolute()
@@ -126,7 +128,7 @@ def corpus_of(size: Size, cache: Path) -> Path:
 
 
 def _make_world(path: Path, size: Size) -> None:
-    """A folder per container, the first with all videos, and the list of them all."""
+    """Make a folder of videos per container, the first with all videos, and a list of the folders."""
     from pipeline.demo.world import WorldSettings, make_world
 
     common = {
@@ -150,6 +152,7 @@ def _make_world(path: Path, size: Size) -> None:
 
 
 def _sources(world: Path) -> list[dict[str, str]]:
+    """List the videos of all containers with their subtitles."""
     from pipeline.demo.world import read_truth
 
     return [
@@ -164,7 +167,7 @@ def _sources(world: Path) -> list[dict[str, str]]:
 
 
 def _build(path: Path, world: Path) -> None:
-    """By the command itself, in a process of its own. Raises UserError with what it said where it fails."""
+    """Build the corpus by the command in its own process. Raises UserError with its output where it fails."""
     with tempfile.TemporaryDirectory(prefix="clipmill-study-") as folder:
         sources = Path(folder) / "sources.jsonl"
         sources.write_text("".join(json.dumps(row) + "\n" for row in _sources(world)))
@@ -172,14 +175,14 @@ def _build(path: Path, world: Path) -> None:
         command += ["--recipe", "demo", "--set", "cut.short_side=128"]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"study selections: the corpus could not be built.\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        raise UserError(f"study selections: `clipmill build` failed.\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 # --- Training
 
 
 def trained(corpus: Path, select: str, seed: int, size: Size) -> Any:
-    """The model of the last checkpoint of a run on the clips of a SELECT."""
+    """Train on the clips of a SELECT; return the model of the last checkpoint."""
     from training.models import registry as models
     from training.run.folder import RunFolder
     from training.run.setup import Request
@@ -212,9 +215,10 @@ def trained(corpus: Path, select: str, seed: int, size: Size) -> Any:
 
 
 def draw(table: Table) -> Figure:
-    shown = {"spoken_r1": "R@1, spoken queries", "r1": "R@1, written queries", "filler": "clips talked over"}
+    """Plot R@1 and unrelated talk by arm."""
+    shown = {"spoken_r1": "R@1, spoken queries", "r1": "R@1, written queries", "filler": "clips with unrelated talk"}
     groups = {
-        arm.name: {told: tuple(100 * v for v in table.mean(arm, metric)) for metric, told in shown.items()}
+        arm.name: {heading: tuple(100 * v for v in table.mean(arm, metric)) for metric, heading in shown.items()}
         for arm in STUDY.arms
     }
     return bars(STUDY.title, groups, y_label="percent", label="{:.0f}".format)
@@ -222,25 +226,25 @@ def draw(table: Table) -> Figure:
 
 STUDY = Study(
     name="selections",
-    title="Which selection of a corpus teaches best",
+    title="The best selection of a corpus",
     question="The same number of clips for the same number of updates, drawn from one corpus by different SQL: which "
-    "columns of the manifest are worth selecting by?",
+    "columns are worth selecting by?",
     claimed="None published. We expected clips whose subtitles agree with the captions, and clips without "
-    "near-duplicates, to teach more than clips drawn from all.",
+    "near-duplicates, to be better than clips drawn from all.",
     setting="One corpus of the demo world, built by `clipmill build`: 44 videos, ten of them uploaded three more times"
     " in other containers; in 40 % of the scenes the speaker talks about something else, and 40 % of the "
-    "videos have subtitles that come up to 4 s late or early. Every arm draws its clips at random from what "
-    "its SQL leaves (the better half, if it orders), and the trainer post-pretrains the demo's image model on "
+    "videos have subtitles that come up to 4 s late or early. Every arm draws its clips at random from the "
+    "result of its SQL (the better half, if it orders), and the trainer post-pretrains the demo's image model on "
     "them with the loss V-(S,C) + F-C. The queries for scenes of other videos are written sentences about "
-    "looks and motion, about looks alone, and what is said over the scenes.",
+    "looks and motion, about looks alone, and the speech over the scenes.",
     arms=(*(Arm(name) for name in POOLS), UNTRAINED),
     metrics={
         "spoken_r1": "R@1, spoken",
         "r1": "R@1, written looks and motion",
         "r5": "R@5 of these",
         "looks_r1": "R@1, written looks",
-        "distinct": "clips without their like",
-        "filler": "clips talked over",
+        "distinct": "distinct clips",
+        "filler": "clips with unrelated talk",
     },
     claims=tuple(
         Claim(f"{better} > {worse}", metric, better, worse)
@@ -259,15 +263,15 @@ STUDY = Study(
     },
     run=run,
     draw=draw,
-    notes="The image model has learned written texts about looks. On those it can learn nothing more from so few "
-    "clips, and talk about something else makes it forget. What is said it can learn, and there the selections "
-    "differ. Agreement of subtitle and caption finds the unrelated talk (10 % of the clips instead of 42 %), but"
+    notes="The image model knows written texts about looks. On those it can learn nothing more from so few clips, and "
+    "talk about something else makes it forget. Speech it can learn, and there the selections differ. "
+    "Agreement of subtitle and caption finds the unrelated talk (10 % of the clips instead of 42 %), but"
     " more of the remaining clips have copies, and only both conditions together are better than the untrained "
-    "model in the mean. Removing duplicates alone gains nothing. The alignment cost is in no arm: nothing is "
-    "spoken in the demo world's sound, so `align_cost` is 0 for every clip. “Words with times”, automatic "
+    "model in the mean. Removing duplicates alone gains nothing. No arm uses the alignment cost: the demo "
+    "world's sound has no speech, so `align_cost` is 0 for every clip. “Words with times”, automatic "
     "subtitles that give each word's time, stands in for it; neither can know whether a whole subtitle file is "
     "late. Tried before, with one seed: 60 updates of 24 clips, with which the two selections tried reached 67 %"
     " (all) and 76 % (subtitles like captions) for spoken, 84 % and 93 % for written queries. The untrained "
-    "model has no selection: its last two columns are 0. Building the corpus, once, takes some more minutes.",
+    "model has no selection: its last two columns are 0. Building the corpus takes a few minutes more, once.",
     num_seeds=6,
 )

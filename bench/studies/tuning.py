@@ -1,4 +1,4 @@
-"""Study f: what UniPT's side networks reach, and what they cost, against tuning everything and tuning nothing."""
+"""Study f: scores and cost of UniPT's side networks, against tuning everything and tuning nothing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,26 +21,29 @@ ARMS = ("full fine-tuning", "UniPT", "UniPT, last layer", "linear maps", "frozen
 
 @dataclass(frozen=True)
 class Size:
+    """The amount of work."""
+
     num_clips: int = 400
     num_test: int = 200
     num_frames: int = 2
     seconds: float = 2.4
     batch_size: int = 24
     steps: int = 100
-    lr_full: float = 3e-4  # each arm's: the best of two or three on clips of a seed of their own
+    lr_full: float = 3e-4  # of each arm: the best of two or three rates on clips of another seed
     lr_unipt: float = 3e-3
     lr_linear: float = 1e-3
 
 
 def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
+    """Tune an arm's model and score it; measure its memory."""
     from bench.studies.fitting import fit, random_batches, recall, settings_of, similarities
     from bench.studies.scenes import frames_of
 
     model = model_of(arm.name, seed)
-    train, told = spoken_scenes(size.num_clips, [seed, 41])
+    train, spoken = spoken_scenes(size.num_clips, [seed, 41])
     frames = size.num_frames, model.config.image_size, size.seconds, cache
     if lr := lr_of(arm.name, size):
-        batches = random_batches(told, [None] * len(told), size.batch_size)
+        batches = random_batches(spoken, [None] * len(spoken), size.batch_size)
         fit(model, frames_of(train, *frames), batches, settings_of("vs", size.steps, lr), seed)
     test, asked = spoken_scenes(size.num_test, [seed, 42])
     similarity = similarities(model, asked, frames_of(test, *frames))
@@ -54,7 +57,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 
 
 def spoken_scenes(num: int, seed: list[int]) -> tuple[list, list[str]]:
-    """Scenes, and what is said over each: talk that the image model has not been trained on."""
+    """Sample scenes and the speech over each, which the image model has not been trained on."""
     from pipeline.demo.grammar import sample_scene, spoken_sentences
 
     rng = np.random.default_rng(seed)
@@ -63,7 +66,7 @@ def spoken_scenes(num: int, seed: list[int]) -> tuple[list, list[str]]:
 
 
 def lr_of(name: str, size: Size) -> float | None:
-    """None: nothing is trained."""
+    """Return the learning rate of an arm; None for one that is not trained."""
     rates = {"full fine-tuning": size.lr_full, "linear maps": size.lr_linear, "frozen": None}
     return rates.get(name, size.lr_unipt)
 
@@ -72,6 +75,7 @@ def lr_of(name: str, size: Size) -> float | None:
 
 
 def model_of(name: str, seed: int) -> Any:
+    """Load the demo's image model with an arm's trainable parts."""
     from training.models import registry as models
     from training.settings import ModelSettings
 
@@ -79,7 +83,7 @@ def model_of(name: str, seed: int) -> Any:
 
 
 def tuned_as(name: str, backbone: "ClipVip", seed: int) -> Any:
-    """The backbone with what an arm trains, and everything else frozen."""
+    """Return the backbone with the parts that an arm trains; everything else is frozen."""
     from training.models.unipt.model import UniPtClip
     from training.models.unipt.settings import UniPtSettings
 
@@ -93,7 +97,7 @@ def tuned_as(name: str, backbone: "ClipVip", seed: int) -> Any:
 
 
 def make_linear(backbone: "ClipVip") -> Any:
-    """A frozen backbone and a linear map behind each tower, which starts as the identity."""
+    """Return a frozen backbone with a linear map after each tower, which starts as the identity."""
     import torch
     from torch.nn import functional as F
 
@@ -130,11 +134,12 @@ def make_linear(backbone: "ClipVip") -> Any:
 
 
 def num_trained(model: "nn.Module") -> int:
+    """Return the number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def saved_of(model: Any, num_clips: int, num_frames: int, num_tokens: int) -> int:
-    """Bytes that a batch of so many clips and texts keeps for the backward pass."""
+    """Return the bytes that a batch of `num_clips` clips and texts keeps for the backward pass."""
     import torch
 
     from training.cost.footprint import saved_bytes
@@ -145,7 +150,7 @@ def saved_of(model: Any, num_clips: int, num_frames: int, num_tokens: int) -> in
 
 
 def saved_at_full_size(name: str, num_clips: int = 16) -> int:
-    """The same of ViT-B/32, 12 frames and 32 tokens, in float32: shapes alone, nothing is computed."""
+    """Return the same bytes for ViT-B/32, 12 frames and 32 tokens in float32, from shapes without computing."""
     from dataclasses import replace
 
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -162,6 +167,7 @@ def saved_at_full_size(name: str, num_clips: int = 16) -> int:
 
 
 def draw(table: Table) -> Figure:
+    """Plot R@1 and memory by arm."""
     groups = {
         "R@1, percent": {arm.name: tuple(100 * v for v in table.mean(arm, "r1")) for arm in STUDY.arms},
         "kept for the backward pass, percent of full fine-tuning": {
@@ -182,8 +188,8 @@ STUDY = Study(
     "memory for the backward pass?",
     claimed="Full fine-tuning > UniPT > frozen, at a seventh of the memory on image-text retrieval (UniPT, arXiv "
     "2308.14316); reading all layers is better than reading the last one.",
-    setting="The demo's image model, with frames averaged (CLIP4Clip's meanP), is tuned to what is said in videos, "
-    "which it has never seen. The queries are what is said over unseen videos. Linear maps: one after each "
+    setting="The demo's image model, with frames averaged (CLIP4Clip's meanP), is tuned to the speech of videos, "
+    "which it has never seen. The queries are the speech of unseen videos. Linear maps: one after each "
     "frozen tower. Kept: bytes that autograd saves for the backward pass of a batch, without weights, here "
     "and, from shapes alone, for 16 clips of 12 frames on ViT-B/32 in float32.",
     arms=tuple(map(Arm, ARMS)),
@@ -202,12 +208,12 @@ STUDY = Study(
         Claim("UniPT keeps less", "saved", "full fine-tuning", "UniPT"),
         Claim("UniPT keeps less on ViT-B/32", "saved_b32", "full fine-tuning", "UniPT"),
     ),
-    notes="Here a linear map after each frozen tower is as good as UniPT and keeps next to nothing: what has to be "
-    "learned is mostly a different wording, and the model's features contain all that averaged frames can "
-    "answer. They do not say where things move, and several clips of a gallery may fit a text, so no arm gets "
+    notes="Here a linear map after each frozen tower is as good as UniPT and keeps next to nothing: the models have to "
+    "learn mostly a different wording, and the image model's features contain all that averaged frames can "
+    "answer. They do not show where things move, and several clips of a gallery may fit a text, so no arm gets "
     "near 1. Tried before, each with one seed: photographic negatives of the pictures, a change of domain that "
     "linear maps undo as well as anything (0.78 against 0.71 for full fine-tuning after as many updates), and "
-    "texts that say where in the picture a thing is, which no arm learns in 200 updates (at most 0.12).",
+    "texts about the place of a thing in the picture, which no arm learns in 200 updates (at most 0.12).",
     sizes={"default": Size(), "small": Size(num_clips=6, num_test=4, num_frames=2, batch_size=3, steps=2)},
     run=run,
     draw=draw,

@@ -1,6 +1,6 @@
-"""Videos of several scenes, some of them described, for studies: their frames as features of the demo's image model.
+"""Make untrimmed videos for studies: several scenes, some with descriptions, as features of the demo's image model.
 
-What is known of a description is one time at which it is true; between which seconds it is, only the truth knows.
+A description comes with one time at which it is true; its true span is known to the evaluation only.
 Shape letters: N descriptions of a video, F its frames, C the model's embed_dim.
 """
 
@@ -17,15 +17,15 @@ from pipeline.demo.grammar import Scene, sample_scene, spoken_sentences
 from pipeline.demo.render import render_frame
 
 FRAMES_PER_S = 2.0
-SCENE_S = (3.0, 6.0, 15.0)  # the shortest, the commonest, the longest
+SCENE_S = (3.0, 6.0, 15.0)  # shortest, most frequent, longest
 NUM_SCENES = (5, 9)
 DESCRIBED = 0.65  # share of the scenes
-NUM_WORDS = 25  # of a description, at most
+NUM_WORDS = 25  # most words of a description
 
 
 @dataclass(frozen=True)
 class Untrimmed:
-    """One video. Its scenes lie one behind the other; those without a description are what a clip should not show."""
+    """A video of consecutive scenes; a good clip shows none without a description."""
 
     video_id: str
     duration_s: float
@@ -41,7 +41,7 @@ class Untrimmed:
 
 
 def untrimmed_videos(num: int, seed: int, cache: Path) -> list[Untrimmed]:
-    """The first so many of a seed's videos, each kept in `cache` once it has been drawn and encoded."""
+    """Return the first `num` videos of a seed, which are drawn and encoded once and kept in `cache`."""
     path = kept(cache / f"untrimmed-{seed}-{num}.npz", lambda path: _write(path, num, seed))
     with np.load(path) as file:
         return [_read(file, n) for n in range(num)]
@@ -51,6 +51,7 @@ _ARRAYS = ("times_F", "frames_FC", "spans_N2", "timestamps_N", "texts_NC")
 
 
 def _write(path: Path, num: int, seed: int) -> None:
+    """Make videos and write them."""
     arrays = {}
     for n, video in enumerate(_make(num, seed)):
         arrays |= {f"{n}/{name}": getattr(video, name) for name in _ARRAYS}
@@ -69,6 +70,7 @@ def _id(n: int) -> str:
 
 
 def _make(num: int, seed: int) -> Iterator[Untrimmed]:
+    """Yield the videos of a seed."""
     from bench.studies.fitting import text_features, video_features
     from training.models import registry as models
     from training.settings import ModelSettings
@@ -95,7 +97,7 @@ def _make(num: int, seed: int) -> Iterator[Untrimmed]:
 
 
 def _frames(scenes: list[Scene], spans: NDArray[np.float64], size: int) -> tuple[NDArray[np.float64], np.ndarray]:
-    """Times [F] and uint8 [F, 1, 3, size, size]: every frame a clip of its own."""
+    """Draw frames; return times [F] and uint8 [F, 1, 3, size, size], each frame as a clip."""
     times = np.arange(0.5 / FRAMES_PER_S, spans[-1, 1], 1 / FRAMES_PER_S)
     numbers = np.searchsorted(spans[:, 1], times, side="right")
     pictures = [

@@ -1,4 +1,4 @@
-"""Captions by open_clip's CoCa: `generate` for the text, one teacher-forced pass for its score.
+"""Caption frames by open_clip's CoCa: `generate` gives the text, one teacher-forced pass its score.
 
 Shapes: B pictures, L ids per caption (start and end token included), P picture tokens, D their width, V vocabulary.
 """
@@ -18,44 +18,48 @@ from clipmill.base.errors import ItemError, UserError
 
 
 def load(settings: CaptionSettings) -> "CocaCaptioner":
-    """The CoCa that `caption.model` and `caption.pretrained` name. Raises UserError where that is not a CoCa."""
+    """Load the CoCa that `caption.model` and `caption.pretrained` name. Raises UserError for any other model."""
     loaded = load_open_clip(settings, "caption")
     if not isinstance(loaded.model, open_clip.CoCa):
         known = ", ".join(name for name in open_clip.list_models() if name.startswith("coca"))
-        raise UserError(f"setting caption.model = {settings.model}: not a CoCa model; open_clip has {known}.")
+        raise UserError(f"setting caption.model = {settings.model} is not a CoCa model; open_clip has {known}.")
     if not hasattr(loaded.tokenizer, "sot_token_id"):
         raise UserError(
-            f"setting caption.model = {settings.model}: only CoCa models with CLIP's tokenizer can be used."
+            f"setting caption.model = {settings.model} has another tokenizer than CLIP's; use a CoCa model with it."
         )
     name = f"coca/{open_clip_name(settings.model, settings.pretrained, 'caption')}"
     return CocaCaptioner(loaded, settings, name)
 
 
 class CocaCaptioner:
-    """Captions do not depend on which frames share a batch, nor, where chance is in play, on their order."""
+    """A captioner whose captions depend neither on the other frames of a batch nor, when sampling, on their order."""
 
     def __init__(self, loaded: LoadedModel, settings: CaptionSettings, name: str):
         self.max_tokens = min(settings.max_tokens, loaded.model.context_length)
         if settings.min_tokens >= self.max_tokens:
             limit = f"{name} reads at most {loaded.model.context_length} tokens"
-            raise UserError(f"setting caption.min_tokens = {settings.min_tokens}: {limit}; allowed is less.")
+            raise UserError(f"setting caption.min_tokens = {settings.min_tokens} must be lower: {limit}.")
         self.loaded, self.settings, self.name = loaded, settings, name
         self.fingerprint = fingerprint_of(settings)
 
     def caption(self, images: Sequence[Image.Image | bytes]) -> list[Caption | ItemError]:
+        """Return an answer per image, in order."""
         return caption_in_batches(images, self.settings.batch_size, self._caption_batch)
 
     @torch.inference_mode()
     def _caption_batch(self, pictures: list[Image.Image]) -> list[Caption]:
+        """Encode the pictures once; generate ids, then score each but the first, given those before and the picture."""
         latent_BD, tokens_BPD = self.loaded.model._encode_image(self.loaded.pixels(pictures))
         ids_BL = self._generate(pictures, latent_BD, tokens_BPD)
-        log_probs_BL = self._log_probs(ids_BL, latent_BD, tokens_BPD)
+        scored_BL = ids_BL[:, : self.loaded.model.context_length]
+        logits_BLV = self.loaded.model(None, scored_BL, image_latent=latent_BD, image_embs=tokens_BPD)["logits"]
+        log_probs_BL = logits_BLV.float().log_softmax(-1).gather(-1, scored_BL[:, 1:, None])[..., 0]
         return [
             self._as_caption(ids, scores) for ids, scores in zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
         ]
 
     def _generate(self, pictures: list[Image.Image], latent_BD: torch.Tensor, tokens_BPD: torch.Tensor) -> torch.Tensor:
-        """Ids [B, L], padded to the longest. Drawn captions come one by one: the generator belongs to the frame."""
+        """Generate ids [B, L], padded to the longest; when sampling, one by one, each with the seed of its frame."""
         if not self.settings.samples:
             return self._run_generate(latent_BD, tokens_BPD)
         rows = []
@@ -66,11 +70,12 @@ class CocaCaptioner:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.loaded.model.pad_id)
 
     def _run_generate(self, latent_BD: torch.Tensor, tokens_BPD: torch.Tensor) -> torch.Tensor:
+        """Run open_clip's `generate` on encoded pictures; return ids [B, L]."""
         chosen, tokenizer = self.settings, self.loaded.tokenizer
         repeats = chosen.num_beams if chosen.generation == "beam_search" else 1
         with _encoded_once(self.loaded.model, latent_BD, tokens_BPD, repeats):
             return self.loaded.model.generate(
-                latent_BD,  # stands for the pictures: only its device and number of rows are used
+                latent_BD,  # in place of the pictures, of which only the device and the number are used
                 seq_len=self.max_tokens,
                 max_seq_len=self.loaded.model.context_length,
                 min_seq_len=chosen.min_tokens,
@@ -85,15 +90,8 @@ class CocaCaptioner:
                 eos_token_id=tokenizer.eot_token_id,
             )
 
-    def _log_probs(self, ids_BL: torch.Tensor, latent_BD: torch.Tensor, tokens_BPD: torch.Tensor) -> torch.Tensor:
-        """Log-probability [B, L - 1] of every id but the first, given those before it and the picture."""
-        ids_BL = ids_BL[:, : self.loaded.model.context_length]
-        logits_BLV = self.loaded.model(None, ids_BL, image_latent=latent_BD, image_embs=tokens_BPD)["logits"]
-        log_probs_BLV = logits_BLV.float().log_softmax(-1)
-        return log_probs_BLV.gather(-1, ids_BL[:, 1:, None])[..., 0]
-
     def _as_caption(self, ids: list[int], log_probs: list[float]) -> Caption:
-        """`ids` is start, text, end, padding; `log_probs[i]` is that of `ids[i + 1]`."""
+        """Make a caption of `ids` (start, text, end, padding); `log_probs[i]` belongs to `ids[i + 1]`."""
         end = self.loaded.tokenizer.eot_token_id
         stop = ids.index(end) if end in ids else len(ids)
         scored = log_probs[:stop]
@@ -103,7 +101,7 @@ class CocaCaptioner:
 
 @contextmanager
 def _encoded_once(model: open_clip.CoCa, latent_BD: torch.Tensor, tokens_BPD: torch.Tensor, repeats: int) -> Iterator:
-    """While open: the model takes its pictures as encoded already.
+    """Make the model use pictures that are encoded already, inside the `with` block.
 
     `generate` would run the vision tower on every beam's copy of a picture, which is half of all work with ViT-L.
     """
@@ -112,4 +110,4 @@ def _encoded_once(model: open_clip.CoCa, latent_BD: torch.Tensor, tokens_BPD: to
     try:
         yield
     finally:
-        del model._encode_image  # the class's own method shows again
+        del model._encode_image  # restores the method of the class

@@ -1,6 +1,6 @@
-"""Captions by a Hugging Face image-to-text model: BLIP, GIT, ViT-GPT2 and others that need nothing but the picture.
+"""Caption frames by a Hugging Face image-to-text model that takes the picture alone: BLIP, GIT, ViT-GPT2 and others.
 
-Models come by name (and revision) or from a local folder; code that a model's repository ships is never run.
+Models are named (with a revision) or lie in a local folder. Code in a model's repository is never run.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from clipmill.base.settings import digest
 
 
 def load(settings: CaptionSettings) -> "HuggingFaceCaptioner":
-    """The model that `caption.model` names. Raises UserError where it cannot be had or captions no pictures."""
+    """Load the model that `caption.model` names. Raises UserError where that fails or it cannot caption pictures."""
     device, dtype = use_device(settings, "caption"), DTYPES[settings.precision]
     folder = Path(settings.model).expanduser()
     where = str(folder) if folder.is_dir() else settings.model
@@ -31,7 +31,7 @@ def load(settings: CaptionSettings) -> "HuggingFaceCaptioner":
         model = AutoModelForImageTextToText.from_pretrained(where, **common)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"setting caption.model = {settings.model}: {error}. Allowed: the name or the local folder of an "
+            f"setting caption.model = {settings.model}: {error}. Give the name or the local folder of an "
             "image-to-text model such as BLIP, GIT or a vision-encoder-decoder."
         ) from error
     identity = f"folder-{digest(folder_identity(folder))}" if folder.is_dir() else settings.model
@@ -41,17 +41,21 @@ def load(settings: CaptionSettings) -> "HuggingFaceCaptioner":
 
 
 class HuggingFaceCaptioner:
+    """A captioner whose captions depend neither on the other frames of a batch nor, when sampling, on their order."""
+
     def __init__(self, model: Any, processor: Any, tokenizer: Any, settings: CaptionSettings, name: str):
         self.model, self.processor, self.tokenizer = model, processor, tokenizer
         self.settings, self.name, self.fingerprint = settings, name, fingerprint_of(settings)
         sep, eos = tokenizer.sep_token_id, tokenizer.eos_token_id
-        self.end_id = eos if sep is None else sep  # BERT's vocabularies end a text with [SEP], others with their eos
+        self.end_id = eos if sep is None else sep  # BERT's vocabularies end a text with [SEP]
 
     def caption(self, images: Sequence[Image.Image | bytes]) -> list[Caption | ItemError]:
+        """Return an answer per image, in order."""
         return caption_in_batches(images, self.settings.batch_size, self._caption_batch)
 
     @torch.inference_mode()
     def _caption_batch(self, pictures: list[Image.Image]) -> list[Caption]:
+        """Caption pictures together; when sampling, one by one, each with the seed of its frame."""
         pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
         pixels_BCHW = pixels.to(self.model.device, self.model.dtype)
         if not self.settings.samples:
@@ -64,13 +68,18 @@ class HuggingFaceCaptioner:
         return captions
 
     def _generate(self, pixels_BCHW: torch.Tensor) -> list[Caption]:
+        """Generate ids [B, L], then score each id but the first, given the ids before it and the picture."""
         ids_BL = self.model.generate(pixel_values=pixels_BCHW, **self._decoding())
-        log_probs_BL = self._log_probs(pixels_BCHW, ids_BL)
+        given = "decoder_input_ids" if self.model.config.is_encoder_decoder else "input_ids"
+        logits = self.model(pixel_values=pixels_BCHW, **{given: ids_BL[:, :-1]}).logits
+        logits_BLV = logits[:, 1 - ids_BL.shape[1] :]  # some models put the picture's tokens before the text's
+        log_probs_BL = logits_BLV.float().log_softmax(-1).gather(-1, ids_BL[:, 1:, None])[..., 0]
         return [
             self._as_caption(ids, scores) for ids, scores in zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
         ]
 
     def _decoding(self) -> dict[str, Any]:
+        """Return the arguments of transformers' `generate`."""
         chosen = self.settings
         common = {
             "min_length": chosen.min_tokens,
@@ -84,15 +93,8 @@ class HuggingFaceCaptioner:
         limit = {"top_k": chosen.top_k} if chosen.generation == "top_k" else {"top_k": 0, "top_p": chosen.top_p}
         return {**common, **limit, "temperature": chosen.temperature}
 
-    def _log_probs(self, pixels_BCHW: torch.Tensor, ids_BL: torch.Tensor) -> torch.Tensor:
-        """Log-probability [B, L - 1] of every id but the first, given those before it and the picture."""
-        given = "decoder_input_ids" if self.model.config.is_encoder_decoder else "input_ids"
-        logits = self.model(pixel_values=pixels_BCHW, **{given: ids_BL[:, :-1]}).logits
-        logits_BLV = logits[:, 1 - ids_BL.shape[1] :]  # some models put the picture's tokens before the text's
-        return logits_BLV.float().log_softmax(-1).gather(-1, ids_BL[:, 1:, None])[..., 0]
-
     def _as_caption(self, ids: list[int], log_probs: list[float]) -> Caption:
-        """`ids` is start, text, end, padding; `log_probs[i]` is that of `ids[i + 1]`."""
+        """Make a caption of `ids` (start, text, end, padding); `log_probs[i]` belongs to `ids[i + 1]`."""
         stop = ids.index(self.end_id, 1) if self.end_id in ids[1:] else len(ids)
         scored = log_probs[:stop]
         text = " ".join(self.tokenizer.decode(ids[1:stop], skip_special_tokens=True).split())

@@ -15,7 +15,11 @@ def load_attribute(setting: str, value: str, place: str | None = None) -> Any:
     Raises UserError where there is no such module or attribute.
     """
     module, _, attribute = (place or value).partition(":")
+    if not module or not attribute:
+        raise UserError(f"setting {setting} = {value}: it must have the form MODULE:ATTRIBUTE.")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"setting {setting} = {value}: {error}.") from error
+    except ImportError as error:
+        raise UserError(f"setting {setting} = {value}: {error}; the module must be on PYTHONPATH.") from error
+    except AttributeError as error:
+        raise UserError(f"setting {setting} = {value}: {error}; name one as MODULE:ATTRIBUTE.") from error

@@ -25,8 +25,12 @@ MIN_BANDS = 4  # no band is wider than 48 bits
 
 
 class DuplicateSettings(Settings):
-    radius: int = Field(12, ge=0, le=24)  # bits of 192; unlike clips differ in 96 on average
-    frame_radius: int = Field(6, ge=0, le=24)  # bits of 64 for each of the three frames: all have to agree
+    """Settings of finding near-duplicate clips by their hashes."""
+
+    # Most bits of 192 in which the hashes of near-duplicates differ. Different clips differ in 96 on average.
+    radius: int = Field(12, ge=0, le=24)
+    # Most bits of 64 in which the hash of each of the three frames differs, so that no single frame differs alone.
+    frame_radius: int = Field(6, ge=0, le=24)
 
 
 def duplicate_groups(table: pa.Table, settings: DuplicateSettings | None = None) -> pa.Table:

@@ -59,19 +59,24 @@ ROW_COLUMNS = (*FIXED, *LATE, *REFERENCES, *MEDIA)
 
 
 class PackSettings(Settings):
-    where: str = ""  # SQL condition on the view `catalog` (or a SELECT of clip_id); empty: every clip
+    """Settings of the stage `pack`: the clips that are packed, and the form of the shards."""
 
-    shard_bytes: int = Field(
-        256_000_000, ge=1_000_000
-    )  # target size: big enough to stream well, small enough to shuffle
-    max_samples: int = Field(10_000, ge=1)  # per shard: a limit for very small clips
-    seed: int = 0  # of the shuffle over all shards; readers may then read shards in order
+    # Clips to pack, as an SQL condition on the view `catalog` or a SELECT with a column clip_id. Empty: every clip.
+    where: str = ""
 
-    # Members of a sample. Every clip has a KEY.txt, which is empty for a clip without words: readers that infer columns
-    # from the first samples need the same columns in all. Leave such clips out with `where: num_words > 0`.
+    # Bytes that a shard should have: large enough to stream well, small enough to shuffle.
+    shard_bytes: int = Field(256_000_000, ge=1_000_000)
+    # Most samples in a shard: limits shards of small clips, where the size alone would admit too many to shuffle.
+    max_samples: int = Field(10_000, ge=1)
+    # Seed of the shuffle over all shards, which lets readers read shards in order.
+    seed: int = 0
+
+    # Files of a sample. A clip without words has an empty KEY.txt, because readers that infer columns from the first
+    # samples need all samples alike; leave such clips out with `where: num_words > 0`.
     members: tuple[Extension, ...] = EXTENSIONS
 
-    fsync: bool = operational(False)  # True: survives a power cut, not only a kill; costs time on slow disks
+    # Flush shards to the disk, so that they survive a power cut and not only a kill. Off, as it is slow on some disks.
+    fsync: bool = operational(False)
 
     @field_validator("members")
     @classmethod

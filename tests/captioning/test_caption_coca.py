@@ -197,13 +197,13 @@ class Malicious:
 def test_weights_that_would_run_code_are_refused(tmp_path):
     path = tmp_path / "weights.pt"
     torch.save({"state_dict": Malicious()}, path)
-    with pytest.raises(UserError, match="caption.pretrained.*no file of tensors"):
+    with pytest.raises(UserError, match="caption.pretrained.*does not hold tensors only"):
         load_captioner(CaptionSettings(model="coca_ViT-B-32", pretrained=str(path), device="cpu"))
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {}}))
     path.rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="caption.model.*no file of tensors"):
+    with pytest.raises(UserError, match="caption.model.*does not hold tensors only"):
         load_captioner(CaptionSettings(model=f"local-dir:{folder}", device="cpu"))
 
 
@@ -212,7 +212,7 @@ def test_weights_that_would_run_code_are_refused(tmp_path):
     [
         ({"model": "coca_ViT-B-99"}, "caption.model = coca_ViT-B-99"),
         ({"model": "coca_ViT-B-32", "pretrained": "nothing_like_it"}, "caption.pretrained = nothing_like_it"),
-        ({"pretrained": "missing.safetensors"}, "caption.pretrained = missing.safetensors: there is no such file"),
+        ({"pretrained": "missing.safetensors"}, "caption.pretrained = missing.safetensors: this file does not exist"),
         ({"model": "local-dir:/nowhere"}, "caption.model = local-dir:/nowhere"),
         ({"device": "cuda"}, "caption.device = cuda"),
     ],

@@ -16,7 +16,7 @@ from clipmill.base.errors import UserError
             pipeline.engine.settings.resolve,
             "demo",
             "caption.max_tokens=5",
-            "setting caption: min_tokens 5 must be below",
+            "setting caption: min_tokens = 5 must be below",
         ),
         (pipeline.engine.settings.resolve, "demo", "cut.fps=-1", "setting cut.fps = -1: input should be greater than"),
     ],

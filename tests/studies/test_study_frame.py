@@ -108,7 +108,7 @@ def test_a_torn_run_is_done_again(toy, tmp_path: Path) -> None:
 
 
 def test_two_at_once_do_not_mix(toy, tmp_path: Path) -> None:
-    with runner.only_writer(tmp_path / "out"), pytest.raises(UserError, match="now"):
+    with runner.only_writer(tmp_path / "out"), pytest.raises(UserError, match="another process runs a study there"):
         toy()
     assert toy() == 6
 

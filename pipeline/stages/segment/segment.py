@@ -1,13 +1,13 @@
-"""Words to spans: whole sentences merged or split into a length range (HD-VILA), given spans as they are, or shots.
+"""Divide a video into spans: sentences merged or split into a length range (HD-VILA), given spans, or shots.
 
-What may come in is the words of one video in order, its duration, and what its source list or `pipeline.stages.segment.shots` says.
-What goes out are the rows of `sentences` and `spans`, and a count of everything that was left out, by reason.
+The input is the words of one video in order, its duration, its given spans and its shots. The output is the rows of
+`sentences` and `spans`, and a count of everything that was left out, by reason.
 
-For spans made here (not for given ones) it holds that
+Guarantees for spans made here (not for given ones):
   · they are in order, do not overlap, lie inside the video and last min_s to max_s;
   · every word is in exactly one sentence and in at most one span, and a span's text is the words spoken in its time;
   · a sentence is cut only if it is longer than max_s or if that is the only way to keep its neighbour above min_s.
-A word that outlasts max_s counts as spoken in its first max_s seconds. Left out and counted: words that begin after the
+A word longer than max_s counts as spoken in its first max_s seconds. Left out and counted: words that start after the
 end of the video, speech that cannot be made min_s long, spans of fewer than min_words words, shots shorter than min_s.
 """
 
@@ -37,40 +37,57 @@ from pipeline.stages.transcribe.words import Word, join_words
 
 
 class SegmentSettings(SentenceSettings):
-    # given-else-sentences: spans that the source list gives win, as HD-VILA's own lists want it
+    """Settings of the stage `segment`: how spans are chosen, and their lengths."""
+
+    # Source of the spans. given-else-sentences uses the spans of the source list where there are any, which HD-VILA's
+    # own lists need, and sentences elsewhere.
     mode: Literal["given-else-sentences", "sentences", "shots"] = "given-else-sentences"
 
-    # Finding the shots of a video may take this long, and so much for each second that it lasts; making spans of its
-    # words may take this long.
+    # Seconds that finding shots, or making spans of words, may take before it counts as hung. Ten minutes are far more
+    # than a start and a short video need.
     timeout_base_s: float = operational(600.0, gt=0)
+    # More seconds for finding shots, per second of video. 5 allows for a slow core and large pictures.
     timeout_per_second: float = operational(5.0, gt=0)
-    # … and never longer than this, whatever a header says.
+    # The longest limit for one video, because the length in a header may be wrong.
     timeout_most_s: float = operational(4 * 3600.0, gt=0)
 
-    target_s: float = Field(13.4, gt=0)  # lengths are chosen around this: HD-VILA's mean clip, 32.5 words of speech
-    min_s: float = Field(2.0, gt=0)  # shorter clips show too little to learn from
-    max_s: float = Field(30.0, gt=0)  # one caption and 12 frames do not cover more; at least 2 × min_s
-    pad_s: float = Field(0.0, ge=0)  # silence taken along on both sides of speech, as far as there is any
-    short: Literal["extend", "drop"] = "extend"  # what is said in less than min_s: with silence around it, or not
-    min_words: int = Field(1, ge=0)  # spans with fewer words are left out; SQL can be stricter later, never laxer
+    # Seconds that spans should last: the mean of HD-VILA's clips, 32.5 words of speech.
+    target_s: float = Field(13.4, gt=0)
+    # Shortest span in seconds: shorter clips show too little to learn from.
+    min_s: float = Field(2.0, gt=0)
+    # Longest span in seconds, at least 2 × min_s: a caption and 12 frames do not cover more.
+    max_s: float = Field(30.0, gt=0)
+    # Seconds of silence to include on both sides of speech, as far as there is silence. 0: clips of speech only.
+    pad_s: float = Field(0.0, ge=0)
+    # Speech shorter than min_s: extend it by the silence around it, or drop it.
+    short: Literal["extend", "drop"] = "extend"
+    # Spans with fewer words are left out. 1 keeps all: a query can be stricter later, but cannot bring spans back.
+    min_words: int = Field(1, ge=0)
 
-    shots: ShotSettings = ShotSettings()  # how shots are found, where mode or wordless asks for them
+    # Detection of shots, where mode or wordless asks for them.
+    shots: ShotSettings = ShotSettings()
 
-    # Videos in which nothing is said: even spans of about target_s, shots, or nothing. HD-VILA keeps subtitled videos
-    # only; but captions need no speech, and a silent video that vanished would surprise.
+    # Videos without words: even spans of about target_s, shots, or no spans. HD-VILA keeps subtitled videos only; but
+    # captions need no speech, and silent videos should not disappear unasked.
     wordless: Literal["fixed", "shots", "skip"] = "fixed"
 
     @model_validator(mode="after")
     def _range_is_wide_enough(self):
+        """Check that target_s is in the range, and that any longer span can be split."""
         if not self.min_s <= self.target_s <= self.max_s:
-            raise ValueError(f"target_s must lie between min_s = {self.min_s} and max_s = {self.max_s}")
+            raise ValueError(
+                f"target_s = {self.target_s} must lie between min_s = {self.min_s} and max_s = {self.max_s}"
+            )
         if self.max_s < 2 * self.min_s:
-            raise ValueError(f"max_s must be at least 2 × min_s = {2 * self.min_s}, or long speech cannot be split")
+            least = f"2 × min_s = {2 * self.min_s}"
+            raise ValueError(f"max_s = {self.max_s} must be at least {least}, or long speech cannot be split")
         return self
 
 
 @dataclass(frozen=True)
 class Segmented:
+    """The rows of one video."""
+
     sentences: list[dict]  # rows of the table of that name
     spans: list[dict]
     dropped: dict[str, int] = field(default_factory=dict)  # words (or shots: "short-shot") left out, by reason
@@ -78,18 +95,21 @@ class Segmented:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
+    """An interval of the video, in seconds, with the words it holds."""
+
     start_s: float
     end_s: float
-    first_word: int = 0  # the words it holds, as first..stop; none when equal
-    stop_word: int = 0
+    first_word: int = 0
+    stop_word: int = 0  # exclusive; equal to first_word without words
 
     @property
     def length_s(self) -> float:
+        """Length in seconds."""
         return self.end_s - self.start_s
 
 
 def needs_shots(words: Sequence[Word], given_spans: Sequence[dict] | None, settings: SegmentSettings) -> bool:
-    """Whether `segment_video` will ask for shots, which cost a decode of the video."""
+    """Return whether `segment_video` needs the shots, which cost a decode of the video."""
     if settings.mode == "given-else-sentences" and given_spans:
         return False
     return settings.mode == "shots" or (not words and settings.wordless == "shots")
@@ -103,11 +123,12 @@ def segment_video(
     shots: Sequence[tuple[float, float]] | None,
     settings: SegmentSettings,
 ) -> Segmented:
-    """Sentences and spans of one video. `words` as `in_order` leaves them; duration None or 0: not known.
+    """Return the sentences and spans of one video.
 
-    `given_spans` are dicts with n (or None), start_s, end_s (None: the end of the video). Raises ItemError
-    "duplicate-clip-id" when two given spans claim one n, "unknown-duration", "punctuation-failed"; UserError when
-    `punctuate` names nothing.
+    `words` are as `in_order` leaves them. A duration of None or 0 is unknown. `given_spans` are dicts with n (or None),
+    start_s and end_s (None: the end of the video). `shots` are (start_s, end_s), needed where `needs_shots` says so.
+    Raises ItemError "duplicate-clip-id" where two given spans have one n, "unknown-duration", "punctuation-failed";
+    UserError where `punctuate` does not name a function.
     """
     assert all(a.start_s <= b.start_s for a, b in pairwise(words)), "words out of order"
     words, costs = restore_punctuation(_not_overlapping(words), settings)
@@ -123,46 +144,43 @@ def segment_video(
     else:
         end_s = duration_s if duration_s and duration_s > 0 else math.inf
         count = sum(word.start_s < end_s for word in words)
-        words = [_shortened(word, min(end_s, word.start_s + settings.max_s)) for word in words[:count]] + words[count:]
+        for k, word in enumerate(words[:count]):
+            words[k] = replace(word, end_s=min(word.end_s, end_s, word.start_s + settings.max_s))
         origin, spans, sentences = _made_here(words[:count], end_s, shots, settings, dropped)
-        sentences += [_moved(sentence, count) for sentence in split_sentences(words[count:], settings)]
+        for later in split_sentences(words[count:], settings):
+            sentences.append(Sentence(later.text, later.first_word + count, later.last_word + count))
         dropped["past-the-end"] = len(words) - count
         sentence_rows, span_rows = _rows(video_id, words, costs, sentences, spans, range(len(spans)), origin)
     return Segmented(sentence_rows, span_rows, dict(sorted((+dropped).items())))
 
 
 def _given(span: dict, duration_s: float | None) -> _Span:
+    """Convert a given span; raises ItemError "unknown-duration"."""
     if span["end_s"] is None and not duration_s:
-        raise ItemError("unknown-duration", "the span goes to the end of the video, and its header does not say where")
+        problem = "a given span has no end_s, and the video's header gives no duration; give the span an end_s"
+        raise ItemError("unknown-duration", problem)
     return _Span(float(span["start_s"]), float(duration_s if span["end_s"] is None else span["end_s"]))
 
 
-def _moved(sentence: Sentence, offset: int) -> Sentence:
-    return replace(sentence, first_word=sentence.first_word + offset, last_word=sentence.last_word + offset)
-
-
 def _not_overlapping(words: Sequence[Word]) -> list[Word]:
-    """Words that overlap share the overlap, half and half."""
-    apart = list(words[:1])
+    """Give each of two overlapping words half of the overlap."""
+    separate = list(words[:1])
     for word in words[1:]:
-        before = apart[-1]
+        before = separate[-1]
         if before.end_s > word.start_s:
             middle = max(before.start_s, (word.start_s + min(before.end_s, word.end_s)) / 2)
-            apart[-1], word = replace(before, end_s=middle), replace(word, start_s=middle)
-        apart.append(word)
-    return apart
-
-
-def _shortened(word: Word, end_s: float) -> Word:
-    return word if word.end_s <= end_s else replace(word, end_s=end_s)
+            separate[-1], word = replace(before, end_s=middle), replace(word, start_s=middle)
+        separate.append(word)
+    return separate
 
 
 def _numbers(wanted: list[int | None]) -> list[int]:
-    """The clip numbers that a list gives, else positions; positions already taken move on to the next free number."""
+    """Assign clip numbers: the list's own, else the position, or the next free number. Raises "duplicate-clip-id"."""
     given = [n for n in wanted if n is not None]
     if len(set(given)) < len(given):
-        twice = sorted({n for n in given if given.count(n) > 1})
-        raise ItemError("duplicate-clip-id", f"the list gives clip number {twice[0]} to more than one span")
+        twice = min(n for n, count in Counter(given).items() if count > 1)
+        problem = f"the source list gives clip number {twice} to more than one span of this video; numbers are unique"
+        raise ItemError("duplicate-clip-id", problem)
     taken, numbers = set(given), []
     for position, n in enumerate(wanted):
         if n is None:
@@ -179,9 +197,9 @@ def _made_here(
     settings: SegmentSettings,
     dropped: Counter,
 ) -> tuple[str, list[_Span], list[Sentence]]:
-    """Origin, spans and sentences for every mode but given spans."""
+    """Return origin, spans and sentences in every mode but given spans; count what is left out in `dropped`."""
     sentences = split_sentences(words, settings)
-    assert shots is not None or settings.mode != "shots", "needs_shots() said that shots are needed"
+    assert shots is not None or settings.mode != "shots", "mode shots needs shots"
     if shots is not None and (settings.mode == "shots" or not words):
         return "shots", _spans_of_shots(words, shots, settings, dropped), sentences
     if not words:
@@ -197,31 +215,29 @@ def _made_here(
 def _spans_of_speech(
     words: list[Word], sentences: list[Sentence], end_s: float, settings: SegmentSettings, dropped: Counter
 ) -> tuple[list[_Span], list[Sentence]]:
-    sentences = [part for sentence in sentences for part in _parts(words, sentence, settings)]
-    groups = [group for island in _islands(words, sentences, settings) for group in _merged(words, island, settings)]
+    """Split sentences longer than max_s, group the others; return the spans and all sentences."""
+    parts: list[Sentence] = []
+    for sentence in sentences:
+        first, last = sentence.first_word, sentence.last_word
+        too_long = words[last].end_s - words[first].start_s > settings.max_s
+        parts += _cut_between_words(words, first, last, settings) if too_long else [sentence]
+    groups = [group for island in _islands(words, parts, settings) for group in _merged(words, island, settings)]
     sentences = [sentence for group in groups for sentence in group]
     bounds = [(group[0].first_word, group[-1].last_word + 1) for group in groups]
     spans = [_Span(words[first].start_s, words[stop - 1].end_s, first, stop) for first, stop in bounds]
     return _in_range(words, spans, end_s, settings, dropped), sentences
 
 
-def _parts(words: list[Word], sentence: Sentence, settings: SegmentSettings) -> list[Sentence]:
-    """A sentence that is too long, cut at pauses, commas, or just between words."""
-    first, last = sentence.first_word, sentence.last_word
-    if words[last].end_s - words[first].start_s <= settings.max_s:
-        return [sentence]
-    return _cut_between_words(words, first, last, settings)
-
-
 def _cut_between_words(words: list[Word], first: int, last: int, settings: SegmentSettings) -> list[Sentence]:
-    pieces = words[first : last + 1]
-    hurts = [break_cost(words, k) for k in range(first, last + 1)]
-    parts = partition([w.start_s for w in pieces], [w.end_s for w in pieces], hurts, [1] * len(pieces), settings)
+    """Cut words first..last into parts of a good length, at pauses and commas where possible."""
+    units = words[first : last + 1]
+    cut_costs = [break_cost(words, k) for k in range(first, last + 1)]
+    parts = partition([w.start_s for w in units], [w.end_s for w in units], cut_costs, [1] * len(units), settings)
     return [sentence_of(words, first + a, first + b) for a, b in parts]
 
 
 def _islands(words: list[Word], sentences: list[Sentence], settings: SegmentSettings) -> list[list[Sentence]]:
-    """Runs of sentences without a long silence between them."""
+    """Group sentences into runs without a silence longer than max_gap_s."""
     islands: list[list[Sentence]] = []
     for sentence in sentences:
         if islands and gap_after(words, sentence.first_word - 1) <= settings.max_gap_s:
@@ -232,10 +248,10 @@ def _islands(words: list[Word], sentences: list[Sentence], settings: SegmentSett
 
 
 def _merged(words: list[Word], island: list[Sentence], settings: SegmentSettings) -> list[list[Sentence]]:
-    """The sentences of an island grouped into spans.
+    """Group the sentences of an island into spans.
 
-    A group that stays too short, because its neighbours are too long to take it in, is put together with the shorter
-    one and both are cut anew between words, once per group: speech without silence has no other room to give.
+    A group that stays too short, because its neighbours are too long to join, is merged with the shorter neighbour and
+    the result is cut again between words, once per group: without silence there is no other way to lengthen it.
     """
     starts = [words[sentence.first_word].start_s for sentence in island]
     ends = [words[sentence.last_word].end_s for sentence in island]
@@ -256,32 +272,33 @@ def _merged(words: list[Word], island: list[Sentence], settings: SegmentSettings
 
 
 def _length(words: list[Word], group: Sequence[Sentence]) -> float:
+    """Return the seconds from the first to the last word of a group."""
     return words[group[-1].last_word].end_s - words[group[0].first_word].start_s
 
 
 def _whole_sentences(words: list[Word], sentences: list[Sentence], part: Sentence) -> list[Sentence]:
-    """The sentences, or pieces of them, that lie in a part."""
+    """Return the sentences, or pieces of them, that lie in a part."""
     bounds = [(max(s.first_word, part.first_word), min(s.last_word, part.last_word)) for s in sentences]
     return [sentence_of(words, first, last) for first, last in bounds if first <= last]
 
 
-CUT_WEIGHT = 4.0  # a cut amid a phrase is worth a length some 50 % off the target
-SHORT_WEIGHT = 1000.0  # nothing is worth a span that is too short, except a span that is too long
+CUT_WEIGHT = 4.0  # a cut inside a phrase costs as much as a length some 50 % off the target
+SHORT_WEIGHT = 1000.0  # a span that is too short costs more than anything but a span that is too long
 
 
 def partition(
     starts: Sequence[float],
     ends: Sequence[float],
-    hurts: Sequence[float],
+    cut_costs: Sequence[float],
     num_words: Sequence[int],
     settings: SegmentSettings,
 ) -> list[tuple[int, int]]:
-    """The best grouping of neighbouring units (sentences or words) into spans, as inclusive (first, last) pairs.
+    """Group neighbouring units (sentences or words) into spans; return inclusive (first, last) pairs.
 
-    Least sum, over spans, of seconds × squared relative distance from the target (so that many short spans do not look
-    better than few right ones) and of `hurts`, the cost 0..1 of a cut after each unit. No span is longer than max_s
-    unless a single unit is; spans shorter than min_s or of fewer than min_words words occur only where nothing else is
-    possible. Dynamic programming: units × units per max_s steps.
+    Minimises the sum over spans of seconds × squared relative distance from the target (weighted by seconds, so that
+    many short spans do not cost less than a few right ones) plus the weighted `cut_costs`, 0..1 for a cut after each
+    unit. A span is longer than max_s only where a single unit is, and shorter than min_s or min_words only where
+    nothing else is possible. Dynamic programming: units × units per max_s steps.
     """
     count = len(starts)
     best, back = [0.0] + [math.inf] * count, [0] * (count + 1)
@@ -289,12 +306,12 @@ def partition(
     for number in num_words:
         totals.append(totals[-1] + number)
     for stop in range(1, count + 1):
-        hurt = CUT_WEIGHT * hurts[stop - 1] if stop < count else 0.0
+        cut_cost = CUT_WEIGHT * cut_costs[stop - 1] if stop < count else 0.0
         for first in range(stop - 1, -1, -1):
             length = ends[stop - 1] - starts[first]
             if length > settings.max_s and first < stop - 1:
                 break
-            cost = length * (length / settings.target_s - 1) ** 2 + hurt
+            cost = length * (length / settings.target_s - 1) ** 2 + cut_cost
             missing = max(0.0, settings.min_s - length) + max(0, settings.min_words - totals[stop] + totals[first])
             cost += best[first] + (SHORT_WEIGHT * (1 + missing) if missing else 0.0)
             if cost < best[stop]:
@@ -309,19 +326,19 @@ def partition(
 def _in_range(
     words: list[Word], spans: list[_Span], end_s: float, settings: SegmentSettings, dropped: Counter
 ) -> list[_Span]:
-    """Spans widened into the silence around them, by `pad_s` and to min_s; what stays too short is left out."""
+    """Widen spans into the silence around them, by `pad_s` and to min_s; leave out and count those still too short."""
     kept: list[_Span] = []
     for span in spans:
-        taken_s = kept[-1].end_s if kept else 0.0
+        free_from_s = kept[-1].end_s if kept else 0.0
         before = words[span.first_word - 1].end_s if span.first_word else -span.start_s
         after = words[span.stop_word].start_s if span.stop_word < len(words) else 2 * end_s - span.end_s
         pad = max(0.0, min(settings.pad_s, (settings.max_s - span.length_s) / 2))
-        # Padding stops halfway to other speech, whose own padding may come from there. (The video's ends are not
-        # speech: mirroring the span in them puts halfway at the very end.)
-        start_s = max(span.start_s - pad, (before + span.start_s) / 2, taken_s)
+        # Padding stops halfway to other speech, which may be padded, too. The video's ends are not speech: `before` and
+        # `after` mirror the span in them, which puts halfway at the very end.
+        start_s = max(span.start_s - pad, (before + span.start_s) / 2, free_from_s)
         padded = replace(span, start_s=start_s, end_s=min(span.end_s + pad, (span.end_s + after) / 2))
         if settings.short == "extend" and padded.length_s < settings.min_s:
-            padded = _extended(padded, max(before, taken_s), min(after, end_s), settings.min_s)
+            padded = _extended(padded, max(before, free_from_s), min(after, end_s), settings.min_s)
         if padded.length_s < settings.min_s - ROUNDING_S:
             dropped["too-short"] += span.stop_word - span.first_word
         elif span.stop_word - span.first_word < settings.min_words:
@@ -331,15 +348,15 @@ def _in_range(
     return kept
 
 
-ROUNDING_S = 1e-6  # what sums of floating-point times may be off by
+ROUNDING_S = 1e-6  # error of sums of floating-point times
 
 
 def _extended(span: _Span, before: float, after: float, length_s: float) -> _Span:
-    """The span made length_s long, evenly on both sides as far as before and after allow."""
-    lacking = length_s - span.length_s
+    """Lengthen the span to length_s, evenly on both sides as far as `before` and `after` allow."""
+    missing = length_s - span.length_s
     room_left, room_right = span.start_s - before, after - span.end_s
-    right = min(lacking - min(lacking / 2, room_left), room_right)
-    left = min(lacking - right, room_left)
+    right = min(missing - min(missing / 2, room_left), room_right)
+    left = min(missing - right, room_left)
     return replace(span, start_s=span.start_s - left, end_s=span.end_s + right)
 
 
@@ -347,7 +364,7 @@ def _extended(span: _Span, before: float, after: float, length_s: float) -> _Spa
 
 
 def _even(start_s: float, end_s: float, settings: SegmentSettings) -> list[_Span]:
-    """Spans of equal length, as near to the target as the range allows; none where all is shorter than min_s."""
+    """Divide an interval into spans of equal length near the target; return none where it is shorter than min_s."""
     length = end_s - start_s
     if length < settings.min_s:
         return []
@@ -360,27 +377,28 @@ def _even(start_s: float, end_s: float, settings: SegmentSettings) -> list[_Span
 def _spans_of_shots(
     words: list[Word], shots: Sequence[tuple[float, float]], settings: SegmentSettings, dropped: Counter
 ) -> list[_Span]:
-    """One span per shot; long shots in even pieces, short ones left out: joining them would cross the cut."""
+    """Make a span of each shot: long shots are divided evenly, short ones left out, as joining them would cross a cut.
+
+    A shot without words is kept, whatever min_words is; a shot with too few words is left out.
+    """
     spans = []
     for start_s, end_s in shots:
         pieces = _even(start_s, end_s, settings)
         dropped["short-shot"] += not pieces
         spans += _with_words(words, pieces)
     dropped["outside-shots"] += len(words) - sum(span.stop_word - span.first_word for span in spans)
-    return [span for span in spans if _enough_words(span, settings, dropped)]
-
-
-def _enough_words(span: _Span, settings: SegmentSettings, dropped: Counter) -> bool:
-    """Shots in which nothing is said are wanted as they are; min_words is about shots in which too little is."""
-    count = span.stop_word - span.first_word
-    if 0 < count < settings.min_words:
-        dropped["too-few-words"] += count
-        return False
-    return True
+    kept = []
+    for span in spans:
+        count = span.stop_word - span.first_word
+        if 0 < count < settings.min_words:
+            dropped["too-few-words"] += count
+        else:
+            kept.append(span)
+    return kept
 
 
 def _with_words(words: Sequence[Word], spans: Sequence[_Span]) -> list[_Span]:
-    """The spans with the words spoken in them: those whose middle is."""
+    """Give each span the words whose middle lies in it."""
     middles = [(word.start_s + word.end_s) / 2 for word in words]
     filled = []
     for span in spans:
@@ -401,7 +419,7 @@ def _rows(
     numbers: Sequence[int],
     origin: str,
 ) -> tuple[list[dict], list[dict]]:
-    """Rows of `sentences` and of `spans`. A sentence belongs to the span that holds most of its words."""
+    """Return the rows of `sentences` and of `spans`. A sentence belongs to the span with most of its words."""
     clip_ids = [f"{video_id}.{n}" for n in numbers]
     held_by: list[int | None] = [None] * len(words)
     for k, span in reversed(list(enumerate(spans))):
@@ -444,4 +462,5 @@ def _rows(
 
 
 def _mean(costs: Sequence[float]) -> float | None:
+    """Return the mean, None of nothing."""
     return sum(costs) / len(costs) if len(costs) else None

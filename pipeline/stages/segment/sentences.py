@@ -1,41 +1,52 @@
-"""Words to sentences: at punctuation where the transcript has it, else at pauses, and nowhere longer than a limit.
+"""Split words into sentences: at punctuation where the transcript has it, else at pauses, none longer than a limit.
 
-Automatic captions often have no punctuation. A punctuation restorer can be plugged in (`punctuate`): a function that
-gets all words of a transcript as a list of strings and answers with the punctuated text as one string. It may change
-words; the result is aligned to the word times again. A model that sees only so many words at a time makes its own
-windows. Example: `--set segment.punctuate=my_package.restore:punctuate`.
+Automatic captions often have no punctuation. The setting `punctuate` plugs in a function that restores it: it gets all
+words of a transcript as a list of strings and returns the punctuated text as one string. It may change words, because
+the result is aligned to the word times again. A model with a limited context has to make its own windows. Example:
+`--set segment.punctuate=my_package.restore:punctuate`.
+
+Words come in as `in_order` leaves them. Rules about lengths of clips belong in `segment`.
 """
 
-import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import Field
 
 from clipmill.base.errors import ItemError, UserError
+from clipmill.base.plugins import load_attribute
 from clipmill.base.settings import Settings
 from pipeline.stages.transcribe.words import Word, join_words, tokens
 
 
 class SentenceSettings(Settings):
-    pause_s: float = Field(0.6, gt=0)  # without punctuation a longer pause ends a sentence; breathing takes less
-    max_gap_s: float = Field(3.0, gt=0)  # a longer silence always ends a sentence, and no span reaches across it
-    max_words: int = Field(50, ge=2)  # longer sentences are broken at a pause or comma: few people speak longer ones
-    words_per_stop: int = Field(80, ge=1)  # with fewer stops than one per so many words there is no punctuation
-    # "module:function" that restores punctuation; None: none is restored
+    """Settings of finding sentences in words."""
+
+    # Seconds of silence that end a sentence where the transcript has no punctuation. Breathing takes less than 0.6 s.
+    pause_s: float = Field(0.6, gt=0)
+    # Seconds of silence that always end a sentence, and that no span crosses. 3 s is longer than pauses in a sentence.
+    max_gap_s: float = Field(3.0, gt=0)
+    # Longer sentences are split at a pause or comma. 50 words: few spoken sentences are longer.
+    max_words: int = Field(50, ge=2)
+    # With fewer full stops than one per this many words, a transcript counts as unpunctuated. Sentences of 80 words
+    # are rarer than transcripts without punctuation.
+    words_per_stop: int = Field(80, ge=1)
+    # "module:function" that restores punctuation; null: punctuation stays as it is.
     punctuate: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
 
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
+    """A sentence, as a range of words."""
+
     text: str
     first_word: int  # index into the words
     last_word: int  # inclusive
 
 
 def split_sentences(words: Sequence[Word], settings: SentenceSettings | None = None) -> list[Sentence]:
-    """Sentences that cover the words, each word in exactly one, in order."""
+    """Split words into sentences, in order, each word in exactly one."""
     settings = settings or SentenceSettings()
     if not words:
         return []
@@ -46,17 +57,18 @@ def split_sentences(words: Sequence[Word], settings: SentenceSettings | None = N
     sentences, first = [], 0
     for last in [*ends, len(words) - 1]:
         if first <= last:
-            sentences += broken_up(words, first, last, settings.max_words)
+            sentences += split_long(words, first, last, settings.max_words)
         first = last + 1
     return [sentence_of(words, first, last) for first, last in sentences]
 
 
 def sentence_of(words: Sequence[Word], first: int, last: int) -> Sentence:
+    """Make a sentence of the words first..last, both included."""
     return Sentence(join_words(word.text for word in words[first : last + 1]), first, last)
 
 
 def gap_after(words: Sequence[Word], k: int) -> float:
-    """Silence in seconds between word k and the next; 0 after the last."""
+    """Return the seconds of silence between word k and the next; 0 after the last."""
     return words[k + 1].start_s - words[k].end_s if k + 1 < len(words) else 0.0
 
 
@@ -70,7 +82,7 @@ _HARD = re.compile(r"[!?！？。｡؟।॥。]$|[^.]\?!$")
 
 
 def ends_sentence(words: Sequence[Word], k: int) -> bool:
-    """Whether word k ends a sentence by its punctuation and by what follows it."""
+    """Return whether word k ends a sentence, by its punctuation and by the next word."""
     text = words[k].text.rstrip(_CLOSING)
     following = words[k + 1].text.lstrip(_OPENING) if k + 1 < len(words) else ""
     if _HARD.search(text):
@@ -83,7 +95,7 @@ def ends_sentence(words: Sequence[Word], k: int) -> bool:
 
 
 def _is_abbreviation(stem: str, following: str, first: bool) -> bool:
-    """Whether the full stop after `stem` belongs to the word: titles, initials, list numbers."""
+    """Return whether the full stop after `stem` belongs to the word: a title, an initial, a list number."""
     lower = stem.casefold()
     if lower in _NEVER or (first and stem.isdigit()):
         return True
@@ -96,7 +108,7 @@ def _is_abbreviation(stem: str, following: str, first: bool) -> bool:
 
 
 def break_cost(words: Sequence[Word], k: int) -> float:
-    """How much ending a piece after word k hurts: 0 at a sentence's end, less at pauses and commas, 1 amid a phrase."""
+    """Return the cost of a cut after word k: 0 at a sentence's end, low at pauses and commas, 1 inside a phrase."""
     if k + 1 >= len(words) or ends_sentence(words, k):
         return 0.0
     comma = words[k].text.rstrip(_CLOSING).endswith((",", ";", ":", "，", "、", "；", "：", "–", "—"))
@@ -104,8 +116,8 @@ def break_cost(words: Sequence[Word], k: int) -> float:
     return (0.4 if comma else 1.0) * (1.0 - 0.9 * pause)
 
 
-def broken_up(words: Sequence[Word], first: int, last: int, max_words: int) -> list[tuple[int, int]]:
-    """first..last in pieces of at most `max_words`, each cut made where it hurts least, the middle before the ends."""
+def split_long(words: Sequence[Word], first: int, last: int, max_words: int) -> list[tuple[int, int]]:
+    """Split words first..last into pieces of at most `max_words`, at the cheapest cuts, those in the middle first."""
     pieces, waiting = [], [(first, last)]
     while waiting:
         first, last = waiting.pop()
@@ -114,41 +126,33 @@ def broken_up(words: Sequence[Word], first: int, last: int, max_words: int) -> l
             pieces.append((first, last))
             continue
         margin = max(1, count // 5)
-        places = range(first + margin - 1, last - margin + 1)
+        candidates = range(first + margin - 1, last - margin + 1)
         centre = (first + last - 1) / 2
-        cut = min(places, key=lambda k: (break_cost(words, k) + abs(k - centre) / count, k))
+        cut = min(candidates, key=lambda k: (break_cost(words, k) + abs(k - centre) / count, k))
         waiting += [(cut + 1, last), (first, cut)]
     return pieces
 
 
 def restore_punctuation(words: Sequence[Word], settings: SentenceSettings) -> tuple[list[Word], list[float]]:
-    """The words as the restorer writes them with the times of the given ones, and each word's alignment cost.
+    """Restore punctuation by the plugged-in function; return the words with their times, and their alignment costs.
 
-    Without a restorer: the words as they are, at cost 0. Raises UserError when the setting names nothing that can be
-    called, ItemError "punctuation-failed" when the restorer fails on this transcript or answers with no words.
+    Without such a function the words are returned as they are, at cost 0. Raises UserError where the setting does not
+    name a function, ItemError "punctuation-failed" where the function fails or returns no words.
     """
     if settings.punctuate is None or not words:
         return list(words), [0.0] * len(words)
     from pipeline.stages.transcribe.alignment import retime
 
-    restorer = load_restorer(settings.punctuate)
+    restorer = load_attribute("segment.punctuate", settings.punctuate)
+    if not callable(restorer):
+        raise UserError(f"setting segment.punctuate = {settings.punctuate}: it must name a function.")
     try:
         text = restorer([word.text for word in words])
-    except Exception as error:  # somebody else's model: whatever it raises is this transcript's failure
+    except Exception as error:  # a plug-in may raise anything, and only this transcript fails
         raise ItemError("punctuation-failed", f"{settings.punctuate}: {type(error).__name__}: {error}") from error
     restored = [Word(token, 0.0, 0.0) for _, _, token in tokens(text)] if isinstance(text, str) else []
     if not restored:
-        raise ItemError("punctuation-failed", f"{settings.punctuate} answered {type(text).__name__} without words")
+        problem = f"{settings.punctuate} returned {type(text).__name__} without words; it has to return the text as str"
+        raise ItemError("punctuation-failed", problem)
     timed, costs = retime(restored, words)
     return timed, costs.tolist()
-
-
-def load_restorer(path: str) -> Callable[[list[str]], str]:
-    module, _, name = path.partition(":")
-    try:
-        restorer = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"setting segment.punctuate = {path!r}: {error}; give module:function.") from error
-    if not callable(restorer):
-        raise UserError(f"setting segment.punctuate = {path!r} is a {type(restorer).__name__}; give module:function.")
-    return restorer

@@ -1,10 +1,10 @@
-"""Shots of a video: where the picture changes at once, found by PySceneDetect's detectors on small frames.
+"""Detect the shots of a video, which change at hard cuts, by PySceneDetect's detectors on small frames.
 
 `precision: exact` decodes every frame, which costs as much as playing the whole video once; a cut is placed on the
-first frame of the new shot. `precision: fast` decodes only the frames that others refer to, which saves the decoding of
-half or more of the frames where there are B-frames (and nothing where there are none): a cut is placed on the first
-decoded frame of the new shot, so it lies less than one distance of reference frames (usually 2 to 4 frames) late.
-Both detectors look for hard cuts; slow fades and dissolves mostly go unseen, in the literature as here.
+first frame of the new shot. `precision: fast` decodes only the frames that others refer to, which saves at least half
+of the decoding where there are B-frames (and nothing where there are none). A cut is then placed on the first decoded
+frame of the new shot, less than one distance of reference frames (usually 2 to 4 frames) late. Both detectors look for
+hard cuts; they miss most slow fades and dissolves, as in the literature.
 
 Source videos are untrusted: call this inside a sandbox.
 """
@@ -24,26 +24,29 @@ from clipmill.base.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# Small enough to be cheap, and the width PySceneDetect itself scales to: its thresholds are tuned at this size.
+# Cheap to process, and the width to which PySceneDetect itself scales: its thresholds are tuned at this size.
 FRAME_WIDTH = 256
 
 
 class ShotSettings(Settings):
-    """How shots are found."""
+    """Settings of detecting shots, where `mode` or `wordless` asks for them."""
 
-    precision: Literal["exact", "fast"] = "exact"  # fast: a few frames late at worst, and cheaper
-    # adaptive compares a frame's change with its neighbours', so that fast motion is no cut (best of PySceneDetect's on
-    # its own benchmark); content has a fixed limit.
+    # exact decodes every frame. fast is cheaper where there are B-frames, and places cuts a few frames late at worst.
+    precision: Literal["exact", "fast"] = "exact"
+    # adaptive compares a frame's change with that of its neighbours, so that fast motion is not taken for a cut (the
+    # best detector on PySceneDetect's own benchmark). content compares it with a fixed threshold.
     detector: Literal["adaptive", "content"] = "adaptive"
-    # adaptive: times the mean change of the 2 frames on either side; content: mean change in HSV, 0..255.
-    # None: 3 or 31, the latter the best over three benchmark sets by PySceneDetect's own measurement.
+    # adaptive: multiple of the mean change of the 2 frames on either side. content: mean change in HSV, 0..255.
+    # null: 3 and 31, PySceneDetect's default and its best value over three benchmark sets.
     threshold: float | None = Field(None, gt=0)
-    min_change: float = Field(15.0, ge=0)  # a frame that changes less than this is never a cut, 0..255
-    min_shot_s: float = Field(0.6, ge=0)  # cuts nearer to the one before are flashes
+    # A frame that changes less than this (0..255) is never a cut: in a still scene noise alone passes the threshold.
+    min_change: float = Field(15.0, ge=0)
+    # Seconds that a shot lasts at least; closer cuts are flashes.
+    min_shot_s: float = Field(0.6, ge=0)
 
 
 def detect_shots(path: str | Path, settings: ShotSettings | None = None) -> list[tuple[float, float]]:
-    """(start_s, end_s) of each shot, in seconds from the first frame; together they cover the video.
+    """Return (start_s, end_s) of each shot, in seconds from the first frame; together they cover the video.
 
     Raises ItemError: source-missing, empty-file, not-a-video, no-video-stream, undecodable.
     """
@@ -55,26 +58,26 @@ def detect_shots(path: str | Path, settings: ShotSettings | None = None) -> list
         cuts += [cut for cut in detector.process_frame(timecode, picture) if _is_change(cut, recent, settings)]
         end_s = timecode.seconds + duration_s
     if first is None:
-        raise ItemError("undecodable", f"{Path(path).name}: no frame decodes")
+        raise ItemError("undecodable", f"{Path(path).name}: no frame can be decoded")
     cuts += detector.post_process(timecode)
     inside = sorted({cut.seconds - first.seconds for cut in cuts if first.seconds < cut.seconds < end_s})
     return list(pairwise([0.0, *inside, end_s - first.seconds]))
 
 
 def _is_change(cut: Any, recent: Sequence[tuple[Any, Any]], settings: ShotSettings) -> bool:
-    """Whether the picture at a cut differs from the one before when hue is taken for the circle that it is.
+    """Return whether the picture at a cut differs from the one before when hue is compared on its circle.
 
-    The detectors subtract hues, so that a red ground, whose hue wavers between 0 and 179, jumps at every keyframe.
+    The detectors subtract hues, so that a red background, whose hue wavers between 0 and 179, jumps at every keyframe.
     """
     times = [timecode.seconds for timecode, _ in recent]
     if cut.seconds not in times[1:]:
-        return True  # a flash that was over before it was reported
-    place = times.index(cut.seconds)
-    return _change(recent[place - 1][1], recent[place][1]) >= settings.min_change
+        return True  # its frame is no longer among the recent ones
+    index = times.index(cut.seconds)
+    return _change(recent[index - 1][1], recent[index][1]) >= settings.min_change
 
 
 def _change(before: Any, after: Any) -> float:
-    """Mean change of two BGR pictures in hue, saturation and value, 0..255: the detectors' measure, with hue round."""
+    """Return the mean change in hue, saturation and value, 0..255: the detectors' measure, with hue as a circle."""
     import cv2
     import numpy as np
 
@@ -84,6 +87,7 @@ def _change(before: Any, after: Any) -> float:
 
 
 def _detector(settings: ShotSettings) -> Any:
+    """Make PySceneDetect's detector of the settings."""
     from scenedetect.detectors import AdaptiveDetector, ContentDetector
 
     if settings.detector == "content":
@@ -96,21 +100,23 @@ def _detector(settings: ShotSettings) -> Any:
 
 
 def _small_frames(path: Path, precision: str) -> Iterator[tuple[Any, Any, float]]:
-    """(FrameTimecode, BGR picture, duration in seconds) of each decoded frame, in order of display."""
+    """Yield (FrameTimecode, BGR picture [H, W, 3], duration in seconds) of each decoded frame, in display order."""
     from scenedetect.common import FrameTimecode, Timecode
 
     from clipmill.media.probe import open_media, video_stream
 
     with open_media(path) as container:
         stream = video_stream(container)
-        rate, time_base = _believable(stream.average_rate), Fraction(stream.time_base or Fraction(1, 90_000))
+        rate, time_base = Fraction(stream.average_rate or 0), Fraction(stream.time_base or Fraction(1, 90_000))
+        if not Fraction(1, 3600) <= rate <= 10_000:
+            rate = Fraction(25)  # a damaged header may say anything; cuts are placed by the frames' own times
         if precision == "fast":
             stream.codec_context.skip_frame = "NONREF"
         frame_ticks, next_pts, last_pts = max(1, round(1 / (rate * time_base))), 0, None
         for frame in _decoded(container, stream, path.name):
             pts = frame.pts if frame.pts is not None else next_pts
             if last_pts is not None and pts <= last_pts:
-                continue  # a repeated timestamp is no new moment
+                continue  # PySceneDetect needs increasing times
             ticks = frame.duration or frame_ticks
             last_pts, next_pts = pts, pts + ticks
             height = max(2, round(frame.height * FRAME_WIDTH / frame.width))
@@ -119,13 +125,8 @@ def _small_frames(path: Path, precision: str) -> Iterator[tuple[Any, Any, float]
             yield FrameTimecode(Timecode(pts, time_base), rate), picture, float(ticks * time_base)
 
 
-def _believable(rate: Fraction | None) -> Fraction:
-    """Frames a second; what a damaged header says of them may be anything. Cuts lie where the frames' own times are."""
-    return Fraction(rate) if rate and Fraction(1, 3600) <= rate <= 10_000 else Fraction(25)
-
-
 def _decoded(container: Any, stream: Any, name: str) -> Iterator[Any]:
-    """The frames that decode. A packet that does not costs its own frames, as in any player, and is counted."""
+    """Yield the frames that can be decoded. A broken packet loses its own frames only, as in any player; log them."""
     import av
 
     from clipmill.media.packets import Limits, check_size, packets_of
@@ -143,4 +144,4 @@ def _decoded(container: Any, stream: Any, name: str) -> Iterator[Any]:
             continue
         yield from frames
     if num_bad:
-        log.warning("%s: %d packets do not decode (%s)", name, num_bad, message)
+        log.warning("%s: %d packets cannot be decoded (%s)", name, num_bad, message)

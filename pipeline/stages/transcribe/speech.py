@@ -1,4 +1,7 @@
-"""The speech of a video as a recogniser wants it: 16 kHz mono samples on the clock of the picture."""
+"""Decode the speech of a video for a recogniser: 16 kHz mono samples on the clock of the picture.
+
+Videos are untrusted: call these functions inside a sandbox.
+"""
 
 import os
 import subprocess
@@ -16,11 +19,11 @@ CHUNK_BYTES = 1 << 20
 
 
 def extract_speech(path: str | Path, timeout_s: float = 1800.0, longest_s: float = 6 * 3600.0) -> np.ndarray:
-    """float32 [num_samples] in -1..1 at 16 kHz; sample 0 is the moment of the first displayed frame.
+    """Return float32 [num_samples] in -1..1 at 16 kHz; sample 0 is at the time of the first displayed frame.
 
-    Sound before that moment is left out and late sound is preceded by silence, so that word times found in it are times
-    of the video; gaps in the sound stay gaps. A file without video starts with its sound. At most `longest_s` seconds.
-    Raises ItemError: no-audio, undecodable-audio, timeout, empty-file, not-a-video. Call it in a sandbox.
+    Earlier sound is left out and late sound is preceded by silence, so that word times found in the samples are times
+    of the video; gaps in the sound stay gaps. A file without video starts with its sound. At most `longest_s` seconds
+    are decoded. Raises ItemError: no-audio, undecodable-audio, timeout, empty-file, not-a-video.
     """
     import ffmpeg
     import imageio_ffmpeg
@@ -33,14 +36,19 @@ def extract_speech(path: str | Path, timeout_s: float = 1800.0, longest_s: float
     command = output.global_args("-copyts", "-nostdin", "-v", "error", "-threads", "1")
     samples, errors = _output_of(command.compile(imageio_ffmpeg.get_ffmpeg_exe()), timeout_s)
     if not samples:
-        raise ItemError("undecodable-audio", errors or "no sample came out")
+        raise ItemError(
+            "undecodable-audio", errors or f"{Path(path).name}: ffmpeg decoded no sample of its audio stream"
+        )
     return np.frombuffer(samples, np.float32, len(samples) // 4)
 
 
 def _output_of(command: list[str], timeout_s: float) -> tuple[bytearray, str]:
-    """What a command writes, held once, and the end of what it complains about."""
-    with tempfile.TemporaryFile() as complaints:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints)
+    """Run a command; return its standard output, held in memory once, and the end of its standard error.
+
+    Raises ItemError "timeout".
+    """
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
         over = threading.Event()
         timer = threading.Timer(timeout_s, lambda: (over.set(), process.kill()))
         timer.start()
@@ -54,13 +62,13 @@ def _output_of(command: list[str], timeout_s: float) -> tuple[bytearray, str]:
             process.wait()
             process.stdout.close()
         if over.is_set():
-            raise ItemError("timeout", f"extracting the sound took more than {timeout_s:.0f} s")
-        complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - 1500))
-        return data, complaints.read().decode(errors="replace")
+            raise ItemError("timeout", f"extracting the sound took longer than the limit of {timeout_s:.0f} s")
+        stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - 1500))
+        return data, stderr.read().decode(errors="replace")
 
 
 def _origin_s(path: str | Path) -> float:
-    """The first displayed frame on the container's clock."""
+    """Return the time of the first displayed frame on the container's clock, in seconds; raises ItemError."""
     from clipmill.media.packets import Limits, Untrusted, list_frames
 
     with open_media(path) as container:
@@ -70,7 +78,7 @@ def _origin_s(path: str | Path) -> float:
         start_s = float(start_s * container.streams.audio[0].time_base)
     try:
         return list_frames(path, Limits()).origin_s
-    except Untrusted:  # containers without presentation times start both streams together
+    except Untrusted:  # a container without presentation times starts both streams together
         return start_s
     except ItemError as error:
         if error.error_class in ("no-video-stream", "undecodable"):

@@ -1,12 +1,12 @@
-"""Subtitle files to words with times: VTT, SRT, TTML and YouTube's json3 read here, ASS/SSA and others by pysubs2.
+"""Read subtitle files into words with times: VTT, SRT, TTML and YouTube's json3 here, ASS/SSA and others by pysubs2.
 
 The four common formats are read here because pysubs2 1.8 takes a payload line with exactly two word-time tags for a
 timing line, drops a cue's last line when it is a number, keeps cue ids and notes as text, and refuses
 `00:00:04 --> 00:00:07` (SRT without milliseconds) and TTML's `dur`, frames and ticks.
 
-What may come in is any bytes at all. What goes out is text with times in order, or ItemError "subtitle-unreadable".
-The way of a file: bytes → text (`decode`) → cues (`read_subtitles`, cleaned and repaired, each repair counted) →
-words (`words_of`), one token each, de-overlapped.
+Any bytes may come in. The result is text with times in order, or ItemError "subtitle-unreadable". A file passes
+through: bytes → text (`decode`) → cues (`read_subtitles`, cleaned and repaired, each repair counted) → words
+(`words_of`), one token each, without overlaps. A new format is a reader in `_READERS`.
 """
 
 import codecs
@@ -28,26 +28,30 @@ from clipmill.base.errors import ItemError
 from clipmill.base.settings import Settings
 from pipeline.stages.transcribe.words import Word, in_order, says_something, tokens
 
-MAX_FILE_BYTES = 64 << 20  # ten hours of json3 are 8 MB: anything larger is no subtitle file
-MAX_TIME_S = 100 * 3600.0  # a cue later than this is a broken time, not a long video
-CHARS_PER_S = 15.0  # ordinary reading and speaking speed: the length given to a cue whose end is missing
-MAX_CHARS_PER_S = 40.0  # nobody speaks faster: cues that would have to are spoken together
+MAX_FILE_BYTES = 64 << 20  # ten hours of json3 are 8 MB: a larger file is not a subtitle file
+MAX_TIME_S = 100 * 3600.0  # a cue later than this has a broken time
+CHARS_PER_S = 15.0  # ordinary speaking speed, from which a cue without an end gets its length
+MAX_CHARS_PER_S = 40.0  # faster than anyone speaks: cues that would need it are merged
 
 
 class SubtitleSettings(Settings):
-    """What is kept of a subtitle's text."""
+    """Settings of reading subtitle files: their encoding, and which parts of their text are kept."""
 
-    speakers: Literal["remove", "keep"] = "remove"  # ">> ", "- ", "JOHN:", <v Name>: not spoken, so not clip text
-    sounds: Literal["remove", "keep"] = "remove"  # "[Music]", "(applause)", ♪ signs: not spoken either
-    markup: Literal["remove", "keep"] = "remove"  # <i>, <font …>, {\an8}; word-time tags never stay
-    roll_up: Literal["auto", "collapse", "keep"] = (
-        "auto"  # cues that repeat the line before; auto: by what the file does
-    )
-    encoding: str = "auto"  # a Python codec name where it is known (gbk, cp1251 …); auto: BOM, UTF-8, UTF-16, cp1252
+    # Speaker labels (">> ", "- ", "JOHN:", <v Name>). Removed by default: they are not spoken.
+    speakers: Literal["remove", "keep"] = "remove"
+    # Descriptions of sounds ("[Music]", "(applause)") and ♪ signs. Removed by default: they are not spoken either.
+    sounds: Literal["remove", "keep"] = "remove"
+    # Formatting such as <i>, <font …> or {\an8}. Tags with word times are always removed, because they become times.
+    markup: Literal["remove", "keep"] = "remove"
+    # Cues that repeat the line before them, as automatic captions do. auto: collapse files in which most cues do so.
+    roll_up: Literal["auto", "collapse", "keep"] = "auto"
+    # A Python codec name, where you know it (gbk, cp1251 …). auto: byte order mark, then UTF-8, UTF-16, cp1252.
+    encoding: str = "auto"
 
     @field_validator("encoding")
     @classmethod
     def _known_codec(cls, name: str) -> str:
+        """Refuse names of codecs that Python does not have."""
         if name != "auto":
             try:
                 codecs.lookup(name)
@@ -58,7 +62,7 @@ class SubtitleSettings(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """From character `offset` of a cue's text on, words are spoken at `start_s` (until `end_s` where it is known)."""
+    """A word time: the text from character `offset` on is spoken from `start_s` (to `end_s` where that is known)."""
 
     offset: int
     start_s: float
@@ -67,6 +71,8 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Cue:
+    """A piece of subtitle text with the time it is shown, in seconds."""
+
     start_s: float
     end_s: float
     text: str  # lines separated by \n
@@ -75,17 +81,19 @@ class Cue:
 
 @dataclass(frozen=True)
 class Cues:
+    """The cues of a subtitle file, repaired."""
+
     cues: tuple[Cue, ...]  # in time order, start_s < end_s, none blank
     format: str
-    language: str | None = None  # as the file's own header says
-    repairs: dict[str, int] = field(default_factory=dict)  # what was wrong and set right, by kind
+    language: str | None = None  # from the file's own header
+    repairs: dict[str, int] = field(default_factory=dict)  # number of repairs by kind
 
 
 # --- bytes to text -------------------------------------------------------------------------------------------------
 
 
 def decode(data: bytes, encoding: str = "auto") -> tuple[str, bool]:
-    """Text of a file in whatever encoding, and whether the encoding had to be guessed. Never fails."""
+    """Return the text of a file, and whether its encoding was guessed. Never fails: broken bytes are replaced."""
     for bom, name in _BOMS:
         if data.startswith(bom):
             return data[len(bom) :].decode(name, "replace"), False
@@ -114,7 +122,7 @@ _BOMS = (  # the UTF-32 marks begin with the UTF-16 ones, so they come first
 
 
 def _utf16_without_bom(data: bytes) -> str | None:
-    """UTF-16 shows as zero bytes at every other place: timing lines are ASCII in any language."""
+    """Recognise UTF-16 by its zero bytes at every other position: timing lines are ASCII in any language."""
     head = data[:2000]
     even, odd = head[0::2].count(0), head[1::2].count(0)
     if max(even, odd) < len(head) / 8 or min(even, odd) > max(even, odd) / 4:
@@ -128,15 +136,22 @@ def _utf16_without_bom(data: bytes) -> str | None:
 def read_subtitles(
     source: str | Path | bytes, format: str | None = None, settings: SubtitleSettings | None = None
 ) -> Cues:
-    """Cues of a subtitle file (path, or its bytes), cleaned by `settings` and repaired.
+    """Read a subtitle file (a path, or its bytes) into cues, cleaned by `settings` and repaired.
 
-    What the file is decides how it is read; `format` only where its content does not tell. Raises ItemError
-    "subtitle-unreadable"; a proper file in which nothing is said has no cues.
+    The content decides the format; `format` is used only where the content is not recognised. A valid file without
+    speech gives no cues. Raises ItemError "subtitle-unreadable".
     """
     settings = settings or SubtitleSettings()
-    data = source if isinstance(source, bytes) else _read_bytes(Path(source))
+    if isinstance(source, bytes):
+        data = source
+    else:
+        try:
+            with open(source, "rb") as file:
+                data = file.read(MAX_FILE_BYTES + 1)
+        except OSError as error:
+            raise unreadable(f"{Path(source).name}: {error.strerror or error}") from error
     if len(data) > MAX_FILE_BYTES:
-        raise unreadable(f"{len(data)} bytes is too large for a subtitle file")
+        raise unreadable(f"the file is larger than {MAX_FILE_BYTES >> 20} MiB, which no subtitle file is")
     text, guessed = decode(data, settings.encoding)
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
     format = sniff(text) or format or "unknown"
@@ -149,19 +164,12 @@ def read_subtitles(
 
 
 def unreadable(why: str) -> ItemError:
+    """Return the ItemError of a subtitle file that cannot be used."""
     return ItemError("subtitle-unreadable", why)
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise unreadable(f"{path.name}: {error.strerror or error}") from error
-
-
 def sniff(text: str) -> str | None:
-    """What a subtitle text is by its content; None where nothing is recognised."""
+    """Recognise the format of a subtitle text by its content; return None where that fails."""
     head = text[:4000].lstrip("\ufeff \t\n")
     if head.startswith("WEBVTT"):
         return "vtt"
@@ -183,15 +191,16 @@ _TIME_TAG = re.compile(rf"<{_CLOCK}>")
 
 
 def _seconds(sign: str, hours: str | None, minutes: str, seconds: str, fraction: str | None) -> float:
+    """Convert the groups of `_CLOCK` to seconds."""
     value = int(hours or 0) * 3600 + int(minutes) * 60 + int(seconds) + float(f"0.{fraction or 0}")
     return -value if sign else value
 
 
 def _read_blocks(text: str, settings: SubtitleSettings) -> tuple[str | None, list[Cue]]:
-    """VTT and SRT: payload lines between timing lines."""
+    """Read VTT or SRT, payload lines between timing lines; return the header's language and the raw cues."""
     timings = list(_TIMING.finditer(text))
     if not timings and not text.lstrip().startswith("WEBVTT"):
-        raise unreadable("no timing line in it")
+        raise unreadable("it has no timing line such as 00:00:01.000 --> 00:00:02.000")
     ends = [*(match.start() for match in timings), len(text)][1:]
     cues = []
     for match, end in zip(timings, ends, strict=True):
@@ -205,10 +214,10 @@ def _read_blocks(text: str, settings: SubtitleSettings) -> tuple[str | None, lis
 
 
 def _payload_lines(payload: str, last: bool) -> list[str]:
-    """The cue's own lines: without the id of the cue that follows, without VTT notes and styles.
+    """Return a cue's own lines, without the id of the next cue and without VTT notes and styles.
 
-    A blank line does not end a payload: SRT files have them inside cues, and editors strip the single space with which
-    YouTube's VTT begins a cue.
+    A blank line does not end a payload: SRT files have blank lines inside cues, and editors strip the single space with
+    which YouTube's VTT begins a cue.
     """
     blocks = [block.strip("\n").split("\n") for block in re.split(r"\n[ \t]*\n", f"\n{payload}") if block.strip()]
     touches_next = not last and not re.search(r"\n[ \t]*\n$", f"\n{payload}")
@@ -226,14 +235,14 @@ _INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufe
 
 
 def _cue(start_s: float, end_s: float, payload: str, settings: SubtitleSettings) -> Cue:
-    """A cue of marked-up text: word-time tags become marks, entities characters."""
+    """Make a cue of marked-up text: word-time tags become marks, entities become characters."""
     pieces = _TIME_TAG.split(_RUBY_TEXT.sub("", payload))  # text, then (5 clock groups, text) per tag
     times = [start_s] + [_seconds(*pieces[k : k + 5]) for k in range(1, len(pieces), 6)]
     return _joined(start_s, end_s, [(at, _plain(text, settings)) for at, text in zip(times, pieces[::6], strict=True)])
 
 
 def _joined(start_s: float, end_s: float, pieces: Sequence[tuple[float, str]]) -> Cue:
-    """A cue of pieces with start times; a single piece carries no word times."""
+    """Make a cue of (start_s, text) pieces; a single piece carries no word times."""
     text, marks = "", []
     for at, piece in pieces:
         marks.append(Mark(len(text), at))
@@ -242,6 +251,7 @@ def _joined(start_s: float, end_s: float, pieces: Sequence[tuple[float, str]]) -
 
 
 def _plain(text: str, settings: SubtitleSettings) -> str:
+    """Remove markup as the settings ask, replace entities, and drop invisible characters."""
     if settings.speakers == "keep":
         text = _VOICE.sub(lambda match: f"{match[1].strip()}: ", text)
     if settings.markup == "remove":
@@ -252,15 +262,16 @@ def _plain(text: str, settings: SubtitleSettings) -> str:
 
 
 def _read_json3(text: str, settings: SubtitleSettings) -> tuple[str | None, list[Cue]]:
-    """YouTube's json3: events with a start and a duration in ms, of segments with an offset from the start."""
+    """Read YouTube's json3: events with a start and a duration in ms, made of segments with offsets from the start."""
     try:
         events = json.loads(text)["events"]
         return None, [_json3_cue(event) for event in events if event.get("segs")]
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise unreadable(f"json3: {type(error).__name__}: {error}") from error
+        raise unreadable(f"it is not valid json3 ({type(error).__name__}: {error})") from error
 
 
 def _json3_cue(event: dict) -> Cue:
+    """Make a cue of an event; it has word times where any segment has an offset."""
     start_ms = float(event.get("tStartMs", 0))
     end_ms = start_ms + float(event.get("dDurationMs", 0))
     timed = any("tOffsetMs" in segment for segment in event["segs"])
@@ -274,29 +285,30 @@ def _json3_cue(event: dict) -> Cue:
 
 
 def _read_ttml(text: str, settings: SubtitleSettings) -> tuple[str | None, list[Cue]]:
-    """TTML of any vintage: every <p> with a begin, times relative to those of the elements around it."""
+    """Read TTML of any version: each <p> is a cue, and its times are relative to those of the enclosing elements."""
     if "<!ENTITY" in text:
-        raise unreadable("TTML with entity declarations")
+        raise unreadable("it declares XML entities, which could expand without limit")
     try:
         root = ElementTree.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", text))
         cues = list(_ttml_cues(root, 0.0, _ttml_rates(root)))
     except (ElementTree.ParseError, ValueError, ArithmeticError, RecursionError) as error:
-        raise unreadable(f"TTML: {error}") from error
+        raise unreadable(f"it is not valid TTML ({error})") from error
     return root.get("{http://www.w3.org/XML/1998/namespace}lang") or None, cues
 
 
 def _ttml_rates(root: ElementTree.Element) -> dict[str, float]:
-    """Units per second of TTML's frames and ticks, as the root element declares them."""
+    """Return frames ("f") and ticks ("t") per second, as the root element declares them; raises ValueError."""
     found = {name.rpartition("}")[2]: value for name, value in root.attrib.items()}
     frames = float(found.get("frameRate", 30))
     numerator, denominator = (float(part) for part in found.get("frameRateMultiplier", "1 1").replace(":", " ").split())
     rates = {"f": frames * numerator / denominator, "t": float(found.get("tickRate", frames))}
     if not all(math.isfinite(rate) and rate > 0 for rate in rates.values()):
-        raise ValueError("frame or tick rate out of range")
+        raise ValueError("its frame or tick rate is not a positive number")
     return rates
 
 
 def _ttml_cues(element: ElementTree.Element, offset_s: float, rates: dict[str, float]) -> Iterator[Cue]:
+    """Yield the cues in an element whose parent begins at `offset_s`."""
     begin_s = offset_s + _ttml_time(element.get("begin", "0s"), rates)
     if element.tag.rpartition("}")[2] == "p":
         if element.get("dur"):
@@ -310,6 +322,7 @@ def _ttml_cues(element: ElementTree.Element, offset_s: float, rates: dict[str, f
 
 
 def _ttml_text(element: ElementTree.Element) -> str:
+    """Return the text in an element, with white space collapsed and <br/> as a line break."""
     if element.tag.rpartition("}")[2] == "br":
         return "\n"
     text = re.sub(r"\s+", " ", element.text or "")
@@ -317,7 +330,7 @@ def _ttml_text(element: ElementTree.Element) -> str:
 
 
 def _ttml_time(expression: str, rates: dict[str, float]) -> float:
-    """Clock time (HH:MM:SS[.fraction | :frames]) or a count with a unit (h m s ms f t)."""
+    """Convert a clock time (HH:MM:SS[.fraction | :frames]) or a count with a unit (h m s ms f t) to seconds."""
     if match := re.fullmatch(r"\s*(-?[\d.]+)(h|m|s|ms|f|t)\s*", expression):
         units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "f": 1 / rates["f"], "t": 1 / rates["t"]}
         return float(match[1]) * units[match[2]]
@@ -329,20 +342,20 @@ def _ttml_time(expression: str, rates: dict[str, float]) -> float:
 
 
 def _read_other(text: str, settings: SubtitleSettings) -> tuple[str | None, list[Cue]]:
-    """ASS/SSA, SAMI, MicroDVD …, through pysubs2."""
+    """Read ASS/SSA, SAMI, MicroDVD and whatever else pysubs2 reads."""
     import pysubs2
 
     if "<!ENTITY" in text:
-        raise unreadable("entity declarations")  # it reads XML, too, where it takes a text for that
+        raise unreadable("it declares XML entities, which could expand without limit")  # pysubs2 may parse it as XML
     try:
         events = pysubs2.SSAFile.from_string(text, format_=sniff(text)).events
     except (pysubs2.exceptions.Pysubs2Error, *_LIBRARY_ERRORS) as error:
-        raise unreadable(f"no subtitle format that is known here ({type(error).__name__}: {error})") from error
+        raise unreadable(f"its format is not recognised ({type(error).__name__}: {error})") from error
     spoken = [event for event in events if not event.is_comment and not event.is_drawing]
     return None, [_cue(event.start / 1000, event.end / 1000, event.plaintext, settings) for event in spoken]
 
 
-# What parsing nonsense raises in pysubs2, which checks little itself.
+# pysubs2 checks little, so that broken files raise any of these.
 _LIBRARY_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, SyntaxError)
 _READERS = {"vtt": _read_blocks, "srt": _read_blocks, "json3": _read_json3, "ttml": _read_ttml}
 
@@ -360,14 +373,14 @@ _SOUND = re.compile(
 _CHEVRONS = re.compile(r"(?:(?<=\s)|^)(?:>{2,4}|»)(?=\s|\w|$)", re.M)
 _DASH = re.compile(r"^[ \t]*[-‐–—](?!\d)(?=\s*\S)", re.M)
 _CAPITALS = r"[^\W\d_a-zà-ÿ][A-ZÀ-Þ0-9.'’&-]+(?: [A-ZÀ-Þ0-9][A-ZÀ-Þ0-9.'’&-]*){0,2}"
-_NAME = re.compile(  # in text that is all capitals a colon says nothing, so something small has to follow
+_NAME = re.compile(  # in text that is all capitals a colon proves nothing, so a lower-case letter has to follow
     rf"^[ \t]*(?:{_CAPITALS}|(?i:speaker|interviewer|narrator) ?\d{{0,2}}):(?=\s+[^\n]*[^\W\d_A-ZÀ-Þ]|\s*$)",
     re.M,
 )
 
 
 def clean(text: str, settings: SubtitleSettings) -> str:
-    """The text with what the settings remove blanked out, character by character, so that offsets into it stay true."""
+    """Replace what the settings remove by spaces, character by character, so that offsets into the text stay valid."""
     if settings.sounds == "remove":
         text = _NOTES.sub(_blank, _BRACKETED.sub(_blank, text))
         text = _PARENTHESIS.sub(lambda match: _blank(match) if _is_sound(match, text) else match[0], text)
@@ -377,11 +390,12 @@ def clean(text: str, settings: SubtitleSettings) -> str:
 
 
 def _blank(match: re.Match) -> str:
+    """Return spaces of the match's length; line breaks stay."""
     return re.sub(r"[^\n]", " ", match[0])
 
 
 def _is_sound(match: re.Match, text: str) -> bool:
-    """A parenthesis is often plain text: it goes when it names a sound, is words in capitals, or is the whole line."""
+    """Return whether a parenthesis describes a sound: it names one, is words in capitals, or is the whole line."""
     content = match[1].strip()
     if len(content.split()) > 4:
         return False
@@ -393,7 +407,7 @@ def _is_sound(match: re.Match, text: str) -> bool:
 
 
 def _repaired(cues: Iterable[Cue], repairs: Counter) -> list[Cue]:
-    """Cues that say something, in time order, each with 0 ≤ start < end and its marks inside."""
+    """Return the cues that have words, in time order, each with 0 ≤ start < end and its marks inside."""
     placed = [kept for cue in cues if says_something(cue.text) and (kept := _placed(cue, repairs))]
     ordered = sorted(placed, key=lambda cue: cue.start_s)
     repairs["unsorted"] += sum(a.start_s > b.start_s for a, b in pairwise(placed))
@@ -410,7 +424,7 @@ def _repaired(cues: Iterable[Cue], repairs: Counter) -> list[Cue]:
 
 
 def _placed(cue: Cue, repairs: Counter) -> Cue | None:
-    """The cue from 0 on, or None where its time cannot be; an end that cannot be is set to the start, for later."""
+    """Clip a cue to start at 0 or later; None where its time is impossible. An impossible end becomes the start."""
     start_s, end_s = cue.start_s, cue.end_s
     if not 0 <= start_s < MAX_TIME_S:  # also NaN
         absurd = not start_s < MAX_TIME_S
@@ -428,7 +442,7 @@ def _placed(cue: Cue, repairs: Counter) -> Cue | None:
 
 
 def _with_marks_inside(cue: Cue, repairs: Counter) -> Cue:
-    """Word times forced into the cue and into order: a tag outside its cue is a broken tag."""
+    """Clamp word times into the cue and into order: a tag outside its cue is broken."""
     marks, before = [], cue.start_s
     for mark in cue.marks:
         at = min(max(mark.start_s if mark.start_s == mark.start_s else before, before), cue.end_s)
@@ -440,16 +454,17 @@ def _with_marks_inside(cue: Cue, repairs: Counter) -> Cue:
 
 # --- roll-up -------------------------------------------------------------------------------------------------------
 
-TOUCHING_S = 0.5  # a rolled-up line is shown on without a break; the same words after one are said again
-MAX_SHOWN = 200  # words that are compared: no caption carries over more
+TOUCHING_S = 0.5  # a rolled-up line stays on the screen; the same words after a longer break are said again
+MAX_SHOWN = 200  # words compared: no caption carries over more
 
 
 def _collapse_roll_up(cues: list[Cue], repairs: Counter, always: bool) -> list[Cue]:
-    """Each cue cut down to what it adds to the cue before it (docs/methods/hd_vila.md section 2.1 step 1).
+    """Reduce each cue to what it adds to the cue before it (docs/methods/hd_vila.md section 2.1 step 1).
 
-    Automatic captions show the previous line above the new one, and often a 10 ms cue with the new line alone between.
+    Automatic captions show the previous line above the new one, often with a 10 ms cue of the new line alone between.
     Text is carried over when the previous cue ends with the words that this one begins with, up to the end of a line or
-    the whole previous cue. Where most cues do not do that the file does not roll: repeated words are repeated speech.
+    the whole previous cue. Where most cues do not do that, the file does not roll up, and repeated words were said
+    twice; `always` collapses such a file, too.
     """
     touching = [b.start_s - a.end_s <= TOUCHING_S for a, b in pairwise(cues)]
     carried = [0] + [_carried_chars(a, b) if near else 0 for (a, b), near in zip(pairwise(cues), touching, strict=True)]
@@ -463,10 +478,10 @@ def _collapse_roll_up(cues: list[Cue], repairs: Counter, always: bool) -> list[C
 
 
 def _carried_chars(before: Cue, cue: Cue) -> int:
-    """How many characters at the beginning of the cue were already on the screen."""
+    """Return how many characters at the start of `cue` are carried over from the cue before it."""
     shown = [text for _, _, text in tokens(before.text)]
     num_shown, shown = len(shown), shown[-MAX_SHOWN:]
-    # What carries a word time is new; the first mark only says when the cue's own first word is.
+    # Text with a word time is new. The first mark does not count: it is the start of the cue itself.
     first_timed = next((mark.offset for mark in cue.marks if mark.offset > 0), len(cue.text))
     own = [(end, text) for _, end, text in tokens(cue.text) if end <= first_timed]
     for count in range(min(len(shown), len(own)), 0, -1):
@@ -478,7 +493,7 @@ def _carried_chars(before: Cue, cue: Cue) -> int:
 
 
 def _tail(cue: Cue, offset: int) -> Cue:
-    """The cue from a character on. Marks before it are of the words that went."""
+    """Return the cue without the text before `offset`, and without the marks of that text."""
     if not cue.marks:
         return replace(cue, text=cue.text[offset:])
     marks = [replace(mark, offset=mark.offset - offset) for mark in cue.marks if mark.offset >= offset]
@@ -489,10 +504,10 @@ def _tail(cue: Cue, offset: int) -> Cue:
 
 
 def words_of(cues: Cues | Sequence[Cue]) -> tuple[list[Word], Literal["tags", "cues", "none"]]:
-    """Each word once with its time, and where the times come from: the file's word tags, or interpolation in its cues.
+    """Return each word once with its time, and the source of the times: word tags, or interpolation in the cues.
 
     Without tags a word's share of its cue is its share of the characters. Words are in order and end no later than the
-    next begins; times are rounded to 1 ms.
+    next one starts; times are rounded to 1 ms.
     """
     shown = _without_overlaps(list(cues.cues if isinstance(cues, Cues) else cues))
     timed = [(cue, _cue_words(cue)) for cue in shown]
@@ -505,7 +520,7 @@ def words_of(cues: Cues | Sequence[Cue]) -> tuple[list[Word], Literal["tags", "c
 
 
 def _without_overlaps(cues: list[Cue]) -> list[Cue]:
-    """Untagged cues end where the next begins; cues with no time to be spoken in turn are spoken as one."""
+    """End untagged cues where the next one starts; merge cues that are too short to be spoken one after the other."""
     result: list[Cue] = []
     for cue in cues:
         while result and not result[-1].marks and cue.start_s < result[-1].end_s:
@@ -523,7 +538,7 @@ def _without_overlaps(cues: list[Cue]) -> list[Cue]:
 
 
 def _cue_words(cue: Cue) -> list[Word]:
-    """The cue's words, each from the time of its first character to that of its last."""
+    """Return the cue's words, each from the time of its first character to that of its last."""
     bounds = list(cue.marks) or [Mark(0, cue.start_s)]
     starts, ends = [0.0] * len(cue.text), [0.0] * len(cue.text)
     for k, mark in enumerate(bounds):
@@ -534,6 +549,6 @@ def _cue_words(cue: Cue) -> list[Word]:
             end_s = following.start_s if following else max(cue.end_s, mark.start_s)
         visible = [i for i in range(mark.offset, stop) if not cue.text[i].isspace()]
         step = (end_s - mark.start_s) / max(1, len(visible))
-        for place, i in enumerate(visible):
-            starts[i], ends[i] = mark.start_s + place * step, mark.start_s + (place + 1) * step
+        for n, i in enumerate(visible):
+            starts[i], ends[i] = mark.start_s + n * step, mark.start_s + (n + 1) * step
     return [Word(text, starts[start], ends[end - 1]) for start, end, text in tokens(cue.text)]

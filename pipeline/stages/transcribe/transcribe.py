@@ -1,13 +1,12 @@
-"""One video's transcript: from its best usable subtitle file, else by Whisper, else none.
+"""Transcribe a video: from its best usable subtitle file, else by Whisper, else not at all.
 
-Subtitle files may be anything; those that cannot be used are reported, and the next one is tried. A manual transcript
-whose cues only tell roughly when things are said takes its times from the automatic captions of the same video.
-Nothing heavy is imported before a model is needed.
+Subtitle files may hold anything; one that cannot be used is reported, and the next one is tried. A manual transcript,
+whose cues give only rough times, takes word times from the automatic captions of the same video. Import nothing heavy
+at the top of this module: torch and Whisper come in when a model is needed.
 """
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,42 +33,58 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLE_RATE = 16_000  # what Whisper hears
-START_S = 300.0  # of recognition, before the first word
+SAMPLE_RATE = 16_000  # Hz, Whisper's input
+START_S = 300.0  # allowed for starting recognition, whatever the length of the sound
 
 
 class TranscribeSettings(SubtitleSettings):
-    languages: list[str] = ["en"]  # in order of preference; "en" also takes en-US and en-orig
-    other_languages: bool = True  # take another language when none of these is there; the manifest says which it is
-    prefer: Literal["manual", "auto"] = "manual"  # which track of one language: people punctuate, machines time words
-    min_words: int = Field(1, ge=1)  # a subtitle with fewer words is none, and the next one, or Whisper, is tried
-    align_manual_to_auto: bool = True  # manual text on automatic word times, because manual cues are coarsely timed
+    """Settings of the stage `transcribe`: choice of subtitles, and Whisper where there are none."""
 
-    # Where no subtitle is usable: a model's name (tiny, base, small, turbo …), a path of weights, or null for no
-    # transcript. base hears clear English well and keeps up with speech on one core.
+    # Subtitle languages, best first; "en" also takes en-US and en-orig. English, because CLIP's text tower reads it.
+    languages: list[str] = ["en"]
+    # Use another language where none of these is available, so that the video keeps a transcript with its language.
+    other_languages: bool = True
+    # The track to prefer within one language. People punctuate; automatic captions have better word times.
+    prefer: Literal["manual", "auto"] = "manual"
+    # A subtitle file with fewer words is skipped, and the next one, or Whisper, is tried. 1 skips empty files only.
+    min_words: int = Field(1, ge=1)
+    # Take word times for a manual transcript from automatic captions, because manual cues are coarsely timed.
+    align_manual_to_auto: bool = True
+
+    # Speech recognition where no subtitle is usable: a model's name (tiny, base, small, turbo …), a path of weights, or
+    # null for no transcript. base understands clear English and keeps up with speech on one core.
     whisper: str | None = "base"
-    whisper_language: str | None = None  # what is spoken, as Whisper's code (en, de …); None: heard from the first 30 s
-    whisper_beam_size: int = Field(5, ge=1)  # as in Whisper's paper; 1 decodes greedily, about twice as fast
-    # Tried one after the other while the text is repetitive or improbable; above 0 it is sampled, from a fixed seed.
+    # The spoken language as Whisper's code (en, de …); null: recognised from the first 30 s.
+    whisper_language: str | None = None
+    # Beams of the search: 5 as in Whisper's paper; 1 decodes greedily, about twice as fast.
+    whisper_beam_size: int = Field(5, ge=1)
+    # Tried in turn while the text is repetitive or improbable, as in Whisper's paper. Above 0 the text is sampled, from
+    # a fixed seed.
     whisper_temperatures: list[float] = Field([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], min_length=1)
-    whisper_condition_on_previous: bool = False  # the text before as a prompt: smoother, but loops spread
-    # Recognition may take this long for each second of sound, and five minutes more, before it counts as hung.
+    # Prompt Whisper with the text before. Off by default: the text is smoother, but repetitions spread.
+    whisper_condition_on_previous: bool = False
+    # Seconds that recognition may take per second of sound, plus five minutes, before it counts as hung. 60 leaves room
+    # for a large model on one slow core.
     whisper_timeout_per_second: float = operational(60.0, gt=0)
-    whisper_device: str | None = operational(None)  # "cuda", "cpu"; None: a GPU if there is one
-    whisper_folder: str | None = operational(None)  # where downloaded models are kept; None: Whisper's own cache
+    # "cuda" or "cpu"; null: a GPU where there is one.
+    whisper_device: str | None = operational(None)
+    # Folder of downloaded models; null: Whisper's own cache.
+    whisper_folder: str | None = operational(None)
 
-    # Reading the subtitles of a video, and getting at its sound, may take this long each …
+    # Seconds that reading a video's subtitles, and decoding its sound, may each take before they count as hung. Half an
+    # hour is enough for hours of video from a slow disk.
     timeout_s: float = operational(1800.0, gt=0)
-    # … and this much memory: six hours of sound need 2.8 GB.
+    # Megabytes of memory for each of the two: six hours of sound need 2.8 GB.
     memory_mb: int = operational(3072, ge=256)
-    # What comes after is not listened to.
+    # Seconds of sound to transcribe; the rest is left out. Six hours fit in memory_mb.
     max_speech_s: float = operational(6 * 3600.0, gt=0)
-    # A subtitle file with more words than this is none: nobody speaks a hundred hours.
+    # A subtitle file with more words is refused: a million words are a hundred hours of speech.
     max_words: int = operational(1_000_000, ge=1)
 
     @field_validator("whisper", mode="before")
     @classmethod
     def _off_is_none(cls, value: Any) -> Any:
+        """Read a bare `off`, which YAML turns into false, as null."""
         return None if value in (False, "", "off", "none") else value  # YAML reads a bare off as false
 
 
@@ -80,7 +95,7 @@ LoadModel = Callable[[TranscribeSettings], Any]
 
 @dataclass(frozen=True)
 class Transcript:
-    """Where a video's words come from, and the words."""
+    """The words of a video, and where they come from."""
 
     origin: str  # manual | auto | given | sidecar | whisper | none
     language: str | None = None
@@ -88,7 +103,7 @@ class Transcript:
     words: Sequence[Word] = ()
 
     def as_row(self) -> dict:
-        """The columns of `transcripts` but video_id."""
+        """Return the columns of `transcripts` except video_id."""
         words = [{"text": word.text, "start_s": word.start_s, "end_s": word.end_s} for word in self.words]
         return {
             "language": self.language,
@@ -100,27 +115,32 @@ class Transcript:
 
 
 def load_whisper(settings: TranscribeSettings) -> Any:
-    """The Whisper model of the settings, loaded once per process. Raises UserError for a name that is none."""
+    """Load the Whisper model of the settings, once per process.
+
+    Raises UserError where the setting names no model or the device does not exist, and ItemError "model-unavailable"
+    (transient) where it cannot be downloaded.
+    """
     return _load_whisper(settings.whisper, settings.whisper_device, settings.whisper_folder)
 
 
 @lru_cache(maxsize=1)
 def _load_whisper(name: str, device: str | None, folder: str | None) -> Any:
+    """Load a Whisper model; see `load_whisper` for errors."""
     import torch
     import whisper
 
     if name not in whisper.available_models() and not Path(name).is_file():
         known = ", ".join(whisper.available_models())
-        raise UserError(f"setting transcribe.whisper = {name!r}: neither null, nor a file, nor one of {known}.")
+        raise UserError(f"setting transcribe.whisper = {name!r}: give null, a file of weights, or one of {known}.")
     try:
         torch.device(device or "cpu")
         return whisper.load_model(name, device=device, download_root=folder).eval()
-    except OSError as error:  # no network, no space: every video waiting for the model can be tried again
+    except OSError as error:  # without network or disk space every waiting video can be tried again later
         raise ItemError("model-unavailable", f"Whisper {name}: {error}", transient=True) from error
-    except Exception as error:  # a weights file that is not Whisper's, or a device that is not there
-        problem = f"{type(error).__name__}: {error}"
+    except Exception as error:  # torch and Whisper raise anything for foreign weights or a missing device
         raise UserError(
-            f"setting transcribe.whisper = {name!r} on {device or 'the default device'}: {problem}"
+            f"setting transcribe.whisper = {name!r} cannot be loaded on {device or 'the default device'} "
+            f"({type(error).__name__}: {error}); check the weights file and transcribe.whisper_device."
         ) from error
 
 
@@ -133,19 +153,20 @@ def transcribe_video(
     problems: list[ItemError] | None = None,
     read: Read | None = None,
 ) -> dict:
-    """Row of `transcripts` without video_id.
+    """Return the row of `transcripts` for one video, without video_id.
 
     `subtitle_files` are dicts with path, language (or None), kind (manual, auto, given, sidecar) and format (or None).
-    Subtitles are read by `read`, by default `transcript_of_subtitles`; speech is got by `extract`, by default
-    `pipeline.stages.transcribe.speech.extract_speech`. Both meet hostile files: callers give ones that run in a sandbox. A video without
-    sound, or in which nothing is said, has origin "none" or no words; that is no failure. Subtitle files that could not
-    be used although the words come from elsewhere are appended to `problems`, else logged. Raises ItemError:
-    subtitle-unreadable where no file can be read and Whisper is off, model-unavailable, asr-failed, and what `extract`
-    raises.
+    `read` reads subtitles, by default `transcript_of_subtitles`; `extract` decodes speech, by default `extract_speech`.
+    Both open hostile files, so callers pass ones that run in a sandbox. A video without sound or speech is not a
+    failure: its origin is "none", or it has no words. Subtitle files that could not be used while the words come from
+    elsewhere are appended to `problems`, or logged where that is None.
+
+    Raises ItemError: subtitle-unreadable where no file can be read and Whisper is off, model-unavailable, asr-failed,
+    and whatever `extract` raises; UserError as `load_model` does.
     """
     transcript, found = _read_safely(_ranked(subtitle_files, settings), settings, read or transcript_of_subtitles)
     if transcript is None and settings.whisper is not None:
-        transcript = _from_speech(Path(video_path), settings, load_model, extract or _extract_speech)
+        transcript = _from_speech(Path(video_path), settings, load_model, extract)
     elif transcript is None and found and len(found) == len(subtitle_files):
         raise found[0]
     if problems is not None:
@@ -160,39 +181,40 @@ def transcribe_video(
 
 
 def _ranked(files: Sequence[dict], settings: TranscribeSettings) -> list[dict]:
-    """The files worth trying, best first: what the user gave, then by language, then by kind."""
+    """Order the files to try, best first: given by the user, then by language, then by kind; leave out the others."""
     kinds = ("manual", "auto") if settings.prefer == "manual" else ("auto", "manual")
     ranked = []
-    for place, file in enumerate(files):
+    for index, file in enumerate(files):
         language = _language_rank(file.get("language"), settings.languages)
         if language > len(settings.languages) and not settings.other_languages:
             continue
         kind = file["kind"]
-        ranked.append((kind in kinds, language, kinds.index(kind) if kind in kinds else 0, place))
-    return [files[place] for *_, place in sorted(ranked)]
+        ranked.append((kind in kinds, language, kinds.index(kind) if kind in kinds else 0, index))
+    return [files[index] for *_, index in sorted(ranked)]
 
 
 def _language_rank(language: str | None, preferred: Sequence[str]) -> float:
-    """Place among the preferred ones, an exact match before a regional one; unknown after them, others last."""
+    """Rank a language: its index among the preferred ones (a regional variant + 0.5), then unknown, then others."""
     if not language:
         return len(preferred)
     code = _code(language)
-    for place, wanted in enumerate(_code(name) for name in preferred):
+    for index, wanted in enumerate(_code(name) for name in preferred):
         if code == wanted:
-            return place
+            return index
         if code.split("-")[0] == wanted:
-            return place + 0.5
+            return index + 0.5
     return len(preferred) + 1
 
 
 def _code(language: str) -> str:
+    """Normalise a language code: lower case, hyphens."""
     return language.casefold().replace("_", "-")
 
 
 def _read_safely(
     files: Sequence[dict], settings: TranscribeSettings, read: Read
 ) -> tuple[Transcript | None, list[ItemError]]:
-    """What `read` makes of the files; where one of them breaks it, what it makes of each alone."""
+    """Read all files at once; where one of them breaks `read`, read each of them alone."""
     problems: list[ItemError] = []
     for some in [files, *([file] for file in files if len(files) > 1)] if files else []:
         try:
@@ -210,7 +232,7 @@ def _read_safely(
 def transcript_of_subtitles(
     files: Sequence[dict], settings: TranscribeSettings
 ) -> tuple[Transcript | None, list[ItemError]]:
-    """The transcript of the first file with enough words, None where none has, and what was wrong with files."""
+    """Return the transcript of the first file with enough words (None without one), and the problems of the files."""
     problems: list[ItemError] = []
     return _from_subtitles(files, settings, problems), problems
 
@@ -218,6 +240,7 @@ def transcript_of_subtitles(
 def _from_subtitles(
     files: Sequence[dict], settings: TranscribeSettings, problems: list[ItemError]
 ) -> Transcript | None:
+    """Return the transcript of the first file with enough words; append problems."""
     for file in files:
         transcript = _read(file, settings, problems)
         if transcript is None or len(transcript.words) < settings.min_words:
@@ -229,32 +252,34 @@ def _from_subtitles(
 
 
 def _read(file: dict, settings: TranscribeSettings, problems: list[ItemError]) -> Transcript | None:
+    """Read one file; append its problem, once, and return None where it cannot be used."""
     try:
         cues = read_subtitles(file["path"], file.get("format"), settings)
         words, word_times = words_of(cues)
         if len(words) > settings.max_words:
-            raise unreadable(f"{len(words):,} words, at most transcribe.max_words = {settings.max_words:,} are taken")
+            raise unreadable(f"{len(words):,} words are more than transcribe.max_words = {settings.max_words:,}")
     except ItemError as error:
         problem = ItemError(error.error_class, f"{Path(file['path']).name}: {error.message}")
         if problem.args not in [known.args for known in problems]:
             problems.append(problem)
         return None
     if cues.repairs:
-        log.info("%s: set right: %s", Path(file["path"]).name, cues.repairs)
+        log.info("%s: repaired: %s", Path(file["path"]).name, cues.repairs)
     return Transcript(file["kind"], file.get("language") or cues.language, word_times, words)
 
 
-MAX_MISMATCH = 0.4  # mean cost above which two transcripts are not of the same words (unrelated text has about 0.8)
+MAX_MISMATCH = 0.4  # mean cost above which two transcripts differ in their words (unrelated text has about 0.8)
 
 
 def _on_automatic_times(
     transcript: Transcript, files: Sequence[dict], settings: TranscribeSettings, problems: list[ItemError]
 ) -> Transcript:
-    """The transcript with word times of automatic captions in its language, where there are such and they agree."""
+    """Take word times from automatic captions of the same language, where there are any and their words agree."""
     from pipeline.stages.transcribe.alignment import retime
 
     for file in files:
-        if file["kind"] != "auto" or not _same_language(file.get("language"), transcript.language):
+        languages = {_code(code).split("-")[0] for code in (file.get("language"), transcript.language) if code}
+        if file["kind"] != "auto" or len(languages) > 1:  # an unknown language may be the same one
             continue
         automatic = _read(file, settings, problems)
         if automatic is None or automatic.word_times != "tags":
@@ -265,22 +290,15 @@ def _on_automatic_times(
     return transcript
 
 
-def _same_language(a: str | None, b: str | None) -> bool:
-    return not a or not b or _code(a).split("-")[0] == _code(b).split("-")[0]
-
-
 # --- speech --------------------------------------------------------------------------------------------------------
 
 
-def _extract_speech(path: Path) -> "np.ndarray | None":
-    from pipeline.stages.transcribe.speech import extract_speech
-
-    return extract_speech(path)
-
-
 def _from_speech(
-    path: Path, settings: TranscribeSettings, load_model: LoadModel, extract: Extract
+    path: Path, settings: TranscribeSettings, load_model: LoadModel, extract: Extract | None
 ) -> Transcript | None:
+    """Transcribe the sound of a video; None without sound. Raises ItemError."""
+    if extract is None:
+        from pipeline.stages.transcribe.speech import extract_speech as extract
     try:
         samples = extract(path)
     except ItemError as error:
@@ -294,7 +312,10 @@ def _from_speech(
 
 
 def recognise(samples: "np.ndarray", model: Any, settings: TranscribeSettings) -> tuple[str, list[Word]]:
-    """Language and words that Whisper hears in 16 kHz mono float32 samples. The same samples give the same words."""
+    """Recognise speech in 16 kHz mono float32 samples; return its language and words, the same for the same samples.
+
+    Raises ItemError "asr-failed".
+    """
     import torch
 
     options = {
@@ -302,37 +323,33 @@ def recognise(samples: "np.ndarray", model: Any, settings: TranscribeSettings) -
         "language": settings.whisper_language,
         "fp16": model.device.type == "cuda",
     }
+    duration_s = len(samples) / SAMPLE_RATE
+    timeout_s = START_S + settings.whisper_timeout_per_second * duration_s
     try:
         gpus = [model.device] if model.device.type == "cuda" else []
-        with _recognition_limit(samples, settings), torch.random.fork_rng(devices=gpus), torch.inference_mode():
+        limit = time_limit(timeout_s, f"transcribing {duration_s:,.0f} s of sound")
+        with limit, torch.random.fork_rng(devices=gpus), torch.inference_mode():
             torch.manual_seed(0)
             result = model.transcribe(
-                samples.copy(),  # torch wants to own what it reads
+                samples.copy(),  # torch needs a writable array
                 temperature=tuple(settings.whisper_temperatures),
                 condition_on_previous_text=settings.whisper_condition_on_previous,
                 word_timestamps=True,
                 **options,
             )
-    except Exception as error:  # tensors, memory, tokens: whatever a model stumbles over is this video's failure
+    except Exception as error:  # whatever the model raises is the failure of this video alone
         raise ItemError("asr-failed", f"Whisper: {type(error).__name__}: {error}") from error
-    limit_s = len(samples) / SAMPLE_RATE
-    cues = [cue for segment in result["segments"] if (cue := _segment_cue(segment, limit_s, settings))]
+    cues = [cue for segment in result["segments"] if (cue := _segment_cue(segment, duration_s, settings))]
     return result["language"], words_of(cues)[0]
 
 
-def _recognition_limit(samples: "np.ndarray", settings: TranscribeSettings) -> AbstractContextManager:
-    duration_s = len(samples) / SAMPLE_RATE
-    limit_s = START_S + settings.whisper_timeout_per_second * duration_s
-    return time_limit(limit_s, f"listening to {duration_s:,.0f} s of sound")
-
-
-def _segment_cue(segment: dict, limit_s: float, settings: TranscribeSettings) -> Cue | None:
-    """A segment of Whisper's as a cue, so that sound and speaker tags are treated as those of subtitles are."""
+def _segment_cue(segment: dict, duration_s: float, settings: TranscribeSettings) -> Cue | None:
+    """Convert a segment of Whisper's to a cue, so that sound and speaker labels are cleaned as those of subtitles."""
     text, marks = "", []
     for word in segment.get("words", ()):
-        start_s = min(max(0.0, float(word["start"])), limit_s)
-        marks.append(Mark(len(text), start_s, min(max(start_s, float(word["end"])), limit_s)))
+        start_s = min(max(0.0, float(word["start"])), duration_s)
+        marks.append(Mark(len(text), start_s, min(max(start_s, float(word["end"])), duration_s)))
         text += word["word"]
     if not marks:
         return None
-    return Cue(marks[0].start_s, marks[-1].end_s or limit_s, clean(text, settings), tuple(marks))
+    return Cue(marks[0].start_s, marks[-1].end_s or duration_s, clean(text, settings), tuple(marks))

@@ -1,6 +1,7 @@
-"""A word with its time, and what is done to words everywhere: cutting text into them, joining, putting in order.
+"""Words with times, and the operations that every user of words shares: tokenising, joining, ordering.
 
-Words come from subtitles, from speech recognition and from the manifest. After `in_order` they never overlap.
+Words come from subtitles, from speech recognition and from the corpus. After `in_order` they never overlap. Keep this
+module free of file formats and of imports beyond the standard library.
 """
 
 import math
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """One spoken token. `text` never starts or ends with white space; free-standing punctuation is part of its word."""
+    """A spoken token. `text` never starts or ends with white space and contains the punctuation that follows it."""
 
     text: str
     start_s: float
@@ -26,8 +27,11 @@ _WIDE_START = re.compile(rf"[{_WIDE}\u3000-\u303f\uff00-\uffef]")
 
 
 def tokens(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, text) of each word. Chinese and Japanese, written without spaces, count character by character;
-    free-standing punctuation (the French "?", a dash) belongs to the word before it."""
+    """Split a text into words; return (start, end, word) with character offsets.
+
+    Chinese and Japanese, which are written without spaces, are split into characters. Free-standing punctuation (the
+    French "?", a dash) belongs to the word before it.
+    """
     found: list[tuple[int, int, str]] = []
     for match in _TOKEN.finditer(text):
         if says_something(match[0]):
@@ -40,7 +44,7 @@ def tokens(text: str) -> list[tuple[int, int, str]]:
 
 
 def join_words(texts: Iterable[str]) -> str:
-    """Words as running text: a space between them, none between Chinese or Japanese characters."""
+    """Join words to running text: with a space between them, but none between Chinese or Japanese characters."""
     joined = ""
     for text in texts:
         tight = not joined or (_WIDE_END.search(joined[-1]) and _WIDE_START.match(text))
@@ -49,18 +53,22 @@ def join_words(texts: Iterable[str]) -> str:
 
 
 def says_something(text: str) -> bool:
+    """Return whether a text has a letter or digit, and so something that can be spoken."""
     return any(ch.isalnum() for ch in text)
 
 
 def longest_s(text: str) -> float:
-    """How long a word takes when spoken slowly. A tag says when a word begins, not when the silence after it does."""
+    """Return the seconds that a word takes when spoken slowly.
+
+    It bounds words timed by tags: a tag marks the start of a word, not the start of the silence after it.
+    """
     return 0.25 + 0.08 * len(text)
 
 
 def in_order(words: Sequence[Word], cap: bool = False) -> list[Word]:
-    """The words with starts that never go back and ends that never pass the next start, rounded to 1 ms.
+    """Make starts never decrease and ends never pass the next start; round times to 1 ms.
 
-    Words with one and the same start share the time until the next one. `cap` bounds each word by `longest_s`.
+    Words with the same start share the time until the next one. `cap` bounds the length of each word by `longest_s`.
     """
     starts, high = [], 0.0
     for word in words:
@@ -84,7 +92,10 @@ def in_order(words: Sequence[Word], cap: bool = False) -> list[Word]:
 def _share(
     words: Sequence[Word], starts: list[float], ends: list[float], first: int, stop: int, limit: float, cap: bool
 ) -> None:
-    """Spread words first..stop, which begin together, over the time until they end or the next word begins."""
+    """Spread words first..stop, which start together, over the time until they end or `limit`, the next start.
+
+    `starts` and `ends` are changed in place.
+    """
     slowest = starts[first] + sum(longest_s(word.text) for word in words[first:stop])
     end = min(limit, max(ends[first:stop]))
     if cap or end <= starts[first]:
