@@ -260,7 +260,7 @@ def test_what_names_nothing_is_an_error_that_helps(corpus):
     with pytest.raises(UserError, match="nothing to forget is given"):
         find(corpus, [], [], None)
     assert [v["video_id"] for v in find(corpus, [], [], "title LIKE '%video-c'").videos] == ["video-c"]
-    with pytest.raises(UserError, match="add --yes"):  # nobody sits at the terminal
+    with pytest.raises(UserError, match="pass --yes"):
         run_forget(corpus, [GONE], [], None, reason=None, yes=False, dry_run=False)
     assert run_forget(corpus, [GONE], [], None, reason=None, yes=False, dry_run=True) == 0
     assert ask(corpus, "SELECT count(*) FROM videos") == [(len(VIDEOS),)]
