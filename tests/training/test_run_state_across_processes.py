@@ -156,11 +156,11 @@ def run_rank(rank: int, folder: Path) -> None:
 def check_evaluation_between_steps(training: Training) -> None:
     """Averages while they are applied, the own weights before and after, whatever a forward pass has gathered."""
     before = training.forward()
-    with training.optim.ema.apply(training.module):
+    with training.ema.apply(training.module):
         averaged = training.forward()
     after = training.forward()
     single = Training(plain, published_update=False)
-    tensors = [training.optim.ema.full_state()]
+    tensors = [training.ema.full_state()]
     dist.broadcast_object_list(tensors, src=0)
     restore(single.module, None, tensors[0], {})
     torch.testing.assert_close(averaged, single.forward())
