@@ -2,7 +2,7 @@
 
 The file is written beside the old one and renamed over it, so a reader always opens a whole, consistent manifest,
 keeps the one it opened for as long as it likes, and never meets a lock. It holds the tables of
-`shards.corpus.schema.MANIFEST` and the views of `shards/views.sql`.
+`shards.corpus.schema.MANIFEST` and the views of `views.sql` beside this file.
 """
 
 import os
@@ -16,7 +16,7 @@ from clipmill.base.settings import digest
 from shards.corpus.fragments import TEMPORARY, is_whole
 from shards.corpus.ledger import Ledger
 from shards.corpus.near_duplicates import duplicate_groups
-from shards.corpus.schema import INDEX, MANIFEST
+from shards.corpus.schema import INDEX, MANIFEST, catalog_columns
 from shards.corpus.tombstones import FORGOTTEN, read_tombstones
 from shards.storage.mirror import MANIFEST_NAME, UNFINISHED, files_of
 
@@ -34,12 +34,12 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
     connection.execute(f"ATTACH '{_sql_text(temporary)}' AS manifest")
     try:
         for table, schema in MANIFEST.items():
-            select = _SELECT[table].replace("$columns", _columns(schema))
+            select = _SELECT.get(table, _SELECT_STAGE.replace("$table", table)).replace("$columns", _columns(schema))
             connection.execute(f"CREATE TABLE manifest.{table} AS {select}")
     finally:
         connection.execute("DETACH manifest")
     with duckdb.connect(str(temporary)) as fresh:
-        fresh.execute(_views())
+        fresh.execute(view_statements())
         fresh.execute(f"COMMENT ON VIEW catalog IS '{_layout()}'")
         fresh.execute(f"COMMENT ON TABLE videos IS '{_made_from(ledger) if groups else 'unfinished'}'")
     os.replace(temporary, path)
@@ -67,13 +67,21 @@ def is_current(root: Path, ledger: Ledger | None = None) -> bool:
     return num_obeyed == read_tombstones(root).num_rows
 
 
-def _views() -> str:
-    return resources.files("shards.corpus").joinpath("views.sql").read_text()
+def view_statements() -> str:
+    """Return the SQL that creates the views, `catalog` with the columns that the schema declares for it."""
+    columns = catalog_columns()
+    further = dict.fromkeys(table for table, _, _ in columns if table not in _SELECT)
+    joins = [f"LEFT JOIN {table} ON {table}.clip_id = clips.clip_id" for table in further]
+    shown = [f"{table}.{name}" + ("" if name == alias else f" AS {alias}") for table, name, alias in columns]
+    template = resources.files("shards.corpus").joinpath("views.sql").read_text()
+    return template.replace("    $columns", ",\n".join(f"    {column}" for column in shown)).replace(
+        "$joins", "\n".join(joins)
+    )
 
 
 def _layout() -> str:
     tables = {table: [f"{field.name} {field.type}" for field in schema] for table, schema in MANIFEST.items()}
-    return f"layout {digest([tables, _views()])}"
+    return f"layout {digest([tables, view_statements()])}"
 
 
 def _made_from(ledger: Ledger) -> str:
@@ -119,6 +127,9 @@ def _columns(schema: pa.Schema) -> str:
 def _sql_text(path: Path) -> str:
     return str(path).replace("'", "''")
 
+
+# The table of a stage that is not named below: `current_TABLE` is what the ledger makes of it.
+_SELECT_STAGE = "SELECT $columns FROM current_$table ORDER BY clip_id"
 
 _SELECT = {
     "videos": """
