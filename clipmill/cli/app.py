@@ -62,7 +62,7 @@ def build(
     """Every stage, from sources to shards. Resumes; appends what is new in SOURCES."""
     from clipmill.cli.display import Terminal
     from pipeline.engine.build import build as build_corpus
-    from pipeline.engine.registry import STAGE_NAMES
+    from pipeline.engine.registry import stage_names
     from shards.corpus.folder import Corpus
 
     if not sources:
@@ -70,7 +70,7 @@ def build(
     report = build_corpus(
         corpus,
         sources or [],
-        stages=STAGE_NAMES,
+        stages=stage_names(),
         recipe=recipe,
         assignments=set_ or [],
         command=_command(),
@@ -97,9 +97,8 @@ def run(
     from clipmill.cli.display import Terminal
     from pipeline.engine.build import build as build_corpus
     from pipeline.engine.build import require_stage
-    from pipeline.engine.registry import STAGE_NAMES
 
-    require_stage(stage, STAGE_NAMES[1:])
+    require_stage(stage)
     report = build_corpus(
         corpus,
         [],

@@ -13,11 +13,14 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipmill.base.errors import ItemError
 from shards.corpus.schema import LEDGER, LEDGER_COLUMNS, TABLES
 from shards.storage.mirror import files_of
 
@@ -43,6 +46,40 @@ def commit_name(stage: str, unit: str, items: Iterable[tuple[str, str]]) -> str:
     """Name of the commit that treats exactly these (item_id, key) pairs."""
     text = "\n".join(sorted(f"{item}\t{key}" for item, key in items))
     return f"{stage}-{unit}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def ledger_row(
+    stage: str,
+    item_id: str,
+    key: str,
+    *,
+    run_id: str,
+    unit: str = "",
+    fingerprint: str = "",
+    error: ItemError | None = None,
+    attempts: int = 1,
+    num_rows: int = 0,
+    wall_s: float = 0.0,
+    cpu_s: float = 0.0,
+) -> dict[str, Any]:
+    """Return the row of `LEDGER` of an item that is done now, or that failed with `error`."""
+    row = {
+        "stage": stage,
+        "item_id": item_id,
+        "unit": unit,
+        "key": key,
+        "fingerprint": fingerprint,
+        "status": "failed" if error else "done",
+        "attempts": attempts,
+        "num_rows": num_rows,
+        "wall_s": wall_s,
+        "cpu_s": cpu_s,
+        "at": datetime.now(UTC),
+        "run_id": run_id,
+    }
+    if error:
+        row |= {"error_class": error.error_class, "message": error.message, "transient": error.transient}
+    return row
 
 
 def fragment_path(root: Path, table: str, name: str) -> Path:

@@ -5,40 +5,59 @@ be deleted at any time. Readers get the published `manifest.duckdb` instead (`sh
 
 A stage is described to the ledger by its `StageQuery`: an SQL statement giving the items that ought to exist, each with
 a key that hashes the stage's fingerprint and the item's inputs. Done is the row whose key is the item's present key. So
-a changed setting, a changed input, a lost fragment and a new source are one thing: a key nobody has done yet.
+a changed setting, a changed input, a lost fragment and a new source are one thing: a key without a row.
 """
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 
+from clipmill.base.settings import digest
 from shards.corpus.fragments import fragment_path, outputs_of, replaced_by, table_schema
 from shards.corpus.schema import LEDGER, TABLES
 from shards.corpus.tombstones import read_tombstones, tombstone_files
 from shards.storage.mirror import Files, files_of
 
-LEDGER_VERSION = 3  # of the working database's own layout; another version is rebuilt from the fragments
-
 
 @dataclass(frozen=True)
 class StageQuery:
-    """What the ledger must know of a stage. Its SQL may use the temp tables of the stages before it.
+    """The SQL by which the ledger knows what a stage has to do and what it has done.
 
-    depends  the stages whose rows `inputs` reads
-    inputs   SELECT item_id, unit, key, cost: what ought to exist (`$fingerprint` is replaced by the stage's)
-    current  statements run once the stage's done rows are chosen: they make the `current_…` tables for later stages
-    payload  SELECT item_id, … : what the worker gets for each item of `work` (item_id, key, attempts, cost)
+    It may use the temporary tables that the stages before it make.
+
+    Attributes:
+        name: also the name of the stage's section of settings.
+        after: the stages whose rows `wanted` reads.
+        wanted: SELECT item_id, unit, cost, key of the items that ought to exist; `$fingerprint` stands for the stage's.
+            The key hashes the fingerprint and the item's inputs: an item whose key has no row is pending.
+        table: the stage's table, if one is enough. The rows made with the present keys become `current_TABLE`.
+        current: statements that make other `current_…` tables of the rows that `chosen_rows` gives.
+        payload: SELECT item_id, key, attempts, cost, … of the rows of `work`: the items as the stage's function
+            gets them.
     """
 
     name: str
-    depends: tuple[str, ...]
-    inputs: str
-    current: tuple[str, ...]
+    _: KW_ONLY
+    after: tuple[str, ...]
+    wanted: str
     payload: str
+    table: str | None = None
+    current: tuple[str, ...] = ()
+
+
+def chosen_rows(stage: str, table: str) -> str:
+    """Return a SELECT of the rows of `table` that count for the items of `stage`.
+
+    A row made with an older key counts, with `fresh` false, until there is one with the present key.
+    """
+    return (
+        f"SELECT r.*, c.fresh FROM {table} r JOIN chosen_{stage} c ON r.item_id = c.item_id AND r.key = c.key "
+        "AND r.fragment = c.fragment"
+    )
 
 
 @dataclass(frozen=True)
@@ -186,15 +205,20 @@ class Ledger:
             self.connection.unregister("wanted")
         for stage in self.stages.values():
             fingerprint = fingerprints[stage.name]
-            inputs = stage.inputs.replace("$fingerprint", _quoted(fingerprint or ""))
-            inputs = inputs if fingerprint else f"SELECT * FROM ({inputs}) WHERE false"
-            self.connection.execute(f"CREATE OR REPLACE TEMP TABLE input_{stage.name} AS {inputs}")
+            wanted = stage.wanted.replace("$fingerprint", _quoted(fingerprint or ""))
+            wanted = wanted if fingerprint else f"SELECT * FROM ({wanted}) WHERE false"
+            self.connection.execute(f"CREATE OR REPLACE TEMP TABLE input_{stage.name} AS {wanted}")
             self.connection.execute(_CHOOSE.replace("$stage", stage.name))
             self.connection.execute(
                 _STATE.replace("$stage", stage.name)
                 .replace("$run_id", _quoted(run_id))
                 .replace("$max_attempts", str(int(max_attempts)))
             )
+            if stage.table:
+                rows = chosen_rows(stage.name, stage.table)
+                self.connection.execute(
+                    f"CREATE OR REPLACE TEMP TABLE current_{stage.table} AS SELECT * FROM ({rows}) WHERE fresh"
+                )
             for statement in stage.current:
                 self.connection.execute(statement)
 
@@ -319,7 +343,7 @@ class Ledger:
         )
 
     def _ancestors(self, stage: str) -> list[str]:
-        direct = self.stages[stage].depends
+        direct = self.stages[stage].after
         return sorted({*direct, *(a for name in direct for a in self._ancestors(name))})
 
     def units_with_work(self, stages: Iterable[str]) -> list[str]:
@@ -336,16 +360,11 @@ class Ledger:
         return self.connection.execute(sql, list(parameters)).fetchall()
 
     def _create_tables(self) -> None:
-        empty = {"ledger": LEDGER, **{table: table_schema(table) for table in TABLES}}
-        for table, schema in empty.items():
-            columns = schema.append(pa.field("fragment", pa.string())).empty_table()
-            self.connection.register("columns", columns)
+        for table, schema in _schemas().items():
+            self.connection.register("columns", schema.empty_table())
             self.connection.execute(f"CREATE TABLE IF NOT EXISTS {table} AS SELECT * FROM columns")
             self.connection.unregister("columns")
-        self.connection.execute(
-            "CREATE TABLE IF NOT EXISTS fragments "
-            "(name VARCHAR, num_bytes BIGINT, mtime_ns BIGINT, outputs MAP(VARCHAR, BIGINT))"
-        )
+        self.connection.execute(f"CREATE TABLE IF NOT EXISTS fragments ({_FRAGMENTS})")
         self.connection.execute("CREATE TEMP TABLE forced (stage VARCHAR, item_id VARCHAR)")
         self.connection.execute("CREATE TEMP TABLE once_more (stage VARCHAR, item_id VARCHAR, attempts INT)")
 
@@ -425,14 +444,28 @@ def _outputs_or_none(root: Path, name: str) -> dict[str, int] | None:
         return None  # torn by a crash: counted by synchronise as a commit that never happened
 
 
+_FRAGMENTS = "name VARCHAR, num_bytes BIGINT, mtime_ns BIGINT, outputs MAP(VARCHAR, BIGINT)"
+
+
+def _schemas() -> dict[str, pa.Schema]:
+    """Return the columns of the tables that hold the rows of fragments, each with the fragment it came from."""
+    schemas = {"ledger": LEDGER, **{table: table_schema(table) for table in TABLES}}
+    return {table: schema.append(pa.field("fragment", pa.string())) for table, schema in schemas.items()}
+
+
+def _layout() -> str:
+    """Return a hash of all columns of the working database: a file of another layout is made anew."""
+    columns = {table: [f"{field.name} {field.type}" for field in schema] for table, schema in _schemas().items()}
+    return digest([columns, _FRAGMENTS])
+
+
 def _connect(path: Path, memory_limit: str, threads: int) -> duckdb.DuckDBPyConnection:
     config = {"memory_limit": memory_limit, "threads": threads, "preserve_insertion_order": False}
     for attempt in (1, 2):
         try:
             connection = duckdb.connect(str(path), config=config)
-            connection.execute("CREATE TABLE IF NOT EXISTS layout AS SELECT ? AS version", [LEDGER_VERSION])
-            version = connection.execute("SELECT version FROM layout").fetchall()[0][0]
-            if version == LEDGER_VERSION:
+            connection.execute("CREATE TABLE IF NOT EXISTS layout AS SELECT ? AS version", [_layout()])
+            if connection.execute("SELECT version FROM layout").fetchall() == [(_layout(),)]:
                 connection.execute("SET TimeZone = 'UTC'")
                 return connection
             connection.close()

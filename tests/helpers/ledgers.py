@@ -7,13 +7,14 @@ import pyarrow as pa
 
 from clipmill.base.errors import ItemError
 from clipmill.base.settings import Settings
-from pipeline.runtime.task import Outcome, Work, commit
-from pipeline.stages.queries import QUERIES
+from pipeline.engine import registry
+from pipeline.runtime.task import Outcome, Task, commit
+from pipeline.stages.stage import Stage
 from shards.corpus.fragments import table_schema, write_commit
 from shards.corpus.ledger import Ledger
 from shards.corpus.schema import LEDGER
 
-STAGES = ("download", "transcribe", "segment", "cut", "caption", "score")
+STAGES = tuple(stage.name for stage in registry.STAGES if isinstance(stage, Stage))
 
 
 def sha(text: str) -> str:
@@ -34,7 +35,7 @@ class FragmentCorpus:
         self.open()
 
     def open(self) -> None:
-        self.ledger = Ledger(self.root, QUERIES)
+        self.ledger = Ledger(self.root, registry.stages())
         self.synchronised = self.ledger.synchronise()
 
     def reopen(self) -> None:
@@ -84,7 +85,7 @@ class FragmentCorpus:
         units = self.ledger.unit_of_work(stage)
         for unit in sorted({units[item["item_id"]] for item in items}):
             batch = [item for item in items if units[item["item_id"]] == unit]
-            work = Work(stage, unit, batch, Settings(), self.fingerprints[stage], str(self.root), f"run{self.run}")
+            work = Task(stage, unit, batch, Settings(), self.fingerprints[stage], str(self.root), f"run{self.run}")
             outcomes = [self._outcome(stage, item) for item in batch]
             self.ledger.load([commit(work, outcomes, []).name])
             self.num_processed[stage] += len(batch)

@@ -18,7 +18,7 @@ from clipmill.base.errors import ItemError, UserError  # noqa: E402
 from clipmill.base.settings import Settings  # noqa: E402
 from pipeline.engine.build import build, session  # noqa: E402
 from pipeline.maintenance.forget import compact, find, forget  # noqa: E402
-from pipeline.runtime.task import Outcome, Work, commit  # noqa: E402
+from pipeline.runtime.task import Outcome, Task, commit  # noqa: E402
 from shards.corpus.folder import Corpus  # noqa: E402
 from shards.storage import lease as store_lock  # noqa: E402
 from shards.storage.lease import KEY, StoreLock, is_held  # noqa: E402
@@ -277,7 +277,7 @@ def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes():
     root, kinds = str(corpus.root), ("while nobody else writes", "while another does")
     items = [{"item_id": kind, "key": "k", "attempts": 0, "cost": 1} for kind in kinds]
     first, second = (
-        Work("segment", "u0", [item], Settings(), "f", root, "run", corpus.store, before) for item in items
+        Task("segment", "u0", [item], Settings(), "f", root, "run", corpus.store, before) for item in items
     )
     commit(first, [Outcome(kinds[0], failure=ItemError("internal-error", ""))], [])
     hold(url)
