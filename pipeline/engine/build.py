@@ -17,8 +17,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from clipmill.base.errors import UserError
-from pipeline.engine.driver import Engine, EngineReport
 from pipeline.engine import registry
+from pipeline.engine.driver import Engine, EngineReport
 from pipeline.engine.settings import CorpusSettings, resolve
 from pipeline.runtime.watchdog import sweep_reports
 from pipeline.stages.ingest.stage import IngestReport, ingest_sources

@@ -373,7 +373,7 @@ def sample_json(row: dict[str, Any]) -> bytes:
     Face `datasets`) take a key that may appear later but not a null that turns into text. Hashes of 64 bits are hex:
     JSON readers lose the low bits of such integers. Local sources are named without their folder.
     """
-    values = {name: row[name] for name in (*FIXED, *late_columns(), *REFERENCES)}
+    values = {name: value for name, value in row.items() if name not in MEDIA}
     values["url"] = Path(row["url"]).name if row["kind"] == "file" and row["url"] else row["url"]
     values["key"] = sample_key(row["clip_id"])
     values["subtitle"] = values.pop("text")
