@@ -41,10 +41,10 @@ def _work_of(corpus: Corpus, settings):
     """Every item that the finished corpus has, stage by stage, in the units it was done in."""
     ledger = Ledger(corpus.root, stages())
     names = [stage.name for stage in stages()]
-    ledger.derive(fingerprints(settings), units=None, run_id="direct", max_attempts=1)
+    ledger.refresh_state(fingerprints(settings), units=None, run_id="direct", max_attempts=1)
     for name in names:
-        ledger.force(name, ledger.items_of(name))
-    ledger.derive(fingerprints(settings), units=None, run_id="direct", max_attempts=1)
+        ledger.mark_pending(name, ledger.items_of(name))
+    ledger.refresh_state(fingerprints(settings), units=None, run_id="direct", max_attempts=1)
     for stage in stages():
         units, by_unit = ledger.unit_of_work(stage.name), {}
         for item in ledger.work(stage.name):

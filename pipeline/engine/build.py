@@ -63,8 +63,8 @@ class Session:
     def engine(self, stages: Sequence[str]) -> Engine:
         return Engine(self.corpus, self.settings, self.ledger, self.run_id, stages)
 
-    def derive_all(self) -> None:
-        self.ledger.derive(
+    def refresh_state(self) -> None:
+        self.ledger.refresh_state(
             registry.fingerprints(self.settings),
             units=None,
             run_id=self.run_id,
@@ -86,7 +86,7 @@ class Session:
         self.corpus.files.written(str(path.relative_to(self.corpus.root)))
 
     def publish(self) -> None:
-        self.derive_all()
+        self.refresh_state()
         publish(self.ledger)
 
     def failures(self) -> list[tuple[str, str, int, str]]:
@@ -120,7 +120,7 @@ def session(
             remove_cache(corpus.root)
         ledger = Ledger(corpus.root, registry.stages(), memory_limit=settings.engine.driver_memory)
         try:
-            ledger.synchronise()
+            ledger.sync()
             ledger.remove_orphans()
             yield Session(corpus, settings, ledger, command), difference(saved, resolved) if saved else []
         finally:
@@ -156,10 +156,10 @@ def build(
         if "ingest" in stages and sources:
             report.ingest = ingest_sources(current, sources)
             display.ingested(report.ingest)
-        current.derive_all()
+        current.refresh_state()
         if redo or where:
-            _force(current, stages, where)
-            current.derive_all()
+            _mark_pending(current, stages, where)
+            current.refresh_state()
         report.pending_before = current.ledger.counts()
         display.plan(report.pending_before, stages)
         _run_stages(current, stages, report, display)
@@ -196,12 +196,12 @@ def _run_stages(current: Session, stages: Sequence[str], report: BuildReport, di
         report.engine = engine.run(lambda engine: display.tick(engine))
 
 
-def _force(current: Session, stages: Sequence[str], where: str | None) -> None:
+def _mark_pending(current: Session, stages: Sequence[str], where: str | None) -> None:
     """Make the items that `--redo` or `--where` names pending again."""
     for stage in registry.stages():
         if stage.name in stages:
             named = _items_named(current.corpus, stage, where) if where else current.ledger.items_of(stage.name)
-            current.ledger.force(stage.name, named)
+            current.ledger.mark_pending(stage.name, named)
 
 
 def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
@@ -244,7 +244,7 @@ class Status:
 
 
 def status(root: str | Path, assignments: list[str]) -> Status:
-    """Count the done, pending and failed items of each stage, with the settings as they are or as `--set` makes them."""
+    """Count the done, pending and failed items of each stage, with the settings as saved or as `--set` makes them."""
     corpus = Corpus(root).require()
     saved = corpus.load_settings()
     settings = resolve(saved, None, assignments)
@@ -252,9 +252,9 @@ def status(root: str | Path, assignments: list[str]) -> Status:
         corpus.files.pull()
         ledger = Ledger(corpus.root, registry.stages(), memory_limit=settings.engine.driver_memory)
         try:
-            ledger.synchronise()
+            ledger.sync()
             current = Session(corpus, settings, ledger, "status")
-            current.derive_all()
+            current.refresh_state()
             if (corpus.root / MANIFEST_NAME).exists() and not is_current(corpus.root):
                 publish(ledger)  # another version wrote it: packing would look for columns that it lacks
             changed = difference(saved, settings.model_dump(mode="json"))

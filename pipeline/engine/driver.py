@@ -66,14 +66,14 @@ class Engine:
         self.published_at, self.publish_cost_s = -math.inf, 0.0
         self.exhausted: list[tuple[str, str, int]] = []  # (stage, item, attempts) whose workers died too often
 
-    def derive(self, units: Sequence[str] | None = None) -> None:
-        self.ledger.derive(
+    def refresh_state(self, units: Sequence[str] | None = None) -> None:
+        self.ledger.refresh_state(
             self.fingerprints, units=units, run_id=self.run_id, max_attempts=self.settings.engine.max_attempts
         )
 
     def publish(self) -> None:
         started = time.perf_counter()
-        self.derive()
+        self.refresh_state()
         publish(self.ledger, groups=False)
         self.publish_cost_s = time.perf_counter() - started
         self.published_at = time.perf_counter()
@@ -130,7 +130,7 @@ class Engine:
     def _last_round(self) -> deque[str]:
         """Make the exhausted items pending once more, if they have attempts left; return their units."""
         self.ledger.try_again(self.exhausted)
-        self.derive()
+        self.refresh_state()
         counts = self.ledger.counts()
         for stage in self.stages:
             num_again = counts[stage.name].get("retry", 0)
@@ -143,9 +143,9 @@ class Engine:
         if not units:
             return
         started = time.perf_counter()
-        self.derive(units)
+        self.refresh_state(units)
         if self._fetch_lost_sources():
-            self.derive(units)
+            self.refresh_state(units)
         taken: set[str] = set()
         for stage in self.stages:
             by_unit: dict[str, list[dict]] = {}
@@ -166,7 +166,7 @@ class Engine:
             return False
         readers = [stage.name for stage in self.stages if stage.reads_source]
         lost = [video_id for video_id, path in self.ledger.sources_of(readers) if not self.corpus.files.has(path)]
-        self.ledger.force("download", lost)
+        self.ledger.mark_pending("download", lost)
         return bool(lost)
 
     def _batches(self, stage: Stage, items: list[dict]) -> Iterator[list[dict]]:

@@ -1,4 +1,4 @@
-"""The working database: every fragment loaded, and what is current, pending and failed derived from it by SQL.
+"""The working database: it holds the rows of all fragments, and finds by SQL what is current, pending and failed.
 
 It is private to the process that holds the corpus lock (`.clipmill/ledger.duckdb`), a cache of the fragments that can
 be deleted at any time. Readers get the published `manifest.duckdb` instead (`shards.corpus.manifest`).
@@ -52,10 +52,10 @@ class StageQuery:
 def chosen_rows(stage: str, table: str) -> str:
     """Return a SELECT of the rows of `table` that count for the items of `stage`.
 
-    A row made with an older key counts, with `fresh` false, until there is one with the present key.
+    A row made with an older key counts, with `up_to_date` false, until there is one with the present key.
     """
     return (
-        f"SELECT r.*, c.fresh FROM {table} r JOIN chosen_{stage} c ON r.item_id = c.item_id AND r.key = c.key "
+        f"SELECT r.*, c.up_to_date FROM {table} r JOIN chosen_{stage} c ON r.item_id = c.item_id AND r.key = c.key "
         "AND r.fragment = c.fragment"
     )
 
@@ -68,7 +68,7 @@ class FragmentFile:
 
 
 class Ledger:
-    """Holds the connection. `memory_limit` bounds DuckDB; nothing here keeps rows in Python."""
+    """The connection to the working database. `memory_limit` bounds DuckDB; no rows are kept in Python."""
 
     def __init__(self, root: Path, stages: Sequence[StageQuery], *, memory_limit: str = "1GB", threads: int = 1):
         self.root, self.files = root, files_of(root)
@@ -76,8 +76,8 @@ class Ledger:
         self.path = root / ".clipmill" / "ledger.duckdb"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.connection = _connect(self.path, memory_limit, threads)
-        self.tombstones: tuple[str, ...] = ()  # the files that the tables obey
-        self.fingerprints: dict[str, str | None] = {}  # of the stages, as last derived
+        self.tombstones: tuple[str, ...] = ()  # names of the tombstone files that the tables take account of
+        self.fingerprints: dict[str, str | None] = {}  # of the stages, at the last `refresh_state`
         self._create_tables()
 
     def close(self) -> None:
@@ -85,8 +85,8 @@ class Ledger:
 
     # -- fragments ------------------------------------------------------------------------------------------------
 
-    def synchronise(self) -> tuple[int, int]:
-        """Load fragments that appeared, forget those that went or lost an output. Returns (loaded, forgotten)."""
+    def sync(self) -> tuple[int, int]:
+        """Load new fragments, forget those that are deleted or lack an output. Returns (loaded, forgotten)."""
         present = {file.name: file for file in _scan(self.root / "fragments" / "ledger")}
         known = {
             name: (size, mtime) for name, size, mtime in self._rows("SELECT name, num_bytes, mtime_ns FROM fragments")
@@ -100,7 +100,7 @@ class Ledger:
                 whole[name] = (file, named, unchanged)
         gone = [name for name in known if name not in whole]
         new = [name for name, (_, _, unchanged) in whole.items() if not unchanged]
-        lost = set(present) - set(whole)  # a commit that lost a part never happened
+        lost = set(present) - set(whole)  # a commit that lacks one of its files counts as never made
         self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(lost)))
         replaced = self._remove_replaced(new, whole)
         self.forget([*gone, *replaced])
@@ -108,15 +108,15 @@ class Ledger:
         return len(new), len(gone)
 
     def _remove_replaced(self, new: Iterable[str], whole: Iterable[str]) -> set[str]:
-        """Commits in whose place others are by now; whoever put those there was killed before it removed these."""
+        """Delete commits superseded by a writer that was killed before it cleaned up; return their names."""
         names = {old for name in new for old in replaced_by(fragment_path(self.root, "ledger", name))} & set(whole)
         self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(names)))
         return names
 
     def remove_orphans(self) -> int:
-        """Delete files that no commit names: what a killed worker had written before it could commit. Returns how many.
+        """Delete files that no commit names, written by workers that were killed before they could commit.
 
-        Only right after `synchronise`, when nobody is writing.
+        Returns how many. Only right after `sync`, while no worker is writing.
         """
         owned = {relative for _, outputs in self._rows("SELECT name, outputs FROM fragments") for relative in outputs}
         folders = [*(f"fragments/{table}" for table in TABLES), "clips"]
@@ -126,9 +126,10 @@ class Ledger:
         return len(orphans)
 
     def drop_superseded(self, stage: str) -> int:
-        """Delete commits of a stage whose every row was made from inputs or settings that are gone. Returns how many.
+        """Delete the commits of a stage of which no row counts any more. Returns how many.
 
-        After `derive` for all units. The ledger fragment goes first, so that a kill leaves orphans, never half commits.
+        Only after `refresh_state` for all units. The ledger fragment is deleted first, so that a kill leaves orphans
+        and never half a commit.
         """
         names = [
             name
@@ -155,7 +156,7 @@ class Ledger:
         self.connection.unregister("gone")
 
     def load(self, names: Sequence[str]) -> None:
-        """Load whole commits (again, if they were loaded before)."""
+        """Load the rows of whole commits; of those loaded before, again."""
         if not names:
             return
         self.forget(names)
@@ -177,7 +178,7 @@ class Ledger:
         self.connection.executemany("INSERT INTO fragments VALUES (?, ?, ?, ?)", files)
         self.connection.execute("COMMIT")
         if by_table["sources"]:
-            self.tombstones = ()  # some of them may be forgotten
+            self.tombstones = ()  # the new sources may have been forgotten
 
     def _insert(self, table: str, paths: list[str]) -> None:
         self.connection.execute(
@@ -186,14 +187,14 @@ class Ledger:
             [paths],
         )
 
-    # -- deriving -------------------------------------------------------------------------------------------------
+    # -- state ----------------------------------------------------------------------------------------------------
 
-    def derive(
+    def refresh_state(
         self, fingerprints: dict[str, str | None], *, units: Iterable[str] | None, run_id: str, max_attempts: int
     ) -> None:
-        """Fill the temp tables `input_S`, `chosen_S`, `state_S` and `current_…` for the given units (None: all).
+        """Fill the temporary tables `input_S`, `chosen_S`, `state_S` and `current_…` for these units (None: all).
 
-        A stage without a fingerprint is off: it has no items, and what it did before counts for nothing.
+        A stage without a fingerprint is off: it has no items, and the rows it made before do not count.
         """
         self.leave_out_forgotten()
         self.fingerprints = fingerprints
@@ -217,15 +218,15 @@ class Ledger:
             if stage.table:
                 rows = chosen_rows(stage.name, stage.table)
                 self.connection.execute(
-                    f"CREATE OR REPLACE TEMP TABLE current_{stage.table} AS SELECT * FROM ({rows}) WHERE fresh"
+                    f"CREATE OR REPLACE TEMP TABLE current_{stage.table} AS SELECT * FROM ({rows}) WHERE up_to_date"
                 )
             for statement in stage.current:
                 self.connection.execute(statement)
 
     def leave_out_forgotten(self) -> None:
-        """Drops the sources that have a tombstone by now. All else is derived from sources, failures of lists apart.
+        """Delete the sources that have a tombstone: everything but the failures of lists is selected through them.
 
-        Their other rows stay in this cache until `shards.packing.compact` has it made anew.
+        Their other rows stay in this cache until `shards.packing.compact` makes it anew.
         """
         files = tombstone_files(self.root)
         if files == self.tombstones:
@@ -239,30 +240,30 @@ class Ledger:
         self.connection.unregister("to_forget")
         self.tombstones = files
 
-    def force(self, stage: str, item_ids: Sequence[str]) -> None:
-        """Make these items pending once in this run although they are done or failed."""
+    def mark_pending(self, stage: str, item_ids: Sequence[str]) -> None:
+        """Make items pending once in this run although they are done or failed."""
         self.connection.register("named", pa.table({"item_id": pa.array(list(item_ids), pa.string())}))
         self.connection.execute(f"INSERT INTO forced SELECT '{stage}', item_id FROM named")
         self.connection.unregister("named")
 
     def try_again(self, tried: Sequence[tuple[str, str, int]]) -> None:
-        """Give failures that trying again may heal one more attempt in the run in which they failed.
+        """Give retryable failures one more attempt in the run in which they failed.
 
-        tried  (stage, item_id, attempts): once an item has been tried more often than that, this counts no more
+        tried: (stage, item_id, attempts so far). It has no effect once an item has more attempts than that.
         """
         self.connection.execute("DELETE FROM once_more")
         if tried:
             self.connection.executemany("INSERT INTO once_more VALUES (?, ?, ?)", list(tried))
 
     def work(self, stage: str) -> list[dict]:
-        """What the worker needs for every item to be done of a stage, for the units derived last, in item order."""
+        """Return the payload of every pending item of a stage, in item order, in the units of the last refresh."""
         self.connection.execute(
             f"CREATE OR REPLACE TEMP TABLE work AS SELECT * FROM state_{stage} WHERE status IN ('pending', 'retry')"
         )
         return self.connection.sql(self.stages[stage].payload).to_arrow_table().to_pylist()
 
     def sources_of(self, stages: Sequence[str]) -> list[tuple[str, str]]:
-        """(video_id, path) of the downloaded videos that have work in these stages, in the units derived last."""
+        """Return (video_id, path) of the downloaded videos that have pending items in these stages."""
         wanted = " UNION ".join(
             f"SELECT item_id FROM state_{stage} WHERE status IN ('pending', 'retry')" for stage in stages
         )
@@ -275,7 +276,7 @@ class Ledger:
         )
 
     def sources_cut(self) -> list[str]:
-        """Paths of the videos that were copied here and whose clips are all cut, of the units derived last."""
+        """Return the paths of the videos that were copied into the corpus and whose clips are all cut."""
         return [
             path
             for (path,) in self._rows(
@@ -288,16 +289,16 @@ class Ledger:
         return [item_id for (item_id,) in self._rows(f"SELECT item_id FROM state_{stage} ORDER BY 1")]
 
     def standing_failures(self) -> list[tuple[str, str, int, str]]:
-        """(stage, error class, count, an example) of what failed with its present inputs and was not done since."""
+        """Return (stage, error class, count, example) of items that failed with their present inputs."""
         return self._rows(
             f"SELECT stage, error_class, count(*), min(failed_id || ': ' || message) FROM ({self.failures_sql()}) "
             "WHERE stage <> 'edit' GROUP BY ALL ORDER BY ALL"
         )
 
     def failures_sql(self) -> str:
-        """One row per item that failed and stands failed, from what was derived last for all units.
+        """Return a SELECT of the failures that stand, one row per item, after `refresh_state` for all units.
 
-        quarantined: trying again could heal it, but its attempts are used up; it waits until somebody asks for it.
+        quarantined: the failure is retryable, but its attempts are used up; only `clipmill run --where` tries it again.
         """
         quarantined = " UNION ALL ".join(
             f"SELECT '{name}', item_id FROM state_{name} WHERE status = 'quarantined'" for name in self.stages
@@ -320,14 +321,14 @@ class Ledger:
         return bool(self._rows(f"SELECT 1 FROM state_{stage} WHERE status IN ('pending', 'retry') LIMIT 1"))
 
     def unit_of_work(self, stage: str) -> dict[str, str]:
-        """Item → unit, of the items that `work` gives."""
+        """Return item → unit of the items that `work` returns."""
         return dict(self._rows(f"SELECT item_id, unit FROM state_{stage} WHERE status IN ('pending', 'retry')"))
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Stage → status → number of items, for the units derived last.
+        """Return stage → status → number of items, in the units of the last refresh.
 
-        Besides pending, retry, done and failed: `waiting`, done items whose video has work left in a stage before, and
-        which that work may make pending; `quarantined`, items whose attempts are used up.
+        Besides pending, retry, done and failed: `waiting`, done items whose video has pending items in an earlier
+        stage, which may make them pending; `quarantined`, items whose attempts are used up.
         """
         return {name: dict(self._rows(self._count_sql(name))) for name in self.stages}
 
@@ -347,7 +348,7 @@ class Ledger:
         return sorted({*direct, *(a for name in direct for a in self._ancestors(name))})
 
     def units_with_work(self, stages: Iterable[str]) -> list[str]:
-        """Of none of these stages, as when shards alone are to be packed, there are none."""
+        """Return the units with pending items in these stages; none without stages, as when only packing is left."""
         union = " UNION ALL ".join(
             ["SELECT '' AS unit WHERE false"]
             + [f"SELECT unit FROM state_{stage} WHERE status IN ('pending', 'retry')" for stage in stages]
@@ -372,7 +373,7 @@ class Ledger:
 # The row that counts for an item: the one made with the item's present key, else the newest of another key.
 _CHOOSE = """
 CREATE OR REPLACE TEMP TABLE chosen_$stage AS
-SELECT l.item_id, i.unit, l.key, l.fragment, l.key = i.key AS fresh
+SELECT l.item_id, i.unit, l.key, l.fragment, l.key = i.key AS up_to_date
 FROM ledger l JOIN input_$stage i USING (item_id)
 WHERE l.stage = '$stage' AND l.status = 'done'
 QUALIFY row_number() OVER (PARTITION BY l.item_id ORDER BY l.key = i.key DESC, l.at DESC, l.fragment) = 1
@@ -388,13 +389,13 @@ WITH tried AS (
 )
 SELECT i.item_id, i.unit, i.key, i.cost, coalesce(t.attempts, 0) AS attempts,
        CASE WHEN f.item_id IS NOT NULL AND NOT coalesce(t.in_this_run, false) THEN 'pending'
-            WHEN c.fresh THEN 'done'
+            WHEN c.up_to_date THEN 'done'
             WHEN t.attempts IS NULL THEN 'pending'
             WHEN t.transient AND t.attempts >= $max_attempts THEN 'quarantined'
             WHEN t.transient AND (NOT t.in_this_run OR o.item_id IS NOT NULL) THEN 'retry'
             ELSE 'failed' END AS status
 FROM input_$stage i
-LEFT JOIN chosen_$stage c ON c.item_id = i.item_id AND c.fresh
+LEFT JOIN chosen_$stage c ON c.item_id = i.item_id AND c.up_to_date
 LEFT JOIN tried t ON t.item_id = i.item_id AND t.key = i.key
 LEFT JOIN (SELECT DISTINCT item_id FROM forced WHERE stage = '$stage') f ON f.item_id = i.item_id
 LEFT JOIN once_more o ON o.stage = '$stage' AND o.item_id = i.item_id AND o.attempts = t.attempts
@@ -409,7 +410,7 @@ QUALIFY row_number() OVER (PARTITION BY stage, item_id, key ORDER BY "at" DESC, 
 
 
 class _Listing:
-    """Which outputs exist with which size, one directory listing per folder instead of one stat per file."""
+    """The sizes of files, found by one listing per folder instead of one stat per file."""
 
     def __init__(self, files: Files):
         self.files, self.folders = files, {}
@@ -441,7 +442,7 @@ def _outputs_or_none(root: Path, name: str) -> dict[str, int] | None:
     try:
         return outputs_of(fragment_path(root, "ledger", name))
     except (pa.ArrowInvalid, OSError):
-        return None  # torn by a crash: counted by synchronise as a commit that never happened
+        return None  # torn by a crash: `sync` counts it as a commit that was never made
 
 
 _FRAGMENTS = "name VARCHAR, num_bytes BIGINT, mtime_ns BIGINT, outputs MAP(VARCHAR, BIGINT)"
@@ -478,7 +479,7 @@ def _connect(path: Path, memory_limit: str, threads: int) -> duckdb.DuckDBPyConn
 
 
 def remove_cache(root: Path) -> None:
-    """The working database of a corpus, which nobody has open."""
+    """Delete the working database of a corpus. No process may have it open."""
     path = root / ".clipmill" / "ledger.duckdb"
     path.unlink(missing_ok=True)
     path.with_name(path.name + ".wal").unlink(missing_ok=True)

@@ -75,9 +75,9 @@ def run(corpus: FragmentCorpus, monkeypatch, name: str = "run", lost: dict[str, 
     workers.lost.update(lost or {})
     monkeypatch.setattr(engines, "Pools", lambda settings: workers)
     engine = Engine(Corpus(corpus.root), CorpusSettings(), corpus.ledger, name, STAGES)
-    engine.derive()
+    engine.refresh_state()
     report = engine.run(lambda engine: None)
-    engine.derive()
+    engine.refresh_state()
     return report, workers
 
 

@@ -58,7 +58,7 @@ def build_corpus(root: Path, num_videos: int = 4) -> Path:
 
 
 def _run_stage(current: Any, stage: Any) -> None:
-    current.derive_all()
+    current.refresh_state()
     units = current.ledger.unit_of_work(stage.name)
     items = current.ledger.work(stage.name)
     fingerprint = fingerprints(current.settings)[stage.name]

@@ -36,7 +36,7 @@ class FragmentCorpus:
 
     def open(self) -> None:
         self.ledger = Ledger(self.root, registry.stages())
-        self.synchronised = self.ledger.synchronise()
+        self.synchronised = self.ledger.sync()
 
     def reopen(self) -> None:
         self.ledger.close()
@@ -62,8 +62,8 @@ class FragmentCorpus:
         )
         self.ledger.load([name])
 
-    def derive(self, run_id: str | None = None, units=None) -> dict[str, dict[str, int]]:
-        self.ledger.derive(self.fingerprints, units=units, run_id=run_id or f"run{self.run}", max_attempts=3)
+    def refresh_state(self, run_id: str | None = None, units=None) -> dict[str, dict[str, int]]:
+        self.ledger.refresh_state(self.fingerprints, units=units, run_id=run_id or f"run{self.run}", max_attempts=3)
         return self.ledger.counts()
 
     def work_off(self, stages=STAGES) -> dict[str, int]:
@@ -71,7 +71,7 @@ class FragmentCorpus:
         self.run += 1
         before = dict(self.num_processed)
         for stage in stages:
-            self.derive()
+            self.refresh_state()
             items = self.ledger.work(stage)
             if items:
                 self._do(stage, items)
@@ -171,7 +171,7 @@ class FragmentCorpus:
         }
 
     def served_captions(self) -> dict[str, str]:
-        self.derive()
+        self.refresh_state()
         rows = self.ledger.connection.execute(
             "SELECT clip_id, text FROM current_captions WHERE current ORDER BY 1"
         ).fetchall()

@@ -33,7 +33,7 @@ def build_whole(root: Path, sources: Path, same_file: dict[str, str] | None = No
         current.record_run(ended=True)
         ingest_sources(current, [str(sources)])
         for stage in _MAKERS:
-            current.derive_all()
+            current.refresh_state()
             _do(current, stage, same_file or {})
         current.publish()
         pack_here(current)

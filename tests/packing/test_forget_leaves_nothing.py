@@ -183,7 +183,7 @@ def test_a_build_after_it_has_nothing_to_pack(compacted, tmp_path):
     shutil.copytree(compacted, root)
     before = files(root / "shards")
     with session(root, None, [], "test", create=False) as (current, _):
-        current.derive_all()
+        current.refresh_state()
         assert all(set(counts) <= {"done"} for counts in current.ledger.counts().values())
         current.publish()
         assert pack_state(current)["to_pack"] == 0
@@ -194,7 +194,7 @@ def test_a_build_after_it_has_nothing_to_pack(compacted, tmp_path):
 def test_packing_without_compacting_moves_no_other_clip(whole, corpus):
     forget_video(corpus, "video-h")
     with session(corpus, None, [], "test", create=False) as (current, _):
-        current.derive_all()
+        current.refresh_state()
         current.publish()
         pack_here(current)
         current.publish()
@@ -208,7 +208,7 @@ def test_the_same_list_does_not_bring_it_back(compacted, tmp_path):
     sources = write_sources(tmp_path / "list.jsonl", [*VIDEOS, "video-new"])
     with session(root, None, [], "test", create=False) as (current, _):
         report = ingest_sources(current, [str(sources)])
-        current.derive_all()
+        current.refresh_state()
         assert (report.num_new, report.num_forgotten, report.num_problems) == (1, 1, 0)
         assert [item["video_id"] for item in current.ledger.work("download")] == ["video-new"]
     assert traces(root, GONE, []) == []

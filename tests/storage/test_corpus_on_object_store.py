@@ -144,7 +144,7 @@ def test_training_finds_what_moved_when_the_corpus_was_packed_anew(machine, tmp_
     before = read_all(reader)
     machine("first machine")
     with session(url, None, ["pack.seed=5", "pack.max_samples=5"], "test", create=False) as (current, _):
-        current.derive_all()
+        current.refresh_state()
         current.publish()
         assert pack_here(current).num_written
         current.publish()

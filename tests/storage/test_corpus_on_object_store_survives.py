@@ -154,7 +154,7 @@ def test_a_commit_whose_ledger_did_not_arrive_never_happened(server, machine, de
     assert [key for key in keys(url) if key.startswith("clips/")], "its media had arrived"
     machine("another machine")
     with session(url, None, [], "test", create=False) as (current, _):
-        current.derive_all()
+        current.refresh_state()
         assert current.ledger.counts()["cut"] == {"pending": NUM_VIDEOS}
     assert not [key for key in keys(url) if "cut-" in key]
 

@@ -51,7 +51,7 @@ number = 0
 while True:
     corpus.add_sources(f"v{{number}}a", f"v{{number}}b", unit=f"u{{number:06d}}")
     corpus.work_off(["download", "transcribe"])
-    corpus.derive()
+    corpus.refresh_state()
     publish(corpus.ledger)
     print("published", flush=True)
     number += 1

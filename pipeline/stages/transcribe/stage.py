@@ -21,7 +21,7 @@ from shards.corpus.ledger import chosen_rows
 from shards.storage.mirror import files_of
 
 WANTED = """
-    -- Costs are in seconds of video to cut: reading a subtitle takes almost no time, recognition about as long as cutting.
+    -- Costs are in seconds of video to cut: reading subtitles takes almost no time, recognition as long as cutting.
     SELECT video_id AS item_id, unit, coalesce(duration_s, 0) / if(len(subtitles) > 0, 100, 1) AS cost,
            md5(concat_ws('|', $fingerprint, sha256, subtitles::VARCHAR)) AS key
     FROM current_videos WHERE duplicate_of IS NULL
