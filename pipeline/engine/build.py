@@ -29,6 +29,7 @@ from shards.corpus.fragments import fragment_path, sweep_temporaries, write_atom
 from shards.corpus.ledger import Ledger, remove_cache
 from shards.corpus.manifest import MANIFEST_NAME, is_current, publish
 from shards.corpus.schema import MANIFEST
+from shards.query.sql import open_manifest, rows_of
 from shards.storage.s3 import MOST_COPIED_BYTES
 
 
@@ -210,8 +211,6 @@ def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
     It may use the columns of `catalog` for stages that work on clips and of `videos` for the others, and error_class,
     message, attempts and quarantined of the item's failure in this stage. Raises UserError for bad SQL.
     """
-    from shards.query.sql import open_manifest, rows_of
-
     table, item = ("catalog", "clip_id") if stage.item == "clip" else ("videos", "video_id")
     failures = f"SELECT item_id, error_class, message, attempts, quarantined FROM failures WHERE stage = '{stage.name}'"
     sql = (

@@ -8,6 +8,7 @@ from typing import Any
 from clipmill.base.errors import UserError
 from pipeline.runtime.ray_cluster import start_ray
 from pipeline.runtime.task import HOST_LIMITER, Result, Task, execute, limit_threads, load_model
+from pipeline.stages.download.host_limiter import HostGovernor
 from pipeline.stages.stage import Stage
 from shards.corpus.fragments import Commit
 
@@ -135,8 +136,6 @@ class Pools:
             (self.actors.get(flight.actor) or self.dead[flight.actor]).remove(flight)
 
     def _start_host_limiter(self, settings) -> None:
-        from pipeline.stages.download.host_limiter import HostGovernor
-
         actor = self.ray.remote(num_cpus=0)(HostGovernor)
         actor = actor.options(name=HOST_LIMITER, max_restarts=-1, max_task_retries=-1)
         limits = {"patience_s": settings.lockout_patience_s}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from clipmill.base.errors import ItemError
+from pipeline.runtime.ray_cluster import start_ray
 from pipeline.stages.stage import DriverStage
 from shards.corpus.fragments import fragment_path, ledger_row, write_commit
 from shards.corpus.schema import LEDGER
@@ -121,8 +122,6 @@ class _RayTasks:
 
     def __enter__(self):
         import ray
-
-        from pipeline.runtime.ray_cluster import start_ray
 
         self.ray, self.started = ray, start_ray(self.settings.engine)
         self.width = max(1, int(ray.cluster_resources().get("CPU", 1)))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from clipmill.base.settings import Settings, digest
 from pipeline.runtime.task import Result, Task
-from shards.corpus.ledger import StageQuery
+from shards.corpus.stage_query import StageQuery
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ a changed setting, a changed input, a lost fragment and a new source are one thi
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
@@ -19,45 +19,9 @@ import pyarrow as pa
 from clipmill.base.settings import digest
 from shards.corpus.fragments import fragment_path, outputs_of, replaced_by, table_schema
 from shards.corpus.schema import LEDGER, TABLES
+from shards.corpus.stage_query import StageQuery, chosen_rows
 from shards.corpus.tombstones import read_tombstones, tombstone_files
 from shards.storage.mirror import Files, files_of
-
-
-@dataclass(frozen=True)
-class StageQuery:
-    """The SQL by which the ledger knows what a stage has to do and what it has done.
-
-    It may use the temporary tables that the stages before it make.
-
-    Attributes:
-        name: also the name of the stage's section of settings.
-        after: the stages whose rows `wanted` reads.
-        wanted: SELECT item_id, unit, cost, key of the items that ought to exist; `$fingerprint` stands for the stage's.
-            The key hashes the fingerprint and the item's inputs: an item whose key has no row is pending.
-        table: the stage's table, if one is enough. The rows made with the present keys become `current_TABLE`.
-        current: statements that make other `current_…` tables of the rows that `chosen_rows` gives.
-        payload: SELECT item_id, key, attempts, cost, … of the rows of `work`: the items as the stage's function
-            gets them.
-    """
-
-    name: str
-    _: KW_ONLY
-    after: tuple[str, ...]
-    wanted: str
-    payload: str
-    table: str | None = None
-    current: tuple[str, ...] = ()
-
-
-def chosen_rows(stage: str, table: str) -> str:
-    """Return a SELECT of the rows of `table` that count for the items of `stage`.
-
-    A row made with an older key counts, with `up_to_date` false, until there is one with the present key.
-    """
-    return (
-        f"SELECT r.*, c.up_to_date FROM {table} r JOIN chosen_{stage} c ON r.item_id = c.item_id AND r.key = c.key "
-        "AND r.fragment = c.fragment"
-    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pipeline.stages.cut.cut import cut_in_sandbox
 from pipeline.stages.cut.settings import CutSettings, SpanRequest
 from pipeline.stages.stage import Stage
 from shards.corpus.fragments import temporary_folder
-from shards.corpus.ledger import chosen_rows
+from shards.corpus.stage_query import chosen_rows
 from shards.packing.tar import Blob, write_clips_tar
 from shards.storage.mirror import files_of
 

@@ -13,7 +13,7 @@ from pipeline.runtime.task import HOST_LIMITER, Outcome, Result, Stopwatch, Task
 from pipeline.stages.download.fetch import fetch, new_governor
 from pipeline.stages.download.settings import DownloadSettings
 from pipeline.stages.stage import Stage
-from shards.corpus.ledger import chosen_rows
+from shards.corpus.stage_query import chosen_rows
 from shards.corpus.tombstones import FORGOTTEN, read_tombstones
 from shards.storage.mirror import files_of
 

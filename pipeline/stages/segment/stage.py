@@ -6,7 +6,7 @@ from pipeline.stages.segment.segment import SegmentSettings, needs_shots, segmen
 from pipeline.stages.segment.shots import detect_shots
 from pipeline.stages.stage import Stage
 from pipeline.stages.transcribe.words import Word
-from shards.corpus.ledger import chosen_rows
+from shards.corpus.stage_query import chosen_rows
 from shards.storage.mirror import files_of
 
 WANTED = """

@@ -17,7 +17,7 @@ from pipeline.stages.transcribe.transcribe import (
     transcribe_video,
     transcript_of_subtitles,
 )
-from shards.corpus.ledger import chosen_rows
+from shards.corpus.stage_query import chosen_rows
 from shards.storage.mirror import files_of
 
 WANTED = """
