@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipmill.base.errors import UserError
-from pipeline.runtime.ray_cluster import start_ray
+from clipmill.base.ray_cluster import start_ray
 from pipeline.runtime.task import HOST_LIMITER, Result, Task, execute, limit_threads, load_model
 from pipeline.stages.download.host_limiter import HostGovernor
 from pipeline.stages.stage import Stage
@@ -43,7 +43,7 @@ class Pools:
         import ray
 
         self.ray, self.settings = ray, settings
-        self.started_ray = start_ray(settings)
+        self.started_ray = start_ray(settings.address, settings.cpus, setting="engine.address")
         self.cut_off = False  # the node that connects this process to the cluster died
         self.running = {"io": 0, "cpu": 0}
         self._check_cluster()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from clipmill.base.errors import ItemError
-from pipeline.runtime.ray_cluster import start_ray
+from clipmill.base.ray_cluster import start_ray
 from pipeline.stages.stage import DriverStage
 from shards.corpus.fragments import fragment_path, ledger_row, write_commit
 from shards.corpus.schema import LEDGER
@@ -123,7 +123,8 @@ class _RayTasks:
     def __enter__(self):
         import ray
 
-        self.ray, self.started = ray, start_ray(self.settings.engine)
+        engine = self.settings.engine
+        self.ray, self.started = ray, start_ray(engine.address, engine.cpus, setting="engine.address")
         self.width = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self.task = ray.remote(num_cpus=1)(_write)  # writing again gives the same bytes, so Ray may retry
         return self
