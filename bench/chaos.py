@@ -35,6 +35,7 @@ from typing import Any
 import psutil
 
 from bench.same_corpus import differences, orphans
+from clipmill.base.atomic_file import atomic_file
 
 SETTINGS = (
     "ingest.unit_videos=2",
@@ -242,7 +243,8 @@ class Chaos:
                 if self.build.running():  # it may have read the file already, and need it
                     path.with_name(f".tmp-{path.name}").write_bytes(half)
                 else:
-                    _replace(path, half)
+                    with atomic_file(path) as file:
+                        file.write(half)
                 torn += 1
         return torn
 
@@ -305,12 +307,6 @@ class Spoiler(dict):
     def stop(self) -> None:
         with self._lock:
             self._ordered.clear()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    aside = path.with_name(f".tmp-{path.name}.torn")
-    aside.write_bytes(data)
-    os.replace(aside, path)
 
 
 def _listed_faults(world: Path) -> dict[str, Any]:

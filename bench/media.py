@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.frame_code import draw_number
+from clipmill.base.atomic_file import atomic_path
 
 WIDTH, HEIGHT, FPS, DURATION_S = 1280, 720, 30, 185
 COLUMNS = 40  # frame-number blocks of 32 pixels: 11 after scaling to 256 lines
@@ -157,16 +158,15 @@ def _encode(frames: Iterator[Planes], path: Path) -> None:
     video = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="yuv420p", s=f"{WIDTH}x{HEIGHT}", r=FPS)
     audio = ffmpeg.input("anoisesrc=color=pink:amplitude=0.1:seed=1:sample_rate=44100", format="lavfi")
     options = {"c:v": "libx264", "preset": "medium", "crf": 23, "g": 150, "bf": 3, "c:a": "aac", "b:a": "96k"}
-    partial = path.with_suffix(".part.mp4")
-    command = ffmpeg.output(video, audio, str(partial), shortest=None, **options).overwrite_output()
-    process = command.global_args("-v", "error").run_async(imageio_ffmpeg.get_ffmpeg_exe(), pipe_stdin=True)
-    for planes in frames:
-        for plane in planes:
-            process.stdin.write(np.ascontiguousarray(plane).data)
-    process.stdin.close()
-    if process.wait() != 0:
-        raise RuntimeError(f"ffmpeg failed on {partial}")
-    partial.rename(path)
+    with atomic_path(path) as temporary:
+        command = ffmpeg.output(video, audio, str(temporary), shortest=None, **options).overwrite_output()
+        process = command.global_args("-v", "error").run_async(imageio_ffmpeg.get_ffmpeg_exe(), pipe_stdin=True)
+        for planes in frames:
+            for plane in planes:
+                process.stdin.write(np.ascontiguousarray(plane).data)
+        process.stdin.close()
+        if process.wait() != 0:
+            raise RuntimeError(f"ffmpeg failed on {temporary}")
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clipmill.base.atomic_file import atomic_file
 from training.data.batch import Batch
 from training.data.selection import Selection
 from training.parallel.all_gather import gather_rows
@@ -154,10 +155,8 @@ class Feedback:
         """The Parquet table of the clips seen so far, whole or not at all."""
         import pyarrow.parquet as pq
 
-        from shards.packing.tar import replacing
-
         start = 0
-        with replacing(path) as file, pq.ParquetWriter(file, FEEDBACK, compression="zstd") as writer:
+        with atomic_file(path) as file, pq.ParquetWriter(file, FEEDBACK, compression="zstd") as writer:
             for ids in selection.column("clip_id").chunks:
                 table = self._table(ids, start)
                 start += len(ids)

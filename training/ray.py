@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clipmill.base.errors import UserError
+from clipmill.base.ray_cluster import ray_cluster
 from training.data.loader import LoaderError
 from training.run.folder import RunFolder
 from training.run.setup import Request, requested_settings
@@ -23,17 +24,14 @@ def train_on_ray(request: Request, num_workers: int, address: str | None = None)
 
     address  of a cluster, as for builds; None: the surrounding one or RAY_ADDRESS, else Ray starts on this machine
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     device = requested_settings(request).train.device
     RunFolder(request.run).create()  # before Ray writes there: a folder with only Ray's files would be taken for no run
-    started = not ray.is_initialized()
-    if started:
-        _start(address, num_workers)
-    try:
+    cpus = max(num_workers + 1, os.cpu_count() or 1)  # as many workers as asked for, whatever this machine has
+    with ray_cluster(address, cpus, setting="--address", show_output=True):
         use_gpu = device != "cpu" and ray.cluster_resources().get("GPU", 0) >= num_workers
         trainer = TorchTrainer(
             _worker,
@@ -44,12 +42,10 @@ def train_on_ray(request: Request, num_workers: int, address: str | None = None)
                 name="ray", storage_path=str(Path(request.run).absolute()), failure_config=FailureConfig(MAX_RESTARTS)
             ),
         )
-        result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise UserError(f"training on Ray has failed: {_last_line(error)}") from error
-    finally:
-        if started:
-            ray.shutdown()
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise UserError(f"training on Ray has failed: {_last_line(error)}") from error
     outcome = result.return_value
     if "mistake" in outcome:
         raise UserError(outcome["mistake"])
@@ -74,16 +70,6 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _start(address: str | None, num_workers: int) -> None:
-    import ray
-
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address, logging_level="ERROR")
-    else:  # workers are processes that share this machine: as many as asked for, whatever it has
-        ray.init(num_cpus=max(num_workers + 1, os.cpu_count() or 1), include_dashboard=False, logging_level="ERROR")
 
 
 def _last_line(error: Exception) -> str:

@@ -31,6 +31,7 @@ from bench.demo_models.frames import DemoFrame, demo_frames
 from captioning.demo_models import build
 from captioning.model_identity import DEMO_WEIGHTS
 from captioning.open_clip_loader import LoadedModel
+from clipmill.base.atomic_file import atomic_file
 from pipeline.demo.grammar import (
     BACKGROUND_COLOURS,
     BACKGROUND_TEXTURES,
@@ -120,10 +121,8 @@ def _write_chunk(seed: int, path: Path) -> None:
     for row, frame in zip(boxes, frames, strict=True):
         row[: len(frame.boxes)] = frame.boxes
     pixels = {f"pixels_{size}": np.stack([_squashed(frame, size) for frame in frames]) for size in (80, 96)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, boxes=boxes, scenes=json.dumps([asdict(frame.scene) for frame in frames]), **pixels)
-    temporary.rename(path)
+    with atomic_file(path) as file:
+        np.savez(file, boxes=boxes, scenes=json.dumps([asdict(frame.scene) for frame in frames]), **pixels)
 
 
 def _squashed(frame: DemoFrame, size: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench.studies.study import VERDICTS, Arm, Claim, Study, Table
-from shards.packing.tar import replacing
+from clipmill.base.atomic_file import write_text
 
 DEFAULT_OUT = "docs/studies"
 INDEX = """# Studies
@@ -27,8 +27,7 @@ How one is written: [training/studies](../../training/studies/__init__.py)."""
 def write_report(study: Study, size: str, num_seeds: int, table: Table, out: Path) -> None:
     """DIR/plot.svg and DIR/README.md. Says nothing of the machine or the day: same rows, same bytes."""
     study.draw(table, out / "plot.svg")
-    with replacing(out / "README.md") as file:
-        file.write(page(study, size, num_seeds, table).encode())
+    write_text(out / "README.md", page(study, size, num_seeds, table))
 
 
 def write_index(folder: Path, done: Mapping[str, tuple[Study, Table, float]]) -> None:
@@ -39,8 +38,7 @@ def write_index(folder: Path, done: Mapping[str, tuple[Study, Table, float]]) ->
     for name, (study, table, cpu_s) in done.items():
         outcome = "not finished" if table.lacks(study) else _verdicts(study, table)
         lines.append([f"[{name}]({name}/README.md)", study.claimed, outcome, f"{cpu_s / 60:.0f}"])
-    with replacing(folder / "README.md") as file:
-        file.write(f"{INDEX}\n\n{_markdown(lines)}\n".encode())
+    write_text(folder / "README.md", f"{INDEX}\n\n{_markdown(lines)}\n")
 
 
 def _verdicts(study: Study, table: Table) -> str:

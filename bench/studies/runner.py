@@ -6,7 +6,6 @@ DIR/README.md, DIR/plot.svg   once all rows are there
 """
 
 import csv
-import fcntl
 import io
 import json
 import math
@@ -23,8 +22,9 @@ from typing import Any, NamedTuple
 from bench.studies import STUDIES, load
 from bench.studies.report import write_index, write_report
 from bench.studies.study import Arm, Cell, Study, Table, Values
+from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
-from shards.packing.tar import replacing
+from clipmill.base.file_lock import take_lock
 
 COLUMNS = ("condition", "arm", "seed", "metric", "value")
 
@@ -124,10 +124,8 @@ def only_writer(path: Path) -> Iterator[None]:
     path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--out {path}: a study is being run there now.") from error
+        if not take_lock(descriptor, 0):
+            raise UserError(f"--out {path}: a study is being run there now.")
         yield
     finally:
         os.close(descriptor)
@@ -151,8 +149,8 @@ class StudyFolder:
     def add(self, done: Done) -> None:
         self.values[done.cell] = done.values
         self.cpu_s += done.cpu_s
-        with replacing(self.path / "study.json") as file:
-            file.write((json.dumps(self.description | {"cpu_s": round(self.cpu_s)}, indent=1) + "\n").encode())
+        text = json.dumps(self.description | {"cpu_s": round(self.cpu_s)}, indent=1) + "\n"
+        write_text(self.path / "study.json", text)
         write_rows(self.path / "rows.csv", self.study, self.values)
 
 
@@ -187,5 +185,4 @@ def write_rows(path: Path, study: Study, values: dict[Cell, Values]) -> None:
     for cell in sorted(values, key=lambda cell: (study.arms.index(cell.arm), cell.seed)):
         for metric in study.metrics:
             writer.writerow((cell.arm.condition, cell.arm.name, cell.seed, metric, values[cell][metric]))
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+    write_text(path, text.getvalue())

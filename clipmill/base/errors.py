@@ -1,19 +1,19 @@
 """The two kinds of failure: a user's mistake ends the command, a bad item becomes a row.
 
-Broken invariants are neither: they are asserts.
+Broken invariants are asserts.
 """
 
 
 class UserError(Exception):
-    """The user's mistake (exit code 2). The message names the setting or argument and says what is allowed."""
+    """A mistake of the user (exit code 2). The message names the setting or argument and what is allowed."""
 
 
 class ItemError(Exception):
     """One item (video, clip) cannot be processed: it becomes a `failures` row and nothing else is touched.
 
     error_class  one short kebab-case word for `GROUP BY`, e.g. "not-found", "timeout", "not-a-video"
-    message      the raw message of whatever failed, kept as it is (cut to 2,000 characters)
-    transient    True when trying again later can heal it (network, rate limit); a next build retries those only
+    message      the original message of the failure (cut to 2,000 characters)
+    transient    True if a later attempt may succeed (network, rate limit); the next build retries only those
     """
 
     def __init__(self, error_class: str, message: str, *, transient: bool = False):

@@ -1,6 +1,7 @@
-"""Locks of files, the kernel's: they end with the process that holds them."""
+"""File locks of the kernel (flock): a lock is free again as soon as the process that holds it ends."""
 
 import fcntl
+import math
 import os
 import re
 import socket
@@ -11,24 +12,41 @@ from pathlib import Path
 from typing import IO
 
 
-def take_lock(file, patience_s: float = 1.0) -> bool:
-    """Take the lock, waiting a moment for `status` of another process to look whether it is free."""
+def take_lock(file: IO | int, patience_s: float = 1.0) -> bool:
+    """Lock an open file; return False when another process or thread still holds it after `patience_s`.
+
+    Some patience is always needed where `is_locked` is used: it holds the lock for a moment.
+    """
+    if patience_s == math.inf:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return True
     deadline = time.monotonic() + patience_s
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 return False
             time.sleep(0.05)
 
 
-@contextmanager
-def lock_file(path: Path, patience_s: float) -> Iterator[None]:
-    """The block is one process's at a time, and one thread's; the file is there meanwhile, or where its holder died.
+def is_locked(path: str | Path) -> bool:
+    """Return whether a process holds the lock of a file."""
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
-    Raises TimeoutError when it was not to be had for so long.
+
+@contextmanager
+def lock_file(path: Path, patience_s: float = math.inf, *, remove: bool = False) -> Iterator[None]:
+    """Let one process, and one thread of it, at a time run the block.
+
+    remove  delete the lock file at the end of the block; it stays where its holder was killed, which does no harm
+    Raises TimeoutError when another holder does not release the lock within `patience_s`.
     """
     while True:
         with open(path, "w") as file:
@@ -39,14 +57,17 @@ def lock_file(path: Path, patience_s: float) -> Iterator[None]:
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
+                if remove:
+                    path.unlink(missing_ok=True)
             return
 
 
-def take_named(path: Path, name: str) -> IO[str] | None:
-    """The lock's file with our name in it, locked while it is open; None where another process has it.
+def take_named_lock(path: Path, name: str) -> IO[str] | None:
+    """Open and lock a file and write the owner's name into it; the lock is held while the returned file is open.
 
-    The kernel frees a dead process's lock, but not while a child that it forked lives on: then the file is replaced.
+    name  "process PID on HOST since TIME"
+    Returns None when another process holds the lock. The lock of a dead process may be kept by a child that it
+    forked: then the file is replaced.
     """
     while True:
         file = open(path, "a+")
@@ -64,7 +85,7 @@ def take_named(path: Path, name: str) -> IO[str] | None:
 
 
 def _is_at(path: Path, file: IO[str]) -> bool:
-    """Whether the file is still the one of that name: it may have been removed while we waited for its lock."""
+    """Return whether an open file still has this name: it may have been removed while we waited for its lock."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -72,43 +93,39 @@ def _is_at(path: Path, file: IO[str]) -> bool:
 
 
 def _remove_dead(lock: Path) -> bool:
-    """Removes the lock where a dead process left it. A new holder writes its name at once, and has had a second."""
-    with open(lock.with_name("lock.takeover"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        dead = is_left_by_the_dead(lock)
+    """Remove a lock file whose owner has died. A new owner writes its name at once, and has had a second for it."""
+    with lock_file(lock.with_name("lock.takeover")):
+        dead = owner_has_died(lock)
         if dead:
             lock.unlink()
         return dead
 
 
-def said_by(lock: Path) -> str:
+def owner_of(lock: Path) -> str:
+    """Return the name that the owner of a lock wrote into it, "" when the file is gone by now."""
     try:
         return lock.read_text().strip()
     except OSError:
-        return ""  # it has been given back meanwhile
+        return ""
 
 
-def is_left_by_the_dead(lock: Path) -> bool:
-    """Whether the lock names a process of this host that is no more; of another host's nobody here can tell."""
-    named = re.match(r"process (\d+) on (\S+) since", said_by(lock))
+def owner_has_died(lock: Path) -> bool:
+    """Return whether a lock names a process of this host that has ended. Processes of other hosts cannot be checked."""
+    named = re.match(r"process (\d+) on (\S+) since", owner_of(lock))
     if not named or named[2] != socket.gethostname():
         return False
-    return is_gone(int(named[1]))
+    return process_has_ended(int(named[1]))
 
 
-def is_gone(pid: int) -> bool:
-    """Whether there is no such process of this host, or only what is left of it."""
+def process_has_ended(pid: int) -> bool:
+    """Return whether this host has no such process, or only a zombie of it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:
         return False  # alive, and another user's
-    return _is_zombie(pid)
-
-
-def _is_zombie(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
-        return False  # a system without /proc, or it has just ended
+        return False  # a system without /proc, or the process has just ended

@@ -1,6 +1,6 @@
-"""What every settings model shares. Each stage owns its settings class; `pipeline.engine.settings` joins them.
+"""Common parts of all settings models. Each stage owns its settings class; `pipeline.engine.settings` joins them.
 
-Modules that define settings import nothing heavy at the top (no av, torch, ray), so that `clipmill --help` stays quick.
+Modules that define settings import nothing heavy at the top (no av, torch, ray), so that `clipmill --help` is quick.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ class Settings(BaseModel):
 
     @property
     def is_off(self) -> bool:
-        """Whether a stage with these settings does nothing, and what it has made before does not count."""
+        """Return whether a stage with these settings does nothing, and its earlier results do not count."""
         return False
 
     def fingerprint(self) -> str:
-        """Hash of every setting that can change what the stage writes (operational ones left out)."""
+        """Return a hash of all settings that can change what the stage writes, without operational ones."""
         return digest(self.model_dump(mode="json", exclude=self._operational()))
 
     @classmethod
@@ -38,12 +38,12 @@ class Settings(BaseModel):
 
 
 def operational(default: Any, **kwargs: Any) -> Any:
-    """A setting that changes how fast or how safely work is done, never its result: not part of the fingerprint."""
+    """Define a setting that changes how fast or safely work is done, not its result: it is not in the fingerprint."""
     return Field(default, json_schema_extra={"operational": True}, **kwargs)
 
 
 def digest(value: Any) -> str:
-    """Stable 16-hex-digit hash of any JSON-able value."""
+    """Return a stable hash of any JSON value, 16 hex digits."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -56,7 +56,7 @@ Model = TypeVar("Model", bound=Settings)
 def resolve_settings(
     model: type[Model], recipes: Traversable, base: dict[str, Any] | None, recipe: str | None, assignments: list[str]
 ) -> Model:
-    """Settings from a recipe (else `base`, else the defaults) with `--set section.key=value` on top. Raises UserError.
+    """Make settings from a recipe (else `base`, else the defaults) and `--set section.key=value`. Raises UserError.
 
     recipe  the name of one of `recipes`' YAML files, or a path
     """
@@ -67,7 +67,7 @@ def resolve_settings(
 
 
 def validate_settings(model: type[Model], data: dict[str, Any]) -> Model:
-    """Raises UserError with a line per setting that is wrong."""
+    """Validate settings. Raises UserError with a line for each wrong setting."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -78,25 +78,25 @@ MAX_YAML_VALUES = 100_000
 
 
 def read_yaml(text: str) -> Any:
-    """Plain values of a YAML text: tags that make objects are errors, as is what unfolds or nests without measure.
+    """Read plain values from a YAML text.
 
-    Raises yaml.YAMLError.
+    Raises yaml.YAMLError, also for tags that create objects, for aliases that expand without limit, for deep nesting.
     """
     import yaml
 
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None and _num_values(node, {}) > MAX_YAML_VALUES:
-            raise yaml.YAMLError(f"its aliases unfold to more than {MAX_YAML_VALUES:,} values")
+            raise yaml.YAMLError(f"its aliases expand to more than {MAX_YAML_VALUES:,} values")
         return yaml.safe_load(text)
     except RecursionError:
-        raise yaml.YAMLError("nested too deeply, or an alias inside of what it stands for") from None
-    except ValueError as error:  # a date that is none, a number of thousands of digits
+        raise yaml.YAMLError("it is nested too deeply, or an alias contains itself") from None
+    except ValueError as error:  # an invalid date, a number of thousands of digits
         raise yaml.YAMLError(str(error)) from error
 
 
 def _num_values(node: Any, known: dict[int, int]) -> int:
-    """How many values a node unfolds to, every alias counted as what it stands for."""
+    """Count the values of a node with all aliases expanded."""
     if isinstance(node.value, str):
         return 1
     if id(node) not in known:
@@ -110,13 +110,13 @@ def recipe_names(recipes: Traversable) -> list[str]:
 
 
 def load_recipe(recipes: Traversable, name: str) -> dict[str, Any]:
-    """A shipped recipe by name, or a YAML file by path."""
+    """Load a shipped recipe by name, or a YAML file by path. Raises UserError."""
     import yaml
 
     shipped = recipe_names(recipes)
     source = recipes.joinpath(f"{name}.yaml") if name in shipped else Path(name)
     if not source.is_file():
-        raise UserError(f"--recipe {name}: neither a file nor one of {', '.join(shipped)}.")
+        raise UserError(f"--recipe {name}: not a file, and not one of {', '.join(shipped)}.")
     try:
         data = read_yaml(source.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -134,7 +134,7 @@ def _assign(data: dict[str, Any], assignment: str) -> None:
     if not equals or not sections:
         raise UserError(f"--set {assignment}: write it as section.key=value, for example --set cut.fps=2.")
     try:
-        value = read_yaml(text) if text.strip() else ""  # nothing is said as `null`
+        value = read_yaml(text) if text.strip() else ""  # an empty value is the empty text, not null
     except yaml.YAMLError as error:
         raise UserError(f"--set {assignment}: the value is not YAML ({error}).") from error
     for section in sections:
@@ -144,13 +144,13 @@ def _assign(data: dict[str, Any], assignment: str) -> None:
 
 
 def _explain(model: type[Settings], problems: list[Any]) -> str:
-    """One line per setting that is wrong, naming it and what it may be."""
+    """Return one line per wrong setting, with its name and what is allowed."""
     messages: dict[str, list[str]] = {}
     for problem in problems:
         where, section = _locate(model, problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = ", ".join(section.model_fields)
-            messages[f"setting {where}"] = [f"there is no such setting; known here are {known}"]
+            messages[f"setting {where}"] = [f"there is no such setting; known are {known}"]
         else:
             text = problem["msg"].removeprefix("Value error, ")
             text = text if text != problem["msg"] else text[0].lower() + text[1:]
@@ -159,7 +159,7 @@ def _explain(model: type[Settings], problems: list[Any]) -> str:
 
 
 def _named(where: str, value: Any) -> str:
-    """A setting with its value; of settings that disagree their section, if it is one: the message names them."""
+    """Return a setting and its value; of contradicting settings their section: the message names them."""
     if isinstance(value, dict):
         return f"setting {where}" if where else "settings"
     return f"setting {where} = {_short(value)}"
@@ -171,7 +171,7 @@ def _short(value: Any) -> str:
 
 
 def _locate(model: type[Settings], location: tuple[Any, ...]) -> tuple[str, type[Settings]]:
-    """The dotted name of a setting, without the parts that name branches of its type; and the model it is in."""
+    """Return the dotted name of a setting, without parts that name branches of its type, and its model."""
     names = []
     for part in location:
         names.append(str(part))

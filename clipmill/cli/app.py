@@ -142,7 +142,8 @@ def sql(
     table: TableOption = None,
 ) -> None:
     """Ask the manifest. Read-only, also while a build is running."""
-    from shards.query.sql import named_tables, open_manifest, prompt, run_query
+    from shards.query.prompt import prompt
+    from shards.query.sql import named_tables, open_manifest, run_query
 
     with open_manifest(corpus, named_tables(table or [])) as connection:
         if query is None:

@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import Progress
 
-from clipmill.cli.display import Terminal, plain_console
+from clipmill.base.atomic_file import write_text
+from clipmill.base.console import plain_console
+from clipmill.cli.display import Terminal
 from pipeline.demo.server import serve
 from pipeline.demo.world import WorldSettings, make_world, write_sources
 from pipeline.engine.build import BuildReport, build
 from pipeline.engine.registry import stage_names
-from shards.corpus.folder import write_text_atomically
 from shards.query.sql import open_manifest, run_query
 from shards.query.statistics import render, report
 
@@ -82,7 +83,7 @@ def _served(folder: Path, world: Path):
     port_file = folder / "port"
     port = int(port_file.read_text()) if port_file.exists() else 0
     with serve(world, port=port) as base_url:
-        write_text_atomically(port_file, base_url.rpartition(":")[2])
+        write_text(port_file, base_url.rpartition(":")[2])
         yield base_url
 
 

@@ -1,4 +1,4 @@
-"""What people see: progress while a build runs, the summary after it, `status`, `verify`."""
+"""Output of the build commands: progress, the summary after a build, `status` and `verify`."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from clipmill.base.console import one_line, plain_console, print_failures
 from pipeline.engine.build import BuildReport, Status, status
 from pipeline.engine.driver import Engine
 from pipeline.engine.registry import stages
@@ -17,12 +18,12 @@ from pipeline.stages.ingest.stage import IngestReport
 from pipeline.stages.pack import PACK
 from shards.corpus.folder import Corpus
 
-ON_PLAIN_OUTPUT_EVERY_S = 10.0  # a line this often where there is no terminal to redraw
+ON_PLAIN_OUTPUT_EVERY_S = 10.0  # seconds between lines where the output is not a terminal
 OPEN = ("pending", "retry")
 
 
 class Terminal:
-    """Shows a build on a terminal, or as plain lines where output goes elsewhere."""
+    """Shows a build on a terminal, or as plain lines where the output is not one."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or plain_console()
@@ -45,7 +46,7 @@ class Terminal:
             + (f", {report.num_forgotten:,} to be forgotten and left out" if report.num_forgotten else "")
         )
         for split, num_videos, num_texts, num_repeated in report.splits:
-            name = escape(_printable(split))
+            name = escape(one_line(split))
             self.console.print(
                 f"  {name}: {num_videos:,} videos, {num_texts:,} texts, {num_repeated:,} of them repeated"
             )
@@ -61,10 +62,10 @@ class Terminal:
             name: sum(by.get(status, 0) for status in OPEN) for name, by in counts.items() if name not in stages
         }
         left = " · ".join(f"{name} {num:,}" for name, num in num_left.items() if num)
-        if "pack" in stages and left:  # shards lose what a condition finds no more
+        if "pack" in stages and left:  # shards lose clips that the condition no longer finds
             self.console.print(
-                f"[yellow]note[/] pack.where sees nothing of what is pending elsewhere: {left}. "
-                "`clipmill build` does that first.",
+                f"[yellow]note[/] pack.where does not see clips that are pending in other stages: {left}. "
+                "`clipmill build` runs those stages first.",
                 soft_wrap=True,
             )
 
@@ -109,7 +110,7 @@ class Terminal:
 
     def finished(self, report: BuildReport, corpus: str | Path) -> None:
         if not report.did_something:
-            self.console.print("Nothing to do: everything that can be done is done.")
+            self.console.print("Nothing to do: everything is up to date.")
         else:
             self._summary(report)
         print_failures(self.console, report.failures)
@@ -123,7 +124,7 @@ class Terminal:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def _totals(self, engine: Engine) -> dict[str, int]:
-        """How many items each stage will have at least: what was pending, and what has appeared since."""
+        """Return how many items each stage has at least: pending at the start, or appeared since."""
         return {
             name: max(self.known.get(name, 0), state.done + state.failed + state.in_flight)
             for name, state in engine.report.by_stage.items()
@@ -147,7 +148,7 @@ class Terminal:
 
 
 def progress_row(engine: Engine, totals: dict[str, int], elapsed_s: float) -> dict:
-    """What `status` of another process shows of a running build."""
+    """Return the progress of a running build for `status` in another process."""
     stages = {}
     for name, state in engine.report.by_stage.items():
         num_finished = state.done + state.failed
@@ -170,27 +171,6 @@ def _progress_text(name: str, engine: Engine, totals: dict[str, int]) -> str:
     return f"{name} {state.done + state.failed}/{totals[name]}{failed}"
 
 
-def plain_console() -> Console:
-    """A console that does not cut lines where nobody has a terminal's width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
-
-
-def print_failures(console: Console, failures: list[tuple[str, str, int, str]]) -> None:
-    if not failures:
-        return
-    console.print(f"[red]{sum(count for _, _, count, _ in failures):,} failed[/]")
-    for stage, error_class, count, example in failures:
-        error_class, example = escape(_printable(error_class)), escape(_printable(example))
-        text = f"  {stage:<10} {error_class:<18} {count:>7,}  [dim]{example}[/]"
-        console.print(text, no_wrap=True, overflow="ellipsis", highlight=False)
-
-
-def _printable(text: str) -> str:
-    """One line without control characters: messages come from the open internet."""
-    return "".join(c if c.isprintable() else " " for c in text)[:200]
-
-
 def show_status(root: str | Path, assignments: list[str]) -> None:
     console = plain_console()
     running = Corpus(root).require().read_progress()
@@ -201,7 +181,7 @@ def show_status(root: str | Path, assignments: list[str]) -> None:
 
 
 def _show_running(console: Console, progress: dict) -> None:
-    console.print(f"A build is running since {progress['elapsed_s']:,.0f} s (run {progress['run_id']}).")
+    console.print(f"A build has been running for {progress['elapsed_s']:,.0f} s (run {progress['run_id']}).")
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "done", "failed", "in flight", "known left", "per s", "time left"):
         table.add_column(column, justify="left" if column == "stage" else "right")
@@ -237,7 +217,7 @@ def _show_idle(console: Console, current: Status) -> None:
     )
     console.print(table)
     if any(row.get("waiting") for row in current.counts.values()):
-        console.print("[dim]waiting: done, but what it was made from is pending, so it may have to be done again[/]")
+        console.print("[dim]waiting: done, but its inputs are pending, so it may have to be done again[/]")
     if any(row.get("quarantined") for row in current.counts.values()):
         hint = "failed engine.max_attempts times; `run STAGE --where quarantined` tries again"
         console.print(f"[dim]quarantined: {hint}[/]")
@@ -245,7 +225,7 @@ def _show_idle(console: Console, current: Status) -> None:
 
 
 def verify_corpus(root: str | Path, decode: bool) -> int:
-    """Print what is wrong with the shards; the exit code."""
+    """Print the problems of the shards; return the exit code."""
     from pipeline.maintenance.verify import verify_with_sandbox
 
     console = plain_console()
@@ -253,7 +233,7 @@ def verify_corpus(root: str | Path, decode: bool) -> int:
     for problem in problems:
         colour = "yellow" if problem.is_warning else "red"
         console.print(
-            f"[{colour}]{problem.kind}[/] {escape(_printable(f'{problem.path} {problem.item}: {problem.message}'))}"
+            f"[{colour}]{problem.kind}[/] {escape(one_line(f'{problem.path} {problem.item}: {problem.message}'))}"
         )
     wrong = sum(not problem.is_warning for problem in problems)
     console.print(f"{checked}: {f'{wrong:,} problems' if wrong else 'all as the manifest says'}")

@@ -12,10 +12,11 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
+from clipmill.base.atomic_file import write_text
+from clipmill.base.console import plain_console
 from clipmill.base.errors import UserError
 from clipmill.base.file_lock import take_lock
 from clipmill.base.settings import digest, read_yaml
-from clipmill.cli.display import plain_console
 from pipeline.editing.clips import Items, freeze_items
 from pipeline.editing.host import CorpusHost, hash_of
 from pipeline.editing.report import show
@@ -23,7 +24,7 @@ from pipeline.editing.students import Editing
 from pipeline.editing.worker import CODE_VERSION
 from pipeline.engine.build import difference
 from pipeline.engine.settings import resolve
-from shards.corpus.folder import Corpus, write_text_atomically
+from shards.corpus.folder import Corpus
 from training.data.selection import EVAL_FILE, Selection
 from training.editing.rounds import HELD
 from training.editing.settings import EditRunSettings, EditSettings, resolve_edit
@@ -114,7 +115,7 @@ def _begin(out: Path, request: EditRequest) -> Editing:
     saved = {"editing": editing, "corpus": str(corpus), "where": where, "trains": trains}
     saved |= {"settings": settings.model_dump(mode="json")}
     text = "# An editing of clips' boundaries. Go on with `clipmill edit --out DIR`.\n"
-    write_text_atomically(out / "edit.yaml", text + yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
+    write_text(out / "edit.yaml", text + yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
     return Editing(editing, corpus, out, settings, where, trains, request.workers, request.command)
 
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from clipmill.base.console import plain_console
 from clipmill.base.errors import UserError
-from clipmill.cli.display import plain_console
 from training.cost.estimate import CHUNK, DECODED_PER_CORE_S, GPUS, Estimate, StepCost, estimate
 from training.settings import DataSettings, RunSettings, resolve
 

@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from clipmill.base.console import plain_console, print_failures
 from clipmill.base.errors import UserError
-from clipmill.cli.display import plain_console, print_failures
 from training.data.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze
 from training.evaluation.retrieval import evaluate, similarity_format
 from training.models import registry as models

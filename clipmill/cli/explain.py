@@ -1,13 +1,13 @@
-"""What people see of `explain`: the story in lines that fit 80 columns."""
+"""The command `explain`: the history of a source, clip or sample in lines that fit 80 columns."""
 
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from clipmill.base.text import visible
 from pipeline.engine.registry import stages
 from shards.query.explain import Row, Story, explain
 from shards.query.explain import as_json as told_as_json
-from shards.query.sql import visible
 
 WIDTH = 80
 SHOWN = 30  # clips of a source, and lines of its history
@@ -20,7 +20,7 @@ def run_explain(root: str | Path, name: str, *, as_json: bool) -> int:
 
 
 def told(story: Story) -> Iterator[str]:
-    """Lines of at most 80 characters; nothing in them moves a terminal's cursor."""
+    """Yield lines of at most 80 characters without control characters."""
     for line in _lines(story):
         line = visible(line)
         yield line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
@@ -31,7 +31,7 @@ def _lines(story: Story) -> Iterator[str]:
     if story.tombstone:
         row = story.tombstone
         yield f"  forgotten at {row['at']}" + (f", because: {row['reason']}" if row["reason"] else "")
-        yield "  its bytes go, or went, with `clipmill compact`; no build fetches it again"
+        yield "  its bytes are removed by `clipmill compact`; no build fetches it again"
         return
     yield from _source_lines(story.source)
     yield from _clip_lines(story) if story.kind == "clip" else _clips_lines(story.clips)
@@ -122,7 +122,7 @@ def _history_lines(story: Story) -> Iterator[str]:
 
 
 def _part(row: Row, source: Row) -> str:
-    """Of an item's id what is not the video's."""
+    """Return the part of an item's id after the video's."""
     return row["item_id"].removeprefix(source["video_id"]) or "-"
 
 
@@ -144,7 +144,7 @@ def _place_lines(places: list[Row]) -> Iterator[str]:
 
 
 def _folded(head: str, text: str) -> Iterator[str]:
-    """A text over as many lines as it takes, the later ones moved in; words are cut where they must be."""
+    """Yield a text on as many lines as it needs, the later ones indented."""
     text, room = visible(text), WIDTH - len(head)
     for start in range(0, max(len(text), 1), room):
         yield (head if start == 0 else " " * len(head)) + text[start : start + room]

@@ -1,8 +1,8 @@
-"""Decoding exactly the frames somebody wants, in one pass over the compressed video.
+"""Decodes only the wanted frames of a video, in one pass over its packets.
 
-Stretches of packets that no wanted frame depends on never reach the decoder; packets of wanted frames are decoded in
-full; the others are sent with the decoder told to skip what no other frame refers to (about half of the frames of a
-stream with B-frames, 40 % of its decoding time). Wanted frames come out bit-identical to a full decode.
+Packets that no wanted frame depends on never reach the decoder; packets of wanted frames are decoded in full; for the
+others the decoder skips frames that no other frame refers to (about half of the frames of a stream with B-frames, 40 %
+of its decoding time). Wanted frames come out bit-identical to a full decode.
 """
 
 from collections.abc import Iterator
@@ -22,23 +22,23 @@ DROP, REFERENCES, FULL = 0, 1, 2
 
 @dataclass
 class DecodeCounts:
-    """What decoding did; tests and benchmarks read it."""
+    """Counts of one decoding, for tests and benchmarks."""
 
     num_passes: int = 0
     num_sent: int = 0  # packets given to a decoder
-    num_skippable: int = 0  # of these, sent with leave to skip
+    num_skippable: int = 0  # of these, packets whose frames the decoder could skip
     num_frames: int = 0  # frames that came out
-    num_errors: int = 0  # packets a decoder refused
-    messages: set[str] = field(default_factory=set)  # of these, as they are
+    num_errors: int = 0  # packets that the decoder refused
+    messages: set[str] = field(default_factory=set)  # a few of its error messages
 
 
 def wanted_frames(
     path: str | Path, source: SourceFrames, wanted: np.ndarray, limits: Limits, counts: DecodeCounts
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(index, frame) for the wanted indices (ascending) into `source.times`, ascending, in one pass.
+    """Yield (index, frame) for the wanted indices into `source.times`, both ascending, in one pass.
 
-    Frames that do not come out of the decoder are missing from what is yielded: the caller counts.
-    Raises Untrusted as soon as the decoder contradicts the timestamps.
+    Frames that the decoder does not give are left out: the caller has to count. Raises Untrusted as soon as the decoder
+    contradicts the timestamps.
     """
     if source.match == "order":
         yield from _by_order(path, wanted, limits, counts)
@@ -47,7 +47,7 @@ def wanted_frames(
 
 
 def list_by_decoding(path: str | Path, limits: Limits, counts: DecodeCounts) -> SourceFrames:
-    """The frames that really come out, at the price of a decode. Times from the frames, else from the nominal rate."""
+    """List the frames that the decoder really gives, by decoding all. Times are theirs, else the nominal rate's."""
     with open_media(path) as container:
         stream = video_stream(container)
         rate = float(stream.guessed_rate or 25)
@@ -101,7 +101,7 @@ def _by_timestamp(path, source, wanted, limits, counts) -> Iterator[tuple[int, a
 
 
 def packet_actions(source: SourceFrames, wanted: np.ndarray) -> np.ndarray:
-    """uint8 [packets]: DROP, REFERENCES (decode only if something refers to it) or FULL, for every packet in turn."""
+    """Return uint8 [packets]: DROP, REFERENCES (decode only if another frame refers to it) or FULL for each packet."""
     num_packets = len(source.packet_ticks)
     hit = np.isin(source.packet_ticks, source.ticks[wanted]) & (source.packet_ticks != NEVER)
     position = np.arange(num_packets)
@@ -115,9 +115,9 @@ def packet_actions(source: SourceFrames, wanted: np.ndarray) -> np.ndarray:
 
 
 def _last_needed(source: SourceFrames, hit: np.ndarray) -> np.ndarray:
-    """int [packets]: the last packet that must be decoded in each packet's own group of pictures, -1 for none.
+    """Return int [packets]: the last packet to decode in each packet's own group of pictures, -1 for none.
 
-    A wanted picture that precedes its keyframe in display order (open group) refers to the group before, too.
+    A wanted picture that precedes its keyframe in display order (open group) refers to the previous group, too.
     """
     position = np.arange(len(hit))
     starts = np.flatnonzero(source.packet_keys)
@@ -132,10 +132,10 @@ def _last_needed(source: SourceFrames, hit: np.ndarray) -> np.ndarray:
 
 
 def _decode(container, stream, actions, limits: Limits, counts: DecodeCounts) -> Iterator[av.VideoFrame]:
-    """All frames that come out when packets are treated as `actions` say (None: all in full)."""
+    """Yield all frames that the decoder gives when packets are treated as `actions` say (None: all in full)."""
     check_size(stream.codec_context, limits)
     decoder = stream.codec_context
-    decoder.thread_count = 1  # a skip level belongs to one packet: nothing may be decoded later or beside it
+    decoder.thread_count = 1  # a skip level applies to one packet: nothing may be decoded later or in parallel
     decoder.options = {"max_pixels": str(limits.max_pixels)}
     counts.num_passes += 1
     last = len(actions) - int(np.argmax(actions[::-1] != DROP)) if actions is not None and actions.any() else 0
@@ -162,7 +162,7 @@ def _decode(container, stream, actions, limits: Limits, counts: DecodeCounts) ->
 
 
 def _send(decoder, packet, counts: DecodeCounts) -> list[av.VideoFrame]:
-    """A packet the decoder refuses costs its own frames only: it is counted, and the clips that miss them notice."""
+    """Decode one packet; count it if the decoder refuses it. Only its own frames are lost, which their clips notice."""
     try:
         frames = decoder.decode(packet)
     except av.MemoryError:

@@ -1,8 +1,8 @@
 """Encodings of clips: named presets, and an encoder from pictures to the bytes of one file in memory.
 
-Which preset for what, with measured sizes and reading costs: docs/clip_encoding.md. All give the same bytes for the
-same pictures (tested across processes) with the library versions that are installed: one thread, no AVX-512 in x264,
-no timestamps, no encoder tags in the container. An MP4's index stands before its data, so that it plays and seeks while
+docs/clip_encoding.md compares the presets, with measured sizes and reading costs. Every preset gives the same bytes for
+the same pictures with the same library versions (tested across processes): one thread, no AVX-512 in x264, no
+timestamps and no encoder tags in the container. The index of an MP4 precedes its data, so that it plays and seeks while
 it downloads.
 """
 
@@ -26,18 +26,18 @@ class Encoding:
     """One way to write a clip."""
 
     codec: str  # FFmpeg's encoder; "jpeg-frames": no video codec, a sequence of JPEG files
-    name: str  # as `clips.codec` has it
+    name: str  # value of `clips.codec`
     options: dict[str, str] = field(default_factory=dict)
     pix_fmt: str = "yuv420p"
 
 
-# x264 165 with AVX-512 reads memory that nobody wrote: `python -m bench.clip_bytes` counts encodes with other bytes.
-# A processor with AVX-512 has all that is named here; others are left alone.
+# x264 165 with AVX-512 reads uninitialised memory: `python -m bench.clip_bytes` counts encodes with different bytes.
+# Every processor with AVX-512 has the instruction sets named here; on others nothing is set.
 WITHOUT_AVX512 = "asm=MMX2,SSE2Fast,LZCNT,SSSE3,SSE4.2,AVX,FMA3,BMI2,AVX2"
 
 
 def cpu_flags() -> frozenset[str]:
-    """What the processor can, as Linux says it; empty elsewhere."""
+    """Return the processor's feature flags on Linux; empty on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -46,7 +46,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def x264(**options: str) -> Encoding:
-    # a53cc=0: closed captions of the source are no part of the picture.
+    # a53cc=0: closed captions of the source do not belong to the picture.
     options = {"threads": "1", "a53cc": "0", **options}
     if "avx512f" in cpu_flags():
         options["x264-params"] = WITHOUT_AVX512
@@ -56,39 +56,43 @@ def x264(**options: str) -> Encoding:
 ENCODINGS: dict[str, Encoding] = {
     # The default: cheap to read (no CABAC, no deblocking, no B-frames) at a little more size.
     "fastdecode": x264(preset="veryfast", crf="24", tune="fastdecode", bf="0"),
-    # Every frame is a keyframe: cheapest video to read and the only one in which seeking costs nothing.
+    # Every frame is a keyframe: the cheapest video to read, and the only one in which seeking costs nothing.
     "intra": x264(preset="veryfast", crf="23", tune="fastdecode", bf="0", g="1"),
-    # Plain x264: smaller and dearer to read.
+    # Plain x264: smaller, and more expensive to read.
     "small": x264(preset="veryfast", crf="23"),
     # Cheapest H.264 to write.
     "ultrafast": x264(preset="ultrafast", crf="23", bf="0"),
-    # Smallest; three times as dear to write as the default.
+    # Smallest; three times as expensive to write as the default.
     "av1": Encoding("libsvtav1", "av1", {"preset": "8", "crf": "32", "svtav1-params": "lp=1"}),
-    # JPEGs in an MP4: any frame by itself, for readers that want a video file.
+    # JPEGs in an MP4: every frame can be read alone, for readers that need a video file.
     "mjpeg": Encoding(
         "mjpeg", "mjpeg", {"threads": "1", "flags": "+qscale", "global_quality": str(3 * 118)}, "yuvj420p"
     ),
-    # JPEG files one after another, an index behind (`jpeg_frames` reads it): cheapest of all to read a few frames of.
+    # JPEG files one after another and an index at the end (see `jpeg_frames`): the cheapest way to read a few frames.
     "jpeg-frames": Encoding("jpeg-frames", "jpeg-frames"),
 }
 
 
 class ClipEncoder:
-    """One clip: `add` its pictures in order, then `finish` gives the file's bytes. One thread, a few megabytes."""
+    """Encoder of one clip: `add` its pictures in order, then `finish` returns the file. One thread, a few megabytes."""
 
     def __init__(
         self, encoding: Encoding, size: tuple[int, int], rate: Fraction | None, num_frames: int, sound_s: float
     ):
-        """`rate` None: pictures come with times of the clip in seconds. `sound_s` > 0: how much audio will be added."""
+        """Open the file in memory.
+
+        rate     frames per second; None: each picture has its own time
+        sound_s  seconds of audio that will be added
+        """
         import av
 
         num_sound_packets = int(sound_s * AUDIO_RATE / 1024) + 3 if sound_s else 0
         self.file = io.BytesIO()
-        # The index goes into space kept free for it at the front: 24 bytes a packet are enough for all its tables.
+        # The index is written into space reserved at the front: 24 bytes per packet are enough for all its tables.
         options = {"moov_size": str(2048 + 24 * (num_frames + num_sound_packets)), "fflags": "+bitexact"}
         self.container = av.open(self.file, "w", format="mp4", container_options=options)
         coding = dict(encoding.options)
-        coding["flags"] = coding.get("flags", "") + "+frame_duration"  # the last frame, too, lasts as long as it should
+        coding["flags"] = coding.get("flags", "") + "+frame_duration"  # so that the last frame keeps its duration
         self.stream = self.container.add_stream(encoding.codec, rate=rate or 30, options=coding)
         context = self.stream.codec_context
         context.width, context.height, context.pix_fmt = *size, encoding.pix_fmt
@@ -105,7 +109,7 @@ class ClipEncoder:
         return stream
 
     def add(self, picture, start_s: float, end_s: float) -> None:
-        """One yuv420p frame. Times (of the clip, in seconds) count only where the encoder has no rate."""
+        """Add a yuv420p frame. Its times (in seconds of the clip) count only if the encoder has no rate."""
         if not self.tagged:
             _tag(self.stream.codec_context, picture, self.encoding.pix_fmt)
             self.tagged = True
@@ -121,7 +125,7 @@ class ClipEncoder:
         self.num_frames += 1
 
     def finish(self, sound: Iterable | None = None) -> bytes:
-        """The whole file. `sound`: PyAV audio frames as the AAC encoder takes them, in order."""
+        """Return the whole file. `sound`: PyAV audio frames in the AAC encoder's format, in order."""
         self.container.mux(self.stream.encode(None))
         if self.sound is not None:
             for frame in sound:
@@ -138,10 +142,10 @@ def _tag(context, picture, pix_fmt: str) -> None:
 
 
 class JpegSequence:
-    """The "jpeg-frames" encoding, with `ClipEncoder`'s methods.
+    """Encoder of the "jpeg-frames" encoding, with `ClipEncoder`'s methods.
 
-    File: the JPEGs one after another (as it stands a raw MJPEG stream), then their sizes and their number as
-    little-endian uint32, then `JPEG_MAGIC`.
+    The file has the JPEGs one after another (a raw MJPEG stream), then their sizes and their number as little-endian
+    uint32, then `JPEG_MAGIC`.
     """
 
     def __init__(self, quality: int):
@@ -158,7 +162,7 @@ class JpegSequence:
 
 
 def jpeg_frames(data: bytes) -> list[memoryview]:
-    """The JPEG files inside a clip of the "jpeg-frames" encoding. Raises ItemError "not-jpeg-frames"."""
+    """Return the JPEG files in a clip of the "jpeg-frames" encoding. Raises ItemError "not-jpeg-frames"."""
     if len(data) < 8 or data[-4:] != JPEG_MAGIC:
         raise ItemError("not-jpeg-frames", "no index at the end")
     (count,) = struct.unpack_from("<I", data, len(data) - 8)

@@ -1,12 +1,12 @@
-"""Which source frames a clip is made of: pure arithmetic on frame times, no media in here.
+"""Chooses the source frames of a clip: pure arithmetic on frame times, without media.
 
 Times are seconds from the first displayed frame. The rule, for a span [start_s, end_s) and an output rate:
 - output frame k is the source frame nearest to start_s + k / rate (of two equally near ones the earlier), for every k
-  with start_s + k / rate < end_s; a source frame may serve several k when the source is slower than the output;
-- no frame whose time is end_s or later ever appears;
-- at rate "source" the clip starts with the frame nearest to start_s and then has every frame before end_s.
-Real frame times decide, never a header: a span that runs over the end of the video is cut to what exists, one that
-begins at or after the end fails as "span-past-end".
+  with start_s + k / rate < end_s; a source frame is repeated when the source is slower than the output;
+- no frame whose time is end_s or later is used;
+- at rate "source" the clip starts with the frame nearest to start_s and has every frame from there to end_s.
+Real frame times count, never a header: a span that exceeds the end of the video is cut to what exists, one that begins
+at or after the end fails as "span-past-end".
 """
 
 import math
@@ -16,13 +16,13 @@ import numpy as np
 
 from clipmill.base.errors import ItemError
 
-# Times come as decimals and rationals turned into doubles; anything nearer than this is the same moment.
+# Times are decimals and rationals converted to doubles; times that differ by less than this are equal.
 SAME_MOMENT_S = 1e-6
 
 
 @dataclass(frozen=True)
 class FrameTimes:
-    """When each displayed frame of a video begins, ascending from 0.0, and when the last one ends."""
+    """Times at which the displayed frames of a video begin, ascending from 0.0, and at which the last one ends."""
 
     times_s: np.ndarray  # float64 [N]
     end_s: float
@@ -35,10 +35,10 @@ class FrameTimes:
 
 
 def frame_times(ticks: np.ndarray, seconds_per_tick: float, last_duration: int = 0) -> FrameTimes:
-    """FrameTimes from presentation timestamps in any order, with duplicates, from any origin.
+    """Make FrameTimes from presentation timestamps in any order, with duplicates, from any origin.
 
-    `last_duration` is how long the last frame lasts, in ticks; where a container does not say (0), the usual distance
-    between frames is taken.
+    last_duration  ticks that the last frame lasts; 0 (the container does not say it): the median distance of frames
+    Raises ItemError "undecodable" for no frames.
     """
     if len(ticks) == 0:
         raise ItemError("undecodable", "the video stream has no frames")
@@ -52,10 +52,10 @@ def frame_times(ticks: np.ndarray, seconds_per_tick: float, last_duration: int =
 def choose_frames(
     frames: FrameTimes, start_s: float, end_s: float, rate: float | None, min_frames: int = 1
 ) -> np.ndarray:
-    """Indices into `frames`, one per output frame, ascending; `rate` None keeps every frame of the span.
+    """Return indices into `frames`, one per output frame, ascending; `rate` None keeps every frame of the span.
 
     Raises ItemError: bad-span (not 0 <= start_s < end_s), span-past-end (fewer than `min_frames` before the video
-    ends), span-too-short (fewer than `min_frames` although the video goes on).
+    ends), span-too-short (fewer than `min_frames` although the video continues).
     """
     if not (0.0 <= start_s < end_s < math.inf):
         raise ItemError("bad-span", f"a span must have 0 <= start_s < end_s, got [{start_s}, {end_s})")
@@ -71,7 +71,7 @@ def choose_frames(
         past = end_s > frames.end_s + SAME_MOMENT_S
         message = f"[{start_s:.3f}, {end_s:.3f}) s gives {len(chosen)} frames of a video of {frames.end_s:.3f} s"
         raise ItemError(
-            "span-past-end" if past else "span-too-short", f"{message}, at least {min_frames} are asked for"
+            "span-past-end" if past else "span-too-short", f"{message}, fewer than the required {min_frames}"
         )
     return chosen
 
@@ -87,8 +87,9 @@ def _nearest(frames: FrameTimes, moments_s: np.ndarray) -> np.ndarray:
 
 
 def caption_frames(num_frames: int, count: int) -> list[int]:
-    """Which output frames are kept as stills: the middle one (floor(N/2), the one trainers use) first, then the others
-    in time order so that all together are evenly spread. Fewer than `count` when the clip is shorter than that.
+    """Return the output frames that are kept as caption frames, at most `count`.
+
+    The middle one (floor(N/2), which trainers use) comes first, then the others in time order, all evenly spread.
     """
     middle = num_frames // 2
     spread = {(2 * i + 1) * num_frames // (2 * count) for i in range(count)}

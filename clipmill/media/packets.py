@@ -1,7 +1,7 @@
-"""What a video's packets say about its frames, read without decoding anything (milliseconds a minute of video).
+"""Lists a video's frames from its packets, without decoding (milliseconds per minute of video).
 
-`SourceFrames` says when each frame is shown and which packet it comes from. Where packets cannot be trusted to tell
-(`Untrusted`), `clipmill.media.decode.list_by_decoding` makes the same object at the price of one decode.
+`SourceFrames` has the time of each frame and the packet it comes from. Where the packets are not reliable
+(`Untrusted`), `clipmill.media.decode.list_by_decoding` makes the same object by decoding the video once.
 """
 
 from array import array
@@ -16,10 +16,10 @@ from clipmill.base.errors import ItemError
 from clipmill.media.frame_times import FrameTimes, frame_times
 from clipmill.media.probe import open_media, video_stream
 
-# Decoders that take a skip level packet by packet (dav1d reads it once, when opened).
+# Decoders whose skip level can change with every packet (dav1d reads it once, when it is opened).
 SKIPPING = {"h264", "hevc", "vp8", "mpeg4", "mpeg2video", "mpeg1video", "vc1"}
 
-NEVER = np.iinfo(np.int64).min  # the tick of a packet that shows nothing
+NEVER = np.iinfo(np.int64).min  # tick of a packet without a displayed frame
 
 
 class Untrusted(Exception):
@@ -28,7 +28,7 @@ class Untrusted(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a source may at most be; beyond it the item fails."""
+    """Limits of a source, beyond which the item fails."""
 
     max_pixels: int = 8192 * 4352  # width x height of the coded picture
     max_frames: int = 10_000_000  # 46 hours at 60 fps
@@ -36,20 +36,20 @@ class Limits:
 
 @dataclass(frozen=True)
 class SourceFrames:
-    """A video's frames in display order, and the packets they come from in decode order."""
+    """Frames of a video in display order, and the packets they come from in decode order."""
 
     times: FrameTimes
-    origin_s: float  # the first displayed frame on the container's own clock, which its audio shares
-    match: Literal["pts", "order"]  # a decoded frame is recognised by its timestamp, or as the n-th that comes out
+    origin_s: float  # time of the first displayed frame on the container's clock, which its audio shares
+    match: Literal["pts", "order"]  # decoded frames are recognised by their timestamps, or by their order
     ticks: np.ndarray  # int64 [frames], ascending: timestamp of each frame; empty where match is "order"
-    packet_ticks: np.ndarray  # int64 [packets]: the timestamp of the frame it shows, or NEVER
+    packet_ticks: np.ndarray  # int64 [packets]: timestamp of the frame that it shows, or NEVER
     packet_keys: np.ndarray  # bool [packets]
-    may_drop: bool  # decoding may start at any keyframe, so whole stretches can be left out
-    may_skip: bool  # the decoder may be told to skip frames that no other frame refers to
+    may_drop: bool  # decoding may start at any keyframe, so packets between can be left out
+    may_skip: bool  # the decoder may skip frames that no other frame refers to
 
 
 def list_frames(path: str | Path, limits: Limits) -> SourceFrames:
-    """Frame times from a demuxing pass.
+    """List the frames of a file by demuxing it once.
 
     Raises Untrusted, and ItemError: no-video-stream, not-a-video, empty-file, undecodable, too-large, too-many-frames.
     """
@@ -58,7 +58,7 @@ def list_frames(path: str | Path, limits: Limits) -> SourceFrames:
     with open_media(path) as container:
         stream = video_stream(container)
         check_size(stream.codec_context, limits)
-        by_dts = container.format.name == "avi"  # it stores no presentation times; guessed ones fail with B-frames
+        by_dts = container.format.name == "avi"  # it has no presentation times; guessed ones are wrong for B-frames
         shows, has_layers = _shown_test(stream), _layer_test(stream)
         layered = False
         for packet in packets_of(container, stream):
@@ -88,9 +88,9 @@ def list_frames(path: str | Path, limits: Limits) -> SourceFrames:
 
 
 def packets_of(container, stream):
-    """The stream's packets that hold data, in decode order: the n-th is the n-th however often the file is read.
+    """Yield the stream's packets that hold data, in decode order, which is the same each time the file is read.
 
-    A file that breaks off ends there; what was read before counts.
+    A truncated file ends where it breaks off; the packets before are valid.
     """
     import av
 
@@ -111,7 +111,7 @@ def check_size(codec_context, limits: Limits) -> None:
 
 
 def _without_leading(ticks: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Packets that no decoder can show are struck out: those before the first keyframe, in decode or display order."""
+    """Mark packets that no decoder can show as NEVER: those before the first keyframe in decode or display order."""
     if not keys.any():
         return ticks
     first = int(np.argmax(keys))
@@ -123,17 +123,17 @@ def _without_leading(ticks: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def _shown_test(stream) -> Callable[[object], bool]:
-    """VP8 keeps its hidden reference frames as packets of their own: bit 4 of the frame tag (RFC 6386, 9.1) tells."""
+    """Return a test for packets with a displayed frame: VP8 has packets of hidden reference frames (RFC 6386, 9.1)."""
     if stream.codec_context.name in ("vp8", "libvpx"):
         return lambda packet: bool(memoryview(packet)[0] & 0x10)
     return lambda packet: True
 
 
 def _layer_test(stream) -> Callable[[object], bool]:
-    """Whether an HEVC packet belongs to a higher temporal layer.
+    """Return a test for HEVC packets of a higher temporal layer.
 
-    HEVC calls a picture unreferenced when its own layer does not refer to it, yet higher layers may (H.265, 7.4.2.2).
-    Only there is skipping unsafe; every other codec means "by no picture".
+    HEVC calls a picture unreferenced if its own layer does not refer to it, but higher layers may (H.265, 7.4.2.2). So
+    skipping is unsafe there; in every other codec "unreferenced" means by no picture.
     """
     if stream.codec_context.name != "hevc":
         return lambda packet: False
@@ -143,7 +143,7 @@ def _layer_test(stream) -> Callable[[object], bool]:
 
 
 def _temporal_id(data: bytes, length_size: int) -> int:
-    """Temporal id of the first picture NAL unit; `length_size` 0 means start codes instead of lengths."""
+    """Return the temporal id of the first picture NAL unit; `length_size` 0: start codes instead of lengths."""
     at = 0
     while at + length_size + 3 < len(data):
         if length_size:

@@ -1,15 +1,14 @@
-"""A place where untrusted media is decoded: a crash, a hang or a memory bomb costs one call, never the worker.
+"""Decodes untrusted media in a child process: a crash, a hang or a memory bomb fails one call, never the worker.
 
-A sandbox is a child process that is started when first needed, serves many calls, and is killed with everything it
-started when a call exceeds a limit; the next call gets a fresh child. It is started by exec, never forked from a
-process with threads, so it works inside Ray workers and beside CUDA. It imports only what it is asked to run.
+The child is started when it is first needed, serves many calls, and is killed with all its own children when a call
+exceeds a limit; the next call gets a new child. It is started by exec, never forked from a process with threads, so it
+works inside Ray workers and beside CUDA. It imports only what the called functions need.
 
-Memory is limited by RLIMIT_DATA: it counts what the process may write privately (heap, anonymous maps), which is what a
-decoder allocates, and makes the allocation itself fail, so there is no moment in which the machine is already out of
-memory. RLIMIT_AS would also count address space that is never touched, and polling the resident size comes too late
-for an allocation of gigabytes.
+Memory is limited by RLIMIT_DATA: it counts private writable memory (heap, anonymous maps), which decoders allocate, and
+makes the allocation itself fail, before the machine runs out of memory. RLIMIT_AS would also count address space that
+is never touched; polling the resident size would be too late for an allocation of gigabytes.
 
-Calls and answers travel as pickles between two processes of one program; a call's function must stand in a module.
+Calls and answers are pickled; the function of a call must be importable from a module.
 """
 
 import errno
@@ -33,19 +32,21 @@ from typing import Any
 from clipmill.base.errors import ItemError
 
 HEADER = struct.Struct("<Q")
-# BLAS and OpenMP would otherwise start a thread per core, each with a stack that counts as memory; SVT would chatter.
+# BLAS and OpenMP would start a thread per core, each with a stack that counts as memory; SVT would print messages.
 QUIET = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "SVT_LOG")}
 STDERR_TAIL_BYTES = 1500
-CRIES_FOR_MEMORY = ("MemoryError", "Memory allocation", "Cannot allocate memory", "bad_alloc", "out of memory")
+SIGNS_OF_MEMORY = ("MemoryError", "Memory allocation", "Cannot allocate memory", "bad_alloc", "out of memory")
 
 
 class Sandbox:
-    """`call(function, …)` runs in a child process under limits. Thread-safe: calls queue. A context manager."""
+    """Runs functions in a child process under limits. Thread-safe: calls wait for one another. A context manager."""
 
     def __init__(self, memory_bytes: int = 3 * 2**30, file_bytes: int = 20 * 2**30, calls_per_child: int = 200):
-        """`memory_bytes` of private memory; `file_bytes` is the size of the largest file it may write.
+        """Set the limits; the child is started by the first call.
 
-        A child is replaced after `calls_per_child` calls, so that leaks of decoders do not add up.
+        memory_bytes     private memory
+        file_bytes       size of the largest file that may be written
+        calls_per_child  calls after which the child is replaced, so that memory leaks of decoders do not add up
         """
         self.memory_bytes, self.file_bytes, self.calls_per_child = memory_bytes, file_bytes, calls_per_child
         self._child: _Child | None = None
@@ -60,10 +61,11 @@ class Sandbox:
         file_bytes: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The function's result. Raises the function's own ItemError as it is, and ItemError for everything else:
+        """Call a function in the child and return its result.
 
-        timeout · out-of-memory · output-too-large · disk-full · decoder-crash (died of a signal) · internal-error
-        (any other exception; the message ends with the traceback).
+        Raises the function's own ItemError unchanged, and for other failures ItemError timeout, out-of-memory,
+        output-too-large, disk-full, decoder-crash (killed by a signal), internal-error (any other exception; its
+        message ends with the traceback).
         """
         limits = (memory_bytes or self.memory_bytes, file_bytes or self.file_bytes)
         request = pickle.dumps((limits, function, args, kwargs), pickle.HIGHEST_PROTOCOL)
@@ -74,7 +76,7 @@ class Sandbox:
             try:
                 answer, *buffers = self._child.ask(request, timeout_s)
                 status, value = pickle.loads(answer, buffers=buffers)
-            except BaseException:  # also a keyboard interrupt: the child may be in the middle of anything
+            except BaseException:  # also for a keyboard interrupt: the child may be in any state
                 self._stop()
                 raise
         if status == "raised":
@@ -100,7 +102,7 @@ class Sandbox:
         if getattr(self, "_child", None) is not None:
             self._child.kill()
 
-    def __reduce__(self):  # a sandbox travels as its limits; the child stays where it is
+    def __reduce__(self):  # pickled as its limits, without the child
         return Sandbox, (self.memory_bytes, self.file_bytes, self.calls_per_child)
 
 
@@ -129,11 +131,11 @@ class _Child:
         self.pid = os.getpid()
 
     def fit_for_use(self, most_calls: int) -> bool:
-        """Not after a fork either: two parents would talk to one child."""
+        """Return whether the child can take a call; not after a fork: two parents would use one child."""
         return self.pid == os.getpid() and self.num_calls < most_calls and self.process.poll() is None
 
     def ask(self, request: bytes, timeout_s: float) -> list[bytearray]:
-        """The answer's pickle and its buffers; ItemError when there is none."""
+        """Send a request; return the answer's pickle and its buffers. Raises ItemError when there is no answer."""
         self.num_calls += 1
         deadline = time.monotonic() + timeout_s
         self.stderr.seek(0)  # the child writes through the same file position
@@ -167,20 +169,20 @@ class _Child:
         return data
 
     def _post_mortem(self) -> ItemError:
-        """What a child died of, as far as its status and its last words tell.
+        """Return the cause of the child's death, guessed from its exit status and the end of its stderr.
 
-        Its largest size would tell more, but the kernel counts the parent's from before the exec into it.
+        Its peak memory is of no use, since the kernel includes that of the parent before the exec.
         """
         self._end(patience_s=5.0)
         code = self.process.wait()
         self.stderr.seek(max(0, self.stderr.seek(0, os.SEEK_END) - STDERR_TAIL_BYTES))
-        words = self.stderr.read().decode(errors="replace").strip()
+        text = self.stderr.read().decode(errors="replace").strip()
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        starved = code == -signal.SIGKILL or any(cry in words for cry in CRIES_FOR_MEMORY)
-        return ItemError("out-of-memory" if starved else "decoder-crash", f"{how}. {words}".strip())
+        starved = code == -signal.SIGKILL or any(sign in text for sign in SIGNS_OF_MEMORY)
+        return ItemError("out-of-memory" if starved else "decoder-crash", f"{how}. {text}".strip())
 
     def kill(self) -> None:
-        """The child and whatever it started."""
+        """Kill the child and all its own children."""
         if self.pid == os.getpid() and self.process.returncode is None:
             self._end(patience_s=0.0)
             self.process.wait()
@@ -189,7 +191,7 @@ class _Child:
         self.stderr.close()
 
     def _end(self, patience_s: float) -> None:
-        """Kill the whole group, after a moment for the child to die of its own cause. It is still to be reaped."""
+        """Kill the process group, after giving the child `patience_s` to die by itself. The caller has to reap it."""
         deadline = time.monotonic() + patience_s
         ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
         while time.monotonic() < deadline and os.waitid(os.P_PID, self.process.pid, ended) is None:
@@ -197,14 +199,14 @@ class _Child:
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
-            pass  # it and its group are gone, which is what was asked for
+            pass  # the group has ended already
 
 
 def _wait(fd: int, event: int, deadline: float) -> None:
     poll = select.poll()
     poll.register(fd, event)
     left_s = deadline - time.monotonic()
-    if left_s <= 0 or not poll.poll(left_s * 1000):  # late is late, also where the answer lies there by now
+    if left_s <= 0 or not poll.poll(left_s * 1000):  # also when the answer has arrived too late
         raise TimeoutError
 
 
@@ -215,7 +217,7 @@ _BOOT += "from clipmill.media.sandbox import serve; serve(*s['fds'])"
 
 
 def serve(requests: int, answers: int, lifeline: int) -> None:
-    """The child's main loop: one request, one answer, until the parent hangs up."""
+    """Answer requests in the child until the parent closes the pipe."""
     for fd in (requests, answers, lifeline):
         os.set_inheritable(fd, False)
     _die_with_parent(lifeline)
@@ -232,10 +234,10 @@ def serve(requests: int, answers: int, lifeline: int) -> None:
 
 
 def _die_with_parent(lifeline: int) -> None:
-    """The kernel kills the whole group the moment the parent's end of the pipe closes, however the parent ended.
+    """Let the kernel kill the whole group when the parent's end of the pipe closes, however the parent ended.
 
-    A signal on the pipe rather than PR_SET_PDEATHSIG, which fires when the *thread* that started the child ends, and
-    rather than a watching thread, which a decoder that hangs with the interpreter lock held would stop.
+    PR_SET_PDEATHSIG would fire when the *thread* that started the child ends; a watching thread would be stopped by a
+    decoder that hangs while it holds the interpreter lock.
     """
     if not hasattr(fcntl, "F_SETSIG"):  # not Linux
         threading.Thread(target=lambda: os.read(lifeline, 1) or os.killpg(0, signal.SIGKILL), daemon=True).start()
@@ -243,14 +245,14 @@ def _die_with_parent(lifeline: int) -> None:
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
-    poll = select.poll()  # select() takes no number beyond 1023, and a parent with many open files hands out such
+    poll = select.poll()  # select() accepts only file descriptors up to 1023
     poll.register(lifeline, select.POLLIN)
-    if poll.poll(0):  # the parent was gone before the signal was armed
+    if poll.poll(0):  # the parent had ended before the signal was armed
         os.killpg(0, signal.SIGKILL)
 
 
 def _answer(request: bytes) -> list[bytes | memoryview]:
-    """A pickle, and the large arrays of it as they lie in memory: pickling them would take as much again."""
+    """Return the answer as a pickle and, outside of it, its large arrays: pickling would double their memory."""
     try:
         limits, function, args, kwargs = pickle.loads(request)
         _limit(*limits)

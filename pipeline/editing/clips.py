@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipmill.base.atomic_file import atomic_file
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import digest
-from shards.packing.tar import replacing
 from training.editing.boundaries import VideoClips, video_clips
 from training.editing.rounds import fold_of
 from training.editing.settings import EditSettings
@@ -172,7 +172,7 @@ def freeze_items(
             "on. Allowed: a larger share, more videos, or --no-train."
         )
     table = pa.Table.from_pylist([item for item in items if item["use"] in counts], ITEMS)
-    with replacing(path, fsync=True) as file, pa.ipc.new_file(file, ITEMS) as writer:
+    with atomic_file(path, fsync=True) as file, pa.ipc.new_file(file, ITEMS) as writer:
         writer.write_table(table)
 
 

@@ -18,7 +18,7 @@ from pipeline.editing.clips import Video
 from pipeline.runtime.task import sandbox
 from pipeline.stages.cut.cut import cut_in_sandbox
 from pipeline.stages.cut.settings import CutSettings, SpanRequest
-from shards.packing.tar import Blob, read_member, write_clips_tar
+from shards.packing.tar import read_member
 from training.data.clip_frames import Picture, Pixels, decode_clip
 from training.editing.boundaries import Floats, VideoClips
 from training.editing.settings import EditSettings
@@ -134,23 +134,6 @@ def _cut_clip(root: Path, item: dict[str, Any], span: SpanRequest, cut: CutSetti
 
 def _stamped(video: Video, row: dict[str, Any]) -> dict[str, Any]:
     return row | {"video_id": video.video_id, "source_sha256": video.items[0]["source_sha256"]}
-
-
-def write_cut_clips(path: Path, folder: Path, rows: list[dict[str, Any]]) -> None:
-    """One tar of the clips and stills in FOLDER/VIDEO_ID; the rows then point into it."""
-    blobs = []
-    for row in rows:
-        source = folder / row["video_id"]
-        blobs.append(Blob(f"{row['clip_id']}.mp4", source, row["mp4_offset"], row["num_bytes"]))
-        blobs += [
-            Blob(f"{row['clip_id']}.{number}.jpg", source, frame["offset"], frame["num_bytes"])
-            for number, frame in enumerate(row["frames"])
-        ]
-    members = iter(write_clips_tar(path, blobs))
-    for row in rows:
-        row["mp4_offset"] = next(members).offset
-        for frame in row["frames"]:
-            frame["offset"] = next(members).offset
 
 
 def _source(root: Path, video: Video) -> Path:

@@ -125,7 +125,7 @@ class CorpusHost:
         """Units that have not been committed are edited; the manifest then knows the round."""
         self.round_number = state.round_number
         with self._session() as current:
-            root, holder = str(current.corpus.root), current.corpus.holder
+            root, holder = str(current.corpus.root), current.corpus.lock_owner
             plan = Plan(root, self.editing, self.settings, current.settings.cut, current.run_id, holder)
             with pool(plan, self.asked.workers, self.settings.train.device) as editors:
                 jobs = self._jobs(state, editors)

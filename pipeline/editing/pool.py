@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from clipmill.base.errors import UserError
+from clipmill.base.ray_cluster import ray_cluster
 from pipeline.editing.worker import Editor, Job, Plan, Texts
 from shards.corpus.fragments import Commit
 from training.editing.scores import Bank
@@ -27,7 +28,7 @@ def pool(plan: Plan, num_workers: int, device: str) -> Iterator[Editors]:
         return
     import ray
 
-    with _ray(num_workers):
+    with ray_cluster(cpus=max(num_workers, os.cpu_count() or 1), show_output=True):
         use_gpu = device != "cpu" and ray.cluster_resources().get("GPU", 0) >= num_workers
         actor = ray.remote(Editor).options(num_gpus=int(use_gpu), max_restarts=2, max_task_retries=2)
         actors = [actor.remote(plan) for _ in range(num_workers)]
@@ -74,21 +75,3 @@ class _Actors:
         from ray.util import ActorPool
 
         return ActorPool(self.actors).map(lambda actor, job: getattr(actor, method).remote(job), list(jobs))
-
-
-@contextmanager
-def _ray(num_workers: int) -> Iterator[None]:
-    """The Ray that is there, that RAY_ADDRESS names, or one on this machine for as long as it is needed."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
-    import ray
-
-    started = not ray.is_initialized()
-    if started and os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="ERROR")
-    elif started:
-        ray.init(num_cpus=max(num_workers, os.cpu_count() or 1), include_dashboard=False, logging_level="ERROR")
-    try:
-        yield
-    finally:
-        if started:
-            ray.shutdown()

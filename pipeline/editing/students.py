@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
 from pipeline.editing.clips import Items
-from shards.corpus.folder import write_text_atomically
 from training.data.selection import Selection, freeze
 from training.editing.settings import EditRunSettings
 from training.evaluation.retrieval import evaluate
@@ -130,7 +130,7 @@ class Students:
             section, _, key = name.partition(".")
             settings[section][key] = value
         recipe = folder.with_name(f"{folder.name}.yaml")
-        write_text_atomically(recipe, yaml.safe_dump(settings, sort_keys=False))
+        write_text(recipe, yaml.safe_dump(settings, sort_keys=False))
         files = tuple((name, str(path)) for name, path in tables.items())
         report = train(Request(str(folder), str(self.asked.corpus), str(recipe), (), files, self.asked.command))
         if report.reason != "done":

@@ -20,10 +20,11 @@ from torch import Tensor
 from clipmill.base.errors import ItemError
 from clipmill.base.settings import digest
 from pipeline.editing.clips import Video, no_text
-from pipeline.editing.frames import cut_again, read_frames, write_cut_clips
+from pipeline.editing.frames import cut_again, read_frames
 from pipeline.runtime.task import Outcome, Stopwatch, Task, commit
 from pipeline.stages.cut.settings import CutSettings, SpanRequest
 from shards.corpus.fragments import Commit, temporary_folder
+from shards.packing.tar import write_clips
 from training.data.clip_frames import Picture, Pixels
 from training.data.frame_sampling import eval_indices, normalise
 from training.editing.boundaries import Floats, Scorer, VideoClips, edit_video, scores_of
@@ -124,7 +125,7 @@ class Editor:
             outcomes += self._silent(job)
             rows = [row for outcome in outcomes for row in outcome.rows.get("edited_clips", [])]
             if rows:
-                write_cut_clips(Path(self.plan.root) / name, folder, rows)
+                write_clips(Path(self.plan.root) / name, rows, lambda row: folder / row["video_id"])
             for row in rows:
                 row["tar"] = name
             return commit(work, outcomes, [name] if rows else [])

@@ -25,7 +25,7 @@ from pipeline.stages.ingest.stage import IngestReport, ingest_sources
 from pipeline.stages.pack import PackReport, pack_corpus, pack_state
 from pipeline.stages.stage import Stage
 from shards.corpus.folder import Corpus
-from shards.corpus.fragments import fragment_path, sweep_temporaries, write_atomically
+from shards.corpus.fragments import fragment_path, sweep_temporaries, write_fragment
 from shards.corpus.ledger import Ledger, remove_cache
 from shards.corpus.manifest import MANIFEST_NAME, is_current, publish
 from shards.corpus.schema import MANIFEST
@@ -83,8 +83,8 @@ class Session:
             "versions": json.dumps({**versions(), "driver_peak_mb": _peak_mb()}, sort_keys=True),
         }
         path = fragment_path(self.corpus.root, "runs", self.run_id)
-        write_atomically(path, pa.Table.from_pylist([row], MANIFEST["runs"]))
-        self.corpus.files.written(str(path.relative_to(self.corpus.root)))
+        write_fragment(path, pa.Table.from_pylist([row], MANIFEST["runs"]))
+        self.corpus.files.upload(str(path.relative_to(self.corpus.root)))
 
     def publish(self) -> None:
         self.refresh_state()
@@ -247,7 +247,7 @@ def status(root: str | Path, assignments: list[str]) -> Status:
     corpus = Corpus(root).require()
     saved = corpus.load_settings()
     settings = resolve(saved, None, assignments)
-    with corpus.alone_here(), corpus.files.here_only():
+    with corpus.alone_here(), corpus.files.local_only():
         corpus.files.pull()
         ledger = Ledger(corpus.root, registry.stages(), memory_limit=settings.engine.driver_memory)
         try:

@@ -194,7 +194,7 @@ class Engine:
             root=str(self.corpus.root),
             run_id=self.run_id,
             store=self.corpus.store,
-            holder=self.corpus.holder,
+            holder=self.corpus.lock_owner,
         )
 
     def _enqueue(self, stage: Stage, task: Task, num_failures: int = 0, num_lost: int = 0) -> None:

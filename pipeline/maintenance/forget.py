@@ -1,7 +1,7 @@
-"""`forget` and `compact`: a video leaves the corpus, first for every reader and then to the last byte.
+"""`forget` and `compact`: remove videos from a corpus, first from the view of every reader and then to the last byte.
 
-forget    which videos: by id, by URL, by SQL, and every copy of their files; a tombstone for each
-compact   what has a tombstone is removed from shards, clips, sources and fragments
+forget    finds videos by id, URL or SQL, and all copies of their files, and writes a tombstone for each
+compact   removes everything with a tombstone from shards, clips, sources and fragments
 """
 
 import shutil
@@ -21,15 +21,23 @@ from pipeline.stages.pack import planned
 from shards.corpus.folder import Corpus
 from shards.corpus.source_ids import canonical_url, canonical_urls, video_id_for
 from shards.corpus.tombstones import hash_of, read_tombstones, write_tombstones
-from shards.packing.compact import CompactReport, Remains, compact_commits, compact_shards, redact, remove_sources
-from shards.packing.pack import places_of, select_samples
+from shards.packing.compact import (
+    CompactReport,
+    ForgottenIndex,
+    compact_commits,
+    compact_shards,
+    redact,
+    remove_sources,
+)
+from shards.packing.pack import select_samples, slots_of
 from shards.query.sql import open_manifest, rows_of
-from shards.storage.mirror import MANIFEST_NAME, UNFINISHED, for_reading, mirror_folder
+from shards.storage.local import MANIFEST_NAME, UNFINISHED
+from shards.storage.mirror import for_reading, mirror_folder
 
 
 @dataclass(frozen=True)
-class Doomed:
-    """What is to be forgotten, as the manifest has it. `urls`: of sources that the corpus does not have (any more)."""
+class ForgetPlan:
+    """Videos to forget, with their rows in the manifest. `urls`: addresses of sources that the corpus does not have."""
 
     videos: list[dict] = field(default_factory=list)  # video_id, url, kind, path, sha256, is_copy, num_clips …
     urls: list[str] = field(default_factory=list)
@@ -45,23 +53,25 @@ class Doomed:
 # --- forget
 
 
-def find(root: str | Path, ids: Sequence[str], urls: Sequence[str], where: str | None) -> Doomed:
-    """The videos named, and those with the same bytes. Raises UserError for what names nothing."""
+def find(root: str | Path, ids: Sequence[str], urls: Sequence[str], where: str | None) -> ForgetPlan:
+    """Find the named videos and those with the same bytes. Raises UserError for an option that finds nothing."""
     here = for_reading(root, MANIFEST_NAME, "fragments/forgotten/")
     tombstones = read_tombstones(here)
     forgotten = {*tombstones["url_hash"].to_pylist(), *tombstones["video_hash"].to_pylist()}
     if not (ids or urls or where):
-        raise UserError("say what to forget: --video ID, --url URL or --where SQL (a condition on `videos`).")
+        raise UserError(
+            "nothing to forget is given: add --video ID, --url URL or --where SQL (a condition on `videos`)."
+        )
     with open_manifest(here) as connection:
         named = [_known_id(connection, video_id) for video_id in ids if hash_of(video_id) not in forgotten]
         by_url = {url: _id_of_url(connection, url) for url in urls}
         named += [video_id for video_id in by_url.values() if video_id]
         named += rows_of(connection, _videos_where(where)) if where else []
         if where and not named:
-            raise UserError(f"--where {where}: no video meets it.")
+            raise UserError(f"--where {where}: no video meets this condition.")
         unknown = [url for url, video_id in by_url.items() if video_id is None]
         videos = connection.sql(_DOOMED, params={"ids": sorted(set(named))}).to_arrow_table().to_pylist()
-    return Doomed(videos, [url for url in unknown if hash_of(canonical_url(url)) not in forgotten])
+    return ForgetPlan(videos, [url for url in unknown if hash_of(canonical_url(url)) not in forgotten])
 
 
 _DOOMED = """
@@ -83,12 +93,14 @@ FROM doomed d ORDER BY d.is_copy, d.video_id
 def _known_id(connection, video_id: str) -> str:
     if not connection.execute("SELECT 1 FROM videos WHERE video_id = ?", [video_id]).fetchall():
         near = get_close_matches(video_id, rows_of(connection, "SELECT video_id FROM videos ORDER BY 1"), n=3)
-        raise UserError(f"--video {video_id}: there is no such video." + (f" Near: {', '.join(near)}." if near else ""))
+        raise UserError(
+            f"--video {video_id}: the corpus has no such video." + (f" Similar: {', '.join(near)}." if near else "")
+        )
     return video_id
 
 
 def _id_of_url(connection, url: str) -> str | None:
-    """The video of a URL in any spelling, or of a file's path; None where the corpus has none."""
+    """Return the id of the video of a URL in any spelling, or of a file's path; None where the corpus has none."""
     try:
         canonical = canonical_url(url if "://" in url else str(Path(url).absolute()))
     except ValueError as error:
@@ -105,24 +117,25 @@ def _videos_where(where: str) -> str:
     return f"SELECT video_id FROM videos WHERE (\n{where}\n)"
 
 
-def forget(root: str | Path, doomed: Doomed, reason: str | None) -> bool:
-    """Puts the tombstones; from then on nothing reads these videos. True when the manifest is without them already,
-    False when a build is running, which publishes it without them.
+def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:
+    """Write the tombstones; from then on nothing reads these videos.
+
+    Returns whether the manifest is published without them already; else a running build will do it.
     """
     corpus, at = Corpus(root).require(), datetime.now(UTC)
-    places = _places(corpus, doomed)
+    slots = _slots_of(corpus, plan)
     rows = [
         {
             "video_hash": hash_of(video["video_id"]),
             "url_hash": hash_of(canonical_url(video["url"])),
             "sha256": video["sha256"],
-            "places": places.get(video["video_id"], []),
+            "places": slots.get(video["video_id"], []),
         }
-        for video in doomed.videos
+        for video in plan.videos
     ]
     rows += [
         {"video_hash": hash_of(video_id_for(url)), "url_hash": hash_of(canonical_url(url)), "places": []}
-        for url in doomed.urls
+        for url in plan.urls
     ]
     write_tombstones(corpus.root, [{**row, "reason": reason, "at": at} for row in rows])
     try:
@@ -135,17 +148,17 @@ def forget(root: str | Path, doomed: Doomed, reason: str | None) -> bool:
     return True
 
 
-def _places(corpus: Corpus, doomed: Doomed) -> dict[str, list[dict]]:
-    """Video → the places of its clips in the order of packing; none where nothing is packed yet."""
+def _slots_of(corpus: Corpus, plan: ForgetPlan) -> dict[str, list[dict]]:
+    """Return video → reserved slots of its clips in the order of packing; {} where nothing is packed yet."""
     settings, found = resolve(corpus.load_settings(), None, []).pack, {}
     with open_manifest(for_reading(corpus.name, MANIFEST_NAME)) as connection:
         if not rows_of(connection, "SELECT 1 FROM samples LIMIT 1"):
             return {}
         samples = select_samples(connection, settings)
-    gone = set(doomed.video_ids)
-    for clip_id, place in places_of(samples, settings.seed):
+    gone = set(plan.video_ids)
+    for clip_id, slot in slots_of(samples, settings.seed):
         if (video_id := clip_id.rpartition(".")[0]) in gone:
-            found.setdefault(video_id, []).append(place)
+            found.setdefault(video_id, []).append(slot)
     return found
 
 
@@ -153,23 +166,23 @@ def _places(corpus: Corpus, doomed: Doomed) -> dict[str, list[dict]]:
 
 
 def compact(root: str | Path) -> CompactReport:
-    """Removes every byte and row of what has a tombstone. Killed anywhere and run again, it ends in the same bytes."""
+    """Remove all bytes and rows of videos with a tombstone. A second run after a kill ends in the same bytes."""
     corpus, report = Corpus(root).require(), CompactReport()
     with session(corpus.root, None, [], "compact", create=False) as (current, _):
-        current.publish()  # without the forgotten, whoever wrote the last one
+        current.publish()  # without the forgotten videos
         (corpus.root / UNFINISHED).touch()
-        corpus.files.written(UNFINISHED)
-        remains = Remains.of(corpus.root)
+        corpus.files.upload(UNFINISHED)
+        forgotten = ForgottenIndex.of(corpus.root)
         with open_manifest(corpus.root) as connection:
             plans = planned(connection, current.settings.pack)
-            compact_shards(corpus.root, connection, plans, remains, report)
-        redact(corpus.root, remains, report)
-        remove_sources(corpus.root, remains, report)
-        compact_commits(corpus.root, remains, report)
+            compact_shards(corpus.root, connection, plans, forgotten, report)
+        redact(corpus.root, forgotten, report)
+        remove_sources(corpus.root, forgotten, report)
+        compact_commits(corpus.root, forgotten, report)
     with session(corpus.root, None, [], "compact", create=False, fresh=True) as (current, _):
         current.publish()
         corpus.files.remove(UNFINISHED)
     if corpus.store:
         shutil.rmtree(mirror_folder(corpus.store, "read"), ignore_errors=True)  # this machine's copy for readers
-    report.settings = [name for name in remains.names if name in corpus.settings_path.read_text()]
+    report.settings = [name for name in forgotten.names if name in corpus.settings_path.read_text()]
     return report

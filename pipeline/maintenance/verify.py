@@ -15,13 +15,14 @@ from clipmill.media.sandbox import Sandbox
 from shards.corpus.folder import SETTINGS, Corpus
 from shards.packing.verify import Problem, verify
 from shards.query.sql import open_manifest
-from shards.storage.mirror import MANIFEST_NAME, for_reading
+from shards.storage.local import MANIFEST_NAME
+from shards.storage.mirror import for_reading
 
 CLIP_TIMEOUT_S = 120.0
 
 
 def verify_with_sandbox(root: str | Path, decode: bool, console: Console) -> tuple[list[Problem], str]:
-    """Problems of a corpus's shards, and in words what was checked."""
+    """Return the problems of a corpus's shards, and a description of what was checked."""
     here = for_reading(root, SETTINGS, MANIFEST_NAME, "fragments/forgotten/", "shards/")
     Corpus(here).require()
     with open_manifest(here) as connection, Progress(console=console, transient=True) as progress:
@@ -50,11 +51,11 @@ def _count_frames_safely(data: bytes) -> int:
 
 
 def count_frames(data: bytes) -> int:
-    """How many frames of a clip really decode. Raises ItemError "undecodable", "not-jpeg-frames"."""
+    """Count the frames of a clip that really decode. Raises ItemError "undecodable", "not-jpeg-frames"."""
     import av
 
     kind, options = None, NO_REFERENCES
-    if data.endswith(JPEG_MAGIC):  # pictures one after another, which refer to nothing
+    if data.endswith(JPEG_MAGIC):  # a sequence of JPEG files, which refer to no other file
         kind, options, data = "mjpeg", {}, b"".join(jpeg_frames(data))
     try:
         with av.open(io.BytesIO(data), format=kind, options=options) as container:

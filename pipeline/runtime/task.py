@@ -19,7 +19,7 @@ from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import Settings
 from clipmill.media.sandbox import Sandbox
 from pipeline.runtime.watchdog import reporting
-from shards.corpus.folder import holder_now
+from shards.corpus.folder import lock_owner
 from shards.corpus.fragments import Commit, commit_name, ledger_row, table_schema, write_commit
 from shards.corpus.schema import LEDGER
 from shards.storage.mirror import mirror
@@ -72,7 +72,7 @@ def require_holder(task: Task) -> None:
     A worker may outlive its build by a while. The next build has deleted its temporary files by then and does the same
     work: the worker's failures say nothing about the items, and its files must not replace those of the other.
     """
-    if task.holder and holder_now(Path(task.root), task.store) != task.holder:
+    if task.holder and lock_owner(Path(task.root), task.store) != task.holder:
         raise UserError("another process is writing the corpus now; its workers do this task.")
 
 

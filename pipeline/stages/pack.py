@@ -22,9 +22,9 @@ from shards.packing.pack import (
     PackSettings,
     ShardPlan,
     commit_shards,
-    forgotten_places,
     pending_shards,
     plan_shards,
+    reserved_slots,
     rows_by_shard,
     select_samples,
     write_shard,
@@ -58,7 +58,7 @@ def pack_corpus(session, display, *, write: bool, redo: bool) -> PackReport:
     with open_manifest(root) as connection:
         if write:
             plans = planned(connection, settings)
-            session.corpus.files.look("shards")
+            session.corpus.files.refresh("shards")
             todo = plans if redo else pending_shards(root, plans, retry_missing=True)
             report.failures = _write_all(session, connection, todo, display)
             report.num_written, num_removed = commit_shards(root, plans, fsync=settings.fsync)
@@ -73,7 +73,7 @@ def pack_corpus(session, display, *, write: bool, redo: bool) -> PackReport:
 
 def planned(connection, settings: PackSettings) -> list[ShardPlan]:
     """Return the shards that ought to exist, from the manifest."""
-    return plan_shards(select_samples(connection, settings), settings, forgotten_places(connection))
+    return plan_shards(select_samples(connection, settings), settings, reserved_slots(connection))
 
 
 def pack_state(session) -> dict[str, int]:
@@ -169,6 +169,6 @@ def _refresh(root: Path, connection) -> int:
         ).to_arrow_table()
         connection.unregister("packed")
         if refresh_index(path, texts):
-            files_of(root).written(f"shards/{path.name}")
+            files_of(root).upload(f"shards/{path.name}")
             num_changed += 1
     return num_changed

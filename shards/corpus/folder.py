@@ -1,10 +1,9 @@
-"""A corpus: where its parts are, its saved settings, and the lock that makes one process its writer.
+"""The folder of a corpus: its saved settings, and the lock that makes one process its only writer.
 
-Of a corpus in a store, `root` is this machine's mirror (`shards.storage.mirror`): its one writer brings it up to date, and holds
-two locks, the store's (`shards.storage.lease`) and that of the mirror.
+Of a corpus in a store, `root` is this machine's mirror (`shards.storage.mirror`). Its one writer brings the mirror up
+to date, and holds two locks: the store's (`shards.storage.lease`) and that of the mirror.
 """
 
-import fcntl
 import json
 import os
 import socket
@@ -15,13 +14,16 @@ from pathlib import Path
 
 import yaml
 
+from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
-from clipmill.base.file_lock import is_left_by_the_dead, said_by, take_named
+from clipmill.base.file_lock import is_locked, owner_has_died, owner_of, take_named_lock
 from clipmill.base.settings import read_yaml
-from shards.storage.mirror import PRIVATE, Files, files_of, mirror, mirror_folder
+from shards.storage.lease import StoreLock, is_held, token_in
+from shards.storage.local import PRIVATE, Files
+from shards.storage.mirror import files_of, mirror, mirror_folder
 from shards.storage.s3 import Store, is_url
 
-_OURS = ("README.txt", ".clipmill/")  # what a corpus in a store has before its settings
+_BEFORE_SETTINGS = ("README.txt", ".clipmill/")  # written to a store before the settings are
 FORMAT = 1  # of the folder; a corpus of a newer format is refused
 SETTINGS = "corpus.yaml"
 LOCK = "lock"
@@ -38,7 +40,7 @@ README = """A clipmill corpus.
 
 class Corpus:
     def __init__(self, root: str | Path):
-        """`root`: a folder, s3://BUCKET/PREFIX, or the mirror of such a corpus that this process has opened before."""
+        """Open a corpus: a folder, s3://BUCKET/PREFIX, or the mirror of one that this process has opened before."""
         if is_url(root):
             store = Store.of(str(root))
             self.root = mirror(mirror_folder(store, "corpus"), store).root
@@ -49,24 +51,24 @@ class Corpus:
         self.name = self.store.url if self.store else str(self.root)
         self.settings_path = self.root / SETTINGS
         self.private = self.root / PRIVATE  # lock, progress and caches: never part of the corpus
-        self.holder = ""  # as whom this process holds the lock, while it does: what `holder_now` says to its workers
+        self.lock_owner = ""  # name of this process as owner of the lock, while it is: `lock_owner` shows it to workers
 
     @property
     def exists(self) -> bool:
-        if self.store and not self._is_held_here():  # a writer on this machine has the newest
-            self.files.update(SETTINGS)
+        if self.store and not self._is_held_here():  # a writer on this machine has the newest settings
+            self.files.refresh_file(SETTINGS)
         return self.settings_path.is_file()
 
     def require(self) -> "Corpus":
-        """Raises UserError unless there is a corpus here."""
+        """Return the corpus itself. Raises UserError when there is none in this folder."""
         if not self.exists:
             raise UserError(
-                f"{self.name} is no corpus (no corpus.yaml). Make one with `clipmill build SOURCES --corpus DIR`."
+                f"{self.name} is not a corpus (no corpus.yaml). Make one with `clipmill build SOURCES --corpus DIR`."
             )
         return self
 
     def create(self) -> None:
-        """Make the folders. Raises UserError for a folder that cannot be written or holds something else."""
+        """Make the folders. Raises UserError for a folder that cannot be written or holds other files."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._refuse_others()
@@ -82,16 +84,16 @@ class Corpus:
         if self.exists:
             return
         if self.store:
-            foreign = any(not key.startswith(_OURS) for key in self.store.list())
-        else:  # a private folder alone: stopped before its settings were saved
+            foreign = any(not key.startswith(_BEFORE_SETTINGS) for key in self.store.list())
+        else:  # a private folder alone: a build was stopped before it saved its settings
             foreign = not self.private.exists() and any(e.name[0] != "." for e in self.root.iterdir())
         if foreign:
-            raise UserError(f"{self.name} is not empty and not a corpus: give --corpus a new or an empty folder.")
+            raise UserError(f"{self.name} is not empty and not a corpus: give --corpus a new or empty folder.")
 
     # -- settings -------------------------------------------------------------------------------------------------
 
     def load_settings(self) -> dict:
-        """The saved settings as plain data. Raises UserError for an unreadable or newer corpus.yaml."""
+        """Return the saved settings as plain data. Raises UserError for an unreadable or newer corpus.yaml."""
         try:
             saved = read_yaml(self.settings_path.read_text())
             version, settings = saved["format"], saved["settings"]
@@ -104,27 +106,26 @@ class Corpus:
     def save_settings(self, settings: dict) -> None:
         text = "# Settings of this corpus, resolved. Change them with `clipmill build|run … --set stage.key=value`.\n"
         text += yaml.safe_dump({"format": FORMAT, "settings": settings}, sort_keys=False, allow_unicode=True)
-        write_text_atomically(self.settings_path, text)
-        self.files.written("README.txt", SETTINGS)
+        write_text(self.settings_path, text)
+        self.files.upload("README.txt", SETTINGS)
 
     # -- one writer -----------------------------------------------------------------------------------------------
 
     @contextmanager
     def writer(self):
-        """Hold the corpus lock. Raises UserError when another process has it; a dead holder's lock is taken over.
+        """Hold the corpus lock for the block. The lock of a process that has died is taken over.
 
-        Of a corpus in a store the mirror is up to date in the block, but for media.
+        Of a corpus in a store, the mirror is up to date in the block, except for media.
+        Raises UserError when another process has the lock.
         """
         with self.alone_here() as name:
             if self.store is None:
-                self.holder = name
+                self.lock_owner = name
                 yield
                 return
-            from shards.storage.lease import StoreLock
-
             lock = StoreLock(self.store)
             lock.take()
-            self.holder = lock.token
+            self.lock_owner = lock.token
             try:
                 with self.files.guarded_by(lock.check):
                     self.files.pull()
@@ -134,18 +135,18 @@ class Corpus:
 
     @contextmanager
     def alone_here(self) -> Iterator[str]:
-        """Hold what this machine has of the corpus: a folder's lock, or that of a mirror that is only read from.
+        """Hold the lock of the folder, or of the mirror alone of a corpus in a store; yield the owner's name in it.
 
-        Yields what the lock says of us.
+        Raises UserError when another process has the lock.
         """
         if self.store:
             self.private.mkdir(parents=True, exist_ok=True)
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         name = f"process {os.getpid()} on {socket.gethostname()} since {since}"
-        file = take_named(self._lock, name)
+        file = take_named_lock(self._lock, name)
         if file is None:
-            holder = said_by(self._lock) or "another process"
-            raise UserError(f"{self.name} is being written by {holder}. Wait for it or stop it; reading is fine.")
+            owner = owner_of(self._lock) or "another process"
+            raise UserError(f"{self.name} is being written by {owner}. Wait for it or stop it; reading is possible.")
         with file:
             yield name
 
@@ -158,48 +159,31 @@ class Corpus:
             return True
         if self.store is None:
             return False
-        from shards.storage.lease import is_held
-
         return is_held(self.store)
 
     def _is_held_here(self) -> bool:
-        if not self._lock.exists():
-            return False
-        with open(self._lock) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return not is_left_by_the_dead(self._lock)
-        return False
+        return self._lock.exists() and is_locked(self._lock) and not owner_has_died(self._lock)
 
     # -- progress of the running process, for `clipmill status` ----------------------------------------------------
 
     def write_progress(self, progress: dict) -> None:
-        write_text_atomically(self.private / "progress.json", json.dumps(progress))
+        write_text(self.private / "progress.json", json.dumps(progress))
 
     def read_progress(self) -> dict | None:
-        """What the running build last said, None when nothing runs."""
+        """Return the last progress of the running build, None when no build is running."""
         if not self._is_held_here():
             return None
         try:
             return json.loads((self.private / "progress.json").read_text())
         except (OSError, ValueError):
-            return None  # it has only just begun
+            return None  # the build has just begun
 
 
-def holder_now(root: Path, store: Store | None) -> str:
-    """Who holds the lock of a corpus, or held it last: another name than before once somebody else writes."""
+def lock_owner(root: Path, store: Store | None) -> str:
+    """Return the fencing token of a corpus: the owner of its lock, or the last one. Each new writer changes it."""
     if store is None:
         try:
             return (root / PRIVATE / LOCK).read_text().strip()
         except FileNotFoundError:
-            return ""  # somebody is taking it over
-    from shards.storage.lease import token_in
-
+            return ""  # a new owner is just taking the lock over
     return token_in(store)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(text)
-    os.replace(temporary, path)

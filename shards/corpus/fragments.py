@@ -20,12 +20,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipmill.base.atomic_file import TEMPORARY, atomic_path
 from clipmill.base.errors import ItemError
 from shards.corpus.schema import LEDGER, LEDGER_COLUMNS, TABLES
 from shards.storage.mirror import files_of
 
 PARQUET_END = b"PAR1"
-TEMPORARY = ".tmp-"  # prefix of every file that is being written; the owner of the corpus lock may delete them
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,10 @@ def table_schema(table: str) -> pa.Schema:
     return pa.schema([*LEDGER_COLUMNS, *TABLES[table]])
 
 
-def write_atomically(path: Path, table: pa.Table) -> None:
-    """Parquet file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    try:
+def write_fragment(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file that appears whole or not at all."""
+    with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def is_whole(path: Path) -> bool:
@@ -121,16 +116,16 @@ def write_commit(
     outputs = {}
     for table, data in sorted(rows.items()):
         path = fragment_path(root, table, name)
-        write_atomically(path, data)
+        write_fragment(path, data)
         outputs[str(path.relative_to(root))] = path.stat().st_size
     for relative in media:
         outputs[relative] = (root / relative).stat().st_size
-    files_of(root).written(*outputs)
+    files_of(root).upload(*outputs)
     metadata = {"clipmill.outputs": json.dumps(outputs, sort_keys=True)}
     metadata |= {"clipmill.replaces": replaces} if replaces else {}
     path = fragment_path(root, "ledger", name)
-    write_atomically(path, ledger.cast(LEDGER).replace_schema_metadata(metadata))
-    files_of(root).written(str(path.relative_to(root)))
+    write_fragment(path, ledger.cast(LEDGER).replace_schema_metadata(metadata))
+    files_of(root).upload(str(path.relative_to(root)))
 
 
 def outputs_of(ledger_fragment: Path) -> dict[str, int]:

@@ -17,11 +17,13 @@ import duckdb
 import pyarrow as pa
 
 from clipmill.base.settings import digest
+from clipmill.base.text import sql_literal
 from shards.corpus.fragments import fragment_path, outputs_of, replaced_by, table_schema
 from shards.corpus.schema import LEDGER, TABLES
 from shards.corpus.stage_query import StageQuery, chosen_rows
 from shards.corpus.tombstones import read_tombstones, tombstone_files
-from shards.storage.mirror import Files, files_of
+from shards.storage.local import Files
+from shards.storage.mirror import files_of
 
 
 @dataclass(frozen=True)
@@ -170,13 +172,13 @@ class Ledger:
             self.connection.unregister("wanted")
         for stage in self.stages.values():
             fingerprint = fingerprints[stage.name]
-            wanted = stage.wanted.replace("$fingerprint", _quoted(fingerprint or ""))
+            wanted = stage.wanted.replace("$fingerprint", sql_literal(fingerprint or ""))
             wanted = wanted if fingerprint else f"SELECT * FROM ({wanted}) WHERE false"
             self.connection.execute(f"CREATE OR REPLACE TEMP TABLE input_{stage.name} AS {wanted}")
             self.connection.execute(_CHOOSE.replace("$stage", stage.name))
             self.connection.execute(
                 _STATE.replace("$stage", stage.name)
-                .replace("$run_id", _quoted(run_id))
+                .replace("$run_id", sql_literal(run_id))
                 .replace("$max_attempts", str(int(max_attempts)))
             )
             if stage.table:
@@ -447,7 +449,3 @@ def remove_cache(root: Path) -> None:
     path = root / ".clipmill" / "ledger.duckdb"
     path.unlink(missing_ok=True)
     path.with_name(path.name + ".wal").unlink(missing_ok=True)
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

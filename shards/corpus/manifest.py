@@ -5,20 +5,22 @@ the one it opened for as long as it likes, and never waits for a lock. It holds 
 `shards.corpus.schema.MANIFEST` and the views of `views.sql` beside this file.
 """
 
-import os
 from importlib import resources
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 
+from clipmill.base.atomic_file import atomic_path
 from clipmill.base.settings import digest
-from shards.corpus.fragments import TEMPORARY, is_whole
+from clipmill.base.text import sql_identifier, sql_literal
+from shards.corpus.fragments import is_whole
 from shards.corpus.ledger import Ledger
 from shards.corpus.near_duplicates import duplicate_groups
 from shards.corpus.schema import INDEX, MANIFEST, catalog_columns
 from shards.corpus.tombstones import FORGOTTEN, read_tombstones
-from shards.storage.mirror import MANIFEST_NAME, UNFINISHED, files_of
+from shards.storage.local import MANIFEST_NAME, UNFINISHED
+from shards.storage.mirror import files_of
 
 
 def publish(ledger: Ledger, *, groups: bool = True) -> None:
@@ -28,22 +30,21 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
     """
     connection = ledger.connection
     path = ledger.root / MANIFEST_NAME
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{MANIFEST_NAME}")
-    temporary.unlink(missing_ok=True)
     _prepare(ledger, groups)
-    connection.execute(f"ATTACH '{_sql_text(temporary)}' AS manifest")
-    try:
-        for table, schema in MANIFEST.items():
-            select = _SELECT.get(table, _SELECT_STAGE.replace("$table", table)).replace("$columns", _columns(schema))
-            connection.execute(f"CREATE TABLE manifest.{table} AS {select}")
-    finally:
-        connection.execute("DETACH manifest")
-    with duckdb.connect(str(temporary)) as manifest:
-        manifest.execute(view_statements())
-        manifest.execute(f"COMMENT ON VIEW catalog IS '{_layout()}'")
-        manifest.execute(f"COMMENT ON TABLE videos IS '{_made_from(ledger) if groups else 'unfinished'}'")
-    os.replace(temporary, path)
-    files_of(ledger.root).written(MANIFEST_NAME)
+    with atomic_path(path) as temporary:
+        connection.execute(f"ATTACH {sql_literal(temporary)} AS manifest")
+        try:
+            for table, schema in MANIFEST.items():
+                select = _SELECT.get(table, _SELECT_STAGE.replace("$table", table))
+                select = select.replace("$columns", _columns(schema))
+                connection.execute(f"CREATE TABLE manifest.{table} AS {select}")
+        finally:
+            connection.execute("DETACH manifest")
+        with duckdb.connect(str(temporary)) as manifest:
+            manifest.execute(view_statements())
+            manifest.execute(f"COMMENT ON VIEW catalog IS '{_layout()}'")
+            manifest.execute(f"COMMENT ON TABLE videos IS '{_made_from(ledger) if groups else 'unfinished'}'")
+    files_of(ledger.root).upload(MANIFEST_NAME)
 
 
 def is_current(root: Path, ledger: Ledger | None = None) -> bool:
@@ -56,7 +57,7 @@ def is_current(root: Path, ledger: Ledger | None = None) -> bool:
     if not path.is_file() or (root / UNFINISHED).exists():
         return False
     with duckdb.connect() as connection:
-        connection.execute(f"ATTACH '{_sql_text(path)}' AS manifest (READ_ONLY)")
+        connection.execute(f"ATTACH {sql_literal(path)} AS manifest (READ_ONLY)")
         sql = "SELECT comment FROM duckdb_views() WHERE database_name = 'manifest' AND view_name = 'catalog'"
         if connection.execute(sql).fetchall() != [(_layout(),)]:
             return False
@@ -121,11 +122,7 @@ def _load_parquet(connection: duckdb.DuckDBPyConnection, table: str, folder: Pat
 
 
 def _columns(schema: pa.Schema) -> str:
-    return ", ".join(f'"{name}"' for name in schema.names)  # quoted, because `at` is a reserved word
-
-
-def _sql_text(path: Path) -> str:
-    return str(path).replace("'", "''")
+    return ", ".join(sql_identifier(name) for name in schema.names)  # `at` is a reserved word
 
 
 # The table of a stage that is not named below: `current_TABLE` is what the ledger makes of it.

@@ -30,7 +30,7 @@ class DuplicateSettings(Settings):
 
 
 def duplicate_groups(table: pa.Table, settings: DuplicateSettings | None = None) -> pa.Table:
-    """(clip_id, phash) → (clip_id, duplicate_group) of the clips that have near-duplicates, in order of clip_id.
+    """Map (clip_id, phash) to (clip_id, duplicate_group) of clips that have near-duplicates, in order of clip_id.
 
     A group is named by its smallest clip_id. Clips without three hashes are left out. The order of the rows does not
     matter.
@@ -44,11 +44,11 @@ def duplicate_groups(table: pa.Table, settings: DuplicateSettings | None = None)
 
 
 def near_duplicate_labels(hashes: np.ndarray, radius: int, frame_radius: int) -> np.ndarray:
-    """[N, 3] uint64 → [N]: the smallest row number of the connected component that each row belongs to."""
+    """Map [N, 3] uint64 to [N]: the smallest row number of the connected component that each row belongs to."""
     distinct, first, inverse = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
     labels = np.arange(len(distinct))
     for a, b in _candidates(distinct, max(radius // 2 + 1, MIN_BANDS)):
-        apart = labels[a] != labels[b]  # neither checked nor kept again: a big group costs no memory
+        apart = labels[a] != labels[b]  # pairs of one group are not checked again: a big group costs no memory
         a, b = a[apart], b[apart]
         distances = np.bitwise_count(distinct[a] ^ distinct[b])
         near = (distances.sum(axis=1, dtype=np.int32) <= radius) & (distances.max(axis=1, initial=0) <= frame_radius)
@@ -59,7 +59,7 @@ def near_duplicate_labels(hashes: np.ndarray, radius: int, frame_radius: int) ->
 
 
 def _usable(table: pa.Table) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """Clips with three hashes of which at most one is flat, in order of clip_id, and their [N, 3] hashes."""
+    """Return clips with three hashes of which at most one is flat, in order of clip_id, and their [N, 3] hashes."""
     table = table.select(["clip_id", "phash"]).sort_by("clip_id")
     lengths = table["phash"].combine_chunks().value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     table = table.filter(pa.array(lengths == NUM_HASHES))
@@ -72,7 +72,7 @@ def _usable(table: pa.Table) -> tuple[pa.ChunkedArray, np.ndarray]:
 
 
 def _candidates(hashes: np.ndarray, num_bands: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Row pairs that differ in at most one bit of at least one band, in portions; some come more than once."""
+    """Yield row pairs that differ in at most one bit of at least one band, in portions; some more than once."""
     bits = np.unpackbits(hashes.astype(">u8").view(np.uint8), axis=1)  # [N, 192]
     for columns in np.array_split(np.arange(bits.shape[1]), num_bands):
         weights = np.uint64(1) << np.arange(len(columns), dtype=np.uint64)
@@ -92,7 +92,7 @@ def _candidates(hashes: np.ndarray, num_bands: int) -> Iterator[tuple[np.ndarray
 def _products(
     order: np.ndarray, starts_a: np.ndarray, counts_a: np.ndarray, starts_b: np.ndarray, counts_b: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every pair (one of bucket a, one of bucket b) over all bucket pairs; buckets are runs of `order`."""
+    """Yield all pairs (row of bucket a, row of bucket b) over all bucket pairs; buckets are runs of `order`."""
     ends = np.cumsum(counts_a * counts_b)
     total = int(ends[-1]) if len(ends) else 0
     for start in range(0, total, PAIRS_AT_ONCE):
@@ -104,7 +104,7 @@ def _products(
 
 
 def _join(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Labels after adding the edges (a, b); every component carries its smallest row."""
+    """Return the labels after adding edges (a, b); each component is labelled by its smallest row."""
     while len(a):
         low, high = np.minimum(labels[a], labels[b]), np.maximum(labels[a], labels[b])
         np.minimum.at(labels, high, low)

@@ -1,8 +1,8 @@
-"""Who a source is: the canonical form of its URL and the `video_id` made from it.
+"""Identity of a source: the canonical form of its URL and the `video_id` made from it.
 
-Two lines of a list are the same source when their canonical URLs are equal. An id ends up in file names, tar members
-and SQL, so nothing but [A-Za-z0-9_-]{1,64} is ever one. Every rule comes for one string and, in the functions on Arrow
-arrays, as a vectorised pass over the ordinary cases that leaves only the unusual URLs to the rule for one string.
+Two lines of a list are the same source when their canonical URLs are equal. An id occurs in file names, tar members and
+SQL, so it always matches [A-Za-z0-9_-]{1,64}. Every rule exists for one string and for Arrow arrays: those handle the
+ordinary cases in a vectorised pass and apply the rule for one string to unusual URLs only.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 ID_PATTERN = r"[A-Za-z0-9_-]{1,64}"
 SCHEME_PATTERN = r"[A-Za-z][A-Za-z0-9+.-]*://"
 
-# Valid for Python's re and for RE2 alike. Two eleven-letter words stand in an id's place without being one.
+# Valid for Python's re and for RE2. NOT_YOUTUBE_IDS are words of eleven letters in the place of an id.
 YOUTUBE_PATTERN = (
     r"(?i:https?://(?:(?:www|m|music|gaming)\.)?(?:youtube(?:-nocookie)?\.com/"
     r"(?:watch/?\?(?:[^#]*?&)?v=|watch/|shorts/|embed/|live/|v/|e/)|youtu\.be/))"
@@ -24,7 +24,7 @@ YOUTUBE_PATTERN = (
 )
 NOT_YOUTUBE_IDS = ("videoseries", "live_stream")
 
-# A URL of this shape without tracking parameters is its own canonical form; ports of 4 or 5 digits are no defaults.
+# A URL of this shape without tracking parameters is its own canonical form; ports of 4 or 5 digits are never defaults.
 _PLAIN_PATTERN = r"^https?://[a-z0-9_-]+(?:\.[a-z0-9_-]+)*(?::[1-5]?[1-9][0-9]{3})?/[^?#\s]*(?:\?[^#\s]+)?$"
 _TRACKING = r"(?:utm_[^=&]*|fbclid|gclid|igshid|mc_cid|mc_eid)"
 _TRACKING_PATTERN = rf"[?&]{_TRACKING}(?:=|&|$)"
@@ -38,17 +38,17 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_-]+")
 
 
 def youtube_id(url: str) -> str | None:
-    """The eleven characters of a YouTube video from any usual form of its URL, else None."""
+    """Return the eleven characters of a YouTube id from any usual form of the URL, else None."""
     match = _YOUTUBE.fullmatch(url)
     return match["id"] if match and match["id"] not in NOT_YOUTUBE_IDS else None
 
 
 def canonical_url(url: str) -> str:
-    """One spelling per address: what duplicates are found by. A local path comes back as it is.
+    """Return the one spelling of an address, by which duplicates are found. A local path is returned unchanged.
 
     Scheme and host in lower case, no default port, no fragment (but "#!" and "#/" routes, which are part of the
     address), no utm_* and click-id parameters, order of the others kept; all YouTube forms become the watch URL.
-    Raises ValueError for what is no URL at all (a broken IPv6 literal, a port that is no number, no host).
+    Raises ValueError for an invalid URL (a broken IPv6 literal, a port that is not a number, no host).
     """
     if not _SCHEME.match(url):
         return url
@@ -60,7 +60,7 @@ def canonical_url(url: str) -> str:
     if not parts.netloc:
         raise ValueError(f"no host in {url!r}")
     fragment = parts.fragment if parts.fragment.startswith(("!", "/")) else ""
-    if scheme not in _DEFAULT_PORTS:  # buckets and paths of stores are case sensitive
+    if scheme not in _DEFAULT_PORTS:  # buckets and paths of object stores are case-sensitive
         return urlunsplit((scheme, parts.netloc, parts.path, parts.query, fragment))
     query = "&".join(part for part in parts.query.split("&") if not _TRACKING_NAME.fullmatch(part.partition("=")[0]))
     return urlunsplit((scheme, _canonical_netloc(parts, scheme), parts.path or "/", query, fragment))
@@ -78,9 +78,9 @@ def _canonical_netloc(parts, scheme: str) -> str:
 
 
 def video_id_for(url: str, given_id: str | None = None) -> str:
-    """The id of a source: the given one where it is safe in a path, else YouTube's, else a hash of the canonical URL.
+    """Return the id of a source: the given one if safe in a path, else YouTube's, else a hash of the canonical URL.
 
-    A hash id is "v" and 20 hex digits; a local file's is its name (what is safe of it) and 10 hex digits of its path.
+    A hash id is "v" and 20 hex digits; a local file's is its name (safe characters) and 10 hex digits of its path.
     """
     if given_id and _ID.fullmatch(given_id):
         return given_id
@@ -96,7 +96,7 @@ def _hash_id(canonical: str) -> str:
 
 
 def canonical_urls(urls: pa.Array) -> pa.Array:
-    """`canonical_url` of every element; null where it raises and where there is none."""
+    """Apply `canonical_url` to every element; null where it raises and for null."""
     youtube = _youtube_ids(urls)
     plain = pc.and_not(
         pc.match_substring_regex(urls, _PLAIN_PATTERN), pc.match_substring_regex(urls, _TRACKING_PATTERN)
@@ -107,7 +107,7 @@ def canonical_urls(urls: pa.Array) -> pa.Array:
 
 
 def video_ids(canonical: pa.Array, given: pa.Array) -> pa.Array:
-    """`video_id_for` of every (canonical URL, given id); no canonical URL may be null."""
+    """Apply `video_id_for` to every (canonical URL, given id); no canonical URL may be null."""
     safe = pc.match_substring_regex(pc.fill_null(given, ""), f"^{ID_PATTERN}$")
     known = pc.coalesce(pc.if_else(safe, given, pa.scalar(None, pa.string())), _youtube_ids(canonical))
     return _fill(known, canonical, _hash_id)
@@ -127,7 +127,7 @@ def _canonical_or_none(url: str | None) -> str | None:
 
 
 def _fill(known: pa.Array, values: pa.Array, rule) -> pa.Array:
-    """`known` with its nulls replaced by rule(value)."""
+    """Replace the nulls of `known` by rule(value)."""
     unknown = pc.is_null(known)
     filled = [rule(value) for value in values.filter(unknown).to_pylist()]
     return pc.replace_with_mask(known, unknown, pa.array(filled, pa.string()))

@@ -1,8 +1,8 @@
-"""Tombstones: what a corpus was told to forget, as hashes by which the forgotten is known again and nothing else.
+"""Tombstones: hashes of forgotten videos, by which these are recognised and which reveal nothing else of them.
 
-They are the files `fragments/forgotten/*.parquet`, written whole and never changed. Writing one takes no lock: a build
-that runs, a training run's loaders and every later build look into the folder, and leave out what has a tombstone from
-then on, long before its bytes are gone (`shards.packing.compact`).
+They are the files `fragments/forgotten/*.parquet`, written whole and never changed. Writing one takes no lock: a
+running build, the loaders of a training run and every later build look into the folder, and leave out what has a
+tombstone from then on, long before its bytes are removed (`shards.packing.compact`).
 """
 
 import hashlib
@@ -15,16 +15,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipmill.base.atomic_file import atomic_file
 from clipmill.base.errors import UserError
 from shards.corpus.fragments import fragment_path
 from shards.corpus.schema import MANIFEST
-from shards.packing.tar import replacing
-from shards.storage.mirror import LOOK_EVERY_S as STORE_EVERY_S
+from shards.storage.mirror import REFRESH_EVERY_S as STORE_EVERY_S
 from shards.storage.mirror import files_of, for_reading
 
 TOMBSTONE = MANIFEST["forgotten"]
-FORGOTTEN = "forgotten"  # the error class of what was kept out
-LOOK_EVERY_S = 1.0
+FORGOTTEN = "forgotten"  # error class of items that are kept out
+LOOK_EVERY_S = 1.0  # at a folder, and in a store only every STORE_EVERY_S
 
 
 def hash_of(text: str) -> str:
@@ -32,17 +32,17 @@ def hash_of(text: str) -> str:
 
 
 def write_tombstones(root: Path, rows: list[dict[str, Any]]) -> Path:
-    """One file, named by the videos it is about: forgetting the same ones again replaces it. Survives a power cut."""
+    """Write one file, named after its videos: forgetting the same ones again replaces it. It survives a power cut."""
     named = "\n".join(sorted(row["video_hash"] for row in rows))
     path = fragment_path(root, FORGOTTEN, f"forget-{hash_of(named)[:12]}")
-    with replacing(path, fsync=True) as file:
+    with atomic_file(path, fsync=True) as file:
         pq.write_table(pa.Table.from_pylist(rows, TOMBSTONE), file, compression="zstd")
-    files_of(root).written(str(path.relative_to(root)))
+    files_of(root).upload(str(path.relative_to(root)))
     return path
 
 
 def read_tombstones(root: Path) -> pa.Table:
-    """Every tombstone, in order of the files' names. Raises UserError for a damaged file: nobody may pass over it."""
+    """Return all tombstones, in order of the files' names. Raises UserError for a damaged file."""
     paths = [_folder(root) / name for name in tombstone_files(root)]
     return pa.concat_tables([TOMBSTONE.empty_table(), *map(_read, paths)])
 
@@ -52,14 +52,14 @@ def _read(path: Path) -> pa.Table:
         return pq.read_table(path, schema=TOMBSTONE)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
-            f"{path} is damaged ({error}): it says what this corpus was told to forget. Forget those videos "
+            f"{path} is damaged ({error}): it lists videos that this corpus has to forget. Forget those videos "
             "again, then remove the file."
         ) from error
 
 
 def tombstone_files(root: Path) -> tuple[str, ...]:
-    """Their names: when these are the same, so is what is forgotten. In a store they are looked for now and then."""
-    files_of(root).look(f"fragments/{FORGOTTEN}", STORE_EVERY_S)
+    """Return the files' names; equal names mean equal tombstones. A store is asked every STORE_EVERY_S at most."""
+    files_of(root).refresh(f"fragments/{FORGOTTEN}", STORE_EVERY_S)
     try:
         names = os.listdir(_folder(root))
     except FileNotFoundError:
@@ -72,9 +72,9 @@ def _folder(root: Path) -> Path:
 
 
 class Tombstones:
-    """The tombstones of a corpus for somebody who goes on asking: looks at most once a second whether there are more.
+    """Tombstones of a corpus for long-running readers: looks for new ones at most every LOOK_EVERY_S.
 
-    Pickles as its folder. A root that is neither a folder here nor a corpus in a store has none.
+    Pickled as its folder. A root that is neither a local folder nor a corpus in a store has no tombstones.
     """
 
     def __init__(self, root: str | Path):
@@ -86,7 +86,7 @@ class Tombstones:
         return Tombstones, (self.corpus,)
 
     def cover(self, video_ids: Iterable[str]) -> list[bool]:
-        """Which of the videos are to be forgotten."""
+        """Return for each video whether it has a tombstone."""
         self._look()
         if not self.hashes:
             return [False for _ in video_ids]

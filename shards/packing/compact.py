@@ -1,13 +1,13 @@
-"""Compacting: what has a tombstone is taken out of the files, of those that hold any of it and of no others.
+"""Compacting: removes videos with a tombstone from the files that contain any of them, and changes no other file.
 
-1. Shards: the tar is copied without the forgotten samples, the index with it, by the same two steps as in packing.
-   A KEY.json that names a forgotten clip as its near-duplicate group loses that name.
-2. Commits: written again without the forgotten rows and clips under the name of what is left, saying which commit they
-   replace; then the old one goes, its ledger fragment first. So a kill leaves the old commit, the new one, or both, and
-   a ledger that meets both takes the new one.
-3. The fragments of `sources` come last, because they alone tell which units and names to look for.
+1. Shards: tar and index are written again without the forgotten samples, by the same two steps as in packing. A
+   KEY.json whose near-duplicate group is named after a forgotten clip loses that name.
+2. Commits: written again without the forgotten rows and clips, under the name of the rest, with the name of the commit
+   that they replace; then the old one is removed, its ledger fragment first. So a kill leaves the old commit, the new
+   one, or both, and a ledger that finds both takes the new one.
+3. The fragments of `sources` come last, because they alone tell in which units and under which names to search.
 
-Nothing here depends on the time or on what was done before, so a second run after a kill ends in the same bytes.
+Nothing here depends on the time or on earlier runs, so a second run after a kill ends in the same bytes.
 """
 
 import json
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import digest
-from shards.corpus.fragments import commit_name, fragment_path, outputs_of, write_atomically, write_commit
+from shards.corpus.fragments import commit_name, fragment_path, outputs_of, write_commit, write_fragment
 from shards.corpus.schema import INDEX, LEDGER, late_columns
 from shards.corpus.tombstones import hash_of, read_tombstones
 from shards.packing.index import Stamp, read_index, read_stamp, write_index
@@ -41,7 +41,7 @@ from shards.packing.pack import (
     rows_by_shard,
     sample_json,
 )
-from shards.packing.tar import Blob, Member, Sample, list_members, read_member, write_clips_tar, write_tar
+from shards.packing.tar import Member, Sample, read_member, write_clips, write_tar
 from shards.storage.mirror import files_of
 
 REDACTED = "[forgotten]"
@@ -53,8 +53,8 @@ class CompactReport:
     num_samples: int = 0
     num_commits: int = 0
     num_files: int = 0  # of sources/
-    num_bytes: int = 0  # that the corpus is smaller by
-    settings: list[str] = field(default_factory=list)  # names that corpus.yaml still has in a setting
+    num_bytes: int = 0  # by which the corpus is smaller
+    settings: list[str] = field(default_factory=list)  # forgotten names that a setting in corpus.yaml still contains
 
     @property
     def did_something(self) -> bool:
@@ -62,26 +62,26 @@ class CompactReport:
 
 
 @dataclass(frozen=True)
-class Remains:
-    """What there still is of the forgotten: by hashes, and by the names that the fragments of `sources` give them."""
+class ForgottenIndex:
+    """Finds what is left of forgotten videos: by hashes of ids, and by their names in fragments of `sources`."""
 
     hashes: frozenset[str]
     names: tuple[str, ...] = ()  # ids and URLs
     units: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, root: Path) -> "Remains":
-        remains = cls(frozenset(read_tombstones(root)["video_hash"].to_pylist()))
+    def of(cls, root: Path) -> "ForgottenIndex":
+        forgotten = cls(frozenset(read_tombstones(root)["video_hash"].to_pylist()))
         names, units = set(), set()
-        for path in _fragments(root, "sources") if remains.hashes else ():
+        for path in _fragments(root, "sources") if forgotten.hashes else ():
             table = pq.read_table(path, columns=["video_id", "url", "source_id", "unit"])
-            for row in table.filter(remains.mask(table["video_id"])).to_pylist():
+            for row in table.filter(forgotten.mask(table["video_id"])).to_pylist():
                 units.add(row.pop("unit"))
                 names.update(name for name in row.values() if name)
-        return cls(remains.hashes, tuple(sorted(names)), tuple(sorted(units)))
+        return cls(forgotten.hashes, tuple(sorted(names)), tuple(sorted(units)))
 
     def covers(self, item_id: str) -> bool:
-        """Whether a video, a clip or a part of one is to be forgotten."""
+        """Return whether an id is that of a forgotten video, or of a clip or sentence of one."""
         return hash_of(item_id.partition(".")[0]) in self.hashes
 
     def mask(self, ids: pa.ChunkedArray) -> pa.Array:
@@ -89,7 +89,7 @@ class Remains:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Any of the names, whole."""
+        """Return a pattern of the names, each as a whole word."""
         names = "|".join(re.escape(name) for name in sorted(self.names, key=len, reverse=True))
         return re.compile(rf"(?<![A-Za-z0-9_-])(?:{names})(?![A-Za-z0-9_-])" if names else r"(?!)")
 
@@ -101,36 +101,34 @@ def compact_shards(
     root: Path,
     connection: duckdb.DuckDBPyConnection,
     plans: Sequence[ShardPlan],
-    remains: Remains,
+    forgotten: ForgottenIndex,
     report: CompactReport,
 ) -> None:
-    """Rewrites the shards that hold something of the forgotten. `plans`: what packing wants now, without them.
+    """Write shards with forgotten samples again. `plans`: the shards that packing plans now, without these samples.
 
     Raises UserError for a shard that cannot be read.
     """
     _settle(root)
-    if not remains.hashes:
+    if not forgotten.hashes:
         return
     planned = {plan.name: plan for plan in plans}
     for path in sorted((root / "shards").glob("[0-9]*.parquet")):
         try:
             shard = _Shard(root, path)
-            if shard.is_touched(remains):
-                shard.rewrite(connection, planned.get(shard.name), remains, report)
-            shard.let_go()
+            if shard.is_touched(forgotten):
+                shard.rewrite(connection, planned.get(shard.name), forgotten, report)
+            shard.evict()
         except (ItemError, pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{path} or its tar cannot be read ({error}): `clipmill run pack` writes it anew."
+                f"{path} or its tar cannot be read ({error}): write it again with `clipmill run pack`."
             ) from error
     _settle(root)
 
 
 def _settle(root: Path) -> None:
-    """What a kill left between two shards' states (see `shards.packing.pack.place`) is brought to the second one; what else
-    waits under `.next` is thrown away.
-    """
+    """Complete shards that a kill left half in place (see `shards.packing.pack.place`); delete the rest of `.next`."""
     files = files_of(root)
-    files.look("shards")
+    files.refresh("shards")
     for path in sorted((root / "shards" / NEXT).glob("*.parquet")):
         stamp, name = read_stamp(path), path.name.partition("-")[0]
         index, next_tar = (f"shards/{NEXT}/{path.stem}{suffix}" for suffix in (".parquet", ".tar"))
@@ -144,30 +142,30 @@ def _settle(root: Path) -> None:
 
 
 class _Shard:
-    """A shard in place."""
+    """One shard in place."""
 
     def __init__(self, root: Path, index: Path):
         self.root, self.files, self.name = root, files_of(root), f"{index.stem}.tar"
         self.index, self.stamp = read_index(index), read_stamp(index)
         if self.stamp is None:
-            raise ItemError("bad-index", "it does not say which plan it was written for")
+            raise ItemError("bad-index", "it does not name the plan that it was written for")
 
     @cached_property
     def tar(self) -> Path:
         return self.files.local(f"shards/{self.name}")
 
-    def let_go(self) -> None:
-        """Of a corpus in a store, shards are here only while they are looked at."""
+    def evict(self) -> None:
+        """Delete the mirror's copy of the tar when the corpus is in a store: its shards need too much room."""
         if self.files.store:
             (self.root / "shards" / self.name).unlink(missing_ok=True)
 
-    def is_touched(self, remains: Remains) -> bool:
-        if any(remains.mask(self.index["video_id"]).to_pylist()):
+    def is_touched(self, forgotten: ForgottenIndex) -> bool:
+        if any(forgotten.mask(self.index["video_id"]).to_pylist()):
             return True
-        return any(_group_is_forgotten(data, remains) for data in self._json_members())
+        return any(_group_is_forgotten(data, forgotten) for data in self._json_members())
 
     def _json_members(self) -> Iterator[bytes]:
-        """Every KEY.json, by byte range."""
+        """Read every KEY.json by its byte range."""
         places = zip(self.index["json_offset"].to_pylist(), self.index["json_bytes"].to_pylist(), strict=True)
         with open(self.tar, "rb") as file:
             for offset, num_bytes in places:
@@ -178,14 +176,14 @@ class _Shard:
         self,
         connection: duckdb.DuckDBPyConnection,
         plan: ShardPlan | None,
-        remains: Remains,
+        forgotten: ForgottenIndex,
         report: CompactReport,
     ) -> None:
         before = self.tar.stat().st_size
-        rows = self.index.filter(pc.invert(remains.mask(self.index["video_id"]))).to_pylist()
+        rows = self.index.filter(pc.invert(forgotten.mask(self.index["video_id"]))).to_pylist()
         report.num_shards += 1
         report.num_samples += self.index.num_rows - len(rows)
-        missing = tuple(clip_id for clip_id in self.stamp.missing if not remains.covers(clip_id))
+        missing = tuple(clip_id for clip_id in self.stamp.missing if not forgotten.covers(clip_id))
         if not rows:
             self.files.remove(f"shards/{self.tar.stem}.parquet")
             self.files.remove(f"shards/{self.name}")
@@ -193,21 +191,21 @@ class _Shard:
             return
         if plan is None or not self._is_as_planned(connection, plan, rows, missing):
             clip_ids = [row["clip_id"] for row in rows]
-            key = digest([self.stamp.plan_key, clip_ids])  # of no plan: packing writes it again when it comes to it
+            key = digest([self.stamp.plan_key, clip_ids])  # of no plan: the next packing writes this shard again
             plan = ShardPlan(self.name, pa.array(clip_ids, pa.string()), EXTENSIONS, key)
         tar, index = next_paths(plan)
-        members = {m.name: m for m in write_tar(self.root / tar, (self._sample(row, remains) for row in rows))}
-        self.files.written(tar)
+        members = {m.name: m for m in write_tar(self.root / tar, (self._sample(row, forgotten) for row in rows))}
+        self.files.upload(tar)
         lines = [_moved(row, position, members) for position, row in enumerate(rows)]
         stamp = Stamp(plan.key, (self.root / tar).stat().st_size, missing)
         write_index(self.root / index, pa.Table.from_pylist(lines, INDEX), stamp)
-        self.files.written(index)
+        self.files.upload(index)
         place(self.root, plan)
         report.num_bytes += before - self.tar.stat().st_size
 
-    def _sample(self, row: dict[str, Any], remains: Remains) -> Sample:
+    def _sample(self, row: dict[str, Any], forgotten: ForgottenIndex) -> Sample:
         content = {extension: self._member(row, extension) for extension in _extensions(row)}
-        if "json" in content and _group_is_forgotten(content["json"], remains):
+        if "json" in content and _group_is_forgotten(content["json"], forgotten):
             values = json.loads(content["json"])
             del values["duplicate_group"]
             content["json"] = json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
@@ -219,7 +217,7 @@ class _Shard:
     def _is_as_planned(
         self, connection: duckdb.DuckDBPyConnection, plan: ShardPlan, rows: list[dict[str, Any]], missing: tuple
     ) -> bool:
-        """Whether packing would write these samples, late columns apart, so that its key may stand on them."""
+        """Return whether packing would write these samples, except for late columns: then they get the plan's key."""
         wanted = next(table for _, table in rows_by_shard(connection, [plan])).to_pylist()
         wanted = [row for row in wanted if row["clip_id"] not in missing]
         if [row["clip_id"] for row in wanted] != [row["clip_id"] for row in rows]:
@@ -237,7 +235,7 @@ def _extensions(row: dict[str, Any]) -> list[Extension]:
 
 
 def _says_the_same(packed: bytes, wanted: bytes) -> bool:
-    """Whether a KEY.json has what is part of a plan's key, and lacks no caption or score that has come since."""
+    """Return whether a KEY.json has all that belongs to a plan's key, and every caption and score that exists now."""
     there, now = json.loads(packed), json.loads(wanted)
     is_complete = now.keys() - {"duplicate_group"} <= there.keys()
     return is_complete and _fixed(there) == _fixed(now)
@@ -248,8 +246,8 @@ def _fixed(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in late}
 
 
-def _group_is_forgotten(data: bytes, remains: Remains) -> bool:
-    return b'"duplicate_group"' in data and remains.covers(json.loads(data)["duplicate_group"])
+def _group_is_forgotten(data: bytes, forgotten: ForgottenIndex) -> bool:
+    return b'"duplicate_group"' in data and forgotten.covers(json.loads(data)["duplicate_group"])
 
 
 def _moved(row: dict[str, Any], position: int, members: dict[str, Member]) -> dict[str, Any]:
@@ -263,25 +261,25 @@ def _moved(row: dict[str, Any], position: int, members: dict[str, Member]) -> di
 # -- sources and words ----------------------------------------------------------------------------------------------
 
 
-def remove_sources(root: Path, remains: Remains, report: CompactReport) -> None:
-    """Downloaded files, of attempts too. Files that a list names where they lie are not the corpus's."""
+def remove_sources(root: Path, forgotten: ForgottenIndex, report: CompactReport) -> None:
+    """Remove downloaded files and unfinished downloads. Local files that a list names do not belong to the corpus."""
     files = files_of(root)
-    for path in sorted((root / "sources").glob("*/*.part*")):  # with the lock that a killed worker left
-        if remains.covers(path.name):
+    for path in sorted((root / "sources").glob("*/*.part*")):  # also the lock file of a killed worker
+        if forgotten.covers(path.name):
             report.num_files += 1
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for relative, num_bytes in files.below("sources").items():
-        if remains.covers(relative.rpartition("/")[2]):
+        if forgotten.covers(relative.rpartition("/")[2]):
             report.num_files += 1
             report.num_bytes += num_bytes
             files.remove(relative)
 
 
-def redact(root: Path, remains: Remains, report: CompactReport) -> None:
-    """The words of runs and of lists' problems that name the forgotten."""
+def redact(root: Path, forgotten: ForgottenIndex, report: CompactReport) -> None:
+    """Remove forgotten names from the commands of runs and from the problems of lists."""
     for path in _fragments(root, "runs"):
         table = pq.read_table(path)
-        rows = [{**row, "command": remains.pattern.sub(REDACTED, row["command"])} for row in table.to_pylist()]
+        rows = [{**row, "command": forgotten.pattern.sub(REDACTED, row["command"])} for row in table.to_pylist()]
         _replace(root, path, table, pa.Table.from_pylist(rows, table.schema), report)
     for path in [
         *(root / "fragments" / "ledger").glob("ingest-problems-*.parquet"),
@@ -289,24 +287,24 @@ def redact(root: Path, remains: Remains, report: CompactReport) -> None:
     ]:
         if path.is_file():
             table = pq.read_table(path)
-            kept = [row for row in table.to_pylist() if not _tells_of(row, remains)]
+            kept = [row for row in table.to_pylist() if not _mentions(row, forgotten)]
             _replace(root, path, table, pa.Table.from_pylist(kept, table.schema), report)
 
 
-def _tells_of(row: dict[str, Any], remains: Remains) -> bool:
+def _mentions(row: dict[str, Any], forgotten: ForgottenIndex) -> bool:
     text = f"{row['item_id']} {row['message'] or ''}"
-    return (row["stage"] == "pack" and remains.covers(row["item_id"])) or bool(remains.pattern.search(text))
+    return (row["stage"] == "pack" and forgotten.covers(row["item_id"])) or bool(forgotten.pattern.search(text))
 
 
 def _replace(root: Path, path: Path, before: pa.Table, after: pa.Table, report: CompactReport) -> None:
-    """In place: these fragments name no other file."""
+    """Replace a fragment that refers to no other file, or remove it when no rows are left."""
     if after.equals(before):
         return
     report.num_commits += 1
     relative = str(path.relative_to(root))
     if after.num_rows:
-        write_atomically(path, after.replace_schema_metadata(before.schema.metadata))
-        files_of(root).written(relative)
+        write_fragment(path, after.replace_schema_metadata(before.schema.metadata))
+        files_of(root).upload(relative)
     else:
         files_of(root).remove(relative)
 
@@ -314,39 +312,39 @@ def _replace(root: Path, path: Path, before: pa.Table, after: pa.Table, report: 
 # -- commits --------------------------------------------------------------------------------------------------------
 
 
-def compact_commits(root: Path, remains: Remains, report: CompactReport) -> None:
-    """Every commit of the units that held something of the forgotten; those of `sources` last."""
+def compact_commits(root: Path, forgotten: ForgottenIndex, report: CompactReport) -> None:
+    """Compact the commits of all units with forgotten videos; those of `sources` last."""
     ledger = root / "fragments" / "ledger"
-    names = sorted({path.stem for unit in remains.units for path in ledger.glob(f"[!.]*-{unit}-*.parquet")})
+    names = sorted({path.stem for unit in forgotten.units for path in ledger.glob(f"[!.]*-{unit}-*.parquet")})
     for name in names:
         if not name.startswith("ingest-"):
-            _compact_commit(root, name, remains, report)
+            _compact_commit(root, name, forgotten, report)
     for path in _fragments(root, "sources"):
-        _compact_commit(root, path.stem, remains, report)
+        _compact_commit(root, path.stem, forgotten, report)
 
 
-def _compact_commit(root: Path, name: str, remains: Remains, report: CompactReport) -> None:
+def _compact_commit(root: Path, name: str, forgotten: ForgottenIndex, report: CompactReport) -> None:
     path = fragment_path(root, "ledger", name)
     outputs, ledger = outputs_of(path), pq.read_table(path)
     tables = {Path(output).parts[1]: pq.read_table(root / output) for output in outputs if output.endswith(".parquet")}
-    if not any(any(remains.mask(table["item_id"]).to_pylist()) for table in (ledger, *tables.values())):
+    if not any(any(forgotten.mask(table["item_id"]).to_pylist()) for table in (ledger, *tables.values())):
         return
     report.num_commits += 1
-    kept = {table: _without(data, remains) for table, data in tables.items()}
+    kept = {table: _without(data, forgotten) for table, data in tables.items()}
     _write_in_place_of(
-        root, name, {table: data for table, data in kept.items() if data.num_rows}, _without(ledger, remains)
+        root, name, {table: data for table, data in kept.items() if data.num_rows}, _without(ledger, forgotten)
     )
     files_of(root).remove(str(path.relative_to(root)))
     files_of(root).remove(*outputs)
     report.num_bytes += sum(outputs.values())
 
 
-def _without(table: pa.Table, remains: Remains) -> pa.Table:
-    return table.filter(pc.invert(remains.mask(table["item_id"])))
+def _without(table: pa.Table, forgotten: ForgottenIndex) -> pa.Table:
+    return table.filter(pc.invert(forgotten.mask(table["item_id"])))
 
 
 def _write_in_place_of(root: Path, old: str, tables: dict[str, pa.Table], ledger: pa.Table) -> None:
-    """The commit of what is left, if anything is."""
+    """Write the commit of the rows that are left, if there are any."""
     stage, unit = old.split("-")[:2]
     if stage == "ingest":
         if not tables:
@@ -367,28 +365,10 @@ def _write_in_place_of(root: Path, old: str, tables: dict[str, pa.Table], ledger
 
 
 def _copy_clips(root: Path, tar: str, clips: pa.Table) -> pa.Table:
-    """A tar of these clips alone, in the order that they had, and their rows pointing into it."""
+    """Write a tar with these clips alone, in their old order; return their rows, which point into it."""
     rows = clips.to_pylist()
-    pieces = [piece for row in rows for piece in _pieces(row)]
-    names = {
-        (old, member.offset): member.name
-        for old in {old for old, _, _ in pieces}
-        for member in list_members(files_of(root).local(old))
-    }
-    blobs = [Blob(names[old, offset], root / old, offset, num_bytes) for old, offset, num_bytes in pieces]
-    moved = iter(write_clips_tar(root / tar, blobs))
-    for row in rows:
-        row |= {"tar": tar, "mp4_offset": next(moved).offset}
-        for frame in row["frames"] or ():
-            frame["offset"] = next(moved).offset
-    return pa.Table.from_pylist(rows, clips.schema)
-
-
-def _pieces(row: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
-    """(tar, offset, size) of a clip's mp4 and of its frames."""
-    yield row["tar"], row["mp4_offset"], row["num_bytes"]
-    for frame in row["frames"] or ():
-        yield row["tar"], frame["offset"], frame["num_bytes"]
+    write_clips(root / tar, rows, lambda row: files_of(root).local(row["tar"]))
+    return pa.Table.from_pylist([row | {"tar": tar} for row in rows], clips.schema)
 
 
 def _fragments(root: Path, table: str) -> list[Path]:

@@ -1,7 +1,7 @@
 """A shard's index: the Parquet file beside the tar, one row per sample, columns `INDEX` of `shards.corpus.schema`.
 
-It says where every member lies and serves the text columns as they are now: a new caption rewrites this small file, not
-the tar. Its metadata hold the key of the plan that made the tar, so that an unchanged shard is recognised unread.
+It has the place of every member, and the text columns as they are now: a new caption rewrites this small file, not the
+tar. Its metadata have the key of the plan that made the tar, so that an unchanged shard is recognised by them alone.
 """
 
 import json
@@ -12,16 +12,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipmill.base.atomic_file import atomic_file
 from shards.corpus.schema import INDEX
-from shards.packing.tar import replacing
 
-FORMAT = 1  # of the index and of what the tar holds; part of every plan's key
+FORMAT = 1  # of index and tar; part of every plan's key
 TEXT_COLUMNS = ("subtitle", "caption", "captioner", "caption_score", "language")
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """What an index says of its tar. `missing`: clips of the plan that could not be packed."""
+    """Facts of the tar in its index. `missing`: clips of the plan that could not be packed."""
 
     plan_key: str
     tar_bytes: int
@@ -29,20 +29,20 @@ class Stamp:
 
 
 def write_index(path: Path, rows: pa.Table, stamp: Stamp, *, fsync: bool = False) -> None:
-    """Same rows, same stamp, same bytes."""
+    """Write an index; the same rows and stamp give the same bytes."""
     values = {"format": FORMAT, "plan_key": stamp.plan_key, "tar_bytes": stamp.tar_bytes, "missing": stamp.missing}
     metadata = {"clipmill.shard": json.dumps(values, sort_keys=True)}
-    with replacing(path, fsync=fsync) as file:
+    with atomic_file(path, fsync=fsync) as file:
         pq.write_table(rows.cast(INDEX).replace_schema_metadata(metadata), file, compression="zstd")
 
 
 def read_index(path: Path) -> pa.Table:
-    """Rows in the tar's order. Raises pa.ArrowException for a torn or foreign file."""
+    """Read the rows in the tar's order. Raises pa.ArrowException for a torn or foreign file."""
     return pq.read_table(path, partitioning=None).select(INDEX.names).cast(INDEX)
 
 
 def read_stamp(path: Path) -> Stamp | None:
-    """None where there is no index, or none of this format, or a torn one: the shard is then written again."""
+    """Read the stamp; None for no index, another format or a torn file: then the shard is written again."""
     try:
         metadata = pq.read_schema(path).metadata or {}
         values = json.loads(metadata[b"clipmill.shard"])
@@ -54,12 +54,12 @@ def read_stamp(path: Path) -> Stamp | None:
 
 
 def refresh_index(path: Path, texts: pa.Table) -> bool:
-    """Brings an index's text columns up to date; returns whether anything had changed.
+    """Bring the text columns of an index up to date; return whether anything has changed.
 
     `texts`: clip_id and any of TEXT_COLUMNS; rows of other shards are ignored, clips that it lacks keep their text.
     """
     stamp = read_stamp(path)
-    assert stamp is not None, f"{path} is no index"
+    assert stamp is not None, f"{path} is not an index"
     old = read_index(path)
     names = [name for name in TEXT_COLUMNS if name in texts.column_names]
     rows = pc.index_in(old["clip_id"], texts["clip_id"])

@@ -1,14 +1,14 @@
-"""Packing: from a selection of clips to WebDataset shards that any reader of the format takes as they are.
+"""Packing: writes a selection of clips as WebDataset shards that any reader of the format can read.
 
-1. `select_samples` asks the manifest which clips, how big they are, and for a digest of what their members hold.
+1. `select_samples` asks the manifest for the clips, their sizes, and a digest of the content of their members.
 2. `plan_shards` orders them by a hash of (seed, clip_id) and fills shards up to a size. It is a pure function: the same
-   clips and seed give the same shards whatever was packed before. A plan's key covers every byte that is to be in the
-   tar except the columns that come late (captions, scores, groups), which KEY.json holds as of packing and the index
-   serves as they are: recaptioning never makes a shard pending. Where a caption or a score has failed, though, the key
-   says that it is awaited: the clip is packed without, and its shard again once it is there.
-3. `write_shard`, one task per pending shard, writes tar and index under `shards/.next/`, the plan's key in their names.
-4. `commit_shards` runs when all are there: it renames them into place and removes what no plan names any more. Killed
-   anywhere, the next run reuses what is complete and ends in the same bytes.
+   clips and seed give the same shards whatever was packed before. A plan's key covers every byte of the tar except for
+   the late columns (captions, scores, groups), which KEY.json has as of packing and the index as they are now: new
+   captions never make a shard pending. But when a caption or a score has failed, the key says that it is awaited: the
+   clip is packed without it, and its shard is packed again when it exists.
+3. `write_shard`, one task per pending shard, writes tar and index under `shards/.next/` with the plan's key as a name.
+4. `commit_shards` runs when all are complete: it renames them into place and removes files that belong to no plan.
+   After a kill, the next run reuses what is complete and ends in the same bytes.
 
 Clips come in as rows of the manifest's `catalog`, media by byte range from `clips/*.tar`.
 """
@@ -27,18 +27,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
+from clipmill.base.atomic_file import sync
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import Settings, digest, operational
 from shards.corpus.schema import INDEX, late_columns, sample_key
 from shards.packing.index import FORMAT, Stamp, read_stamp, write_index
-from shards.packing.tar import Member, Sample, member_bytes, read_member, sync_folder, write_tar
+from shards.packing.tar import Member, Sample, member_bytes, read_member, write_tar
+from shards.query.sql import check_selection, selection
 from shards.storage.mirror import files_of
 
 Extension = Literal["mp4", "jpg", "txt", "json"]
 EXTENSIONS: tuple[Extension, ...] = ("mp4", "jpg", "txt", "json")
-NEXT = ".next"  # folder inside shards/ for what is complete but not yet in place
-SHARDS_AT_ONCE = 16  # whose rows are in memory together
-JSON_BYTES = 1500  # what a KEY.json is taken to need when shards are planned
+NEXT = ".next"  # folder inside shards/ for shards that are complete but not yet in place
+SHARDS_AT_ONCE = 16  # shards whose rows are in memory together
+JSON_BYTES = 1500  # size of a KEY.json that is assumed when shards are planned
 
 # Columns of `catalog` that KEY.json holds besides the clip's hashes. Their order is part of every plan's key. The late
 # columns (`shards.corpus.schema.late_columns`) are in KEY.json, too, but not in the key.
@@ -55,12 +57,14 @@ MEDIA = ("kind", "sha256", "frame_sha256", "phash", "num_bytes", "frames", "tar"
 class PackSettings(Settings):
     where: str = ""  # SQL condition on the view `catalog` (or a SELECT of clip_id); empty: every clip
 
-    shard_bytes: int = Field(256_000_000, ge=1_000_000)  # aimed at; big enough to stream well, small enough to shuffle
-    max_samples: int = Field(10_000, ge=1)  # per shard, for clips so small that the size alone would let in too many
+    shard_bytes: int = Field(
+        256_000_000, ge=1_000_000
+    )  # target size: big enough to stream well, small enough to shuffle
+    max_samples: int = Field(10_000, ge=1)  # per shard: a limit for very small clips
     seed: int = 0  # of the shuffle over all shards; readers may then read shards in order
 
-    # What a sample consists of. KEY.txt is there for every clip, empty where nothing is said: readers that infer the
-    # columns from the first samples want them alike. Leave such clips out with `where: num_words > 0`.
+    # Members of a sample. Every clip has a KEY.txt, which is empty for a clip without words: readers that infer columns
+    # from the first samples need the same columns in all. Leave such clips out with `where: num_words > 0`.
     members: tuple[Extension, ...] = EXTENSIONS
 
     fsync: bool = operational(False)  # True: survives a power cut, not only a kill; costs time on slow disks
@@ -75,7 +79,7 @@ class PackSettings(Settings):
 
 @dataclass(frozen=True, eq=False)
 class ShardPlan:
-    """One shard that ought to exist. `clip_ids`: a string array in the tar's order; `key`: digest of its content."""
+    """Plan of one shard. `clip_ids`: a string array in the tar's order; `key`: digest of its content."""
 
     name: str  # "000000.tar"
     clip_ids: pa.Array
@@ -89,7 +93,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_shard` did: the index's rows, and the clips that are not in the shard, with the reason."""
+    """Result of `write_shard`: the rows of the index, and the clips that are not in the shard, with the reason."""
 
     index: pa.Table
     failures: list[tuple[str, ItemError]] = field(default_factory=list)
@@ -99,12 +103,10 @@ class Written:
 
 
 def select_samples(connection: duckdb.DuckDBPyConnection, settings: PackSettings) -> pa.Table:
-    """(clip_id, mp4_bytes, jpg_bytes, txt_bytes, content) of every clip that `pack.where` picks, in order of clip_id.
+    """Return (clip_id, mp4_bytes, jpg_bytes, txt_bytes, content) of all clips of `pack.where`, in order of clip_id.
 
-    Raises UserError when the condition is not one.
+    Raises UserError for an invalid condition.
     """
-    from shards.query.sql import check_selection, selection
-
     check_selection(connection, settings.where, "pack.where")
     hashed = ", ".join(f"'{name}': {name}" for name in (*FIXED, "sha256", "frame_sha256", "phash", "kind"))
     referred = ", ".join(f"'{name}': {name}" for name in REFERENCES)
@@ -118,11 +120,13 @@ def select_samples(connection: duckdb.DuckDBPyConnection, settings: PackSettings
     """
     try:
         return connection.sql(sql).to_arrow_table()
-    except duckdb.Error as error:  # a value that does not convert, say: found only while the rows are made
+    except (
+        duckdb.Error
+    ) as error:  # for example a value that cannot be converted, which is found while rows are computed
         raise UserError(f"pack.where: {error}") from error
 
 
-# Clips whose first caption or whose scores could not be made yet.
+# Clips whose first caption or whose scores have failed so far.
 _AWAITED = """
     SELECT item_id FROM failures WHERE stage = 'score'
     UNION ALL SELECT item_id FROM failures WHERE stage = 'caption'
@@ -130,17 +134,17 @@ _AWAITED = """
 """
 
 
-def plan_shards(samples: pa.Table, settings: PackSettings, places: pa.Table | None = None) -> list[ShardPlan]:
-    """Which clips go into which shard, in which order. Pure: depends on the samples (not their order) and settings.
+def plan_shards(samples: pa.Table, settings: PackSettings, slots: pa.Table | None = None) -> list[ShardPlan]:
+    """Assign clips to shards, in order. A pure function of the samples (not of their order) and the settings.
 
-    places  see `forgotten_places`: room that is kept as if a clip were there; a shard of nothing else is no shard
+    slots  see `reserved_slots`: counted like clips; a shard of reserved slots alone is not planned
     """
     samples = samples.take(pc.sort_indices(samples["clip_id"]))
     ranks, sizes = _ranks(samples["clip_id"], settings.seed), _tar_bytes(samples, settings.members)
-    if places is not None:
-        places = places.filter(pc.field("seed") == settings.seed)
-        ranks = np.concatenate([ranks, places["rank"].to_numpy()])
-        sizes = np.concatenate([sizes, _tar_bytes(places, settings.members)])
+    if slots is not None:
+        slots = slots.filter(pc.field("seed") == settings.seed)
+        ranks = np.concatenate([ranks, slots["rank"].to_numpy()])
+        sizes = np.concatenate([sizes, _tar_bytes(slots, settings.members)])
     order = np.argsort(ranks, kind="stable")
     bounds = _bounds(sizes[order], settings)
     plans = []
@@ -154,20 +158,20 @@ def plan_shards(samples: pa.Table, settings: PackSettings, places: pa.Table | No
     return plans
 
 
-def forgotten_places(connection: duckdb.DuckDBPyConnection) -> pa.Table:
-    """The room that forgotten clips have left (fields of `PLACE`): it is kept, so that the others need not move."""
+def reserved_slots(connection: duckdb.DuckDBPyConnection) -> pa.Table:
+    """Return the slots of forgotten clips, which stay reserved so that no other clip has to move to another shard."""
     return connection.sql("SELECT unnest(places, max_depth := 2) FROM forgotten").to_arrow_table()
 
 
-def places_of(samples: pa.Table, seed: int) -> Iterator[tuple[str, dict[str, int]]]:
-    """(clip_id, its place as tombstones keep it) of rows of `select_samples`."""
+def slots_of(samples: pa.Table, seed: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yield (clip_id, its slot as tombstones store it) for rows of `select_samples`."""
     for row in samples.select(["clip_id", "mp4_bytes", "jpg_bytes", "txt_bytes"]).to_pylist():
         clip_id = row.pop("clip_id")
         yield clip_id, {"seed": seed, "rank": _rank(seed, clip_id), **row}
 
 
 def _ranks(clip_ids: pa.ChunkedArray, seed: int) -> np.ndarray:
-    """[N] the hash of (seed, clip_id), by which clips are ordered; the id itself settles a tie."""
+    """Return [N] hashes of (seed, clip_id), by which clips are ordered; the id decides between equal ones."""
     return np.fromiter((_rank(seed, clip_id) for clip_id in clip_ids.to_pylist()), np.uint64, count=len(clip_ids))
 
 
@@ -176,7 +180,7 @@ def _rank(seed: int, clip_id: str) -> int:
 
 
 def _tar_bytes(samples: pa.Table, members: Iterable[Extension]) -> np.ndarray:
-    """[N] what each sample adds to a tar, KEY.json estimated (its text may change, the plan must not)."""
+    """Return [N] bytes that each sample adds to a tar; KEY.json is estimated: its text may change, a plan must not."""
     total = np.zeros(samples.num_rows, np.int64)
     for extension in members:
         size = JSON_BYTES if extension == "json" else samples[f"{extension}_bytes"].to_numpy()
@@ -185,7 +189,7 @@ def _tar_bytes(samples: pa.Table, members: Iterable[Extension]) -> np.ndarray:
 
 
 def _bounds(sizes: np.ndarray, settings: PackSettings) -> list[int]:
-    """Shard k holds samples bounds[k] … bounds[k+1]: filled until the next would pass either limit; never empty."""
+    """Return bounds: shard k has samples bounds[k] … bounds[k+1], at least one, as many as both limits allow."""
     ends = np.cumsum(sizes)
     bounds = [0]
     while bounds[-1] < len(sizes):
@@ -202,9 +206,9 @@ def _plan_key(name: str, samples: pa.Table, members: tuple[Extension, ...]) -> s
 
 
 def pending_shards(root: Path, plans: Iterable[ShardPlan], *, retry_missing: bool = False) -> list[ShardPlan]:
-    """Plans that have to be written: neither in place nor complete under `.next`.
+    """Return the plans whose shards have to be written: neither in place nor complete under `.next`.
 
-    retry_missing: also those that were written without some of their clips, which may be readable by now.
+    retry_missing  also those that were written without some of their clips, which may have become readable
     """
     return [plan for plan in plans if not _is_there(root, plan, retry_missing)]
 
@@ -215,7 +219,7 @@ def _is_there(root: Path, plan: ShardPlan, retry_missing: bool) -> bool:
 
 
 def _stamp_of(root: Path, plan: ShardPlan) -> Stamp | None:
-    """The stamp of a complete shard of this plan, wherever tar and index are at the moment.
+    """Return the stamp of a complete shard of this plan, in place, under `.next` or between; None if there is none.
 
     Under `.next` the index is written after the tar, and `place` removes the old pair before it moves the new tar and
     then its index. So a pair in place always belongs together, and an index that waits under `.next` without its tar
@@ -236,7 +240,7 @@ def _stamp_of(root: Path, plan: ShardPlan) -> Stamp | None:
 
 
 def next_paths(plan: ShardPlan) -> tuple[str, str]:
-    """Tar and index of a shard that is not in place yet, from the root."""
+    """Return the relative paths of tar and index of a shard that is not yet in place."""
     stem = f"shards/{NEXT}/{Path(plan.name).stem}-{plan.key}"
     return f"{stem}.tar", f"{stem}.parquet"
 
@@ -252,8 +256,9 @@ def shard_rows(connection: duckdb.DuckDBPyConnection, plan: ShardPlan) -> pa.Tab
 def rows_by_shard(
     connection: duckdb.DuckDBPyConnection, plans: Sequence[ShardPlan]
 ) -> Iterator[tuple[ShardPlan, pa.Table]]:
-    """(plan, its `shard_rows`) one after the other. Rows of several shards are asked for at a time, because finding
-    those of one costs as much as going through the catalog once.
+    """Yield (plan, its `shard_rows`) for each plan.
+
+    One query is for several shards, because finding the rows of one costs as much as a scan of the whole catalog.
     """
     columns = ", ".join(f"c.{name}" for name in (*FIXED, *late_columns(), *REFERENCES, *MEDIA))
     for start in range(0, len(plans), SHARDS_AT_ONCE):
@@ -271,9 +276,9 @@ def rows_by_shard(
 
 
 def write_shard(plan: ShardPlan, rows: pa.Table, root: Path, *, fsync: bool = False) -> Written:
-    """Writes one planned shard under `shards/.next`; `rows` as `shard_rows` gives them.
+    """Write one planned shard under `shards/.next`; `rows` are those of `shard_rows`.
 
-    A clip whose media are not what the manifest says (missing, truncated, another hash) is left out and reported.
+    Clips whose media differ from the manifest (missing, truncated, another hash) are left out and reported.
     """
     assert rows["clip_id"].to_pylist() == plan.clip_ids.to_pylist(), f"{plan.name}: rows are not the plan's"
     packed: list[dict[str, Any]] = []
@@ -294,25 +299,25 @@ def write_shard(plan: ShardPlan, rows: pa.Table, root: Path, *, fsync: bool = Fa
     members = {member.name: member for member in write_tar(root / tar, samples(), fsync=fsync)}
     lines = [_index_line(row, plan, position, members) for position, row in enumerate(packed)]
     table = pa.Table.from_pylist(lines, INDEX)
-    files.written(tar)
+    files.upload(tar)
     stamp = Stamp(plan.key, (root / tar).stat().st_size, tuple(clip_id for clip_id, _ in failures))
     write_index(root / index, table, stamp, fsync=fsync)
-    files.written(index)
+    files.upload(index)
     return Written(table, failures)
 
 
 def commit_shards(root: Path, plans: list[ShardPlan], *, fsync: bool = False) -> tuple[int, int]:
-    """Puts every complete shard in place, then removes what no plan names; returns (placed, removed).
+    """Put all shards in place, then remove files that belong to no plan; return the numbers (placed, removed).
 
-    All plans must be complete (see `pending_shards`). Call it again after a kill: it goes on where it was.
+    All plans must be complete (see `pending_shards`). After a kill, calling it again continues.
     """
     files, folder = files_of(root), root / "shards"
-    files.look("shards")
+    files.refresh("shards")
     for plan in plans:
         assert _stamp_of(root, plan), f"{plan.name} was not written"
     placed = sum(place(root, plan) for plan in plans)
     if fsync and placed:
-        sync_folder(folder)
+        sync(folder)
     wanted = {plan.name for plan in plans} | {plan.index_name for plan in plans}
     stale = [name for name in files.sizes("shards") if _is_shard_file(name) and name not in wanted]
     files.remove(*(f"shards/{name}" for name in stale))
@@ -321,7 +326,7 @@ def commit_shards(root: Path, plans: list[ShardPlan], *, fsync: bool = False) ->
 
 
 def place(root: Path, plan: ShardPlan) -> bool:
-    """Moves a shard from `.next` into place, the index last (see `_stamp_of`); False when it is there already."""
+    """Move a shard from `.next` into place, the index last (see `_stamp_of`); return False if it is there already."""
     files, (next_tar, next_index) = files_of(root), next_paths(plan)
     tar, index = f"shards/{plan.name}", f"shards/{plan.index_name}"
     if not (root / next_index).exists():
@@ -347,7 +352,7 @@ def _pylist(rows: pa.Table) -> Iterator[dict[str, Any]]:
 
 
 def _sample(row: dict[str, Any], members: tuple[Extension, ...], root: Path) -> Sample:
-    """Raises ItemError: hash-mismatch, truncated-tar, tar-missing."""
+    """Read the members of a sample. Raises ItemError: hash-mismatch, truncated-tar, tar-missing."""
     content: dict[str, bytes] = {}
     if "mp4" in members:
         content["mp4"] = _checked(row, "mp4", root, row["mp4_offset"], row["num_bytes"], row["sha256"])
@@ -364,14 +369,16 @@ def _sample(row: dict[str, Any], members: tuple[Extension, ...], root: Path) -> 
 def _checked(row: dict[str, Any], extension: str, root: Path, offset: int, num_bytes: int, sha256: str) -> bytes:
     data = read_member(files_of(root).local(row["tar"]), offset, num_bytes)
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise ItemError("hash-mismatch", f"{row['tar']}: the {extension} at {offset} is not the clip's")
+        raise ItemError("hash-mismatch", f"{row['tar']}: the {extension} at {offset} does not have the clip's hash")
     return data
 
 
 def sample_json(row: dict[str, Any]) -> bytes:
-    """KEY.json: sorted keys, unknown ones left out, because readers that infer types from the first samples (Hugging
-    Face `datasets`) take a key that may appear later but not a null that turns into text. Hashes of 64 bits are hex:
-    JSON readers lose the low bits of such integers. Local sources are named without their folder.
+    """Return the content of KEY.json, with sorted keys.
+
+    Unknown values are left out: readers that infer types from the first samples (Hugging Face `datasets`) accept keys
+    that appear later, but not a null that becomes a text. Hashes of 64 bits are hex, because JSON readers lose the low
+    bits of such integers. Local sources are named without their folder.
     """
     values = {name: value for name, value in row.items() if name not in MEDIA}
     values["url"] = Path(row["url"]).name if row["kind"] == "file" and row["url"] else row["url"]

@@ -1,8 +1,8 @@
-"""Verifying: every shard against its index, and both against the manifest. Nothing is repaired here.
+"""Verifying: compares every shard with its index, and both with the manifest. Nothing is repaired here.
 
-Each tar is read once, from front to back: structure, names, offsets, sizes, hashes and texts are compared as it streams
-by, so without decoding this runs at the speed of the disk or of SHA-256. Decoding is a function that the caller passes
-in, because clips are untrusted media and this package knows no decoder.
+Each tar is read once, from front to back, while structure, names, offsets, sizes, hashes and texts are compared; so
+without decoding this runs at the speed of the disk or of SHA-256. The caller passes the function that decodes, because
+clips are untrusted media and this package has no decoder.
 """
 
 import json
@@ -29,7 +29,7 @@ from shards.storage.mirror import files_of
 
 MAX_TEXT_BYTES = 16_000_000  # a KEY.txt or KEY.json beyond this is reported, not read
 
-# One caption on so many clips that do not look alike is a captioner gone wrong, not the world.
+# A caption that so many unlike clips have in common is a fault of the captioner.
 SAME_CAPTION_MIN = 100
 SAME_CAPTION_SHARE = 0.001
 
@@ -51,7 +51,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is not as it should be. `item` is a clip_id or a member's name, "" for a whole file.
+    """One difference that was found. `item` is a clip_id or a member's name, "" for a whole file.
 
     kinds: missing-file, orphan-file, bad-index, bad-tar, missing-member, extra-member, misplaced-member, hash-mismatch,
     text-mismatch, bad-json, sample-mismatch, clip-mismatch, unknown-clip, stale-text, undecodable, frame-count,
@@ -76,9 +76,9 @@ def verify(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Problem]:
-    """Checks all shards of a corpus, `workers` at a time; problems come in order of shard and sample, warnings last.
+    """Check all shards of a corpus, `workers` at a time; return problems by shard and sample, warnings last.
 
-    decode_frames  mp4 bytes → how many frames really decode; raises ItemError. Called from several threads.
+    decode_frames  mp4 bytes → number of frames that really decode; raises ItemError; called from several threads
     progress       called with (shards checked, shards in all)
     """
     root = Path(root)
@@ -94,8 +94,10 @@ def verify(
 
 
 def _checked(root, connection, names, forgotten, decode_frames, workers: int) -> Iterator[list[Problem]]:
-    """Problems shard by shard, in order. Rows are asked for here, by the one thread that has the connection, and only
-    for the shards that are being read and the next few: a corpus's rows need not fit into memory.
+    """Yield the problems of each shard, in order.
+
+    The one thread with the connection queries the rows, and only for the shards that are being read and the next few:
+    the rows of a corpus need not fit into memory.
     """
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[list[Problem]]] = deque()
@@ -107,7 +109,7 @@ def _checked(root, connection, names, forgotten, decode_frames, workers: int) ->
             yield waiting.popleft().result()
 
 
-# -- what there should be -------------------------------------------------------------------------------------------
+# -- expected shards -----------------------------------------------------------------------------------------------
 
 
 def _shard_names(connection: duckdb.DuckDBPyConnection) -> list[str]:
@@ -117,7 +119,7 @@ def _shard_names(connection: duckdb.DuckDBPyConnection) -> list[str]:
 def _expected_shards(
     connection: duckdb.DuckDBPyConnection, names: list[str], forgotten: Tombstones
 ) -> Iterator["_Shard"]:
-    """The manifest's shards one after the other; it is asked for several at a time, as each question costs a join."""
+    """Yield the shards of the manifest; one query is for several shards, because each query costs a join."""
     for start in range(0, len(names), SHARDS_AT_ONCE):
         some = names[start : start + SHARDS_AT_ONCE]
         samples = connection.sql(
@@ -140,27 +142,27 @@ def _expected_shards(
 
 
 def _files(root: Path, connection: duckdb.DuckDBPyConnection, forgotten: Tombstones) -> list[Problem]:
-    """Files in shards/ that no sample lies in, and what a killed packing left."""
+    """Find files in shards/ without samples of the manifest, and what a killed packing left."""
     wanted = {name for shard in _shard_names(connection) for name in (shard, str(Path(shard).with_suffix(".parquet")))}
     problems, files = [], files_of(root)
     there = [root / "shards" / name for name in files.sizes("shards")] if files.store else (root / "shards").glob("*")
     for path in sorted(there):
         if path.name == NEXT:
-            problems.append(Problem(f"shards/{NEXT}", "", "orphan-file", "shards of a packing that did not end"))
+            problems.append(Problem(f"shards/{NEXT}", "", "orphan-file", "shards of an unfinished packing"))
         elif path.name not in wanted and _keys_of_forgotten(path.with_suffix(".parquet"), forgotten):
             problems.append(Problem(f"shards/{path.name}", "", "forgotten", "`clipmill compact` removes it"))
         elif path.name not in wanted:
-            problems.append(Problem(f"shards/{path.name}", "", "orphan-file", "no sample of the manifest lies in it"))
+            problems.append(Problem(f"shards/{path.name}", "", "orphan-file", "no sample of the manifest is in it"))
     return problems
 
 
 @contextmanager
 def _read_here(root: Path, relative: str) -> Iterator[Path | None]:
-    """The file, None where there is none. Of a corpus in a store it is here only as long as it is read."""
+    """Yield a file's path, None if it does not exist. For a corpus in a store, fetch it for the block only."""
     files = files_of(root)
     try:
         path = files.local(relative)
-    except ItemError:  # the store has it not
+    except ItemError:  # the store does not have it
         path = None
     yield path if path and path.is_file() else None
     if files.store and path:
@@ -168,7 +170,7 @@ def _read_here(root: Path, relative: str) -> Iterator[Path | None]:
 
 
 def _keys_of_forgotten(index: Path, forgotten: Tombstones) -> set[str]:
-    """Keys of the samples that a shard still holds though they have a tombstone; none where its index is unreadable."""
+    """Return the keys of forgotten samples that a shard still contains; none if its index is unreadable."""
     try:
         rows = read_index(index)
     except (pa.ArrowException, OSError, KeyError):
@@ -224,7 +226,7 @@ def _count(connection: duckdb.DuckDBPyConnection, table: str, condition: str) ->
 
 
 def _same_captions(connection: duckdb.DuckDBPyConnection) -> list[Problem]:
-    """Captions served for implausibly many clips that do not look alike; near-duplicates count once."""
+    """Find captions of implausibly many unlike clips; near-duplicates count once."""
     found = connection.execute(
         """
         WITH captioned AS (
@@ -249,7 +251,7 @@ def _same_captions(connection: duckdb.DuckDBPyConnection) -> list[Problem]:
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard as the manifest has it: rows of `samples` and of `catalog`, in the tar's order."""
+    """A shard of the manifest: its rows of `samples` and of `catalog`, in the tar's order."""
 
     name: str
     samples: pa.Table
@@ -265,10 +267,15 @@ class _Shard:
         problems = list(self._index_problems(root / "shards" / self.index_name))
         problems += self._clip_problems()
         if waiting:
-            problems.append(self._problem("", "forgotten", f"{len(waiting)} samples of it wait for `clipmill compact`"))
+            problems.append(
+                self._problem("", "forgotten", f"`clipmill compact` will remove {len(waiting)} of its samples")
+            )
         with _read_here(root, f"shards/{self.name}") as path:
             if path is None:
-                return [*problems, self._problem("", "missing-file", "the manifest has samples in it")]
+                return [
+                    *problems,
+                    self._problem("", "missing-file", "the manifest has samples in it, but it does not exist"),
+                ]
             reader = _TarReader(self, decode_frames, waiting)
             return problems + reader.read(path)
 
@@ -276,7 +283,7 @@ class _Shard:
         return Problem(f"shards/{self.name}", item, kind, message)
 
     def _index_problems(self, path: Path) -> Iterator[Problem]:
-        """The index beside the tar against the manifest's `samples`."""
+        """Compare the index beside the tar with the manifest's `samples`."""
         where = f"shards/{self.index_name}"
         if not path.is_file():
             yield Problem(where, "", "missing-file", "the shard has no index")
@@ -287,23 +294,23 @@ class _Shard:
             yield Problem(where, "", "bad-index", str(error))
             return
         if stamp is None:
-            yield Problem(where, "", "bad-index", "it does not say which plan it was written for")
+            yield Problem(where, "", "bad-index", "it does not name the plan that it was written for")
         elif stamp.missing:
             message = f"{len(stamp.missing)} clips could not be packed, the first is {stamp.missing[0]}"
             yield Problem(where, "", "missing-sample", message)
         index = index.filter(pc.invert(pa.array(self.forgotten.cover(index["video_id"].to_pylist()), pa.bool_())))
         if index["clip_id"].to_pylist() != self.samples["clip_id"].to_pylist():
-            yield Problem(where, "", "sample-mismatch", "it lists other clips than the manifest's samples")
+            yield Problem(where, "", "sample-mismatch", "its clips differ from the manifest's samples")
             return
         for name in INDEX.names:
             yield from _differences(where, name, index, self.samples[name], "sample-mismatch", "the manifest's samples")
 
     def _clip_problems(self) -> list[Problem]:
-        """The manifest's `samples` against its clips and their current texts."""
+        """Compare the manifest's `samples` with its clips and their current texts."""
         where, rows = f"shards/{self.index_name}", self.samples
         known = self.clips["known"].to_pylist()
         problems = [
-            Problem(where, clip_id, "unknown-clip", "the manifest has no such clip (any more)")
+            Problem(where, clip_id, "unknown-clip", "the manifest does not have this clip (any more)")
             for clip_id, is_known in zip(rows["clip_id"].to_pylist(), known, strict=True)
             if not is_known
         ]
@@ -321,7 +328,7 @@ class _Shard:
 
 
 def _differences(where: str, name: str, rows: pa.Table, wanted: Any, kind: str, whose: str) -> Iterator[Problem]:
-    """A problem for every row whose column differs; whole columns are compared first."""
+    """Yield a problem for every row whose column differs; whole columns are compared first."""
     if rows[name].equals(wanted.cast(rows[name].type)):
         return
     pairs = zip(rows["clip_id"].to_pylist(), rows[name].to_pylist(), wanted.to_pylist(), strict=True)
@@ -331,7 +338,7 @@ def _differences(where: str, name: str, rows: pa.Table, wanted: Any, kind: str, 
 
 
 class _TarReader:
-    """Compares one tar with its samples' rows while it streams by, holding at most one member's bytes."""
+    """Compares one tar with its samples' rows while it is read; at most one member is in memory."""
 
     def __init__(self, shard: _Shard, decode_frames: Callable[[bytes], int] | None, forgotten: set[str]):
         self.shard, self.forgotten = shard, forgotten
@@ -349,7 +356,7 @@ class _TarReader:
                 if member.name in self.expected:
                     self._check(member, digest)
                 elif member.name.partition(".")[0] not in self.forgotten:
-                    self._note(member.name, "extra-member", "no sample of the manifest has it")
+                    self._note(member.name, "extra-member", "it belongs to no sample of the manifest")
         except (ItemError, OSError) as error:
             message = error.message if isinstance(error, ItemError) else str(error)
             return [*self.problems, self.shard._problem("", "bad-tar", message)]
@@ -385,7 +392,7 @@ class _TarReader:
             self._check_frames(member.name, row)
 
     def _check_json(self, name: str, row: Row) -> None:
-        """KEY.json must parse, be about this clip, and name the hashes of the members beside it."""
+        """Check that KEY.json parses, belongs to this clip, and has the hashes of the other members."""
         try:
             values = json.loads(self.content)
             facts = {column: values.get(column) for column in ("clip_id", "key", "mp4_sha256", "jpg_sha256")}
@@ -413,7 +420,7 @@ class _TarReader:
 
 
 def _expected_members(rows: Iterable[Row]) -> Iterator[tuple[str, tuple[Row, str]]]:
-    """(member's name, (row, extension)) of every member that the rows place in the tar."""
+    """Yield (member's name, (row, extension)) for every member that the tar should have."""
     for row in rows:
         assert row["key"] == sample_key(row["clip_id"]), f"{row['clip_id']} has key {row['key']}"
         for extension in EXTENSIONS:

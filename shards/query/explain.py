@@ -20,7 +20,8 @@ from shards.corpus.schema import LEDGER
 from shards.corpus.source_ids import canonical_url, canonical_urls
 from shards.corpus.tombstones import hash_of, read_tombstones
 from shards.query.sql import open_manifest
-from shards.storage.mirror import MANIFEST_NAME, files_of, for_reading
+from shards.storage.local import MANIFEST_NAME
+from shards.storage.mirror import files_of, for_reading
 
 Row = dict[str, Any]
 MEMBERS = ("mp4", "jpg", "txt", "json")
@@ -47,7 +48,7 @@ class Story:
 
 
 def explain(root: str | Path, name: str) -> Story:
-    """The story of a video_id, clip_id, sample key, URL or path. Raises UserError, with what is near, for others."""
+    """Tell the history of a video_id, clip_id, sample key, URL or path. Raises UserError for other names."""
     root = for_reading(root, *_READ)
     with open_manifest(root) as connection:
         video_id, clip_id = _resolve(connection, name)
@@ -79,7 +80,7 @@ _FAILURES = """
 
 
 def _resolve(connection: duckdb.DuckDBPyConnection, name: str) -> tuple[str | None, str | None]:
-    """(video_id, clip_id or None) of a name; (None, None) where nothing has it."""
+    """Return (video_id, clip_id or None) of a name; (None, None) where nothing has it."""
     if found := connection.execute("SELECT video_id FROM videos WHERE video_id = ?", [name]).fetchall():
         return found[0][0], None
     for table, column in (("clips", "clip_id"), ("spans", "clip_id"), ("samples", "key")):
@@ -114,15 +115,15 @@ def _forgotten(root: Path, name: str) -> Story | None:
 
 
 def _unknown(connection: duckdb.DuckDBPyConnection, name: str) -> Story:
-    """Raises UserError. Near are ids that begin alike or are spelt alike."""
+    """Raise UserError with ids that begin like the name or are spelt like it."""
     sql = "SELECT video_id FROM videos UNION ALL SELECT clip_id FROM clips UNION ALL SELECT url FROM videos"
     known = [row[0] for row in connection.execute(f"SELECT * FROM ({sql}) LIMIT 200000").fetchall()]
     near = get_close_matches(name, known, n=3) or [other for other in known if name and name in other][:3]
-    hint = f" Near: {', '.join(near)}." if near else " Give a video_id, a clip_id, a sample's key or a URL."
+    hint = f" Similar: {', '.join(near)}." if near else " Give a video_id, a clip_id, a sample's key or a URL."
     raise UserError(f"ID {name}: the corpus has nothing of this name.{hint}")
 
 
-# -- what is known --------------------------------------------------------------------------------------------------
+# -- facts ----------------------------------------------------------------------------------------------------------
 
 
 def _story_of_source(connection: duckdb.DuckDBPyConnection, video_id: str) -> Story:
@@ -182,14 +183,14 @@ def _place(what: str, file: str, offset: int | None, num_bytes: int, sha256: str
 
 
 def _source_files(root: Path, source: Row) -> list[Row]:
-    """The video's file where it is still there, and its subtitles beside it."""
+    """List the video's file, if it still exists, and its subtitles."""
     if not source["path"]:
         return []
     path = source["path"]
     if Path(path).is_absolute():
         files = {path: Path(path).stat().st_size} if Path(path).is_file() else {}
     else:
-        files = files_of(root).beginning(f"{path.rpartition('/')[0]}/{source['video_id']}.")
+        files = files_of(root).list_prefix(f"{path.rpartition('/')[0]}/{source['video_id']}.")
     return [
         _place("source", file, 0, size, source["sha256"] if file == path else None)
         for file, size in sorted(files.items())
@@ -206,7 +207,7 @@ def _ingested(root: Path, video_id: str) -> list[Row]:
 
 
 def _attempts(root: Path, unit: str, item_id: str) -> list[Row]:
-    """What the unit's ledger fragments say of a video and its parts, or of a clip and its video, in order of time."""
+    """Read from ledger fragments the attempts on a video and its parts, or a clip and its video, by time."""
     names = sorted((root / "fragments" / "ledger").glob(f"[!.]*-{unit}-*.parquet"))
     video_id = item_id.partition(".")[0]
     rows = []

@@ -1,4 +1,4 @@
-"""The corpus in numbers: what HD-VILA-100M reports of itself, percentiles, the yield funnel, failures, histograms.
+"""Statistics of a corpus: the numbers that HD-VILA-100M reports, percentiles, the yield funnel, failures, histograms.
 
 Everything is counted by SQL over the manifest's views; `render` draws it for a terminal of 80 columns or more.
 """
@@ -13,10 +13,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from shards.query.sql import visible
+from clipmill.base.text import visible
 
 # HD-VILA-100M as published (arXiv 2111.10337, table 1) and its category shares in percent of videos and of clips, read
-# off the ring charts of its release: reference to hold one's own corpus against.
+# off the ring charts of its release: a reference for one's own corpus.
 HD_VILA = {
     "num_videos": 3_300_000,
     "num_clips": 100_000_000,
@@ -44,7 +44,7 @@ HD_VILA_CATEGORIES = {
     "Entertainment": (10.1, 10.5),
 }
 PERCENTILES = (5, 25, 50, 75, 95)
-MAX_LINES = 20  # of a table whose length the data decide
+MAX_LINES = 20  # of a table whose length depends on the data
 BLOCKS = " ▏▎▍▌▋▊▉█"
 
 Row = dict[str, Any]
@@ -68,7 +68,7 @@ class Statistics:
 
 
 def report(connection: duckdb.DuckDBPyConnection) -> Statistics:
-    """Counts everything; under a second or two on a million clips."""
+    """Count everything, in one or two seconds for a million clips."""
     rows = {
         name: _rows(connection, f"SELECT * FROM {name}")
         for name in ("totals", "funnel", "categories", "resolutions", "clip_lengths", "words_per_sentence", "languages")
@@ -89,9 +89,9 @@ def report(connection: duckdb.DuckDBPyConnection) -> Statistics:
 
 
 def render(stats: Statistics, console: Console) -> None:
-    """Prints the report; `console.width` decides how wide the histograms are."""
+    """Print the report; the histograms are as wide as `console.width` allows."""
     if not stats.totals["num_clips"]:
-        console.print("[yellow]No clips yet:[/] what follows counts what there is.")
+        console.print("[yellow]No clips yet:[/] the report has only what exists so far.")
     parts = [
         ("Corpus", _overview(stats)),
         ("Yield", _funnel(stats.funnel)),
@@ -118,7 +118,7 @@ def _rows(connection: duckdb.DuckDBPyConnection, sql: str) -> list[Row]:
 
 
 def _percentiles(connection: duckdb.DuckDBPyConnection) -> dict[str, list[float]]:
-    """Discrete percentiles: each is a value that occurs."""
+    """Return discrete percentiles: each is a value that occurs."""
     at = [percent / 100 for percent in PERCENTILES]
     quantities = {
         "clip seconds": f"SELECT quantile_disc(duration_s, {at}) AS q FROM clips",
@@ -185,7 +185,7 @@ def _word_bins(rows: list[Row]) -> list[tuple[str, int]]:
 def _bins(
     counts: dict[int, int], step: int, label: Callable[[int], str], label_rest: Callable[[int], str]
 ) -> list[tuple[str, int]]:
-    """(label, count) of the first MAX_LINES bins, empty ones too, and of the rest in one."""
+    """Return (label, count) of the first MAX_LINES bins, with empty ones, and one for the rest."""
     if not counts:
         return []
     first, end = min(counts), min(max(counts) + step, min(counts) + MAX_LINES * step)
@@ -211,7 +211,7 @@ def _histogram(bins: list[tuple[str, int]], width: int) -> Text | None:
 
 
 def _bar(share: float, width: int) -> str:
-    """Block characters in eighths; something visible for whatever is not nothing."""
+    """Draw a bar with block characters in eighths; every value above 0 is visible."""
     eighths = max(round(share * width * 8), 1 if share > 0 else 0)
     full, part = divmod(eighths, 8)
     return BLOCKS[8] * full + (BLOCKS[part] if part else "")

@@ -1,8 +1,11 @@
 """Objects of an S3-compatible store under one prefix: whole reads, whole writes, conditional writes, lists.
 
-What a corpus needs of a store and what stores promise: a PUT is seen whole or not at all, a list and a read that begin
-after it see it, and a PUT may be made to fail where the object is there (If-None-Match) or is another one by now
-(If-Match). Endpoint, region, credentials, proxies: as every AWS client finds them (environment, ~/.aws/config).
+A corpus needs of a store: readers see a PUT whole or not at all, a list or read that begins after a PUT sees it, and a
+PUT can be made to fail if the object exists (If-None-Match) or has changed (If-Match). Endpoint, region, credentials
+and proxies are found as every AWS client finds them (environment, ~/.aws/config).
+
+The client is botocore: obstore (tried at 0.12) does not show the Date header, by which the lock is aged by the store's
+own clock, reads no AWS profile, has no conditions for multipart uploads, and lists only whole path segments.
 """
 
 import functools
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 from clipmill.base.errors import UserError
@@ -22,17 +25,17 @@ from clipmill.base.errors import UserError
 Answer = TypeVar("Answer")
 
 SCHEME = "s3://"
-ATTEMPTS = 8  # of a request, with pauses that double up to 20 s; AWS_MAX_ATTEMPTS says another number
-READ_PAUSES_S = (0.5, 2.0, 8.0)  # before a read that broke off in the middle begins again
+ATTEMPTS = 8  # per request, with pauses that double up to 20 s; AWS_MAX_ATTEMPTS overrides it
+READ_PAUSES_S = (0.5, 2.0, 8.0)  # before a read that broke off in the middle is started again
 PART_BYTES = 64_000_000
-MOST_BYTES_AT_ONCE = 1_000_000_000  # larger files go in parts, and appear whole all the same
-MOST_COPIED_BYTES = 4_000_000_000  # S3 copies 5 GB at a time, and a shard may be a little larger than asked for
+MOST_BYTES_AT_ONCE = 1_000_000_000  # larger files are uploaded in parts; they appear whole all the same
+MOST_COPIED_BYTES = 4_000_000_000  # S3 copies at most 5 GB, and a shard may be a little larger than asked for
 CONNECTIONS = 16
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
 class Changed(Exception):
-    """The object is not, or no more, what a conditional write took it to be."""
+    """The condition of a write does not hold: the object exists already, or is another version than expected."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Object:
 
 
 @dataclass(frozen=True)
-class Held:
-    """A small object that was read whole. `age_s`: since it was written, by the store's own clock."""
+class SmallObject:
+    """A small object that was read whole. `age_s`: seconds since it was written, by the store's own clock."""
 
     data: bytes
     etag: str
@@ -51,14 +54,17 @@ class Held:
 
 
 def is_url(corpus: object) -> bool:
+    """Return whether a corpus is named by the URL of a store."""
     return isinstance(corpus, str) and corpus.startswith(SCHEME)
 
 
 @dataclass(frozen=True)
 class Store:
-    """Keys are relative to the prefix. Every method raises UserError where the store refuses or stays unreachable.
+    """One prefix of a bucket. Keys are relative to it.
 
-    endpoint  the server's URL; None: what the environment of the process says that asks
+    Every method raises UserError when the store refuses a request or stays unreachable.
+
+    endpoint  the server's URL; None: what each process finds in its environment
     """
 
     bucket: str
@@ -79,19 +85,20 @@ class Store:
         return f"{SCHEME}{self.bucket}/{self.prefix.rstrip('/')}"
 
     def list(self, prefix: str = "") -> dict[str, Object]:
-        """Every object whose key begins so, in order of keys."""
+        """Return key → object for the keys that begin with a prefix, in order of keys."""
         found, more = {}, {}
         while True:
             with self._asking("listed") as client:
                 page = client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix + prefix, **more)
             for entry in page.get("Contents", ()):
-                if not entry["Key"].endswith("/"):  # what consoles make where people make folders
+                if not entry["Key"].endswith("/"):  # empty objects that web consoles create for folders
                     found[self._checked(entry["Key"])] = Object(entry["Size"], entry["ETag"])
             if not page.get("IsTruncated"):
                 return found
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def head(self, key: str) -> Object | None:
+        """Return an object's size and ETag, None where there is none."""
         try:
             with self._asking("read") as client:
                 answer = client.head_object(**self._at(key))
@@ -99,8 +106,8 @@ class Store:
             return None
         return Object(answer["ContentLength"], answer["ETag"])
 
-    def read(self, key: str) -> Held | None:
-        """A small object; None where there is none."""
+    def read(self, key: str) -> SmallObject | None:
+        """Read a small object; None where there is none."""
 
         def whole() -> tuple[dict[str, Any], bytes]:
             with self._asking("read") as client:
@@ -113,10 +120,10 @@ class Store:
             return None
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         written: datetime = answer["LastModified"]
-        return Held(data, answer["ETag"], (now - written).total_seconds())
+        return SmallObject(data, answer["ETag"], (now - written).total_seconds())
 
-    def fetch(self, key: str, path: Path) -> str:
-        """Writes the object's bytes to `path` and returns its ETag. Raises FileNotFoundError."""
+    def download(self, key: str, path: Path) -> str:
+        """Write an object's bytes to `path` and return its ETag. Raises FileNotFoundError."""
 
         def whole() -> str:
             with self._asking("read") as client, open(path, "wb") as file:
@@ -127,19 +134,25 @@ class Store:
 
         return _till_whole(whole)
 
-    def write(self, key: str, data: bytes, *, new: bool = False, instead_of: str | None = None) -> str:
-        """The new ETag. Raises Changed where it is there already (`new`), or is not `instead_of` (an ETag) any more."""
-        with self._asking("written") as client:
-            return client.put_object(**self._at(key), Body=data, **_condition(new, instead_of))["ETag"]
+    def write(self, key: str, data: bytes, *, if_none_match: bool = False, if_match: str | None = None) -> str:
+        """Write an object and return its new ETag.
 
-    def send(self, key: str, path: Path, *, new: bool = False, instead_of: str | None = None) -> str:
-        """A whole file, as `write`."""
+        if_none_match  only if there is no such object
+        if_match       only if the object still has this ETag
+        Raises Changed when the condition does not hold.
+        """
+        with self._asking("written") as client:
+            return client.put_object(**self._at(key), Body=data, **_condition(if_none_match, if_match))["ETag"]
+
+    def upload(self, key: str, path: Path, *, if_none_match: bool = False, if_match: str | None = None) -> str:
+        """Write a file of any size as an object; see `write`."""
+        condition = _condition(if_none_match, if_match)
         with self._asking("written") as client, open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size <= MOST_BYTES_AT_ONCE:
-                return client.put_object(**self._at(key), Body=file, **_condition(new, instead_of))["ETag"]
-            return self._send_parts(client, key, file, _condition(new, instead_of))
+                return client.put_object(**self._at(key), Body=file, **condition)["ETag"]
+            return self._upload_parts(client, key, file, condition)
 
-    def _send_parts(self, client: Any, key: str, file: Any, condition: dict[str, str]) -> str:
+    def _upload_parts(self, client: Any, key: str, file: IO[bytes], condition: dict[str, str]) -> str:
         upload = client.create_multipart_upload(**self._at(key))["UploadId"]
         try:
             parts = []
@@ -154,7 +167,7 @@ class Store:
             raise
 
     def copy(self, old: str, new: str) -> str:
-        """Inside the store; the new ETag. Raises FileNotFoundError."""
+        """Copy an object inside the store and return the ETag of the copy. Raises FileNotFoundError."""
         with self._asking("written") as client:
             source = {"Bucket": self.bucket, "Key": self.prefix + old}
             return client.copy_object(**self._at(new), CopySource=source)["CopyObjectResult"]["ETag"]
@@ -164,10 +177,10 @@ class Store:
             client.delete_object(**self._at(key))
 
     def _checked(self, key: str) -> str:
-        """The key from the prefix on. It becomes a path: raises UserError for one that would lead elsewhere."""
+        """Return the key relative to the prefix. Raises UserError if that would lead out of the mirror as a path."""
         name = key.removeprefix(self.prefix)
         if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
-            raise UserError(f"{self.url}: there is an object {name!r}, which is no file of a corpus: remove it.")
+            raise UserError(f"{self.url}: the object {name!r} does not belong to a corpus: remove it.")
         return name
 
     def _at(self, key: str) -> dict[str, str]:
@@ -175,31 +188,36 @@ class Store:
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[Any]:
-        """The client; what it raises, after its own attempts, told as ours."""
+        """Yield the client; turn what it raises after its own attempts into our errors. `what`: a participle."""
         client = _client(self.endpoint)
         from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 
         try:
             yield client
         except ClientError as error:
-            raise self._told(error, what) from error
+            raise self._as_ours(error, what) from error
         except (BotoCoreError, HTTPClientError) as error:
-            raise UserError(f"{self.url} cannot be {what}: {error}{_hint(error)}") from error
+            hint = "What is committed is safe; run the same command again to continue."
+            if "Credentials" in type(error).__name__:
+                hint = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, here and on every node."
+            raise UserError(f"{self.url} cannot be {what}: {error}. {hint}") from error
 
-    def _told(self, error: Any, what: str) -> Exception:
+    def _as_ours(self, error: Any, what: str) -> Exception:
         code = error.response.get("Error", {}).get("Code", "")
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         if code == "NoSuchBucket":
-            return UserError(f"{self.url}: there is no bucket {self.bucket!r}; make it first.")
+            return UserError(f"{self.url}: there is no bucket {self.bucket!r}; create it first.")
         if status == 404:
             return FileNotFoundError(f"{self.url} has no such object")
         if status == 412 or code == "ConditionalRequestConflict":
             return Changed(str(error))
-        return UserError(f"{self.url} cannot be {what}: {error}. What is committed is safe; the same command goes on.")
+        return UserError(
+            f"{self.url} cannot be {what}: {error}. What is committed is safe; run the same command again to continue."
+        )
 
 
 def _till_whole(read: Callable[[], Answer]) -> Answer:
-    """What `read` returns; again, after a pause, where an answer broke off in its middle: the client asks only once."""
+    """Call `read`, and again after a pause when an answer broke off, which the client does not retry."""
     from botocore.exceptions import HTTPClientError, IncompleteReadError
 
     for pause_s in READ_PAUSES_S:
@@ -212,18 +230,12 @@ def _till_whole(read: Callable[[], Answer]) -> Answer:
     return read()
 
 
-def _condition(new: bool, instead_of: str | None) -> dict[str, str]:
-    return {"IfNoneMatch": "*"} if new else {"IfMatch": instead_of} if instead_of else {}
-
-
-def _hint(error: Exception) -> str:
-    if "Credentials" in type(error).__name__:
-        return ". Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, here and on every node."
-    return ". What is committed is safe; the same command goes on."
+def _condition(if_none_match: bool, if_match: str | None) -> dict[str, str]:
+    return {"IfNoneMatch": "*"} if if_none_match else {"IfMatch": if_match} if if_match else {}
 
 
 def _client(endpoint: str | None) -> Any:
-    """One per process, since connections do not outlive a fork. Usable from many threads."""
+    """Return this process's client, since connections do not survive a fork. Threads may share it."""
     return _make_client(endpoint, os.getpid())
 
 
@@ -234,14 +246,14 @@ def _make_client(endpoint: str | None, pid: int) -> Any:
         import botocore.session
         from botocore.exceptions import BotoCoreError
     except ImportError as error:
-        raise UserError("a corpus at s3:// needs further packages: pip install 'clipmill[s3]'.") from error
+        raise UserError("a corpus at s3:// needs additional packages: pip install 'clipmill[s3]'.") from error
     retries = {} if os.environ.get("AWS_MAX_ATTEMPTS") else {"total_max_attempts": ATTEMPTS, "mode": "standard"}
     config = botocore.config.Config(
         retries=retries, max_pool_connections=CONNECTIONS, connect_timeout=10, read_timeout=60, tcp_keepalive=True
     )
     session = botocore.session.get_session()
-    region = None if session.get_config_variable("region") else "us-east-1"  # servers of one's own have none
+    region = None if session.get_config_variable("region") else "us-east-1"  # self-hosted servers have none
     try:
         return session.create_client("s3", endpoint_url=endpoint, config=config, region_name=region)
     except (BotoCoreError, ValueError) as error:
-        raise UserError(f"the S3 client cannot be made: {error}") from error
+        raise UserError(f"the S3 client cannot be created: {error}") from error

@@ -35,7 +35,7 @@ def test_every_command_explains_itself():
 def test_a_build_without_sources_goes_on_with_a_corpus_and_begins_none(tmp_path):
     from clipmill.cli.app import build
 
-    with pytest.raises(UserError, match="mistyped is no corpus"):
+    with pytest.raises(UserError, match="mistyped is not a corpus"):
         build(None, corpus=str(tmp_path / "mistyped"))
     assert not (tmp_path / "mistyped").exists()
 

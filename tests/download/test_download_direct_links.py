@@ -436,7 +436,8 @@ def test_a_killed_download_goes_on_where_it_was(server: MediaServer, tmp_path, v
 def test_a_download_that_another_process_does_not_end_is_a_failure_that_heals(server, tmp_path, video, monkeypatch):
     monkeypatch.setattr("pipeline.stages.download.fetch.WORKER_ENDS_WITHIN_S", 0.1)
     (tmp_path / "sources").mkdir()
-    with lock_file(tmp_path / "sources" / "clip1.part.lock", 0), pytest.raises(ItemError, match="still held") as caught:
+    held = lock_file(tmp_path / "sources" / "clip1.part.lock", 0, remove=True)
+    with held, pytest.raises(ItemError, match="still held") as caught:
         get(server.add("/a.mp4", video), tmp_path)
     assert caught.value.error_class == "in-use" and caught.value.transient
     assert os.listdir(tmp_path / "sources") == []

@@ -10,9 +10,9 @@ import duckdb
 import pytest
 from rich.console import Console
 
+from clipmill.base.console import print_failures
 from clipmill.base.errors import UserError
 from clipmill.base.text import visible
-from clipmill.cli.display import print_failures
 from shards.query.sql import open_manifest, run_query
 from shards.query.statistics import render, report
 from tests.helpers.builds import clipmill

@@ -10,6 +10,7 @@ import pytest
 
 import training.data.epoch_files
 from clipmill.base.errors import UserError
+from clipmill.base.file_lock import lock_file
 from tests.helpers.manifests import make_manifest
 from training.data.epoch_files import Epochs, plan_spec
 from training.data.epoch_plan import PAD, epoch_rows, plan_path, rank_slots, steps_in_epoch, tail_rows
@@ -121,7 +122,7 @@ def test_a_process_killed_while_planning_keeps_nobody_waiting(selection, tmp_pat
     ready = context.Event()
 
     def plans_forever():
-        with epochs._lock():
+        with lock_file(epochs.folder / ".lock"):
             ready.set()
             multiprocessing.Event().wait()
 

@@ -15,7 +15,7 @@ import pytest
 from clipmill.base.errors import UserError
 from clipmill.cli.forget import run_forget
 from pipeline.engine.build import session
-from pipeline.maintenance.forget import Doomed, compact, find, forget
+from pipeline.maintenance.forget import ForgetPlan, compact, find, forget
 from pipeline.runtime.task import Outcome, Task, commit
 from pipeline.stages.download.fetch import DownloadSettings
 from pipeline.stages.download.sniff import hash_file
@@ -124,7 +124,7 @@ def told(path: Path) -> bytes:
 
 def test_every_query_leaves_it_out_at_once(corpus):
     forget_video(corpus, GONE)
-    assert find(corpus, [GONE], [url_of(GONE)], None) == Doomed(), "asking again finds nothing to do"
+    assert find(corpus, [GONE], [url_of(GONE)], None) == ForgetPlan(), "asking again finds nothing to do"
     for table in ("videos", "sentences", "spans", "clips", "samples", "catalog"):
         assert ask(corpus, f"SELECT count(*) FROM {table} WHERE video_id = '{GONE}'") == [(0,)], table
     for table in ("captions", "scores"):
@@ -253,9 +253,9 @@ def test_a_damaged_tombstone_is_not_passed_over(tmp_path):
 
 
 def test_what_names_nothing_is_an_error_that_helps(corpus):
-    with pytest.raises(UserError, match="no such video. Near: video-"):
+    with pytest.raises(UserError, match="no such video. Similar: video-"):
         find(corpus, ["vide-b"], [], None)
-    with pytest.raises(UserError, match="no video meets it"):
+    with pytest.raises(UserError, match="no video meets this condition"):
         find(corpus, [], [], "title = 'nothing'")
     with pytest.raises(UserError, match="say what to forget"):
         find(corpus, [], [], None)

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from bench.sql import read_queries
 from clipmill.base.errors import UserError
-from shards.query.sql import open_manifest, prompt, rows_of, run_query, selection, visible
+from clipmill.base.text import visible
+from shards.query.prompt import prompt
+from shards.query.sql import open_manifest, rows_of, run_query, selection
 from tests.helpers.manifests import make_manifest
 
 NUM_CLIPS = 600
@@ -238,7 +240,7 @@ def test_the_prompt_answers_forgives_mistakes_and_ends(corpus, tmp_path):
         ".tables\nSELECT count(*) AS n\nFROM clips;\nSELEC 1;\n.schema totals\n.nonsense\nSELECT 6 * 7 AS m\n\n.quit\n"
     )
     master, slave = pty.openpty()
-    code = f"from shards.query.sql import *; prompt(open_manifest({str(corpus)!r}))"
+    code = f"from shards.query.prompt import *; from shards.query.sql import *; prompt(open_manifest({str(corpus)!r}))"
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb", "COLUMNS": "100"}
     process = subprocess.Popen(
         [sys.executable, "-c", code],

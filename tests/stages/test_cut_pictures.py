@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipmill.media.frame_stats import ClipMeasures, Look, Thumbnailer, content_change, perceptual_hash
+from clipmill.media.frame_stats import ClipStats, FrameStats, Thumbnailer, content_change, perceptual_hash
 from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
 from pipeline.stages.cut.picture import PictureMaker, target_size
 from tests.helpers.media import SHORT_GOP, Shape, decoded, make_video, piece
@@ -149,9 +149,9 @@ def picture(luma: np.ndarray, blue: int = 128, red: int = 128) -> av.VideoFrame:
 
 
 def measured(pictures: list[av.VideoFrame]) -> dict:
-    views, measures = Thumbnailer(), ClipMeasures()
+    views, measures = Thumbnailer(), ClipStats()
     for shown in pictures:
-        measures.add(Look.of(views.colour(shown)))
+        measures.add(FrameStats.of(views.colour(shown)))
     return measures.columns()
 
 
@@ -188,7 +188,9 @@ def test_the_shot_score_is_the_content_detectors(tmp_path):
     for number, thumbnail in enumerate(thumbnails):
         detector.process_frame(FrameTimecode(number, 25.0), thumbnail)
         theirs.append(detector._frame_score)
-    ours = [content_change(Look.of(a), Look.of(b)) for a, b in zip(thumbnails, thumbnails[1:], strict=False)]
+    ours = [
+        content_change(FrameStats.of(a), FrameStats.of(b)) for a, b in zip(thumbnails, thumbnails[1:], strict=False)
+    ]
     assert ours == pytest.approx(theirs[1:], abs=1e-6)
     assert ours[3] > 27 > 2 * max(ours[:3] + ours[4:])
     assert measured(pictures)["shot_score"] == pytest.approx(max(ours))

@@ -100,10 +100,10 @@ def test_a_corpus_is_copied_into_a_store_and_out_of_one(whole, stored, tmp_path)
     copied, folder = Store.of("s3://corpora/copied"), tmp_path / "folder"
     for name in {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}:
         if not name.startswith(".clipmill/"):
-            copied.send(name, whole / name)
+            copied.upload(name, whole / name)
     for name in Store.of(stored).list():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Store.of(stored).fetch(name, folder / name)
+        Store.of(stored).download(name, folder / name)
     sources = sorted((whole / "sources").rglob("*.mp4"))
     for corpus in (copied.url, folder):
         report = build(corpus, [], stages=stage_names(), recipe=None, assignments=[], command="test")
@@ -209,7 +209,7 @@ def test_what_fails_in_passing_is_asked_for_again(stored, server, monkeypatch):
 
 def test_a_store_that_does_not_answer_is_a_clear_message(stored, server):
     server.spoil = lambda method, path: 503
-    with pytest.raises(UserError, match=r"s3://corpora/whole cannot be .*503.*goes on"):
+    with pytest.raises(UserError, match=r"s3://corpora/whole cannot be .*503.*again to continue"):
         build(stored, [], stages=stage_names(), recipe=None, assignments=[], command="test")
 
 
@@ -217,8 +217,8 @@ def test_a_store_that_does_not_answer_is_a_clear_message(stored, server):
     ("corpus", "said"),
     [
         ("s3://corpora", "write it as s3://BUCKET/PREFIX"),
-        ("s3://no-such-bucket/corpus", "is no corpus"),
-        ("s3://corpora/nothing-here", "is no corpus"),
+        ("s3://no-such-bucket/corpus", "is not a corpus"),
+        ("s3://corpora/nothing-here", "is not a corpus"),
     ],
 )
 def test_mistakes_are_told(corpus, said):
@@ -246,7 +246,7 @@ def test_a_prefix_with_other_things_is_no_corpus():
 def test_a_key_that_leads_out_of_the_mirror_becomes_no_path(name):
     store = Store("corpora", f"hostile{len(name)}/")
     store.write(name, b"")
-    with pytest.raises(UserError, match="is no file of a corpus"):
+    with pytest.raises(UserError, match="does not belong to a corpus"):
         for_reading(store.url, "fragments/")
         store.list()
 
@@ -256,11 +256,11 @@ def test_large_files_go_up_in_parts_and_appear_whole(tmp_path, monkeypatch, serv
     monkeypatch.setattr(stores, "PART_BYTES", 5 * 2**20)
     store, path = Store.of("s3://corpora/large"), tmp_path / "shard.tar"
     path.write_bytes(np.random.default_rng(0).bytes(6_000_000))
-    store.send("shard.tar", path, new=True)
+    store.upload("shard.tar", path, if_none_match=True)
     assert store.read("shard.tar").data == path.read_bytes()
     server.spoil = lambda method, path: 503 if method == "POST" else None
     with pytest.raises(UserError):
-        store.send("other.tar", path)
+        store.upload("other.tar", path)
     assert store.head("other.tar") is None
 
 

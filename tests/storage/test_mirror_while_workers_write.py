@@ -28,12 +28,12 @@ def test_whoever_only_looks_leaves_what_workers_are_about_to_send(server, tmp_pa
     worker, looker = Mirror(tmp_path, store), Mirror(tmp_path, store)
     for relative in (SENT, LOST):
         write(worker, relative)
-        worker.written(relative)
+        worker.upload(relative)
     store.delete(LOST)
     write(worker, ON_ITS_WAY)
-    with looker.here_only():
+    with looker.local_only():
         looker.pull()
-    worker.written(ON_ITS_WAY)
+    worker.upload(ON_ITS_WAY)
     assert {*store.list()} == {SENT, ON_ITS_WAY}
     assert not (tmp_path / LOST).exists()  # nobody is about to send that
 
@@ -42,21 +42,21 @@ def test_whoever_only_looks_leaves_the_notes_that_workers_read_on(server, tmp_pa
     store = Store.of("s3://corpora/noted")
     worker, looker = Mirror(tmp_path, store), Mirror(tmp_path, store)
     write(worker, LOST)
-    worker.written(LOST)
-    assert LOST in worker._noted()
+    worker.upload(LOST)
+    assert LOST in worker._read_notes()
     store.delete(LOST)
-    with looker.here_only():
+    with looker.local_only():
         looker.pull()
     write(worker, SENT)
-    worker.written(SENT)
-    assert SENT in worker._noted()
+    worker.upload(SENT)
+    assert SENT in worker._read_notes()
 
 
 def test_a_manifest_that_was_made_here_for_looking_goes_for_the_one_of_the_store(server, tmp_path):
     store = Store.of("s3://corpora/published")
     looker = Mirror(tmp_path, store)
     store.write("manifest.duckdb", b"theirs")
-    with looker.here_only():
+    with looker.local_only():
         write(looker, "manifest.duckdb", b"of before")
         looker.pull()
     assert (tmp_path / "manifest.duckdb").read_bytes() == b"theirs"
@@ -89,5 +89,5 @@ def test_bringing_it_up_to_date_takes_as_long_as_its_list(tmp_path):
         there[relative] = Object(5, etag)
     mirror.store = type("Listing", (), {"list": lambda self: there})()
     mirror.pull()
-    assert len(mirror._noted()) == 100
+    assert len(mirror._read_notes()) == 100
     assert there.num_times < 10

@@ -118,7 +118,7 @@ def test_a_lock_file_is_one_threads_at_a_time_and_then_gone(tmp_path):
 
     def enter(number: int) -> None:
         for _ in range(20):
-            with lock_file(tmp_path / "lock", 30):
+            with lock_file(tmp_path / "lock", 30, remove=True):
                 inside.append(number)
                 most.append(len(inside))
                 inside.remove(number)
@@ -138,7 +138,7 @@ def failing(corpus: Corpus, video_id: str, holder: str) -> tuple[Task, list[Outc
 def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes(corpus):
     """What it could not do, since the other has swept up, would else be a failure, or undo what the other has done."""
     with corpus.writer():
-        before = corpus.holder
+        before = corpus.lock_owner
     first = commit(*failing(corpus, "a", before), [])  # the build is dead, but nobody else writes
     with process(HOLDS, root=str(corpus.root), forks=False) as holder:
         holder.stdout.readline()
@@ -169,7 +169,7 @@ def test_a_download_of_a_build_before_puts_nothing_in_place(corpus, tmp_path, mo
         (corpus.private / "lock").write_text("process 1 on another machine since then")
 
     with corpus.writer():
-        holder = corpus.holder
+        holder = corpus.lock_owner
         with monkeypatch.context() as patch, pytest.raises(UserError, match="another process writes"):
             patch.setattr("pipeline.stages.download.stage._probe_in_sandbox", probe_while_another_begins)
             download_as(holder)
@@ -179,7 +179,7 @@ def test_a_download_of_a_build_before_puts_nothing_in_place(corpus, tmp_path, mo
             download_as(holder)
         assert list(folder.iterdir()) == []
     with corpus.writer():
-        assert download_as(corpus.holder) == ["a.mp4"]
+        assert download_as(corpus.lock_owner) == ["a.mp4"]
 
 
 @pytest.mark.slow

@@ -5,9 +5,7 @@ same folder. The first that needs an epoch takes the folder's lock, plans, and r
 wait for the lock and find the file. An epoch is opened memory-mapped, so the host holds it once.
 """
 
-import fcntl
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipmill.base.errors import UserError
+from clipmill.base.file_lock import lock_file
 from training.data.epoch_plan import (
     PAD,
     PlanSpec,
@@ -98,7 +97,8 @@ class Epochs:
         """An epoch's file, planned if it is not there."""
         path = plan_path(self.folder, self.spec, epoch)
         if not path.exists():
-            with self._lock():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with lock_file(self.folder / ".lock"):
                 write_epoch(self.folder, self.spec, epoch, self._groups() if not path.exists() else ())
         return path
 
@@ -132,11 +132,3 @@ class Epochs:
         if selection.hash != self.spec.selection_hash:
             raise UserError(f"{self.selection_path} is not the selection that was planned: was the file replaced?")
         return selection.groups(self.apart)
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        """A process that dies while it plans frees the lock; it leaves no file that looks whole."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield

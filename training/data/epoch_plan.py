@@ -23,7 +23,6 @@ An epoch of 100 million clips is a 400 MB file; every process opens it memory-ma
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -32,6 +31,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from clipmill.base.atomic_file import atomic_file
 from clipmill.base.errors import UserError
 from training.data.batch_constraints import Groups, Unmet, as_groups, codes_of_rows, deal_keys, num_repeated, repair
 from training.data.stateless_random import in_threads, key_of, order_of, permutation, sample
@@ -278,16 +278,8 @@ def write_epoch(folder: str | Path, spec: PlanSpec, epoch: int, groups: Sequence
     path = plan_path(folder, spec, epoch)
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")  # hosts may share the folder
-    try:
-        with open(temporary, "wb") as file:
-            np.save(file, epoch_rows(spec, epoch, groups))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path, fsync=True) as file:
+        np.save(file, epoch_rows(spec, epoch, groups))
     return path
 
 

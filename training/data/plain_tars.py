@@ -23,13 +23,12 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 
 from clipmill.base.errors import UserError
-from shards.packing.tar import BLOCK, padded
+from shards.packing.tar import Entry, walk
 
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")  # where a sample has several, the first of these
 STILL_EXTENSIONS = ("jpg", "jpeg")
 MAX_TEXT_BYTES = 1 << 20  # of a txt or json member; longer ones are reported and not read
 MAX_VIDEO_BYTES = 1 << 29  # of a clip: a loader holds several at a time; longer ones are reported and left out
-MAX_EXTENSION_BYTES = 1 << 16  # of a header that names a member: paths have 4,096 bytes at most
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
@@ -37,14 +36,7 @@ _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # WebDataset's rule:
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_EXTENSIONS = (
-    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
-)
-_KINDS = dict.fromkeys((tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE), "file")
-_KINDS |= {tarfile.DIRTYPE: "folder", tarfile.GNUTYPE_SPARSE: "sparse files"}
-_KINDS |= dict.fromkeys((tarfile.SYMTYPE, tarfile.LNKTYPE), "links")
-_KINDS |= dict.fromkeys((tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE), "devices")
-_WITHOUT_DATA = ("folder", "links", "devices")  # whatever size their headers say
+_PLURAL = {"sparse file": "sparse files", "link": "links", "device": "devices"}
 _THREADS = 16  # tars read at a time: remote ones wait more than they work
 _REMOTE_BLOCK_BYTES = 1 << 16  # read ahead of a remote tar's headers: most lie between members far larger than that
 
@@ -189,13 +181,6 @@ def _filesystem(url: str) -> tuple[Any, str]:
 # --- One tar
 
 
-class _Member(NamedTuple):
-    name: str
-    offset: int  # of its data
-    num_bytes: int
-    kind: str  # file, folder, or what is ignored
-
-
 @dataclass
 class _Content:
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -256,18 +241,20 @@ def _samples(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[_S
         yield current
 
 
-def _members(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[_Member]:
-    """Plain files whose data are all there, in order; what else there is, and where the tar is torn, is reported."""
+def _members(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[Entry]:
+    """Yield the plain files whose data are complete, in order; report other members, and where the tar is torn."""
     size, ignored, reached = file.seek(0, os.SEEK_END), Counter[str](), 0
     try:
-        for member in _headers(file):
-            if member.offset + member.num_bytes > size:
-                raise tarfile.ReadError(f"{member.name!r} goes past the end of the file")
-            reached = member.offset + member.num_bytes
-            if member.kind == "file":
-                yield member
-            elif member.kind != "folder":
-                ignored[member.kind] += 1
+        for entry in walk(file):
+            if entry.kind == "extension header":
+                continue
+            if entry.offset + entry.num_bytes > size:
+                raise tarfile.ReadError(f"{entry.name!r} goes past the end of the file")
+            reached = entry.offset + entry.num_bytes
+            if entry.kind == "file":
+                yield entry._replace(name=entry.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+            elif entry.kind != "folder":
+                ignored[_PLURAL.get(entry.kind, "members of no known kind")] += 1
     except (tarfile.HeaderError, tarfile.ReadError) as error:
         problems.append(Problem(path, "torn-tar", f"read up to byte {reached} of {size}: {error}"))
     problems += [
@@ -275,79 +262,7 @@ def _members(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[_M
     ]
 
 
-def _headers(file: IO[bytes]) -> Iterator[_Member]:
-    """Every member up to the end mark, long names of GNU tar and of pax followed. Raises tarfile's errors.
-
-    Read header by header rather than by `tarfile`, which takes an extension header of any size into memory, descends
-    into one that follows another, and looks for the end of some by reading on.
-    """
-    offset, said = 0, {}
-    while True:
-        block = _block(file, offset, "no end mark")
-        if not any(block):
-            return
-        info = tarfile.TarInfo.frombuf(block, "utf-8", "replace")  # one header, nothing that follows it
-        offset += BLOCK
-        if info.size < 0:
-            raise tarfile.ReadError(f"{info.name!r} has {info.size} bytes")
-        if info.type in _EXTENSIONS:
-            said |= _extension(file, info)
-            offset += padded(info.size)
-            continue
-        kind = "sparse files" if "sparse" in said else _KINDS.get(info.type, "members of no known kind")
-        if info.type == tarfile.GNUTYPE_SPARSE:
-            offset = _after_map(file, block, offset)
-        num_bytes = said.get("size", info.size) if kind not in _WITHOUT_DATA else 0
-        yield _Member(said.get("path", info.name), offset, num_bytes, kind)
-        offset, said = offset + padded(num_bytes), {}
-
-
-def _block(file: IO[bytes], offset: int, otherwise: str) -> bytes:
-    file.seek(offset)
-    block = file.read(BLOCK)
-    if len(block) < BLOCK:
-        raise tarfile.ReadError(otherwise)
-    return block
-
-
-def _after_map(file: IO[bytes], header: bytes, offset: int) -> int:
-    """Where a GNU sparse file's data begin: after the blocks that go on with the map in its header."""
-    more = header[482]
-    while more:
-        more = _block(file, offset, "a sparse file's map without an end")[504]
-        offset += BLOCK
-    return offset
-
-
-def _extension(file: IO[bytes], info: tarfile.TarInfo) -> dict[str, Any]:
-    """What an extension header says of the member after it: "path", "size", "sparse"."""
-    if info.size > MAX_EXTENSION_BYTES:
-        raise tarfile.ReadError(f"an extension header of {info.size} bytes, at most {MAX_EXTENSION_BYTES} are read")
-    data = file.read(info.size)
-    if info.type == tarfile.GNUTYPE_LONGNAME:
-        return {"path": data.partition(b"\0")[0].decode("utf-8", "replace")}
-    return _pax_records(data) if info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE) else {}
-
-
-def _pax_records(data: bytes) -> dict[str, Any]:
-    """Records of the form "LENGTH KEY=VALUE\\n", LENGTH counting all of it (POSIX pax)."""
-    said: dict[str, Any] = {}
-    while data.strip(b"\0"):
-        length = data[:20].partition(b" ")[0]
-        if not length.isdigit() or not 5 <= int(length) <= len(data):
-            raise tarfile.ReadError("an extension header that cannot be read")
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        if key == b"path":
-            said["path"] = value.decode("utf-8", "replace")
-        elif key == b"size" and value.isdigit() and len(value) < 20:
-            said["size"] = int(value)
-        elif key.startswith(b"GNU.sparse."):
-            said["sparse"] = True
-        data = data[int(length) :]
-    return said
-
-
-def _read_text(file: IO[bytes], path: str, member: _Member, problems: list[Problem]) -> str | None:
+def _read_text(file: IO[bytes], path: str, member: Entry, problems: list[Problem]) -> str | None:
     item = f"{path}/{member.name}"
     if member.num_bytes > MAX_TEXT_BYTES:
         problems.append(Problem(item, "text-too-long", f"{member.num_bytes} bytes, at most {MAX_TEXT_BYTES} are read"))

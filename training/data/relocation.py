@@ -48,7 +48,7 @@ class Places:
             return
         self._looked_at = now
         for folder in ("shards", "fragments/edited_clips"):
-            files_of(self.root).look(folder)
+            files_of(self.root).refresh(folder)
         indexes = sorted((self.root / "shards").glob("[0-9]*.parquet"))
         edited = sorted((self.root / "fragments" / "edited_clips").glob("[!.]*.parquet"))
         state = tuple((path.name, path.stat().st_mtime_ns) for path in [*indexes, *edited])

@@ -19,7 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from clipmill.base.atomic_file import atomic_file
 from clipmill.base.errors import UserError
+from clipmill.base.text import sql_literal
 from training.data.clip_query import Choice, Samples, Tables, add_neighbours, choose, choose_run, open_samples
 from training.data.edited_clips import edited_rows
 from training.data.epoch_plan import hash_selection
@@ -103,11 +105,9 @@ def write(samples: Samples, choice: Choice, path: Path) -> None:
     Reads `samples` three times, a few shards at a time: for the snapshot, for the hash, for the rows. Both are in the
     file's first bytes, so they have to be known before the rows.
     """
-    from shards.packing.tar import replacing
-
     snapshot = _snapshot(samples, choice)
     metadata = {"root": samples.root, "snapshot": snapshot, "hash": hash_selection(snapshot, _ids(samples, choice))}
-    with replacing(path, fsync=True) as file:
+    with atomic_file(path, fsync=True) as file:
         with pa.ipc.new_file(file, SELECTION.with_metadata(metadata)) as writer:
             for batch in selected_rows(samples, choice):
                 writer.write_batch(batch)
@@ -157,14 +157,14 @@ def rows_in_order(samples: Samples, choice: Choice, columns: str) -> Iterator[pa
     if choice.edited is not None:
         mask = mask & ~choice.edited
         yield edited_rows(samples, choice, columns)
-    prefix = samples.shard_prefix.replace("'", "''")
+    prefix = sql_literal(samples.shard_prefix)
     for first, last, low, high in _shard_ranges(samples):
         if not mask[low : high + 1].any():
             continue
         table = samples.arrow(
             f"""
             SELECT s.row, {columns}
-            FROM (SELECT *, rowid AS row, '{prefix}' || shard AS path FROM samples
+            FROM (SELECT *, rowid AS row, {prefix} || shard AS path FROM samples
                   WHERE shard BETWEEN ? AND ? AND rowid BETWEEN {low} AND {high}) s
             LEFT JOIN (SELECT * FROM _groups WHERE row BETWEEN {low} AND {high}) g ON g.row = s.row
             LEFT JOIN (SELECT * FROM _texts WHERE row BETWEEN {low} AND {high}) t ON t.row = s.row

@@ -11,20 +11,21 @@
 """
 
 import contextlib
-import fcntl
 import hashlib
+import math
 import os
 import queue
 import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from clipmill.base.errors import ItemError
+from clipmill.base.file_lock import is_locked, lock_file, take_lock
 from training.data.remote_files import describe, filesystem_of
 
 MOST_SHARE = 0.5  # a shard is fetched whole when the run wants more of its bytes than this
@@ -98,7 +99,7 @@ class ShardCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         digest = hashlib.blake2b(f"{address}\0{version}".encode(), digest_size=16).hexdigest()
         path = self.folder / f"{digest}-{num_bytes}.tar"
-        with _locked(self.folder / f"{digest[:2]}.lock"):  # one process fetches, the others find it
+        with lock_file(self.folder / f"{digest[:2]}.lock"):  # one process fetches, the others find it
             if _is_whole(path, num_bytes) or self._store(address, path, num_bytes):
                 copy.path, copy.num_bytes = path, num_bytes
 
@@ -107,11 +108,11 @@ class ShardCache:
         temporary = self.folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
         try:
             with contextlib.ExitStack() as stack:
-                with _locked(self.folder / "room.lock"):
+                with lock_file(self.folder / "room.lock"):
                     if not self._make_room(num_bytes):
                         return False
                     file = stack.enter_context(open(temporary, "wb"))
-                    fcntl.flock(file, fcntl.LOCK_EX)  # as long as it is held, somebody is writing
+                    take_lock(file, math.inf)  # as long as it is held, somebody is writing
                     file.truncate(num_bytes)  # counted from now on by whoever makes room
                 _stream(address, file, num_bytes)
                 os.replace(temporary, path)
@@ -126,7 +127,7 @@ class ShardCache:
         total = 0
         for entry in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):  # renamed by the process that wrote it
-                if entry.name.startswith(_TEMPORARY) and _is_abandoned(entry.path):
+                if entry.name.startswith(_TEMPORARY) and not is_locked(entry.path):
                     os.unlink(entry.path)
                     continue
                 state = entry.stat()
@@ -155,16 +156,6 @@ def _is_whole(path: Path, num_bytes: int) -> bool:
         return False
 
 
-def _is_abandoned(path: str) -> bool:
-    """Whether the process that was writing it is gone."""
-    with open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
-
-
 def _stream(address: str, file: IO[bytes], num_bytes: int) -> None:
     """Raises ItemError "truncated-shard" when the store sends another length than it announced."""
     filesystem, remote = filesystem_of(address)
@@ -176,11 +167,3 @@ def _stream(address: str, file: IO[bytes], num_bytes: int) -> None:
         raise ItemError("truncated-shard", f"{num_copied} bytes came, {num_bytes} were announced")
     file.flush()
     os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time, and one thread of it; a process that dies lets go."""
-    with open(path, "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

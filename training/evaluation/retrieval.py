@@ -30,8 +30,8 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from clipmill.base.atomic_file import atomic_file
 from clipmill.base.errors import UserError
-from shards.packing.tar import replacing
 from training.data.loader import Loader, default_processes
 from training.data.reader_pool import Request
 from training.data.sample_reader import Failure, SampleReader
@@ -287,7 +287,7 @@ def write_similarity(made: EvalFeatures, path: str | Path) -> None:
     """
     arrays = {"similarity": made.similarity_MN.numpy(), "text_to_video": made.text_to_video_M.numpy()}
     names = {"clip_ids": made.clip_ids, "texts": made.texts}
-    with replacing(path) as file:
+    with atomic_file(path) as file:
         if similarity_format(path) == ".npz":
             np.savez(file, **arrays, **{name: np.array(values, dtype=np.str_) for name, values in names.items()})
         else:

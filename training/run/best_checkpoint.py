@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
-from shards.corpus.folder import write_text_atomically
 from training.run.checkpoints import Checkpoints
 from training.run.folder import RunFolder
 from training.settings import Metric
@@ -50,7 +50,7 @@ def write_best(checkpoints: Checkpoints, best: Best | None) -> None:
     if best is None:
         _path(checkpoints).unlink(missing_ok=True)
     else:
-        write_text_atomically(_path(checkpoints), json.dumps(asdict(best), indent=1) + "\n")
+        write_text(_path(checkpoints), json.dumps(asdict(best), indent=1) + "\n")
 
 
 def read_best(checkpoints: Checkpoints) -> Best | None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from clipmill.base.atomic_file import atomic_path, sync
 from clipmill.base.errors import UserError
 from clipmill.base.settings import digest
 from training.parallel.state_dict import OptimiserState, State
@@ -100,20 +101,13 @@ class Checkpoints:
         """
         path = self.path(step)
         if not path.exists() or self.problem(step):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f".tmp-{step:08d}-{os.getpid()}"
-            try:
+            with atomic_path(path, fsync=True) as temporary:
                 _write_weights(temporary, write, tensors, ema)
                 torch.save({"optimiser": optimiser, "random": random}, temporary / "training.pt")
                 for name, write in (attach or {}).items():
                     write(temporary / name)
                 _seal(temporary, {"format": FORMAT, "step": step, "state": dict(state)})
                 self._discard(path)
-                os.rename(temporary, path)
-                _sync(self.folder)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
         self._damaged.discard(step)
         self._rotate(keep, {step, *also_keep})
         return path
@@ -189,7 +183,6 @@ class Checkpoints:
 
 
 def _write_weights(folder: Path, write: WriteWeights, tensors: State, ema: State | None) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     write(tensors, folder)
     if ema is not None:
@@ -204,8 +197,8 @@ def _seal(folder: Path, state: dict[str, Any]) -> None:
     state["digest"] = digest(state)
     (folder / "state.json").write_text(json.dumps(state, indent=1))
     for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
+        sync(file)
+    sync(folder)
 
 
 def _read_seal(folder: Path) -> dict[str, Any]:
@@ -221,11 +214,3 @@ def _read_seal(folder: Path) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

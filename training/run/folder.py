@@ -24,10 +24,10 @@ from typing import IO, Any
 
 import yaml
 
+from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
 from clipmill.base.file_lock import take_lock
 from clipmill.base.settings import Settings, read_yaml, validate_settings
-from shards.corpus.folder import write_text_atomically
 from training.run.checkpoints import Checkpoints, warn
 from training.settings import RunSettings
 
@@ -102,7 +102,7 @@ class RunFolder:
             "# A training run. Go on with `clipmill train --run DIR …`; settings change by `--set section.key=value`.\n"
         )
         text += yaml.safe_dump({"format": FORMAT, **asdict(record)}, sort_keys=False, allow_unicode=True)
-        write_text_atomically(self.record_path, text)
+        write_text(self.record_path, text)
 
     def changes(self, settings: RunSettings) -> list[str]:
         """A line for each setting that differs from the saved ones, where the run may go on with it.

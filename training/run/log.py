@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
-from shards.corpus.folder import write_text_atomically
 from training.run.throughput import Meter
 
 PLAIN_LINE_EVERY_S = 10.0  # at most, where there is no terminal to redraw
@@ -216,7 +216,7 @@ def cut_after(path: Path, step: int) -> list[dict[str, Any]]:
         if row is not None and row["step"] <= step:
             kept.append((line, row))
     if len(kept) < len(lines):
-        write_text_atomically(path, "".join(line for line, _ in kept))
+        write_text(path, "".join(line for line, _ in kept))
     return [row for _, row in kept]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
-from shards.packing.tar import replacing
+from clipmill.base.atomic_file import write_text
 
 Value = float | tuple[float, float]  # a number, or a mean and its spread: drawn as mean ± spread
 Point = tuple[float, float] | tuple[float, float, float]  # x, y and perhaps the spread of y
@@ -245,8 +245,7 @@ def _write(path: str | Path, title: str, parts: list[str]) -> Path:
     )
     ground = _shape("rect", x=0, y=0, width=WIDTH, height=HEIGHT, rx=8, fill=GROUND)
     heading = _text(LEFT, TITLE_Y, title, anchor="start", size=16, weight=600)
-    with replacing(path) as file:
-        file.write("\n".join([head, ground, heading, *parts, "</svg>", ""]).encode())
+    write_text(path, "\n".join([head, ground, heading, *parts, "</svg>", ""]))
     return Path(path)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from clipmill.base.errors import ItemError
 from clipmill.media.decode import DecodeCounts, list_by_decoding, wanted_frames
 from clipmill.media.encode import ENCODINGS, ClipEncoder, JpegSequence
-from clipmill.media.frame_stats import ClipMeasures, Look, Thumbnailer, perceptual_hash
+from clipmill.media.frame_stats import ClipStats, FrameStats, Thumbnailer, perceptual_hash
 from clipmill.media.frame_times import FrameTimes, caption_frames, choose_frames
 from clipmill.media.packets import Limits, SourceFrames, Untrusted, list_frames
 from clipmill.media.probe import open_media, video_stream
@@ -33,8 +33,8 @@ class View:
         self.picture, self._views, self._quality = picture, thumbnailer, jpeg_quality
 
     @cached_property
-    def look(self) -> Look:
-        return Look.of(self._views.colour(self.picture))
+    def look(self) -> FrameStats:
+        return FrameStats.of(self._views.colour(self.picture))
 
     @cached_property
     def hash(self) -> int:
@@ -59,7 +59,7 @@ class Clip:
         self.stills = dict.fromkeys(caption_frames(num_frames, settings.caption_frames))
         self.hashed = (0, num_frames // 2, num_frames - 1)
         self.hashes: dict[int, int] = {}
-        self.measures = ClipMeasures()
+        self.measures = ClipStats()
         self.encoder: ClipEncoder | JpegSequence | None = None
         self.size = (0, 0)
 

@@ -8,7 +8,7 @@ from pipeline.stages.cut.settings import CutSettings, SpanRequest
 from pipeline.stages.stage import Stage
 from shards.corpus.fragments import temporary_folder
 from shards.corpus.stage_query import chosen_rows
-from shards.packing.tar import Blob, write_clips_tar
+from shards.packing.tar import write_clips
 from shards.storage.mirror import files_of
 
 WANTED = """
@@ -48,7 +48,7 @@ def run_cut(task: Task) -> Result:
         outcomes = [_cut_video(task, item, folder) for item in task.items]
         rows = [row for outcome in outcomes for row in outcome.rows.get("clips", [])]
         if rows:
-            _write_tar(root / name, folder, rows)
+            write_clips(root / name, rows, lambda row: folder / row["video_id"])
             for row in rows:
                 row["tar"] = name
         return outcomes, [name] if rows else []
@@ -63,21 +63,6 @@ def _cut_video(task: Task, item: dict, folder: Path) -> Outcome:
         outcome.rows["clips"] = [{**row, **stamp} for row in result.rows]
         outcome.parts = list(result.failures)
     return outcome
-
-
-def _write_tar(path: Path, folder: Path, rows: list[dict]) -> None:
-    """Copy every clip's mp4 and caption frames into one tar and set the rows' offsets to where they are in it."""
-    blobs = []
-    for row in rows:
-        source = folder / row["video_id"]
-        blobs.append(Blob(f"{row['clip_id']}.mp4", source, row["mp4_offset"], row["num_bytes"]))
-        for index, frame in enumerate(row["frames"]):
-            blobs.append(Blob(f"{row['clip_id']}.{index}.jpg", source, frame["offset"], frame["num_bytes"]))
-    offsets = {member.name: member.offset for member in write_clips_tar(path, blobs)}
-    for row in rows:
-        row["mp4_offset"] = offsets[f"{row['clip_id']}.mp4"]
-        for index, frame in enumerate(row["frames"]):
-            frame["offset"] = offsets[f"{row['clip_id']}.{index}.jpg"]
 
 
 CUT = Stage(

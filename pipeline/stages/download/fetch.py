@@ -129,7 +129,7 @@ class _Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
-                stack.enter_context(lock_file(self.lock, WORKER_ENDS_WITHIN_S))
+                stack.enter_context(lock_file(self.lock, WORKER_ENDS_WITHIN_S, remove=True))
             except TimeoutError as error:
                 raise DownloadError("in-use", str(error)) from error
             require_right()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
+from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
 from pipeline.stages.download.address_guard import Gate, resolve
 from pipeline.stages.download.errors import DownloadError, from_http_status, from_os_error
@@ -317,6 +318,4 @@ def _read_state(path: Path) -> _State:
 
 
 def _write_state(path: Path, state: _State) -> None:
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(asdict(state)))
-    os.replace(temporary, path)
+    write_text(path, json.dumps(asdict(state)))

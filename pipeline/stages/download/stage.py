@@ -71,7 +71,7 @@ def run_download(task: Task) -> Result:
                     path.unlink()
                 raise ItemError(FORGOTTEN, "these are the bytes of a video that the corpus was told to forget")
             if not os.path.isabs(row["path"]):
-                files_of(root).written(*(str(p.relative_to(root)) for p in folder.glob(f"{item['video_id']}.*")))
+                files_of(root).upload(*(str(p.relative_to(root)) for p in folder.glob(f"{item['video_id']}.*")))
             outcome.rows["downloads"] = [row]
             outcome.parts = list(_subtitle_failures(row))
         return outcome

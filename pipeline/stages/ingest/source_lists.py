@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipmill.base.errors import UserError
+from clipmill.base.text import sql_identifier, sql_literal
 from pipeline.stages.ingest.benchmarks.sources import BENCHMARKS, is_benchmark, read_benchmark
 from pipeline.stages.ingest.given_spans import SPANS, spans_from_json
 from pipeline.stages.ingest.given_texts import TEXTS, texts_from_json
@@ -228,14 +229,14 @@ def _fields_of_table(path: Path, table: pa.Table, line: pa.Array, settings: Inge
         raise _no_url_column(path, table.column_names)
     known = {name: names[0] for name, names in columns.items()}
     others = [name for name in table.column_names if name not in known.values()]
-    picks = [f'CAST("{_quoted(known[name])}" AS VARCHAR) AS {name}' for name in TEXT_FIELDS if name in known]
+    picks = [f"CAST({sql_identifier(known[name])} AS VARCHAR) AS {name}" for name in TEXT_FIELDS if name in known]
     for name in JSON_FIELDS:
         if name in known:
-            column = f'"{_quoted(known[name])}"'
+            column = sql_identifier(known[name])
             is_text = pa.types.is_string(table.schema.field(known[name]).type)
             picks.append(f"{column if is_text else f'CAST(to_json({column}) AS VARCHAR)'} AS {name}")
     if others:
-        pairs = ", ".join(f'"{_quoted(name)}" := "{_quoted(name)}"' for name in others)
+        pairs = ", ".join(f"{sql_identifier(name)} := {sql_identifier(name)}" for name in others)
         picks.append(f"nullif(json_merge_patch('{{}}', to_json(struct_pack({pairs}))), '{{}}') AS extra")
     with duckdb.connect() as connection:
         result = connection.from_arrow(table).query("listed", f"SELECT {', '.join(picks)} FROM listed").to_arrow_table()
@@ -247,10 +248,6 @@ def _no_url_column(path: Path, names: list[str]) -> UserError:
         f"SOURCES: {path} has no URL column (its columns: {', '.join(names) or 'none'}); "
         f"allowed: {', '.join(SYNONYMS['url'])}, or name it with ingest.url_column"
     )
-
-
-def _quoted(name: str) -> str:
-    return name.replace('"', '""')
 
 
 def _columns(names: list[str], settings: IngestSettings) -> dict[str, list[str]]:
@@ -332,7 +329,7 @@ def _read_json_lines(rows: _Rows, settings: IngestSettings) -> _Rows:
 
 def _json_picks(names: list[str], columns: dict[str, list[str]]) -> str:
     def pick(name: str) -> str:
-        values = [f"text->>'{_pointer(key)}'" for key in columns.get(name, [])]
+        values = [f"text->>{sql_literal(_pointer(key))}" for key in columns.get(name, [])]
         if name == "url":
             values.append("CASE WHEN type = 'VARCHAR' THEN text->>'$' END")
         return f"coalesce({', '.join(values)}, NULL) AS {name}"
@@ -340,15 +337,15 @@ def _json_picks(names: list[str], columns: dict[str, list[str]]) -> str:
     picks = [pick(name) for name in SYNONYMS if name in columns or name == "url"]
     used = {key for keys in columns.values() for key in keys}
     if set(names) - used:
-        nothing = json.dumps(dict.fromkeys(sorted(used))).replace("'", "''")
-        rest = f"json_merge_patch('{{}}', json_merge_patch(text, '{nothing}'))"
+        nothing = sql_literal(json.dumps(dict.fromkeys(sorted(used))))
+        rest = f"json_merge_patch('{{}}', json_merge_patch(text, {nothing}))"
         picks.append(f"CASE WHEN type = 'OBJECT' THEN nullif({rest}, '{{}}') END AS extra")
     return ", ".join(picks)
 
 
 def _pointer(key: str) -> str:
-    """An object's key as a JSON pointer inside an SQL string."""
-    return "/" + key.replace("~", "~0").replace("/", "~1").replace("'", "''")
+    """Return an object's key as a JSON pointer."""
+    return "/" + key.replace("~", "~0").replace("/", "~1")
 
 
 # --- folders --------------------------------------------------------------------------------------------------------

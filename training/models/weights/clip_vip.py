@@ -7,9 +7,7 @@ names and their configuration, in the safetensors header and as JSON beside it. 
 
 import json
 import logging
-import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from clipmill.base.atomic_file import atomic_path, write_text
 from clipmill.base.errors import UserError
 from training.models.clip_vip import MAX_LOG_SCALE, ClipVip, ModelConfig, initialise_tensor
 from training.models.weights.clip_vip_names import (
@@ -138,8 +137,9 @@ def write_model(tensors: dict[str, Tensor], config: Mapping[str, Any], path: str
     weights = path if is_file else path / "model.safetensors"
     weights.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=1, sort_keys=True)
-    _replace(weights, lambda file: _write_weights(tensors, text, file))
-    _replace(path.with_suffix(".json") if is_file else path / "config.json", lambda file: file.write_text(text))
+    with atomic_path(weights, fsync=True) as temporary:
+        _write_weights(tensors, text, temporary)
+    write_text(path.with_suffix(".json") if is_file else path / "config.json", text, fsync=True)
     return weights
 
 
@@ -339,7 +339,10 @@ def _load_open_clip(name: str, tag: str | None, shape: dict[str, Any], seed: int
 
 def _write_weights(tensors: dict[str, Tensor], config: str, file: Path) -> None:
     """safetensors writes its metadata in random order; sorting them in place makes the same model the same bytes."""
+    file.touch()
+    mode = file.stat().st_mode  # safetensors would leave it unreadable to others
     save_file(tensors, file, metadata={"format": "pt", "config": config})
+    file.chmod(mode)
     with open(file, "r+b") as handle:
         size = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(size))
@@ -348,24 +351,3 @@ def _write_weights(tensors: dict[str, Tensor], config: str, file: Path) -> None:
         assert len(text) == size, "the header's length must not change"
         handle.seek(8)
         handle.write(text)
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Writes beside `path`, flushes to disk and renames: readers see the old file or the whole new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
