@@ -281,7 +281,7 @@ def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes():
     )
     commit(first, [Outcome(kinds[0], failure=ItemError("internal-error", ""))], [])
     hold(url)
-    with pytest.raises(UserError, match="another process writes the corpus by now"):
+    with pytest.raises(UserError, match="another process is writing the corpus"):
         commit(second, [Outcome(kinds[1], failure=ItemError("internal-error", ""))], [])
     assert list(Store.of(url).list("fragments/")) == [f"fragments/ledger/{first.name}.parquet"]
 

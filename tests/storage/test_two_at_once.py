@@ -143,7 +143,7 @@ def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes(co
     with process(HOLDS, root=str(corpus.root), forks=False) as holder:
         holder.stdout.readline()
         for _ in ("while the other lives", "and when it is dead, too"):
-            with pytest.raises(UserError, match="another process writes the corpus by now"):
+            with pytest.raises(UserError, match="another process is writing the corpus"):
                 commit(*failing(corpus, "b", before), [])
             holder.kill()
             holder.wait()
@@ -170,12 +170,12 @@ def test_a_download_of_a_build_before_puts_nothing_in_place(corpus, tmp_path, mo
 
     with corpus.writer():
         holder = corpus.lock_owner
-        with monkeypatch.context() as patch, pytest.raises(UserError, match="another process writes"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="another process is writing"):
             patch.setattr("pipeline.stages.download.stage._probe_in_sandbox", probe_while_another_begins)
             download_as(holder)
         assert [path.name for path in folder.rglob("*")] == ["a.part", "media"]
         shutil.rmtree(folder / "a.part")
-        with pytest.raises(UserError, match="another process writes"):
+        with pytest.raises(UserError, match="another process is writing"):
             download_as(holder)
         assert list(folder.iterdir()) == []
     with corpus.writer():
@@ -192,7 +192,7 @@ def test_a_build_whose_corpus_another_process_has_taken_over_ends(local_ray, tmp
 
     film = tmp_path / "film.mp4"
     film.write_bytes(mp4_bytes(1, 3, 0))
-    with pytest.raises(UserError, match="another process writes the corpus by now"):
+    with pytest.raises(UserError, match="another process is writing the corpus"):
         build_here(tmp_path / "corpus", [str(film)], stages=["ingest", "download"], display=TakesOver())
     assert list((tmp_path / "corpus" / "fragments" / "downloads").glob("*.parquet")) == []
 
