@@ -19,11 +19,6 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    @property
-    def is_off(self) -> bool:
-        """Whether a stage with these settings does nothing, and what it has made before does not count."""
-        return False
-
     def fingerprint(self) -> str:
         """Hash of every setting that can change what the stage writes (operational ones left out)."""
         return digest(self.model_dump(mode="json", exclude=self._operational()))
