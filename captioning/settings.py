@@ -58,10 +58,6 @@ class CaptionSettings(ModelSettings):
         return self
 
     @property
-    def is_off(self) -> bool:
-        return self.captioner is None
-
-    @property
     def samples(self) -> bool:
         """Whether chance decides what is written: then frames are captioned one by one, each with its own seed."""
         return self.generation == "top_p" or (self.generation == "top_k" and self.top_k > 1)
@@ -78,7 +74,3 @@ class ScoreSettings(ModelSettings):
         if self.model == "demo" and self.pretrained != CLIP_PRETRAINED:
             raise ValueError("the demo model has one set of weights: leave pretrained out, or set model")
         return self
-
-    @property
-    def is_off(self) -> bool:
-        return self.model is None

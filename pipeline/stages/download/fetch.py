@@ -1,10 +1,10 @@
-"""The download stage: one source → its file, its subtitle files and what is known about it.
+"""Fetch one source: its file, its subtitle files and its metadata.
 
-A source is a local file (used where it lies), an object of a store, a direct link, or a page of a site; each way ends
-in the same row of `downloads`. What comes in is hostile until probed: whatever is wrong with one source is one
-ItemError of the classes in `pipeline.stages.download.errors`. While a download runs its files lie in FOLDER/VIDEO_ID.part/,
-which a later attempt continues; final names (FOLDER/VIDEO_ID.EXT, FOLDER/VIDEO_ID.LANG.EXT) appear complete, by a
-rename, or not at all.
+A source is a local file (used where it is), an object of a store, a direct link, or a page of a site; each of them
+becomes the same kind of row of `downloads`. Every file is hostile until probed, and anything wrong with a source is one
+ItemError of the classes in `errors` beside this file. During a download the files are in FOLDER/VIDEO_ID.part/, which a
+later attempt continues; final names (FOLDER/VIDEO_ID.EXT, FOLDER/VIDEO_ID.LANG.EXT) appear complete, by a rename, or
+not at all.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Words to spans: whole sentences merged or split into a length range (HD-VILA), given spans as they are, or shots.
 
-What may come in is the words of one video in order, its duration, and what its source list or `pipeline.stages.segment.shots` says.
-What goes out are the rows of `sentences` and `spans`, and a count of everything that was left out, by reason.
+Input: the words of one video in order, its duration, and spans of its source list or shots of `shots`. Output: the rows
+of `sentences` and `spans`, and a count of everything that was left out, by reason.
 
 For spans made here (not for given ones) it holds that
   · they are in order, do not overlap, lie inside the video and last min_s to max_s;

@@ -136,12 +136,11 @@ def transcribe_video(
     """Row of `transcripts` without video_id.
 
     `subtitle_files` are dicts with path, language (or None), kind (manual, auto, given, sidecar) and format (or None).
-    Subtitles are read by `read`, by default `transcript_of_subtitles`; speech is got by `extract`, by default
-    `pipeline.stages.transcribe.speech.extract_speech`. Both meet hostile files: callers give ones that run in a sandbox. A video without
-    sound, or in which nothing is said, has origin "none" or no words; that is no failure. Subtitle files that could not
-    be used although the words come from elsewhere are appended to `problems`, else logged. Raises ItemError:
-    subtitle-unreadable where no file can be read and Whisper is off, model-unavailable, asr-failed, and what `extract`
-    raises.
+    Subtitles are read by `read`, by default `transcript_of_subtitles`; speech by `extract`, by default `extract_speech`
+    of `speech`. Both read hostile files: callers pass functions that run in a sandbox. A video without sound or speech
+    has origin "none" or no words, which is not a failure. Subtitle files that could not be used, although the words
+    come from elsewhere, are appended to `problems`, else logged. Raises ItemError: subtitle-unreadable if no file can
+    be read and Whisper is off, model-unavailable, asr-failed, and those of `extract`.
     """
     transcript, found = _read_safely(_ranked(subtitle_files, settings), settings, read or transcript_of_subtitles)
     if transcript is None and settings.whisper is not None:
