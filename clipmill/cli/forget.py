@@ -29,7 +29,9 @@ def run_forget(
     _show(console, plan)
     if dry_run or not (plan.videos or plan.urls):
         return 0
-    if not yes and not _agreed(console):
+    if not yes and not sys.stdin.isatty():
+        raise UserError("not a terminal: pass --yes to confirm or --dry-run to preview.")
+    if not yes and console.input("Forget them for good? [dim](y/N)[/] ").strip().lower() not in ("y", "yes"):
         console.print("Nothing was changed.")
         return 0
     published = forget(root, plan, reason)
@@ -62,12 +64,6 @@ def _show(console: Console, plan: ForgetPlan) -> None:
         console.print(f"[bold]{len(plan.videos):,} videos[/]: {parts}")
     elif not plan.urls:
         console.print("Nothing to do: all of them are forgotten already.")
-
-
-def _agreed(console: Console) -> bool:
-    if not sys.stdin.isatty():
-        raise UserError("not a terminal: pass --yes to confirm or --dry-run to preview.")
-    return console.input("Forget them for good? [dim](y/N)[/] ").strip().lower() in ("y", "yes")
 
 
 def run_compact(root: str | Path) -> int:

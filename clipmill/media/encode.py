@@ -99,19 +99,20 @@ class ClipEncoder:
         context.thread_count = 1
         self.time_base = 1 / rate if rate else Fraction(1, SOURCE_TICKS_PER_S)
         context.time_base = self.time_base
-        self.sound = self._add_sound() if sound_s else None
+        self.sound = None
+        if sound_s:
+            self.sound = self.container.add_stream("aac", rate=AUDIO_RATE, options={"flags": "+bitexact"})
+            self.sound.codec_context.layout = "stereo"
+            self.sound.codec_context.bit_rate = AUDIO_BITS_PER_S
         self.encoding, self.num_frames, self.tagged = encoding, 0, False
-
-    def _add_sound(self):
-        stream = self.container.add_stream("aac", rate=AUDIO_RATE, options={"flags": "+bitexact"})
-        stream.codec_context.layout = "stereo"
-        stream.codec_context.bit_rate = AUDIO_BITS_PER_S
-        return stream
 
     def add(self, picture, start_s: float, end_s: float) -> None:
         """Add a yuv420p frame. Its times (in seconds of the clip) count only if the encoder has no rate."""
         if not self.tagged:
-            _tag(self.stream.codec_context, picture, self.encoding.pix_fmt)
+            context = self.stream.codec_context
+            context.colorspace, context.color_primaries = picture.colorspace, picture.color_primaries
+            context.color_trc = picture.color_trc
+            context.color_range = 2 if self.encoding.pix_fmt.startswith("yuvj") else 1
             self.tagged = True
         if self.time_base.denominator == SOURCE_TICKS_PER_S:
             tick = round(start_s * SOURCE_TICKS_PER_S)
@@ -133,12 +134,6 @@ class ClipEncoder:
             self.container.mux(self.sound.encode(None))
         self.container.close()
         return self.file.getvalue()
-
-
-def _tag(context, picture, pix_fmt: str) -> None:
-    context.colorspace, context.color_primaries = picture.colorspace, picture.color_primaries
-    context.color_trc = picture.color_trc
-    context.color_range = 2 if pix_fmt.startswith("yuvj") else 1
 
 
 class JpegSequence:

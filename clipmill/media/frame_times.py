@@ -65,7 +65,8 @@ def choose_frames(
     if rate is None:
         chosen = np.arange(min(_nearest(frames, np.array([start_s]))[0], num_before_end - 1), num_before_end)
     else:
-        slots = _slots(start_s, min(end_s, frames.end_s), rate)
+        count = max(1, math.ceil((min(end_s, frames.end_s) - start_s - SAME_MOMENT_S) * rate))
+        slots = start_s + np.arange(count) / rate
         chosen = np.minimum(_nearest(frames, slots), num_before_end - 1)
     if len(chosen) < min_frames:
         past = end_s > frames.end_s + SAME_MOMENT_S
@@ -74,11 +75,6 @@ def choose_frames(
             "span-past-end" if past else "span-too-short", f"{message}, fewer than the required {min_frames}"
         )
     return chosen
-
-
-def _slots(start_s: float, end_s: float, rate: float) -> np.ndarray:
-    count = max(1, math.ceil((end_s - start_s - SAME_MOMENT_S) * rate))
-    return start_s + np.arange(count) / rate
 
 
 def _nearest(frames: FrameTimes, moments_s: np.ndarray) -> np.ndarray:

@@ -360,15 +360,10 @@ def _write_in_place_of(root: Path, old: str, tables: dict[str, pa.Table], ledger
     media = []
     for table in {"clips", "edited_clips"} & set(tables):
         media = [f"clips/{name}.tar"]
-        tables[table] = _copy_clips(root, media[0], tables[table])
+        rows = tables[table].to_pylist()
+        write_clips(root / media[0], rows, lambda row: files_of(root).local(row["tar"]))
+        tables[table] = pa.Table.from_pylist([row | {"tar": media[0]} for row in rows], tables[table].schema)
     write_commit(root, name, tables, ledger, media, replaces=old)
-
-
-def _copy_clips(root: Path, tar: str, clips: pa.Table) -> pa.Table:
-    """Write a tar with these clips alone, in their old order; return their rows, which point into it."""
-    rows = clips.to_pylist()
-    write_clips(root / tar, rows, lambda row: files_of(root).local(row["tar"]))
-    return pa.Table.from_pylist([row | {"tar": tar} for row in rows], clips.schema)
 
 
 def _fragments(root: Path, table: str) -> list[Path]:

@@ -210,12 +210,8 @@ def pending_shards(root: Path, plans: Iterable[ShardPlan], *, retry_missing: boo
 
     retry_missing  also those that were written without some of their clips, which may have become readable
     """
-    return [plan for plan in plans if not _is_there(root, plan, retry_missing)]
-
-
-def _is_there(root: Path, plan: ShardPlan, retry_missing: bool) -> bool:
-    stamp = _stamp_of(root, plan)
-    return stamp is not None and not (retry_missing and stamp.missing)
+    stamps = ((plan, _stamp_of(root, plan)) for plan in plans)
+    return [plan for plan, stamp in stamps if stamp is None or (retry_missing and stamp.missing)]
 
 
 def _stamp_of(root: Path, plan: ShardPlan) -> Stamp | None:
@@ -319,7 +315,8 @@ def commit_shards(root: Path, plans: list[ShardPlan], *, fsync: bool = False) ->
     if fsync and placed:
         sync(folder)
     wanted = {plan.name for plan in plans} | {plan.index_name for plan in plans}
-    stale = [name for name in files.sizes("shards") if _is_shard_file(name) and name not in wanted]
+    is_shard_file = re.compile(r"\d{6,}\.(tar|parquet)").fullmatch
+    stale = [name for name in files.sizes("shards") if is_shard_file(name) and name not in wanted]
     files.remove(*(f"shards/{name}" for name in stale))
     files.remove_folder(f"shards/{NEXT}")
     return placed, len(stale)
@@ -337,10 +334,6 @@ def place(root: Path, plan: ShardPlan) -> bool:
         files.move(next_tar, tar)
     files.move(next_index, index)
     return True
-
-
-def _is_shard_file(name: str) -> bool:
-    return re.fullmatch(r"\d{6,}\.(tar|parquet)", name) is not None
 
 
 def _pylist(rows: pa.Table) -> Iterator[dict[str, Any]]:

@@ -288,25 +288,21 @@ def _placed(sample: Sample, offset: int) -> list[Member]:
     return members
 
 
-def _header(name: str, num_bytes: int) -> tarfile.TarInfo:
-    _check_writable(name, num_bytes)
-    info = tarfile.TarInfo(name)
-    info.size, info.mode, info.uname, info.gname = num_bytes, MODE, OWNER, OWNER
-    return info
-
-
 def _check_writable(name: str, num_bytes: int) -> None:
     assert name.isascii() and 0 < len(name) <= MAX_NAME and _is_plain(name), f"not a member name: {name!r}"
     assert num_bytes <= MAX_MEMBER_BYTES, f"{name}: {num_bytes} bytes do not fit a tar member"
 
 
 def _copy(blob: Blob, tar: tarfile.TarFile) -> Member:
+    _check_writable(blob.name, blob.num_bytes)
     offset = tar.offset + BLOCK
     with open(blob.source, "rb") as source:
         source.seek(blob.offset)
         piece = _Piece(source, blob.num_bytes)
+        info = tarfile.TarInfo(blob.name)
+        info.size, info.mode, info.uname, info.gname = blob.num_bytes, MODE, OWNER, OWNER
         try:
-            tar.addfile(_header(blob.name, blob.num_bytes), piece)
+            tar.addfile(info, piece)
         except OSError as error:
             if not piece.ended_early:  # the disk's error, not the blob's
                 raise

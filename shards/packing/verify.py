@@ -385,7 +385,11 @@ class _TarReader:
         if extension in ("mp4", "jpg") and digest != row[f"{extension}_sha256"]:
             self._note(member.name, "hash-mismatch", f"its SHA-256 is {digest}")
         elif extension == "txt" and digest != sha256((row["subtitle"] or "").encode()).hexdigest():
-            self._note(member.name, "text-mismatch", f"{_short(self._text())} is not the clip's subtitle")
+            self._note(
+                member.name,
+                "text-mismatch",
+                f"{_short(self.content.decode(errors='replace'))} is not the clip's subtitle",
+            )
         elif extension == "json" and self._keeps(member):
             self._check_json(member.name, row)
         elif extension == "mp4" and self._keeps(member):
@@ -411,9 +415,6 @@ class _TarReader:
             return
         if num_frames != row["num_frames"]:
             self._note(name, "frame-count", f"{num_frames} frames decode; the manifest says {row['num_frames']}")
-
-    def _text(self) -> str:
-        return self.content.decode(errors="replace")
 
     def _note(self, item: str, kind: str, message: str) -> None:
         self.problems.append(self.shard._problem(item, kind, message))

@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any, Literal, TextIO
 
 import pyarrow as pa
+from pyarrow.types import is_decimal, is_floating, is_integer
 
 from clipmill.base.text import CONTROL, escaped, visible
 
@@ -46,7 +47,7 @@ def _write_table(reader: pa.RecordBatchReader, out: TextIO) -> int:
     else:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for name, field in zip(names, reader.schema, strict=True):
-            number = _is_number(field.type)
+            number = is_integer(field.type) or is_floating(field.type) or is_decimal(field.type)
             table.add_column(Text(name), justify="right" if number else "left", no_wrap=number, overflow="fold")
         for row in cells:
             table.add_row(*(Text(cell) for cell in row))
@@ -188,10 +189,6 @@ def _jsonable(value: Any) -> Any:
             return value
         case _:
             return str(value)  # UUIDs, and types that DuckDB may add
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
 
 
 def _distinct(names: list[str]) -> list[str]:

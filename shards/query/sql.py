@@ -165,7 +165,7 @@ def _single_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb
     except duckdb.Error as error:
         raise UserError(str(error)) from error
     if len(statements) != 1:
-        raise UserError(f"Give one statement at a time: this has {len(statements)}.")
+        raise UserError(f"One statement at a time: this has {len(statements)}.")
     if statements[0].type not in _ALLOWED:
         raise UserError(
             f"A corpus is read-only: {statements[0].type.name} is not allowed, SELECT, SHOW, DESCRIBE, SUMMARIZE and "

@@ -37,4 +37,4 @@ def test_what_packing_alone_will_not_see_is_told():
     for stages, is_told in ((["pack"], True), (["score", "pack"], False), (["cut"], False)):
         console = Console(file=io.StringIO(), width=200)
         Terminal(console).plan({"score": {"done": 34, "pending": 8}}, stages)
-        assert ("pending elsewhere: score 8" in console.file.getvalue()) == is_told
+        assert ("pending in other stages: score 8" in console.file.getvalue()) == is_told
