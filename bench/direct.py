@@ -5,16 +5,14 @@
 It takes the items from CORPUS's ledger and writes clips and shards, but no ledger, fragments or manifest.
 """
 
-import importlib
 import shutil
 import sys
 from pathlib import Path
 
-from pipeline.engine.registry import STAGES, fingerprints
+from pipeline.engine.registry import fingerprints, stages
 from pipeline.engine.settings import validate
-from pipeline.runtime.task import RUNNERS, Work, limit_threads
+from pipeline.runtime.task import Task, limit_threads
 from pipeline.stages.pack import plan_shards, select_samples
-from pipeline.stages.queries import QUERIES
 from shards.corpus.folder import Corpus
 from shards.corpus.ledger import Ledger
 from shards.packing.pack import commit_shards, rows_by_shard, write_shard
@@ -28,9 +26,9 @@ def main() -> None:
     settings = validate(corpus.load_settings())
     limit_threads()
     for stage, unit, items in _work_of(corpus, settings):
-        module, _, runner = RUNNERS[stage.name].partition(":")
-        work = Work(stage.name, unit, items, stage.settings(settings), stage.fingerprint(settings), str(out), "direct")
-        outcomes, _ = getattr(importlib.import_module(module), runner)(work)
+        section = getattr(settings, stage.name)
+        work = Task(stage.name, unit, items, section, stage.fingerprint(section), str(out), "direct")
+        outcomes, _ = stage.run(work)
         assert not any(outcome.failure for outcome in outcomes), outcomes
     with open_manifest(corpus.root) as connection:
         plans = plan_shards(select_samples(connection, settings.pack), settings.pack)
@@ -41,13 +39,13 @@ def main() -> None:
 
 def _work_of(corpus: Corpus, settings):
     """Yield all items of the finished corpus by stage and unit."""
-    ledger = Ledger(corpus.root, QUERIES)
-    names = [stage.name for stage in STAGES]
-    ledger.derive(fingerprints(settings), units=None, run_id="direct", max_attempts=1)
+    ledger = Ledger(corpus.root, stages())
+    names = [stage.name for stage in stages()]
+    ledger.refresh_state(fingerprints(settings), units=None, run_id="direct", max_attempts=1)
     for name in names:
-        ledger.force(name, ledger.items_of(name))
-    ledger.derive(fingerprints(settings), units=None, run_id="direct", max_attempts=1)
-    for stage in STAGES:
+        ledger.mark_pending(name, ledger.items_of(name))
+    ledger.refresh_state(fingerprints(settings), units=None, run_id="direct", max_attempts=1)
+    for stage in stages():
         units, by_unit = ledger.unit_of_work(stage.name), {}
         for item in ledger.work(stage.name):
             by_unit.setdefault(units[item["item_id"]], []).append(item)

@@ -84,10 +84,6 @@ class CaptionSettings(ModelSettings):
         return self
 
     @property
-    def is_off(self) -> bool:
-        return self.captioner is None
-
-    @property
     def samples(self) -> bool:
         """Return whether tokens are drawn at random; frames are then captioned one by one, each with its own seed."""
         return self.generation == "top_p" or (self.generation == "top_k" and self.top_k > 1)
@@ -110,7 +106,3 @@ class ScoreSettings(ModelSettings):
         if self.model == "demo" and self.pretrained != CLIP_PRETRAINED:
             raise ValueError("model = demo has its own weights: leave out pretrained, or set model")
         return self
-
-    @property
-    def is_off(self) -> bool:
-        return self.model is None

@@ -19,11 +19,6 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    @property
-    def is_off(self) -> bool:
-        """Return whether a stage with these settings does nothing, and its earlier results do not count."""
-        return False
-
     def fingerprint(self) -> str:
         """Return a hash of all settings that can change what the stage writes, without operational ones."""
         return digest(self.model_dump(mode="json", exclude=self._operational()))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from clipmill.base.errors import UserError
 
@@ -62,7 +63,7 @@ def build(
     """Every stage, from sources to shards. Resumes; appends what is new in SOURCES."""
     from clipmill.cli.display import Terminal
     from pipeline.engine.build import build as build_corpus
-    from pipeline.engine.registry import STAGE_NAMES
+    from pipeline.engine.registry import stage_names
     from shards.corpus.folder import Corpus
 
     if not sources:
@@ -70,7 +71,7 @@ def build(
     report = build_corpus(
         corpus,
         sources or [],
-        stages=STAGE_NAMES,
+        stages=stage_names(),
         recipe=recipe,
         assignments=set_ or [],
         command=_command(),
@@ -80,11 +81,20 @@ def build(
     raise typer.Exit(report.exit_code)
 
 
-@app.command()
+class _RunCommand(TyperCommand):
+    """`run`, which imports the stages only when its help has to name them."""
+
+    def format_help(self, ctx, formatter) -> None:
+        from pipeline.engine.registry import stage_names
+
+        *names, last = stage_names()[1:]
+        self.params[0].help = f"{', '.join(names)} or {last}."
+        super().format_help(ctx, formatter)
+
+
+@app.command(cls=_RunCommand)
 def run(
-    stage: Annotated[
-        str, typer.Argument(help="download, transcribe, segment, cut, caption, score or pack.", show_default=False)
-    ],
+    stage: Annotated[str, typer.Argument(show_default=False)],
     corpus: CorpusOption = "corpus",
     redo: Annotated[bool, typer.Option("--redo", help="Do all of it again, not only what is pending.")] = False,
     where: Annotated[
@@ -97,9 +107,8 @@ def run(
     from clipmill.cli.display import Terminal
     from pipeline.engine.build import build as build_corpus
     from pipeline.engine.build import require_stage
-    from pipeline.engine.registry import STAGE_NAMES
 
-    require_stage(stage, STAGE_NAMES[1:])
+    require_stage(stage)
     report = build_corpus(
         corpus,
         [],

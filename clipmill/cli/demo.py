@@ -15,7 +15,7 @@ from clipmill.cli.display import Terminal
 from pipeline.demo.server import serve
 from pipeline.demo.world import WorldSettings, make_world, write_sources
 from pipeline.engine.build import BuildReport, build
-from pipeline.engine.registry import STAGE_NAMES
+from pipeline.engine.registry import stage_names
 from shards.query.sql import open_manifest, run_query
 from shards.query.statistics import render, report
 
@@ -52,7 +52,7 @@ def run_demo(folder: Path, num_videos: int) -> int:
         result = build(
             corpus,
             [str(sources)],
-            stages=STAGE_NAMES,
+            stages=stage_names(),
             recipe="demo",
             assignments=[],
             command=f"clipmill build {sources} --corpus {corpus} --recipe demo",

@@ -13,8 +13,9 @@ from rich.table import Table
 from clipmill.base.console import one_line, plain_console, print_failures
 from pipeline.engine.build import BuildReport, Status, status
 from pipeline.engine.driver import Engine
-from pipeline.engine.registry import STAGES
+from pipeline.engine.registry import stages
 from pipeline.stages.ingest.stage import IngestReport
+from pipeline.stages.pack import PACK
 from shards.corpus.folder import Corpus
 
 ON_PLAIN_OUTPUT_EVERY_S = 10.0  # seconds between lines where the output is not a terminal
@@ -197,7 +198,7 @@ def _show_idle(console: Console, current: Status) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "done", "pending", "waiting", "failed", "quarantined", ""):
         table.add_column(column, justify="left" if column in ("stage", "") else "right")
-    for stage in STAGES:
+    for stage in stages():
         row = current.counts[stage.name]
         num_open = sum(row.get(status, 0) for status in OPEN)
         ended = (row.get("waiting", 0), row.get("failed", 0), row.get("quarantined", 0))
@@ -212,7 +213,7 @@ def _show_idle(console: Console, current: Status) -> None:
         "",
         "",
         "",
-        "[dim]clips → shards[/]",
+        f"[dim]{PACK.help}[/]",
     )
     console.print(table)
     if any(row.get("waiting") for row in current.counts.values()):

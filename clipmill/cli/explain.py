@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clipmill.base.text import visible
+from pipeline.engine.registry import stages
 from shards.query.explain import Row, Story, explain
 from shards.query.explain import as_json as told_as_json
 
@@ -79,6 +80,10 @@ def _clip_lines(story: Story) -> Iterator[str]:
     numbers = {name: value for name, value in story.scores.items() if isinstance(value, float)}
     if numbers:
         yield from _folded("  scores   ", ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
+    for table, rows in story.stages.items():
+        for row in rows:
+            known = ", ".join(f"{name} {value}" for name, value in row.items() if value is not None)
+            yield from _folded(f"  {table:<8} ", known)
     if story.scores.get("duplicate_group"):
         yield f"  looks like {story.scores['duplicate_group']}"
 
@@ -100,9 +105,8 @@ def _clips_lines(clips: list[Row]) -> Iterator[str]:
 
 def _history_lines(story: Story) -> Iterator[str]:
     yield f"history ({len(story.attempts)} attempts in {len(story.runs)} runs)"
-    of_clips = [
-        row for row in story.attempts if story.kind == "source" and row["stage"] in ("caption", "score", "edit")
-    ]
+    clip_stages = {"edit", *(stage.name for stage in stages() if stage.item == "clip")}
+    of_clips = [row for row in story.attempts if story.kind == "source" and row["stage"] in clip_stages]
     for stage in dict.fromkeys(row["stage"] for row in of_clips):
         ended = Counter(row["status"] for row in of_clips if row["stage"] == stage).items()
         yield f"  {stage} of clips: {', '.join(f'{count} {status}' for status, count in ended)} (--json has each)"

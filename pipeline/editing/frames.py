@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from clipmill.base.errors import ItemError
 from pipeline.editing.clips import Video
-from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_in_sandbox
-from pipeline.stages.workers import sandbox
+from pipeline.runtime.task import sandbox
+from pipeline.stages.cut.cut import cut_in_sandbox
+from pipeline.stages.cut.settings import CutSettings, SpanRequest
 from shards.packing.tar import read_member
 from training.data.clip_frames import Picture, Pixels, decode_clip
 from training.editing.boundaries import Floats, VideoClips

@@ -34,7 +34,7 @@ from pipeline.editing.report import measures
 from pipeline.editing.students import Editing, Students
 from pipeline.editing.worker import CODE_VERSION, Job, Plan, work_of
 from pipeline.engine.build import Session, session
-from pipeline.runtime.task import Outcome, Work, commit
+from pipeline.runtime.task import Outcome, Task, commit
 from shards.corpus.fragments import fragment_path
 from training.editing.boundaries import EDITS, Edited, Floats, Spans, VideoClips
 from training.editing.rounds import ROUNDS, Host, Round, State, base_spans, rounds, state_after
@@ -187,7 +187,7 @@ class CorpusHost:
         with self._session() as current:
             item = {"item_id": name, "key": digest([CODE_VERSION, name]), "attempts": 0, "cost": 0.0}
             root = str(current.corpus.root)
-            work = Work("edit", UNIT, [item], self.settings, self.editing, root, current.run_id)
+            work = Task("edit", UNIT, [item], self.settings, self.editing, root, current.run_id)
             current.ledger.load([commit(work, [Outcome(name, {"edit_rounds": [row]})], []).name])
             current.record_run(ended=True)
             current.publish()

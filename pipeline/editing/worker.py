@@ -21,8 +21,8 @@ from clipmill.base.errors import ItemError
 from clipmill.base.settings import digest
 from pipeline.editing.clips import Video, no_text
 from pipeline.editing.frames import cut_again, read_frames
-from pipeline.runtime.task import Outcome, Stopwatch, Work, commit
-from pipeline.stages.cut.cut import CutSettings, SpanRequest
+from pipeline.runtime.task import Outcome, Stopwatch, Task, commit
+from pipeline.stages.cut.settings import CutSettings, SpanRequest
 from shards.corpus.fragments import Commit, temporary_folder
 from shards.packing.tar import write_clips
 from training.data.clip_frames import Picture, Pixels
@@ -76,11 +76,11 @@ class Job:
         return (video.items[0]["fold"] + 1) % len(self.teachers)
 
 
-def work_of(plan: Plan, job: Job) -> Work:
+def work_of(plan: Plan, job: Job) -> Task:
     """The commit that a job makes."""
     ids = [video.video_id for video in job.videos] + list(job.silent)
     items = [{"item_id": name, "key": plan.key(name, job.round_number), "attempts": 0, "cost": 1.0} for name in ids]
-    return Work("edit", job.unit, items, plan.settings, plan.editing, plan.root, plan.run_id, holder=plan.holder)
+    return Task("edit", job.unit, items, plan.settings, plan.editing, plan.root, plan.run_id, holder=plan.holder)
 
 
 class Editor:

@@ -1,4 +1,4 @@
-"""`build`, `run` and what `status` knows: a session that owns the corpus, and the steps it takes.
+"""The commands `build`, `run` and `status`: a session that owns the corpus, and the steps of a build.
 
 build = ingest + every stage + pack          run STAGE = one of them
 """
@@ -17,18 +17,19 @@ from pathlib import Path
 import pyarrow as pa
 
 from clipmill.base.errors import UserError
+from pipeline.engine import registry
 from pipeline.engine.driver import Engine, EngineReport
-from pipeline.engine.registry import STAGES, Stage, fingerprints
 from pipeline.engine.settings import CorpusSettings, resolve
 from pipeline.runtime.watchdog import sweep_reports
 from pipeline.stages.ingest.stage import IngestReport, ingest_sources
 from pipeline.stages.pack import PackReport, pack_corpus, pack_state
-from pipeline.stages.queries import QUERIES
+from pipeline.stages.stage import Stage
 from shards.corpus.folder import Corpus
 from shards.corpus.fragments import fragment_path, sweep_temporaries, write_fragment
 from shards.corpus.ledger import Ledger, remove_cache
 from shards.corpus.manifest import MANIFEST_NAME, is_current, publish
 from shards.corpus.schema import MANIFEST
+from shards.query.sql import open_manifest, rows_of
 from shards.storage.s3 import MOST_COPIED_BYTES
 
 
@@ -63,16 +64,16 @@ class Session:
     def engine(self, stages: Sequence[str]) -> Engine:
         return Engine(self.corpus, self.settings, self.ledger, self.run_id, stages)
 
-    def derive_all(self) -> None:
-        self.ledger.derive(
-            fingerprints(self.settings),
+    def refresh_state(self) -> None:
+        self.ledger.refresh_state(
+            registry.fingerprints(self.settings),
             units=None,
             run_id=self.run_id,
             max_attempts=self.settings.engine.max_attempts,
         )
 
     def record_run(self, *, ended: bool) -> None:
-        """The row of this run: written when it first does something, completed when it ends."""
+        """Write the row of this run, when it first does something and again when it ends."""
         row = {
             "run_id": self.run_id,
             "command": self.command,
@@ -86,7 +87,7 @@ class Session:
         self.corpus.files.upload(str(path.relative_to(self.corpus.root)))
 
     def publish(self) -> None:
-        self.derive_all()
+        self.refresh_state()
         publish(self.ledger)
 
     def failures(self) -> list[tuple[str, str, int, str]]:
@@ -99,7 +100,8 @@ def session(
 ) -> Iterator[tuple[Session, list[str]]]:
     """Open a corpus for writing; yields it with the settings that changed. Raises UserError.
 
-    fresh  make the working database anew: rows that were deleted from it have left their bytes
+    Args:
+        fresh: make the working database anew, because rows deleted from it leave their bytes in the file.
     """
     corpus = Corpus(root)
     if not create:
@@ -107,7 +109,7 @@ def session(
     saved = corpus.load_settings() if corpus.exists else None
     settings = resolve(saved, recipe, assignments)
     _check_store(corpus, settings)
-    fingerprints(settings)  # raises for a model's file that is not there, before anything is saved
+    registry.fingerprints(settings)  # raises for a model's file that is not there, before anything is saved
     resolved = settings.model_dump(mode="json")
     corpus.create()
     with corpus.writer():
@@ -117,9 +119,9 @@ def session(
         sweep_reports(corpus.root)
         if fresh:
             remove_cache(corpus.root)
-        ledger = Ledger(corpus.root, QUERIES, memory_limit=settings.engine.driver_memory)
+        ledger = Ledger(corpus.root, registry.stages(), memory_limit=settings.engine.driver_memory)
         try:
-            ledger.synchronise()
+            ledger.sync()
             ledger.remove_orphans()
             yield Session(corpus, settings, ledger, command), difference(saved, resolved) if saved else []
         finally:
@@ -146,7 +148,7 @@ def build(
     where: str | None = None,
     display=None,
 ) -> BuildReport:
-    """Ingest `sources` where there are any, run the stages, pack where "pack" is among them, publish."""
+    """Ingest `sources` if there are any, run the named stages, pack if "pack" is among them, publish."""
     display = display or Silent()
     report = BuildReport()
     with session(root, recipe, assignments, command, create="ingest" in stages) as (current, report.changed):
@@ -155,10 +157,10 @@ def build(
         if "ingest" in stages and sources:
             report.ingest = ingest_sources(current, sources)
             display.ingested(report.ingest)
-        current.derive_all()
+        current.refresh_state()
         if redo or where:
-            _force(current, stages, where)
-            current.derive_all()
+            _mark_pending(current, stages, where)
+            current.refresh_state()
         report.pending_before = current.ledger.counts()
         display.plan(report.pending_before, stages)
         _run_stages(current, stages, report, display)
@@ -171,7 +173,7 @@ def build(
             current.corpus.files.remove(*current.ledger.sources_cut())
         if report.did_something:
             current.record_run(ended=True)
-        # A build before may have been killed between packing and publishing, or somebody has had a video forgotten.
+        # An earlier build may have been killed between packing and publishing, or a video may have been forgotten.
         if report.did_something or not is_current(current.corpus.root, current.ledger):
             current.publish()
         report.failures = current.failures()
@@ -179,15 +181,14 @@ def build(
 
 
 def _require_on(settings: CorpusSettings, stages: Sequence[str]) -> None:
-    """Whoever asks for one stage wants it done."""
-    for stage in STAGES:
-        if stages == [stage.name] and stage.settings(settings).is_off:
-            setting = "captioner" if stage.name == "caption" else "model"
-            raise UserError(f"{stage.name}.{setting} is null, so the stage is off; --set it to turn it on.")
+    """Raise UserError if the only stage asked for is off."""
+    for stage in registry.stages():
+        if list(stages) == [stage.name] and stage.is_off(getattr(settings, stage.name)):
+            raise UserError(f"{stage.name}.{stage.switch} is null, so the stage is off; --set it to turn it on.")
 
 
 def _run_stages(current: Session, stages: Sequence[str], report: BuildReport, display) -> None:
-    names = [stage.name for stage in STAGES if stage.name in stages]
+    names = [stage.name for stage in registry.stages() if stage.name in stages]
     if not current.ledger.units_with_work(names):
         return
     current.record_run(ended=False)
@@ -196,23 +197,21 @@ def _run_stages(current: Session, stages: Sequence[str], report: BuildReport, di
         report.engine = engine.run(lambda engine: display.tick(engine))
 
 
-def _force(current: Session, stages: Sequence[str], where: str | None) -> None:
-    """Make what `--redo` or `--where` names pending again."""
-    for stage in STAGES:
+def _mark_pending(current: Session, stages: Sequence[str], where: str | None) -> None:
+    """Make the items that `--redo` or `--where` names pending again."""
+    for stage in registry.stages():
         if stage.name in stages:
             named = _items_named(current.corpus, stage, where) if where else current.ledger.items_of(stage.name)
-            current.ledger.force(stage.name, named)
+            current.ledger.mark_pending(stage.name, named)
 
 
 def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
-    """Items of a stage for which an SQL condition over the manifest holds.
+    """Return the items of a stage for which an SQL condition over the manifest holds.
 
     It may use the columns of `catalog` for stages that work on clips and of `videos` for the others, and error_class,
     message, attempts and quarantined of the item's failure in this stage. Raises UserError for bad SQL.
     """
-    from shards.query.sql import open_manifest, rows_of
-
-    table, item = ("catalog", "clip_id") if stage.pool == "model" else ("videos", "video_id")
+    table, item = ("catalog", "clip_id") if stage.item == "clip" else ("videos", "video_id")
     failures = f"SELECT item_id, error_class, message, attempts, quarantined FROM failures WHERE stage = '{stage.name}'"
     sql = (
         f"SELECT DISTINCT {item} FROM (SELECT t.*, f.* EXCLUDE (item_id) FROM {table} t LEFT JOIN ({failures}) f "
@@ -244,21 +243,21 @@ class Status:
 
 
 def status(root: str | Path, assignments: list[str]) -> Status:
-    """What each stage has done, has to do and could not do, with the settings as they are or as `--set` makes them."""
+    """Count the done, pending and failed items of each stage, with the settings as saved or as `--set` makes them."""
     corpus = Corpus(root).require()
     saved = corpus.load_settings()
     settings = resolve(saved, None, assignments)
     with corpus.alone_here(), corpus.files.local_only():
         corpus.files.pull()
-        ledger = Ledger(corpus.root, QUERIES, memory_limit=settings.engine.driver_memory)
+        ledger = Ledger(corpus.root, registry.stages(), memory_limit=settings.engine.driver_memory)
         try:
-            ledger.synchronise()
+            ledger.sync()
             current = Session(corpus, settings, ledger, "status")
-            current.derive_all()
+            current.refresh_state()
             if (corpus.root / MANIFEST_NAME).exists() and not is_current(corpus.root):
-                publish(ledger)  # of another version: packing would look for columns that it has not
+                publish(ledger)  # another version wrote it: packing would look for columns that it lacks
             changed = difference(saved, settings.model_dump(mode="json"))
-            off = [stage.name for stage in STAGES if stage.settings(settings).is_off]
+            off = [stage.name for stage in registry.stages() if stage.is_off(getattr(settings, stage.name))]
             return Status(ledger.counts(), off, current.failures(), pack_state(current), changed)
         finally:
             ledger.close()
@@ -274,7 +273,7 @@ def versions() -> dict[str, str]:
 
 
 class Silent:
-    """A display that shows nothing: what tests and library callers get. `clipmill.cli.display` has the one people see."""
+    """A display that shows nothing, for tests and library callers. The command line has `clipmill.cli.display`."""
 
     def settings_changed(self, changed: list[str]) -> None: ...
     def ingested(self, report: IngestReport) -> None: ...
@@ -287,6 +286,8 @@ class Silent:
         yield
 
 
-def require_stage(name: str, known: Sequence[str]) -> None:
+def require_stage(name: str) -> None:
+    """Raise UserError unless `clipmill run` knows the stage."""
+    known = registry.stage_names()[1:]
     if name not in known:
         raise UserError(f"there is no stage {name!r}; the stages are {', '.join(known)}.")

@@ -1,65 +1,54 @@
-"""The stages in order: settings, code version, where they run. Their SQL is in `pipeline.stages.queries`."""
+"""The stages of a build, in order. A new stage is one line here.
 
-from dataclasses import dataclass
-from pathlib import Path
+A stage from another package is one entry point of the group "clipmill.stages": NAME = "MODULE:ATTRIBUTE". It runs
+after the stages below and before packing.
+"""
 
-from clipmill.base.errors import UserError
-from clipmill.base.settings import Settings, digest
-from pipeline.engine.settings import CorpusSettings
+from functools import cache
+from importlib import metadata
 
-
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    pool: str  # io: many at a time, waiting mostly · cpu: one per core · model: actors that hold models
-    code_version: int  # raised when the code writes something else for the same input and settings
-    help: str
-
-    def settings(self, settings: CorpusSettings) -> Settings:
-        return getattr(settings, self.name)
-
-    def fingerprint(self, settings: CorpusSettings) -> str | None:
-        """Hash of everything but the input that shapes what the stage writes: settings, models, code version.
-
-        None: the stage is off.
-        """
-        if self.settings(settings).is_off:
-            return None
-        return digest([self.name, self.code_version, self._identity(settings)])
-
-    def _identity(self, settings: CorpusSettings) -> str:
-        own = self.settings(settings)
-        if self.name == "caption":
-            from captioning.captioner import fingerprint_of
-
-            return fingerprint_of(own)
-        if self.name == "score":
-            from captioning.scorer import fingerprint_of
-
-            return fingerprint_of(own)
-        if self.name == "transcribe" and own.whisper and (Path(own.whisper).suffix or Path(own.whisper).is_file()):
-            return digest([own.fingerprint(), _weights_identity(own.whisper)])
-        return own.fingerprint()
-
-
-def _weights_identity(path: str) -> str:
-    from captioning.model_identity import file_sha256
-
-    if not Path(path).is_file():
-        raise UserError(f"setting transcribe.whisper = {path}: there is no such file.")
-    return file_sha256(Path(path))
-
+from pipeline.stages.caption import CAPTION
+from pipeline.stages.cut.stage import CUT
+from pipeline.stages.download.stage import DOWNLOAD
+from pipeline.stages.ingest.stage import INGEST
+from pipeline.stages.pack import PACK
+from pipeline.stages.score import SCORE
+from pipeline.stages.segment.stage import SEGMENT
+from pipeline.stages.stage import DriverStage, Stage
+from pipeline.stages.transcribe.stage import TRANSCRIBE
 
 STAGES = (
-    Stage("download", "io", 1, "URL → file, subtitles, metadata"),
-    Stage("transcribe", "cpu", 1, "subtitles or speech → words with times"),
-    Stage("segment", "cpu", 1, "words → sentences → spans"),
-    Stage("cut", "cpu", 1, "spans → clips, caption frames, motion, hashes"),
-    Stage("caption", "model", 1, "caption frames → captions"),
-    Stage("score", "model", 1, "frames and texts → similarities"),
+    INGEST,
+    DOWNLOAD,
+    TRANSCRIBE,
+    SEGMENT,
+    CUT,
+    CAPTION,
+    SCORE,
+    PACK,
 )
-STAGE_NAMES = ("ingest", *(stage.name for stage in STAGES), "pack")
+ENTRY_POINTS = "clipmill.stages"
 
 
-def fingerprints(settings: CorpusSettings) -> dict[str, str | None]:
-    return {stage.name: stage.fingerprint(settings) for stage in STAGES}
+@cache
+def all_stages() -> tuple[Stage | DriverStage, ...]:
+    """Return the stages above and those of installed packages."""
+    further = [point.load() for point in sorted(metadata.entry_points(group=ENTRY_POINTS), key=lambda p: p.name)]
+    return (*STAGES[:-1], *further, STAGES[-1])
+
+
+def stages() -> tuple[Stage, ...]:
+    """Return the stages that the ledger keeps items of: all but ingest and pack."""
+    return tuple(stage for stage in all_stages() if isinstance(stage, Stage))
+
+
+def stage_names() -> tuple[str, ...]:
+    return tuple(stage.name for stage in all_stages())
+
+
+def fingerprints(settings) -> dict[str, str | None]:
+    """Return the fingerprint of every stage, None for one that is off. `settings`: a `CorpusSettings`.
+
+    Raises UserError for a model file that the settings name and that is missing.
+    """
+    return {stage.name: stage.fingerprint(getattr(settings, stage.name)) for stage in stages()}

@@ -1,22 +1,17 @@
-"""All settings of a corpus, joined from the stages that own them; recipes; `--set stage.key=value`."""
+"""All settings of a corpus: a section per stage, and the engine's; recipes; `--set stage.key=value`."""
 
+from functools import cache
 from importlib import resources
 from typing import Any
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, create_model
 
-from captioning.settings import CaptionSettings, ScoreSettings
 from clipmill.base.settings import Settings, resolve_settings, validate_settings
-from pipeline.stages.cut.cut import CutSettings
-from pipeline.stages.download.fetch import DownloadSettings
-from pipeline.stages.ingest.ingest import IngestSettings
-from pipeline.stages.segment.segment import SegmentSettings
-from pipeline.stages.transcribe.transcribe import TranscribeSettings
-from shards.packing.pack import PackSettings
+from pipeline.engine.registry import STAGES, all_stages
 
 
 class EngineSettings(Settings):
-    """How work is spread; none of it changes what a corpus holds."""
+    """How tasks are spread over a cluster. None of these settings changes what a corpus holds."""
 
     address: str | None = None  # Ray cluster to join ("auto", "ray://…"); None: the surrounding one, or this machine
     cpus: int | None = Field(None, ge=1)  # CPUs Ray may use when it starts on this machine; None: all
@@ -37,25 +32,28 @@ class EngineSettings(Settings):
     driver_memory: str = Field("1GB", pattern=r"^\d+(MB|GB)$")  # DuckDB's limit in the driver
 
 
-class CorpusSettings(Settings):
-    ingest: IngestSettings = IngestSettings()
-    download: DownloadSettings = DownloadSettings()
-    transcribe: TranscribeSettings = TranscribeSettings()
-    segment: SegmentSettings = SegmentSettings()
-    cut: CutSettings = CutSettings()
-    caption: CaptionSettings = CaptionSettings()
-    score: ScoreSettings = ScoreSettings()
-    pack: PackSettings = PackSettings()
-    engine: EngineSettings = EngineSettings()
+@cache
+def _model(stages: tuple) -> type[Settings]:
+    """Make the settings model that has a section for each of these stages."""
+    sections = {stage.name: (stage.settings, stage.settings()) for stage in stages}
+    return create_model(
+        "CorpusSettings",
+        __base__=Settings,
+        __module__=__name__,
+        **sections,
+        engine=(EngineSettings, EngineSettings()),
+    )
 
+
+CorpusSettings = _model(STAGES)  # with stages from other packages, `resolve` and `validate` give a model that has them
 
 RECIPES = resources.files("pipeline").joinpath("recipes")
 
 
 def resolve(base: dict | None, recipe: str | None, assignments: list[str]) -> CorpusSettings:
-    """Settings from a recipe (else `base`, else the defaults) with `--set` on top. Raises UserError."""
-    return resolve_settings(CorpusSettings, RECIPES, base, recipe, assignments)
+    """Return the settings of a recipe (else `base`, else the defaults) with `--set` on top. Raises UserError."""
+    return resolve_settings(_model(all_stages()), RECIPES, base, recipe, assignments)
 
 
 def validate(data: dict[str, Any]) -> CorpusSettings:
-    return validate_settings(CorpusSettings, data)
+    return validate_settings(_model(all_stages()), data)

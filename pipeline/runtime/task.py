@@ -1,55 +1,46 @@
-"""What a Ray worker does: run one stage over a few items of one unit and commit the result.
+"""A task: some items of one unit for one stage, run by a Ray worker and committed as one result.
 
-Nothing here decides what is to be done or what counts as done; that is the ledger's. A worker gets small rows, writes
-media and fragments, and answers with a `Commit`.
+Nothing here decides which items are pending or done; that is the ledger's part. A worker gets small rows, writes media
+and fragments, and returns a `Commit`.
 """
 
-import importlib
 import os
 import resource
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
 
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import Settings
+from clipmill.media.sandbox import Sandbox
 from pipeline.runtime.watchdog import reporting
 from shards.corpus.folder import lock_owner
-from shards.corpus.fragments import Commit, commit_name, table_schema, write_commit
+from shards.corpus.fragments import Commit, commit_name, ledger_row, table_schema, write_commit
 from shards.corpus.schema import LEDGER
 from shards.storage.mirror import mirror
 from shards.storage.s3 import Store
 
-GOVERNOR = "clipmill-governor"  # name of the Ray actor that limits how hard hosts are asked
-
-RUNNERS = {  # by name: a worker imports only what its stage needs
-    "download": "pipeline.stages.workers:run_download",
-    "transcribe": "pipeline.stages.workers:run_transcribe",
-    "segment": "pipeline.stages.workers:run_segment",
-    "cut": "pipeline.stages.workers:run_cut",
-    "caption": "pipeline.stages.model_workers:run_caption",
-    "score": "pipeline.stages.model_workers:run_score",
-}
+HOST_LIMITER = "clipmill-governor"  # name of the Ray actor that limits how many requests a host gets
 
 
 @dataclass(frozen=True)
-class Work:
-    """Items of one unit for one stage. Each item has item_id, key, attempts, cost and its stage's payload columns."""
+class Task:
+    """Items of one unit for one stage. Each item has item_id, key, attempts, cost and the columns of its payload."""
 
     stage: str
     unit: str
     items: list[dict]
-    settings: Settings
+    settings: Settings  # the stage's own section
     fingerprint: str
     root: str
     run_id: str
-    store: Store | None = None  # where the corpus is, if that is no folder: `root` is then every node's mirror of it
-    holder: str = ""  # who held the corpus's lock when this was given out
+    store: Store | None = None  # the corpus's store, if it is not a folder: `root` is then each node's mirror of it
+    holder: str = ""  # owner of the corpus's lock when the task was submitted
 
     @property
     def cost(self) -> float:
@@ -62,7 +53,7 @@ class Work:
 
 @dataclass
 class Outcome:
-    """What became of one item: rows per table, or a failure; `parts` are failures inside an item that is done."""
+    """Result of one item: rows per table, or a failure. `parts` are failures inside an item that is done."""
 
     item_id: str
     rows: dict[str, list[dict]] = field(default_factory=dict)
@@ -72,45 +63,55 @@ class Outcome:
     cpu_s: float = 0.0
 
 
-def require_holder(work: Work) -> None:
-    """Raises UserError where somebody else writes the corpus by now.
+Result = tuple[list[Outcome], list[str]]  # an outcome per item, and the media files written, relative to the corpus
 
-    A worker may outlive its build by a while. The next build has swept up by then and does the same work: what this one
-    could not do for that reason is no failure, and what it has done must not replace what the other has.
+
+def require_holder(task: Task) -> None:
+    """Raise UserError if another process has become the writer of the corpus since the task was submitted.
+
+    A worker may outlive its build by a while. The next build has deleted its temporary files by then and does the same
+    work: the worker's failures say nothing about the items, and its files must not replace those of the other.
     """
-    if work.holder and lock_owner(Path(work.root), work.store) != work.holder:
-        raise UserError("another process writes the corpus by now; this work is done by its workers.")
+    if task.holder and lock_owner(Path(task.root), task.store) != task.holder:
+        raise UserError("another process is writing the corpus now; its workers do this task.")
 
 
-def execute(work: Work) -> Commit:
-    """Run the work and commit it. Whatever a single item raises becomes that item's failure."""
-    module, _, runner = RUNNERS[work.stage].partition(":")
+def execute(run: Callable[[Task], Result], task: Task) -> Commit:
+    """Run a stage's function on a task and commit the result. An error of one item becomes that item's failure."""
     started = time.perf_counter()
-    if work.store:
-        mirror(Path(work.root), work.store)
-    with reporting(Path(work.root), work.name):
-        outcomes, media = getattr(importlib.import_module(module), runner)(work)
-    return commit(work, outcomes, media, time.perf_counter() - started)
+    if task.store:
+        mirror(Path(task.root), task.store)
+    with reporting(Path(task.root), task.name):
+        outcomes, media = run(task)
+    return commit(task, outcomes, media, time.perf_counter() - started)
 
 
-def commit(work: Work, outcomes: list[Outcome], media: list[str], wall_s: float = 0.0) -> Commit:
-    """Write what became of the items as one commit named after the work. Raises UserError as `require_holder` does."""
-    items = {item["item_id"]: item for item in work.items}
-    assert set(items) == {outcome.item_id for outcome in outcomes}, "a stage must answer for every item"
+def commit(task: Task, outcomes: list[Outcome], media: list[str], wall_s: float = 0.0) -> Commit:
+    """Write the outcomes of all items as one commit named after the task. Raises UserError as `require_holder` does."""
+    items = {item["item_id"]: item for item in task.items}
+    assert set(items) == {outcome.item_id for outcome in outcomes}, f"stage {task.stage}: not one outcome per item"
     outcomes = sorted(outcomes, key=lambda outcome: outcome.item_id)
-    tables = {}
+    tables, ledger = {}, []
     for outcome in outcomes:
+        item = items[outcome.item_id]
         for table, rows in outcome.rows.items():
-            stamp = {"item_id": outcome.item_id, "unit": work.unit, "key": items[outcome.item_id]["key"]}
+            stamp = {"item_id": outcome.item_id, "unit": task.unit, "key": item["key"]}
             tables.setdefault(table, []).extend({**stamp, **row} for row in rows)
-    ledger = [row for outcome in outcomes for row in _ledger_rows(work, items[outcome.item_id], outcome)]
+        common = {"run_id": task.run_id, "unit": task.unit, "fingerprint": task.fingerprint}
+        common |= {"attempts": item["attempts"] + 1, "wall_s": outcome.wall_s, "cpu_s": outcome.cpu_s}
+        failures = [(outcome.item_id, outcome.failure)] if outcome.failure else outcome.parts
+        if outcome.failure is None:
+            num_rows = sum(len(rows) for rows in outcome.rows.values())
+            ledger.append(ledger_row(task.stage, outcome.item_id, item["key"], num_rows=num_rows, **common))
+        for item_id, error in failures:
+            ledger.append(ledger_row(task.stage, item_id, item["key"], error=error, **common))
     data = {name: pa.Table.from_pylist(rows, table_schema(name)) for name, rows in tables.items() if rows}
-    require_holder(work)
-    write_commit(Path(work.root), work.name, data, pa.Table.from_pylist(ledger, LEDGER), media)
+    require_holder(task)
+    write_commit(Path(task.root), task.name, data, pa.Table.from_pylist(ledger, LEDGER), media)
     return Commit(
-        name=work.name,
-        stage=work.stage,
-        unit=work.unit,
+        name=task.name,
+        stage=task.stage,
+        unit=task.unit,
         num_done=sum(outcome.failure is None for outcome in outcomes),
         num_failed=sum(row["status"] == "failed" for row in ledger),
         num_rows=sum(row["num_rows"] for row in ledger),
@@ -119,35 +120,11 @@ def commit(work: Work, outcomes: list[Outcome], media: list[str], wall_s: float 
     )
 
 
-def _ledger_rows(work: Work, item: dict, outcome: Outcome) -> Iterator[dict]:
-    common = {
-        "stage": work.stage,
-        "unit": work.unit,
-        "key": item["key"],
-        "fingerprint": work.fingerprint,
-        "attempts": item["attempts"] + 1,
-        "wall_s": outcome.wall_s,
-        "cpu_s": outcome.cpu_s,
-        "at": datetime.now(UTC),
-        "run_id": work.run_id,
-        "num_rows": 0,
-    }
-    if outcome.failure is None:
-        num_rows = sum(len(rows) for rows in outcome.rows.values())
-        yield {**common, "item_id": outcome.item_id, "status": "done", "num_rows": num_rows}
-        failures = outcome.parts
-    else:
-        failures = [(outcome.item_id, outcome.failure)]
-    for item_id, error in failures:
-        reason = {"error_class": error.error_class, "message": error.message, "transient": error.transient}
-        yield {**common, "item_id": item_id, "status": "failed", **reason}
-
-
-Result = tuple[list[Outcome], list[str]]  # what a runner gives: an outcome per item, media files under the corpus
+# -- for the functions of stages ------------------------------------------------------------------------------------
 
 
 class Stopwatch:
-    """Turns what one item does into an Outcome: `with Stopwatch(item_id) as outcome: outcome.rows[...] = …`."""
+    """Measure one item and turn what it raises into its failure: `with Stopwatch(item_id) as outcome: …`."""
 
     def __init__(self, item_id: str):
         self.outcome = Outcome(item_id)
@@ -172,7 +149,7 @@ class Stopwatch:
 
 
 def failure_of(error: Exception) -> ItemError:
-    """An exception nobody foresaw, as a row that tells where it came from."""
+    """Turn an unexpected exception into a failure that holds the end of its traceback."""
     if isinstance(error, OSError) and error.errno in (28, 122):
         return ItemError("disk-full", str(error), transient=True)
     where = "".join(traceback.format_exception(error)[-3:])
@@ -184,8 +161,30 @@ def _cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+@lru_cache(maxsize=1)
+def sandbox() -> Sandbox:
+    """Return this process's one sandbox: its child is started once and used for every video after."""
+    return Sandbox()
+
+
+_unavailable: dict[str, ItemError] = {}  # stage fingerprint → why its model cannot be loaded
+
+
+def load_model(load: Callable[[Settings], object], settings: Settings, fingerprint: str) -> object | ItemError:
+    """Return the model of a stage, or the ItemError "model-unavailable" of the first time that loading it failed.
+
+    So a model that cannot be loaded fails its stage's items and not the build, and is not tried again for each task.
+    """
+    if fingerprint not in _unavailable:
+        try:
+            return load(settings)
+        except (UserError, OSError) as error:
+            _unavailable[fingerprint] = ItemError("model-unavailable", str(error), transient=True)
+    return _unavailable[fingerprint]
+
+
 def limit_threads(num_threads: int = 1) -> None:
-    """Native libraries of this process use so many threads: parallelism is over items, not inside them."""
+    """Set how many threads native libraries of this process use: work is parallel over items, not inside them."""
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = str(num_threads)
     pa.set_cpu_count(num_threads)

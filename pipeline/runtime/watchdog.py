@@ -1,11 +1,11 @@
-"""Ends a worker that hangs, and leaves word of what it hung in.
+"""End a worker that hangs, and report where it hung.
 
-Decoders hang in sandboxes, which have limits of their own. What runs in the worker itself (a site's extractor, speech
-recognition, a captioner) stands under `time_limit`. When that is over, faulthandler's watching thread ends the process:
-it is written in C and needs no interpreter lock, so that a library that never gives the lock back is ended too. It
-writes where every thread stood into the work's report, which the driver finds and makes the item's failure.
+Decoders run in sandboxes, which have limits of their own. Code that runs in the worker itself (a site's extractor,
+speech recognition, a captioner) runs under `time_limit`. When the time is over, a thread of faulthandler ends the
+process: it is written in C and needs no interpreter lock, so it also ends a library that never releases the lock. It
+writes the stack of every thread into the task's report, which the driver turns into the item's failure.
 
-Without a report (outside a worker) a limit does nothing: it would end the caller.
+Outside a worker there is no report, and a limit does nothing: it would end the caller.
 """
 
 import faulthandler
@@ -18,17 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FOLDER = ".clipmill/hung"
-GRACE_S = 60.0  # for what ends by itself at the same moment, a download for one
-_EXPIRED = "Timeout ("  # how faulthandler begins
+GRACE_S = 60.0  # added to limits of code that has the same limit itself, a download for one
+_EXPIRED = "Timeout ("  # begins what faulthandler writes
 
 
 class _Limits:
-    """All limits of this process; the one that is over first counts."""
+    """All limits of this process. The one that ends first is armed."""
 
     def __init__(self):
         self.lock = threading.Lock()
         self.report = None
-        self.running: dict[int, tuple[float, str]] = {}  # number → (when it is over, what it limits)
+        self.running: dict[int, tuple[float, str]] = {}  # number → (when it ends, the message)
         self.last = 0
 
     def begin(self, limit_s: float, what: str) -> int:
@@ -59,7 +59,7 @@ _limits = _Limits()
 
 @contextmanager
 def reporting(root: Path, name: str) -> Iterator[None]:
-    """Limits inside end this process and are told in the report of the work `name`."""
+    """Let limits inside the block end this process and write the report of the task `name`."""
     path = Path(root) / FOLDER / f"{name}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     _limits.report = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
@@ -74,7 +74,7 @@ def reporting(root: Path, name: str) -> Iterator[None]:
 
 @contextmanager
 def time_limit(limit_s: float, what: str) -> Iterator[None]:
-    """The process ends when the block takes longer. From any thread; limits may overlap."""
+    """End the process if the block takes longer. Works in any thread; limits may overlap."""
     number = _limits.begin(limit_s, what)
     try:
         yield
@@ -83,7 +83,7 @@ def time_limit(limit_s: float, what: str) -> Iterator[None]:
 
 
 def take_report(root: Path, name: str) -> str | None:
-    """What the work's worker hung in; None where it died of something else. The report is gone afterwards."""
+    """Return and delete the report of a task whose worker hung; None if it died of something else."""
     path = Path(root) / FOLDER / f"{name}.txt"
     try:
         text = path.read_text(errors="replace")
@@ -94,5 +94,5 @@ def take_report(root: Path, name: str) -> str | None:
 
 
 def sweep_reports(root: Path) -> None:
-    """Of workers that were killed with their driver; only for the holder of the corpus lock."""
+    """Delete the reports of workers that were killed with their driver. Only for the owner of the corpus lock."""
     shutil.rmtree(Path(root) / FOLDER, ignore_errors=True)

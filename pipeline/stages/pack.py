@@ -1,13 +1,12 @@
-"""The pack stage: selected clips → shards, written by Ray tasks, put in place by the driver; and fresh index texts.
+"""The pack stage: selected clips → shards, written by Ray tasks and put in place by the driver; indexes get new texts.
 
-It asks the published manifest, like any reader, so the caller publishes before and after.
+It reads the published manifest like any reader, so the caller publishes before and after.
 """
 
 import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import pyarrow as pa
 
 from clipmill.base.errors import ItemError
 from clipmill.base.ray_cluster import start_ray
-from shards.corpus.fragments import fragment_path, write_commit
+from pipeline.stages.stage import DriverStage
+from shards.corpus.fragments import fragment_path, ledger_row, write_commit
 from shards.corpus.schema import LEDGER
 from shards.packing.index import read_index, refresh_index
 from shards.packing.pack import (
@@ -33,8 +33,9 @@ from shards.query.sql import open_manifest
 from shards.storage.mirror import files_of, mirror
 from shards.storage.s3 import Store
 
-FEW_SHARDS = 2  # so many are written here: starting Ray for them would take longer
-FAILURES = "pack"  # name of the one commit that holds the clips of the last packing that could not be packed
+PACK = DriverStage("pack", help="clips → shards", settings=PackSettings)
+FEW_SHARDS = 2  # at most so many are written in this process: starting Ray for them would take longer
+FAILURES = "pack"  # name of the one commit that holds the clips that the last packing left out
 
 
 @dataclass
@@ -48,7 +49,10 @@ class PackReport:
 
 
 def pack_corpus(session, display, *, write: bool, redo: bool) -> PackReport:
-    """Bring shards/ up to date with the manifest; without `write` only the texts of the indexes."""
+    """Bring shards/ up to date with the manifest; without `write` only the texts of the indexes.
+
+    `session`: of `pipeline.engine.build`.
+    """
     root, settings, started = session.corpus.root, session.settings.pack, time.perf_counter()
     report = PackReport()
     with open_manifest(root) as connection:
@@ -68,12 +72,12 @@ def pack_corpus(session, display, *, write: bool, redo: bool) -> PackReport:
 
 
 def planned(connection, settings: PackSettings) -> list[ShardPlan]:
-    """The shards that ought to exist, from the manifest."""
+    """Return the shards that ought to exist, from the manifest."""
     return plan_shards(select_samples(connection, settings), settings, reserved_slots(connection))
 
 
 def pack_state(session) -> dict[str, int]:
-    """How many samples are packed as planned, and how many are in shards that are still to be written or removed."""
+    """Count the samples that are packed as planned, and those in shards that are to be written or removed."""
     root = session.corpus.root
     if not (root / "manifest.duckdb").exists():
         return {"packed": 0, "to_pack": 0}
@@ -88,10 +92,11 @@ def pack_state(session) -> dict[str, int]:
 
 
 def _write_all(session, connection, plans: list[ShardPlan], display) -> list[tuple[str, ItemError]]:
-    """Write the shards, by Ray where there are many. Rows travel to the tasks, media never do."""
+    """Write the shards, with Ray if there are many. Rows are sent to the tasks, media are not."""
     root, fsync = session.corpus.root, session.settings.pack.fsync
     failures: list[tuple[str, ItemError]] = []
-    with _pool(session, len(plans)) as submit:
+    few = len(plans) <= FEW_SHARDS
+    with nullcontext(_InThisProcess()) if few else _RayTasks(session.settings) as submit:
         waiting, num_done = deque(), 0
         for piece in chain(rows_by_shard(connection, plans), [None]):
             if piece is not None:
@@ -103,11 +108,7 @@ def _write_all(session, connection, plans: list[ShardPlan], display) -> list[tup
     return failures
 
 
-def _pool(session, num_shards: int):
-    return nullcontext(_Here()) if num_shards <= FEW_SHARDS else _RayTasks(session.settings)
-
-
-class _Here:
+class _InThisProcess:
     width = 0
 
     def __call__(self, *arguments):
@@ -146,27 +147,8 @@ def _write(
 
 
 def _record_failures(session, failures: list[tuple[str, ItemError]]) -> None:
-    """The clips this packing had to leave out, in place of those of the one before."""
-    rows = [
-        {
-            "stage": "pack",
-            "item_id": clip_id,
-            "unit": "",
-            "key": FAILURES,
-            "fingerprint": "",
-            "status": "failed",
-            "error_class": error.error_class,
-            "message": error.message,
-            "transient": error.transient,
-            "attempts": 1,
-            "num_rows": 0,
-            "wall_s": 0.0,
-            "cpu_s": 0.0,
-            "at": datetime.now(UTC),
-            "run_id": session.run_id,
-        }
-        for clip_id, error in failures
-    ]
+    """Commit the clips that this packing left out in place of those of the one before."""
+    rows = [ledger_row("pack", clip_id, FAILURES, run_id=session.run_id, error=error) for clip_id, error in failures]
     root = session.corpus.root
     if rows:
         write_commit(root, FAILURES, {}, pa.Table.from_pylist(rows, LEDGER), [])
@@ -177,7 +159,7 @@ def _record_failures(session, failures: list[tuple[str, ItemError]]) -> None:
 
 
 def _refresh(root: Path, connection) -> int:
-    """Give every index the texts that the manifest serves now; returns how many changed."""
+    """Write into every index the texts that the manifest has now; return how many indexes changed."""
     num_changed = 0
     for path in sorted((root / "shards").glob("[0-9]*.parquet")):
         connection.register("packed", read_index(path).select(["clip_id"]))

@@ -1,8 +1,8 @@
-"""Fragments: the immutable Parquet files that workers write and that everything else can be rebuilt from.
+"""Fragments: the immutable Parquet files that workers write and from which everything else can be rebuilt.
 
-One piece of work makes one *commit*: a fragment per table it wrote, media files if any, and last of all a ledger
-fragment that names them. A commit without its ledger fragment never happened; its files are overwritten or swept.
-Names come from the work (stage, unit, items and their keys), so doing it twice lands in the same place.
+A task makes one *commit*: a fragment per table it wrote, media files if any, and last a ledger fragment that names
+them. A commit without its ledger fragment counts as never made; its files are overwritten or deleted. Names come from
+the task (stage, unit, items and their keys), so a task that runs twice writes the same files.
 """
 
 import hashlib
@@ -13,12 +13,15 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipmill.base.atomic_file import TEMPORARY, atomic_path
+from clipmill.base.errors import ItemError
 from shards.corpus.schema import LEDGER, LEDGER_COLUMNS, TABLES
 from shards.storage.mirror import files_of
 
@@ -27,7 +30,7 @@ PARQUET_END = b"PAR1"
 
 @dataclass(frozen=True)
 class Commit:
-    """What a worker tells the driver: enough to load the fragments, and nothing that grows with the media."""
+    """Result of a task: enough for the driver to load the fragments, and nothing that grows with the media."""
 
     name: str
     stage: str
@@ -40,9 +43,43 @@ class Commit:
 
 
 def commit_name(stage: str, unit: str, items: Iterable[tuple[str, str]]) -> str:
-    """Name of the commit that treats exactly these (item_id, key) pairs."""
+    """Name the commit of exactly these (item_id, key) pairs."""
     text = "\n".join(sorted(f"{item}\t{key}" for item, key in items))
     return f"{stage}-{unit}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def ledger_row(
+    stage: str,
+    item_id: str,
+    key: str,
+    *,
+    run_id: str,
+    unit: str = "",
+    fingerprint: str = "",
+    error: ItemError | None = None,
+    attempts: int = 1,
+    num_rows: int = 0,
+    wall_s: float = 0.0,
+    cpu_s: float = 0.0,
+) -> dict[str, Any]:
+    """Return the row of `LEDGER` of an item that is done now, or that failed with `error`."""
+    row = {
+        "stage": stage,
+        "item_id": item_id,
+        "unit": unit,
+        "key": key,
+        "fingerprint": fingerprint,
+        "status": "failed" if error else "done",
+        "attempts": attempts,
+        "num_rows": num_rows,
+        "wall_s": wall_s,
+        "cpu_s": cpu_s,
+        "at": datetime.now(UTC),
+        "run_id": run_id,
+    }
+    if error:
+        row |= {"error_class": error.error_class, "message": error.message, "transient": error.transient}
+    return row
 
 
 def fragment_path(root: Path, table: str, name: str) -> Path:
@@ -50,7 +87,7 @@ def fragment_path(root: Path, table: str, name: str) -> Path:
 
 
 def table_schema(table: str) -> pa.Schema:
-    """The columns of a table as they stand in its fragments."""
+    """Return the columns of a table's fragments: its own and those that name the task."""
     return pa.schema([*LEDGER_COLUMNS, *TABLES[table]])
 
 
@@ -61,7 +98,7 @@ def write_fragment(path: Path, table: pa.Table) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a Parquet file ends as all of them do, which one that was cut short does not."""
+    """Return whether a Parquet file has its end, which one that was cut short lacks."""
     with path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - len(PARQUET_END)))
         return file.read() == PARQUET_END
@@ -70,9 +107,11 @@ def is_whole(path: Path) -> bool:
 def write_commit(
     root: Path, name: str, rows: dict[str, pa.Table], ledger: pa.Table, media: list[str], replaces: str | None = None
 ) -> None:
-    """Write the fragments of one commit, the ledger last. `media`: paths under root that the rows point into.
+    """Write the fragments of one commit, the ledger's last.
 
-    replaces  a commit that this one takes the place of: it counts no more from the moment that this one is there
+    Args:
+        media: paths below root of the files that the rows point into.
+        replaces: name of a commit that this one supersedes; it stops counting when this one is complete.
     """
     outputs = {}
     for table, data in sorted(rows.items()):
@@ -90,20 +129,20 @@ def write_commit(
 
 
 def outputs_of(ledger_fragment: Path) -> dict[str, int]:
-    """Path → size of everything the commit wrote. Raises pa.ArrowInvalid for a torn file."""
+    """Return path → size of every file of the commit. Raises pa.ArrowInvalid for a torn file."""
     metadata = pq.read_schema(ledger_fragment).metadata or {}
     return json.loads(metadata.get(b"clipmill.outputs", b"{}"))
 
 
 def replaced_by(ledger_fragment: Path) -> list[str]:
-    """The commit that this one took the place of, if any."""
+    """Return the name of the commit that this one superseded, if any."""
     metadata = pq.read_schema(ledger_fragment).metadata or {}
     return [metadata[b"clipmill.replaces"].decode()] if b"clipmill.replaces" in metadata else []
 
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`, named after it and gone at the end: nobody else's, though he does the same work."""
+    """Make a folder beside `path` and delete it at the end. Another process with the same task gets another one."""
     folder = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
     folder.mkdir(parents=True)
     try:
@@ -113,7 +152,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def sweep_temporaries(root: Path) -> int:
-    """Remove what killed writers left; only for the holder of the corpus lock. Returns how many files went."""
+    """Delete the temporary files of killed writers; only for the owner of the corpus lock. Returns how many."""
     leftovers = [p for folder in ("fragments", "clips", "shards") for p in (root / folder).glob(f"**/{TEMPORARY}*")]
     leftovers += [*root.glob(f"{TEMPORARY}*"), *(root / ".clipmill").glob(f"{TEMPORARY}*")]
     for path in leftovers:

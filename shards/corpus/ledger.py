@@ -1,11 +1,11 @@
-"""The working database: every fragment loaded, and what is current, pending and failed derived from it by SQL.
+"""The working database: it holds the rows of all fragments, and finds by SQL what is current, pending and failed.
 
 It is private to the process that holds the corpus lock (`.clipmill/ledger.duckdb`), a cache of the fragments that can
 be deleted at any time. Readers get the published `manifest.duckdb` instead (`shards.corpus.manifest`).
 
 A stage is described to the ledger by its `StageQuery`: an SQL statement giving the items that ought to exist, each with
 a key that hashes the stage's fingerprint and the item's inputs. Done is the row whose key is the item's present key. So
-a changed setting, a changed input, a lost fragment and a new source are one thing: a key nobody has done yet.
+a changed setting, a changed input, a lost fragment and a new source are one thing: a key without a row.
 """
 
 import os
@@ -16,31 +16,14 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from clipmill.base.settings import digest
 from clipmill.base.text import sql_literal
 from shards.corpus.fragments import fragment_path, outputs_of, replaced_by, table_schema
 from shards.corpus.schema import LEDGER, TABLES
+from shards.corpus.stage_query import StageQuery, chosen_rows
 from shards.corpus.tombstones import read_tombstones, tombstone_files
 from shards.storage.local import Files
 from shards.storage.mirror import files_of
-
-LEDGER_VERSION = 3  # of the working database's own layout; another version is rebuilt from the fragments
-
-
-@dataclass(frozen=True)
-class StageQuery:
-    """What the ledger must know of a stage. Its SQL may use the temp tables of the stages before it.
-
-    depends  the stages whose rows `inputs` reads
-    inputs   SELECT item_id, unit, key, cost: what ought to exist (`$fingerprint` is replaced by the stage's)
-    current  statements run once the stage's done rows are chosen: they make the `current_…` tables for later stages
-    payload  SELECT item_id, … : what the worker gets for each item of `work` (item_id, key, attempts, cost)
-    """
-
-    name: str
-    depends: tuple[str, ...]
-    inputs: str
-    current: tuple[str, ...]
-    payload: str
 
 
 @dataclass(frozen=True)
@@ -51,7 +34,7 @@ class FragmentFile:
 
 
 class Ledger:
-    """Holds the connection. `memory_limit` bounds DuckDB; nothing here keeps rows in Python."""
+    """The connection to the working database. `memory_limit` bounds DuckDB; no rows are kept in Python."""
 
     def __init__(self, root: Path, stages: Sequence[StageQuery], *, memory_limit: str = "1GB", threads: int = 1):
         self.root, self.files = root, files_of(root)
@@ -59,8 +42,8 @@ class Ledger:
         self.path = root / ".clipmill" / "ledger.duckdb"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.connection = _connect(self.path, memory_limit, threads)
-        self.tombstones: tuple[str, ...] = ()  # the files that the tables obey
-        self.fingerprints: dict[str, str | None] = {}  # of the stages, as last derived
+        self.tombstones: tuple[str, ...] = ()  # names of the tombstone files that the tables take account of
+        self.fingerprints: dict[str, str | None] = {}  # of the stages, at the last `refresh_state`
         self._create_tables()
 
     def close(self) -> None:
@@ -68,8 +51,8 @@ class Ledger:
 
     # -- fragments ------------------------------------------------------------------------------------------------
 
-    def synchronise(self) -> tuple[int, int]:
-        """Load fragments that appeared, forget those that went or lost an output. Returns (loaded, forgotten)."""
+    def sync(self) -> tuple[int, int]:
+        """Load new fragments, forget those that are deleted or lack an output. Returns (loaded, forgotten)."""
         present = {file.name: file for file in _scan(self.root / "fragments" / "ledger")}
         known = {
             name: (size, mtime) for name, size, mtime in self._rows("SELECT name, num_bytes, mtime_ns FROM fragments")
@@ -83,7 +66,7 @@ class Ledger:
                 whole[name] = (file, named, unchanged)
         gone = [name for name in known if name not in whole]
         new = [name for name, (_, _, unchanged) in whole.items() if not unchanged]
-        lost = set(present) - set(whole)  # a commit that lost a part never happened
+        lost = set(present) - set(whole)  # a commit that lacks one of its files counts as never made
         self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(lost)))
         replaced = self._remove_replaced(new, whole)
         self.forget([*gone, *replaced])
@@ -91,15 +74,15 @@ class Ledger:
         return len(new), len(gone)
 
     def _remove_replaced(self, new: Iterable[str], whole: Iterable[str]) -> set[str]:
-        """Commits in whose place others are by now; whoever put those there was killed before it removed these."""
+        """Delete commits superseded by a writer that was killed before it cleaned up; return their names."""
         names = {old for name in new for old in replaced_by(fragment_path(self.root, "ledger", name))} & set(whole)
         self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(names)))
         return names
 
     def remove_orphans(self) -> int:
-        """Delete files that no commit names: what a killed worker had written before it could commit. Returns how many.
+        """Delete files that no commit names, written by workers that were killed before they could commit.
 
-        Only right after `synchronise`, when nobody is writing.
+        Returns how many. Only right after `sync`, while no worker is writing.
         """
         owned = {relative for _, outputs in self._rows("SELECT name, outputs FROM fragments") for relative in outputs}
         folders = [*(f"fragments/{table}" for table in TABLES), "clips"]
@@ -109,9 +92,10 @@ class Ledger:
         return len(orphans)
 
     def drop_superseded(self, stage: str) -> int:
-        """Delete commits of a stage whose every row was made from inputs or settings that are gone. Returns how many.
+        """Delete the commits of a stage of which no row counts any more. Returns how many.
 
-        After `derive` for all units. The ledger fragment goes first, so that a kill leaves orphans, never half commits.
+        Only after `refresh_state` for all units. The ledger fragment is deleted first, so that a kill leaves orphans
+        and never half a commit.
         """
         names = [
             name
@@ -138,7 +122,7 @@ class Ledger:
         self.connection.unregister("gone")
 
     def load(self, names: Sequence[str]) -> None:
-        """Load whole commits (again, if they were loaded before)."""
+        """Load the rows of whole commits; of those loaded before, again."""
         if not names:
             return
         self.forget(names)
@@ -160,7 +144,7 @@ class Ledger:
         self.connection.executemany("INSERT INTO fragments VALUES (?, ?, ?, ?)", files)
         self.connection.execute("COMMIT")
         if by_table["sources"]:
-            self.tombstones = ()  # some of them may be forgotten
+            self.tombstones = ()  # the new sources may have been forgotten
 
     def _insert(self, table: str, paths: list[str]) -> None:
         self.connection.execute(
@@ -169,14 +153,14 @@ class Ledger:
             [paths],
         )
 
-    # -- deriving -------------------------------------------------------------------------------------------------
+    # -- state ----------------------------------------------------------------------------------------------------
 
-    def derive(
+    def refresh_state(
         self, fingerprints: dict[str, str | None], *, units: Iterable[str] | None, run_id: str, max_attempts: int
     ) -> None:
-        """Fill the temp tables `input_S`, `chosen_S`, `state_S` and `current_…` for the given units (None: all).
+        """Fill the temporary tables `input_S`, `chosen_S`, `state_S` and `current_…` for these units (None: all).
 
-        A stage without a fingerprint is off: it has no items, and what it did before counts for nothing.
+        A stage without a fingerprint is off: it has no items, and the rows it made before do not count.
         """
         self.leave_out_forgotten()
         self.fingerprints = fingerprints
@@ -188,22 +172,27 @@ class Ledger:
             self.connection.unregister("wanted")
         for stage in self.stages.values():
             fingerprint = fingerprints[stage.name]
-            inputs = stage.inputs.replace("$fingerprint", sql_literal(fingerprint or ""))
-            inputs = inputs if fingerprint else f"SELECT * FROM ({inputs}) WHERE false"
-            self.connection.execute(f"CREATE OR REPLACE TEMP TABLE input_{stage.name} AS {inputs}")
+            wanted = stage.wanted.replace("$fingerprint", sql_literal(fingerprint or ""))
+            wanted = wanted if fingerprint else f"SELECT * FROM ({wanted}) WHERE false"
+            self.connection.execute(f"CREATE OR REPLACE TEMP TABLE input_{stage.name} AS {wanted}")
             self.connection.execute(_CHOOSE.replace("$stage", stage.name))
             self.connection.execute(
                 _STATE.replace("$stage", stage.name)
                 .replace("$run_id", sql_literal(run_id))
                 .replace("$max_attempts", str(int(max_attempts)))
             )
+            if stage.table:
+                rows = chosen_rows(stage.name, stage.table)
+                self.connection.execute(
+                    f"CREATE OR REPLACE TEMP TABLE current_{stage.table} AS SELECT * FROM ({rows}) WHERE up_to_date"
+                )
             for statement in stage.current:
                 self.connection.execute(statement)
 
     def leave_out_forgotten(self) -> None:
-        """Drops the sources that have a tombstone by now. All else is derived from sources, failures of lists apart.
+        """Delete the sources that have a tombstone: everything but the failures of lists is selected through them.
 
-        Their other rows stay in this cache until `shards.packing.compact` has it made anew.
+        Their other rows stay in this cache until `shards.packing.compact` makes it anew.
         """
         files = tombstone_files(self.root)
         if files == self.tombstones:
@@ -217,30 +206,30 @@ class Ledger:
         self.connection.unregister("to_forget")
         self.tombstones = files
 
-    def force(self, stage: str, item_ids: Sequence[str]) -> None:
-        """Make these items pending once in this run although they are done or failed."""
+    def mark_pending(self, stage: str, item_ids: Sequence[str]) -> None:
+        """Make items pending once in this run although they are done or failed."""
         self.connection.register("named", pa.table({"item_id": pa.array(list(item_ids), pa.string())}))
         self.connection.execute(f"INSERT INTO forced SELECT '{stage}', item_id FROM named")
         self.connection.unregister("named")
 
     def try_again(self, tried: Sequence[tuple[str, str, int]]) -> None:
-        """Give failures that trying again may heal one more attempt in the run in which they failed.
+        """Give retryable failures one more attempt in the run in which they failed.
 
-        tried  (stage, item_id, attempts): once an item has been tried more often than that, this counts no more
+        tried: (stage, item_id, attempts so far). It has no effect once an item has more attempts than that.
         """
         self.connection.execute("DELETE FROM once_more")
         if tried:
             self.connection.executemany("INSERT INTO once_more VALUES (?, ?, ?)", list(tried))
 
     def work(self, stage: str) -> list[dict]:
-        """What the worker needs for every item to be done of a stage, for the units derived last, in item order."""
+        """Return the payload of every pending item of a stage, in item order, in the units of the last refresh."""
         self.connection.execute(
             f"CREATE OR REPLACE TEMP TABLE work AS SELECT * FROM state_{stage} WHERE status IN ('pending', 'retry')"
         )
         return self.connection.sql(self.stages[stage].payload).to_arrow_table().to_pylist()
 
     def sources_of(self, stages: Sequence[str]) -> list[tuple[str, str]]:
-        """(video_id, path) of the downloaded videos that have work in these stages, in the units derived last."""
+        """Return (video_id, path) of the downloaded videos that have pending items in these stages."""
         wanted = " UNION ".join(
             f"SELECT item_id FROM state_{stage} WHERE status IN ('pending', 'retry')" for stage in stages
         )
@@ -253,7 +242,7 @@ class Ledger:
         )
 
     def sources_cut(self) -> list[str]:
-        """Paths of the videos that were copied here and whose clips are all cut, of the units derived last."""
+        """Return the paths of the videos that were copied into the corpus and whose clips are all cut."""
         return [
             path
             for (path,) in self._rows(
@@ -266,16 +255,16 @@ class Ledger:
         return [item_id for (item_id,) in self._rows(f"SELECT item_id FROM state_{stage} ORDER BY 1")]
 
     def standing_failures(self) -> list[tuple[str, str, int, str]]:
-        """(stage, error class, count, an example) of what failed with its present inputs and was not done since."""
+        """Return (stage, error class, count, example) of items that failed with their present inputs."""
         return self._rows(
             f"SELECT stage, error_class, count(*), min(failed_id || ': ' || message) FROM ({self.failures_sql()}) "
             "WHERE stage <> 'edit' GROUP BY ALL ORDER BY ALL"
         )
 
     def failures_sql(self) -> str:
-        """One row per item that failed and stands failed, from what was derived last for all units.
+        """Return a SELECT of the failures that stand, one row per item, after `refresh_state` for all units.
 
-        quarantined: trying again could heal it, but its attempts are used up; it waits until somebody asks for it.
+        quarantined: the failure is retryable, but its attempts are used up; only `clipmill run --where` tries it again.
         """
         quarantined = " UNION ALL ".join(
             f"SELECT '{name}', item_id FROM state_{name} WHERE status = 'quarantined'" for name in self.stages
@@ -298,14 +287,14 @@ class Ledger:
         return bool(self._rows(f"SELECT 1 FROM state_{stage} WHERE status IN ('pending', 'retry') LIMIT 1"))
 
     def unit_of_work(self, stage: str) -> dict[str, str]:
-        """Item → unit, of the items that `work` gives."""
+        """Return item → unit of the items that `work` returns."""
         return dict(self._rows(f"SELECT item_id, unit FROM state_{stage} WHERE status IN ('pending', 'retry')"))
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Stage → status → number of items, for the units derived last.
+        """Return stage → status → number of items, in the units of the last refresh.
 
-        Besides pending, retry, done and failed: `waiting`, done items whose video has work left in a stage before, and
-        which that work may make pending; `quarantined`, items whose attempts are used up.
+        Besides pending, retry, done and failed: `waiting`, done items whose video has pending items in an earlier
+        stage, which may make them pending; `quarantined`, items whose attempts are used up.
         """
         return {name: dict(self._rows(self._count_sql(name))) for name in self.stages}
 
@@ -321,11 +310,11 @@ class Ledger:
         )
 
     def _ancestors(self, stage: str) -> list[str]:
-        direct = self.stages[stage].depends
+        direct = self.stages[stage].after
         return sorted({*direct, *(a for name in direct for a in self._ancestors(name))})
 
     def units_with_work(self, stages: Iterable[str]) -> list[str]:
-        """Of none of these stages, as when shards alone are to be packed, there are none."""
+        """Return the units with pending items in these stages; none without stages, as when only packing is left."""
         union = " UNION ALL ".join(
             ["SELECT '' AS unit WHERE false"]
             + [f"SELECT unit FROM state_{stage} WHERE status IN ('pending', 'retry')" for stage in stages]
@@ -338,16 +327,11 @@ class Ledger:
         return self.connection.execute(sql, list(parameters)).fetchall()
 
     def _create_tables(self) -> None:
-        empty = {"ledger": LEDGER, **{table: table_schema(table) for table in TABLES}}
-        for table, schema in empty.items():
-            columns = schema.append(pa.field("fragment", pa.string())).empty_table()
-            self.connection.register("columns", columns)
+        for table, schema in _schemas().items():
+            self.connection.register("columns", schema.empty_table())
             self.connection.execute(f"CREATE TABLE IF NOT EXISTS {table} AS SELECT * FROM columns")
             self.connection.unregister("columns")
-        self.connection.execute(
-            "CREATE TABLE IF NOT EXISTS fragments "
-            "(name VARCHAR, num_bytes BIGINT, mtime_ns BIGINT, outputs MAP(VARCHAR, BIGINT))"
-        )
+        self.connection.execute(f"CREATE TABLE IF NOT EXISTS fragments ({_FRAGMENTS})")
         self.connection.execute("CREATE TEMP TABLE forced (stage VARCHAR, item_id VARCHAR)")
         self.connection.execute("CREATE TEMP TABLE once_more (stage VARCHAR, item_id VARCHAR, attempts INT)")
 
@@ -355,7 +339,7 @@ class Ledger:
 # The row that counts for an item: the one made with the item's present key, else the newest of another key.
 _CHOOSE = """
 CREATE OR REPLACE TEMP TABLE chosen_$stage AS
-SELECT l.item_id, i.unit, l.key, l.fragment, l.key = i.key AS fresh
+SELECT l.item_id, i.unit, l.key, l.fragment, l.key = i.key AS up_to_date
 FROM ledger l JOIN input_$stage i USING (item_id)
 WHERE l.stage = '$stage' AND l.status = 'done'
 QUALIFY row_number() OVER (PARTITION BY l.item_id ORDER BY l.key = i.key DESC, l.at DESC, l.fragment) = 1
@@ -371,13 +355,13 @@ WITH tried AS (
 )
 SELECT i.item_id, i.unit, i.key, i.cost, coalesce(t.attempts, 0) AS attempts,
        CASE WHEN f.item_id IS NOT NULL AND NOT coalesce(t.in_this_run, false) THEN 'pending'
-            WHEN c.fresh THEN 'done'
+            WHEN c.up_to_date THEN 'done'
             WHEN t.attempts IS NULL THEN 'pending'
             WHEN t.transient AND t.attempts >= $max_attempts THEN 'quarantined'
             WHEN t.transient AND (NOT t.in_this_run OR o.item_id IS NOT NULL) THEN 'retry'
             ELSE 'failed' END AS status
 FROM input_$stage i
-LEFT JOIN chosen_$stage c ON c.item_id = i.item_id AND c.fresh
+LEFT JOIN chosen_$stage c ON c.item_id = i.item_id AND c.up_to_date
 LEFT JOIN tried t ON t.item_id = i.item_id AND t.key = i.key
 LEFT JOIN (SELECT DISTINCT item_id FROM forced WHERE stage = '$stage') f ON f.item_id = i.item_id
 LEFT JOIN once_more o ON o.stage = '$stage' AND o.item_id = i.item_id AND o.attempts = t.attempts
@@ -392,7 +376,7 @@ QUALIFY row_number() OVER (PARTITION BY stage, item_id, key ORDER BY "at" DESC, 
 
 
 class _Listing:
-    """Which outputs exist with which size, one directory listing per folder instead of one stat per file."""
+    """The sizes of files, found by one listing per folder instead of one stat per file."""
 
     def __init__(self, files: Files):
         self.files, self.folders = files, {}
@@ -424,7 +408,22 @@ def _outputs_or_none(root: Path, name: str) -> dict[str, int] | None:
     try:
         return outputs_of(fragment_path(root, "ledger", name))
     except (pa.ArrowInvalid, OSError):
-        return None  # torn by a crash: counted by synchronise as a commit that never happened
+        return None  # torn by a crash: `sync` counts it as a commit that was never made
+
+
+_FRAGMENTS = "name VARCHAR, num_bytes BIGINT, mtime_ns BIGINT, outputs MAP(VARCHAR, BIGINT)"
+
+
+def _schemas() -> dict[str, pa.Schema]:
+    """Return the columns of the tables that hold the rows of fragments, each with the fragment it came from."""
+    schemas = {"ledger": LEDGER, **{table: table_schema(table) for table in TABLES}}
+    return {table: schema.append(pa.field("fragment", pa.string())) for table, schema in schemas.items()}
+
+
+def _layout() -> str:
+    """Return a hash of all columns of the working database: a file of another layout is made anew."""
+    columns = {table: [f"{field.name} {field.type}" for field in schema] for table, schema in _schemas().items()}
+    return digest([columns, _FRAGMENTS])
 
 
 def _connect(path: Path, memory_limit: str, threads: int) -> duckdb.DuckDBPyConnection:
@@ -432,9 +431,8 @@ def _connect(path: Path, memory_limit: str, threads: int) -> duckdb.DuckDBPyConn
     for attempt in (1, 2):
         try:
             connection = duckdb.connect(str(path), config=config)
-            connection.execute("CREATE TABLE IF NOT EXISTS layout AS SELECT ? AS version", [LEDGER_VERSION])
-            version = connection.execute("SELECT version FROM layout").fetchall()[0][0]
-            if version == LEDGER_VERSION:
+            connection.execute("CREATE TABLE IF NOT EXISTS layout AS SELECT ? AS version", [_layout()])
+            if connection.execute("SELECT version FROM layout").fetchall() == [(_layout(),)]:
                 connection.execute("SET TimeZone = 'UTC'")
                 return connection
             connection.close()
@@ -447,7 +445,7 @@ def _connect(path: Path, memory_limit: str, threads: int) -> duckdb.DuckDBPyConn
 
 
 def remove_cache(root: Path) -> None:
-    """The working database of a corpus, which nobody has open."""
+    """Delete the working database of a corpus. No process may have it open."""
     path = root / ".clipmill" / "ledger.duckdb"
     path.unlink(missing_ok=True)
     path.with_name(path.name + ".wal").unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Publishing `manifest.duckdb`: the snapshot that everybody else reads.
+"""Publishing `manifest.duckdb`: the snapshot that all other commands read.
 
-The file is written beside the old one and renamed over it, so a reader always opens a whole, consistent manifest,
-keeps the one it opened for as long as it likes, and never meets a lock. It holds the tables of
-`shards.corpus.schema.MANIFEST` and the views of `shards/views.sql`.
+The file is written beside the old one and renamed over it. So a reader always opens a whole, consistent manifest, keeps
+the one it opened for as long as it likes, and never waits for a lock. It holds the tables of
+`shards.corpus.schema.MANIFEST` and the views of `views.sql` beside this file.
 """
 
 from importlib import resources
@@ -17,16 +17,16 @@ from clipmill.base.text import sql_identifier, sql_literal
 from shards.corpus.fragments import is_whole
 from shards.corpus.ledger import Ledger
 from shards.corpus.near_duplicates import duplicate_groups
-from shards.corpus.schema import INDEX, MANIFEST
+from shards.corpus.schema import INDEX, MANIFEST, catalog_columns
 from shards.corpus.tombstones import FORGOTTEN, read_tombstones
 from shards.storage.local import MANIFEST_NAME, UNFINISHED
 from shards.storage.mirror import files_of
 
 
 def publish(ledger: Ledger, *, groups: bool = True) -> None:
-    """Write the manifest from what the ledger derived last, which must have been for all units.
+    """Write the manifest. The ledger's last `refresh_state` must have been for all units.
 
-    groups: False leaves out the near-duplicate groups, which take seconds where there are a million clips.
+    groups: False leaves out the near-duplicate groups, which take seconds for a million clips.
     """
     connection = ledger.connection
     path = ledger.root / MANIFEST_NAME
@@ -35,22 +35,23 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
         connection.execute(f"ATTACH {sql_literal(temporary)} AS manifest")
         try:
             for table, schema in MANIFEST.items():
-                select = _SELECT[table].replace("$columns", _columns(schema))
+                select = _SELECT.get(table, _SELECT_STAGE.replace("$table", table))
+                select = select.replace("$columns", _columns(schema))
                 connection.execute(f"CREATE TABLE manifest.{table} AS {select}")
         finally:
             connection.execute("DETACH manifest")
-        with duckdb.connect(str(temporary)) as fresh:
-            fresh.execute(_views())
-            fresh.execute(f"COMMENT ON VIEW catalog IS '{_layout()}'")
-            fresh.execute(f"COMMENT ON TABLE videos IS '{_made_from(ledger) if groups else 'unfinished'}'")
+        with duckdb.connect(str(temporary)) as manifest:
+            manifest.execute(view_statements())
+            manifest.execute(f"COMMENT ON VIEW catalog IS '{_layout()}'")
+            manifest.execute(f"COMMENT ON TABLE videos IS '{_made_from(ledger) if groups else 'unfinished'}'")
     files_of(ledger.root).upload(MANIFEST_NAME)
 
 
 def is_current(root: Path, ledger: Ledger | None = None) -> bool:
-    """Whether there is a manifest, of the tables and views that this version publishes, that obeys every tombstone.
+    """Return whether there is a manifest with this version's tables and views that leaves out all that is forgotten.
 
-    ledger  derived for all units: whether it is also what would be published now. Whoever loaded the last commits, or
-            put the last shards in place, may have been killed before it published them.
+    ledger: after `refresh_state` for all units, also whether the manifest is what would be published now. A build may
+    have been killed after it loaded the last commits or put the last shards in place, and before it published them.
     """
     path = root / MANIFEST_NAME
     if not path.is_file() or (root / UNFINISHED).exists():
@@ -67,17 +68,25 @@ def is_current(root: Path, ledger: Ledger | None = None) -> bool:
     return num_obeyed == read_tombstones(root).num_rows
 
 
-def _views() -> str:
-    return resources.files("shards.corpus").joinpath("views.sql").read_text()
+def view_statements() -> str:
+    """Return the SQL that creates the views, `catalog` with the columns that the schema declares for it."""
+    columns = catalog_columns()
+    further = dict.fromkeys(table for table, _, _ in columns if table not in _SELECT)
+    joins = [f"LEFT JOIN {table} ON {table}.clip_id = clips.clip_id" for table in further]
+    shown = [f"{table}.{name}" + ("" if name == alias else f" AS {alias}") for table, name, alias in columns]
+    template = resources.files("shards.corpus").joinpath("views.sql").read_text()
+    return template.replace("    $columns", ",\n".join(f"    {column}" for column in shown)).replace(
+        "$joins", "\n".join(joins)
+    )
 
 
 def _layout() -> str:
     tables = {table: [f"{field.name} {field.type}" for field in schema] for table, schema in MANIFEST.items()}
-    return f"layout {digest([tables, _views()])}"
+    return f"layout {digest([tables, view_statements()])}"
 
 
 def _made_from(ledger: Ledger) -> str:
-    """All that decides what a manifest holds: the settings, every row of the ledger, the shards that are in place."""
+    """Hash what decides a manifest's content: the settings, every row of the ledger, the shards that are in place."""
     rows = 'count(*), bit_xor(hash(fragment, item_id, key, status, attempts, epoch_us("at")))'
     ((num_rows, rows_hash),) = ledger.connection.execute(f"SELECT {rows} FROM ledger").fetchall()
     shards = sorted(item for item in ledger.files.sizes("shards").items() if item[0].endswith(".parquet"))
@@ -85,7 +94,7 @@ def _made_from(ledger: Ledger) -> str:
 
 
 def _prepare(ledger: Ledger, groups: bool) -> None:
-    """The inputs of the manifest that are not in the ledger: near-duplicate groups, shard indexes, runs."""
+    """Load the inputs of the manifest that are not in the ledger: near-duplicate groups, shard indexes, runs."""
     connection = ledger.connection
     only = "" if groups else " WHERE false"
     hashes = connection.sql(f"SELECT clip_id, phash FROM current_clips{only} ORDER BY clip_id").to_arrow_table()
@@ -106,7 +115,7 @@ def _load_parquet(connection: duckdb.DuckDBPyConnection, table: str, folder: Pat
     connection.register("empty", schema.empty_table())
     connection.execute(f"CREATE OR REPLACE TEMP TABLE {table} AS SELECT * FROM empty")
     connection.unregister("empty")
-    # Torn ones (a crash, and no journal): a shard is then packed again, a run's record is lost.
+    # A file may be torn by a crash: a shard is then packed again, the record of a run is lost.
     files = sorted(str(path) for path in folder.glob("[!.]*.parquet") if is_whole(path))
     if files:
         connection.execute(f"INSERT INTO {table} BY NAME SELECT {_columns(schema)} FROM read_parquet(?)", [files])
@@ -115,6 +124,9 @@ def _load_parquet(connection: duckdb.DuckDBPyConnection, table: str, folder: Pat
 def _columns(schema: pa.Schema) -> str:
     return ", ".join(sql_identifier(name) for name in schema.names)  # `at` is a reserved word
 
+
+# The table of a stage that is not named below: `current_TABLE` is what the ledger makes of it.
+_SELECT_STAGE = "SELECT $columns FROM current_$table ORDER BY clip_id"
 
 _SELECT = {
     "videos": """
@@ -136,7 +148,7 @@ _SELECT = {
     """,
     "captions": "SELECT $columns FROM current_captions ORDER BY clip_id, frame_index, fingerprint",
     "scores": """
-        SELECT s.* EXCLUDE (item_id, unit, key, fragment, fresh), g.duplicate_group
+        SELECT s.* EXCLUDE (item_id, unit, key, fragment, up_to_date), g.duplicate_group
         FROM current_scores s LEFT JOIN duplicate_groups g USING (clip_id) ORDER BY s.clip_id
     """,
     "samples": "SELECT $columns FROM indexed_samples ORDER BY shard, position",

@@ -1,9 +1,15 @@
-"""The tables of a corpus: what each fragment holds, column by column. Everything else is derived from these.
+"""The tables of a corpus, column by column. Everything else is derived from these.
 
-Every fragment table also carries the columns of `LEDGER_COLUMNS`, which say which work wrote the row. Times are seconds
-from the first frame of the video as doubles. Ids: `video_id` is [A-Za-z0-9_-]{1,64}; `clip_id` is VIDEO_ID.N; the key
-of a sample inside a tar is VIDEO_ID_NNNN, because WebDataset cuts a member's name at its first dot.
+A column says here whether it is also in the view `catalog` and in the samples of shards; the view, the late columns of
+KEY.json and the layout of the ledger follow. Every fragment table also carries `LEDGER_COLUMNS`, which name the task
+that wrote the row. Times are seconds from the first frame of the video as doubles. Ids: `video_id` is
+[A-Za-z0-9_-]{1,64}; `clip_id` is VIDEO_ID.N; the key of a sample inside a tar is VIDEO_ID_NNNN, because WebDataset cuts
+a member's name at its first dot.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
 
@@ -26,34 +32,73 @@ BIN = pa.struct([("from", DOUBLE), ("num_clips", INT64)])  # of a histogram; the
 REASON = pa.struct([("reason", STRING), ("num_clips", INT64)])
 
 
-def _schema(**columns: pa.DataType) -> pa.Schema:
-    return pa.schema(list(columns.items()))
+@dataclass(frozen=True)
+class Column:
+    """The type of a column, and where its values stand besides its own table."""
+
+    type: pa.DataType
+    in_catalog: bool | str = False
+    in_shard: bool = False
+    made_from: Literal["frame", "video", "clip"] | None = None
 
 
-# Written by the engine with every commit: one row per item tried, done or failed.
-LEDGER = _schema(
-    stage=STRING,
-    item_id=STRING,
-    unit=STRING,
-    key=STRING,  # hash of (stage fingerprint, the item's inputs): what makes a row current
-    fingerprint=STRING,
-    status=STRING,  # done | failed
-    error_class=STRING,
-    message=STRING,
-    transient=BOOL,
-    attempts=INT32,
-    num_rows=INT64,
-    wall_s=DOUBLE,
-    cpu_s=DOUBLE,
-    at=pa.timestamp("us", tz="UTC"),
-    run_id=STRING,
+def column(
+    type: pa.DataType,
+    *,
+    in_catalog: bool | str = False,
+    in_shard: bool = False,
+    made_from: Literal["frame", "video", "clip"] | None = None,
+) -> Column:
+    """Declare a column that is more than a value in its own table; for others the Arrow type is enough.
+
+    Args:
+        in_catalog: True, or the name that the column has in the view `catalog`.
+        in_shard: KEY.json holds its value as of packing. A new value does not make the shard pending.
+        made_from: the column is the SHA-256 of the caption frame, source video or mp4 that its row was made from;
+            `verify` compares it with what the clip has now.
+    """
+    assert in_catalog or not in_shard, "samples are made from rows of `catalog`"
+    return Column(type, in_catalog, in_shard, made_from)
+
+
+Columns = dict[str, Column]
+
+
+def _columns(**columns: pa.DataType | Column) -> Columns:
+    return {name: each if isinstance(each, Column) else Column(each) for name, each in columns.items()}
+
+
+def _arrow(columns: Columns) -> pa.Schema:
+    return pa.schema([(name, each.type) for name, each in columns.items()])
+
+
+# One row per item tried, done or failed. Every commit writes some (see `shards.corpus.fragments.ledger_row`).
+LEDGER = _arrow(
+    _columns(
+        stage=STRING,
+        item_id=STRING,
+        unit=STRING,
+        key=STRING,  # hash of (stage fingerprint, the item's inputs): what makes a row current
+        fingerprint=STRING,
+        status=STRING,  # done | failed
+        error_class=STRING,
+        message=STRING,
+        transient=BOOL,
+        attempts=INT32,
+        num_rows=INT64,
+        wall_s=DOUBLE,
+        cpu_s=DOUBLE,
+        at=pa.timestamp("us", tz="UTC"),
+        run_id=STRING,
+    )
 )
 
 LEDGER_COLUMNS = [("item_id", STRING), ("unit", STRING), ("key", STRING)]
 
-TABLES: dict[str, pa.Schema] = {
+# What fragments hold, by table.
+_FRAGMENTS: dict[str, Columns] = {
     # ingest: one row per distinct source
-    "sources": _schema(
+    "sources": _columns(
         video_id=STRING,
         url=STRING,  # http(s)/s3/… URL, or the absolute path of a local file
         kind=STRING,  # "url" | "file"
@@ -70,7 +115,7 @@ TABLES: dict[str, pa.Schema] = {
         ordinal=INT64,  # position in order of first sight, over the life of the corpus
     ),
     # download: one row per video that is here
-    "downloads": _schema(
+    "downloads": _columns(
         video_id=STRING,
         path=STRING,  # relative to the corpus, or absolute for local files by reference
         num_bytes=INT64,
@@ -94,7 +139,7 @@ TABLES: dict[str, pa.Schema] = {
         meta=STRING,  # further metadata as a JSON object, or null
     ),
     # transcribe: one row per video with or without speech
-    "transcripts": _schema(
+    "transcripts": _columns(
         video_id=STRING,
         language=STRING,
         origin=STRING,  # manual | auto | given | sidecar | whisper | none
@@ -105,7 +150,7 @@ TABLES: dict[str, pa.Schema] = {
         digest=STRING,  # of language and words: segmenting again is needed only when this changes
     ),
     # segment: the sentences …
-    "sentences": _schema(
+    "sentences": _columns(
         video_id=STRING,
         n=INT32,
         start_s=DOUBLE,
@@ -114,10 +159,11 @@ TABLES: dict[str, pa.Schema] = {
         num_words=INT32,
         align_cost=DOUBLE,  # mean DTW cost, 0 = every word found as it is
         clip_id=STRING,  # the span that holds it, null if it was dropped
-        source_sha256=STRING,  # of the video file that the words were heard in; null: unknown
+        # of the video file that the words were heard in; null: unknown
+        source_sha256=column(STRING, made_from="video"),
     ),
     # … and the spans chosen to become clips
-    "spans": _schema(
+    "spans": _columns(
         video_id=STRING,
         clip_id=STRING,
         n=INT32,
@@ -128,10 +174,10 @@ TABLES: dict[str, pa.Schema] = {
         num_words=INT32,
         num_sentences=INT32,
         align_cost=DOUBLE,
-        source_sha256=STRING,  # as in sentences
+        source_sha256=column(STRING, made_from="video"),  # as in sentences
     ),
     # cut: one row per clip; offsets point into clips/…tar
-    "clips": _schema(
+    "clips": _columns(
         video_id=STRING,
         clip_id=STRING,
         n=INT32,
@@ -160,32 +206,36 @@ TABLES: dict[str, pa.Schema] = {
         source_sha256=STRING,
     ),
     # caption: one row per clip, frame and captioner
-    "captions": _schema(
+    "captions": _columns(
         clip_id=STRING,
         frame_index=INT32,  # which of the clip's caption frames
-        frame_sha256=STRING,
+        frame_sha256=column(STRING, made_from="frame"),
         frame_time_s=DOUBLE,
-        captioner=STRING,
+        captioner=column(STRING, in_catalog=True, in_shard=True),
         fingerprint=STRING,
-        text=STRING,  # "" when the captioner really said nothing
-        score=DOUBLE,  # mean log-probability per token under the captioner, null where it gives none
+        text=column(STRING, in_catalog="caption", in_shard=True),  # "" when the captioner really said nothing
+        # mean log-probability per token under the captioner, null where it gives none
+        score=column(DOUBLE, in_catalog="caption_score", in_shard=True),
         num_tokens=INT32,
     ),
     # score: one row per clip
-    "scores": _schema(
+    "scores": _columns(
         clip_id=STRING,
         model=STRING,
         fingerprint=STRING,
-        frame_sha256=STRING,
-        subtitle_similarity=DOUBLE,  # cosine of frame and subtitle; null without a subtitle
-        caption_similarity=DOUBLE,  # cosine of frame and caption; null without a caption
-        text_similarity=DOUBLE,  # cosine of subtitle and caption; null unless both are there
-        words_per_s=DOUBLE,
-        repeated_word_ratio=DOUBLE,  # 1 - distinct words / words
+        frame_sha256=column(STRING, made_from="frame"),
+        # cosine of frame and subtitle; null without a subtitle
+        subtitle_similarity=column(DOUBLE, in_catalog=True, in_shard=True),
+        # cosine of frame and caption; null without a caption
+        caption_similarity=column(DOUBLE, in_catalog=True, in_shard=True),
+        # cosine of subtitle and caption; null unless both are there
+        text_similarity=column(DOUBLE, in_catalog=True, in_shard=True),
+        words_per_s=column(DOUBLE, in_catalog=True, in_shard=True),
+        repeated_word_ratio=column(DOUBLE, in_catalog=True, in_shard=True),  # 1 - distinct words / words
     ),
     # edit: boundaries that a teacher moved. One row per clip and round, whether it moved or not: those of one round
     # are the boundaries after it. Spans, texts and clips stay as they are.
-    "clip_edits": _schema(
+    "clip_edits": _columns(
         editing=STRING,  # which `clipmill edit`: a hash of its first teacher, its settings and its clips
         clip_id=STRING,
         video_id=STRING,
@@ -201,7 +251,7 @@ TABLES: dict[str, pa.Schema] = {
         reason=STRING,  # better | no-better | no-candidate | not-lowest | not-cut, with -without-source behind it
         text_md5=STRING,  # of the text that the clip was held against
     ),
-    "edit_rounds": _schema(
+    "edit_rounds": _columns(
         editing=STRING,
         round=INT32,  # 0: the warm-up, from 1 on the edits
         teacher=STRING,  # that edited; after the warm-up: the teacher it gave. Two of them are joined by "+"
@@ -223,15 +273,17 @@ TABLES: dict[str, pa.Schema] = {
     ),
 }
 # edit, too: clips cut again where the boundaries moved; span_start_s and span_end_s are those of the edit
-TABLES["edited_clips"] = pa.schema([("editing", STRING), ("round", INT32), *TABLES["clips"]])
+_FRAGMENTS["edited_clips"] = _columns(
+    editing=STRING, round=INT32, **{name: each.type for name, each in _FRAGMENTS["clips"].items()}
+)
 
 # shards/NNNNNN.parquet, and the table `samples`: one row per sample of a shard, in the tar's order
-INDEX = _schema(
+_INDEX = _columns(
     clip_id=STRING,
     video_id=STRING,
     key=STRING,
-    shard=STRING,  # "000000.tar"
-    position=INT32,  # of the sample in its tar
+    shard=column(STRING, in_catalog=True),  # "000000.tar"
+    position=column(INT32, in_catalog=True),  # of the sample in its tar
     mp4_offset=INT64,  # of the member's data, not of its header
     mp4_bytes=INT64,
     mp4_sha256=STRING,
@@ -258,19 +310,19 @@ INDEX = _schema(
 # The published manifest: what people query. `videos` joins sources, downloads and transcripts; `clips` takes its text
 # from the current spans, or from `texts` where a clip has reference texts; `captions` keeps every captioner's rows and
 # marks the one that is served; `scores` adds the near-duplicate group.
-MANIFEST: dict[str, pa.Schema] = {
-    "videos": _schema(
+_PUBLISHED: dict[str, Columns] = {
+    "videos": _columns(
         video_id=STRING,
         unit=STRING,
-        url=STRING,
-        kind=STRING,
+        url=column(STRING, in_catalog=True),
+        kind=column(STRING, in_catalog=True),
         source_id=STRING,
-        title=STRING,
-        category=STRING,
+        title=column(STRING, in_catalog=True),
+        category=column(STRING, in_catalog=True),
         language=STRING,
-        licence=STRING,
-        channel=STRING,
-        upload_date=STRING,
+        licence=column(STRING, in_catalog=True),
+        channel=column(STRING, in_catalog=True),
+        upload_date=column(STRING, in_catalog=True),
         path=STRING,  # null: not downloaded
         num_bytes=INT64,
         sha256=STRING,
@@ -278,23 +330,23 @@ MANIFEST: dict[str, pa.Schema] = {
         container=STRING,
         duration_s=DOUBLE,
         width=INT32,
-        height=INT32,
+        height=column(INT32, in_catalog="video_height"),
         fps=DOUBLE,
         video_codec=STRING,
         audio_codec=STRING,
         extractor=STRING,
-        transcript_origin=STRING,
-        word_times=STRING,
+        transcript_origin=column(STRING, in_catalog=True),
+        word_times=column(STRING, in_catalog=True),
         num_words=INT32,
-        split=STRING,
+        split=column(STRING, in_catalog=True),
         ordinal=INT64,
         extra=STRING,
         meta=STRING,
     ),
-    "sentences": TABLES["sentences"],
-    "spans": TABLES["spans"],
-    "clips": _schema(
-        **{field.name: field.type for field in TABLES["clips"]},
+    "sentences": _FRAGMENTS["sentences"],
+    "spans": _FRAGMENTS["spans"],
+    "clips": _columns(
+        **_FRAGMENTS["clips"],
         text=STRING,  # the subtitle, "" where nothing is said; of a clip with reference texts the first of them
         num_words=INT32,
         num_sentences=INT32,
@@ -304,23 +356,24 @@ MANIFEST: dict[str, pa.Schema] = {
         unit=STRING,
     ),
     # Reference texts of the clips that were cut from given spans: what a benchmark's videos are searched by.
-    "texts": _schema(
+    "texts": _columns(
         clip_id=STRING,
         n=INT32,  # from 0, in the order of the source list
-        text=STRING,
+        text=column(STRING, in_catalog="texts"),
         video_id=STRING,
-        clip_sha256=STRING,  # of the mp4 that it is about
+        clip_sha256=column(STRING, made_from="clip"),  # of the mp4 that it is about
     ),
-    "captions": _schema(**{field.name: field.type for field in TABLES["captions"]}, current=BOOL),
-    "scores": _schema(
-        **{field.name: field.type for field in TABLES["scores"]},
-        duplicate_group=STRING,  # clip_id of the group's first clip; null for a clip without near-duplicates
+    "captions": _columns(**_FRAGMENTS["captions"], current=BOOL),
+    "scores": _columns(
+        **_FRAGMENTS["scores"],
+        # clip_id of the group's first clip; null for a clip without near-duplicates
+        duplicate_group=column(STRING, in_catalog=True, in_shard=True),
     ),
-    "samples": INDEX,
-    "clip_edits": TABLES["clip_edits"],
-    "edited_clips": TABLES["edited_clips"],
-    "edit_rounds": pa.schema([*TABLES["edit_rounds"], ("at", pa.timestamp("us", tz="UTC"))]),
-    "failures": _schema(
+    "samples": _INDEX,
+    "clip_edits": _FRAGMENTS["clip_edits"],
+    "edited_clips": _FRAGMENTS["edited_clips"],
+    "edit_rounds": _columns(**_FRAGMENTS["edit_rounds"], at=pa.timestamp("us", tz="UTC")),
+    "failures": _columns(
         stage=STRING,
         item_id=STRING,
         error_class=STRING,
@@ -332,7 +385,7 @@ MANIFEST: dict[str, pa.Schema] = {
         quarantined=BOOL,  # engine.max_attempts are used up, over all runs: only `run --where` tries again
     ),
     # What the corpus was told to forget. It holds hashes alone: enough to know the video again, not to name it.
-    "forgotten": _schema(
+    "forgotten": _columns(
         video_hash=STRING,  # SHA-256 of the video_id
         url_hash=STRING,  # SHA-256 of the canonical URL
         sha256=STRING,  # of the video file; null: there was none
@@ -340,7 +393,7 @@ MANIFEST: dict[str, pa.Schema] = {
         at=pa.timestamp("us", tz="UTC"),
         places=pa.list_(PLACE),  # of its clips in the order of packing
     ),
-    "runs": _schema(
+    "runs": _columns(
         run_id=STRING,
         command=STRING,
         started_at=pa.timestamp("us", tz="UTC"),
@@ -349,6 +402,61 @@ MANIFEST: dict[str, pa.Schema] = {
         versions=STRING,  # of clipmill and what shapes its output, and the driver's peak memory in MB, as JSON
     ),
 }
+
+# Readers may query a stage's table of clips as it is, unless it is published with other columns above.
+_PUBLISHED |= {table: each for table, each in _FRAGMENTS.items() if "clip_id" in each and table not in _PUBLISHED}
+
+TABLES: dict[str, pa.Schema] = {table: _arrow(columns) for table, columns in _FRAGMENTS.items()}
+MANIFEST: dict[str, pa.Schema] = {table: _arrow(columns) for table, columns in _PUBLISHED.items()}
+INDEX = _arrow(_INDEX)
+
+
+def add_table(table: str, **columns: pa.DataType | Column) -> None:
+    """Declare the table of a stage from another package: one row per clip, with a column `clip_id`.
+
+    Call it at the top of the module that holds the stage, so that every process that loads the stage knows the table.
+    """
+    assert "clip_id" in columns, f"table {table}: it needs a column clip_id"
+    _PUBLISHED[table] = _FRAGMENTS[table] = _columns(**columns)
+    MANIFEST[table] = TABLES[table] = _arrow(_columns(**columns))
+
+
+# `catalog` shows all columns of clips, then these in the order that users know, then those that were declared later.
+_CATALOG_ORDER = (
+    "caption", "captioner", "caption_score", "subtitle_similarity", "caption_similarity", "text_similarity",
+    "words_per_s", "repeated_word_ratio", "duplicate_group", "title", "category", "channel", "licence", "url", "kind",
+    "upload_date", "transcript_origin", "word_times", "video_height", "split", "texts", "shard", "position",
+)  # fmt: skip
+
+
+def catalog_columns() -> list[tuple[str, str, str]]:
+    """(table, its column, the name in the view) of the columns that `catalog` shows besides those of clips."""
+    shown = [
+        (table, name, name if each.in_catalog is True else each.in_catalog)
+        for table, columns in _PUBLISHED.items()
+        for name, each in columns.items()
+        if each.in_catalog and table != "clips"
+    ]
+    known = {name: place for place, name in enumerate(_CATALOG_ORDER)}
+    return sorted(shown, key=lambda column: known.get(column[2], len(known)))
+
+
+def late_columns() -> list[str]:
+    """Names in `catalog` of the columns that KEY.json holds as of packing and that are no part of a shard's key."""
+    return [
+        name if each.in_catalog is True else each.in_catalog
+        for columns in _PUBLISHED.values()
+        for name, each in columns.items()
+        if each.in_shard
+    ]
+
+
+def origins() -> Iterator[tuple[str, str, str]]:
+    """(table, column, what the column is the hash of: frame, video or clip) of all tables."""
+    for table, columns in _PUBLISHED.items():
+        for name, each in columns.items():
+            if each.made_from:
+                yield table, name, each.made_from
 
 
 def sample_key(clip_id: str) -> str:

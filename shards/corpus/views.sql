@@ -1,41 +1,24 @@
--- The views of a manifest, made over the tables of `MANIFEST` in shards/corpus/schema.py. One row of `catalog` is one clip with
--- everything known of it: `pack.where` and training's selections are conditions on it.
+-- The views of a manifest, made over the tables of `MANIFEST` in shards/corpus/schema.py. One row of `catalog` is one
+-- clip with everything known of it: `pack.where` and training's selections are conditions on it.
 
 -- One row per clip: the clip, its text (what is said in it, or its first reference text), its served caption, its
--- scores, its video, its reference texts, its shard.
+-- scores, its video, its reference texts, its shard. `is_duplicate` is true for all clips of a near-duplicate group but
+-- the first, so that `WHERE NOT is_duplicate` keeps one of each. `$columns` are those that schema.py declares with
+-- in_catalog, `$joins` the tables of further stages that have such a column.
 CREATE OR REPLACE VIEW catalog AS
 SELECT
-    c.* EXCLUDE (language),
-    coalesce(c.language, v.language) AS language,
-    t.text AS caption,
-    t.captioner,
-    t.score AS caption_score,
-    s.subtitle_similarity,
-    s.caption_similarity,
-    s.text_similarity,
-    s.words_per_s,
-    s.repeated_word_ratio,
-    s.duplicate_group,
-    v.title,
-    v.category,
-    v.channel,
-    v.licence,
-    v.url,
-    v.kind,
-    v.upload_date,
-    v.transcript_origin,
-    v.word_times,
-    v.height AS video_height,
-    v.split,
-    r.texts,
-    p.shard,
-    p.position
-FROM clips c
-LEFT JOIN videos v ON v.video_id = c.video_id
-LEFT JOIN (SELECT * FROM captions WHERE current AND frame_index = 0) t ON t.clip_id = c.clip_id
-LEFT JOIN scores s ON s.clip_id = c.clip_id
-LEFT JOIN (SELECT clip_id, list(text ORDER BY n) AS texts FROM texts GROUP BY clip_id) r ON r.clip_id = c.clip_id
-LEFT JOIN samples p ON p.clip_id = c.clip_id;
+    clips.* EXCLUDE (language),
+    coalesce(clips.language, videos.language) AS language,
+    $columns,
+    coalesce(scores.duplicate_group <> clips.clip_id, false) AS is_duplicate
+FROM clips
+LEFT JOIN videos ON videos.video_id = clips.video_id
+LEFT JOIN (SELECT * FROM captions WHERE current AND frame_index = 0) captions ON captions.clip_id = clips.clip_id
+LEFT JOIN scores ON scores.clip_id = clips.clip_id
+LEFT JOIN (SELECT clip_id, list(text ORDER BY n) AS text FROM texts GROUP BY clip_id) texts
+    ON texts.clip_id = clips.clip_id
+LEFT JOIN samples ON samples.clip_id = clips.clip_id
+$joins;
 
 -- One row: the sums that a corpus is described by. A sentence counts when a clip holds it.
 CREATE OR REPLACE VIEW totals AS

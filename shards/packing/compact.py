@@ -28,12 +28,11 @@ import pyarrow.parquet as pq
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import digest
 from shards.corpus.fragments import commit_name, fragment_path, outputs_of, write_commit, write_fragment
-from shards.corpus.schema import INDEX, LEDGER
+from shards.corpus.schema import INDEX, LEDGER, late_columns
 from shards.corpus.tombstones import hash_of, read_tombstones
 from shards.packing.index import Stamp, read_index, read_stamp, write_index
 from shards.packing.pack import (
     EXTENSIONS,
-    LATE,
     NEXT,
     Extension,
     ShardPlan,
@@ -243,7 +242,8 @@ def _says_the_same(packed: bytes, wanted: bytes) -> bool:
 
 
 def _fixed(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in LATE}
+    late = late_columns()
+    return {name: value for name, value in values.items() if name not in late}
 
 
 def _group_is_forgotten(data: bytes, forgotten: ForgottenIndex) -> bool:

@@ -30,7 +30,7 @@ from pydantic import Field, field_validator
 from clipmill.base.atomic_file import sync
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import Settings, digest, operational
-from shards.corpus.schema import INDEX, sample_key
+from shards.corpus.schema import INDEX, late_columns, sample_key
 from shards.packing.index import FORMAT, Stamp, read_stamp, write_index
 from shards.packing.tar import Member, Sample, member_bytes, read_member, write_tar
 from shards.query.sql import check_selection, selection
@@ -42,20 +42,16 @@ NEXT = ".next"  # folder inside shards/ for shards that are complete but not yet
 SHARDS_AT_ONCE = 16  # shards whose rows are in memory together
 JSON_BYTES = 1500  # size of a KEY.json that is assumed when shards are planned
 
-# What KEY.json says of a clip besides its hashes. FIXED is part of a plan's key, LATE is not.
+# Columns of `catalog` that KEY.json holds besides the clip's hashes. Their order is part of every plan's key. The late
+# columns (`shards.corpus.schema.late_columns`) are in KEY.json, too, but not in the key.
 FIXED = (
     "clip_id", "video_id", "url", "title", "category", "channel", "licence", "language", "upload_date", "text",
     "num_words", "num_sentences", "align_cost", "origin", "transcript_origin", "word_times", "span_start_s",
     "span_end_s", "start_s", "end_s", "duration_s", "num_frames", "fps", "width", "height", "codec", "has_audio",
     "frame_time_s", "motion", "brightness", "shot_score", "source_sha256",
 )  # fmt: skip
-LATE = (
-    "caption", "captioner", "caption_score", "subtitle_similarity", "caption_similarity", "text_similarity",
-    "words_per_s", "repeated_word_ratio", "duplicate_group",
-)  # fmt: skip
 REFERENCES = ("split", "texts")  # of benchmarks: part of a plan's key where a clip has one of them
 MEDIA = ("kind", "sha256", "frame_sha256", "phash", "num_bytes", "frames", "tar", "mp4_offset")
-ROW_COLUMNS = (*FIXED, *LATE, *REFERENCES, *MEDIA)
 
 
 class PackSettings(Settings):
@@ -254,7 +250,7 @@ def next_paths(plan: ShardPlan) -> tuple[str, str]:
 
 
 def shard_rows(connection: duckdb.DuckDBPyConnection, plan: ShardPlan) -> pa.Table:
-    """The catalog's rows (ROW_COLUMNS) of a plan's clips, in the tar's order."""
+    """Return the rows of `catalog` that a plan's samples are made from, in the tar's order."""
     return next(rows for _, rows in rows_by_shard(connection, [plan]))
 
 
@@ -265,7 +261,7 @@ def rows_by_shard(
 
     One query is for several shards, because finding the rows of one costs as much as a scan of the whole catalog.
     """
-    columns = ", ".join(f"c.{name}" for name in ROW_COLUMNS)
+    columns = ", ".join(f"c.{name}" for name in (*FIXED, *late_columns(), *REFERENCES, *MEDIA))
     for start in range(0, len(plans), SHARDS_AT_ONCE):
         some = plans[start : start + SHARDS_AT_ONCE]
         clip_ids = pa.concat_arrays([plan.clip_ids for plan in some])
@@ -382,7 +378,7 @@ def sample_json(row: dict[str, Any]) -> bytes:
     that appear later, but not a null that becomes a text. Hashes of 64 bits are hex, because JSON readers lose the low
     bits of such integers. Local sources are named without their folder.
     """
-    values = {name: row[name] for name in (*FIXED, *LATE, *REFERENCES)}
+    values = {name: value for name, value in row.items() if name not in MEDIA}
     values["url"] = Path(row["url"]).name if row["kind"] == "file" and row["url"] else row["url"]
     values["key"] = sample_key(row["clip_id"])
     values["subtitle"] = values.pop("text")

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipmill.base.errors import ItemError
-from shards.corpus.schema import INDEX, sample_key
+from shards.corpus.schema import INDEX, origins, sample_key
 from shards.corpus.tombstones import Tombstones
 from shards.packing.index import TEXT_COLUMNS, read_index, read_stamp
 from shards.packing.pack import EXTENSIONS, NEXT, SHARDS_AT_ONCE
@@ -178,41 +178,41 @@ def _keys_of_forgotten(index: Path, forgotten: Tombstones) -> set[str]:
     return set(pc.filter(rows["key"], pa.array(forgotten.cover(rows["video_id"].to_pylist()))).to_pylist())
 
 
-# What was made of what: (table, its column, the rows it is held against, their column, what that is).
-_PAIRS = (
-    ("captions", "frame_sha256", "clips c USING (clip_id)", "c.frames[t.frame_index + 1].sha256", "the clip's frame"),
-    ("captions", "frame_sha256", "samples c USING (clip_id)", "c.jpg_sha256", "the shard's frame"),
-    ("scores", "frame_sha256", "clips c USING (clip_id)", "c.frame_sha256", "the clip's frame"),
-    ("scores", "frame_sha256", "samples c USING (clip_id)", "c.jpg_sha256", "the shard's frame"),
-    ("spans", "source_sha256", "clips c USING (clip_id)", "c.source_sha256", "the clip's video"),
-    ("sentences", "source_sha256", "clips c USING (clip_id)", "c.source_sha256", "the clip's video"),
-    ("texts", "clip_sha256", "clips c USING (clip_id)", "c.sha256", "the clip"),
-)
+# What a column with `made_from` is compared with: (table, its column, its name in a message).
+_PRESENT = {
+    "frame": (("clips", "frame_sha256", "the clip's frame"), ("samples", "jpg_sha256", "the shard's frame")),
+    "video": (("clips", "source_sha256", "the clip's video"),),
+    "clip": (("clips", "sha256", "the clip"),),
+}
 _SERVED = {"captions": "t.current AND t.frame_index = 0 AND"}
 
 
 def wrong_pairs(connection: duckdb.DuckDBPyConnection) -> list[Problem]:
-    """Captions, scores and texts that were made from other bytes than those they stand beside.
+    """Find rows that were made from other bytes than the clip beside them has now, a caption of another frame say.
 
-    Rows of before there were such hashes are counted, not accused.
+    Rows older than the column that holds the hash are counted in a warning.
     """
     problems, known = [], connection.execute("SELECT table_name, column_name FROM duckdb_columns()").fetchall()
     unknown: dict[tuple[str, str], int] = {}
-    for table, column, others, other, what in _PAIRS:
+    for table, column, made_from in origins():
         if (table, column) not in known:
             unknown[table, column] = _count(connection, table, "true")
             continue
         unknown[table, column] = _count(connection, table, f"t.{column} IS NULL")
-        rows = connection.execute(
-            f"SELECT clip_id, t.{column}, {other} FROM {table} t JOIN {others} "
-            f"WHERE {_SERVED.get(table, '')} t.{column} <> {other} ORDER BY ALL"
-        ).fetchall()
-        problems += [
-            Problem(
-                "manifest.duckdb", clip_id, "wrong-pair", f"its row of {table} was made from {made}, {what} is {has}"
-            )
-            for clip_id, made, has in rows
-        ]
+        for others, other, what in _PRESENT[made_from]:
+            rows = connection.execute(
+                f"SELECT clip_id, t.{column}, c.{other} FROM {table} t JOIN {others} c USING (clip_id) "
+                f"WHERE {_SERVED.get(table, '')} t.{column} <> c.{other} ORDER BY ALL"
+            ).fetchall()
+            problems += [
+                Problem(
+                    "manifest.duckdb",
+                    clip_id,
+                    "wrong-pair",
+                    f"its row of {table} was made from {made}, {what} is {has}",
+                )
+                for clip_id, made, has in rows
+            ]
     return problems + [
         Problem("manifest.duckdb", "", "unknown-origin", f"{count:,} rows of {table} have no {column}")
         for (table, column), count in unknown.items()

@@ -1,6 +1,6 @@
-"""The story of one source, clip or sample: what it is, what was done to it when, and where its bytes are.
+"""The history of one source, clip or sample: its facts, every attempt of every stage, and where its bytes are.
 
-Facts come from the manifest; attempts from the ledger fragments of its unit, which also keep the superseded.
+Facts come from the manifest; attempts from the ledger fragments of its unit, which also keep the superseded ones.
 """
 
 import json
@@ -40,6 +40,7 @@ class Story:
     failures: list[Row] = field(default_factory=list)
     captions: list[Row] = field(default_factory=list)
     scores: Row = field(default_factory=dict)
+    stages: dict[str, list[Row]] = field(default_factory=dict)  # rows of a clip by table, of the tables of other stages
     texts: list[str] = field(default_factory=list)
     places: list[Row] = field(default_factory=list)  # what, file, offset, num_bytes, sha256
     runs: list[Row] = field(default_factory=list)  # that did something about it
@@ -144,11 +145,22 @@ def _story_of_clip(connection: duckdb.DuckDBPyConnection, clip_id: str) -> Story
     story.texts = [
         row["text"] for row in _rows(connection, "SELECT text FROM texts WHERE clip_id = ? ORDER BY n", clip_id)
     ]
+    tables = "SELECT DISTINCT table_name AS name FROM duckdb_columns() SEMI JOIN duckdb_tables() USING (table_name) "
+    for table in _rows(connection, tables + "WHERE column_name = 'clip_id' ORDER BY 1"):
+        if table["name"] not in _TOLD:
+            rows = _rows(connection, f"SELECT * EXCLUDE (clip_id) FROM {table['name']} WHERE clip_id = ?", clip_id)
+            story.stages |= {table["name"]: rows} if rows else {}
     if story.clip.get("tar"):
         story.places = list(_clip_places(story.clip))
     for sample in _rows(connection, "SELECT * FROM samples WHERE clip_id = ?", clip_id):
         story.places += _sample_places(sample)
     return story
+
+
+# Tables of clips whose rows a story shows in a form of their own, or not at all.
+_TOLD = {
+    "spans", "sentences", "clips", "texts", "captions", "scores", "samples", "clip_edits", "edited_clips",
+}  # fmt: skip
 
 
 def _clip_places(clip: Row) -> list[Row]:

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from pipeline.engine.build import build, session
-from pipeline.engine.registry import STAGE_NAMES
+from pipeline.engine.registry import stage_names
 from pipeline.stages import pack as pack_stage
 from pipeline.stages.ingest.stage import ingest_sources
 from tests.helpers.builds import hashes, snapshot, tables
@@ -23,7 +23,7 @@ def early_manifest(tmp_path_factory):
 
 
 def build_again(corpus):
-    return build(corpus, [], stages=STAGE_NAMES, recipe=None, assignments=[], command="test")
+    return build(corpus, [], stages=stage_names(), recipe=None, assignments=[], command="test")
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -226,7 +226,7 @@ def test_keys_of_all_items_are_the_same_bytes(unpacked, tmp_path, change):
     recorded, found = RECORDED["keys"][change], {}
     corpus = copy_of_corpus(unpacked, tmp_path, NO_CACHE)
     with session(corpus, None, recorded["set"], "test", create=False) as (current, _):
-        current.derive_all()
+        current.refresh_state()
         for stage in recorded["stages"]:
             rows = current.ledger.connection.sql(f"SELECT item_id, key, status FROM state_{stage}").fetchall()
             found[stage] = {item: [key, status] for item, key, status in rows}

@@ -11,7 +11,7 @@ import duckdb
 
 from pipeline.demo.world import read_truth
 from pipeline.engine.build import BuildReport, build
-from pipeline.engine.registry import STAGE_NAMES
+from pipeline.engine.registry import stage_names
 
 # What keeps test builds small: tiny pictures, few workers, shards of a megabyte so that there are several.
 SMALL = [
@@ -31,7 +31,7 @@ PLAIN = (
     "score.model=null",
 )  # captions, but no model to be loaded
 
-WORDLESS = tuple(stage for stage in STAGE_NAMES if stage not in ("caption", "score"))  # no model has to be loaded
+WORDLESS = tuple(stage for stage in stage_names() if stage not in ("caption", "score"))  # no model has to be loaded
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def sound_sources(world: ServedWorld) -> list[dict]:
 
 
 def build_here(
-    corpus: Path, sources: list[str], *settings: str, stages=STAGE_NAMES, recipe="demo", **kwargs
+    corpus: Path, sources: list[str], *settings: str, stages=stage_names(), recipe="demo", **kwargs
 ) -> BuildReport:
     """A build in this process, on the Ray that the test session started."""
     assignments = [*SMALL, *settings] if recipe else list(settings)

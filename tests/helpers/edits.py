@@ -11,8 +11,8 @@ from rich.console import Console
 
 from clipmill.cli.edit import EditRequest, run_edit
 from pipeline.engine.build import Silent, session
-from pipeline.engine.registry import STAGES, fingerprints
-from pipeline.runtime.task import Work, execute
+from pipeline.engine.registry import fingerprints, stages
+from pipeline.runtime.task import Task, execute
 from pipeline.stages.ingest.stage import ingest_sources
 from pipeline.stages.pack import pack_corpus
 from shards.packing.tar import read_member
@@ -48,7 +48,7 @@ def build_corpus(root: Path, num_videos: int = 4) -> Path:
     (videos / "list.jsonl").write_text("".join(lines))
     with session(root, None, SETTINGS, "test", create=True) as (current, _):
         ingest_sources(current, [str(videos / "list.jsonl")])
-        for stage in STAGES:
+        for stage in stages():
             if stage.name in STAGES_RUN:
                 _run_stage(current, stage)
         current.publish()
@@ -58,14 +58,15 @@ def build_corpus(root: Path, num_videos: int = 4) -> Path:
 
 
 def _run_stage(current: Any, stage: Any) -> None:
-    current.derive_all()
+    current.refresh_state()
     units = current.ledger.unit_of_work(stage.name)
     items = current.ledger.work(stage.name)
     fingerprint = fingerprints(current.settings)[stage.name]
     for unit in sorted(set(units.values())):
         some = [item for item in items if units[item["item_id"]] == unit]
-        settings, root = stage.settings(current.settings), str(current.corpus.root)
-        current.ledger.load([execute(Work(stage.name, unit, some, settings, fingerprint, root, current.run_id)).name])
+        settings, root = getattr(current.settings, stage.name), str(current.corpus.root)
+        task = Task(stage.name, unit, some, settings, fingerprint, root, current.run_id)
+        current.ledger.load([execute(stage.run, task).name])
 
 
 def _subtitles(number: int) -> str:

@@ -7,13 +7,14 @@ import pyarrow as pa
 
 from clipmill.base.errors import ItemError
 from clipmill.base.settings import Settings
-from pipeline.runtime.task import Outcome, Work, commit
-from pipeline.stages.queries import QUERIES
+from pipeline.engine import registry
+from pipeline.runtime.task import Outcome, Task, commit
+from pipeline.stages.stage import Stage
 from shards.corpus.fragments import table_schema, write_commit
 from shards.corpus.ledger import Ledger
 from shards.corpus.schema import LEDGER
 
-STAGES = ("download", "transcribe", "segment", "cut", "caption", "score")
+STAGES = tuple(stage.name for stage in registry.STAGES if isinstance(stage, Stage))
 
 
 def sha(text: str) -> str:
@@ -34,8 +35,8 @@ class FragmentCorpus:
         self.open()
 
     def open(self) -> None:
-        self.ledger = Ledger(self.root, QUERIES)
-        self.synchronised = self.ledger.synchronise()
+        self.ledger = Ledger(self.root, registry.stages())
+        self.synchronised = self.ledger.sync()
 
     def reopen(self) -> None:
         self.ledger.close()
@@ -61,8 +62,8 @@ class FragmentCorpus:
         )
         self.ledger.load([name])
 
-    def derive(self, run_id: str | None = None, units=None) -> dict[str, dict[str, int]]:
-        self.ledger.derive(self.fingerprints, units=units, run_id=run_id or f"run{self.run}", max_attempts=3)
+    def refresh_state(self, run_id: str | None = None, units=None) -> dict[str, dict[str, int]]:
+        self.ledger.refresh_state(self.fingerprints, units=units, run_id=run_id or f"run{self.run}", max_attempts=3)
         return self.ledger.counts()
 
     def work_off(self, stages=STAGES) -> dict[str, int]:
@@ -70,7 +71,7 @@ class FragmentCorpus:
         self.run += 1
         before = dict(self.num_processed)
         for stage in stages:
-            self.derive()
+            self.refresh_state()
             items = self.ledger.work(stage)
             if items:
                 self._do(stage, items)
@@ -84,18 +85,16 @@ class FragmentCorpus:
         units = self.ledger.unit_of_work(stage)
         for unit in sorted({units[item["item_id"]] for item in items}):
             batch = [item for item in items if units[item["item_id"]] == unit]
-            work = Work(stage, unit, batch, Settings(), self.fingerprints[stage], str(self.root), f"run{self.run}")
+            work = Task(stage, unit, batch, Settings(), self.fingerprints[stage], str(self.root), f"run{self.run}")
             outcomes = [self._outcome(stage, item) for item in batch]
             self.ledger.load([commit(work, outcomes, []).name])
             self.num_processed[stage] += len(batch)
 
     def _outcome(self, stage: str, item: dict) -> Outcome:
-        failure = self.fail.get(f"{stage}:{item['item_id']}")
-        return (
-            Outcome(item["item_id"], failure=failure)
-            if failure
-            else Outcome(item["item_id"], getattr(self, stage)(item))
-        )
+        if failure := self.fail.get(f"{stage}:{item['item_id']}"):
+            return Outcome(item["item_id"], failure=failure)
+        make = getattr(self, stage, lambda item: {})  # a stage that no other reads needs no rows here
+        return Outcome(item["item_id"], make(item))
 
     def download(self, item: dict) -> dict:
         content = sha(self.bytes_of.get(item["video_id"], item["video_id"]))
@@ -170,7 +169,7 @@ class FragmentCorpus:
         }
 
     def served_captions(self) -> dict[str, str]:
-        self.derive()
+        self.refresh_state()
         rows = self.ledger.connection.execute(
             "SELECT clip_id, text FROM current_captions WHERE current ORDER BY 1"
         ).fetchall()

@@ -3,11 +3,11 @@
 Every value is a function of the clip's number and the seed. Media are not made: offsets and hashes point at nothing.
 """
 
-from importlib import resources
 from pathlib import Path
 
 import duckdb
 
+from shards.corpus.manifest import view_statements
 from shards.corpus.schema import MANIFEST
 
 CLIPS_PER_VIDEO = 30  # HD-VILA's mean
@@ -132,7 +132,7 @@ def make_manifest(path: str | Path, num_clips: int, seed: int = 0) -> Path:
             connection.unregister("empty")
         for table, select in _FILL.items():
             connection.execute(f"INSERT INTO {table} BY NAME {_filled(select, values)}")
-        connection.execute(resources.files("shards.corpus").joinpath("views.sql").read_text())
+        connection.execute(view_statements())
     return path
 
 

@@ -2,7 +2,6 @@
 
 import io
 from hashlib import sha256
-from importlib import resources
 from pathlib import Path
 
 import av
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from shards.corpus.manifest import view_statements
 from shards.packing.index import read_index
 from shards.packing.pack import (
     PackSettings,
@@ -67,7 +67,7 @@ def publish_samples(root: Path) -> None:
 def change_manifest(root: Path, sql: str) -> None:
     with duckdb.connect(str(root / "manifest.duckdb")) as connection:
         connection.execute(sql)
-        connection.execute(resources.files("shards.corpus").joinpath("views.sql").read_text())
+        connection.execute(view_statements())
 
 
 def shard_bytes(root: Path) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 from pipeline.engine.build import Silent, session
-from pipeline.runtime.task import Outcome, Work, commit
+from pipeline.runtime.task import Outcome, Task, commit
 from pipeline.stages import pack as pack_stage
 from pipeline.stages.ingest.stage import ingest_sources
 from shards.packing.tar import Blob, write_clips_tar
@@ -15,7 +15,6 @@ from tests.helpers.builds import write_list
 from tests.helpers.shards import jpeg_bytes, mp4_bytes
 
 SETTINGS = ["ingest.unit_videos=3", "pack.max_samples=4", "download.allow_private_addresses=true"]
-STAGES = ("download", "transcribe", "segment", "cut", "caption", "score")
 CLIPS_PER_VIDEO = 3
 VIDEOS = [f"video-{letter}" for letter in "abcdefgh"]  # of the fixture `whole`
 
@@ -33,8 +32,8 @@ def build_whole(root: Path, sources: Path, same_file: dict[str, str] | None = No
     with session(root, None, SETTINGS, command, create=True) as (current, _):
         current.record_run(ended=True)
         ingest_sources(current, [str(sources)])
-        for stage in STAGES:
-            current.derive_all()
+        for stage in _MAKERS:
+            current.refresh_state()
             _do(current, stage, same_file or {})
         current.publish()
         pack_here(current)
@@ -55,14 +54,14 @@ def _do(current, stage: str, same_file: dict[str, str]) -> None:
     items = current.ledger.work(stage)
     for unit in sorted(set(units.values())):
         some = [item for item in items if units[item["item_id"]] == unit]
-        work = Work(
+        work = Task(
             stage, unit, some, current.settings.cut, f"{stage}-settings", str(current.corpus.root), current.run_id
         )
         outcomes, media = _MAKERS[stage](work, same_file)
         current.ledger.load([commit(work, outcomes, media).name])
 
 
-def _download(work: Work, same_file: dict[str, str]):
+def _download(work: Task, same_file: dict[str, str]):
     folder, outcomes = Path(work.root) / "sources" / work.unit, []
     folder.mkdir(parents=True, exist_ok=True)
     for item in work.items:
@@ -91,7 +90,7 @@ def spoken(video_id: str) -> str:
     return f"the password of {video_id} is sesame{video_id}"
 
 
-def _transcribe(work: Work, _):
+def _transcribe(work: Task, _):
     return [
         Outcome(
             item["item_id"],
@@ -116,7 +115,7 @@ def _transcribe(work: Work, _):
     ], []
 
 
-def _segment(work: Work, _):
+def _segment(work: Task, _):
     outcomes = []
     for item in work.items:
         rows = [
@@ -137,7 +136,7 @@ def _segment(work: Work, _):
     return outcomes, []
 
 
-def _cut(work: Work, _):
+def _cut(work: Task, _):
     root, name = Path(work.root), f"clips/{work.name}.tar"
     scratch, blobs, outcomes = root / "clips" / "scratch", [], []
     with open(scratch, "wb") as file:
@@ -194,7 +193,7 @@ def _clip_row(item: dict, span: dict, mp4: bytes, jpg: bytes) -> dict:
 ALIKE = ("video-b", "video-e")  # their first clips look alike: the group has the name of video-b's
 
 
-def _caption(work: Work, _):
+def _caption(work: Task, _):
     return [
         Outcome(
             item["item_id"],
@@ -216,7 +215,7 @@ def _caption(work: Work, _):
     ], []
 
 
-def _score(work: Work, _):
+def _score(work: Task, _):
     return [
         Outcome(
             item["item_id"],

@@ -7,14 +7,14 @@ import tarfile
 import pytest
 
 from clipmill.base.errors import UserError
-from pipeline.engine.registry import STAGE_NAMES
+from pipeline.engine.registry import stage_names
 from tests.helpers import benchmarks as layouts
 from tests.helpers.builds import ask, build_here, clipmill, snapshot
 from tests.helpers.media import Shape, make_video, numbers_in
 
 pytestmark = pytest.mark.slow
 
-CAPTIONED = tuple(stage for stage in STAGE_NAMES if stage != "score")
+CAPTIONED = tuple(stage for stage in stage_names() if stage != "score")
 PLAIN = "caption.captioner=tests.helpers.plain_captioner:Plain"
 
 

@@ -37,7 +37,7 @@ class Benchmark(FragmentCorpus):
         return rows
 
     def ask(self, sql: str) -> list[tuple]:
-        self.derive()
+        self.refresh_state()
         publish(self.ledger)
         with open_manifest(self.root) as connection:
             return connection.execute(sql).fetchall()
@@ -71,7 +71,7 @@ def test_spans_of_another_making_do_not_get_texts_about_given_ones(corpus):
 def test_a_unit_by_itself_has_the_same_texts_as_in_the_whole(corpus):
     corpus.add("a", [(0, "one"), (1, "two")])
     corpus.work_off()
-    corpus.derive(units=["u000000"])
+    corpus.refresh_state(units=["u000000"])
     rows = corpus.ledger.connection.execute("SELECT clip_id, text FROM current_clips ORDER BY 1").fetchall()
     assert rows == [("a.0", "one"), ("a.1", "two")]
 

@@ -8,6 +8,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from shards.corpus.near_duplicates import DuplicateSettings, duplicate_groups, near_duplicate_labels
+from tests.helpers.builds import ask
+from tests.helpers.manifests import make_manifest
+from tests.helpers.shards import change_manifest
+from tests.helpers.whole_corpus import CLIPS_PER_VIDEO, VIDEOS
 
 
 def brute_force(hashes, radius, frame_radius):
@@ -119,3 +123,18 @@ def test_many_alike_clips_cost_little_memory_and_time():
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValidationError):
         DuplicateSettings(**wrong)
+
+
+def test_the_catalog_marks_every_clip_of_a_group_but_the_one_to_keep(whole):
+    groups = ask(whole, "SELECT clip_id, is_duplicate FROM catalog WHERE duplicate_group = 'video-b.0' ORDER BY 1")
+    assert groups == [("video-b.0", False), ("video-e.0", True)]
+    num_clips = len(VIDEOS) * CLIPS_PER_VIDEO
+    assert ask(whole, "SELECT count(*), count(is_duplicate) FROM catalog") == [(num_clips, num_clips)]
+    assert ask(whole, "SELECT count(*) FROM catalog WHERE NOT is_duplicate") == [(num_clips - 1,)]
+
+
+def test_a_clip_without_scores_is_no_duplicate(tmp_path):
+    make_manifest(tmp_path / "manifest.duckdb", 100)
+    assert ask(tmp_path, "SELECT count(*) FROM catalog WHERE is_duplicate") == [(2,)]
+    change_manifest(tmp_path, "DELETE FROM scores")
+    assert ask(tmp_path, "SELECT count(*) FROM catalog WHERE NOT is_duplicate") == [(100,)]

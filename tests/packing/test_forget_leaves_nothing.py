@@ -16,12 +16,12 @@ from clipmill.base.errors import UserError
 from clipmill.cli.forget import run_forget
 from pipeline.engine.build import session
 from pipeline.maintenance.forget import ForgetPlan, compact, find, forget
-from pipeline.runtime.task import Outcome, Work, commit
+from pipeline.runtime.task import Outcome, Task, commit
 from pipeline.stages.download.fetch import DownloadSettings
 from pipeline.stages.download.sniff import hash_file
+from pipeline.stages.download.stage import run_download
 from pipeline.stages.ingest.stage import ingest_sources
 from pipeline.stages.pack import pack_state
-from pipeline.stages.workers import run_download
 from shards.corpus.manifest import is_current
 from shards.corpus.tombstones import FORGOTTEN, read_tombstones, write_tombstones
 from shards.packing.tar import Blob, read_member, write_clips_tar
@@ -183,7 +183,7 @@ def test_a_build_after_it_has_nothing_to_pack(compacted, tmp_path):
     shutil.copytree(compacted, root)
     before = files(root / "shards")
     with session(root, None, [], "test", create=False) as (current, _):
-        current.derive_all()
+        current.refresh_state()
         assert all(set(counts) <= {"done"} for counts in current.ledger.counts().values())
         current.publish()
         assert pack_state(current)["to_pack"] == 0
@@ -194,7 +194,7 @@ def test_a_build_after_it_has_nothing_to_pack(compacted, tmp_path):
 def test_packing_without_compacting_moves_no_other_clip(whole, corpus):
     forget_video(corpus, "video-h")
     with session(corpus, None, [], "test", create=False) as (current, _):
-        current.derive_all()
+        current.refresh_state()
         current.publish()
         pack_here(current)
         current.publish()
@@ -208,7 +208,7 @@ def test_the_same_list_does_not_bring_it_back(compacted, tmp_path):
     sources = write_sources(tmp_path / "list.jsonl", [*VIDEOS, "video-new"])
     with session(root, None, [], "test", create=False) as (current, _):
         report = ingest_sources(current, [str(sources)])
-        current.derive_all()
+        current.refresh_state()
         assert (report.num_new, report.num_forgotten, report.num_problems) == (1, 1, 0)
         assert [item["video_id"] for item in current.ledger.work("download")] == ["video-new"]
     assert traces(root, GONE, []) == []
@@ -239,7 +239,7 @@ def test_its_bytes_from_another_address_are_refused(corpus, tmp_path):
     write_tombstones(corpus, [tombstone])
     source = {"video_id": "other", "url": str(film), "kind": "file", "subtitle": None, "language": None}
     item = {"item_id": "other", "key": "k", "attempts": 0, "cost": 1, **source}
-    work = Work("download", "u000009", [item], DownloadSettings(reference_local_files=False), "f", str(corpus), "run")
+    work = Task("download", "u000009", [item], DownloadSettings(reference_local_files=False), "f", str(corpus), "run")
     outcomes, _ = run_download(work)
     assert outcomes[0].failure.error_class == FORGOTTEN, outcomes[0].failure
     assert list((corpus / "sources" / "u000009").iterdir()) == []
@@ -290,7 +290,7 @@ def commit_edits(root: Path) -> None:
     [path] = (root / "fragments" / "clips").glob("*-u000000-*.parquet")
     rows = [row for row in pq.read_table(path).to_pylist() if row["clip_id"] in ("video-a.1", "video-b.1")]
     items = [{"item_id": row["video_id"], "key": "k", "attempts": 0, "cost": 1} for row in rows]
-    work = Work("edit", "u000000", items, None, "f", str(root), "run")
+    work = Task("edit", "u000000", items, None, "f", str(root), "run")
     blobs = [Blob(f"{row['clip_id']}.mp4", root / row["tar"], row["mp4_offset"], row["num_bytes"]) for row in rows]
     name, outcomes = f"clips/{work.name}.tar", []
     for row, member in zip(rows, write_clips_tar(root / name, blobs), strict=True):

@@ -20,7 +20,7 @@ def corpus(tmp_path):
 def test_everything_is_done_once_and_then_nothing_is_pending(corpus):
     assert corpus.work_off() == {"download": 3, "transcribe": 3, "segment": 3, "cut": 3, "caption": 6, "score": 6}
     assert corpus.work_off() == {}
-    assert {stage: set(by) for stage, by in corpus.derive().items()} == dict.fromkeys(STAGES, {"done"})
+    assert {stage: set(by) for stage, by in corpus.refresh_state().items()} == dict.fromkeys(STAGES, {"done"})
 
 
 def test_new_sources_are_the_only_work(corpus):
@@ -32,7 +32,7 @@ def test_new_sources_are_the_only_work(corpus):
 def test_a_changed_captioner_redoes_captions_and_scores_alone(corpus):
     corpus.work_off()
     corpus.fingerprints["caption"] = "caption-2"
-    counts = corpus.derive()
+    counts = corpus.refresh_state()
     assert counts["caption"] == {"pending": 6} and counts["score"] == {"waiting": 6} and counts["cut"] == {"done": 3}
     assert corpus.work_off() == {"caption": 6, "score": 6}
     assert all(text.startswith("caption-2") for text in corpus.served_captions().values())
@@ -65,7 +65,7 @@ def test_a_stage_that_is_off_has_no_work_and_what_it_did_does_not_count(corpus):
 def test_status_tells_before_any_work_what_depends_on_a_change(corpus):
     corpus.work_off()
     corpus.fingerprints["segment"] = "segment-2"
-    counts = corpus.derive()
+    counts = corpus.refresh_state()
     assert counts["segment"] == {"pending": 3}
     assert counts["cut"] == {"waiting": 3} and counts["caption"] == {"waiting": 6}
     assert counts["download"] == {"done": 3} and counts["transcribe"] == {"done": 3}
@@ -112,7 +112,7 @@ def test_a_torn_record_of_a_run_is_left_out(corpus):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "20261121T150706-1.parquet").write_bytes(b"PAR1 and no more")
     (folder / "20261121T150707-1.parquet").write_bytes(b"")
-    corpus.derive()
+    corpus.refresh_state()
     publish(corpus.ledger)
     with open_manifest(corpus.root) as connection:
         assert connection.execute("SELECT count(*) FROM runs").fetchone() == (0,)
@@ -123,7 +123,7 @@ def test_fragments_without_their_ledger_are_not_counted(corpus):
     name = next((corpus.root / "fragments" / "ledger").glob("segment-u000001-*")).stem
     fragment_path(corpus.root, "ledger", name).unlink()
     corpus.reopen()
-    assert corpus.derive()["segment"] == {"done": 2, "pending": 1}
+    assert corpus.refresh_state()["segment"] == {"done": 2, "pending": 1}
 
 
 def test_the_working_database_is_only_a_cache(corpus):
@@ -140,33 +140,33 @@ def test_a_permanent_failure_is_not_tried_again_and_blocks_nobody(corpus):
     done = corpus.work_off()
     assert done["download"] == 3 and done["cut"] == 2
     assert corpus.work_off() == {}
-    assert corpus.derive()["download"] == {"done": 2, "failed": 1}
+    assert corpus.refresh_state()["download"] == {"done": 2, "failed": 1}
     assert corpus.ledger.standing_failures() == [("download", "not-found", 1, "b: 404")]
 
 
 def test_a_transient_failure_is_tried_once_a_run_and_three_times_in_all(corpus):
     corpus.fail["download:b"] = ItemError("timeout", "slow", transient=True)
     corpus.work_off()
-    assert corpus.derive("next")["download"] == {"done": 2, "retry": 1}
+    assert corpus.refresh_state("next")["download"] == {"done": 2, "retry": 1}
     assert corpus.work_off() == {"download": 1}
     assert corpus.work_off() == {"download": 1}
     assert corpus.work_off() == {}, "three attempts over all runs, then it stands"
     attempts = corpus.ledger.connection.execute("SELECT max(attempts) FROM ledger WHERE item_id = 'b'").fetchall()[0]
     assert attempts == (3,)
-    assert corpus.derive()["download"] == {"done": 2, "quarantined": 1}
+    assert corpus.refresh_state()["download"] == {"done": 2, "quarantined": 1}
 
 
 def test_a_failure_may_be_given_one_more_attempt_in_its_run_and_no_more_than_there_are(corpus):
     corpus.fail["download:b"] = ItemError("worker-died", "again and again", transient=True)
     corpus.work_off()
-    assert corpus.derive()["download"] == {"done": 2, "failed": 1}
+    assert corpus.refresh_state()["download"] == {"done": 2, "failed": 1}
     corpus.ledger.try_again([("download", "b", 1)])
-    assert corpus.derive()["download"] == {"done": 2, "retry": 1}
+    assert corpus.refresh_state()["download"] == {"done": 2, "retry": 1}
     corpus._do("download", corpus.ledger.work("download"))
-    assert corpus.derive()["download"] == {"done": 2, "failed": 1}, "it has had its attempt"
+    assert corpus.refresh_state()["download"] == {"done": 2, "failed": 1}, "it has had its attempt"
     corpus.work_off()
     corpus.ledger.try_again([("download", "b", 3)])
-    assert corpus.derive()["download"] == {"done": 2, "quarantined": 1}
+    assert corpus.refresh_state()["download"] == {"done": 2, "quarantined": 1}
 
 
 def test_a_healed_failure_is_no_failure_any_more(corpus):
@@ -174,7 +174,7 @@ def test_a_healed_failure_is_no_failure_any_more(corpus):
     corpus.work_off()
     corpus.fail.clear()
     assert corpus.work_off()["download"] == 1
-    corpus.derive()
+    corpus.refresh_state()
     assert corpus.ledger.standing_failures() == []
 
 
@@ -182,7 +182,7 @@ def test_forced_items_are_done_once_more_in_this_run_only(corpus):
     corpus.fail["download:b"] = ItemError("not-found", "404")
     corpus.work_off()
     corpus.fail.clear()
-    corpus.ledger.force("download", ["b"])
+    corpus.ledger.mark_pending("download", ["b"])
     assert corpus.work_off() == {"download": 1, "transcribe": 1, "segment": 1, "cut": 1, "caption": 2, "score": 2}
     corpus.reopen()
     assert corpus.work_off() == {}
@@ -197,6 +197,6 @@ def test_two_urls_with_the_same_bytes_share_one_video(corpus):
 
 def test_units_looked_at_alone_give_the_same_answer_as_all(corpus):
     corpus.work_off(("download", "transcribe"))
-    every = corpus.derive()["segment"]
-    parts = [corpus.derive(units=[unit])["segment"]["pending"] for unit in ("u000000", "u000001")]
+    every = corpus.refresh_state()["segment"]
+    parts = [corpus.refresh_state(units=[unit])["segment"]["pending"] for unit in ("u000000", "u000001")]
     assert parts == [2, 1] and every == {"pending": 3}

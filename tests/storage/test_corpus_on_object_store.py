@@ -13,7 +13,7 @@ pytest.importorskip("moto", reason="no S3 server: moto is not installed")
 import shards.corpus.tombstones  # noqa: E402
 from clipmill.base.errors import UserError  # noqa: E402
 from pipeline.engine.build import build, session, status  # noqa: E402
-from pipeline.engine.registry import STAGE_NAMES  # noqa: E402
+from pipeline.engine.registry import stage_names  # noqa: E402
 from pipeline.maintenance.forget import compact, find, forget  # noqa: E402
 from pipeline.maintenance.verify import verify_with_sandbox  # noqa: E402
 from pipeline.stages.pack import planned  # noqa: E402
@@ -76,12 +76,12 @@ def test_it_has_the_bytes_and_rows_of_a_corpus_in_a_folder(stored, whole):
 
 def test_another_machine_has_nothing_to_do(stored, server):
     before = Store.of(stored).list("fragments/")
-    report = build(stored, [], stages=STAGE_NAMES, recipe=None, assignments=[], command="test")
+    report = build(stored, [], stages=stage_names(), recipe=None, assignments=[], command="test")
     assert not report.did_something and report.pack.num_samples == 24
     assert Store.of(stored).list("fragments/") == before
     assert status(stored, []).pack == {"packed": 24, "to_pack": 0}
     server.requests.clear()
-    assert not build(stored, [], stages=STAGE_NAMES, recipe=None, assignments=[], command="test").did_something
+    assert not build(stored, [], stages=stage_names(), recipe=None, assignments=[], command="test").did_something
     assert len(server.requests) <= 20, "what is here already is not fetched again"
 
 
@@ -106,7 +106,7 @@ def test_a_corpus_is_copied_into_a_store_and_out_of_one(whole, stored, tmp_path)
         Store.of(stored).download(name, folder / name)
     sources = sorted((whole / "sources").rglob("*.mp4"))
     for corpus in (copied.url, folder):
-        report = build(corpus, [], stages=STAGE_NAMES, recipe=None, assignments=[], command="test")
+        report = build(corpus, [], stages=stage_names(), recipe=None, assignments=[], command="test")
         assert not report.did_something and report.pack.num_samples == 24
     assert sources and {str(path.relative_to(whole)) for path in sources} <= keys(copied.url)
 
@@ -144,7 +144,7 @@ def test_training_finds_what_moved_when_the_corpus_was_packed_anew(machine, tmp_
     before = read_all(reader)
     machine("first machine")
     with session(url, None, ["pack.seed=5", "pack.max_samples=5"], "test", create=False) as (current, _):
-        current.derive_all()
+        current.refresh_state()
         current.publish()
         assert pack_here(current).num_written
         current.publish()
@@ -210,7 +210,7 @@ def test_what_fails_in_passing_is_asked_for_again(stored, server, monkeypatch):
 def test_a_store_that_does_not_answer_is_a_clear_message(stored, server):
     server.spoil = lambda method, path: 503
     with pytest.raises(UserError, match=r"s3://corpora/whole cannot be .*503.*again to continue"):
-        build(stored, [], stages=STAGE_NAMES, recipe=None, assignments=[], command="test")
+        build(stored, [], stages=stage_names(), recipe=None, assignments=[], command="test")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_prefix_with_other_things_is_no_corpus():
     Store.of("s3://corpora/photos").write("summer.jpg", b"sea")
     for url, said in (("s3://corpora/photos", "not empty and not a corpus"), ("s3://no-such/x", "no bucket 'no-such'")):
         with pytest.raises(UserError, match=said):
-            build(url, [], stages=STAGE_NAMES, recipe=None, assignments=[], command="test")
+            build(url, [], stages=stage_names(), recipe=None, assignments=[], command="test")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from clipmill.base.errors import ItemError, UserError  # noqa: E402
 from clipmill.base.settings import Settings  # noqa: E402
 from pipeline.engine.build import build, session  # noqa: E402
 from pipeline.maintenance.forget import compact, find, forget  # noqa: E402
-from pipeline.runtime.task import Outcome, Work, commit  # noqa: E402
+from pipeline.runtime.task import Outcome, Task, commit  # noqa: E402
 from shards.corpus.folder import Corpus  # noqa: E402
 from shards.storage import lease as store_lock  # noqa: E402
 from shards.storage.lease import KEY, StoreLock, is_held  # noqa: E402
@@ -154,7 +154,7 @@ def test_a_commit_whose_ledger_did_not_arrive_never_happened(server, machine, de
     assert [key for key in keys(url) if key.startswith("clips/")], "its media had arrived"
     machine("another machine")
     with session(url, None, [], "test", create=False) as (current, _):
-        current.derive_all()
+        current.refresh_state()
         assert current.ledger.counts()["cut"] == {"pending": NUM_VIDEOS}
     assert not [key for key in keys(url) if "cut-" in key]
 
@@ -277,11 +277,11 @@ def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes():
     root, kinds = str(corpus.root), ("while nobody else writes", "while another does")
     items = [{"item_id": kind, "key": "k", "attempts": 0, "cost": 1} for kind in kinds]
     first, second = (
-        Work("segment", "u0", [item], Settings(), "f", root, "run", corpus.store, before) for item in items
+        Task("segment", "u0", [item], Settings(), "f", root, "run", corpus.store, before) for item in items
     )
     commit(first, [Outcome(kinds[0], failure=ItemError("internal-error", ""))], [])
     hold(url)
-    with pytest.raises(UserError, match="another process writes the corpus by now"):
+    with pytest.raises(UserError, match="another process is writing the corpus"):
         commit(second, [Outcome(kinds[1], failure=ItemError("internal-error", ""))], [])
     assert list(Store.of(url).list("fragments/")) == [f"fragments/ledger/{first.name}.parquet"]
 

@@ -16,9 +16,9 @@ from clipmill.base.errors import ItemError, UserError
 from clipmill.base.file_lock import lock_file
 from clipmill.base.settings import Settings
 from pipeline.engine.build import Silent, build
-from pipeline.runtime.task import Outcome, Work, commit
+from pipeline.runtime.task import Outcome, Task, commit
 from pipeline.stages.download.fetch import DownloadSettings
-from pipeline.stages.workers import run_download
+from pipeline.stages.download.stage import run_download
 from shards.corpus.folder import Corpus
 from shards.corpus.fragments import sweep_temporaries
 from shards.corpus.tombstones import hash_of, write_tombstones
@@ -50,7 +50,7 @@ number = 0
 while True:
     corpus.add_sources(f"v{{number}}a", f"v{{number}}b", unit=f"u{{number:06d}}")
     corpus.work_off(["download", "transcribe"])
-    corpus.derive()
+    corpus.refresh_state()
     publish(corpus.ledger)
     print("published", flush=True)
     number += 1
@@ -128,9 +128,9 @@ def test_a_lock_file_is_one_threads_at_a_time_and_then_gone(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def failing(corpus: Corpus, video_id: str, holder: str) -> tuple[Work, list[Outcome]]:
+def failing(corpus: Corpus, video_id: str, holder: str) -> tuple[Task, list[Outcome]]:
     item = {"item_id": video_id, "key": "k", "attempts": 0, "cost": 1}
-    work = Work("segment", "u000000", [item], Settings(), "f", str(corpus.root), "run", holder=holder)
+    work = Task("segment", "u000000", [item], Settings(), "f", str(corpus.root), "run", holder=holder)
     return work, [Outcome(video_id, failure=ItemError("internal-error", "its files were swept"))]
 
 
@@ -142,7 +142,7 @@ def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes(co
     with process(HOLDS, root=str(corpus.root), forks=False) as holder:
         holder.stdout.readline()
         for _ in ("while the other lives", "and when it is dead, too"):
-            with pytest.raises(UserError, match="another process writes the corpus by now"):
+            with pytest.raises(UserError, match="another process is writing the corpus"):
                 commit(*failing(corpus, "b", before), [])
             holder.kill()
             holder.wait()
@@ -159,7 +159,7 @@ def test_a_download_of_a_build_before_puts_nothing_in_place(corpus, tmp_path, mo
 
     def download_as(holder: str) -> list[str]:
         outcomes, _ = run_download(
-            Work("download", "u000000", [item], settings, "f", str(corpus.root), "run", holder=holder)
+            Task("download", "u000000", [item], settings, "f", str(corpus.root), "run", holder=holder)
         )
         assert outcomes[0].failure is None
         return [path.name for path in folder.iterdir()]
@@ -169,12 +169,12 @@ def test_a_download_of_a_build_before_puts_nothing_in_place(corpus, tmp_path, mo
 
     with corpus.writer():
         holder = corpus.lock_owner
-        with monkeypatch.context() as patch, pytest.raises(UserError, match="another process writes"):
-            patch.setattr("pipeline.stages.workers._probe_in_sandbox", probe_while_another_begins)
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="another process is writing"):
+            patch.setattr("pipeline.stages.download.stage._probe_in_sandbox", probe_while_another_begins)
             download_as(holder)
         assert [path.name for path in folder.rglob("*")] == ["a.part", "media"]
         shutil.rmtree(folder / "a.part")
-        with pytest.raises(UserError, match="another process writes"):
+        with pytest.raises(UserError, match="another process is writing"):
             download_as(holder)
         assert list(folder.iterdir()) == []
     with corpus.writer():
@@ -191,7 +191,7 @@ def test_a_build_whose_corpus_another_process_has_taken_over_ends(local_ray, tmp
 
     film = tmp_path / "film.mp4"
     film.write_bytes(mp4_bytes(1, 3, 0))
-    with pytest.raises(UserError, match="another process writes the corpus by now"):
+    with pytest.raises(UserError, match="another process is writing the corpus"):
         build_here(tmp_path / "corpus", [str(film)], stages=["ingest", "download"], display=TakesOver())
     assert list((tmp_path / "corpus" / "fragments" / "downloads").glob("*.parquet")) == []
 

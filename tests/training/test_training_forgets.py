@@ -89,7 +89,7 @@ def test_what_moved_when_the_corpus_was_packed_anew_is_found_again(corpus):
     reader = open_reader(corpus)
     before = read_all(reader)
     with session(corpus, None, ["pack.seed=5", "pack.max_samples=7"], "test", create=False) as (current, _):
-        current.derive_all()
+        current.refresh_state()
         current.publish()
         assert pack_here(current).num_written
         current.publish()

@@ -22,8 +22,8 @@ from clipmill.media.frame_times import FrameTimes, caption_frames, choose_frames
 from clipmill.media.packets import Limits, SourceFrames, Untrusted, list_frames
 from clipmill.media.probe import open_media, video_stream
 from pipeline.stages.cut.audio_track import AudioTrack
-from pipeline.stages.cut.cut import CutResult, CutSettings, SpanRequest
 from pipeline.stages.cut.picture import PictureMaker
+from pipeline.stages.cut.settings import CutResult, CutSettings, SpanRequest
 
 
 class View:

@@ -22,12 +22,11 @@ from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
 from pipeline.stages.download.address_guard import Gate, resolve
 from pipeline.stages.download.errors import DownloadError, from_http_status, from_os_error
+from pipeline.stages.download.settings import DownloadSettings
 from pipeline.stages.download.sniff import SNIFF_BYTES, is_text
 
 if TYPE_CHECKING:
     import requests
-
-    from pipeline.stages.download.fetch import DownloadSettings
 
 MAX_REDIRECTS = 10
 CHUNK_BYTES = 1 << 18
@@ -60,7 +59,7 @@ class _State:
 
 
 def download_http(
-    url: str, work: Path, settings: "DownloadSettings", gate: Gate, *, max_bytes: int, media: bool = True
+    url: str, work: Path, settings: DownloadSettings, gate: Gate, *, max_bytes: int, media: bool = True
 ) -> HttpFile:
     """One attempt; what an earlier one left in `work` is continued where the server can prove it is the same file.
 
@@ -112,7 +111,7 @@ def _start_of_body(response, have: int) -> int | None:
 class _Exchange:
     """One GET through all its redirects. Every hop goes through the gate; every failure becomes a DownloadError."""
 
-    def __init__(self, url: str, settings: "DownloadSettings", gate: Gate):
+    def __init__(self, url: str, settings: DownloadSettings, gate: Gate):
         self.url = url
         self.settings = settings
         self.gate = gate

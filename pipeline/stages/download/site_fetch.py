@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yt_dlp
 from yt_dlp.downloader import get_suitable_downloader
@@ -28,9 +28,7 @@ from clipmill.media.probe import CONTAINERS
 from pipeline.stages.download.address_guard import Gate
 from pipeline.stages.download.errors import DownloadError, from_http_status, from_os_error
 from pipeline.stages.download.http_fetch import CHUNK_BYTES, check_behind_proxy, load_cookies
-
-if TYPE_CHECKING:
-    from pipeline.stages.download.fetch import DownloadSettings
+from pipeline.stages.download.settings import DownloadSettings
 
 # Downloaders that fetch through yt-dlp's request director only.
 GATED_DOWNLOADERS = {"HttpFD", "HlsFD", "DashSegmentsFD", "IsmFD", "F4mFD"}
@@ -120,7 +118,7 @@ def _extractors() -> Iterator[Any]:
 
 
 def download_site(
-    url: str, work: Path, settings: "DownloadSettings", gate: Gate, *, generic: bool = False, extractors: tuple = ()
+    url: str, work: Path, settings: DownloadSettings, gate: Gate, *, generic: bool = False, extractors: tuple = ()
 ) -> SiteVideo:
     """One attempt at the video behind a page. `generic`: look for a video in whatever page it is.
 
@@ -160,7 +158,7 @@ def _result(downloader: "_GatedYoutubeDL", info: dict | None, url: str, work: Pa
 class _GatedYoutubeDL(yt_dlp.YoutubeDL):
     """YoutubeDL whose requests, downloaders, playlists and subtitles follow our rules."""
 
-    def __init__(self, parameters: dict, settings: "DownloadSettings", gate: Gate):
+    def __init__(self, parameters: dict, settings: DownloadSettings, gate: Gate):
         self.settings = settings
         self.gate = gate
         self.subtitle_kinds: dict[str, str] = {}
@@ -253,7 +251,7 @@ class _Silent:
     info = warning = error = debug
 
 
-def _parameters(work: Path, settings: "DownloadSettings", gate: Gate) -> dict:
+def _parameters(work: Path, settings: DownloadSettings, gate: Gate) -> dict:
     import imageio_ffmpeg
 
     only_files = ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]
@@ -297,7 +295,7 @@ def _copy_of_cookies(path: str) -> io.StringIO:
     return io.StringIO(Path(path).read_text())
 
 
-def user_options(settings: "DownloadSettings") -> dict[str, Any]:
+def user_options(settings: DownloadSettings) -> dict[str, Any]:
     """`download.ytdlp_options`, read by yt-dlp's own option parser, as parameters of YoutubeDL.
 
     Raises UserError for an option that yt-dlp does not know or that is ours to set.
@@ -356,7 +354,7 @@ def _refuse_live(info: dict, *, incomplete: bool = False) -> None:
 
 
 def choose_subtitles(
-    manual: dict[str, list[dict]], automatic: dict[str, list[dict]], settings: "DownloadSettings"
+    manual: dict[str, list[dict]], automatic: dict[str, list[dict]], settings: DownloadSettings
 ) -> dict[str, tuple[str, dict]]:
     """One track per wanted language: {site's language code: (kind, yt-dlp's entry)}, kinds in the settings' order.
 

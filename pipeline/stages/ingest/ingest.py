@@ -9,32 +9,15 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
 
 from clipmill.base.errors import UserError
-from clipmill.base.settings import Settings, operational
-from pipeline.stages.ingest.source_lists import Problem, SourceList, read_sources
+from pipeline.stages.ingest.settings import IngestSettings
+from pipeline.stages.ingest.source_lists import Problem, read_sources
 from shards.corpus.schema import TABLES
 from shards.corpus.source_ids import canonical_urls, video_ids
 from shards.corpus.tombstones import hash_of
 
-__all__ = ["IngestSettings", "Ingested", "Problem", "SourceList", "ingest", "read_sources"]
-
 UNIT = pa.string()
-
-
-class IngestSettings(Settings):
-    """How lists are read and sources grouped."""
-
-    # Videos per unit, the piece that is cut and committed as one. Small units spread better over workers and lose less
-    # when one is killed; large ones make fewer files. Units that exist keep their size.
-    unit_videos: int = Field(8, ge=1, le=10_000)
-    # The column (key) of a list that holds the URL; by default the first of url, video_url, webpage_url, link, …
-    url_column: str | None = None
-    # The column that holds the id; by default the first of id, video_id, videoid, source_id, …
-    id_column: str | None = None
-    # A packed list (.gz) may unpack to so many bytes: a few megabytes can be made to fill any memory.
-    max_unpacked_bytes: int = operational(4_000_000_000, ge=1)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -27,11 +26,9 @@ from pipeline.stages.ingest.benchmarks.sources import BENCHMARKS, is_benchmark, 
 from pipeline.stages.ingest.given_spans import SPANS, spans_from_json
 from pipeline.stages.ingest.given_texts import TEXTS, texts_from_json
 from pipeline.stages.ingest.list_files import VIDEO_EXTENSIONS, Problem, decode
+from pipeline.stages.ingest.settings import IngestSettings
 from pipeline.stages.ingest.sidecars import SUBTITLE_EXTENSIONS, leads_out, sidecars
 from shards.corpus.source_ids import SCHEME_PATTERN, canonical_urls
-
-if TYPE_CHECKING:
-    from pipeline.stages.ingest.ingest import IngestSettings
 
 LIST_EXTENSIONS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")  # all but Parquet also with .gz
 
@@ -82,7 +79,7 @@ class _Rows:
         self.problems.append(Problem(f"{self.name}:{line}", error_class, message[:500]))
 
 
-def read_sources(arguments: list[str], settings: "IngestSettings") -> SourceList:
+def read_sources(arguments: list[str], settings: IngestSettings) -> SourceList:
     """Every source that the arguments name, in order, duplicates and all.
 
     Raises UserError for an argument that is not there, cannot be read, or is a table without a URL column.
@@ -109,7 +106,7 @@ def _expand(arguments: list[str]) -> Iterator[str]:
         yield from matches
 
 
-def _read(argument: str, settings: "IngestSettings") -> Iterator[_Rows]:
+def _read(argument: str, settings: IngestSettings) -> Iterator[_Rows]:
     if is_benchmark(argument):
         yield _Rows(argument, Path.cwd(), *read_benchmark(argument))
         return
@@ -133,7 +130,7 @@ def _read(argument: str, settings: "IngestSettings") -> Iterator[_Rows]:
         yield from _read_list(path, settings)
 
 
-def _read_list(path: Path, settings: "IngestSettings") -> Iterator[_Rows]:
+def _read_list(path: Path, settings: IngestSettings) -> Iterator[_Rows]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = bool(suffixes) and suffixes[-1] == ".gz"
     extension = suffixes[-2] if packed and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
@@ -157,7 +154,7 @@ def _read_list(path: Path, settings: "IngestSettings") -> Iterator[_Rows]:
         yield from _read_lines(str(path), path.parent.absolute(), data, settings)
 
 
-def _unpacked(path: Path, settings: "IngestSettings") -> bytes:
+def _unpacked(path: Path, settings: IngestSettings) -> bytes:
     with gzip.open(path) as file:
         data = file.read(settings.max_unpacked_bytes + 1)
     if len(data) > settings.max_unpacked_bytes:
@@ -171,7 +168,7 @@ def _unpacked(path: Path, settings: "IngestSettings") -> bytes:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _read_parquet(path: Path, settings: "IngestSettings") -> _Rows:
+def _read_parquet(path: Path, settings: IngestSettings) -> _Rows:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
@@ -179,7 +176,7 @@ def _read_parquet(path: Path, settings: "IngestSettings") -> _Rows:
     return _Rows(str(path), path.parent.absolute(), _fields_of_table(path, table, line, settings))
 
 
-def _read_csv(path: Path, data: bytes, delimiter: str | None, settings: "IngestSettings") -> _Rows:
+def _read_csv(path: Path, data: bytes, delimiter: str | None, settings: IngestSettings) -> _Rows:
     """A table with a header line; rows with another number of columns are problems."""
     from csv import reader as csv_rows
 
@@ -223,7 +220,7 @@ def _distinct(names: list[str]) -> list[str]:
     return [name if name not in names[:i] else f"{name}.{i}" for i, name in enumerate(names)]
 
 
-def _fields_of_table(path: Path, table: pa.Table, line: pa.Array, settings: "IngestSettings") -> pa.Table:
+def _fields_of_table(path: Path, table: pa.Table, line: pa.Array, settings: IngestSettings) -> pa.Table:
     """The known columns as strings, the other ones as one JSON object per row without its nulls."""
     import duckdb
 
@@ -253,7 +250,7 @@ def _no_url_column(path: Path, names: list[str]) -> UserError:
     )
 
 
-def _columns(names: list[str], settings: "IngestSettings") -> dict[str, list[str]]:
+def _columns(names: list[str], settings: IngestSettings) -> dict[str, list[str]]:
     """Field → the names among `names` that stand for it, best first. A column named by a setting is the only one."""
     lowered: dict[str, list[str]] = {}
     for name in names:
@@ -271,7 +268,7 @@ def _columns(names: list[str], settings: "IngestSettings") -> dict[str, list[str
 # --- lines ----------------------------------------------------------------------------------------------------------
 
 
-def _read_lines(name: str, folder: Path, data: bytes, settings: "IngestSettings") -> Iterator[_Rows]:
+def _read_lines(name: str, folder: Path, data: bytes, settings: IngestSettings) -> Iterator[_Rows]:
     """One source per line: an address or a path, or a JSON object where the first line is one.
 
     In plain lists empty lines and lines that start with # say nothing.
@@ -293,7 +290,7 @@ def _read_lines(name: str, folder: Path, data: bytes, settings: "IngestSettings"
         problems = []
 
 
-def _read_json(path: Path, data: bytes, settings: "IngestSettings") -> Iterator[_Rows]:
+def _read_json(path: Path, data: bytes, settings: IngestSettings) -> Iterator[_Rows]:
     """A JSON array of objects or addresses; JSON lines under this name are taken too."""
     text, problems = decode(str(path), data)
     try:
@@ -309,7 +306,7 @@ def _read_json(path: Path, data: bytes, settings: "IngestSettings") -> Iterator[
     yield _read_json_lines(_Rows(str(path), path.parent.absolute(), table, problems), settings)
 
 
-def _read_json_lines(rows: _Rows, settings: "IngestSettings") -> _Rows:
+def _read_json_lines(rows: _Rows, settings: IngestSettings) -> _Rows:
     """JSON values, one per row of `text`, to fields; a line that is no object and no string is a problem."""
     import duckdb
 

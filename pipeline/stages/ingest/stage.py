@@ -1,20 +1,24 @@
-"""The ingest stage: new sources become one commit; what could not be read of the lists becomes failure rows.
+"""The ingest stage: source lists → new sources as one commit, and a failure for each line that cannot be read.
 
-It runs in the driver: a list is read once, and units must be given out by one hand.
+It runs in the driver: a list is read once, and only one process may assign sources to units.
 """
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
 
+from clipmill.base.errors import ItemError
 from clipmill.base.settings import digest
 from pipeline.stages.ingest.benchmarks.sources import is_benchmark
 from pipeline.stages.ingest.ingest import Ingested, Problem, ingest
-from shards.corpus.fragments import commit_name, table_schema, write_commit
+from pipeline.stages.ingest.settings import IngestSettings
+from pipeline.stages.stage import DriverStage
+from shards.corpus.fragments import commit_name, ledger_row, table_schema, write_commit
 from shards.corpus.schema import LEDGER
 from shards.corpus.tombstones import read_tombstones
+
+INGEST = DriverStage("ingest", help="source lists → sources", settings=IngestSettings)
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,11 @@ class IngestReport:
     num_duplicates: int
     num_problems: int
     splits: list[tuple[str, int, int, int]]  # split, videos, texts, repeated texts: of the new sources of a benchmark
-    num_forgotten: int = 0  # the corpus was told to forget them, so they stay out
+    num_forgotten: int = 0  # left out because they were forgotten with `clipmill forget`
 
 
 def ingest_sources(session, arguments: list[str]) -> IngestReport:
-    """Read the lists, commit the sources that are new and the lines that are bad."""
+    """Read the lists and commit new sources and unreadable lines. `session`: of `pipeline.engine.build`."""
     columns = "video_id, url, unit, ordinal, split, texts"
     known = session.ledger.connection.sql(f"SELECT {columns} FROM sources").to_arrow_table()
     tombstones = read_tombstones(session.corpus.root)
@@ -56,24 +60,18 @@ def _commit_sources(session, found: Ingested) -> str:
         [columns.get(f.name, table[f.name] if f.name in table.column_names else None) for f in schema], schema
     )
     name = commit_name("ingest", units[0].as_py(), zip(ids.to_pylist(), ["ingested"] * len(ids), strict=True))
-    row = {**_ledger_row(session, name, "ingested"), "status": "done", "num_rows": len(ids)}
+    row = ledger_row("ingest", name, "ingested", run_id=session.run_id, num_rows=len(ids))
     write_commit(session.corpus.root, name, {"sources": data}, pa.Table.from_pylist([row], LEDGER), [])
     return name
 
 
 def _commit_problems(session, arguments: list[str], problems: list[Problem]) -> list[str]:
-    """Problems of these arguments, in place of those that the same arguments had before."""
+    """Commit the problems of these arguments in place of those that the same arguments had before."""
     name = f"ingest-problems-{digest([_absolute(argument) for argument in arguments])}"
-    rows = [
-        {
-            **_ledger_row(session, problem.location, name),
-            "status": "failed",
-            "error_class": problem.error_class,
-            "message": problem.message,
-            "transient": False,
-        }
-        for problem in problems
-    ]
+    rows = []
+    for problem in problems:
+        error = ItemError(problem.error_class, problem.message)
+        rows.append(ledger_row("ingest", problem.location, name, run_id=session.run_id, error=error))
     known = session.ledger.connection.execute(
         "SELECT item_id, error_class, message FROM ledger WHERE fragment = ? ORDER BY ALL", [name]
     ).fetchall()
@@ -85,22 +83,6 @@ def _commit_problems(session, arguments: list[str], problems: list[Problem]) -> 
     session.corpus.files.remove(f"fragments/ledger/{name}.parquet")
     session.ledger.forget([name])
     return []
-
-
-def _ledger_row(session, item_id: str, key: str) -> dict:
-    return {
-        "stage": "ingest",
-        "item_id": item_id,
-        "unit": "",
-        "key": key,
-        "fingerprint": "",
-        "attempts": 1,
-        "wall_s": 0.0,
-        "cpu_s": 0.0,
-        "num_rows": 0,
-        "at": datetime.now(UTC),
-        "run_id": session.run_id,
-    }
 
 
 def _absolute(argument: str) -> str:

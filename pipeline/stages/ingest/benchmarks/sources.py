@@ -1,6 +1,6 @@
 """A benchmark's folder as sources: `msrvtt:FOLDER` among the arguments of a build.
 
-1. A reader (`pipeline.stages.ingest.benchmarks.readers`) takes the published annotation files for what their protocol uses.
+1. A reader (`readers` beside this file) takes from the published annotation files what their protocol uses.
 2. Every video they name is looked for in the folder. One that is not there, or has no text, is a problem, counted and
    recorded; nothing takes its place.
 3. The rest are rows of a source list like any other: file, id, split, given spans, reference texts.

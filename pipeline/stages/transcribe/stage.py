@@ -1,0 +1,112 @@
+"""The transcribe stage: a video's subtitles, or else its speech → words with times."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from captioning.model_identity import file_sha256
+from clipmill.base.errors import ItemError, UserError
+from clipmill.base.settings import digest
+from pipeline.runtime.task import Result, Stopwatch, Task, sandbox
+from pipeline.stages.stage import Stage
+from pipeline.stages.transcribe.speech import extract_speech
+from pipeline.stages.transcribe.transcribe import (
+    TranscribeSettings,
+    Transcript,
+    load_whisper,
+    transcribe_video,
+    transcript_of_subtitles,
+)
+from shards.corpus.stage_query import chosen_rows
+from shards.storage.mirror import files_of
+
+WANTED = """
+    -- Costs are in seconds of video to cut: reading subtitles takes almost no time, recognition as long as cutting.
+    SELECT video_id AS item_id, unit, coalesce(duration_s, 0) / if(len(subtitles) > 0, 100, 1) AS cost,
+           md5(concat_ws('|', $fingerprint, sha256, subtitles::VARCHAR)) AS key
+    FROM current_videos WHERE duplicate_of IS NULL
+"""
+
+PAYLOAD = """
+    SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.sha256, v.duration_s, v.subtitles,
+           v.audio_codec,
+           coalesce(s.language, v.language) AS language
+    FROM work w JOIN current_videos v ON v.video_id = w.item_id JOIN sources s ON s.video_id = w.item_id
+    ORDER BY w.item_id
+"""
+
+
+def identity(settings: TranscribeSettings) -> str:
+    """Hash the settings, and the weights if they are a file."""
+    path = Path(settings.whisper or "")
+    if not settings.whisper or not (path.suffix or path.is_file()):
+        return settings.fingerprint()
+    if not path.is_file():
+        raise UserError(f"setting transcribe.whisper = {settings.whisper}: there is no such file.")
+    return digest([settings.fingerprint(), file_sha256(path)])
+
+
+def run_transcribe(task: Task) -> Result:
+    """Find the words of each video.
+
+    An unreadable subtitle or a missing model loses the words, not the video: it is a failure of the part
+    VIDEO_ID.speech, which stands until the video is transcribed again.
+    """
+    settings, local, outcomes = task.settings, files_of(task.root).local, []
+    limits = {"timeout_s": settings.timeout_s, "memory_bytes": settings.memory_mb * 2**20}
+
+    def in_sandbox(function: Callable, *arguments):
+        return sandbox().call(function, *arguments, **limits)
+
+    for item in task.items:
+        with Stopwatch(item["item_id"]) as outcome:
+            files = [{**file, "path": str(local(file["path"]))} for file in item["subtitles"] or []]
+            problems: list[ItemError] = []
+            try:
+                row = transcribe_video(
+                    files,
+                    local(item["path"]),
+                    settings,
+                    _whisper,
+                    lambda path: in_sandbox(extract_speech, path, settings.timeout_s, settings.max_speech_s),
+                    problems,
+                    lambda files, settings: in_sandbox(transcript_of_subtitles, files, settings),
+                )
+            except ItemError as error:
+                row, problems = Transcript("none").as_row(), [*problems, error]
+            row["digest"] = digest([row["language"], row["words"]])
+            outcome.rows["transcripts"] = [{"video_id": item["video_id"], "source_sha256": item["sha256"], **row}]
+            outcome.parts = [(f"{item['video_id']}.speech", problem) for problem in problems[-1:]]
+        outcomes.append(outcome)
+    return outcomes, []
+
+
+def _whisper(settings: TranscribeSettings):
+    """Return the model, or raise the ItemError of the first time that it could not be loaded in this process."""
+    model = _whisper_or_error(settings.model_dump_json())
+    if isinstance(model, ItemError):
+        raise model
+    return model
+
+
+@lru_cache(maxsize=1)
+def _whisper_or_error(settings: str):
+    try:
+        return load_whisper(TranscribeSettings.model_validate_json(settings))
+    except ItemError as error:
+        return error
+
+
+TRANSCRIBE = Stage(
+    "transcribe",
+    help="subtitles or speech → words with times",
+    settings=TranscribeSettings,
+    identity=identity,
+    item="video",
+    reads_source=True,
+    after=("download",),
+    wanted=WANTED,
+    current=(f"CREATE OR REPLACE TEMP TABLE current_transcripts AS {chosen_rows('transcribe', 'transcripts')}",),
+    payload=PAYLOAD,
+    run=run_transcribe,
+)
