@@ -390,9 +390,10 @@ class Pools:
             (self.actors.get(flight.actor) or self.dead[flight.actor]).remove(flight)
 
     def _start_governor(self, settings) -> None:
-        from pipeline.stages.download.host_limiter import HostGovernor
+        from pipeline.stages.download.host_limiter import HostRateLimiter
 
-        actor = self.ray.remote(num_cpus=0)(HostGovernor).options(name=GOVERNOR, max_restarts=-1, max_task_retries=-1)
+        remote = self.ray.remote(num_cpus=0)(HostRateLimiter)
+        actor = remote.options(name=GOVERNOR, max_restarts=-1, max_task_retries=-1)
         self.governor = actor.remote(settings.per_host, settings.min_interval_s, patience_s=settings.lockout_patience_s)
 
     def _start_actors(self) -> None:

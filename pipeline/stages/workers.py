@@ -18,7 +18,7 @@ from clipmill.media.sandbox import Sandbox
 from pipeline.runtime.task import GOVERNOR, Outcome, Result, Stopwatch, Work, require_holder
 from pipeline.runtime.watchdog import time_limit
 from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_in_sandbox
-from pipeline.stages.download.fetch import fetch, new_governor
+from pipeline.stages.download.fetch import fetch, new_rate_limiter
 from pipeline.stages.segment.segment import needs_shots, segment_video
 from pipeline.stages.segment.shots import detect_shots
 from pipeline.stages.transcribe.speech import extract_speech
@@ -57,9 +57,9 @@ def run_download(work: Work) -> Result:
                 folder,
                 work.settings,
                 corpus_root=root,
-                governor=governor,
+                rate_limiter=governor,
                 probe=probe,
-                require_right=partial(require_holder, work),
+                require_lock=partial(require_holder, work),
             )
             if row["sha256"] in forgotten:
                 _remove_files(folder, item["video_id"])
@@ -96,7 +96,7 @@ def _governor(work: Work):
         return None
     import ray
 
-    return ray.get_actor(GOVERNOR) if ray.is_initialized() else new_governor(work.settings)
+    return ray.get_actor(GOVERNOR) if ray.is_initialized() else new_rate_limiter(work.settings)
 
 
 def run_transcribe(work: Work) -> Result:
