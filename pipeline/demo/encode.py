@@ -1,4 +1,4 @@
-"""Write the demo world's video files: formats, a quiet audio track, rotation by metadata. Same frames, same bytes.
+"""Write the demo world's video files: formats, quiet audio, rotation. Same frames, same bytes.
 
 Encoders run on one thread and muxers in bit-exact mode (no dates, no random ids), which makes every format
 reproducible, including H.264 with B-frames.
@@ -68,7 +68,10 @@ def write_audio(path: Path, audio: np.ndarray) -> None:
 
 
 def quiet_audio(duration_s: float, rng: np.random.Generator) -> np.ndarray:
-    """Make int16 mono samples at AUDIO_RATE: a soft swelling tone over faint noise, about 35 dB below full scale."""
+    """Make a soft swelling tone over faint noise, about 35 dB below full scale.
+
+    Samples are int16 mono at AUDIO_RATE.
+    """
     t = np.arange(round(duration_s * AUDIO_RATE), dtype=np.float32) / AUDIO_RATE
     swell = 0.6 + 0.4 * np.sin(2 * np.pi * t / np.float32(rng.uniform(3.0, 6.0)))
     tone = swell * np.sin(2 * np.pi * np.float32(rng.uniform(180.0, 520.0)) * t)
@@ -118,7 +121,10 @@ _MATRICES = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
 
 
 def _set_rotation(path: Path, rotation: int) -> None:
-    """Write a display rotation into the first track header of an MP4, where phones put it. PyAV cannot do this."""
+    """Write a display rotation into the first track header of an MP4, where phones put it.
+
+    PyAV cannot do this.
+    """
     data = bytearray(path.read_bytes())
     header = data.rindex(b"tkhd", 0, data.index(b"mdhd")) + 4
     matrix = header + 4 + (32 if data[header] == 1 else 20) + 16  # version and flags, times and id, layer to reserved

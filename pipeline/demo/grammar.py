@@ -97,7 +97,9 @@ def sample_scene(
     allowed: Allowed | None = None,
     pair_fraction: float = 0.3,
 ) -> Scene:
-    """Sample a scene of 3–15 s (or of `duration_s`) whose objects' combinations are all `allowed` (default: any).
+    """Sample a scene of 3–15 s (or of `duration_s`).
+
+    All its objects' combinations are `allowed` (default: any).
 
     `pair_fraction` of the scenes that are long enough to describe it have two objects.
     """
@@ -111,7 +113,10 @@ def sample_scene(
 
 
 def held_out(combination: Combination, fraction: float, seed: int) -> bool:
-    """Return True if `seed` reserves this combination for testing, as it does `fraction` of all, by their names."""
+    """Return True if `seed` reserves this combination for testing.
+
+    It reserves `fraction` of all combinations, by a hash of their names.
+    """
     text = f"{seed}:{'/'.join(combination)}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") < fraction * 2**64
 
@@ -127,6 +132,7 @@ def _sample_thing(
     radii: dict[str, tuple[float, float]] = SINGLE_RADII,
     without: tuple[str, ...] = (),
 ) -> Thing:
+    """Sample an object with the given motion, inside `cell`; its shape and colour are not in `without`."""
     size = _pick(rng, SIZES)
     low, high = radii[size]
     radius = max_radius = float(low + (high - low) * rng.uniform(0.35, 0.65))
@@ -222,7 +228,10 @@ FILLER = (
 
 
 def still_text(scene: Scene, index: int = 0, with_size: bool = True, with_texture: bool = True) -> str:
-    """Return a true caption that any one frame can confirm; `index` chooses the wording (modulo their number)."""
+    """Return a true caption that any one frame can confirm.
+
+    `index` chooses the wording, modulo their number.
+    """
     template = STILL_TEMPLATES[index % len(STILL_TEMPLATES)]
     looks = " and ".join(_looks(thing, with_size, with_texture) for thing in scene.objects)
     return template.format(a=looks, b=background_words(scene))
@@ -239,7 +248,7 @@ def motion_text(scene: Scene, index: int = 0, named: bool = True) -> str:
 
 
 def spoken_sentences(scene: Scene, rng: np.random.Generator, num_words: int = 20) -> list[str]:
-    """Return a narrator's punctuated sentences about the scene's looks and motion, at most `num_words` words in all.
+    """Return a narrator's punctuated sentences about the scene, at most `num_words` words in all.
 
     The first one or two sentences tell looks and motion, or the motion alone if there is no room for both; further ones
     repeat the motion in other words until no more fits. The list is empty if not even the motion fits.

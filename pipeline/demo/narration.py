@@ -83,7 +83,10 @@ def _filler_talk(rng: np.random.Generator, num_words: int) -> list[str]:
 
 
 def _speak(text: str, start_s: float, words_per_s: float, rng: np.random.Generator) -> tuple[Word, ...]:
-    """Give each word its times in whole milliseconds, as in subtitle files; long words and commas take longer."""
+    """Give each word its times in whole milliseconds, as in subtitle files.
+
+    Long words take longer, and a comma is followed by a pause.
+    """
     words, now_s = [], start_s
     for word in text.split():
         length_s = (0.45 + 0.12 * len(words_of(word)[0])) / words_per_s * float(rng.uniform(0.85, 1.15))
@@ -152,7 +155,10 @@ class Line:
 
 
 def auto_lines(sentences: Sequence[Sentence], music: bool = False) -> list[Line]:
-    """Join sentences to lines of equal length, as the recogniser does; `music` captions long silences as [Music]."""
+    """Join sentences and split them into lines as the recogniser does, by length and pauses.
+
+    `music` captions long silences as [Music].
+    """
     spoken = [word for sentence in sentences for word in sentence.words]
     heard = [Word(" ".join(words_of(word.text)), word.start_s, word.end_s) for word in spoken]
     groups = [list(words) for words in _filled(heard, AUTO_LINE_CHARS, AUTO_PAUSE_S)]
@@ -193,7 +199,10 @@ def auto_vtt(lines: Sequence[Line]) -> str:
 
 
 def auto_json3(lines: Sequence[Line]) -> str:
-    """Return YouTube's json3: a window, then each line's words with offsets, and appended line breaks between lines."""
+    """Return YouTube's json3: a window, then each line's words with offsets.
+
+    Between lines there are appended line breaks.
+    """
     last_ms = round(lines[-1].end_s * 1000) if lines else 0
     events: list[dict] = [{"tStartMs": 0, "dDurationMs": last_ms, "id": 1, "wpWinPosId": 1, "wsWinStyleId": 1}]
     for n, line in enumerate(lines):
@@ -229,7 +238,10 @@ SUBTITLE_WRITERS: dict[str, tuple[str, Callable[[Sequence[Sentence], bool], str]
 
 
 def _filled(words: Sequence[Word], max_chars: int, max_pause_s: float = float("inf")) -> list[Sequence[Word]]:
-    """Group words up to `max_chars` characters (a longer word stands alone), splitting at long pauses as well."""
+    """Group words up to `max_chars` characters, splitting at long pauses as well.
+
+    A word that is longer stands alone.
+    """
     groups: list[list[Word]] = []
     length = 0
     for word in words:

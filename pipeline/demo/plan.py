@@ -260,7 +260,10 @@ def _plan_scenes(settings: WorldSettings, rng: np.random.Generator) -> list[Scen
 
 
 def _frame_times(duration_s: float, rate: Fraction | None, rng: np.random.Generator) -> tuple[Fraction, ...]:
-    """Return the times of all frames: regular, or at a variable rate of 8 to 30 per second in whole milliseconds."""
+    """Return the times of all frames.
+
+    A variable rate has 8 to 30 frames per second, at whole milliseconds.
+    """
     if rate:
         return tuple(k / rate for k in range(round(duration_s * rate)))
     steps_ms = rng.integers(33, 125, int(duration_s * 31))
@@ -269,7 +272,10 @@ def _frame_times(duration_s: float, rate: Fraction | None, rng: np.random.Genera
 
 
 def _snap(scenes: list[Scene], times: tuple[Fraction, ...]) -> tuple[tuple[float, Scene], ...]:
-    """Return (start, scene) with starts moved to frame times: a cut is at the time of the first frame after it."""
+    """Return (start, scene) with starts moved to frame times.
+
+    A cut is at the time of the first frame after it.
+    """
     grid = np.array([float(t) for t in times])
     ends = np.cumsum([scene.duration_s for scene in scenes])
     inner = [float(grid[np.searchsorted(grid, end - 1e-9)]) for end in ends[:-1]]
@@ -293,7 +299,7 @@ def _plan_subtitles(settings: WorldSettings, choose: _Chooser, rng: np.random.Ge
 
 
 def frames_of(plan: VideoPlan) -> Iterator[tuple[Fraction, np.ndarray]]:
-    """Yield (time in seconds, uint8 RGB picture [H, W, 3] as displayed) of every frame, cross-fades included."""
+    """Yield (time in seconds, uint8 RGB [H, W, 3] as displayed) of every frame, with cross-fades."""
     from pipeline.demo.render import cross_fade, render_frame
 
     n = 0

@@ -1,4 +1,4 @@
-"""Pixels of a scene: `render_frame` draws pictures, `locate` gives an object's true position. Numpy and OpenCV only.
+"""Pixels of a scene: `render_frame` draws pictures, `locate` gives an object's true position.
 
 A frame is a prerendered background with antialiased sprites blended in, so it costs a copy and one or two small
 multiplications. Backgrounds and sprites are cached per process. Drawing is a pure function of the scene: same scene,
@@ -113,7 +113,10 @@ def _blend(frame: np.ndarray, sprite: tuple[np.ndarray, np.ndarray], x: float, y
 
 @lru_cache(maxsize=4096)
 def _sprite(shape: str, colour: str, texture: str, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw an object of `side` pixels, antialiased; return (premultiplied colour x 256, 256 - alpha), both uint16."""
+    """Draw an object of `side` pixels, antialiased.
+
+    Returns (premultiplied colour x 256, 256 - alpha), both uint16.
+    """
     alpha, picture = _master(shape, colour, texture)
     alpha = cv2.resize(alpha, (side, side), interpolation=cv2.INTER_AREA)[..., None]
     picture = cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA)

@@ -1,4 +1,4 @@
-"""Serve a folder over HTTP on loopback: byte ranges, HEAD, ETags, content types, and faults on request. Stdlib only.
+"""Serve a folder over HTTP on loopback, with byte ranges and faults on request. Stdlib only.
 
 Requests are untrusted: only files inside the folder are served. `faults.json` in the folder (or the `faults` argument)
 defines faults by path relative to the folder:
@@ -45,7 +45,10 @@ CHUNK_BYTES = 1 << 16
 
 @contextmanager
 def serve(folder: str | Path, port: int = 0, faults: Faults | None = None) -> Iterator[str]:
-    """Serve `folder` on 127.0.0.1 from a thread until the block ends; yield the base URL without a trailing slash."""
+    """Serve `folder` on 127.0.0.1 from a thread until the block ends.
+
+    Yields the base URL without a trailing slash.
+    """
     folder = Path(folder).resolve()
     if faults is None:
         listed = folder / "faults.json"
@@ -79,7 +82,10 @@ class _Server(ThreadingHTTPServer):
             return fault if self._seen[name] <= fault.get("times", self._seen[name]) else {}
 
     def find(self, name: str) -> Path | None:
-        """Return the file of that name if it is inside the folder after links and '..' are resolved, else None."""
+        """Return the file of that name, None if it is outside of the folder.
+
+        Links and ".." are resolved first.
+        """
         try:
             path = (self.folder / name).resolve()
             return path if path.is_relative_to(self.folder) and path.is_file() else None
@@ -115,6 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_file(path, file, fault, with_body)
 
     def _send_file(self, path: Path, file: BinaryIO, fault: Mapping[str, Any], with_body: bool) -> None:
+        """Send headers, and the body if asked, for the requested range of a file, with the given fault."""
         stat = path.stat()
         etag = f'"{hashlib.sha256(f"{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]}"'
         asked = self.headers.get("Range")
@@ -175,7 +182,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _byte_range(header: str | None, size: int) -> tuple[int, int, bool] | None:
-    """Return (start, stop, is it a part) for a Range header, None if it cannot be satisfied (RFC 9110, 14.1).
+    """Return (start, stop, True if partial) for a Range header, None if it cannot be satisfied.
+
+    See RFC 9110, 14.1.
 
     Several ranges, other units and malformed headers get the whole file, which the RFC allows.
     """

@@ -1,4 +1,4 @@
-"""A folder of narrated videos, their subtitles and the truth about them; also source lists with broken sources.
+"""A folder of narrated videos, their subtitles and the truth about them; also lists of its sources.
 
 WORLD/
   world.json             settings and totals; a folder with totals is complete
@@ -76,7 +76,10 @@ def make_world(folder: str | Path, settings: WorldSettings, progress: Progress |
 
 
 def read_truth(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of truth.jsonl. `grammar.scene_from_dict(row["scenes"][n]["scene"])` restores a Scene."""
+    """Return the rows of truth.jsonl.
+
+    `grammar.scene_from_dict(row["scenes"][n]["scene"])` restores a Scene.
+    """
     return [json.loads(line) for line in (Path(folder) / "truth.jsonl").read_text().splitlines()]
 
 
@@ -86,7 +89,10 @@ def scene_at(video: dict[str, Any], start_s: float, end_s: float) -> dict[str, A
 
 
 def write_sources(folder: str | Path, base_url: str, path: str | Path) -> int:
-    """Write a source list, one JSON object per line, for the world served at `base_url`; return the number of lines."""
+    """Write a source list for the world served at `base_url`; return the number of lines.
+
+    Each line is a JSON object.
+    """
     rows = [_source(video, base_url.rstrip("/")) for video in read_truth(folder)]
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return len(rows)
@@ -150,7 +156,10 @@ class Job:
 
 
 def _jobs(settings: WorldSettings) -> list[Job]:
-    """Return jobs for the videos asked for, then for a small plain one per broken source with a file of its own."""
+    """Return jobs for the videos asked for and for broken sources.
+
+    A broken source with a file of its own gets a small plain video.
+    """
     plain = dict(formats=("h264-mp4",), sizes=("320x240",), rates=("12.5",), rotation=False, missing_fraction=0.0)
     short = settings.model_copy(update=plain | {"min_video_s": 12.0, "max_video_s": 15.0})
     broken = [kind for kind in dict.fromkeys(settings.broken) if kind != "duplicate"]
@@ -195,7 +204,10 @@ def _make_video(folder: Path, job: Job) -> dict[str, Any]:
 
 
 def _write_media(path: Path, plan: VideoPlan, broken: str | None, rng: np.random.Generator) -> dict[str, Any] | None:
-    """Write the video, or the file that a broken source has instead; return the fault that the server plays, if any."""
+    """Write the video, or the file that a broken source has instead.
+
+    Returns the fault that the server plays, if any.
+    """
     from pipeline.demo import encode
 
     if broken == "html":
@@ -239,7 +251,10 @@ def _duplicate(folder: Path, original: dict[str, Any], index: int) -> dict[str, 
 
 
 def _file_facts(path: Path, plan: VideoPlan) -> dict[str, Any]:
-    """Return a video file's columns of the truth: `fps` is null if it varies, `width` and `height` are as displayed."""
+    """Return a video file's columns of the truth.
+
+    `fps` is null if it varies; `width` and `height` are as displayed.
+    """
     data = path.read_bytes() if path.exists() else b""
     return {
         "num_bytes": len(data),
@@ -292,6 +307,7 @@ SCENE_ROWS = pa.schema(
 
 
 def _scene_rows(video: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of truth.parquet (SCENE_ROWS) for a video's row of the truth."""
     subtitle = video["subtitle"] or {"kind": None, "offset_s": None}
     for scene in video["scenes"]:
         facts = scene["facts"]

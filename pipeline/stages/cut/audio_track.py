@@ -1,4 +1,4 @@
-"""Audio of clips: one forward pass over a video's audio stream, in step with its pictures, cut to the sample.
+"""Audio of clips: one forward pass over a video's audio stream, cut to the sample.
 
 The video is untrusted: packets and frames that cannot be decoded are counted and become silence.
 """
@@ -89,7 +89,10 @@ class AudioTrack:
                 expected = at
 
     def _position(self, frame: av.AudioFrame, expected: int | None) -> int:
-        """Return the frame's first sample: the expected one unless its timestamp is off by more than the slack."""
+        """Return the frame's first sample.
+
+        It is the expected one unless the frame's timestamp differs by more than SLACK_SAMPLES.
+        """
         if frame.pts is None:
             return expected or 0
         stamped = round((frame.pts * float(frame.time_base) - self.origin_s) * AUDIO_RATE)

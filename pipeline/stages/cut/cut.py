@@ -73,7 +73,7 @@ class CutResult:
 
 
 def cut_video(path: str | Path, spans: list[SpanRequest], settings: CutSettings, out_path: str | Path) -> CutResult:
-    """Cut all spans of one video in one decode; write clips and caption frames one after another to `out_path`.
+    """Cut all spans of one video in one decode; write clips and caption frames to `out_path`.
 
     Failures of single spans are in the result. Raises ItemError for the whole video: source-missing, empty-file,
     not-a-video, no-video-stream, undecodable, too-large, too-many-frames. The video is untrusted: call it in a sandbox.

@@ -1,4 +1,4 @@
-"""Cut one video in one pass: every wanted frame is decoded once, scaled once, and added to all clips that contain it.
+"""Cut one video in one pass: decode and scale every wanted frame once, for all clips that contain it.
 
 A clip's encoder opens with its first frame and closes with its last, so memory depends on the number of overlapping
 spans, not on the video's length. The video is untrusted: this runs inside a sandbox.
@@ -130,7 +130,7 @@ class Cutter:
         self.failures: dict[str, ItemError] = {}
 
     def cut(self, spans: list[SpanRequest], out_path: str | Path) -> CutResult:
-        """Cut by the packets' times, and once more by decoded frames' times the spans for which those are wrong.
+        """Cut by the packets' times, then by decoded frames' times where those are wrong.
 
         Packets' times are wrong in damaged files, with separate fields, or absent altogether. See `cut_video`.
         """
@@ -208,6 +208,7 @@ class Cutter:
             self._fail(clip.span, ItemError("encode-failed", str(error)))
 
     def _write(self, clip: Clip, sound: AudioTrack | None) -> None:
+        """Append a complete clip and its caption frames to the output file and record its row of `clips`."""
         has_audio = getattr(clip.encoder, "sound", None) is not None
         data = clip.encoder.finish(sound.sound(clip.sound_start_s, clip.duration_s) if has_audio else None)
         clip.encoder = None

@@ -26,7 +26,7 @@ BT2020 = int(ColorPrimaries.BT2020)
 
 
 def target_size(width: int, height: int, pixel_aspect: Fraction, short_side: int | None) -> tuple[int, int]:
-    """Return (width, height) of the output before rotation: square pixels, even, the short side at most `short_side`.
+    """Return (width, height) before rotation: square pixels, even, short side at most `short_side`.
 
     It never enlarges, except to 2x2, the smallest picture of 4:2:0.
     """
@@ -98,12 +98,18 @@ class PictureMaker:
 
 @functools.cache
 def _mapper() -> VideoReformatter:
-    """Return the process's colour mapper: its table takes seconds to build and serves all sources of a kind."""
+    """Return the process's colour mapper.
+
+    Its table takes seconds to build and serves all sources of a kind.
+    """
     return VideoReformatter()
 
 
 def _turned(packed: np.ndarray, clockwise: int) -> np.ndarray:
-    """Rotate yuv420p, packed as one uint8 [H * 3/2, W] array, by 90, 180 or 270 degrees; ignore other angles."""
+    """Rotate a picture by 90, 180 or 270 degrees; ignore other angles.
+
+    `packed` is yuv420p as one uint8 array [H * 3/2, W].
+    """
     if clockwise not in (90, 180, 270):
         return packed
     width, height = packed.shape[1], packed.shape[0] * 2 // 3

@@ -23,7 +23,10 @@ _GLOBAL_V6 = ipaddress.ip_network("2000::/3")
 
 
 def is_public(address: str) -> bool:
-    """Return True for an address of the public internet. An IPv6 address that embeds an IPv4 address counts as that."""
+    """Return True for an address of the public internet.
+
+    An IPv6 address that embeds an IPv4 address is judged as that IPv4 address.
+    """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip.version == 6:  # Teredo addresses embed one too, but are not global anyway
         embedded = ip.ipv4_mapped or ip.sixtofour
@@ -53,7 +56,7 @@ def resolve(host: str, port: int | None, allow_private: bool) -> list[tuple]:
 
 
 class EgressGuard:
-    """Opens the connections of one download: to checked addresses only, and none stays open after `timeout_s`.
+    """Connections of one download: to checked addresses only, and none stays open after `timeout_s`.
 
     A context manager, safe to use from several threads.
     """
@@ -91,7 +94,10 @@ class EgressGuard:
             raise DownloadError("timeout", f"not finished within {self.timeout_s:.0f} s (download.timeout_s)")
 
     def connect(self, host: str, port: int, timeout: float | None, options=(), allow_private: bool | None = None):
-        """Return a connected TCP socket. Raises DownloadError for a refused address, OSError for the connection."""
+        """Return a connected TCP socket.
+
+        Raises DownloadError for a refused address, OSError for a failed connection.
+        """
         self.check()
         allowed = self.allow_private if allow_private is None else allow_private
         error: OSError | None = None
@@ -115,7 +121,10 @@ class EgressGuard:
         raise error
 
     def mount(self, session) -> None:
-        """Make every adapter of a requests session connect through this guard; proxies' own addresses are unchecked."""
+        """Make every adapter of a requests session connect through this guard.
+
+        The address of a proxy itself is not checked: it comes from the user's settings.
+        """
         for adapter in session.adapters.values():
             adapter.poolmanager.pool_classes_by_scheme = _pool_classes(self, self.allow_private)
             original = adapter.proxy_manager_for

@@ -142,7 +142,7 @@ def fetch(
     probe: Callable[[Path], Any] | None = None,
     require_lock: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Download a source (a row of `sources`) into `folder`; return its row of `downloads` (its own columns).
+    """Download a source (a row of `sources`) into `folder`; return its row of `downloads`.
 
     corpus_root   paths below it are relative to it in the row; default: the parent of `folder`
     rate_limiter  a HostRateLimiter or a Ray actor of one; default: a new one for this call
@@ -186,7 +186,7 @@ class _Job:
 
     @contextmanager
     def exclusive(self, require_lock: Callable[[], None]) -> Iterator[None]:
-        """Lock and create the folder for partial files; afterwards remove it unless a later attempt can resume there.
+        """Lock and create the folder for partial files; remove it at the end unless an attempt can resume.
 
         A worker of a killed build may still write to it, and two writers would mix their bytes. Raises DownloadError
         "in-use" if that worker does not end.
@@ -223,7 +223,10 @@ class _Job:
         raise DownloadError("unsupported-url", message)
 
     def _web(self) -> _Fetched:
-        """Download through the site's extractor if there is one, else directly; pages go to the generic extractor."""
+        """Download through the site's extractor if there is one, else directly.
+
+        A page that a direct download meets goes to the generic extractor.
+        """
         from pipeline.stages.download.site_fetch import site_extractor
 
         with time_limit(GRACE_S, f"looking up {self.url}"):
@@ -248,7 +251,9 @@ class _Job:
         return _Fetched(file.path, file.num_bytes, file.sha256, "http", meta=meta)
 
     def _retry_if_truncated(self, file: HttpFile) -> None:
-        """Raise a retryable "truncated" the first time that a file is incomplete: servers may announce too few bytes.
+        """Raise a retryable "truncated" the first time that a file is incomplete.
+
+        A server may have announced too few bytes.
 
         The same bytes a second time pass here and become a permanent failure later, in `_checked`.
         """
@@ -293,7 +298,10 @@ class _Job:
     # --- rate limit and retries
 
     def _attempts(self, url: str, attempt: Callable[[Any], Any]) -> Any:
-        """Call `attempt(guard)` under the host's rate limit, with retries. Raises DownloadError of the last attempt."""
+        """Call `attempt(guard)` under the host's rate limit, with retries.
+
+        Raises the DownloadError of the last attempt.
+        """
         settings, num_failures, num_lockouts = self.settings, 0, 0
         while True:
             left_s = max(0.001, settings.timeout_s - self.used_s)
@@ -361,6 +369,7 @@ class _Job:
             return None
 
     def _is_subtitle(self, path: Path) -> bool:
+        """Return True for a readable subtitle file; note the problem otherwise."""
         try:
             check_regular(path, MAX_SUBTITLE_BYTES)
             subtitle_format(path)
@@ -407,6 +416,10 @@ class _Job:
         }
 
     def _publish_subtitle(self, path: Path, language: str | None, kind: str, taken: set[str]) -> dict[str, Any]:
+        """Give a downloaded subtitle file a final name not in `taken`; return its entry in `downloads`.
+
+        A local file stays in place.
+        """
         form = subtitle_format(path)
         _size, digest = hash_file(path)
         if path.is_relative_to(self.work):
@@ -424,7 +437,10 @@ _SITE_COLUMNS = ("title", "categories", "licence", "channel", "upload_date", "la
 
 
 def backoff_s(first_s: float, num_failures: int, url: str) -> float:
-    """Return the seconds before the next try: doubled up to a minute, times a jitter of 0.5-1.5 from URL and count."""
+    """Return the pause in seconds before the next try.
+
+    It doubles with every failure, up to a minute, times a jitter of 0.5-1.5 that follows from URL and count.
+    """
     jitter = 0.5 + random.Random(f"{num_failures}:{url}").random()
     return min(60.0, first_s * 2 ** (num_failures - 1)) * jitter
 

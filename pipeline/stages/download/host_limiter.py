@@ -150,7 +150,10 @@ class HostRateLimiter:
 
 
 def host_of(url: str) -> str:
-    """Return the name under which a URL is rate-limited: host without "www.", or SCHEME:BUCKET of an object store."""
+    """Return the name under which a URL is rate-limited.
+
+    It is the host without "www.", or SCHEME:BUCKET for an object store.
+    """
     parts = urlsplit(url)
     host = (parts.hostname or "").removeprefix("www.")
     return host if parts.scheme.lower() in ("http", "https") else f"{parts.scheme.lower()}:{host}"

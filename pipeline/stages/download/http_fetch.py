@@ -1,4 +1,4 @@
-"""Direct links: stream one http(s) response to a file and resume it where an earlier attempt broke off.
+"""Direct links: stream one http(s) response to a file; resume it where an earlier attempt broke off.
 
 Input is an untrusted URL: the server may redirect anywhere, announce a wrong length, stall, send a page instead of a
 video, or never stop sending. The file in `work` is `media`; `media.json` beside it holds the validators (ETag,
@@ -61,7 +61,9 @@ class _State:
 def download_http(
     url: str, work: Path, settings: "DownloadSettings", guard: EgressGuard, *, max_bytes: int, media: bool = True
 ) -> HttpFile:
-    """Make one attempt; resume the partial file in `work` if the server's validators prove that it is the same file.
+    """Make one attempt at a URL, resuming the partial file in `work` if there is one.
+
+    It resumes only if the server's validators prove that it is the same file.
 
     `media` refuses a response as soon as it turns out to be text. Raises DownloadError of nearly every class.
     """
@@ -101,7 +103,10 @@ def _start_of_body(response, have: int) -> int | None:
 
 
 class _Exchange:
-    """One GET request with its redirects, all of them through the guard. Every failure becomes a DownloadError."""
+    """One GET request with its redirects, all of them through the guard.
+
+    Every failure becomes a DownloadError.
+    """
 
     def __init__(self, url: str, settings: "DownloadSettings", guard: EgressGuard):
         self.url = url
@@ -124,7 +129,10 @@ class _Exchange:
         self._session.close()
 
     def get(self, headers: dict[str, str]):
-        """Return the response after redirects, its body unread. Raises DownloadError unless it is 200, 206 or 416."""
+        """Return the response after redirects, with its body unread.
+
+        Raises DownloadError unless the status is 200, 206 or 416.
+        """
         for _hop in range(MAX_REDIRECTS + 1):
             response = self._send(headers)
             if not response.is_redirect:
@@ -140,6 +148,7 @@ class _Exchange:
         return response
 
     def _send(self, headers: dict[str, str]):
+        """Return the response to one request, without following redirects. Raises DownloadError, UserError."""
         import requests
         from urllib3.exceptions import HTTPError
 
@@ -272,7 +281,10 @@ def _save(response, part: Path, start: int, limits: _Limits) -> tuple[str, int]:
 
 
 def _chunks(response, url: str, guard: EgressGuard) -> Iterator[bytes]:
-    """Yield the decoded body as it arrives. Raises DownloadError "truncated" if it is shorter than announced."""
+    """Yield the decoded body as it arrives.
+
+    Raises DownloadError "truncated" if it is shorter than announced.
+    """
     from urllib3.exceptions import HTTPError
 
     announced, raw = _announced_bytes(response), response.raw

@@ -1,4 +1,4 @@
-"""Videos of sites, through yt-dlp as a library: one extraction per URL gives file, subtitles and metadata.
+"""Videos of sites, by yt-dlp as a library: one extraction per URL gives file, subtitles and metadata.
 
 Input is a URL and every response of the site, all untrusted; files are written to `work` under names of our own. All
 requests go through the caller's `EgressGuard`: yt-dlp's HTTP handler is replaced by one that connects through the
@@ -106,7 +106,10 @@ class SiteVideo:
 
 
 def site_extractor(url: str) -> str | None:
-    """Return the key of the site extractor (never the generic one) whose URL pattern matches, None if none does."""
+    """Return the key of the site extractor whose URL pattern matches, None if none does.
+
+    The generic extractor, which matches all URLs, does not count.
+    """
     from yt_dlp.extractor import gen_extractor_classes
 
     for extractor in gen_extractor_classes():
@@ -147,6 +150,7 @@ def download_site(
 
 
 def _result(downloader: "_GuardedYoutubeDL", info: dict | None, url: str, work: Path) -> SiteVideo:
+    """Collect the files that yt-dlp reports in `info`. Raises DownloadError if there is no video."""
     files = [item.get("filepath") for item in (info or {}).get("requested_downloads") or []]
     if not files or not files[0]:
         raise DownloadError("unsupported-url", f"{url}: the extractor found no video")
@@ -193,7 +197,10 @@ class _GuardedYoutubeDL(yt_dlp.YoutubeDL):
         return super().build_request_director([GuardedRH], preferences)
 
     def process_ie_result(self, ie_result, download=True, extra_info=None):
-        """Treat a list of one video as that video. Raises DownloadError for several, after reading only two entries."""
+        """Treat a list of one video as that video.
+
+        Raises DownloadError for a list of several, after reading only two entries.
+        """
         if ie_result.get("_type") not in ("playlist", "multi_video", "compat_list"):
             return super().process_ie_result(ie_result, download, extra_info)
         entries = [entry for entry in itertools.islice(iter(ie_result.get("entries") or ()), 2) if entry]
@@ -254,7 +261,10 @@ def _bounded(response: Response, url: str, guard: EgressGuard) -> Response:
 
 
 class _SilentLogger:
-    """Logger that discards yt-dlp's messages: its errors are raised, the rest would clutter a build's terminal."""
+    """Logger that discards yt-dlp's messages.
+
+    Its errors are raised anyway, and the rest would clutter a build's terminal.
+    """
 
     def debug(self, message: str) -> None:
         pass
@@ -263,7 +273,10 @@ class _SilentLogger:
 
 
 def _parameters(work: Path, settings: "DownloadSettings", guard: EgressGuard) -> dict:
-    """Return the parameters of YoutubeDL. Raises UserError for options and cookie files that cannot be used."""
+    """Return the parameters of YoutubeDL.
+
+    Raises UserError for options and cookie files that cannot be used.
+    """
     import imageio_ffmpeg
 
     only_files = ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]
@@ -304,7 +317,7 @@ def _parameters(work: Path, settings: "DownloadSettings", guard: EgressGuard) ->
 
 
 def user_options(settings: "DownloadSettings") -> dict[str, Any]:
-    """Parse `download.ytdlp_options` with yt-dlp's own option parser; return them as parameters of YoutubeDL.
+    """Parse `download.ytdlp_options` with yt-dlp's own parser; return parameters of YoutubeDL.
 
     Raises UserError for an option that yt-dlp does not know or that clipmill sets itself.
     """
@@ -412,7 +425,7 @@ def _entry(entries: list[dict], formats: list[str]) -> dict | None:
 
 
 def classify(error: BaseException) -> DownloadError:
-    """Return the DownloadError for an exception of yt-dlp: by its innermost known cause, else by its message."""
+    """Return the DownloadError for an exception of yt-dlp: by a known cause, else by its message."""
     chain = list(_chain(error))
     message = re.sub(r"^(?:\x1b\[[0-9;]*m)*ERROR:(?:\x1b\[[0-9;]*m)* ", "", str(error))
     for cause in chain:

@@ -1,4 +1,4 @@
-"""File type detection from the first bytes and the layout: media or text, container, complete or truncated.
+"""File types by first bytes and layout: media or text, container, complete or truncated.
 
 Nothing here decodes. The input is untrusted: any file, with any content.
 """
@@ -64,7 +64,10 @@ _BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"mfra", b"free", b"skip", b"wide"
 
 
 def check_whole(path: Path) -> None:
-    """Raise DownloadError "truncated" if an MP4, QuickTime, Matroska or WebM file ends before its own layout does."""
+    """Raise DownloadError "truncated" if a file ends before its own layout does.
+
+    Checked are MP4, QuickTime, Matroska and WebM.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         truncated = _truncated_segment(file, size) if file.read(4) == _EBML_HEADER else _truncated_box(file, size)
@@ -75,7 +78,10 @@ def check_whole(path: Path) -> None:
 
 
 def _truncated_box(file: BinaryIO, size: int) -> tuple[str, int] | None:
-    """Return (name, end in bytes) of the first top-level box (ISO 14496-12, 4.2) that ends beyond the file."""
+    """Return (name, end in bytes) of the first top-level box that ends beyond the file.
+
+    Boxes are those of ISO 14496-12, 4.2.
+    """
     offset = 0
     while offset + 8 <= size:
         file.seek(offset)
@@ -138,7 +144,10 @@ _MAGIC = [
 
 
 def container_extension(path: Path, container: str) -> str:
-    """Return a file extension from the file's own bytes, never from its URL; by default the demuxer's name."""
+    """Return a file extension from the file's own bytes, never from its URL.
+
+    The default is the demuxer's name.
+    """
     with open(path, "rb") as file:
         head = file.read(256)
     found = next((extension for pattern, extension in _MAGIC if pattern.match(head)), None)
@@ -146,7 +155,10 @@ def container_extension(path: Path, container: str) -> str:
 
 
 def subtitle_format(path: Path) -> str:
-    """Return a subtitle file's format by its first bytes, else its extension. Raises DownloadError "bad-subtitle"."""
+    """Return a subtitle file's format by its first bytes, else by its extension.
+
+    Raises DownloadError "bad-subtitle".
+    """
     with open(path, "rb") as file:
         head = file.read(4096)
     text = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n").lower()  # UTF-16 too

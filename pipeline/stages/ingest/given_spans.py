@@ -1,4 +1,7 @@
-"""Spans given in a source list: HD-VILA's `clip` entries, parsed column-wise. Input is untrusted JSON text."""
+"""Spans given in a source list: HD-VILA's `clip` entries, parsed column-wise.
+
+Input is untrusted JSON text.
+"""
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -48,7 +51,7 @@ FROM given LEFT JOIN (
 
 
 def spans_from_json(texts: pa.Array) -> tuple[pa.Array, list[tuple[int, str]]]:
-    """Parse HD-VILA's `clip` lists (JSON text per row); return (spans per row, [(row, reason) of bad entries]).
+    """Parse `clip` lists (JSON text per row); return (spans per row, [(row, reason) of bad entries]).
 
     An entry is {clip_id: "ID.N.mp4", span: [start, end]}, N being the span's number, or {n, start_s, end_s}. Order is
     kept. A row without a valid entry has an empty list.

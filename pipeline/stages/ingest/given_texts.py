@@ -1,4 +1,7 @@
-"""Reference texts given in a source list: JSON text per row → rows of `sources.texts`. Input is untrusted."""
+"""Reference texts given in a source list: JSON text per row → rows of `sources.texts`.
+
+Input is untrusted.
+"""
 
 import json
 

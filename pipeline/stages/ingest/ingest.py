@@ -39,7 +39,10 @@ class IngestSettings(Settings):
 
 @dataclass(frozen=True)
 class Ingested:
-    """New sources of the lists. `table` has the columns of `sources` and `unit`, in the order of first occurrence."""
+    """New sources of the lists, in the order of first occurrence.
+
+    `table` has the columns of `sources` and `unit`.
+    """
 
     table: pa.Table
     problems: list[Problem]
@@ -127,7 +130,10 @@ def _new_rows(canonical: list[str], ids: list[str], known: pa.Table) -> tuple[li
 
 
 def _require_same_references(canonical: list[str], table: pa.Table, known: pa.Table) -> None:
-    """Raise UserError for a row that gives a known source another split or other texts; it may leave both out."""
+    """Raise UserError for a row that gives a known source another split or other texts.
+
+    A row may leave both out.
+    """
     if table["split"].null_count == table["texts"].null_count == table.num_rows:
         return
     said: dict[str, tuple] = {}
@@ -147,7 +153,7 @@ def _require_same_references(canonical: list[str], table: pa.Table, known: pa.Ta
 
 
 def _with_units(picked: pa.Table, unit_videos: int, known: pa.Table) -> pa.Table:
-    """Add ordinals after the largest known one and units after the last known one; return the columns of `sources`."""
+    """Add ordinals and units after the largest known ones; return the columns of `sources`."""
     next_ordinal, next_unit = 0, 0
     if known.num_rows:
         next_ordinal = pc.max(known["ordinal"]).as_py() + 1

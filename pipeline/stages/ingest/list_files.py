@@ -19,7 +19,10 @@ class Problem:
 
 
 def decode(name: str, data: bytes) -> tuple[str, list[Problem]]:
-    """Decode a list: UTF-8, or UTF-16 with a byte order mark; anything else is read as Latin-1 and reported."""
+    """Decode a list: UTF-8, or UTF-16 with a byte order mark.
+
+    Anything else is read as Latin-1 and reported as a problem.
+    """
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16", "replace"), []
     try:

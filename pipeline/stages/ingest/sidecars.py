@@ -1,4 +1,7 @@
-"""Subtitle files beside a video (sidecars): NAME.vtt, NAME.LANG.vtt and the other formats. Names are untrusted."""
+"""Subtitle files beside a video (sidecars): NAME.vtt, NAME.LANG.vtt and the other formats.
+
+File names are untrusted.
+"""
 
 import functools
 import os
@@ -9,7 +12,10 @@ SUBTITLE_EXTENSIONS = (".vtt", ".srt", ".ttml", ".json3")
 
 
 def sidecars(video: Path) -> list[tuple[Path, str | None]]:
-    """Return (path, language) of the subtitle files beside a video: NAME.vtt first, then NAME.LANG.vtt by language."""
+    """Return (path, language) of the subtitle files beside a video.
+
+    NAME.vtt comes first, then NAME.LANG.vtt by language.
+    """
     folder = Path(os.path.abspath(video)).parent
     return list(_sidecars_of_folder(str(folder), folder.stat().st_mtime_ns).get(Path(video).stem, ()))
 

@@ -1,8 +1,9 @@
-"""Readers of source lists: txt, csv/tsv, json/jsonl, Parquet, HD-VILA jsonl, folders, globs, single files, URLs, "-",
-and the folders of published benchmarks (msrvtt:FOLDER, read by `pipeline.stages.ingest.benchmarks`).
+"""Readers of source lists: every kind of SOURCES argument becomes rows of one Arrow table (`LISTED`).
 
-Each becomes an Arrow table (`LISTED`), read column-wise by pyarrow and DuckDB. An invalid line becomes a `Problem` with
-its location and stops nothing else. Input is untrusted text; no URL and no video is opened here.
+Kinds: txt, csv/tsv, json/jsonl, Parquet, HD-VILA jsonl, folders, globs, single files, URLs, "-", and the folders of
+published benchmarks (msrvtt:FOLDER, read by `pipeline.stages.ingest.benchmarks`). Lists are read column-wise by pyarrow
+and DuckDB. An invalid line becomes a `Problem` with its location and stops nothing else. Input is untrusted text; no
+URL and no video is opened here.
 """
 
 import glob
@@ -69,7 +70,10 @@ class SourceList:
 
 @dataclass
 class _Rows:
-    """One list file as read: `table` has `line` (int64) and any of the fields as strings (JSON_FIELDS as JSON text)."""
+    """One list file as read.
+
+    `table` has `line` (int64) and any of the fields as strings (JSON_FIELDS as JSON text).
+    """
 
     name: str  # for locations
     folder: Path  # base of the relative paths in the list
@@ -108,6 +112,7 @@ def _expand(arguments: list[str]) -> Iterator[str]:
 
 
 def _read(argument: str, settings: "IngestSettings") -> Iterator[_Rows]:
+    """Yield the rows of one argument by its kind: benchmark, standard input, URL, folder, video or list."""
     if is_benchmark(argument):
         yield _Rows(argument, Path.cwd(), *read_benchmark(argument))
         return
@@ -132,6 +137,7 @@ def _read(argument: str, settings: "IngestSettings") -> Iterator[_Rows]:
 
 
 def _read_list(path: Path, settings: "IngestSettings") -> Iterator[_Rows]:
+    """Yield the rows of a list file by its extension. Raises UserError if it cannot be read."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = bool(suffixes) and suffixes[-1] == ".gz"
     extension = suffixes[-2] if packed and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
@@ -156,6 +162,7 @@ def _read_list(path: Path, settings: "IngestSettings") -> Iterator[_Rows]:
 
 
 def _unpacked(path: Path, settings: "IngestSettings") -> bytes:
+    """Decompress a gzip file. Raises UserError for more than `ingest.max_unpacked_bytes`."""
     with gzip.open(path) as file:
         data = file.read(settings.max_unpacked_bytes + 1)
     if len(data) > settings.max_unpacked_bytes:
@@ -218,7 +225,7 @@ def _read_csv(path: Path, data: bytes, delimiter: str | None, settings: "IngestS
 
 
 def _fields_of_table(path: Path, table: pa.Table, line: pa.Array, settings: "IngestSettings") -> pa.Table:
-    """Convert known columns to strings, and the others to one JSON object per row (`extra`) without its nulls."""
+    """Convert known columns to strings, and the others to one JSON object per row (`extra`)."""
     import duckdb
 
     columns = _columns(table.column_names, settings)
@@ -252,7 +259,10 @@ def _quoted(name: str) -> str:
 
 
 def _columns(names: list[str], settings: "IngestSettings") -> dict[str, list[str]]:
-    """Return the names that stand for each field, best first; a column named by a setting is the only one for it."""
+    """Return the names that stand for each field, best first.
+
+    A column named by a setting is the only one for its field.
+    """
     lowered: dict[str, list[str]] = {}
     for name in names:
         lowered.setdefault(name.strip().lower(), []).append(name)
@@ -292,7 +302,10 @@ def _read_lines(name: str, folder: Path, data: bytes, settings: "IngestSettings"
 
 
 def _read_json(path: Path, data: bytes, settings: "IngestSettings") -> Iterator[_Rows]:
-    """Yield the sources of a JSON array of objects or URLs; JSON lines with this extension are accepted, too."""
+    """Yield the sources of a JSON array of objects or URLs.
+
+    JSON lines with this extension are accepted, too.
+    """
     text, problems = decode(str(path), data)
     try:
         values = json.loads(text)
@@ -308,7 +321,10 @@ def _read_json(path: Path, data: bytes, settings: "IngestSettings") -> Iterator[
 
 
 def _read_json_lines(rows: _Rows, settings: "IngestSettings") -> _Rows:
-    """Convert JSON values, one per row of `text`, to fields; other values than objects and strings are problems."""
+    """Convert JSON values, one per row of `text`, to fields.
+
+    Values other than objects and strings become problems.
+    """
     import duckdb
 
     with duckdb.connect() as connection:
@@ -329,7 +345,10 @@ def _read_json_lines(rows: _Rows, settings: "IngestSettings") -> _Rows:
 
 
 def _json_picks(names: list[str], columns: dict[str, list[str]]) -> str:
-    """Return the SELECT list that takes the fields out of the JSON column `text`; other keys become `extra`."""
+    """Return the SELECT list that takes the fields out of the JSON column `text`.
+
+    Other keys become `extra`.
+    """
 
     def pick(name: str) -> str:
         # Keys become JSON pointers inside SQL strings, with the escapes of both.
@@ -439,7 +458,10 @@ def _text(table: pa.Table, name: str) -> pa.Array:
 
 
 def _addresses(values: pa.Array, folder: Path) -> tuple[pa.Array, pa.Array, dict[int, tuple[str, str]]]:
-    """Return (kind, URL or absolute path or null, {index: (error class, message)}) for the addresses of a list."""
+    """Return (kind, URL or path, {index: (error class, message)}) for the addresses of a list.
+
+    Paths are absolute; an address that cannot be used is null.
+    """
     is_url = pc.fill_null(pc.match_substring_regex(values, f"^{SCHEME_PATTERN}[^/?#]"), False)
     clean = pc.invert(pc.match_substring_regex(values, r"[\x00-\x20\x7f]"))
     usable = pc.and_(is_url, pc.fill_null(clean, False))
@@ -458,7 +480,7 @@ def _addresses(values: pa.Array, folder: Path) -> tuple[pa.Array, pa.Array, dict
 
 
 def _local_path(value: str | None, folder: Path) -> tuple[str, tuple[str, str] | None]:
-    """Return (absolute path, None) for an address that is not a valid URL, or ("", (error class, message))."""
+    """Return (absolute path, None) for what is not a valid URL, or ("", (error class, message))."""
     if value is None:
         return "", ("missing-url", "this row has no URL")
     if value.lower().startswith("file://"):

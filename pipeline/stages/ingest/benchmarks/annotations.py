@@ -1,4 +1,6 @@
-"""Contents of a benchmark's annotation files by video: filled by its reader, converted to sources afterwards.
+"""Contents of a benchmark's annotation files, by video.
+
+A reader fills `Annotations`, which are converted to sources afterwards.
 
 Values come from untrusted files: `Annotations` checks names and texts and collects the bad ones as problems.
 """
@@ -44,7 +46,10 @@ class Annotations:
         return len(self._entries)
 
     def add_video(self, video: Any, split: str, place: str) -> Entry | None:
-        """Return the entry of a video, new or known; None for an invalid name. Raises UserError for a second split."""
+        """Return the entry of a video, creating it if needed; None for an invalid name.
+
+        Raises UserError for a video in a second split.
+        """
         if not isinstance(video, str) or not video.strip() or not video.isprintable():
             self.problem(place, "bad-line", f"not a video name: {video!r}")
             return None
@@ -57,7 +62,10 @@ class Annotations:
         return entry
 
     def add_text(self, video: Any, text: Any, place: str, clip: int = 0) -> None:
-        """Add a reference text to a known video. An invalid or empty text, or another video, becomes a problem."""
+        """Add a reference text to a known video.
+
+        An invalid or empty text, or an unknown video, becomes a problem.
+        """
         if video not in self:
             self.unknown(video, place)
         elif not isinstance(text, str) or not is_unicode(text):

@@ -22,7 +22,10 @@ VIDEOS = "videos"  # the only folder that may be a link: videos are often on ano
 
 
 class Folder:
-    """Index of the files below a folder by name, without hidden ones. Only one linked folder is read: FOLDER/videos."""
+    """Index of the files below a folder by name, without hidden ones.
+
+    Linked folders are not read, except FOLDER/videos.
+    """
 
     def __init__(self, argument: str, root: Path):
         self.argument, self.root = argument, root  # the argument as the user wrote it, for messages
@@ -50,7 +53,10 @@ class Folder:
                     self._stems.setdefault(stem, []).append(path)
 
     def file(self, *names: str) -> Path | None:
-        """Return the first of these annotation files that exists, or None. Raises UserError if it exists twice."""
+        """Return the first of these annotation files that exists, or None.
+
+        Raises UserError if it exists twice.
+        """
         for name in names:
             paths = self._files.get(name, [])
             if len(paths) > 1:
@@ -80,7 +86,10 @@ class Folder:
 
 
 def text_of(path: Path, problems: list[Problem]) -> str:
-    """Read a text file; append decoding problems to `problems`. Raises UserError for a file that cannot be read."""
+    """Read a text file; append decoding problems to `problems`.
+
+    Raises UserError for a file that cannot be read.
+    """
     try:
         text, found = decode(str(path), path.read_bytes())
     except OSError as error:
@@ -100,14 +109,17 @@ def read_json(path: Path, problems: list[Problem]) -> Any:
 
 
 def of_type(value: Any, kind: type, path: Path, what: str) -> Any:
-    """Return the value. Raises UserError if its type is not that in the published file; `what` describes that."""
+    """Return the value. Raises UserError for another type than `kind`, which `what` describes."""
     if not isinstance(value, kind):
         raise UserError(f"SOURCES: {path}: expected {what}, found {type(value).__name__}")
     return value
 
 
 def read_json_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict]]:
-    """Yield (FILE:LINE, object) per line; other lines are problems. Raises UserError if no line is an object."""
+    """Yield (FILE:LINE, object) per line; other lines become problems.
+
+    Raises UserError if no line is an object.
+    """
     bad: list[Problem] = []
     num_good = 0
     for place, line in read_lines(path, problems):
@@ -134,7 +146,10 @@ def read_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[str, str]]
 
 
 def read_csv(path: Path, columns: tuple[str, ...], problems: list[Problem]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (FILE:LINE, row) of a table with a header line. Raises UserError if it lacks one of these columns."""
+    """Yield (FILE:LINE, row) of a table with a header line.
+
+    Raises UserError if the table lacks one of these columns.
+    """
     reader = csv.DictReader(StringIO(text_of(path, problems)))
     try:
         missing = [name for name in columns if name not in (reader.fieldnames or ())]
@@ -152,7 +167,9 @@ def read_csv(path: Path, columns: tuple[str, ...], problems: list[Problem]) -> I
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """Unpickler for containers, strings and numbers. It refuses classes and functions, without which no code can run.
+    """Unpickler for containers, strings and numbers only.
+
+    It refuses classes and functions, without which no code can run.
 
     It derives from Python's pure-Python unpickler: the one in C allocates as many entries as a pickle claims to have.
     """
@@ -165,7 +182,10 @@ class _PlainUnpickler(pickle._Unpickler):
 
 
 def read_pickle(path: Path) -> Any:
-    """Read a pickle of plain containers, strings and numbers without running code. Raises UserError for any other."""
+    """Read a pickle of plain containers, strings and numbers without running code.
+
+    Raises UserError for any other pickle.
+    """
     try:
         return _PlainUnpickler(BytesIO(path.read_bytes()), encoding="utf-8").load()
     except (

@@ -38,7 +38,10 @@ LISTS: Names = {split: (f"{split}_list.txt",) for split in ("train", "val", "tes
 
 
 def msrvtt_1ka(train_csv: str, train_jsonl: str | None) -> Reader:
-    """Make a reader of training videos with all sentences, and of 1k-A test videos with the csv's one sentence."""
+    """Make a reader of MSR-VTT's 1k-A split.
+
+    Training videos have all their sentences, test videos only the one that the csv selects.
+    """
     test: Names = {"test": ("MSRVTT_JSFUSION_test.csv", "test1ka.jsonl")}
     train: Names = {"train": (train_csv, train_jsonl) if train_jsonl else (train_csv,)}
 
@@ -74,7 +77,10 @@ def msrvtt_full(folder: Folder, found: Annotations) -> None:
 
 
 def _add_sentences(data: list[tuple[Rows, Rows]], found: Annotations, wanted: str | None) -> None:
-    """Add the sentences of a split's videos (None: of all splits); skip those of other videos in the data file."""
+    """Add the sentences of a split's videos (None: of all splits).
+
+    Sentences of other videos in the data file are skipped.
+    """
     for videos, sentences in data:
         listed = {str(row.get("video_id")) for _, row in videos}
         for _, row in videos:
@@ -91,7 +97,7 @@ def _add_sentences(data: list[tuple[Rows, Rows]], found: Annotations, wanted: st
 
 
 def _msrvtt_data(folder: Folder, found: Annotations) -> list[tuple[Rows, Rows]]:
-    """Return (videos, sentences) of the single data file, or of each of the two files that were published earlier."""
+    """Return (videos, sentences) of the single data file, or of each of the two earlier files."""
     names = ("MSRVTT_data.json", "train_val_videodatainfo.json", "test_videodatainfo.json")
     paths = [path for path in map(folder.file, names) if path]
     if not paths:
@@ -139,7 +145,10 @@ def _read_msvd_text(path: Path, found: Annotations) -> None:
 
 
 def _read_msvd_csv(path: Path, found: Annotations) -> None:
-    """Read the English rows of the corpus as collected, in many languages. Videos are named VideoID_Start_End."""
+    """Read the English rows of the corpus as collected, in many languages.
+
+    Videos are named VideoID_Start_End.
+    """
     for place, row in read_csv(path, ("VideoID", "Start", "End", "Language", "Description"), found.problems):
         if row["Language"] == "English":
             found.add_text(f"{row['VideoID']}_{row['Start']}_{row['End']}", row["Description"], f"{place}#Description")
@@ -149,7 +158,10 @@ def _read_msvd_csv(path: Path, found: Annotations) -> None:
 
 
 def lsmdc(folder: Folder, found: Annotations) -> None:
-    """Read one line per sentence and clip; a clip may have several. The test split is the challenge's 1,000 clips."""
+    """Read one line per sentence and clip; a clip may have several.
+
+    The test split is the challenge's 1,000 clips.
+    """
     names: Names = {
         "train": ("LSMDC16_annos_training.csv", "train_101k_frame.jsonl"),
         "val": ("LSMDC16_annos_val.csv",),
@@ -171,7 +183,10 @@ def lsmdc(folder: Folder, found: Annotations) -> None:
 
 
 def didemo(folder: Folder, found: Annotations) -> None:
-    """Read one paragraph per video: its descriptions in the file's order. The clip is the 31 s that annotators saw."""
+    """Read one paragraph per video: its descriptions in the file's order.
+
+    The clip is the part that annotators saw, at most 31 s.
+    """
     names: Names = {split: (f"{split}_data.json", f"{split}.jsonl") for split in LISTS}
     for entry, rows in _read_didemo(folder, names, found):
         _add_paragraph(entry, [(row.get("description"), f"{place}/description") for place, row in rows], found)
@@ -243,7 +258,9 @@ def activitynet_moments(folder: Folder, found: Annotations) -> None:
 
 
 def _read_activitynet(folder: Folder, names: Names, found: Annotations) -> list[tuple[Entry, Path, dict]]:
-    """Return the videos of train.json and val_1.json; train_ids.json and val_ids.json, if they exist, select them.
+    """Return the videos of train.json and val_1.json.
+
+    The lists train_ids.json and val_ids.json, if they exist, select among them.
 
     val_2.json is not read: it describes the videos of val_1.json again, in other annotators' words.
     """
@@ -354,7 +371,10 @@ def _add_paragraph(entry: Entry, pieces: list[tuple[Any, str]], found: Annotatio
 
 
 def _add_moment(entry: Entry, n: int, span: tuple[float, float], text: Any, place: str, found: Annotations) -> None:
-    """Add a clip with one sentence. `n` is the sentence's position in the file, which bad sentences do not shift."""
+    """Add a clip with one sentence.
+
+    `n` is the sentence's position in the file, which bad sentences do not shift.
+    """
     if not 0 <= span[0] < span[1]:
         found.problem(place, "bad-span", f"{entry.video}: the span from {span[0]} to {span[1]} s is not valid")
         return

@@ -1,4 +1,6 @@
-"""Benchmark folders as sources: `msrvtt:FOLDER` among the arguments of a build. Folder and files are untrusted.
+"""Benchmark folders as sources: `msrvtt:FOLDER` among the arguments of a build.
+
+Folder and files are untrusted.
 
 1. A reader (`readers` beside this file) takes from the published annotation files what the protocol uses.
 2. Every video that they name is looked up in the folder. A video that is missing or has no text is recorded as a
@@ -61,6 +63,7 @@ def _require_some(argument: str, folder: Folder, found: Annotations) -> None:
 
 
 def _rows(name: str, folder: Folder, found: Annotations) -> Iterator[dict[str, str | None]]:
+    """Yield a row per video with a file of its own and at least one text; the others become problems."""
     taken: dict[Path, str] = {}
     for entry in found:
         try:
@@ -78,7 +81,10 @@ def _rows(name: str, folder: Folder, found: Annotations) -> Iterator[dict[str, s
 
 
 def _video_of(name: str, folder: Folder, video: str) -> Path:
-    """Find a video's file. ActivityNet's ids are "v_" and YouTube's id; its files may lack "v_". Raises ItemError."""
+    """Find a video's file. Raises ItemError.
+
+    ActivityNet's ids are "v_" and YouTube's id; its files may lack the "v_".
+    """
     try:
         return folder.video(video)
     except ItemError as error:
@@ -102,7 +108,9 @@ def _row(name: str, path: Path, entry: Entry) -> dict[str, str | None]:
 
 
 def _safe_id(video: str) -> str:
-    """Return the benchmark's own name if it is a valid id, else its safe characters and 10 hex digits of its hash.
+    """Return the benchmark's own name if it is a valid id.
+
+    Otherwise return its safe characters and 10 hex digits of its hash.
 
     A source's usual id depends on the folder's path, so that results could not be compared by id.
     """
