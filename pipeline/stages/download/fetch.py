@@ -315,7 +315,10 @@ class _Job:
                     failure = error
                 finally:
                     self.used_s += time.monotonic() - started
-                slot.penalty_s = self._penalty_s(failure)
+                if failure.retry_after_s is not None and failure.error_class in ("rate-limited", "server-error"):
+                    slot.penalty_s = failure.retry_after_s
+                elif failure.error_class == "rate-limited":
+                    slot.penalty_s = settings.cooldown_s
             if failure.error_class == "rate-limited":
                 num_lockouts += 1  # `hold` waits for the host's cool-down
                 if num_lockouts > settings.lockout_retries:
@@ -326,12 +329,6 @@ class _Job:
                 raise failure
             if not slot.penalty_s:
                 time.sleep(backoff_s(settings.backoff_s, num_failures, url))
-
-    def _penalty_s(self, failure) -> float:
-        """Return the seconds for which no download of the host may start after this failure."""
-        if failure.retry_after_s is not None and failure.error_class in ("rate-limited", "server-error"):
-            return failure.retry_after_s
-        return self.settings.cooldown_s if failure.error_class == "rate-limited" else 0.0
 
     # --- subtitles that come with the source
 

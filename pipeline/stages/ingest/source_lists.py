@@ -351,9 +351,7 @@ def _json_picks(names: list[str], columns: dict[str, list[str]]) -> str:
     """
 
     def pick(name: str) -> str:
-        # Keys become JSON pointers inside SQL strings, with the escapes of both.
-        keys = [key.replace("~", "~0").replace("/", "~1").replace("'", "''") for key in columns.get(name, [])]
-        values = [f"text->>'/{key}'" for key in keys]
+        values = [f"text->>'{_pointer(key)}'" for key in columns.get(name, [])]
         if name == "url":
             values.append("CASE WHEN type = 'VARCHAR' THEN text->>'$' END")
         return f"coalesce({', '.join(values)}, NULL) AS {name}"
@@ -365,6 +363,11 @@ def _json_picks(names: list[str], columns: dict[str, list[str]]) -> str:
         rest = f"json_merge_patch('{{}}', json_merge_patch(text, '{nothing}'))"
         picks.append(f"CASE WHEN type = 'OBJECT' THEN nullif({rest}, '{{}}') END AS extra")
     return ", ".join(picks)
+
+
+def _pointer(key: str) -> str:
+    """Return an object's key as a JSON pointer inside an SQL string."""
+    return "/" + key.replace("~", "~0").replace("/", "~1").replace("'", "''")
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
