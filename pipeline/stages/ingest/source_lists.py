@@ -366,7 +366,7 @@ def _json_picks(names: list[str], columns: dict[str, list[str]]) -> str:
 
 
 def _pointer(key: str) -> str:
-    """Return an object's key as a JSON pointer inside an SQL string."""
+    """An object's key as a JSON pointer inside an SQL string."""
     return "/" + key.replace("~", "~0").replace("/", "~1").replace("'", "''")
 
 
