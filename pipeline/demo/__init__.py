@@ -1,5 +1,6 @@
-"""The demo world: small narrated videos whose every fact is known, their subtitles, and a loopback server for them.
+"""The demo world: small narrated videos with complete ground truth, and a loopback server for them.
 
-Read in this order: `grammar` (what a scene is and what is true about it), `render` (its pixels), `narration` (what is
-said, and the subtitle files), `world` (a folder of videos with a truth file), `server` (the folder behind HTTP).
+Read in this order: `grammar` (scenes and true sentences about them), `render` (their pixels), `narration` (speech and
+subtitle files), `plan` (settings, and each video before it is drawn), `world` (a folder of videos with a truth file),
+`server` (the folder over HTTP).
 """

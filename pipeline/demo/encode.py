@@ -1,7 +1,7 @@
-"""Writing the demo world's video files: formats, a quiet audio track, rotation by metadata. Same frames, same bytes.
+"""Write the demo world's video files: formats, quiet audio, rotation. Same frames, same bytes.
 
-Encoders run on one thread and muxers in bit-exact mode (no dates, no random ids), which makes every format here
-reproducible, H.264 with B-frames included.
+Encoders run on one thread and muxers in bit-exact mode (no dates, no random ids), which makes every format
+reproducible, including H.264 with B-frames.
 """
 
 import os
@@ -15,12 +15,10 @@ import numpy as np
 
 from pipeline.demo.plan import FORMATS, Format
 
-os.environ.setdefault("SVT_LOG", "1")  # errors only: the AV1 encoder is talkative and knows no other switch
+os.environ.setdefault("SVT_LOG", "1")  # errors only: the AV1 encoder logs much and has no other switch
 
-AUDIO_RATE = 16_000  # one that AAC, MP3 and Opus all take
-
-
-TS_START_S = 10  # transport streams are pieces of a broadcast: they do not begin at zero
+AUDIO_RATE = 16_000  # a rate that AAC, MP3 and Opus all accept
+TS_START_S = 10  # transport streams are parts of a broadcast and do not begin at zero
 
 TimedFrame = tuple[Fraction, np.ndarray]  # seconds from the start, uint8 RGB H x W x 3
 
@@ -34,11 +32,11 @@ def write_video(
     audio: np.ndarray | None = None,
     rotation: int = 0,
 ) -> int:
-    """Encode `frames` of `size` (width, height, as displayed); returns their number.
+    """Encode `frames` of `size` (width, height, as displayed); return their number.
 
-    rate      frames per second; None for variable (times are then kept to the millisecond)
+    rate      frames per second; None for a variable rate, with times in whole milliseconds
     audio     int16 mono samples at AUDIO_RATE, or None
-    rotation  clockwise degrees that a player has to turn the stored picture: 0, 90, 180 or 270; MP4 only
+    rotation  clockwise degrees by which players rotate the stored picture: 0, 90, 180 or 270; MP4 only
     """
     fmt = FORMATS[format_name]
     assert rotation == 0 or fmt.extension == "mp4"
@@ -64,13 +62,16 @@ def write_video(
 
 
 def write_audio(path: Path, audio: np.ndarray) -> None:
-    """An MP4 that holds sound and no picture."""
+    """Write an MP4 with an audio stream alone; `audio` is int16 mono at AUDIO_RATE."""
     with _muxer(path) as container:
         _Sound(container, "aac", audio).finish()
 
 
 def quiet_audio(duration_s: float, rng: np.random.Generator) -> np.ndarray:
-    """int16 mono at AUDIO_RATE: a soft swelling tone over faint noise, about 35 dB below full scale."""
+    """Make a soft swelling tone over faint noise, about 35 dB below full scale.
+
+    Samples are int16 mono at AUDIO_RATE.
+    """
     t = np.arange(round(duration_s * AUDIO_RATE), dtype=np.float32) / AUDIO_RATE
     swell = 0.6 + 0.4 * np.sin(2 * np.pi * t / np.float32(rng.uniform(3.0, 6.0)))
     tone = swell * np.sin(2 * np.pi * np.float32(rng.uniform(180.0, 520.0)) * t)
@@ -93,7 +94,7 @@ def _video_stream(container, fmt: Format, size: tuple[int, int], rate: Fraction 
 
 
 class _Sound:
-    """The audio track, written in step with the pictures so that the muxer has nothing to hold back."""
+    """The audio track, written in step with the pictures so that the muxer need not buffer."""
 
     CHUNK = AUDIO_RATE // 10
 
@@ -115,16 +116,19 @@ class _Sound:
         self.container.mux(self.stream.encode(None))
 
 
-# The matrix (a b u, c d v, x y w) of ISO 14496-12's track header; players shift the result into view themselves.
+# The matrix (a b u, c d v, x y w) of ISO 14496-12's track header; players move the result into view themselves.
 _MATRICES = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
 
 
 def _set_rotation(path: Path, rotation: int) -> None:
-    """Write a display rotation into the first track header of an MP4, where phones put it (PyAV cannot)."""
+    """Write a display rotation into the first track header of an MP4, where phones put it.
+
+    PyAV cannot do this.
+    """
     data = bytearray(path.read_bytes())
     header = data.rindex(b"tkhd", 0, data.index(b"mdhd")) + 4
     matrix = header + 4 + (32 if data[header] == 1 else 20) + 16  # version and flags, times and id, layer to reserved
     a, b, c, d = (value << 16 for value in _MATRICES[rotation])
-    assert struct.unpack_from(">i", data, matrix)[0] == 1 << 16, "no identity matrix where the track header has it"
+    assert struct.unpack_from(">i", data, matrix)[0] == 1 << 16, "the track header has no identity matrix"
     struct.pack_into(">9i", data, matrix, a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(bytes(data))

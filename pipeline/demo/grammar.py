@@ -1,11 +1,11 @@
-"""What a scene of the demo world is, and the sentences that are true about it. No pixels here (see `render`).
+"""Scenes of the demo world and the sentences that are true about them. Their pixels are in `render`.
 
-A scene is one or two coloured shapes on a textured background. Colour, shape, size, texture and background can be read
-off any single frame. Motion cannot: where an object is (or how big) at a random moment has the same distribution for
-left and right, up and down, growing and shrinking, because every object repeats its path with a random phase. So a text
-about motion is answered by the order of several frames only, and a text about looks by any one of them.
+A scene is one or two coloured shapes on a textured background. Colour, shape, size, texture and background are visible
+in any single frame. Motion is not: an object's position (or size) at a random moment has the same distribution for left
+and right, up and down, growing and shrinking, since every object repeats its path with a random phase. So only the
+order of several frames tells if a text about motion is true, while any one frame tells it for a text about looks.
 
-All words that any text here can hold are in `VOCABULARY`.
+`VOCABULARY` has all words of all texts here.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ MOTIONS = ("left", "right", "up", "down", "circling", "bouncing", "growing", "sh
 BACKGROUND_COLOURS = ("navy", "teal", "gray", "brown", "beige", "lavender")
 BACKGROUND_TEXTURES = ("plain", "shaded", "striped", "checked", "dotted", "grainy")
 
-# Motions that two objects can have side by side: both along rows (one above the other) or both along columns.
+# Motions of two objects in one scene: both along rows (one above the other) or both along columns (side by side).
 ROW_MOTIONS = ("left", "right", "growing", "shrinking", "still")
 COLUMN_MOTIONS = ("up", "down", "bouncing", "growing", "shrinking", "still")
 OPPOSITES = {"left": "right", "right": "left", "up": "down", "down": "up"}
@@ -35,12 +35,12 @@ Combination = tuple[str, str, str]  # (colour, shape, motion)
 class Background:
     colour: str
     texture: str
-    variant: int  # seeds stripe direction, grain and the like: looks that no text mentions
+    variant: int  # seed of stripe direction, grain and other looks that no text mentions
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. Radii are fractions of the frame's short side, the cell one of its width and height."""
+    """An object. Radii are fractions of the frame's short side, cells fractions of its width and height."""
 
     shape: str
     colour: str
@@ -49,10 +49,10 @@ class Thing:
     motion: str
     radius: float  # of a bounding circle; the smallest one while growing or shrinking
     max_radius: float  # equal to `radius` unless growing or shrinking
-    phase: float  # where in its path the object is at t = 0, in [0, 1)
-    period_s: float  # time for one pass, bounce or round
-    clockwise: bool  # matters to circling only
-    lane: float  # where it stands across its direction of motion, in [0, 1] of the room there is
+    phase: float  # position on its path at t = 0, in [0, 1)
+    period_s: float  # duration of one pass, bounce or round
+    clockwise: bool  # used for circling only
+    lane: float  # position across the direction of motion, in [0, 1] of the available room
     cell: tuple[float, float, float, float]  # x0, y0, x1, y1: the part of the frame that it never leaves
 
     @property
@@ -68,11 +68,11 @@ class Thing:
 class Scene:
     duration_s: float
     background: Background
-    objects: tuple[Thing, ...]  # one or two; two never share a colour or a shape
+    objects: tuple[Thing, ...]  # one or two; two differ in both colour and shape
 
     @property
     def passing(self) -> bool:
-        """Two objects cross, going opposite ways at the same pace."""
+        """Return True if two objects pass each other: opposite directions at the same pace."""
         return len(self.objects) == 2 and OPPOSITES.get(self.objects[0].motion) == self.objects[1].motion
 
 
@@ -81,11 +81,11 @@ class Scene:
 WHOLE_FRAME = (0.0, 0.0, 1.0, 1.0)
 ROWS = ((0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0))
 COLUMNS = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
-# (smallest, largest) radius ever shown; small and large stay apart also while an object grows
+# (smallest, largest) radius; the ranges of small and large never overlap, even while an object grows
 SINGLE_RADII = {"small": (0.065, 0.125), "large": (0.175, 0.31)}
 PAIR_RADII = {"small": (0.065, 0.120), "large": (0.165, 0.235)}
 PERIODS_S = {"bouncing": (1.5, 2.4), "circling": (3.0, 5.0)}
-PAIR_MIN_S = 6.0  # naming two objects and what they do takes a speaker about five seconds
+PAIR_MIN_S = 6.0  # describing two objects and their motions takes a speaker about five seconds
 PASS_PERIOD_S = (3.0, 6.0)  # a 4-second clip sees most of a pass
 
 Allowed = Callable[[Combination], bool]
@@ -97,9 +97,11 @@ def sample_scene(
     allowed: Allowed | None = None,
     pair_fraction: float = 0.3,
 ) -> Scene:
-    """A random scene of 3–15 s (or as long as asked) whose objects' combinations are all `allowed` (default: any).
+    """Sample a scene of 3–15 s (or of `duration_s`).
 
-    `pair_fraction` of the scenes that are long enough to tell it have two objects.
+    All its objects' combinations are `allowed` (default: any).
+
+    `pair_fraction` of the scenes that are long enough to describe it have two objects.
     """
     duration_s = float(rng.uniform(3.0, 15.0)) if duration_s is None else duration_s
     background = Background(_pick(rng, BACKGROUND_COLOURS), _pick(rng, BACKGROUND_TEXTURES), int(rng.integers(1 << 31)))
@@ -111,7 +113,10 @@ def sample_scene(
 
 
 def held_out(combination: Combination, fraction: float, seed: int) -> bool:
-    """Whether a combination belongs to the `fraction` of all that `seed` keeps for testing: a function of its name."""
+    """Return True if `seed` reserves this combination for testing.
+
+    It reserves `fraction` of all combinations, by a hash of their names.
+    """
     text = f"{seed}:{'/'.join(combination)}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") < fraction * 2**64
 
@@ -127,6 +132,7 @@ def _sample_thing(
     radii: dict[str, tuple[float, float]] = SINGLE_RADII,
     without: tuple[str, ...] = (),
 ) -> Thing:
+    """Sample an object with the given motion, inside `cell`; its shape and colour are not in `without`."""
     size = _pick(rng, SIZES)
     low, high = radii[size]
     radius = max_radius = float(low + (high - low) * rng.uniform(0.35, 0.65))
@@ -149,7 +155,7 @@ def _sample_thing(
 
 
 def _sample_pair(rng: np.random.Generator) -> tuple[Thing, Thing]:
-    """Two objects in the halves of the frame; a third of the pairs pass each other."""
+    """Sample two objects in the halves of the frame; a third of the pairs pass each other."""
     motions, cells = (ROW_MOTIONS, ROWS) if rng.random() < 0.5 else (COLUMN_MOTIONS, COLUMNS)
     first_motion = _pick(rng, motions)
     second_motion = _pick(rng, motions)
@@ -160,14 +166,16 @@ def _sample_pair(rng: np.random.Generator) -> tuple[Thing, Thing]:
         cells = cells[::-1]
     first = _sample_thing(rng, first_motion, cells[0], PAIR_RADII)
     second = _sample_thing(rng, second_motion, cells[1], PAIR_RADII, without=(first.shape, first.colour))
-    if OPPOSITES.get(first.motion) == second.motion:  # same pace and phase: level in the middle of each pass
+    if (
+        OPPOSITES.get(first.motion) == second.motion
+    ):  # with the same pace and phase they meet in the middle of each pass
         second = replace(second, phase=first.phase, period_s=first.period_s)
     return first, second
 
 
 # ---------------------------------------------------------------- texts
 
-# {a} objects with article and all their looks, {b} "striped navy"
+# {a}: objects with article and all their looks; {b}: background, such as "striped navy"
 STILL_TEMPLATES = (
     "{a} on a {b} background",
     "{a} in front of a {b} background",
@@ -190,7 +198,7 @@ PASSING_PHRASES = ("pass each other", "go past each other")
 JOINERS = ("and", "while")
 UNNAMED = ("something", "something else")
 
-# {a} and {b} as above, {n} the objects' names, {m} what they do, {i} "it"/"they" with what it does again
+# {a} and {b} as above; {m}: the objects' names and motions
 SPOKEN_STILL = (
     "Here you can see {a} on a {b} background.",
     "Now we have {a} in front of a {b} background.",
@@ -220,14 +228,17 @@ FILLER = (
 
 
 def still_text(scene: Scene, index: int = 0, with_size: bool = True, with_texture: bool = True) -> str:
-    """A true caption that any one frame answers; `index` chooses the wording (modulo their number)."""
+    """Return a true caption that any one frame can confirm.
+
+    `index` chooses the wording, modulo their number.
+    """
     template = STILL_TEMPLATES[index % len(STILL_TEMPLATES)]
     looks = " and ".join(_looks(thing, with_size, with_texture) for thing in scene.objects)
     return template.format(a=looks, b=background_words(scene))
 
 
 def motion_text(scene: Scene, index: int = 0, named: bool = True) -> str:
-    """A true caption that only several frames answer; `named=False` gives no look away ("something moves up")."""
+    """Return a true caption that only several frames can confirm; `named=False` omits the objects' looks."""
     if scene.passing and index % 2:
         first, second = _subjects(scene, named)
         return f"{first} and {second} {PASSING_PHRASES[index // 2 % len(PASSING_PHRASES)]}"
@@ -237,10 +248,10 @@ def motion_text(scene: Scene, index: int = 0, named: bool = True) -> str:
 
 
 def spoken_sentences(scene: Scene, rng: np.random.Generator, num_words: int = 20) -> list[str]:
-    """What a narrator says about the scene: punctuated sentences of looks and motion, at most `num_words` in all.
+    """Return a narrator's punctuated sentences about the scene, at most `num_words` words in all.
 
-    First both what is there and what it does, in two sentences or one; where there is no room for both, the motion
-    alone; then the motion again in other words until the room is filled. Empty where not even that has room.
+    The first one or two sentences tell looks and motion, or the motion alone if there is no room for both; further ones
+    repeat the motion in other words until no more fits. The list is empty if not even the motion fits.
     """
     openings = [
         [_spoken(scene, rng, SPOKEN_STILL), _spoken(scene, rng, SPOKEN_MOTION)],
@@ -260,7 +271,7 @@ def spoken_sentences(scene: Scene, rng: np.random.Generator, num_words: int = 20
 
 
 def filler_sentence(rng: np.random.Generator) -> str:
-    """Talk that describes nothing."""
+    """Return a sentence that describes nothing in the picture."""
     return _pick(rng, FILLER)
 
 
@@ -274,7 +285,7 @@ def motion_phrase(motion: str, index: int = 0) -> str:
 
 
 def facts(scene: Scene) -> dict:
-    """Everything a score may ask for, JSON-able."""
+    """Return all facts about the scene that an evaluation may use, as JSON types."""
     names = ("shape", "colour", "size", "texture", "motion")
     return {
         "background": {"colour": scene.background.colour, "texture": scene.background.texture},
@@ -284,13 +295,13 @@ def facts(scene: Scene) -> dict:
 
 
 def scene_from_dict(data: dict) -> Scene:
-    """The inverse of `dataclasses.asdict` on a scene, through JSON too."""
+    """Restore a scene from `dataclasses.asdict`, also after a round trip through JSON."""
     objects = tuple(Thing(**{**thing, "cell": tuple(thing["cell"])}) for thing in data["objects"])
     return Scene(data["duration_s"], Background(**data["background"]), objects)
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words without punctuation: how YouTube's recogniser would write them."""
+    """Return lower-case words without punctuation, as YouTube's speech recogniser writes them."""
     return re.findall(r"[a-z']+", text.lower())
 
 
@@ -320,14 +331,14 @@ def _words_in(*texts: str) -> set[str]:
     return {word for text in texts for word in words_of(re.sub(r"{.}", "", text))}
 
 
-# What a captioner of single frames has to be able to say …
+# Words that a captioner of single frames needs …
 STILL_VOCABULARY: tuple[str, ...] = tuple(
     sorted(
         _words_in(*STILL_TEMPLATES, "a an and", *COLOURS, *SHAPES, *SIZES, *TEXTURES)
         | _words_in(*BACKGROUND_COLOURS, *BACKGROUND_TEXTURES)
     )
 )
-# … and every word of the world, filler talk included.
+# … and all words of the world, including filler.
 VOCABULARY: tuple[str, ...] = tuple(
     sorted(
         set(STILL_VOCABULARY)

@@ -1,8 +1,8 @@
-"""What is said over a video, word by word, and the subtitle files that such talk gets on YouTube.
+"""Speech of a demo video, word by word, and its subtitle files in YouTube's formats.
 
-`narrate` writes the truth: sentences with the times at which each word is spoken. The writers below turn it into files
-as they are found in the wild: manual VTT and SRT with punctuation, and automatic captions (roll-up VTT with word tags,
-or json3) in lower case without punctuation. A late or early file is the same file with an offset.
+`narrate` makes the truth: sentences with the times at which each word is spoken. The writers below convert it to files
+as YouTube serves them: manual VTT and SRT with punctuation, and automatic captions (roll-up VTT with word tags, or
+json3) in lower case without punctuation. A late or early file is the same file with an offset.
 """
 
 import json
@@ -17,7 +17,7 @@ from pipeline.demo.grammar import Scene, filler_sentence, num_words_in, spoken_s
 LEAD_S = 0.25  # silence at both ends of a scene
 AUTO_LINE_CHARS = 36  # an automatic caption line is full at about this length …
 AUTO_PAUSE_S = 1.5  # … or ends at a pause
-MUSIC_GAP_S = 2.0  # a silence at least this long may be captioned as [Music]
+MUSIC_GAP_S = 2.0  # a silence of at least this length may be captioned as [Music]
 MANUAL_CUE_CHARS = 80
 
 
@@ -32,7 +32,7 @@ class Word:
 class Sentence:
     words: tuple[Word, ...]
     scene: int
-    filler: bool  # says nothing about the picture
+    filler: bool  # True if it says nothing about the picture
 
     @property
     def text(self) -> str:
@@ -53,16 +53,16 @@ class Sentence:
 def narrate(
     scenes: Sequence[tuple[float, Scene]], rng: np.random.Generator, filler_fraction: float = 0.0
 ) -> list[Sentence]:
-    """Sentences over (start second, scene) pairs, each within its scene, at this speaker's own 2.3–3.0 words a second.
+    """Return sentences for (start second, scene) pairs, each within its scene.
 
-    `filler_fraction` of the scenes are talked over with filler.
+    The speaker's rate is sampled from 2.3–3.0 words per second. `filler_fraction` of the scenes get filler instead.
     """
     words_per_s = float(rng.uniform(2.3, 3.0))
     sentences: list[Sentence] = []
     for n, (start_s, scene) in enumerate(scenes):
         filler = bool(rng.random() < filler_fraction)
         now_s, end_s = start_s + LEAD_S, start_s + scene.duration_s - LEAD_S
-        num_words = int((end_s - now_s) * words_per_s * 0.9)  # the rest is pauses
+        num_words = int((end_s - now_s) * words_per_s * 0.9)  # the rest of the time is pauses
         texts = _filler_talk(rng, num_words) if filler else spoken_sentences(scene, rng, num_words)
         for text in texts:
             words = _speak(text, now_s, words_per_s, rng)
@@ -83,7 +83,10 @@ def _filler_talk(rng: np.random.Generator, num_words: int) -> list[str]:
 
 
 def _speak(text: str, start_s: float, words_per_s: float, rng: np.random.Generator) -> tuple[Word, ...]:
-    """Times in whole milliseconds, as subtitle formats keep them; long words take longer, commas a breath."""
+    """Give each word its times in whole milliseconds, as in subtitle files.
+
+    Long words take longer, and a comma is followed by a pause.
+    """
     words, now_s = [], start_s
     for word in text.split():
         length_s = (0.45 + 0.12 * len(words_of(word)[0])) / words_per_s * float(rng.uniform(0.85, 1.15))
@@ -93,7 +96,7 @@ def _speak(text: str, start_s: float, words_per_s: float, rng: np.random.Generat
 
 
 def shifted(sentences: Sequence[Sentence], offset_s: float) -> list[Sentence]:
-    """The same talk `offset_s` later (or earlier: what would fall before zero is squeezed in after it)."""
+    """Return the sentences `offset_s` later or earlier; words that would start before zero start at zero."""
 
     def move(word: Word) -> Word:
         start_s = max(0.0, round(word.start_s + offset_s, 3))
@@ -106,31 +109,30 @@ def shifted(sentences: Sequence[Sentence], offset_s: float) -> list[Sentence]:
 
 
 def manual_vtt(sentences: Sequence[Sentence]) -> str:
+    """Return the text of a manual WebVTT file."""
     cues = [f"{_clock(a)} --> {_clock(b)}\n{text}\n" for a, b, text in _manual_cues(sentences)]
     return "\n".join(["WEBVTT\nKind: captions\nLanguage: en\n", *cues])
 
 
 def manual_srt(sentences: Sequence[Sentence]) -> str:
-    """With the Windows line ends that most of them have."""
+    """Return the text of a manual SRT file, with Windows line ends as in most of them."""
     cues = enumerate(_manual_cues(sentences), 1)
     text = "\n".join(f"{n}\n{_clock(a, ',')} --> {_clock(b, ',')}\n{text}\n" for n, (a, b, text) in cues)
     return text.replace("\n", "\r\n")
 
 
 def _manual_cues(sentences: Sequence[Sentence]) -> list[tuple[float, float, str]]:
-    """(start, end, text of one or two lines); a long sentence is spread over several cues."""
+    """Return (start, end, text of one or two lines) per cue; a long sentence becomes several cues."""
     cues = []
     for sentence in sentences:
         for words in _filled(sentence.words, MANUAL_CUE_CHARS):
-            cues.append((words[0].start_s, words[-1].end_s, _two_lines([word.text for word in words])))
+            texts = [word.text for word in words]
+            lines = [" ".join(texts)]
+            if len(lines[0]) > MANUAL_CUE_CHARS // 2:
+                half = len(texts) // 2
+                lines = [" ".join(texts[:half]), " ".join(texts[half:])]
+            cues.append((words[0].start_s, words[-1].end_s, "\n".join(lines)))
     return cues
-
-
-def _two_lines(words: Sequence[str]) -> str:
-    if len(" ".join(words)) <= MANUAL_CUE_CHARS // 2:
-        return " ".join(words)
-    half = len(words) // 2
-    return " ".join(words[:half]) + "\n" + " ".join(words[half:])
 
 
 # ---------------------------------------------------------------- automatic captions
@@ -153,7 +155,10 @@ class Line:
 
 
 def auto_lines(sentences: Sequence[Sentence], music: bool = False) -> list[Line]:
-    """Sentences run into each other, as the recogniser hears them; `music` captions long silences as [Music]."""
+    """Join sentences and split them into lines as the recogniser does, by length and pauses.
+
+    `music` captions long silences as [Music].
+    """
     spoken = [word for sentence in sentences for word in sentence.words]
     heard = [Word(" ".join(words_of(word.text)), word.start_s, word.end_s) for word in spoken]
     groups = [list(words) for words in _filled(heard, AUTO_LINE_CHARS, AUTO_PAUSE_S)]
@@ -161,7 +166,7 @@ def auto_lines(sentences: Sequence[Sentence], music: bool = False) -> list[Line]
         groups = _with_music(groups)
     lines = []
     for words, following in zip_longest(groups, groups[1:]):
-        # through any pause a line stays until the next one comes, the last one a little
+        # A line stays until the next one appears, even through a pause; the last one stays for a second.
         end_s = following[0].start_s if following else round(words[-1].end_s + 1.0, 3)
         lines.append(Line(tuple(words), end_s))
     return lines
@@ -178,10 +183,10 @@ def _with_music(groups: list[list[Word]]) -> list[list[Word]]:
 
 
 def auto_vtt(lines: Sequence[Line]) -> str:
-    """Roll-up captions as YouTube serves them: each line is shown twice.
+    """Return roll-up captions in YouTube's WebVTT, in which each line is shown twice.
 
-    A cue holds the previous line as plain text and below it the new line, each word but the first tagged with the time
-    it appears. A cue of 10 ms follows that holds the new line alone as plain text. A line without text is one blank.
+    A cue has the previous line as plain text and below it the new line, in which each word but the first is tagged with
+    the time when it appears. Then a cue of 10 ms has the new line alone as plain text. An empty line is a single blank.
     """
     out, above = ["WEBVTT\nKind: captions\nLanguage: en\n"], " "
     for line in lines:
@@ -194,12 +199,15 @@ def auto_vtt(lines: Sequence[Line]) -> str:
 
 
 def auto_json3(lines: Sequence[Line]) -> str:
-    """YouTube's json3: a window, then per line its words with offsets, and an appended line break between lines."""
+    """Return YouTube's json3: a window, then each line's words with offsets.
+
+    Between lines there are appended line breaks.
+    """
     last_ms = round(lines[-1].end_s * 1000) if lines else 0
     events: list[dict] = [{"tStartMs": 0, "dDurationMs": last_ms, "id": 1, "wpWinPosId": 1, "wsWinStyleId": 1}]
     for n, line in enumerate(lines):
         start_ms = round(line.start_s * 1000)
-        until_s = lines[min(n + 1, len(lines) - 1)].end_s  # it stays above the next line until that one goes
+        until_s = lines[min(n + 1, len(lines) - 1)].end_s  # it stays above the next line until that one ends
         segments: list[dict] = [{"utf8": line.words[0].text, "acAsrConf": 0}]
         for word in line.words[1:]:
             offset_ms = round(word.start_s * 1000) - start_ms
@@ -221,7 +229,7 @@ def auto_json3(lines: Sequence[Line]) -> str:
 # ---------------------------------------------------------------- files
 
 SUBTITLE_WRITERS: dict[str, tuple[str, Callable[[Sequence[Sentence], bool], str]]] = {
-    # kind: (extension, writer of (sentences, whether long silences are captioned as music))
+    # kind: (extension, writer of (sentences, True to caption long silences as music))
     "manual-vtt": ("vtt", lambda sentences, music: manual_vtt(sentences)),
     "manual-srt": ("srt", lambda sentences, music: manual_srt(sentences)),
     "auto-vtt": ("vtt", lambda sentences, music: auto_vtt(auto_lines(sentences, music))),
@@ -230,7 +238,10 @@ SUBTITLE_WRITERS: dict[str, tuple[str, Callable[[Sequence[Sentence], bool], str]
 
 
 def _filled(words: Sequence[Word], max_chars: int, max_pause_s: float = float("inf")) -> list[Sequence[Word]]:
-    """Words in groups of at most `max_chars` characters (a longer word alone), parted at long pauses too."""
+    """Group words up to `max_chars` characters, splitting at long pauses as well.
+
+    A word that is longer stands alone.
+    """
     groups: list[list[Word]] = []
     length = 0
     for word in words:

@@ -1,8 +1,8 @@
-"""What a world is asked to be, and what each of its videos is, before anything is drawn or written.
+"""Settings of a demo world, and the plan of each of its videos before anything is drawn or written.
 
 A plan is a function of (settings, index) alone. Attributes such as format or subtitle kind follow a low-discrepancy
-sequence over the index, so that a small world already holds every kind in about the asked shares. Times are seconds
-from the first frame. Light imports only; pixels are drawn on demand by `frames_of`.
+sequence over the index, so that even a small world has every kind in about the requested shares. Times are seconds from
+the first frame. Imports are light; `frames_of` draws pixels on demand.
 """
 
 from bisect import bisect
@@ -20,7 +20,7 @@ from pipeline.demo import grammar
 from pipeline.demo.grammar import Combination, Scene
 from pipeline.demo.narration import SUBTITLE_WRITERS
 
-FADE_S = 0.5  # a cross-fade begins at the cut and takes this long
+FADE_S = 0.5  # a cross-fade begins at the cut and lasts this long
 CATEGORIES = (  # YouTube's, the 15 that HD-VILA-100M covers
     "Autos & Vehicles",
     "Comedy",
@@ -42,11 +42,11 @@ CATEGORIES = (  # YouTube's, the 15 that HD-VILA-100M covers
 
 @dataclass(frozen=True)
 class Format:
-    """One way to write a video. `weight` is how often a varied world uses it."""
+    """Container and codecs of a video. `weight` is its share in a world of all formats."""
 
     extension: str
     encoder: str
-    codec: str  # as probing names it
+    codec: str  # the name that probing reports
     audio_encoder: str
     weight: float
     options: dict[str, str] = field(default_factory=dict)
@@ -75,7 +75,7 @@ FORMATS: dict[str, Format] = {
         "mkv", "libsvtav1", "av1", "libopus", 0.02, {"preset": "12", "crf": "35", "svtav1-params": "lp=1"}
     ),
 }
-VARIABLE_RATE = ("h264-mp4", "h264-mkv", "vp9-webm")  # formats that videos of variable frame rate use
+VARIABLE_RATE = ("h264-mp4", "h264-mkv", "vp9-webm")  # formats for videos with a variable frame rate
 
 SIZES = {"320x240": 0.42, "426x240": 0.26, "240x320": 0.18, "640x360": 0.14}
 RATES = {"12.5": 0.3, "15": 0.3, "24": 0.12, "25": 0.12, "29.97": 0.1, "variable": 0.06}
@@ -90,40 +90,42 @@ FormatName = Literal[
 BrokenKind = Literal[
     "not-found", "html", "truncated", "empty", "unknown-host", "audio-only", "unavailable-once", "cut-off", "duplicate"
 ]
-ROTATED_INDEX, ROTATED_EVERY = 3, 40  # among the first four, so that small worlds have one
+ROTATED_INDEX, ROTATED_EVERY = 3, 40  # the index is among the first four, so that small worlds have a rotated video
 
 
 class WorldSettings(Settings):
-    # How much
+    """Size, looks, files, subtitles and broken sources of a demo world."""
+
+    # Size
     num_videos: int = Field(24, ge=1)  # working videos; about 9 scenes each
-    seed: int = Field(0, ge=0)  # everything follows from it
-    min_video_s: float = Field(30.0, ge=1.0)  # lengths are uniform between these two
+    seed: int = Field(0, ge=0)  # of all random choices
+    min_video_s: float = Field(30.0, ge=1.0)  # durations are uniform between these two
     max_video_s: float = Field(120.0, ge=1.0)
-    min_scene_s: float = Field(3.0, ge=1.0)  # shorter ones leave no time to say anything
+    min_scene_s: float = Field(3.0, ge=1.0)  # a shorter scene leaves no time for a sentence
     max_scene_s: float = Field(15.0, ge=1.0)  # HD-VILA's mean clip is 13.4 s
 
-    # What is seen
-    pair_fraction: float = Field(0.3, ge=0, le=1)  # scenes of two objects, where there is time to tell
+    # Pictures
+    pair_fraction: float = Field(0.3, ge=0, le=1)  # scenes with two objects, among those long enough to describe both
     fade_fraction: float = Field(0.1, ge=0, le=1)  # cuts that are cross-fades of half a second
-    combinations: Literal["all", "seen", "held-out"] = "all"  # of colour, shape, motion: for tests on unseen ones
-    held_out_fraction: float = Field(0.15, gt=0, lt=1)  # how many combinations "seen" leaves to "held-out"
-    held_out_seed: int = Field(0, ge=0)  # which ones; keep it the same in both worlds
+    combinations: Literal["all", "seen", "held-out"] = "all"  # of colour, shape and motion, for tests on unseen ones
+    held_out_fraction: float = Field(0.15, gt=0, lt=1)  # share of the combinations that are "held-out", not "seen"
+    held_out_seed: int = Field(0, ge=0)  # decides which ones; keep it the same in both worlds
 
     # Files: weighted choice among these
     sizes: tuple[SizeName, ...] = Field(tuple(SIZES), min_length=1)
     rates: tuple[RateName, ...] = Field(tuple(RATES), min_length=1)
     formats: tuple[FormatName, ...] = Field(FormatName.__args__, min_length=1)
-    rotation: bool = True  # one MP4 in forty (and of the first four) is turned by metadata, as phones do
-    audio_fraction: float = Field(0.4, ge=0, le=1)  # videos with a quiet audio track (nothing is spoken in it)
+    rotation: bool = True  # one MP4 in forty (and among the first four) is rotated by metadata, as on phones
+    audio_fraction: float = Field(0.4, ge=0, le=1)  # videos with a quiet audio track without speech
 
     # Subtitles and their noise
     missing_fraction: float = Field(0.1, ge=0, le=1)  # videos without subtitles
-    manual_fraction: float = Field(0.4, ge=0, le=1)  # of those with: written by people, punctuated; the rest automatic
-    shifted_fraction: float = Field(0.15, ge=0, le=1)  # of those with: late or early …
+    manual_fraction: float = Field(0.4, ge=0, le=1)  # of the subtitles: written by people, punctuated; else automatic
+    shifted_fraction: float = Field(0.15, ge=0, le=1)  # of the subtitles: late or early …
     max_shift_s: float = Field(2.0, ge=1.0)  # … by one second to this many
-    filler_fraction: float = Field(0.15, ge=0, le=1)  # scenes that are talked over with something else
+    filler_fraction: float = Field(0.15, ge=0, le=1)  # scenes with unrelated speech
 
-    # Sources that cannot work, or not at first, and one that is another's copy
+    # Sources that never work, or fail at first, and one that is a copy of another
     broken: tuple[BrokenKind, ...] = ()
 
     workers: int = operational(0, ge=0)  # processes; 0: one per core
@@ -131,11 +133,12 @@ class WorldSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> "WorldSettings":
         if self.min_video_s > self.max_video_s:
-            raise ValueError("min_video_s must not be above max_video_s")
+            raise ValueError(f"min_video_s = {self.min_video_s} must not be above max_video_s = {self.max_video_s}")
         if self.min_scene_s > self.max_scene_s:
-            raise ValueError("min_scene_s must not be above max_scene_s")
+            raise ValueError(f"min_scene_s = {self.min_scene_s} must not be above max_scene_s = {self.max_scene_s}")
         if "variable" in self.rates and not set(self.formats) & set(VARIABLE_RATE):
-            raise ValueError(f"rates: 'variable' needs one of the formats {', '.join(VARIABLE_RATE)}")
+            needed = ", ".join(VARIABLE_RATE)
+            raise ValueError(f"rates: 'variable' needs one of {needed} in formats; add one, or remove 'variable'")
         return self
 
 
@@ -152,7 +155,7 @@ NOISE_LEVELS: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True)
 class VideoPlan:
-    """Everything about a video before it is drawn."""
+    """A video before it is drawn: its file format, scenes, frame times and subtitles."""
 
     video_id: str
     format_name: str
@@ -165,7 +168,7 @@ class VideoPlan:
     subtitle_kind: str | None
     subtitle_offset_s: float
     scenes: tuple[tuple[float, Scene], ...]  # (start second, scene), without gaps
-    fades: tuple[bool, ...]  # whether a scene comes in over its predecessor's end
+    fades: tuple[bool, ...]  # True for a scene that is faded in over its predecessor's end
     frame_times: tuple[Fraction, ...]
 
     @property
@@ -184,6 +187,7 @@ class VideoPlan:
 
 
 def plan_video(settings: WorldSettings, index: int) -> VideoPlan:
+    """Plan the world's video number `index`."""
     rng = np.random.default_rng([settings.seed, index, 0])
     choose = _Chooser(settings.seed, index)
     rotated = settings.rotation and index % ROTATED_EVERY == ROTATED_INDEX and "h264-mp4" in settings.formats
@@ -196,11 +200,12 @@ def plan_video(settings: WorldSettings, index: int) -> VideoPlan:
     times = _frame_times(sum(scene.duration_s for scene in scenes), rate, rng)
     placed = _snap(scenes, times)
     kind, offset_s = _plan_subtitles(settings, choose, rng)
+    width, height = choose("size", {name: SIZES[name] for name in settings.sizes}).split("x")
     return VideoPlan(
         video_id=f"w{settings.seed}v{index:05d}",
         format_name=format_name,
         extension=FORMATS[format_name].extension,
-        size=_size(choose("size", {name: SIZES[name] for name in settings.sizes})),
+        size=(int(width), int(height)),
         rate=rate,
         rotation=(90, 270)[index // ROTATED_EVERY % 2] if rotated else 0,
         has_audio=choose.share("audio") < settings.audio_fraction,
@@ -214,7 +219,7 @@ def plan_video(settings: WorldSettings, index: int) -> VideoPlan:
 
 
 class _Chooser:
-    """Weighted choices that spread evenly over neighbouring indices: a Kronecker sequence per attribute."""
+    """Weighted choices, evenly spread over neighbouring indices by one Kronecker sequence per attribute."""
 
     STEPS = {"rate": 2, "format": 3, "size": 5, "audio": 7, "category": 11, "subtitles": 13, "kind": 17, "shift": 19}
 
@@ -222,6 +227,7 @@ class _Chooser:
         self.seed, self.index = seed, index
 
     def share(self, attribute: str) -> float:
+        """Return the sequence's value in [0, 1) for an attribute at this index."""
         prime = self.STEPS[attribute]
         start = np.random.default_rng([self.seed, prime]).random()
         return float((start + self.index * prime**0.5) % 1.0)
@@ -231,12 +237,8 @@ class _Chooser:
         return list(weights)[bisect(bounds[:-1], self.share(attribute) * bounds[-1])]
 
 
-def _size(name: str) -> tuple[int, int]:
-    width, height = name.split("x")
-    return int(width), int(height)
-
-
 def _allowed(settings: WorldSettings) -> Callable[[Combination], bool] | None:
+    """Return the predicate for combinations that scenes may show, None if they may show any."""
     if settings.combinations == "all":
         return None
     wanted = settings.combinations == "held-out"
@@ -244,12 +246,13 @@ def _allowed(settings: WorldSettings) -> Callable[[Combination], bool] | None:
 
 
 def _plan_scenes(settings: WorldSettings, rng: np.random.Generator) -> list[Scene]:
+    """Sample scenes that together last between `min_video_s` and `max_video_s`."""
     low, high = settings.min_scene_s, settings.max_scene_s
     left_s = max(low, float(rng.uniform(settings.min_video_s, settings.max_video_s)))
     scenes: list[Scene] = []
     while left_s > 0:
         duration_s = float(rng.triangular(low, low + 0.35 * (high - low), high)) if high > low else low
-        if left_s - duration_s < low:  # nothing shorter than a scene may be left over
+        if left_s - duration_s < low:  # the rest would be too short for a scene
             duration_s = left_s if left_s <= high or left_s < 2 * low else left_s / 2
         scenes.append(grammar.sample_scene(rng, duration_s, _allowed(settings), settings.pair_fraction))
         left_s -= duration_s
@@ -257,7 +260,10 @@ def _plan_scenes(settings: WorldSettings, rng: np.random.Generator) -> list[Scen
 
 
 def _frame_times(duration_s: float, rate: Fraction | None, rng: np.random.Generator) -> tuple[Fraction, ...]:
-    """Times of all frames: regular, or for a variable rate 8 to 30 a second in whole milliseconds."""
+    """Return the times of all frames.
+
+    A variable rate has 8 to 30 frames per second, at whole milliseconds.
+    """
     if rate:
         return tuple(k / rate for k in range(round(duration_s * rate)))
     steps_ms = rng.integers(33, 125, int(duration_s * 31))
@@ -266,7 +272,10 @@ def _frame_times(duration_s: float, rate: Fraction | None, rng: np.random.Genera
 
 
 def _snap(scenes: list[Scene], times: tuple[Fraction, ...]) -> tuple[tuple[float, Scene], ...]:
-    """(start, scene) moved to begin on frames: a stated cut is the time of the first frame after it."""
+    """Return (start, scene) with starts moved to frame times.
+
+    A cut is at the time of the first frame after it.
+    """
     grid = np.array([float(t) for t in times])
     ends = np.cumsum([scene.duration_s for scene in scenes])
     inner = [float(grid[np.searchsorted(grid, end - 1e-9)]) for end in ends[:-1]]
@@ -278,6 +287,7 @@ def _snap(scenes: list[Scene], times: tuple[Fraction, ...]) -> tuple[tuple[float
 
 
 def _plan_subtitles(settings: WorldSettings, choose: _Chooser, rng: np.random.Generator) -> tuple[str | None, float]:
+    """Return (kind, offset in seconds), (None, 0.0) for a video without subtitles."""
     sign, shift_s = (1 if rng.random() < 0.6 else -1), float(rng.uniform(1.0, settings.max_shift_s))
     if choose.share("subtitles") < settings.missing_fraction:
         return None, 0.0
@@ -289,7 +299,7 @@ def _plan_subtitles(settings: WorldSettings, choose: _Chooser, rng: np.random.Ge
 
 
 def frames_of(plan: VideoPlan) -> Iterator[tuple[Fraction, np.ndarray]]:
-    """(time, RGB picture as displayed) of every frame, cross-fades included."""
+    """Yield (time in seconds, uint8 RGB [H, W, 3] as displayed) of every frame, with cross-fades."""
     from pipeline.demo.render import cross_fade, render_frame
 
     n = 0

@@ -1,6 +1,6 @@
-"""Pixels of a scene: `render_frame` for pictures, `locate` for where an object truly is. Numpy and OpenCV drawing only.
+"""Pixels of a scene: `render_frame` draws pictures, `locate` gives an object's true position.
 
-A frame is a prerendered background with antialiased sprites blended in, so its cost is a copy and one or two small
+A frame is a prerendered background with antialiased sprites blended in, so it costs a copy and one or two small
 multiplications. Backgrounds and sprites are cached per process. Drawing is a pure function of the scene: same scene,
 same bytes.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.demo.grammar import Background, Scene, Thing
 
-# RGB, chosen so that no two names can be confused after 4:2:0 video coding
+# RGB, chosen so that no two colours can be confused after 4:2:0 video coding
 COLOUR_RGB = {
     "red": (226, 35, 48),
     "orange": (255, 133, 15),
@@ -32,38 +32,35 @@ BACKGROUND_RGB = {
     "beige": (233, 216, 184),
     "lavender": (199, 190, 236),
 }
-MASTER = 256  # pixels of the square that a shape is drawn in before it is scaled to size
+MASTER = 256  # side in pixels of the square in which a shape is drawn before it is scaled
 MARGIN = 0.03  # of the short side: an object keeps this distance from the edges of its cell
 
 
-# ---------------------------------------------------------------- where things are
+# ---------------------------------------------------------------- positions
 
 
 def locate(thing: Thing, t_s: float, width: int, height: int) -> tuple[float, float, float]:
-    """Centre x, centre y and radius in pixels at `t_s`; the object lies wholly inside its cell.
+    """Return (centre x, centre y, radius) in pixels at `t_s`; the object is entirely inside its cell.
 
-    Moves repeat: an object that arrives starts its pass again from the other end, so that its place in a single frame
-    says nothing about the direction.
+    Motions repeat: an object that arrives starts again from the other end, so that its position in a single frame tells
+    nothing about its direction.
     """
     short = min(width, height)
     u = (thing.phase + t_s / thing.period_s) % 1.0
-    radius = short * (thing.radius + (thing.max_radius - thing.radius) * _growth(thing.motion, u))
+    growth = {"growing": u, "shrinking": 1.0 - u}.get(thing.motion, 0.0)
+    radius = short * (thing.radius + (thing.max_radius - thing.radius) * growth)
     reach = short * (thing.max_radius + MARGIN)
     x0, x1 = thing.cell[0] * width + reach, thing.cell[2] * width - reach
     y0, y1 = thing.cell[1] * height + reach, thing.cell[3] * height - reach
     across, along = _path(thing, u)
-    if thing.motion == "circling":  # round, whatever the frame's shape
+    if thing.motion == "circling":  # a circle for any aspect ratio of the frame
         orbit = min(x1 - x0, y1 - y0) / 2
         return (x0 + x1) / 2 + orbit * across, (y0 + y1) / 2 + orbit * along, radius
     return x0 + (x1 - x0) * across, y0 + (y1 - y0) * along, radius
 
 
-def _growth(motion: str, u: float) -> float:
-    return {"growing": u, "shrinking": 1.0 - u}.get(motion, 0.0)
-
-
 def _path(thing: Thing, u: float) -> tuple[float, float]:
-    """Place at `u` of a period: fractions of the room there is, left to right and top to bottom (circling: -1..1)."""
+    """Return (x, y) at fraction `u` of a period, in fractions of the available room (circling: -1..1)."""
     match thing.motion:
         case "left":
             return 1.0 - u, thing.lane
@@ -86,7 +83,7 @@ def _path(thing: Thing, u: float) -> tuple[float, float]:
 
 
 def render_frame(scene: Scene, t_s: float, width: int, height: int) -> np.ndarray:
-    """uint8 RGB picture, height x width x 3, of the scene `t_s` seconds after its start."""
+    """Draw the scene `t_s` seconds after its start; return uint8 RGB [height, width, 3]."""
     frame = _background(scene.background, width, height).copy()
     for thing in scene.objects:
         x, y, radius = locate(thing, t_s, width, height)
@@ -95,12 +92,12 @@ def render_frame(scene: Scene, t_s: float, width: int, height: int) -> np.ndarra
 
 
 def cross_fade(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
-    """`weight` of the second picture over the first (0 = only the first)."""
+    """Blend two pictures; `weight` is that of the second one, 0 gives only the first."""
     return cv2.addWeighted(first, 1.0 - weight, second, weight, 0.0)
 
 
 def _blend(frame: np.ndarray, sprite: tuple[np.ndarray, np.ndarray], x: float, y: float) -> None:
-    """Put a sprite's centre at (x, y), cut at the frame's edges."""
+    """Draw a sprite centred at (x, y) into the frame, clipped at its edges."""
     colour, keep = sprite  # premultiplied colour (uint16), 255 - alpha (uint16)
     side = colour.shape[0]
     left, top = round(x - side / 2), round(y - side / 2)
@@ -116,7 +113,10 @@ def _blend(frame: np.ndarray, sprite: tuple[np.ndarray, np.ndarray], x: float, y
 
 @lru_cache(maxsize=4096)
 def _sprite(shape: str, colour: str, texture: str, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Antialiased picture of `side` pixels: premultiplied colour x 256 and 256 - alpha, both uint16."""
+    """Draw an object of `side` pixels, antialiased.
+
+    Returns (premultiplied colour x 256, 256 - alpha), both uint16.
+    """
     alpha, picture = _master(shape, colour, texture)
     alpha = cv2.resize(alpha, (side, side), interpolation=cv2.INTER_AREA)[..., None]
     picture = cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA)
@@ -125,13 +125,13 @@ def _sprite(shape: str, colour: str, texture: str, side: int) -> tuple[np.ndarra
 
 @lru_cache(maxsize=256)
 def _master(shape: str, colour: str, texture: str) -> tuple[np.ndarray, np.ndarray]:
-    """The shape at high resolution: alpha in 0..1 (float32) and RGB in 0..255 with alpha multiplied in."""
+    """Draw a shape at high resolution; return (alpha in 0..1, RGB in 0..255 times alpha), both float32."""
     inside = _shape_mask(shape)
     depth = cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     rgb = np.array(COLOUR_RGB[colour], np.float32)
     dark = rgb * (0.62 if colour == "white" else 0.5)
     picture = np.where(_pattern(texture)[..., None], dark, rgb)
-    outline = depth[..., None] < 0.022 * MASTER  # makes it stand out from any background
+    outline = depth[..., None] < 0.022 * MASTER  # so that it stands out from any background
     picture = np.where(outline, rgb * 0.38, picture)
     alpha = inside.astype(np.float32)
     return alpha, (picture * alpha[..., None]).astype(np.float32)
@@ -139,13 +139,13 @@ def _master(shape: str, colour: str, texture: str) -> tuple[np.ndarray, np.ndarr
 
 @lru_cache(maxsize=1)
 def _grid() -> tuple[np.ndarray, np.ndarray]:
-    """x and y of every pixel of the master square, -1..1, y pointing down."""
+    """Return x and y of every pixel of the master square, in -1..1, y pointing down."""
     axis = (np.arange(MASTER, dtype=np.float32) + 0.5) / (MASTER / 2) - 1.0
     return np.broadcast_to(axis, (MASTER, MASTER)), np.broadcast_to(axis[:, None], (MASTER, MASTER))
 
 
 def _pattern(texture: str) -> np.ndarray:
-    """Where the darker tone goes."""
+    """Return the mask of the texture's darker tone, bool [MASTER, MASTER]."""
     x, y = _grid()
     if texture == "striped":
         return np.mod(x + y, 0.56) < 0.24
@@ -155,24 +155,20 @@ def _pattern(texture: str) -> np.ndarray:
 
 
 def _shape_mask(shape: str) -> np.ndarray:
-    """uint8 1 inside the shape, 0 outside; every shape fills the square about equally."""
+    """Return uint8 [MASTER, MASTER], 1 inside the shape; all shapes have about the same size."""
     x, y = _grid()
     if shape in ("star", "triangle"):
         return _polygon(shape)
+    heart_x, heart_y = x * 1.22, -y * 1.22 + 0.12
     inside = {
         "circle": np.hypot(x, y) < 0.92,
         "ring": np.abs(np.hypot(x, y) - 0.7) < 0.24,
         "square": np.maximum(np.abs(x), np.abs(y)) < 0.8,
         "diamond": np.abs(x) / 0.74 + np.abs(y) / 0.98 < 1.0,
         "cross": (np.minimum(np.abs(x), np.abs(y)) < 0.29) & (np.maximum(np.abs(x), np.abs(y)) < 0.92),
-        "heart": _heart(x * 1.22, -y * 1.22 + 0.12),
+        "heart": (heart_x**2 + heart_y**2 - 1.0) ** 3 - heart_x**2 * heart_y**3 < 0.0,  # the sextic heart curve
     }[shape]
     return inside.astype(np.uint8)
-
-
-def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The sextic heart curve."""
-    return (x**2 + y**2 - 1.0) ** 3 - x**2 * y**3 < 0.0
 
 
 def _polygon(shape: str) -> np.ndarray:
@@ -191,7 +187,7 @@ def _polygon(shape: str) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _background(background: Background, width: int, height: int) -> np.ndarray:
-    """uint8 RGB picture without objects. Patterns are scaled with the short side."""
+    """Draw a background, with patterns scaled to the short side; return uint8 RGB [height, width, 3]."""
     rng = np.random.default_rng(background.variant)
     unit = min(width, height) / 240.0
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) / np.float32(unit)
@@ -236,7 +232,7 @@ def _dotted(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarra
 
 
 def _grainy(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Specks of a fixed size, so that small pictures show them as well as large ones."""
+    """Return specks of a fixed size, which stay visible in small pictures."""
     size = 4.0
     rows, columns = np.floor(y / size).astype(np.int64), np.floor(x / size).astype(np.int64)
     specks = rng.uniform(-1.1, 1.1, (int(rows.max()) + 1, int(columns.max()) + 1))

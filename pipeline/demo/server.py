@@ -1,13 +1,14 @@
-"""A folder behind HTTP on loopback: byte ranges, HEAD, ETags, content types, and faults on order. Only the stdlib.
+"""Serve a folder over HTTP on loopback, with byte ranges and faults on request. Stdlib only.
 
-`faults.json` in the folder (or the `faults` argument) says what goes wrong, by path relative to the folder:
+Requests are untrusted: only files inside the folder are served. `faults.json` in the folder (or the `faults` argument)
+defines faults by path relative to the folder:
 
-  "status": 503            answer this instead of the file
-  "cut_after_bytes": n     close the connection after n bytes of the body, although the header promised more
-  "extra_bytes": n         announce n bytes more than there are; for n < 0, announce and send so many fewer
-  "delay_s": x             wait before answering
-  "content_type": "…"      claim this type
-  "times": n               do so for the first n requests of the path only (GET and HEAD alike); without it, always
+  "status": 503            return this status instead of the file
+  "cut_after_bytes": n     close the connection after n bytes of the body, although the header announced more
+  "extra_bytes": n         announce n bytes more than there are; for n < 0, announce and send n fewer
+  "delay_s": x             wait before responding
+  "content_type": "…"      send this content type
+  "times": n               only for the first n requests of the path (GET and HEAD alike); by default for all
 """
 
 import email.utils
@@ -44,7 +45,10 @@ CHUNK_BYTES = 1 << 16
 
 @contextmanager
 def serve(folder: str | Path, port: int = 0, faults: Faults | None = None) -> Iterator[str]:
-    """Serve `folder` on 127.0.0.1 from a thread until the block ends; gives the base URL without a final slash."""
+    """Serve `folder` on 127.0.0.1 from a thread until the block ends.
+
+    Yields the base URL without a trailing slash.
+    """
     folder = Path(folder).resolve()
     if faults is None:
         listed = folder / "faults.json"
@@ -71,18 +75,21 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     def fault(self, name: str) -> Mapping[str, Any]:
-        """What goes wrong with this request of the file `name`; counts it."""
+        """Return the fault for this request of the file `name`, and count the request."""
         fault = self.faults.get(name, {})
         with self._lock:
             self._seen[name] += 1
             return fault if self._seen[name] <= fault.get("times", self._seen[name]) else {}
 
     def find(self, name: str) -> Path | None:
-        """The file of that name if it lies in the folder (after links and '..' are resolved)."""
+        """Return the file of that name, None if it is outside of the folder.
+
+        Links and ".." are resolved first.
+        """
         try:
             path = (self.folder / name).resolve()
             return path if path.is_relative_to(self.folder) and path.is_file() else None
-        except (OSError, ValueError):  # a name that no file system holds: too long, or with a zero byte
+        except (OSError, ValueError):  # an impossible file name: too long, or with a zero byte
             return None
 
 
@@ -99,31 +106,33 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Quiet: the client's own records say what it fetched."""
+        """Log nothing: the client records what it fetched."""
 
     def _answer(self, with_body: bool) -> None:
         name = unquote(urlsplit(self.path).path).lstrip("/")
         fault = self.server.fault(name)
         time.sleep(fault.get("delay_s", 0.0))
         if "status" in fault:
-            return self._say(HTTPStatus(fault["status"]))
+            return self._send_status(HTTPStatus(fault["status"]))
         path = self.server.find(name)
         if path is None:
-            return self._say(HTTPStatus.NOT_FOUND)
+            return self._send_status(HTTPStatus.NOT_FOUND)
         with path.open("rb") as file:
             self._send_file(path, file, fault, with_body)
 
     def _send_file(self, path: Path, file: BinaryIO, fault: Mapping[str, Any], with_body: bool) -> None:
+        """Send headers, and the body if asked, for the requested range of a file, with the given fault."""
         stat = path.stat()
         etag = f'"{hashlib.sha256(f"{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]}"'
         asked = self.headers.get("Range")
         if self.headers.get("If-Range", etag) != etag:
             asked = None
         if asked is None and self.headers.get("If-None-Match") == etag:
-            return self._say(HTTPStatus.NOT_MODIFIED, {"ETag": etag})
+            return self._send_status(HTTPStatus.NOT_MODIFIED, {"ETag": etag})
         span = _byte_range(asked, stat.st_size)
         if span is None:
-            return self._say(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, {"Content-Range": f"bytes */{stat.st_size}"})
+            whole = {"Content-Range": f"bytes */{stat.st_size}"}
+            return self._send_status(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, whole)
         start, stop, partial = span
         extra = fault.get("extra_bytes", 0)
         announced = max(0, stop - start + extra)
@@ -131,13 +140,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(HTTPStatus.PARTIAL_CONTENT if partial else HTTPStatus.OK)
         if partial:
             self.send_header("Content-Range", f"bytes {start}-{start + announced - 1}/{stat.st_size + extra}")
-        self.send_header("Content-Type", fault.get("content_type", _content_type(path)))
+        content_type = CONTENT_TYPES.get(path.suffix.lower()) or mimetypes.guess_type(path.name)[0]
+        self.send_header("Content-Type", fault.get("content_type", content_type or "application/octet-stream"))
         self.send_header("Content-Length", str(announced))
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", etag)
         self.send_header("Last-Modified", email.utils.formatdate(stat.st_mtime, usegmt=True))
         self.end_headers()
-        self.close_connection |= extra > 0  # or the client would wait for the rest
+        self.close_connection |= extra > 0  # otherwise the client waits for the rest
         if with_body:
             self._send_bytes(file, start, stop, fault.get("cut_after_bytes"))
 
@@ -149,16 +159,16 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             while left > 0:
                 chunk = file.read(min(left, CHUNK_BYTES))
-                if not chunk:  # the file shrank under us: the client sees a short body
+                if not chunk:  # the file became shorter meanwhile: the client gets a short body
                     self.close_connection = True
                     return
                 self.wfile.write(chunk)
                 left -= len(chunk)
-        except (BrokenPipeError, ConnectionResetError):  # the client left, as it may
+        except (BrokenPipeError, ConnectionResetError):  # the client closed the connection
             self.close_connection = True
 
-    def _say(self, status: HTTPStatus, headers: Mapping[str, str] | None = None) -> None:
-        """A status with a page of one line, as servers send it."""
+    def _send_status(self, status: HTTPStatus, headers: Mapping[str, str] | None = None) -> None:
+        """Send a status with a page of one line, as web servers do."""
         body = b"" if status == HTTPStatus.NOT_MODIFIED else f"<h1>{status.value} {status.phrase}</h1>\n".encode()
         self.send_response(status)
         for key, value in (headers or {}).items():
@@ -171,13 +181,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-def _content_type(path: Path) -> str:
-    known = CONTENT_TYPES.get(path.suffix.lower())
-    return known or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-
-
 def _byte_range(header: str | None, size: int) -> tuple[int, int, bool] | None:
-    """(start, stop, whether it is a part) for a Range header; None where nothing of it can be had (RFC 9110, 14.1).
+    """Return (start, stop, True if partial) for a Range header, None if it cannot be satisfied.
+
+    See RFC 9110, 14.1.
 
     Several ranges, other units and malformed headers get the whole file, which the RFC allows.
     """
@@ -185,7 +192,7 @@ def _byte_range(header: str | None, size: int) -> tuple[int, int, bool] | None:
     if not match or match.groups() == ("", ""):
         return 0, size, False
     first, last = match.groups()
-    if first == "":  # the last so many bytes
+    if first == "":  # "bytes=-N" asks for the last N bytes
         start, stop = max(0, size - int(last)), size
     else:
         start, stop = int(first), min(size, int(last) + 1 if last else size)

@@ -1,14 +1,15 @@
-"""A folder of narrated videos, their subtitles and the truth about them; also lists of sources, some of them broken.
+"""A folder of narrated videos, their subtitles and the truth about them; also lists of its sources.
 
 WORLD/
-  world.json             settings and totals; a folder whose totals are there is complete
-  videos/ID.EXT          the videos; two of them may be the same bytes
-  subtitles/ID.en.EXT    for the videos that have any
-  truth.jsonl            one line per video: file facts, scenes, what is said when; broken ones are listed too
+  world.json             settings and totals; a folder with totals is complete
+  videos/ID.EXT          the videos; two of them may have the same bytes
+  subtitles/ID.en.EXT    for the videos that have subtitles
+  truth.jsonl            one line per video: file facts, scenes, words with times; broken videos are listed, too
   truth.parquet          one row per scene, for SQL
-  faults.json            what the server does to some paths (see `pipeline.demo.server`)
+  faults.json            faults that the server plays for some paths (see `pipeline.demo.server`)
 
-Same settings, same bytes in every file, whatever the number of processes. Times are seconds from the first frame.
+The same settings give the same bytes in every file, with any number of processes. Times are seconds from the first
+frame.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ from pipeline.demo.plan import FORMATS, NOISE_LEVELS, VideoPlan, WorldSettings, 
 
 __all__ = ["NOISE_LEVELS", "WorldSettings", "WorldSummary", "make_world", "read_truth", "scene_at", "write_sources"]
 
-VERSION = 1  # of what the settings turn into
+VERSION = 1  # of the world that the settings describe
 LICENCE = "CC0-1.0"
 UNKNOWN_HOST = "http://nowhere.invalid"  # a name that never resolves (RFC 2606)
 NEVER_WORK = ("not-found", "html", "truncated", "empty", "unknown-host", "audio-only")
@@ -44,7 +45,7 @@ Progress = Callable[[int, int], None]  # (videos written, videos in all)
 
 @dataclass(frozen=True)
 class WorldSummary:
-    num_videos: int  # that work, copies included
+    num_videos: int  # videos that work, copies included
     num_broken: int
     num_scenes: int
     duration_s: float
@@ -52,9 +53,9 @@ class WorldSummary:
 
 
 def make_world(folder: str | Path, settings: WorldSettings, progress: Progress | None = None) -> WorldSummary:
-    """Write the world of these settings into `folder`; does nothing when it is there already.
+    """Write the world of these settings into `folder`, unless it is there already.
 
-    Raises UserError when the folder holds anything else.
+    Raises UserError if the folder has any other content.
     """
     folder = Path(folder)
     fingerprint = digest([VERSION, settings.fingerprint()])
@@ -75,17 +76,23 @@ def make_world(folder: str | Path, settings: WorldSettings, progress: Progress |
 
 
 def read_truth(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of truth.jsonl. `grammar.scene_from_dict(row["scenes"][n]["scene"])` gives a scene back whole."""
+    """Return the rows of truth.jsonl.
+
+    `grammar.scene_from_dict(row["scenes"][n]["scene"])` restores a Scene.
+    """
     return [json.loads(line) for line in (Path(folder) / "truth.jsonl").read_text().splitlines()]
 
 
 def scene_at(video: dict[str, Any], start_s: float, end_s: float) -> dict[str, Any]:
-    """The scene of a truth row that the span [start_s, end_s) shows most of."""
+    """Return the scene of a truth row that overlaps most with the span [start_s, end_s)."""
     return max(video["scenes"], key=lambda s: min(end_s, s["end_s"]) - max(start_s, s["start_s"]))
 
 
 def write_sources(folder: str | Path, base_url: str, path: str | Path) -> int:
-    """Write a list of sources, one JSON object a line, that points at the world served at `base_url`."""
+    """Write a source list for the world served at `base_url`; return the number of lines.
+
+    Each line is a JSON object.
+    """
     rows = [_source(video, base_url.rstrip("/")) for video in read_truth(folder)]
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return len(rows)
@@ -104,20 +111,21 @@ def _source(video: dict[str, Any], base_url: str) -> dict[str, str]:
 
 
 def _claim(folder: Path, fingerprint: str) -> WorldSummary | None:
-    """Mark the folder as ours; the totals of an already finished world of the same settings."""
+    """Mark the folder as this world's; return the totals if the world is complete already, else None."""
     mark = folder / "world.json"
     if mark.exists():
         known = json.loads(mark.read_text())
         if known.get("fingerprint") == fingerprint:
             return WorldSummary(**known["summary"]) if known["summary"] else None
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"demo world: {folder} is not empty and not a world of these settings; name another folder")
+        raise UserError(f"demo world: {folder} is not empty and has no world of these settings; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(json.dumps({"fingerprint": fingerprint, "summary": None}))
     return None
 
 
 def _finish(folder: Path, settings: WorldSettings, fingerprint: str, rows: list[dict[str, Any]]) -> WorldSummary:
+    """Write the truth and fault files, then the totals, which mark the world as complete."""
     faults = {row["file"]: row.pop("fault") for row in rows if row["fault"]}
     for row in rows:
         row.pop("fault", None)
@@ -148,7 +156,10 @@ class Job:
 
 
 def _jobs(settings: WorldSettings) -> list[Job]:
-    """The videos asked for, then a small plain one for every broken source that needs a file of its own."""
+    """Return jobs for the videos asked for and for broken sources.
+
+    A broken source with a file of its own gets a small plain video.
+    """
     plain = dict(formats=("h264-mp4",), sizes=("320x240",), rates=("12.5",), rotation=False, missing_fraction=0.0)
     short = settings.model_copy(update=plain | {"min_video_s": 12.0, "max_video_s": 15.0})
     broken = [kind for kind in dict.fromkeys(settings.broken) if kind != "duplicate"]
@@ -176,7 +187,7 @@ def _one_thread() -> None:
 
 
 def _make_video(folder: Path, job: Job) -> dict[str, Any]:
-    """Write the files of one video; its row of the truth."""
+    """Write the files of one video; return its row of the truth."""
     plan = plan_video(job.settings, job.index)
     rng = np.random.default_rng([job.settings.seed, job.index, 1])
     sentences = narrate(plan.scenes, rng, job.settings.filler_fraction)
@@ -184,14 +195,19 @@ def _make_video(folder: Path, job: Job) -> dict[str, Any]:
     subtitle = None
     if plan.subtitle_file and job.broken not in NEVER_WORK:
         subtitle = _write_subtitle(folder, plan, sentences, rng)
-    row = {"index": job.index, "video_id": plan.video_id, "title": _title(plan), "category": plan.category}
+    title = f"The {plan.scenes[0][1].objects[0].name} and {len(plan.scenes) - 1} more scenes"
+    row = {"index": job.index, "video_id": plan.video_id, "title": title, "category": plan.category}
     row |= {"file": plan.file, "url_path": f"/{plan.file}", "broken": job.broken, "works": job.broken not in NEVER_WORK}
     row |= {"duplicate_of": None, "fault": fault, "subtitle": subtitle}
-    return row | _file_facts(folder / plan.file, plan) | {"scenes": _scenes(plan, sentences) if row["works"] else []}
+    scenes = [_scene(n, start_s, scene, plan, sentences) for n, (start_s, scene) in enumerate(plan.scenes)]
+    return row | _file_facts(folder / plan.file, plan) | {"scenes": scenes if row["works"] else []}
 
 
 def _write_media(path: Path, plan: VideoPlan, broken: str | None, rng: np.random.Generator) -> dict[str, Any] | None:
-    """Write the video, or what stands in its place; returns the fault that the server has to play, if any."""
+    """Write the video, or the file that a broken source has instead.
+
+    Returns the fault that the server plays, if any.
+    """
     from pipeline.demo import encode
 
     if broken == "html":
@@ -207,7 +223,7 @@ def _write_media(path: Path, plan: VideoPlan, broken: str | None, rng: np.random
         encode.write_audio(path, audio)
         return None
     encode.write_video(path, plan.format_name, frames_of(plan), plan.size, plan.rate, audio, plan.rotation)
-    if broken == "truncated":  # its index stands at the end, so nothing of it plays
+    if broken == "truncated":  # an MP4's index is at its end, so none of it plays
         data = path.read_bytes()
         path.write_bytes(data[: len(data) * 6 // 10])
     if broken == "cut-off":
@@ -226,7 +242,7 @@ def _write_subtitle(
 
 
 def _duplicate(folder: Path, original: dict[str, Any], index: int) -> dict[str, Any]:
-    """The same bytes under another name and URL."""
+    """Copy a video to another name and URL; return its row of the truth."""
     video_id = f"{original['video_id']}copy"
     file = f"videos/{video_id}{Path(original['file']).suffix}"
     shutil.copyfile(folder / original["file"], folder / file)
@@ -234,12 +250,11 @@ def _duplicate(folder: Path, original: dict[str, Any], index: int) -> dict[str, 
     return original | changed | {"duplicate_of": original["video_id"]}
 
 
-def _title(plan: VideoPlan) -> str:
-    return f"The {plan.scenes[0][1].objects[0].name} and {len(plan.scenes) - 1} more scenes"
-
-
 def _file_facts(path: Path, plan: VideoPlan) -> dict[str, Any]:
-    """`fps` is null where the rate varies; `width` and `height` are as displayed."""
+    """Return a video file's columns of the truth.
+
+    `fps` is null if it varies; `width` and `height` are as displayed.
+    """
     data = path.read_bytes() if path.exists() else b""
     return {
         "num_bytes": len(data),
@@ -256,12 +271,11 @@ def _file_facts(path: Path, plan: VideoPlan) -> dict[str, Any]:
     }
 
 
-def _scenes(plan: VideoPlan, sentences: list[Sentence]) -> list[dict[str, Any]]:
-    return [_scene(n, start_s, scene, plan, sentences) for n, (start_s, scene) in enumerate(plan.scenes)]
-
-
 def _scene(n: int, start_s: float, scene: grammar.Scene, plan: VideoPlan, sentences: list[Sentence]) -> dict[str, Any]:
-    """`fade_s`: for how long after `start_s` the scene before is still seen. `filler`: talk beside the point."""
+    """Return the truth about one scene.
+
+    `fade_s` is for how long after `start_s` the previous scene is still visible; `filler` marks unrelated speech.
+    """
     from pipeline.demo.plan import FADE_S
 
     spoken = [sentence for sentence in sentences if sentence.scene == n]
@@ -286,13 +300,14 @@ SCENE_ROWS = pa.schema(
     [(name, pa.string()) for name in ("video_id", "file", "category", "subtitle_kind")]
     + [("subtitle_offset_s", pa.float64()), ("n", pa.int32()), ("start_s", pa.float64()), ("end_s", pa.float64())]
     + [(name, pa.string()) for name in _TEXTS]  # of the first object
-    + [(f"{name}_2", pa.string()) for name in _TEXTS]  # of the second, null where there is one only
+    + [(f"{name}_2", pa.string()) for name in _TEXTS]  # of the second object, null if there is only one
     + [("background_colour", pa.string()), ("background_texture", pa.string()), ("passing", pa.bool_())]
     + [("still_text", pa.string()), ("motion_text", pa.string()), ("spoken", pa.string()), ("filler", pa.bool_())]
 )
 
 
 def _scene_rows(video: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of truth.parquet (SCENE_ROWS) for a video's row of the truth."""
     subtitle = video["subtitle"] or {"kind": None, "offset_s": None}
     for scene in video["scenes"]:
         facts = scene["facts"]

@@ -8,7 +8,7 @@ from typing import Any
 from clipmill.base.errors import UserError
 from clipmill.base.ray_cluster import start_ray
 from pipeline.runtime.task import HOST_LIMITER, Result, Task, execute, limit_threads, load_model
-from pipeline.stages.download.host_limiter import HostGovernor
+from pipeline.stages.download.host_limiter import HostRateLimiter
 from pipeline.stages.stage import Stage
 from shards.corpus.fragments import Commit
 
@@ -136,7 +136,7 @@ class Pools:
             (self.actors.get(flight.actor) or self.dead[flight.actor]).remove(flight)
 
     def _start_host_limiter(self, settings) -> None:
-        actor = self.ray.remote(num_cpus=0)(HostGovernor)
+        actor = self.ray.remote(num_cpus=0)(HostRateLimiter)
         actor = actor.options(name=HOST_LIMITER, max_restarts=-1, max_task_retries=-1)
         limits = {"patience_s": settings.lockout_patience_s}
         self.host_limiter = actor.remote(settings.per_host, settings.min_interval_s, **limits)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from clipmill.base.errors import ItemError
 from pipeline.stages.download import address_guard
-from pipeline.stages.download.address_guard import Gate, is_public, resolve
+from pipeline.stages.download.address_guard import EgressGuard, is_public, resolve
 from pipeline.stages.download.fetch import DownloadSettings, fetch
 from tests.helpers.http import media_server
 
@@ -153,8 +153,8 @@ def test_a_second_look_up_cannot_change_the_address(monkeypatch, public_loopback
     asked = pretend(monkeypatch, {"rebind.example": ["127.0.0.2", "127.0.0.1"]})
     listener = socket.create_server(("127.0.0.2", 0))
     try:
-        with Gate(allow_private=False, timeout_s=600) as gate:
-            connection = gate.connect("rebind.example", listener.getsockname()[1], 600)
+        with EgressGuard(allow_private=False, timeout_s=600) as guard:
+            connection = guard.connect("rebind.example", listener.getsockname()[1], 600)
             assert connection.getpeername()[0] == "127.0.0.2"
             connection.close()
     finally:
@@ -180,16 +180,24 @@ def test_a_subtitle_link_is_guarded_too(monkeypatch, tmp_path):
 
 
 def test_the_gate_holds_for_any_use_of_the_session(tmp_path):
-    with media_server() as server, Gate(allow_private=False, timeout_s=600) as gate, requests.Session() as session:
-        gate.mount(session)
+    with (
+        media_server() as server,
+        EgressGuard(allow_private=False, timeout_s=600) as guard,
+        requests.Session() as session,
+    ):
+        guard.mount(session)
         with pytest.raises(ItemError, match="private-address"):
             session.get(server.add("/a", b"x"))
         assert server.requests == []
 
 
 def test_allowing_private_addresses_allows_them(tmp_path):
-    with media_server() as server, Gate(allow_private=True, timeout_s=600) as gate, requests.Session() as session:
-        gate.mount(session)
+    with (
+        media_server() as server,
+        EgressGuard(allow_private=True, timeout_s=600) as guard,
+        requests.Session() as session,
+    ):
+        guard.mount(session)
         assert session.get(server.add("/a", b"x")).content == b"x"
 
 

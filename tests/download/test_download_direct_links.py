@@ -20,7 +20,7 @@ from clipmill.base.errors import ItemError
 from clipmill.base.file_lock import lock_file
 from pipeline.stages.download.errors import ERROR_CLASSES
 from pipeline.stages.download.fetch import DownloadSettings, backoff_s, fetch
-from pipeline.stages.download.host_limiter import HostGovernor
+from pipeline.stages.download.host_limiter import HostRateLimiter
 from shards.corpus.schema import TABLES
 from tests.helpers.http import MediaServer, make_video, media_server
 
@@ -454,12 +454,12 @@ def test_a_corpus_that_cannot_be_written(server: MediaServer, tmp_path, video):
 
 
 def test_no_more_than_per_host_at_once(server: MediaServer, tmp_path, video):
-    governor, pairs = HostGovernor(per_host=2, poll_s=0.02), threading.Barrier(2)
+    limiter, pairs = HostRateLimiter(per_host=2, poll_s=0.02), threading.Barrier(2)
     urls = [server.add(f"/{i}.mp4", video, bytes_per_s=1_500_000, together=pairs) for i in range(6)]
     rows: list[dict] = []
 
     def work(i: int) -> None:
-        rows.append(fetch(source(urls[i], video_id=f"v{i}"), tmp_path, SETTINGS, governor=governor))
+        rows.append(fetch(source(urls[i], video_id=f"v{i}"), tmp_path, SETTINGS, rate_limiter=limiter))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
     for thread in threads:

@@ -13,7 +13,7 @@ from yt_dlp.utils import ExtractorError, GeoRestrictedError, UserNotLive
 
 from clipmill.base.errors import ItemError, UserError
 from pipeline.stages.download import site_fetch
-from pipeline.stages.download.address_guard import Gate
+from pipeline.stages.download.address_guard import EgressGuard
 from pipeline.stages.download.errors import ERROR_CLASSES
 from pipeline.stages.download.fetch import DownloadSettings, fetch
 from pipeline.stages.download.site_fetch import (
@@ -68,9 +68,9 @@ class FakeSiteIE(InfoExtractor):
 def site(answer, work: Path, settings: DownloadSettings = SETTINGS) -> site_fetch.SiteVideo:
     work.mkdir(exist_ok=True)
     extractor = FakeSiteIE(answer)
-    with Gate(settings.allow_private_addresses, settings.timeout_s) as gate:
+    with EgressGuard(settings.allow_private_addresses, settings.timeout_s) as guard:
         try:
-            return download_site("https://fake.example/x1", work, settings, gate, extractors=(extractor,))
+            return download_site("https://fake.example/x1", work, settings, guard, extractors=(extractor,))
         finally:
             assert extractor.num_extractions == 1
 
@@ -355,7 +355,7 @@ def test_a_lockout_during_extraction_pauses_the_host(tmp_path, monkeypatch):
     answers = [ExtractorError("Sign in to confirm you're not a bot", expected=True)] * 2
     calls = []
 
-    def extract(url, work, settings, gate, **options):
+    def extract(url, work, settings, guard, **options):
         calls.append(url)
         if answers:
             raise classify(answers.pop())
@@ -445,5 +445,5 @@ def test_the_users_cookie_file_is_only_read(server, media, tmp_path):
     assert server.asked("/60.mp4")[0]["Cookie"] == "session=secret"
     assert jar.read_text() == text
     missing = SETTINGS.model_copy(update={"cookies_file": str(tmp_path / "none")})
-    with pytest.raises(UserError, match="download.cookies_file"), Gate(True, 10) as gate:
-        download_site("https://fake.example/x1", tmp_path / "w", missing, gate)
+    with pytest.raises(UserError, match="download.cookies_file"), EgressGuard(True, 10) as guard:
+        download_site("https://fake.example/x1", tmp_path / "w", missing, guard)

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from clipmill.base.errors import ItemError
-from pipeline.stages.download.host_limiter import GRACE_S, LOCKED_OUT, HostGovernor, hold, host_of
+from pipeline.stages.download.host_limiter import GRACE_S, LOCKED_OUT, HostRateLimiter, hold, host_of
 
 
 class Clock:
@@ -16,9 +16,9 @@ class Clock:
         return self.now
 
 
-def governor(**options) -> tuple[HostGovernor, Clock]:
+def governor(**options) -> tuple[HostRateLimiter, Clock]:
     clock = Clock()
-    return HostGovernor(**{"poll_s": 0.1, **options}, clock=clock), clock
+    return HostRateLimiter(**{"poll_s": 0.1, **options}, clock=clock), clock
 
 
 def test_no_more_holders_than_the_cap_and_each_host_has_its_own():
@@ -134,7 +134,7 @@ def test_a_host_locked_for_too_long_is_not_waited_for():
 
 
 def test_threads_never_exceed_the_cap_and_all_get_through():
-    gov = HostGovernor(per_host=3, poll_s=0.005)
+    gov = HostRateLimiter(per_host=3, poll_s=0.005)
     lock, active, most, done = threading.Lock(), [0], [0], []
     together = threading.Barrier(3)  # that as many as may are at it at once does not depend on the machine
 
@@ -160,7 +160,7 @@ def test_threads_never_exceed_the_cap_and_all_get_through():
 
 
 def test_a_long_download_keeps_its_lease():
-    class Renewed(HostGovernor):
+    class Renewed(HostRateLimiter):
         renewals = threading.Semaphore(0)
 
         def renew_every_s(self) -> float:
@@ -181,11 +181,11 @@ def test_a_long_download_keeps_its_lease():
             for _ in range(2):  # the first may have begun before
                 gov.renewals.acquire()
             assert gov.acquire("a", "other") > 0
-    assert HostGovernor(lease_s=60).renew_every_s() <= 30, "one renewal may fail"
+    assert HostRateLimiter(lease_s=60).renew_every_s() <= 30, "one renewal may fail"
 
 
 def test_a_failure_gives_the_host_back():
-    gov, _ = governor(per_host=1)
+    gov = HostRateLimiter(per_host=1)
     with pytest.raises(ZeroDivisionError), hold(gov, "a", "x") as slot:
         slot.penalty_s = 5
         1 / 0  # noqa: B018
@@ -211,7 +211,7 @@ def test_a_remote_governor_is_asked_through_its_handle(monkeypatch):
             return Method(getattr(self.inner, name))
 
     monkeypatch.setattr(ray, "get", lambda call: call[0](*call[1]))
-    inner = HostGovernor(per_host=1)
+    inner = HostRateLimiter(per_host=1)
     with hold(Handle(inner), "a", "x"):
         assert inner.state()["a"]["num_active"] == 1
     assert inner.state()["a"]["num_active"] == 0

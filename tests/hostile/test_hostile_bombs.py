@@ -20,7 +20,7 @@ from clipmill.media.probe import probe
 from clipmill.media.sandbox import Sandbox
 from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_in_sandbox
 from pipeline.stages.download import site_fetch
-from pipeline.stages.download.address_guard import Gate
+from pipeline.stages.download.address_guard import EgressGuard
 from pipeline.stages.download.fetch import DownloadSettings, fetch
 from pipeline.stages.download.site_fetch import download_site
 from pipeline.stages.ingest.ingest import IngestSettings
@@ -126,15 +126,15 @@ def test_a_page_without_end_is_not_read_whole(server: MediaServer, tmp_path, mon
     monkeypatch.setattr(site_fetch, "MAX_PAGE_BYTES", 2 * MB)
     url = server.add("/page", b"<html>" + b"x" * 8 * MB, content_type="text/html", announce=False)
     (tmp_path / "work").mkdir()
-    with Gate(True, 600) as gate:
-        assert failure(download_site, url, tmp_path / "work", OPEN, gate, generic=True) == "too-large"
+    with EgressGuard(True, 600) as guard:
+        assert failure(download_site, url, tmp_path / "work", OPEN, guard, generic=True) == "too-large"
 
 
 def test_a_page_that_never_ends_its_headers_ends_too(server: MediaServer, tmp_path):
     url = server.add("/slow", b"<html>" + b"x" * MB, content_type="text/html", bytes_per_s=1000)
     (tmp_path / "work").mkdir()
-    with Gate(True, 1.0) as gate:
-        assert failure(download_site, url, tmp_path / "work", OPEN, gate, generic=True) == "timeout"
+    with EgressGuard(True, 1.0) as guard:
+        assert failure(download_site, url, tmp_path / "work", OPEN, guard, generic=True) == "timeout"
 
 
 # --- subtitles

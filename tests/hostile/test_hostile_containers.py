@@ -1,7 +1,7 @@
 """Files that make FFmpeg open other files and addresses: refused by every reader of sources, whatever they are called.
 
-Defence: `clipmill.media.probe` names the demuxers that may open (none that follows references), files as the only protocol,
-and no data references. The controls show that FFmpeg by itself does follow them.
+Defence: `clipmill.media.probe` allows only demuxers that follow no references, files as the only protocol, and no data
+references. The controls show that FFmpeg by itself does follow them.
 """
 
 import socket

@@ -10,10 +10,10 @@ from pipeline.stages.cut.settings import CutResult, CutSettings, SpanRequest
 
 
 def cut_video(path: str | Path, spans: list[SpanRequest], settings: CutSettings, out_path: str | Path) -> CutResult:
-    """Cut all spans of one video in one decode; clips and stills go one after another into `out_path`.
+    """Cut all spans of one video in one decode; write clips and caption frames to `out_path`.
 
-    What concerns one span is in the result's failures. Raises ItemError for the whole video: source-missing,
-    empty-file, not-a-video, no-video-stream, undecodable, too-large, too-many-frames. Call it in a sandbox.
+    Failures of single spans are in the result. Raises ItemError for the whole video: source-missing, empty-file,
+    not-a-video, no-video-stream, undecodable, too-large, too-many-frames. The video is untrusted: call it in a sandbox.
     """
     from pipeline.stages.cut.cutter import Cutter
 
@@ -28,9 +28,10 @@ def cut_in_sandbox(
     out_path: str | Path,
     duration_s: float = 0.0,
 ) -> CutResult:
-    """`cut_video` in another process under the settings' limits. `duration_s`: the container's word, believed in part.
+    """Run `cut_video` in another process under the settings' limits on time, memory and output size.
 
-    Further ItemErrors: timeout, out-of-memory, decoder-crash, output-too-large, disk-full.
+    The time limit grows with `duration_s`, the container's stated duration, up to `timeout_most_s`. Raises the
+    ItemErrors of `cut_video`, and timeout, out-of-memory, decoder-crash, output-too-large, disk-full.
     """
     expected_s = max([duration_s, *(span.end_s for span in spans)])
     timeout_s = min(settings.timeout_most_s, settings.timeout_base_s + settings.timeout_per_second * expected_s)

@@ -1,7 +1,7 @@
-"""One pass over one video: every wanted frame is decoded once, scaled once, and given to all clips that hold it.
+"""Cut one video in one pass: decode and scale every wanted frame once, for all clips that contain it.
 
-A clip's encoder opens with its first frame and closes with its last, so memory depends on how many spans overlap, never
-on the video's length. Runs inside a sandbox.
+A clip's encoder opens with its first frame and closes with its last, so memory depends on the number of overlapping
+spans, not on the video's length. The video is untrusted: this runs inside a sandbox.
 """
 
 import hashlib
@@ -26,27 +26,27 @@ from pipeline.stages.cut.picture import PictureMaker
 from pipeline.stages.cut.settings import CutResult, CutSettings, SpanRequest
 
 
-class View:
-    """A clip picture with everything that may be asked of it, each made at most once."""
+class ClipFrame:
+    """A clip picture with its statistics, hash and JPEG, each computed at most once and only if needed."""
 
     def __init__(self, picture: av.VideoFrame, thumbnailer: Thumbnailer, jpeg_quality: int):
-        self.picture, self._views, self._quality = picture, thumbnailer, jpeg_quality
+        self.picture, self._thumbnailer, self._quality = picture, thumbnailer, jpeg_quality
 
     @cached_property
-    def look(self) -> FrameStats:
-        return FrameStats.of(self._views.colour(self.picture))
+    def stats(self) -> FrameStats:
+        return FrameStats.of(self._thumbnailer.colour(self.picture))
 
     @cached_property
     def hash(self) -> int:
-        return perceptual_hash(self._views.grey(self.picture))
+        return perceptual_hash(self._thumbnailer.grey(self.picture))
 
     @cached_property
     def jpeg(self) -> bytes:
-        return self._views.jpeg(self.picture, self._quality)
+        return self._thumbnailer.jpeg(self.picture, self._quality)
 
 
 class Clip:
-    """A clip in the making: which source frames it takes, and what has been made of them so far."""
+    """A clip that is being made: the source frames it takes, its encoder, and its statistics so far."""
 
     def __init__(self, span: SpanRequest, chosen: np.ndarray, settings: CutSettings, times: FrameTimes):
         self.span, self.chosen, self.settings, self.times = span, chosen.tolist(), settings, times
@@ -56,7 +56,7 @@ class Clip:
         self.rate = None if settings.fps == "source" else Fraction(settings.fps).limit_denominator(1001)
         num_frames = len(self.chosen)
         self.duration_s = self.end_s - self.start_s if self.rate is None else float(num_frames / self.rate)
-        self.stills = dict.fromkeys(caption_frames(num_frames, settings.caption_frames))
+        self.captioned = dict.fromkeys(caption_frames(num_frames, settings.caption_frames))  # k → (time, JPEG)
         self.hashed = (0, num_frames // 2, num_frames - 1)
         self.hashes: dict[int, int] = {}
         self.measures = ClipStats()
@@ -72,21 +72,21 @@ class Clip:
         return self.cursor == len(self.chosen)
 
     def missed(self, index: int) -> bool:
-        """Whether a frame it needed before source frame `index` never came."""
+        """Return True if a frame that the clip needs before source frame `index` was not decoded."""
         return not self.complete and self.chosen[self.cursor] < index
 
-    def add(self, index: int, view: View, with_sound: bool) -> None:
-        """Take source frame `index` as often as the clip wants it."""
+    def add(self, index: int, frame: ClipFrame, with_sound: bool) -> None:
+        """Append source frame `index` as often as the clip contains it."""
         if self.encoder is None:
-            self._open(view.picture, with_sound)
+            self._open(frame.picture, with_sound)
         begins_s = self.times.times_s[index].item() - self.start_s
         while not self.complete and self.chosen[self.cursor] == index:
-            self.encoder.add(view.picture, begins_s, self.times.end_of(index) - self.start_s)
-            self.measures.add(view.look)
-            if self.cursor in self.stills:
-                self.stills[self.cursor] = (self.times.times_s[index].item(), view.jpeg)
+            self.encoder.add(frame.picture, begins_s, self.times.end_of(index) - self.start_s)
+            self.measures.add(frame.stats)
+            if self.cursor in self.captioned:
+                self.captioned[self.cursor] = (self.times.times_s[index].item(), frame.jpeg)
             if self.cursor in self.hashed:
-                self.hashes[self.cursor] = view.hash
+                self.hashes[self.cursor] = frame.hash
             self.cursor += 1
 
     def _open(self, picture: av.VideoFrame, with_sound: bool) -> None:
@@ -99,7 +99,7 @@ class Clip:
             self.encoder = ClipEncoder(encoding, self.size, self.rate, len(self.chosen), sound_s)
 
     def columns(self) -> dict:
-        """Of the `clips` table, all that is known without the file."""
+        """Return the columns of `clips` that do not depend on the encoded file."""
         num_frames = len(self.chosen)
         self.measures.hashes = [self.hashes[k] for k in self.hashed]
         return {
@@ -120,7 +120,7 @@ class Clip:
 
 
 class Cutter:
-    """Cuts one video; what it did to get there is in `counts`."""
+    """Cuts one video; `counts` tells what decoding did."""
 
     def __init__(self, path: str | Path, settings: CutSettings):
         self.path, self.settings = path, settings
@@ -130,7 +130,10 @@ class Cutter:
         self.failures: dict[str, ItemError] = {}
 
     def cut(self, spans: list[SpanRequest], out_path: str | Path) -> CutResult:
-        """Packets' times first; frames' own times for what those get wrong (damage, fields, no times at all)."""
+        """Cut by the packets' times, then by decoded frames' times where those are wrong.
+
+        Packets' times are wrong in damaged files, with separate fields, or absent altogether. See `cut_video`.
+        """
         assert len({span.clip_id for span in spans}) == len(spans), "two spans with one clip_id"
         with open(out_path, "wb") as self.out:
             try:
@@ -150,7 +153,7 @@ class Cutter:
         return CutResult(rows, failures, source.times.end_s, len(source.times), counts)
 
     def _pass(self, source: SourceFrames, spans: list[SpanRequest]) -> list[SpanRequest]:
-        """One decode; returns the spans whose frames did not all come out."""
+        """Decode once and write all complete clips; return the spans of which a frame is missing."""
         waiting = sorted(self._planned(source, spans), key=lambda clip: clip.chosen[0], reverse=True)
         if not waiting:
             return []
@@ -158,13 +161,13 @@ class Cutter:
         sound = AudioTrack(self.path, source.origin_s) if self.settings.audio else None
         live: list[Clip] = []
         broken: list[SpanRequest] = []
-        for index, view in self._views(source, wanted):
+        for index, frame in self._frames(source, wanted):
             while waiting and waiting[-1].chosen[0] <= index:
                 live.append(waiting.pop())
             broken += [clip.span for clip in live if clip.missed(index)]
             live = [clip for clip in live if not clip.missed(index)]
             for clip in live:
-                self._feed(clip, index, view, sound)
+                self._feed(clip, index, frame, sound)
             live = [clip for clip in live if not clip.complete and clip.span.clip_id not in self.failures]
             if sound is not None:
                 sound.forget(min((clip.sound_start_s for clip in [*live, *waiting[-1:]]), default=0.0))
@@ -174,6 +177,7 @@ class Cutter:
         return broken + [clip.span for clip in [*live, *waiting]]
 
     def _planned(self, source: SourceFrames, spans: list[SpanRequest]) -> Iterator[Clip]:
+        """Yield a Clip for each span that can be cut; record the others as failures."""
         rate = None if self.settings.fps == "source" else self.settings.fps
         for span in spans:
             try:
@@ -183,18 +187,19 @@ class Cutter:
             else:
                 yield Clip(span, chosen, self.settings, source.times)
 
-    def _views(self, source: SourceFrames, wanted: np.ndarray) -> Iterator[tuple[int, View]]:
+    def _frames(self, source: SourceFrames, wanted: np.ndarray) -> Iterator[tuple[int, ClipFrame]]:
+        """Yield (source frame index, clip picture) of the wanted frames in display order."""
         short_side = None if self.settings.short_side == "source" else self.settings.short_side
         with open_media(self.path) as container:
             maker = PictureMaker(video_stream(container).sample_aspect_ratio, short_side)
         thumbnailer = Thumbnailer()
         for index, frame in wanted_frames(self.path, source, wanted, self.limits, self.counts):
-            yield index, View(maker(frame), thumbnailer, self.settings.jpeg_quality)
+            yield index, ClipFrame(maker(frame), thumbnailer, self.settings.jpeg_quality)
 
-    def _feed(self, clip: Clip, index: int, view: View, sound: AudioTrack | None) -> None:
-        """Give a clip its frame; with the last one it is written out and its encoder is gone."""
+    def _feed(self, clip: Clip, index: int, frame: ClipFrame, sound: AudioTrack | None) -> None:
+        """Add a frame to a clip; with the last one, write the clip and release its encoder."""
         try:
-            clip.add(index, view, with_sound=sound is not None and sound.present)
+            clip.add(index, frame, with_sound=sound is not None and sound.present)
             if clip.complete:
                 self._write(clip, sound)
         except av.MemoryError:
@@ -203,6 +208,7 @@ class Cutter:
             self._fail(clip.span, ItemError("encode-failed", str(error)))
 
     def _write(self, clip: Clip, sound: AudioTrack | None) -> None:
+        """Append a complete clip and its caption frames to the output file and record its row of `clips`."""
         has_audio = getattr(clip.encoder, "sound", None) is not None
         data = clip.encoder.finish(sound.sound(clip.sound_start_s, clip.duration_s) if has_audio else None)
         clip.encoder = None
@@ -219,7 +225,7 @@ class Cutter:
                 "offset": self._append(jpeg),
                 "num_bytes": len(jpeg),
             }
-            for time_s, jpeg in clip.stills.values()
+            for time_s, jpeg in clip.captioned.values()
         ]
         row |= {"frame_time_s": row["frames"][0]["time_s"], "frame_sha256": row["frames"][0]["sha256"]}
         self.rows[clip.span.clip_id] = row

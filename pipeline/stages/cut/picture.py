@@ -1,9 +1,10 @@
-"""From a decoded source frame to the picture that goes into a clip: upright, square pixels, scaled, 8-bit 4:2:0.
+"""Convert decoded source frames to clip pictures: upright, square pixels, scaled, 8-bit 4:2:0.
 
-Colour. An SDR source keeps its YUV matrix (BT.601 or BT.709, guessed from the size as players do where it is not said)
-and the result says which one it is; full range becomes limited; RGB becomes BT.709. HDR (PQ or HLG) and BT.2020 sources
-are scaled at their own depth and then mapped to BT.709 by swscale's colour management: the 203-nit reference white
-becomes SDR white, what is brighter or more saturated is clipped. Interlaced pictures are left as they are.
+Input is any frame that FFmpeg decodes. Colour: an SDR source keeps its YUV matrix (BT.601 or BT.709, guessed from the
+size as players do if it is not given), and the result is tagged with it; full range becomes limited; RGB becomes
+BT.709. HDR (PQ or HLG) and BT.2020 sources are scaled at their own depth, then mapped to BT.709 by swscale's colour
+management: the 203-nit reference white becomes SDR white, brighter or more saturated colours are clipped. Interlaced
+pictures stay interlaced.
 """
 
 import functools
@@ -25,9 +26,9 @@ BT2020 = int(ColorPrimaries.BT2020)
 
 
 def target_size(width: int, height: int, pixel_aspect: Fraction, short_side: int | None) -> tuple[int, int]:
-    """Width and height of the output before rotation: square pixels, even, the short side at most `short_side`.
+    """Return (width, height) before rotation: square pixels, even, short side at most `short_side`.
 
-    Never enlarges (a 1x1 picture becomes 2x2, the least that 4:2:0 can hold).
+    It never enlarges, except to 2x2, the smallest picture of 4:2:0.
     """
     display_width = width * pixel_aspect if Fraction(1, 16) <= pixel_aspect <= 16 else Fraction(width)
     scale = Fraction(1)
@@ -37,11 +38,11 @@ def target_size(width: int, height: int, pixel_aspect: Fraction, short_side: int
 
 
 def _even(length: Fraction) -> int:
-    return max(2, 2 * math.ceil(length / 2 - Fraction(1, 2)))  # the nearest, of two the smaller
+    return max(2, 2 * math.ceil(length / 2 - Fraction(1, 2)))  # the nearest even number, the smaller one in a tie
 
 
 class PictureMaker:
-    """Turns every frame of one video into clip pictures of one size, set by the first frame."""
+    """Converts the frames of one video to clip pictures of one size, which the first frame decides."""
 
     def __init__(self, pixel_aspect: Fraction | None, short_side: int | None):
         self.pixel_aspect = pixel_aspect or Fraction(1)
@@ -50,7 +51,7 @@ class PictureMaker:
         self.scaler = VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
-        """A fresh yuv420p frame, limited range, with none of the source's timestamps, types or side data."""
+        """Return a new yuv420p frame in limited range, without the source's timestamps, types or side data."""
         if self.size is None:
             self.size = target_size(frame.width, frame.height, self.pixel_aspect, self.short_side)
         wide = frame.color_trc in HDR_CURVES or frame.color_primaries == BT2020
@@ -63,7 +64,12 @@ class PictureMaker:
         return picture
 
     def _scaled(self, frame: av.VideoFrame) -> tuple[av.VideoFrame, int]:
-        matrix = _matrix(frame)
+        """Scale an SDR frame; return (yuv420p frame, its AVColorSpace)."""
+        matrix = BT709
+        if frame.colorspace in (BT470BG, SMPTE170M, SMPTE240M):
+            matrix = SMPTE170M
+        elif frame.colorspace == UNSPECIFIED and frame.width < 1280 and frame.height <= 576:
+            matrix = SMPTE170M
         is_rgb = frame.format.is_rgb or frame.format.name.startswith(("pal8", "gray", "mono"))
         colours = {"dst_colorspace": Colorspace.ITU709} if is_rgb else {}
         small = self.scaler.reformat(
@@ -72,6 +78,7 @@ class PictureMaker:
         return small, BT709 if is_rgb else matrix
 
     def _mapped(self, frame: av.VideoFrame) -> tuple[av.VideoFrame, int]:
+        """Scale an HDR or BT.2020 frame and map its colours; return (yuv420p frame, BT709)."""
         small = self.scaler.reformat(frame, *self.size, frame.format, interpolation=SCALING, threads=1)
         if small.color_primaries == UNSPECIFIED:
             small.color_primaries = BT2020
@@ -91,20 +98,18 @@ class PictureMaker:
 
 @functools.cache
 def _mapper() -> VideoReformatter:
-    """One for the process: its colour table takes seconds to build and holds as long as the kind of source stays."""
+    """Return the process's colour mapper.
+
+    Its table takes seconds to build and serves all sources of a kind.
+    """
     return VideoReformatter()
 
 
-def _matrix(frame: av.VideoFrame) -> int:
-    if frame.colorspace in (BT470BG, SMPTE170M, SMPTE240M):
-        return SMPTE170M
-    if frame.colorspace == UNSPECIFIED:
-        return BT709 if frame.width >= 1280 or frame.height > 576 else SMPTE170M
-    return BT709
-
-
 def _turned(packed: np.ndarray, clockwise: int) -> np.ndarray:
-    """yuv420p as one uint8 [H * 3/2, W] array, turned by a multiple of 90 degrees (anything else is left alone)."""
+    """Rotate a picture by 90, 180 or 270 degrees; ignore other angles.
+
+    `packed` is yuv420p as one uint8 array [H * 3/2, W].
+    """
     if clockwise not in (90, 180, 270):
         return packed
     width, height = packed.shape[1], packed.shape[0] * 2 // 3

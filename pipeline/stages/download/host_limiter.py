@@ -1,11 +1,11 @@
-"""How hard a host is asked: a cap of downloads at once, a pause between starts, a queue that stops when it says so.
+"""Per-host download limiter: concurrency cap, delay between starts, cool-down after HTTP 429.
 
-`HostGovernor` is a plain object: used by the threads of one process as it is, or by a whole cluster as a Ray named
-actor. Who wants to download asks `acquire(host, holder)` until it answers 0, keeps its lease alive with `renew` and
-gives it back with `release`; a holder that dies stops renewing and loses its lease. Waiters are served in order of
-arrival. After a lockout (a release with a penalty) nobody gets the host until the cool-down is over; then one holder
-tries, and only when it succeeds do the others follow. A host that stays locked for `patience_s` answers `LOCKED_OUT`
-at once.
+`HostRateLimiter` is a plain object: the threads of one process use it directly, a cluster uses it as a named Ray actor.
+A download calls `acquire(host, holder)` until it returns 0, keeps its lease alive with `renew` and returns it with
+`release`; a holder that dies stops renewing and loses its lease. Waiters are served in order of arrival. After a
+lockout (a release with a penalty) no download gets the host until the cool-down is over; then a single holder tries,
+and the others follow only when it has succeeded. For a host that stays locked for `patience_s`, `acquire` returns
+`LOCKED_OUT` at once.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from urllib.parse import urlsplit
 
 from pipeline.stages.download.errors import DownloadError
 
-LOCKED_OUT = -1.0  # acquire's answer when waiting is not worth it
-GRACE_S = 5.0  # a waiter this late is taken for dead
+LOCKED_OUT = -1.0  # returned by `acquire` when waiting is pointless
+GRACE_S = 5.0  # a waiter this late counts as dead
 
 
 @dataclass
 class _Host:
     leases: dict[str, tuple[float, float]] = field(default_factory=dict)  # holder → (renewed at, granted at)
-    waiting: OrderedDict[str, float] = field(default_factory=OrderedDict)  # holder → asks again by, in order of arrival
+    waiting: OrderedDict[str, float] = field(default_factory=OrderedDict)  # holder → due to call again, as they arrived
     started_at: float = float("-inf")
     open_at: float = float("-inf")  # end of the cool-down
     locked_since: float | None = None  # first strike without a success since
@@ -33,8 +33,8 @@ class _Host:
     strikes: int = 0
 
 
-class HostGovernor:
-    """Times are seconds of `clock`. Safe to call from several threads."""
+class HostRateLimiter:
+    """Leases on hosts for downloads. Times are seconds of `clock`. Safe to call from several threads."""
 
     def __init__(
         self,
@@ -58,16 +58,16 @@ class HostGovernor:
         self._lock = threading.Lock()
 
     def acquire(self, host: str, holder: str) -> float:
-        """0.0: granted. Positive: ask again after so many seconds. LOCKED_OUT: do not wait.
+        """Return 0.0 if the lease is granted, else the seconds after which to call again, or LOCKED_OUT.
 
-        A waiter that does not ask again when it was told to loses its place.
+        A waiter that calls again more than GRACE_S late loses its place in the queue.
         """
         with self._lock:
             now, state = self._clock(), self._hosts.setdefault(host, _Host())
             self._expire(state, now)
             if holder in state.leases:
                 return 0.0
-            if self._gave_up(state, now):
+            if state.locked_since is not None and now < state.open_at and now - state.locked_since >= self.patience_s:
                 state.waiting.pop(holder, None)
                 return LOCKED_OUT
             state.waiting.setdefault(holder, now)
@@ -81,7 +81,7 @@ class HostGovernor:
             return 0.0
 
     def renew(self, host: str, holder: str) -> bool:
-        """Keep a lease alive; False when it is lost already."""
+        """Keep a lease alive; return False if it has expired already."""
         with self._lock:
             now, state = self._clock(), self._hosts.setdefault(host, _Host())
             self._expire(state, now)
@@ -94,7 +94,7 @@ class HostGovernor:
         return self.lease_s / 3
 
     def release(self, host: str, holder: str, penalty_s: float = 0.0) -> None:
-        """Give the host back. A penalty starts a cool-down: as long as it says, doubled with every strike in a row."""
+        """Return a lease. A penalty starts a cool-down of `penalty_s`, doubled with every strike in a row."""
         with self._lock:
             now, state = self._clock(), self._hosts.setdefault(host, _Host())
             _renewed, granted_at = state.leases.pop(holder, (now, float("-inf")))
@@ -105,7 +105,7 @@ class HostGovernor:
                 state.strikes, state.locked_since = 0, None
 
     def state(self) -> dict[str, dict]:
-        """Per host: num_active, num_waiting, num_strikes, cooldown_s left."""
+        """Return num_active, num_waiting, num_strikes and the remaining cooldown_s by host."""
         with self._lock:
             now = self._clock()
             return {
@@ -124,10 +124,8 @@ class HostGovernor:
         for holder in [name for name, due in state.waiting.items() if now - due > GRACE_S]:
             del state.waiting[holder]
 
-    def _gave_up(self, state: _Host, now: float) -> bool:
-        return state.locked_since is not None and now < state.open_at and now - state.locked_since >= self.patience_s
-
     def _wait(self, state: _Host, holder: str, now: float) -> float:
+        """Return the seconds until `holder` should call again, 0.0 if it is its turn now."""
         if now < state.open_at:
             return min(state.open_at - now, self.lease_s / 2)
         cap = 1 if state.strikes else self.per_host
@@ -140,7 +138,7 @@ class HostGovernor:
         return self.poll_s if place and self.min_interval_s else 0.0
 
     def _strike(self, state: _Host, now: float, granted_at: float, penalty_s: float) -> None:
-        if granted_at <= state.struck_at:  # one lockout met by several downloads at once is one strike
+        if granted_at <= state.struck_at:  # several downloads that meet the same lockout count as one strike
             state.open_at = max(state.open_at, now + min(penalty_s, self.max_cooldown_s))
             return
         cooldown_s = min(penalty_s * 2**state.strikes, self.max_cooldown_s)
@@ -152,7 +150,10 @@ class HostGovernor:
 
 
 def host_of(url: str) -> str:
-    """What the governor counts by: the host without "www.", or SCHEME:BUCKET of an object store."""
+    """Return the name under which a URL is rate-limited.
+
+    It is the host without "www.", or SCHEME:BUCKET for an object store.
+    """
     parts = urlsplit(url)
     host = (parts.hostname or "").removeprefix("www.")
     return host if parts.scheme.lower() in ("http", "https") else f"{parts.scheme.lower()}:{host}"
@@ -160,39 +161,41 @@ def host_of(url: str) -> str:
 
 @dataclass
 class Slot:
-    """A held host. Set `penalty_s` when it locked us out."""
+    """A lease on a host. Set `penalty_s` when the host refused the download."""
 
     penalty_s: float = 0.0
 
 
 @contextlib.contextmanager
-def hold(governor, host: str, holder: str) -> Iterator[Slot]:
-    """Wait for the host, keep it while the block runs, give it back. `governor`: a HostGovernor or a Ray actor of it.
+def hold(limiter, host: str, holder: str) -> Iterator[Slot]:
+    """Wait for a lease on the host, renew it while the block runs, then return it.
 
-    Raises DownloadError "rate-limited" when the host is locked out for longer than the governor's patience.
+    `limiter` is a HostRateLimiter or a Ray actor of one. Raises DownloadError "rate-limited" when the host has been
+    locked for longer than the limiter's patience.
     """
-    while wait := _call(governor, "acquire", host, holder):
+    while wait := _call(limiter, "acquire", host, holder):
         if wait == LOCKED_OUT:
-            raise DownloadError("rate-limited", f"{host} has refused for so long that its queue is not waited for")
+            message = f"{host} has refused downloads for longer than download.lockout_patience_s; a later build retries"
+            raise DownloadError("rate-limited", message)
         time.sleep(wait)
     slot, done = Slot(), threading.Event()
-    keeper = threading.Thread(target=_keep, args=(governor, host, holder, done), daemon=True)
+
+    def keep_alive() -> None:
+        while not done.wait(_call(limiter, "renew_every_s")):
+            _call(limiter, "renew", host, holder)
+
+    keeper = threading.Thread(target=keep_alive, daemon=True)
     keeper.start()
     try:
         yield slot
     finally:
         done.set()
         keeper.join()
-        _call(governor, "release", host, holder, slot.penalty_s)
+        _call(limiter, "release", host, holder, slot.penalty_s)
 
 
-def _keep(governor, host: str, holder: str, done: threading.Event) -> None:
-    while not done.wait(_call(governor, "renew_every_s")):
-        _call(governor, "renew", host, holder)
-
-
-def _call(governor, method: str, *arguments):
-    function = getattr(governor, method)
+def _call(limiter, method: str, *arguments):
+    function = getattr(limiter, method)
     if not hasattr(function, "remote"):
         return function(*arguments)
     import ray

@@ -1,8 +1,8 @@
-"""Direct links: one http(s) request streamed to a file, resumed where it broke, never taken for more than it is.
+"""Direct links: stream one http(s) response to a file; resume it where an earlier attempt broke off.
 
-What comes in is a URL of the open internet: it may redirect anywhere, lie about its length, stall, send a page
-instead of a video, or send for ever. The file under `work` is `media` with `media.json` beside it, the validators
-that tell whether the rest of the same bytes can be asked for; nobody but the caller gives it a final name.
+Input is an untrusted URL: the server may redirect anywhere, announce a wrong length, stall, send a page instead of a
+video, or never stop sending. The file in `work` is `media`; `media.json` beside it holds the validators (ETag,
+Last-Modified) that decide whether the rest of the same bytes can be requested. Only the caller gives it a final name.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from urllib.parse import urljoin, urlsplit
 
 from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
-from pipeline.stages.download.address_guard import Gate, resolve
+from pipeline.stages.download.address_guard import EgressGuard, resolve
 from pipeline.stages.download.errors import DownloadError, from_http_status, from_os_error
 from pipeline.stages.download.settings import DownloadSettings
 from pipeline.stages.download.sniff import SNIFF_BYTES, is_text
@@ -34,7 +34,7 @@ CHUNK_BYTES = 1 << 18
 
 @dataclass(frozen=True)
 class HttpFile:
-    """A complete body on disk."""
+    """A completely downloaded response body."""
 
     path: Path
     num_bytes: int
@@ -45,61 +45,55 @@ class HttpFile:
 
 @dataclass(frozen=True)
 class _State:
-    """What a partial file is a part of."""
+    """Identity of the file that a partial file belongs to."""
 
     url: str
     etag: str = ""
     last_modified: str = ""
-    content_type: str = ""  # of the first answer: a later one, "there is no more than you have", has its own
+    content_type: str = ""  # of the first response: a later 416 has a content type of its own
 
     @property
     def validator(self) -> str:
-        """For If-Range: a strong ETag, else the date; "" where the server gives neither."""
+        """Return the value for If-Range: a strong ETag, else the date; "" if the server sends neither."""
         return self.etag if self.etag and not self.etag.startswith("W/") else self.last_modified
 
 
 def download_http(
-    url: str, work: Path, settings: DownloadSettings, gate: Gate, *, max_bytes: int, media: bool = True
+    url: str, work: Path, settings: DownloadSettings, guard: EgressGuard, *, max_bytes: int, media: bool = True
 ) -> HttpFile:
-    """One attempt; what an earlier one left in `work` is continued where the server can prove it is the same file.
+    """Make one attempt at a URL, resuming the partial file in `work` if there is one.
 
-    `media`: refuse a text as soon as it shows itself to be one.
-    Raises DownloadError of nearly every class. A permanent failure of the content leaves nothing in `work`.
+    It resumes only if the server's validators prove that it is the same file.
+
+    `media` refuses a response as soon as it turns out to be text. Raises DownloadError of nearly every class.
     """
     part, state_path = work / "media", work / "media.json"
     state = _read_state(state_path)
     have = part.stat().st_size if state.url == url and state.validator and part.exists() else 0
     try:
-        with _Exchange(url, settings, gate) as exchange:
-            response = exchange.get(_range_headers(have, state))
+        with _Exchange(url, settings, guard) as exchange:
+            response = exchange.get({"Range": f"bytes={have}-", "If-Range": state.validator} if have else {})
             start = _start_of_body(response, have)
             if start is None:
                 part.unlink(missing_ok=True)
-                raise DownloadError("truncated", f"{url}: the server does not have what was left to fetch")
-            if start == 0:  # in this order: new validators never stand beside old bytes
-                part.unlink(missing_ok=True)
-                state = _State(url, *_validators(response), response.headers.get("Content-Type", ""))
+                raise DownloadError("truncated", f"{url}: the server no longer has the rest of the file")
+            if start == 0:
+                part.unlink(missing_ok=True)  # before the new validators are written, which do not fit the old bytes
+                headers = response.headers
+                # Ranges of a compressed body are not ranges of the file on disk: it cannot be resumed.
+                plain = headers.get("Content-Encoding", "identity").lower() == "identity"
+                validators = [headers.get(name, "") if plain else "" for name in ("ETag", "Last-Modified")]
+                state = _State(url, *validators, headers.get("Content-Type", ""))
                 _write_state(state_path, state)
-            digest, num_bytes = _save(response, part, start, _Limits(max_bytes, media, gate, url))
+            digest, num_bytes = _save(response, part, start, _Limits(max_bytes, media, guard, url))
             return HttpFile(part, num_bytes, digest, exchange.url, state.content_type)
     except OSError as error:
-        gate.check()
+        guard.check()
         raise from_os_error(error) from error
 
 
-def _range_headers(have: int, state: _State) -> dict[str, str]:
-    return {"Range": f"bytes={have}-", "If-Range": state.validator} if have else {}
-
-
-def _validators(response) -> tuple[str, str]:
-    """(ETag, Last-Modified); neither for a compressed body, whose ranges are not those of the file on disk."""
-    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-        return "", ""
-    return response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
-
-
 def _start_of_body(response, have: int) -> int | None:
-    """The offset that the body begins at; None when what is on disk cannot be continued."""
+    """Return the offset in bytes at which the body begins, None if the partial file cannot be continued."""
     if response.status_code == 416:
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
         return have if have and total == str(have) else None
@@ -109,30 +103,36 @@ def _start_of_body(response, have: int) -> int | None:
 
 
 class _Exchange:
-    """One GET through all its redirects. Every hop goes through the gate; every failure becomes a DownloadError."""
+    """One GET request with its redirects, all of them through the guard.
 
-    def __init__(self, url: str, settings: DownloadSettings, gate: Gate):
+    Every failure becomes a DownloadError.
+    """
+
+    def __init__(self, url: str, settings: DownloadSettings, guard: EgressGuard):
         self.url = url
         self.settings = settings
-        self.gate = gate
+        self.guard = guard
         self._session: requests.Session | None = None
 
     def __enter__(self) -> "_Exchange":
         import requests
 
         session = self._session = requests.Session()
-        session.trust_env = False  # no proxy, .netrc or certificate from the environment: settings say it all
+        session.trust_env = False  # proxy, .netrc and certificates come from the settings, not from the environment
         session.headers.update({"User-Agent": self.settings.user_agent, "Accept": "*/*", "Accept-Encoding": "identity"})
         if self.settings.cookies_file:
             session.cookies = load_cookies(self.settings.cookies_file)
-        self.gate.mount(session)
+        self.guard.mount(session)
         return self
 
     def __exit__(self, *_exc) -> None:
         self._session.close()
 
     def get(self, headers: dict[str, str]):
-        """The final answer, its body not read yet. Raises DownloadError for any status but 200, 206 and 416."""
+        """Return the response after redirects, with its body unread.
+
+        Raises DownloadError unless the status is 200, 206 or 416.
+        """
         for _hop in range(MAX_REDIRECTS + 1):
             response = self._send(headers)
             if not response.is_redirect:
@@ -140,7 +140,7 @@ class _Exchange:
             self.url = urljoin(self.url, response.headers["Location"])
             response.close()
         else:
-            raise DownloadError("redirect-loop", f"more than {MAX_REDIRECTS} redirects, the last to {self.url}")
+            raise DownloadError("redirect-loop", f"more than {MAX_REDIRECTS} redirects; the last goes to {self.url}")
         if response.status_code not in (200, 206, 416):
             error = from_http_status(response.status_code, response.reason or "", _retry_after_s(response))
             response.close()
@@ -148,12 +148,13 @@ class _Exchange:
         return response
 
     def _send(self, headers: dict[str, str]):
+        """Return the response to one request, without following redirects. Raises DownloadError, UserError."""
         import requests
         from urllib3.exceptions import HTTPError
 
         settings = self.settings
         if urlsplit(self.url).scheme.lower() not in ("http", "https"):
-            raise DownloadError("unsupported-url", f"leads to {self.url}")
+            raise DownloadError("unsupported-url", f"redirected to {self.url}, which is not an http(s) URL")
         if settings.proxy:
             check_behind_proxy(self.url, settings.allow_private_addresses)
         try:
@@ -167,17 +168,21 @@ class _Exchange:
             )
         except requests.exceptions.InvalidSchema as error:
             if "SOCKS" in str(error):
-                raise UserError(f"download.proxy = {settings.proxy!r}: SOCKS needs the package PySocks") from error
-            raise DownloadError("unsupported-url", f"{self.url}: {error}") from error
+                message = f"download.proxy = {settings.proxy!r}: SOCKS needs the package PySocks; install it"
+                raise UserError(message) from error
+            raise DownloadError("unsupported-url", f"{self.url} cannot be requested: {error}") from error
         except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, UnicodeError) as error:
-            raise DownloadError("unsupported-url", f"{self.url}: {error}") from error
+            raise DownloadError("unsupported-url", f"{self.url} is not a valid URL: {error}") from error
         except (requests.RequestException, HTTPError, http.client.HTTPException) as error:
-            self.gate.check()
+            self.guard.check()
             raise _from_network_error(self.url, error) from error
 
 
 def check_behind_proxy(url: str, allow_private: bool) -> None:
-    """Refuse a target that resolves here to a private address; a name that only the proxy can resolve is left to it."""
+    """Raise DownloadError "private-address" if the host resolves to one here.
+
+    A name that does not resolve here is allowed: the proxy may resolve it.
+    """
     host = urlsplit(url).hostname
     if allow_private or not host:
         return
@@ -189,21 +194,25 @@ def check_behind_proxy(url: str, allow_private: bool) -> None:
 
 
 def load_cookies(path: str):
-    """A Netscape cookie file as browsers' extensions and yt-dlp write it. Raises UserError."""
+    """Read a Netscape cookie file, as written by browser extensions and yt-dlp. Raises UserError."""
     from http.cookiejar import LoadError, MozillaCookieJar
 
     jar = MozillaCookieJar(path)
     try:
         jar.load(ignore_discard=True, ignore_expires=True)
     except (OSError, LoadError, UnicodeDecodeError) as error:
-        raise UserError(f"download.cookies_file = {path!r}: not a Netscape cookie file: {error}") from error
-    for cookie in jar:  # 0 stands for "until the browser closes", which http.cookiejar takes for 1970
+        message = f"download.cookies_file = {path!r} is not a readable Netscape cookie file: {error}"
+        raise UserError(message) from error
+    for cookie in jar:  # 0 means "until the browser closes", but http.cookiejar reads it as 1970
         cookie.expires = cookie.expires or None
     return jar
 
 
 def _from_network_error(url: str, error: Exception) -> DownloadError:
-    """requests and urllib3 wrap the reason several levels deep; their own words tell it."""
+    """Return the DownloadError for an exception of requests or urllib3.
+
+    It is classified by its text, since they nest the cause several levels deep.
+    """
     text = str(error)
     if "timed out" in text.lower():
         return DownloadError("stalled", f"{url}: {text}")
@@ -213,13 +222,13 @@ def _from_network_error(url: str, error: Exception) -> DownloadError:
 
 
 def _retry_after_s(response) -> float | None:
-    """Retry-After in seconds, given as a number or as a date."""
+    """Return Retry-After in seconds, whether it is a number or a date; None if it is absent or malformed."""
     value = response.headers.get("Retry-After", "").strip()
     if value.isdigit():
         return float(value)
     try:
         return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()) if value else None
-    except (ValueError, TypeError):  # neither form, or a date without a zone: as if not given
+    except (ValueError, TypeError):  # malformed, or a date without a time zone
         return None
 
 
@@ -230,28 +239,31 @@ def _retry_after_s(response) -> float | None:
 class _Limits:
     max_bytes: int
     media: bool
-    gate: Gate
+    guard: EgressGuard
     url: str
 
     def check_size(self, num_bytes: int) -> None:
         if num_bytes > self.max_bytes:
-            message = f"{self.url}: {num_bytes} bytes or more, at most {self.max_bytes} allowed (download.max_bytes)"
+            message = f"{self.url} has {num_bytes} bytes or more; the limit is {self.max_bytes} (download.max_bytes)"
             raise DownloadError("too-large", message)
 
 
 def _save(response, part: Path, start: int, limits: _Limits) -> tuple[str, int]:
-    """Append the body to `part` from `start`; (sha256, size) of the whole file."""
+    """Write the body to `part` from offset `start`; return (SHA-256, size in bytes) of the whole file."""
     announced, url = _announced_bytes(response), limits.url
     limits.check_size(start + (announced or 0))
-    _check_room(part.parent, announced or 0)
+    free = shutil.disk_usage(part.parent).free
+    if (announced or 0) > free:
+        message = f"{url} sends {announced} bytes, but {part.parent} has {free} free; free some space and build again"
+        raise DownloadError("disk-full", message)
     digest, size, head = hashlib.sha256(), start, b""
     with open(part, "r+b" if start else "wb") as file:
         if start:
             file.truncate(start)
             for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
                 digest.update(chunk)
-        for chunk in _chunks(response, url, limits.gate) if response.status_code != 416 else ():
-            if limits.media and size < SNIFF_BYTES:  # the first bytes may come in crumbs
+        for chunk in _chunks(response, url, limits.guard) if response.status_code != 416 else ():
+            if limits.media and size < SNIFF_BYTES:  # the first bytes may arrive in small pieces
                 head += chunk
                 if len(head) >= SNIFF_BYTES:
                     _refuse_page(head, response, url)
@@ -262,29 +274,32 @@ def _save(response, part: Path, start: int, limits: _Limits) -> tuple[str, int]:
         file.flush()
         os.fsync(file.fileno())
     if size == 0:
-        raise DownloadError("empty-file", f"{url}: the answer has no body")
+        raise DownloadError("empty-file", f"{url}: the response has no body")
     if limits.media and size < SNIFF_BYTES:
         _refuse_page(part.read_bytes(), response, url)
     return digest.hexdigest(), size
 
 
-def _chunks(response, url: str, gate: Gate) -> Iterator[bytes]:
-    """The decoded body as it arrives. Raises "truncated" where less comes over the wire than was announced."""
+def _chunks(response, url: str, guard: EgressGuard) -> Iterator[bytes]:
+    """Yield the decoded body as it arrives.
+
+    Raises DownloadError "truncated" if it is shorter than announced.
+    """
     from urllib3.exceptions import HTTPError
 
     announced, raw = _announced_bytes(response), response.raw
     before = raw.tell()
     try:
         while chunk := raw.read1(CHUNK_BYTES, decode_content=True):
-            gate.check()
+            guard.check()
             yield chunk
     except (HTTPError, http.client.HTTPException) as error:
-        gate.check()
+        guard.check()
         raise _from_network_error(url, error) from error
-    gate.check()
+    guard.check()
     arrived = raw.tell() - before
     if announced is not None and arrived < announced:
-        raise DownloadError("truncated", f"{url}: {arrived} of {announced} bytes came")
+        raise DownloadError("truncated", f"{url}: {arrived} of {announced} bytes received")
 
 
 def _announced_bytes(response) -> int | None:
@@ -292,18 +307,12 @@ def _announced_bytes(response) -> int | None:
     return int(value) if value.isdigit() and response.status_code != 416 else None
 
 
-def _check_room(folder: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if num_bytes > free:
-        raise DownloadError("disk-full", f"{num_bytes} bytes to come, {free} free in {folder}")
-
-
 def _refuse_page(head: bytes, response, url: str) -> None:
-    """Raises "not-a-video" where the first bytes are text: a page, an error in JSON, a playlist."""
+    """Raise DownloadError "not-a-video" if the first bytes are text: a page, an error in JSON, a playlist."""
     text = is_text(head)
     if text:
         kind = response.headers.get("Content-Type", "no content type")
-        message = f"{url}: {text} ({kind}) instead of media: {head[:200].decode('utf-8', 'replace')!r}"
+        message = f"{url} is {text} ({kind}), not a video: {head[:200].decode('utf-8', 'replace')!r}"
         raise DownloadError("not-a-video", message, is_page=text != "JSON")
 
 
@@ -313,7 +322,7 @@ def _refuse_page(head: bytes, response, url: str) -> None:
 def _read_state(path: Path) -> _State:
     try:
         return _State(**json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):  # none yet, or torn by a crash: begin anew
+    except (FileNotFoundError, ValueError, TypeError):  # absent, or damaged by a crash: start over
         return _State("")
 
 

@@ -1,9 +1,9 @@
-"""Videos of sites, through yt-dlp as a library: one extraction per URL gives file, subtitles and metadata.
+"""Videos of sites, by yt-dlp as a library: one extraction per URL gives file, subtitles and metadata.
 
-What comes in is a URL and everything that a site answers; what is written lies in `work` under names of our own. All
-requests go through the caller's `Gate`: yt-dlp's HTTP handler is replaced by one whose connections the gate makes, and
-its downloaders are limited to those that use it, so that no FFmpeg and no other program opens an address by itself.
-FFmpeg only joins local files, and may open nothing but them.
+Input is a URL and every response of the site, all untrusted; files are written to `work` under names of our own. All
+requests go through the caller's `EgressGuard`: yt-dlp's HTTP handler is replaced by one that connects through the
+guard, and only downloaders that use this handler are allowed, so that neither FFmpeg nor another program opens an
+address by itself. FFmpeg only merges local files and may open nothing else.
 """
 
 import io
@@ -25,14 +25,14 @@ from yt_dlp.utils import GeoRestrictedError, UnsupportedError
 
 from clipmill.base.errors import ItemError, UserError
 from clipmill.media.probe import CONTAINERS
-from pipeline.stages.download.address_guard import Gate
+from pipeline.stages.download.address_guard import EgressGuard
 from pipeline.stages.download.errors import DownloadError, from_http_status, from_os_error
 from pipeline.stages.download.http_fetch import CHUNK_BYTES, check_behind_proxy, load_cookies
 from pipeline.stages.download.settings import DownloadSettings
 
 # Downloaders that fetch through yt-dlp's request director only.
-GATED_DOWNLOADERS = {"HttpFD", "HlsFD", "DashSegmentsFD", "IsmFD", "F4mFD"}
-# Options that would take the files or the errors out of our hands.
+GUARDED_DOWNLOADERS = {"HttpFD", "HlsFD", "DashSegmentsFD", "IsmFD", "F4mFD"}
+# Options that would change where files are written or hide errors, or that a setting of clipmill sets.
 RESERVED_OPTIONS = {
     "outtmpl",
     "paths",
@@ -51,7 +51,7 @@ RESERVED_OPTIONS |= {
     "writesubtitles",
     "enable_file_urls",
 }
-MAX_PAGE_BYTES = 1 << 26  # of a page, a playlist or a site's data
+MAX_PAGE_BYTES = 1 << 26  # for a page, a playlist or a site's data
 _FFMPEG_STEPS = "merger fixupm3u8 fixupm4a fixupstretched fixupduplicatemoov fixuptimestamp fixupduration".split()
 
 # Pattern in yt-dlp's message (case-insensitive) → error class, first match wins.
@@ -95,7 +95,7 @@ _MESSAGES = [(re.compile(pattern, re.IGNORECASE), error_class) for pattern, erro
 
 @dataclass
 class SiteVideo:
-    """What one extraction left in the work folder."""
+    """Files and metadata that one extraction left in the work folder."""
 
     path: Path
     extractor: str  # yt-dlp's key
@@ -104,28 +104,36 @@ class SiteVideo:
 
 
 def site_extractor(url: str) -> str | None:
-    """The key of the site extractor (never the generic one) that takes this URL, from its pattern alone."""
-    for extractor in _extractors():
-        if extractor.suitable(url):
+    """Return the key of the site extractor whose URL pattern matches, None if none does.
+
+    The generic extractor, which matches all URLs, does not count.
+    """
+    from yt_dlp.extractor import gen_extractor_classes
+
+    for extractor in gen_extractor_classes():
+        if extractor.ie_key() != "Generic" and extractor.suitable(url):
             return extractor.ie_key()
     return None
 
 
-def _extractors() -> Iterator[Any]:
-    from yt_dlp.extractor import gen_extractor_classes
-
-    return (extractor for extractor in gen_extractor_classes() if extractor.ie_key() != "Generic")
-
-
 def download_site(
-    url: str, work: Path, settings: DownloadSettings, gate: Gate, *, generic: bool = False, extractors: tuple = ()
+    url: str,
+    work: Path,
+    settings: DownloadSettings,
+    guard: EgressGuard,
+    *,
+    generic: bool = False,
+    extractors: tuple = (),
 ) -> SiteVideo:
-    """One attempt at the video behind a page. `generic`: look for a video in whatever page it is.
+    """Make one attempt at the video of a page.
 
-    `extractors` are further yt-dlp extractor instances, asked before its own. Raises DownloadError, UserError.
+    generic     look for a video in a page of any site
+    extractors  yt-dlp extractor instances to use in place of yt-dlp's own
+
+    Raises DownloadError, and UserError for settings that yt-dlp does not accept.
     """
     try:
-        with _GatedYoutubeDL(_parameters(work, settings, gate), settings, gate) as downloader:
+        with _GuardedYoutubeDL(_parameters(work, settings, guard), settings, guard) as downloader:
             for extractor in extractors:
                 downloader.add_info_extractor(extractor)
             if not extractors:
@@ -135,11 +143,12 @@ def download_site(
     except OSError as error:
         raise from_os_error(error) from error
     except (yt_dlp.utils.YoutubeDLError, TransportError) as error:
-        gate.check()
+        guard.check()
         raise classify(error) from error
 
 
-def _result(downloader: "_GatedYoutubeDL", info: dict | None, url: str, work: Path) -> SiteVideo:
+def _result(downloader: "_GuardedYoutubeDL", info: dict | None, url: str, work: Path) -> SiteVideo:
+    """Collect the files that yt-dlp reports in `info`. Raises DownloadError if there is no video."""
     files = [item.get("filepath") for item in (info or {}).get("requested_downloads") or []]
     if not files or not files[0]:
         raise DownloadError("unsupported-url", f"{url}: the extractor found no video")
@@ -152,77 +161,84 @@ def _result(downloader: "_GatedYoutubeDL", info: dict | None, url: str, work: Pa
     return SiteVideo(Path(files[0]), info.get("extractor_key") or "Generic", info, subtitles)
 
 
-# --- yt-dlp, gated --------------------------------------------------------------------------------------------------
+# --- yt-dlp behind the guard ----------------------------------------------------------------------------------------
 
 
-class _GatedYoutubeDL(yt_dlp.YoutubeDL):
-    """YoutubeDL whose requests, downloaders, playlists and subtitles follow our rules."""
+class _GuardedYoutubeDL(yt_dlp.YoutubeDL):
+    """YoutubeDL with guarded requests and downloaders, one video per page and our choice of subtitles."""
 
-    def __init__(self, parameters: dict, settings: DownloadSettings, gate: Gate):
+    def __init__(self, parameters: dict, settings: DownloadSettings, guard: EgressGuard):
         self.settings = settings
-        self.gate = gate
+        self.guard = guard
         self.subtitle_kinds: dict[str, str] = {}
         super().__init__(parameters, auto_init=False)
 
     def build_request_director(self, handlers, preferences=None):
-        """Only the handler whose connections go through the gate: one that others could bypass guards nothing."""
-        gate, settings = self.gate, self.settings
+        """Build a director with the guarded handler alone: any other handler would bypass the guard."""
+        guard, settings = self.guard, self.settings
 
-        class GatedRH(RequestsRH):
+        class GuardedRH(RequestsRH):
             def _create_instance(self, **kwargs):
                 session = super()._create_instance(**kwargs)
-                gate.mount(session)
+                guard.mount(session)
                 return session
 
             def _send(self, request):
                 try:
-                    gate.check()
+                    guard.check()
                     if settings.proxy:
                         check_behind_proxy(request.url, settings.allow_private_addresses)
-                    return _bounded(super()._send(request), request.url, gate)
-                except ItemError as error:  # the director would take any other class for a fault of the handler
+                    return _bounded(super()._send(request), request.url, guard)
+                except ItemError as error:  # the director treats any other class as a bug of the handler
                     raise RequestError(str(error), cause=error) from error
 
-        return super().build_request_director([GatedRH], preferences)
+        return super().build_request_director([GuardedRH], preferences)
 
     def process_ie_result(self, ie_result, download=True, extra_info=None):
-        """A page with one video is that video; one with several is an error, found out after two."""
+        """Treat a list of one video as that video.
+
+        Raises DownloadError for a list of several, after reading only two entries.
+        """
         if ie_result.get("_type") not in ("playlist", "multi_video", "compat_list"):
             return super().process_ie_result(ie_result, download, extra_info)
         entries = [entry for entry in itertools.islice(iter(ie_result.get("entries") or ()), 2) if entry]
         address = ie_result.get("webpage_url") or ie_result.get("id")
         if not entries:
-            raise DownloadError("unsupported-url", f"{address}: no video there")
+            raise DownloadError("unsupported-url", f"{address}: the page has no video")
         if len(entries) > 1:
-            raise DownloadError("playlist", f"{address}: {ie_result.get('title') or 'a list'} of several videos")
+            title = ie_result.get("title") or "a playlist"
+            raise DownloadError("playlist", f"{address}: {title} has several videos; list their own URLs instead")
         origin = {key: ie_result[key] for key in ("extractor", "extractor_key", "webpage_url") if ie_result.get(key)}
         return super().process_ie_result({**origin, **entries[0]}, download, extra_info)
 
     def process_subtitles(self, video_id, normal_subtitles, automatic_captions):
+        """Return the tracks that the settings choose, by language code, and note the kind of each."""
         chosen = choose_subtitles(normal_subtitles or {}, automatic_captions or {}, self.settings)
         self.subtitle_kinds = {language: kind for language, (kind, _) in chosen.items()}
         return {language: entry for language, (_, entry) in chosen.items()} or None
 
     def dl(self, name, info, subtitle=False, test=False):
-        """Fetch one format. With the guard on, only downloaders that go through it, and no FFmpeg in their place."""
+        """Download one format. Raises DownloadError for a downloader that would bypass the guard."""
         if self.settings.allow_private_addresses:
             return super().dl(name, info, subtitle, test)
         downloader = get_suitable_downloader(info, self.params)
-        if downloader is None or downloader.__name__ not in GATED_DOWNLOADERS:
+        if downloader is None or downloader.__name__ not in GUARDED_DOWNLOADERS:
             needs = "another program" if downloader is None else downloader.__name__
             raise DownloadError(
-                "unsupported-url", f"{info.get('protocol')} needs {needs}, whose addresses cannot be checked"
+                "unsupported-url",
+                f"{info.get('protocol')} needs {needs}, whose connections cannot be checked; "
+                "set download.allow_private_addresses: true to allow it",
             )
         parameters = self.params
-        self.params = {**parameters, "ffmpeg_location": "/nonexistent"}  # HLS falls back to FFmpeg where it finds one
+        self.params = {**parameters, "ffmpeg_location": "/nonexistent"}  # or yt-dlp falls back to FFmpeg for HLS
         try:
             return super().dl(name, info, subtitle, test)
         finally:
             self.params = parameters
 
 
-def _bounded(response: Response, url: str, gate: Gate) -> Response:
-    """A response whose body is not taken whole when it is no page: extractors read pages into memory at once."""
+def _bounded(response: Response, url: str, guard: EgressGuard) -> Response:
+    """Limit reading a whole body at once to MAX_PAGE_BYTES: extractors read pages into memory."""
     read = response.read
 
     def bounded(amt: int | None = None) -> bytes:
@@ -230,10 +246,10 @@ def _bounded(response: Response, url: str, gate: Gate) -> Response:
             return read(amt)
         parts, num_bytes = [], 0
         while part := read(CHUNK_BYTES):
-            gate.check()
+            guard.check()
             num_bytes += len(part)
             if num_bytes > MAX_PAGE_BYTES:
-                error = DownloadError("too-large", f"{url}: a page of more than {MAX_PAGE_BYTES} bytes")
+                error = DownloadError("too-large", f"{url}: the page has more than {MAX_PAGE_BYTES} bytes")
                 raise RequestError(str(error), cause=error)
             parts.append(part)
         return b"".join(parts)
@@ -242,8 +258,11 @@ def _bounded(response: Response, url: str, gate: Gate) -> Response:
     return response
 
 
-class _Silent:
-    """yt-dlp reports its errors by raising; what else it says is not for the terminal of a build."""
+class _SilentLogger:
+    """Logger that discards yt-dlp's messages.
+
+    Its errors are raised anyway, and the rest would clutter a build's terminal.
+    """
 
     def debug(self, message: str) -> None:
         pass
@@ -251,17 +270,21 @@ class _Silent:
     info = warning = error = debug
 
 
-def _parameters(work: Path, settings: DownloadSettings, gate: Gate) -> dict:
+def _parameters(work: Path, settings: DownloadSettings, guard: EgressGuard) -> dict:
+    """Return the parameters of YoutubeDL.
+
+    Raises UserError for options and cookie files that cannot be used.
+    """
     import imageio_ffmpeg
 
     only_files = ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]
     parameters: dict[str, Any] = {
         "outtmpl": {"default": str(work / "media.%(ext)s")},
-        "logger": _Silent(),
+        "logger": _SilentLogger(),
         "noprogress": True,
         "quiet": True,
         "noplaylist": True,
-        "geo_bypass": False,  # no made-up address to get round a refusal: it costs a second extraction
+        "geo_bypass": False,  # a faked address to get around a refusal would cost a second extraction
         "format": "bv*+ba/b",
         "format_sort": [f"res:{settings.max_height}", "vcodec:h264", "acodec:aac"],
         "merge_output_format": "mp4/mkv",
@@ -273,32 +296,28 @@ def _parameters(work: Path, settings: DownloadSettings, gate: Gate) -> dict:
         "socket_timeout": settings.stall_timeout_s,
         "retries": settings.retries,
         "fragment_retries": settings.retries,
-        "skip_unavailable_fragments": False,  # a video with a hole is no video
+        "skip_unavailable_fragments": False,  # a video with a gap is a failure
         "proxy": settings.proxy or "",
         "ratelimit": settings.rate_limit_bytes_per_s,
-        "progress_hooks": [_Watch(settings.max_bytes, gate)],
+        "progress_hooks": [_LimitHook(settings.max_bytes, guard)],
         "match_filter": _refuse_live,
         "updatetime": False,
         "color": {"stdout": "no_color", "stderr": "no_color"},
     }
     parameters |= user_options(settings)
     if settings.cookies_file:
-        parameters["cookiefile"] = _copy_of_cookies(settings.cookies_file)
+        load_cookies(settings.cookies_file)  # raises a UserError that names the setting
+        # A copy, since yt-dlp writes cookies back and several workers must not write the user's file at once.
+        parameters["cookiefile"] = io.StringIO(Path(settings.cookies_file).read_text())
     if settings.cookies_from_browser:
         parameters["cookiesfrombrowser"] = tuple(settings.cookies_from_browser.split(":"))
     return parameters
 
 
-def _copy_of_cookies(path: str) -> io.StringIO:
-    """yt-dlp writes cookies back when it is done; several workers must not write the user's file at once."""
-    load_cookies(path)
-    return io.StringIO(Path(path).read_text())
-
-
 def user_options(settings: DownloadSettings) -> dict[str, Any]:
-    """`download.ytdlp_options`, read by yt-dlp's own option parser, as parameters of YoutubeDL.
+    """Parse `download.ytdlp_options` with yt-dlp's own parser; return parameters of YoutubeDL.
 
-    Raises UserError for an option that yt-dlp does not know or that is ours to set.
+    Raises UserError for an option that yt-dlp does not know or that clipmill sets itself.
     """
     arguments = []
     for name, value in settings.ytdlp_options.items():
@@ -311,10 +330,13 @@ def user_options(settings: DownloadSettings) -> dict[str, Any]:
     changed = {key: value for key, value in given.items() if value != default.get(key)}
     reserved = sorted(RESERVED_OPTIONS.intersection(changed))
     if reserved:
-        raise UserError(f"download.ytdlp_options: {', '.join(reserved)} is set by clipmill, or by its own setting")
+        raise UserError(
+            f"download.ytdlp_options: {', '.join(reserved)} cannot be set here, since clipmill sets it; "
+            "remove it, or use the setting of clipmill for it"
+        )
     if "external_downloader" in changed and not settings.allow_private_addresses:
         raise UserError(
-            "download.ytdlp_options: an external downloader opens addresses that cannot be checked; it needs "
+            "download.ytdlp_options: the connections of an external downloader cannot be checked; remove it, or set "
             "download.allow_private_addresses: true"
         )
     return changed
@@ -328,26 +350,27 @@ def _parsed(arguments: list[str]) -> dict[str, Any]:
         raise UserError(f"download.ytdlp_options: {reason}") from error
 
 
-class _Watch:
-    """Progress hook: ends a download that grows too large or lasts too long."""
+class _LimitHook:
+    """Progress hook that ends a download which grows too large or takes too long."""
 
-    def __init__(self, max_bytes: int, gate: Gate):
+    def __init__(self, max_bytes: int, guard: EgressGuard):
         self.max_bytes = max_bytes
-        self.gate = gate
+        self.guard = guard
         self.sizes: dict[str, int] = {}
 
     def __call__(self, progress: dict) -> None:
-        self.gate.check()
+        self.guard.check()
         self.sizes[progress.get("filename") or ""] = progress.get("downloaded_bytes") or 0
-        if sum(self.sizes.values()) > self.max_bytes:
-            raise DownloadError(
-                "too-large", f"{sum(self.sizes.values())} bytes, download.max_bytes is {self.max_bytes}"
-            )
+        num_bytes = sum(self.sizes.values())
+        if num_bytes > self.max_bytes:
+            message = f"{num_bytes} bytes so far; the limit is {self.max_bytes} (download.max_bytes)"
+            raise DownloadError("too-large", message)
 
 
 def _refuse_live(info: dict, *, incomplete: bool = False) -> None:
     if info.get("is_live") or info.get("live_status") in ("is_live", "is_upcoming", "post_live"):
-        raise DownloadError("live-stream", f"{info.get('webpage_url')}: {info.get('live_status') or 'is_live'}")
+        status = info.get("live_status") or "is_live"
+        raise DownloadError("live-stream", f"{info.get('webpage_url')} is a live stream ({status}), not yet a video")
 
 
 # --- subtitles ------------------------------------------------------------------------------------------------------
@@ -356,9 +379,9 @@ def _refuse_live(info: dict, *, incomplete: bool = False) -> None:
 def choose_subtitles(
     manual: dict[str, list[dict]], automatic: dict[str, list[dict]], settings: DownloadSettings
 ) -> dict[str, tuple[str, dict]]:
-    """One track per wanted language: {site's language code: (kind, yt-dlp's entry)}, kinds in the settings' order.
+    """Choose one track per wanted language: {site's language code: (kind, yt-dlp's entry)}.
 
-    A language is matched exactly or by its region ("en" takes "en-GB"), an automatic one also as "en-orig".
+    Kinds are tried in the settings' order. A language matches exactly or with a suffix ("en": "en-GB", "en-orig").
     """
     tracks = {"manual": manual, "auto": automatic}
     chosen: dict[str, tuple[str, dict]] = {}
@@ -376,7 +399,10 @@ def choose_subtitles(
 
 
 def _codes(wanted: str, tracks: dict) -> list[str]:
-    """Codes of a language, the plain one first. Codes become part of file names: nothing but letters and digits."""
+    """Return the codes that match a language, the exact one first.
+
+    Only codes of letters, digits and hyphens count, since they become part of file names.
+    """
     codes = [code for code in tracks if re.fullmatch(r"[A-Za-z0-9-]{1,35}", code)]
     return sorted(
         (code for code in codes if code == wanted or code.startswith(f"{wanted}-")),
@@ -385,6 +411,7 @@ def _codes(wanted: str, tracks: dict) -> list[str]:
 
 
 def _entry(entries: list[dict], formats: list[str]) -> dict | None:
+    """Return the last entry of the first format that is offered, as yt-dlp itself chooses."""
     for wanted in formats:
         for entry in reversed(entries):
             if entry.get("ext") == wanted:
@@ -396,7 +423,7 @@ def _entry(entries: list[dict], formats: list[str]) -> dict | None:
 
 
 def classify(error: BaseException) -> DownloadError:
-    """The class of whatever yt-dlp raised: from the failure deep inside where there is one, else from the message."""
+    """Return the DownloadError for an exception of yt-dlp: by a known cause, else by its message."""
     chain = list(_chain(error))
     message = re.sub(r"^(?:\x1b\[[0-9;]*m)*ERROR:(?:\x1b\[[0-9;]*m)* ", "", str(error))
     for cause in chain:
@@ -422,7 +449,7 @@ def classify(error: BaseException) -> DownloadError:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and everything that caused it, however yt-dlp tied it."""
+    """Yield the error and all its causes, whether linked by Python or by yt-dlp's own attributes."""
     seen: list[BaseException] = []
     queue = [error]
     while queue:
@@ -444,7 +471,7 @@ _META_KEYS = (
 
 
 def metadata(info: dict[str, Any]) -> dict[str, Any]:
-    """Columns of `downloads` that yt-dlp's info gives."""
+    """Return the columns of `downloads` that yt-dlp's info provides; `meta` is JSON text."""
     date = info.get("upload_date") or ""
     meta = {key: info[key] for key in _META_KEYS if info.get(key) not in (None, [], "")}
     return {

@@ -1,6 +1,6 @@
-"""What a file is, from its first bytes and its layout: media or text, which container, whole or cut off.
+"""File types by first bytes and layout: media or text, container, complete or truncated.
 
-Nothing here decodes; a file of any content may come in.
+Nothing here decodes. The input is untrusted: any file, with any content.
 """
 
 import hashlib
@@ -18,17 +18,21 @@ SUBTITLE_FORMATS = ("vtt", "srt", "ttml", "json3", "srv3", "ass")
 
 
 def hash_file(path: Path) -> tuple[int, str]:
+    """Return (size in bytes, SHA-256 as hex) of a file."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), digest
 
 
 def check_regular(path: Path, max_bytes: int) -> None:
-    """A plain readable file of a sane size: devices and pipes would be read for ever."""
+    """Raise DownloadError unless `path` is a readable regular file of 1 to `max_bytes` bytes.
+
+    Reading a device or a pipe might never end. Error classes: not-a-video, not-found, forbidden, empty-file, too-large.
+    """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise DownloadError("not-a-video", f"{path} is no plain file")
+            raise DownloadError("not-a-video", f"{path} is not a regular file")
         with open(path, "rb"):
             pass
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -36,13 +40,13 @@ def check_regular(path: Path, max_bytes: int) -> None:
     except PermissionError as error:
         raise DownloadError("forbidden", str(error)) from error
     if status.st_size == 0:
-        raise DownloadError("empty-file", f"{path} has no bytes")
+        raise DownloadError("empty-file", f"{path} is empty")
     if status.st_size > max_bytes:
-        raise DownloadError("too-large", f"{path} has {status.st_size} bytes, allowed are {max_bytes}")
+        raise DownloadError("too-large", f"{path} has {status.st_size} bytes; the limit is {max_bytes}")
 
 
 def is_text(head: bytes) -> str | None:
-    """What kind of text the first bytes of a file are ("HTML", "JSON", "a playlist", "text"), None for binary data."""
+    """Classify a file's first bytes: "HTML", "JSON", "a playlist" or "text"; return None for binary data."""
     head = head[:SNIFF_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()
     lowered = head.lower()
     if lowered.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<script", b"<?xml", b"<!--", b"<error")):
@@ -60,51 +64,60 @@ _BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"mfra", b"free", b"skip", b"wide"
 
 
 def check_whole(path: Path) -> None:
-    """Raises "truncated" where an MP4, QuickTime, Matroska or WebM file ends before its own layout does."""
+    """Raise DownloadError "truncated" if a file ends before its own layout does.
+
+    Checked are MP4, QuickTime, Matroska and WebM.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
-        cut_off = _cut_off_segment(file, size) if file.read(4) == _EBML_HEADER else _cut_off_box(file, size)
-    if cut_off:
-        what, end = cut_off
-        message = f"{path.name}: {what} ends at byte {end}, the file has {size}"
+        truncated = _truncated_segment(file, size) if file.read(4) == _EBML_HEADER else _truncated_box(file, size)
+    if truncated:
+        part, end = truncated
+        message = f"{path.name} is truncated: {part} ends at byte {end}, the file has {size} bytes"
         raise DownloadError("truncated", message, transient=False)
 
 
-def _cut_off_box(file: BinaryIO, size: int) -> tuple[str, int] | None:
-    """A top-level box (ISO 14496-12, 4.2) that should end behind the file, and where."""
+def _truncated_box(file: BinaryIO, size: int) -> tuple[str, int] | None:
+    """Return (name, end in bytes) of the first top-level box that ends beyond the file.
+
+    Boxes are those of ISO 14496-12, 4.2.
+    """
     offset = 0
     while offset + 8 <= size:
         file.seek(offset)
         length, kind = struct.unpack(">I4s", file.read(8))
         if kind not in _BOXES:
-            return None  # another container, or bytes after the end that no player minds
+            return None  # another container, or trailing bytes that players ignore
         if length == 1:
             length = int.from_bytes(file.read(8), "big")
         if length == 0:
-            return None  # up to the end of the file
+            return None  # extends to the end of the file
         if length < 8:
-            return None  # malformed: the demuxer says how
+            return None  # malformed: the demuxer gives a better message
         offset += length
         if offset > size:
             return f"box {kind.decode()}", offset
     return None
 
 
-def _cut_off_segment(file: BinaryIO, size: int) -> tuple[str, int] | None:
-    """The segment of a Matroska file (RFC 8794, RFC 9559), which stands behind its header, alike."""
+def _truncated_segment(file: BinaryIO, size: int) -> tuple[str, int] | None:
+    """Return (name, end in bytes) of a Matroska segment (RFC 8794, RFC 9559) that ends beyond the file.
+
+    `file` stands after the four bytes of the EBML header's id.
+    """
     header_bytes = _ebml_size(file)
     if header_bytes is None:
         return None
     file.seek(header_bytes, os.SEEK_CUR)
     if file.read(4) != _SEGMENT:
-        return None  # malformed: the demuxer says how
+        return None  # malformed: the demuxer gives a better message
     length = _ebml_size(file)
     end = file.tell() + (length or 0)
     return ("the segment", end) if end > size else None
 
 
 def _ebml_size(file: BinaryIO) -> int | None:
-    """A variable-length size; None where it is "unknown", as a live recording has it, or malformed."""
+    """Read a variable-length size; return None if it is "unknown", as in a live recording, or malformed."""
     first = file.read(1)
     if not first or not first[0]:
         return None
@@ -131,7 +144,10 @@ _MAGIC = [
 
 
 def container_extension(path: Path, container: str) -> str:
-    """The file's extension from its own bytes, never from its URL; else the demuxer's name."""
+    """Return a file extension from the file's own bytes, never from its URL.
+
+    The default is the demuxer's name.
+    """
     with open(path, "rb") as file:
         head = file.read(256)
     found = next((extension for pattern, extension in _MAGIC if pattern.match(head)), None)
@@ -139,14 +155,18 @@ def container_extension(path: Path, container: str) -> str:
 
 
 def subtitle_format(path: Path) -> str:
-    """The format of a subtitle file from its beginning, else its extension. Raises "bad-subtitle" for anything else."""
+    """Return a subtitle file's format by its first bytes, else by its extension.
+
+    Raises DownloadError "bad-subtitle".
+    """
     with open(path, "rb") as file:
         head = file.read(4096)
     text = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n").lower()  # UTF-16 too
     if text.startswith(b"webvtt"):
         return "vtt"
     if re.search(rb"<!doctype html|<html", text):
-        raise DownloadError("bad-subtitle", f"{path.name} is a page: {head[:100].decode('utf-8', 'replace')!r}")
+        message = f"{path.name} is a web page, not a subtitle file: {head[:100].decode('utf-8', 'replace')!r}"
+        raise DownloadError("bad-subtitle", message)
     if re.match(rb"(?:<\?xml[^>]*>\s*)?<(?:\w+:)?tt[\s>]", text):
         return "ttml"
     if text.startswith(b"{") and b'"events"' in text:
@@ -158,4 +178,5 @@ def subtitle_format(path: Path) -> str:
     extension = path.suffix.lstrip(".").lower()
     if extension in SUBTITLE_FORMATS and b"-->" in text:
         return extension
-    raise DownloadError("bad-subtitle", f"{path.name} is no subtitle file: {head[:100].decode('utf-8', 'replace')!r}")
+    message = f"{path.name} is not a subtitle file ({', '.join(SUBTITLE_FORMATS)}): "
+    raise DownloadError("bad-subtitle", message + repr(head[:100].decode("utf-8", "replace")))

@@ -10,7 +10,7 @@ from pathlib import Path
 from clipmill.base.errors import ItemError
 from clipmill.media.probe import probe
 from pipeline.runtime.task import HOST_LIMITER, Outcome, Result, Stopwatch, Task, require_holder, sandbox
-from pipeline.stages.download.fetch import fetch, new_governor
+from pipeline.stages.download.fetch import fetch, new_rate_limiter
 from pipeline.stages.download.settings import DownloadSettings
 from pipeline.stages.stage import Stage
 from shards.corpus.stage_query import chosen_rows
@@ -62,9 +62,9 @@ def run_download(task: Task) -> Result:
                 folder,
                 task.settings,
                 corpus_root=root,
-                governor=limiter,
+                rate_limiter=limiter,
                 probe=partial(_probe_in_sandbox, task.settings.probe_timeout_s),
-                require_right=partial(require_holder, task),
+                require_lock=partial(require_holder, task),
             )
             if row["sha256"] in forgotten:
                 for path in folder.glob(f"{item['video_id']}.*"):
@@ -86,7 +86,7 @@ def _host_limiter(task: Task):
         return None
     import ray
 
-    return ray.get_actor(HOST_LIMITER) if ray.is_initialized() else new_governor(task.settings)
+    return ray.get_actor(HOST_LIMITER) if ray.is_initialized() else new_rate_limiter(task.settings)
 
 
 def _probe_in_sandbox(timeout_s: float, path: Path):

@@ -1,4 +1,7 @@
-"""Spans that a list gives: HD-VILA's `clip` entries, parsed column-wise. What comes in is untrusted JSON text."""
+"""Spans given in a source list: HD-VILA's `clip` entries, parsed column-wise.
+
+Input is untrusted JSON text.
+"""
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -7,7 +10,7 @@ from shards.corpus.schema import SPAN
 
 SPANS = pa.list_(SPAN)
 
-# "HH:MM:SS.mmm" with hours of any length and any decimals or none, "MM:SS", or seconds → whole microseconds.
+# "HH:MM:SS.mmm" with hours of up to nine digits and any number of decimals, "MM:SS", or seconds → whole microseconds.
 _TIME_MACRO = r"""
 CREATE MACRO micros(t) AS CASE WHEN regexp_full_match(t, '(?:(?:\d{1,9}:)?\d{1,2}:)?\d{1,9}(?:[.,]\d*)?') THEN
     coalesce(TRY_CAST(list_extract(string_split(t, ':'), -3) AS BIGINT), 0) * 3600000000
@@ -31,10 +34,10 @@ WITH lists AS (
     FROM entry
 )
 SELECT *, CASE
-    WHEN n IS NULL OR n < 0 THEN 'no number in clip_id'
-    WHEN start_us IS NULL OR end_us IS NULL THEN 'span is not [start, end] as HH:MM:SS.mmm'
-    WHEN end_us <= start_us THEN 'span does not end after it starts'
-    WHEN row_number() OVER (PARTITION BY i, n ORDER BY position) > 1 THEN 'number used twice in this video'
+    WHEN n IS NULL OR n < 0 THEN 'no span number (clip_id as ID.N.mp4, or n from 0)'
+    WHEN start_us IS NULL OR end_us IS NULL THEN 'the span is not [start, end] as HH:MM:SS.mmm'
+    WHEN end_us <= start_us THEN 'the span does not end after it starts'
+    WHEN row_number() OVER (PARTITION BY i, n ORDER BY position) > 1 THEN 'the span number is used twice in this video'
     END AS problem
 FROM parsed
 """
@@ -48,10 +51,10 @@ FROM given LEFT JOIN (
 
 
 def spans_from_json(texts: pa.Array) -> tuple[pa.Array, list[tuple[int, str]]]:
-    """HD-VILA's `clip` lists (JSON text per row) as spans, and (row, why) of every entry that cannot be one.
+    """Parse `clip` lists (JSON text per row); return (spans per row, [(row, reason) of bad entries]).
 
     An entry is {clip_id: "ID.N.mp4", span: [start, end]}, N being the span's number, or {n, start_s, end_s}. Order is
-    kept. A row without a usable entry has an empty list.
+    kept. A row without a valid entry has an empty list.
     """
     import duckdb
 

@@ -1,6 +1,6 @@
-"""The ingest stage: lists of sources → rows of `sources`, each with the unit it belongs to for ever.
+"""Ingest: source lists → rows of `sources`, each with a unit that never changes.
 
-Pure: the result is a function of what the lists say and of the sources that the corpus already knows.
+The result is a pure function of the lists and of the sources that the corpus already has.
 """
 
 from collections import Counter
@@ -22,16 +22,19 @@ UNIT = pa.string()
 
 @dataclass(frozen=True)
 class Ingested:
-    """`table` has the columns of `sources` and `unit`: the new sources only, in the order of first sight."""
+    """New sources of the lists, in the order of first occurrence.
+
+    `table` has the columns of `sources` and `unit`.
+    """
 
     table: pa.Table
     problems: list[Problem]
-    num_seen: int  # usable rows of the lists
-    num_duplicates: int  # of them, rows whose source was there before (in the corpus or earlier in the lists)
-    num_forgotten: int = 0  # of them, rows whose source the corpus was told to forget
+    num_seen: int  # valid rows of the lists
+    num_duplicates: int  # rows among these whose source is in the corpus, or earlier in the lists
+    num_forgotten: int = 0  # rows among these whose source was forgotten with `clipmill forget`
 
     def splits(self) -> list[tuple[str, int, int, int]]:
-        """(split, videos, texts, texts that another one of the split equals) of the new sources of a benchmark."""
+        """Count (split, videos, texts, texts that equal another of the split) of a benchmark's new sources."""
         videos: Counter[str] = Counter()
         texts: dict[str, Counter[str]] = {}
         for split, given in zip(self.table["split"].to_pylist(), self.table["texts"].to_pylist(), strict=True):
@@ -45,13 +48,14 @@ class Ingested:
 def ingest(
     arguments: list[str], settings: IngestSettings, known: pa.Table, forgotten: Collection[str] = ()
 ) -> Ingested:
-    """The sources that the arguments name and `known` lacks (video_id, url, unit, ordinal, split, texts; all so far).
+    """Return the sources in the arguments' lists that are not in `known`.
 
-    Rows with the same canonical URL are one source, the first wins. The same id for another URL is a problem
-    "duplicate-id", the first wins too. Raises UserError as `read_sources` does, and for a source that is there already
-    with another split or other reference texts.
+    known      the corpus's sources: video_id, url, unit, ordinal, split, texts
+    forgotten  SHA-256 of canonical URLs and ids to leave out; such rows are counted and not reported
 
-    forgotten  SHA-256 of canonical URLs and ids that are to stay out; rows of theirs are counted and said nothing of
+    Rows with the same canonical URL are one source; the first wins. An id that another URL has is a problem
+    "duplicate-id"; the first wins as well. Raises UserError as `read_sources` does, and for a known source with another
+    split or other reference texts.
     """
     listed = read_sources(arguments, settings)
     table, num_forgotten = _without(listed.table.combine_chunks(), forgotten)
@@ -63,7 +67,7 @@ def ingest(
         Problem(
             table["location"][row].as_py(),
             "duplicate-id",
-            f"id {ids[row]} is taken by another URL; {table['url'][row]} left out",
+            f"the id {ids[row]} belongs to another URL; {table['url'][row]} is left out, give it another id",
         )
         for row in clashes
     ]
@@ -75,7 +79,7 @@ def ingest(
 
 
 def _without(table: pa.Table, forgotten: Collection[str]) -> tuple[pa.Table, int]:
-    """The rows that are not forgotten, and how many are."""
+    """Return (the rows that are not forgotten, number of forgotten rows)."""
     if not forgotten:
         return table, 0
     canonical = _array(table, "canonical")
@@ -91,7 +95,7 @@ def _array(table: pa.Table, name: str) -> pa.Array:
 
 
 def _new_rows(canonical: list[str], ids: list[str], known: pa.Table) -> tuple[list[int], list[int]]:
-    """(rows to take, rows whose id another URL has), in order."""
+    """Return (indices of new rows, indices of rows whose id belongs to another URL), in order."""
     has_known = known.num_rows > 0
     seen_urls = set(canonical_urls(_array(known, "url")).to_pylist()) if has_known else set()
     seen_ids = set(known["video_id"].to_pylist()) if has_known else set()
@@ -109,7 +113,10 @@ def _new_rows(canonical: list[str], ids: list[str], known: pa.Table) -> tuple[li
 
 
 def _require_same_references(canonical: list[str], table: pa.Table, known: pa.Table) -> None:
-    """A row about a source that is there already may say nothing of split and texts, or the same."""
+    """Raise UserError for a row that gives a known source another split or other texts.
+
+    A row may leave both out.
+    """
     if table["split"].null_count == table["texts"].null_count == table.num_rows:
         return
     said: dict[str, tuple] = {}
@@ -121,14 +128,15 @@ def _require_same_references(canonical: list[str], table: pa.Table, known: pa.Ta
         before = said.setdefault(url, (split, texts))
         if (split, texts) not in ((None, None), before):
             raise UserError(
-                f"SOURCES: {location}: {url} is known with "
-                + (f"split {before[0]}, here it is {split}" if before[0] != split else "other reference texts")
-                + ". A corpus holds one reading of a benchmark: build this one in a corpus of its own."
+                f"SOURCES: {location}: {url} has "
+                + (f"split {split}, but split {before[0]}" if before[0] != split else "other reference texts than")
+                + " in the corpus or earlier in the lists. A corpus holds one version of a benchmark: "
+                "build this one in a corpus of its own."
             )
 
 
 def _with_units(picked: pa.Table, unit_videos: int, known: pa.Table) -> pa.Table:
-    """Columns of `sources`, ordinals after the largest known one, units in fresh groups after the last known unit."""
+    """Add ordinals and units after the largest known ones; return the columns of `sources`."""
     next_ordinal, next_unit = 0, 0
     if known.num_rows:
         next_ordinal = pc.max(known["ordinal"]).as_py() + 1

@@ -1,4 +1,7 @@
-"""Subtitle files that lie beside a video: NAME.vtt, NAME.LANG.vtt and the other formats."""
+"""Subtitle files beside a video (sidecars): NAME.vtt, NAME.LANG.vtt and the other formats.
+
+File names are untrusted.
+"""
 
 import functools
 import os
@@ -9,14 +12,17 @@ SUBTITLE_EXTENSIONS = (".vtt", ".srt", ".ttml", ".json3")
 
 
 def sidecars(video: Path) -> list[tuple[Path, str | None]]:
-    """Subtitle files that lie beside a video: NAME.vtt first, then NAME.LANG.vtt by language; (path, language)."""
+    """Return (path, language) of the subtitle files beside a video.
+
+    NAME.vtt comes first, then NAME.LANG.vtt by language.
+    """
     folder = Path(os.path.abspath(video)).parent
     return list(_sidecars_of_folder(str(folder), folder.stat().st_mtime_ns).get(Path(video).stem, ()))
 
 
 @functools.lru_cache(maxsize=16)
 def _sidecars_of_folder(folder: str, _mtime_ns: int) -> dict[str, list[tuple[Path, str | None]]]:
-    """Stem → its side-cars. Links that lead out of the folder are no side-cars."""
+    """Return sidecars by the videos' file stem, without links that lead out of the folder."""
     found: dict[str, list[tuple[Path, str | None]]] = {}
     for name in sorted(os.listdir(folder)):
         stem, extension = os.path.splitext(name)
@@ -34,4 +40,5 @@ def _sidecars_of_folder(folder: str, _mtime_ns: int) -> dict[str, list[tuple[Pat
 
 
 def leads_out(path: Path, folder: Path) -> bool:
+    """Return True for a symbolic link to something outside of `folder`."""
     return path.is_symlink() and not path.resolve().is_relative_to(folder.resolve())

@@ -1,9 +1,9 @@
-"""Reading lists of sources: txt, csv/tsv, json/jsonl, Parquet, HD-VILA jsonl, folders, globs, single files, URLs, "-",
-and the folders of published benchmarks (msrvtt:FOLDER, read by `pipeline.stages.ingest.benchmarks`).
+"""Readers of source lists: every kind of SOURCES argument becomes rows of one Arrow table (`LISTED`).
 
-Everything becomes one Arrow table (`LISTED`), read column-wise by pyarrow and DuckDB; a line that cannot be used
-becomes a `Problem` with its place and stops nothing else. What comes in is untrusted text; no URL and no video is
-opened here.
+Kinds: txt, csv/tsv, json/jsonl, Parquet, HD-VILA jsonl, folders, globs, single files, URLs, "-", and the folders of
+published benchmarks (msrvtt:FOLDER, read by `pipeline.stages.ingest.benchmarks`). Lists are read column-wise by pyarrow
+and DuckDB. An invalid line becomes a `Problem` with its location and stops nothing else. Input is untrusted text; no
+URL and no video is opened here.
 """
 
 import glob
@@ -32,7 +32,7 @@ from shards.corpus.source_ids import SCHEME_PATTERN, canonical_urls
 
 LIST_EXTENSIONS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")  # all but Parquet also with .gz
 
-# Column names of the field that mean the same, best first, compared without case.
+# Column names that stand for a field, best first, compared case-insensitively.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "url": ("url", "video_url", "webpage_url", "link", "video_link", "contenturl", "source_url", "path", "video_path"),
     "source_id": ("id", "video_id", "videoid", "source_id", "youtube_id", "ytid"),
@@ -55,12 +55,12 @@ LISTED = pa.schema(
     + [("video_id", pa.string())]  # null: made from source_id and URL
 )
 
-_CHUNK_LINES = 200_000  # JSON lines handed to DuckDB at once: bounds memory for lists of many gigabytes
+_CHUNK_LINES = 200_000  # JSON lines passed to DuckDB at once: bounds memory for lists of many gigabytes
 
 
 @dataclass(frozen=True)
 class SourceList:
-    """What the arguments list, in their order, and what could not be used. `table` has the columns of `LISTED`."""
+    """Sources in the arguments' order (`table` has the columns of `LISTED`) and the problems found."""
 
     table: pa.Table
     problems: list[Problem]
@@ -68,10 +68,13 @@ class SourceList:
 
 @dataclass
 class _Rows:
-    """One list file as read: `table` has `line` (int64) and any of the fields as strings (JSON_FIELDS as JSON text)."""
+    """One list file as read.
+
+    `table` has `line` (int64) and any of the fields as strings (JSON_FIELDS as JSON text).
+    """
 
     name: str  # for locations
-    folder: Path  # what relative paths in it are relative to
+    folder: Path  # base of the relative paths in the list
     table: pa.Table
     problems: list[Problem] = field(default_factory=list)
 
@@ -80,9 +83,9 @@ class _Rows:
 
 
 def read_sources(arguments: list[str], settings: IngestSettings) -> SourceList:
-    """Every source that the arguments name, in order, duplicates and all.
+    """Read all sources of the arguments in order, including duplicates.
 
-    Raises UserError for an argument that is not there, cannot be read, or is a table without a URL column.
+    Raises UserError for an argument that does not exist, cannot be read, or is a table without a URL column.
     """
     tables, problems = [], []
     for argument in _expand(arguments):
@@ -93,7 +96,7 @@ def read_sources(arguments: list[str], settings: IngestSettings) -> SourceList:
 
 
 def _expand(arguments: list[str]) -> Iterator[str]:
-    """Globs become the paths they match, in sorted order; everything else stays as it is."""
+    """Yield the arguments, each glob replaced by the paths it matches in sorted order."""
     for argument in arguments:
         is_glob = glob.has_magic(argument) and not re.match(SCHEME_PATTERN, argument) and not os.path.exists(argument)
         is_glob = is_glob and not is_benchmark(argument)
@@ -102,11 +105,12 @@ def _expand(arguments: list[str]) -> Iterator[str]:
             continue
         matches = sorted(glob.glob(argument, recursive=True))
         if not matches:
-            raise UserError(f"SOURCES: nothing matches {argument!r}")
+            raise UserError(f"SOURCES: no file matches {argument!r}")
         yield from matches
 
 
 def _read(argument: str, settings: IngestSettings) -> Iterator[_Rows]:
+    """Yield the rows of one argument by its kind: benchmark, standard input, URL, folder, video or list."""
     if is_benchmark(argument):
         yield _Rows(argument, Path.cwd(), *read_benchmark(argument))
         return
@@ -121,8 +125,8 @@ def _read(argument: str, settings: IngestSettings) -> Iterator[_Rows]:
         yield _read_folder(path)
     elif not path.exists():
         raise UserError(
-            f"SOURCES: {argument!r} is not there (a file, folder, glob, URL, - for standard input, or a benchmark's "
-            f"folder as NAME:FOLDER, NAME one of {', '.join(BENCHMARKS)})"
+            f"SOURCES: {argument!r} does not exist. Give a file, folder, glob, URL, - for standard input, or a "
+            f"benchmark's folder as NAME:FOLDER, NAME one of {', '.join(BENCHMARKS)}"
         )
     elif path.suffix.lower() in VIDEO_EXTENSIONS:
         yield _Rows(str(path), path.parent, _table_of_videos([Path(os.path.abspath(path))]))
@@ -131,13 +135,14 @@ def _read(argument: str, settings: IngestSettings) -> Iterator[_Rows]:
 
 
 def _read_list(path: Path, settings: IngestSettings) -> Iterator[_Rows]:
+    """Yield the rows of a list file by its extension. Raises UserError if it cannot be read."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = bool(suffixes) and suffixes[-1] == ".gz"
     extension = suffixes[-2] if packed and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
     if extension not in LIST_EXTENSIONS or (packed and extension == ".parquet"):
         raise UserError(
-            f"SOURCES: {path} is neither a list ({' '.join(LIST_EXTENSIONS)}, text also .gz) "
-            f"nor a video ({' '.join(sorted(VIDEO_EXTENSIONS))})"
+            f"SOURCES: {path} has the extension neither of a list ({' '.join(LIST_EXTENSIONS)}, text also .gz) "
+            f"nor of a video ({' '.join(sorted(VIDEO_EXTENSIONS))})"
         )
     try:
         if extension == ".parquet":
@@ -155,12 +160,13 @@ def _read_list(path: Path, settings: IngestSettings) -> Iterator[_Rows]:
 
 
 def _unpacked(path: Path, settings: IngestSettings) -> bytes:
+    """Decompress a gzip file. Raises UserError for more than `ingest.max_unpacked_bytes`."""
     with gzip.open(path) as file:
         data = file.read(settings.max_unpacked_bytes + 1)
     if len(data) > settings.max_unpacked_bytes:
         raise UserError(
-            f"SOURCES: {path} unpacks to more than ingest.max_unpacked_bytes = {settings.max_unpacked_bytes:,}; "
-            "raise that if the list is really so long."
+            f"SOURCES: {path} decompresses to more than ingest.max_unpacked_bytes = {settings.max_unpacked_bytes:,} "
+            "bytes; raise that setting if the list is really this long"
         )
     return data
 
@@ -177,23 +183,24 @@ def _read_parquet(path: Path, settings: IngestSettings) -> _Rows:
 
 
 def _read_csv(path: Path, data: bytes, delimiter: str | None, settings: IngestSettings) -> _Rows:
-    """A table with a header line; rows with another number of columns are problems."""
+    """Read a table with a header line; rows with another number of columns become problems."""
     from csv import reader as csv_rows
 
     from pyarrow import csv
 
     text, problem = decode(str(path), data)
     header = text.partition("\n")[0]
-    if delimiter is None:  # spreadsheets of half the world write semicolons into .csv
+    if delimiter is None:  # spreadsheets in many languages write semicolons into .csv
         delimiter = max(",;\t", key=header.count)
     invalid: list[tuple[int, str]] = []
 
     def skip(row) -> str:
-        message = f"{row.actual_columns} columns where the header has {row.expected_columns}: {row.text}"
+        message = f"{row.actual_columns} columns, but the header has {row.expected_columns}: {row.text}"
         invalid.append((row.number or 0, message))
         return "skip"
 
-    names = _distinct(next(csv_rows([header.rstrip("\r")], delimiter=delimiter), []))
+    names = next(csv_rows([header.rstrip("\r")], delimiter=delimiter), [])
+    names = [name if name not in names[:i] else f"{name}.{i}" for i, name in enumerate(names)]  # distinct
     if "url" not in _columns(names, settings):
         raise _no_url_column(path, names)
     strings = {name: pa.string() for name in names}
@@ -205,7 +212,7 @@ def _read_csv(path: Path, data: bytes, delimiter: str | None, settings: IngestSe
             csv.ConvertOptions(column_types=strings, strings_can_be_null=True, null_values=[""]),
         )
     except pa.ArrowInvalid as error:
-        raise UserError(f"SOURCES: {path} is no table: {error}") from error
+        raise UserError(f"SOURCES: {path} is not a table: {error}") from error
     bad_lines = {number for number, _ in invalid}
     line = [number for number in range(2, table.num_rows + len(bad_lines) + 2) if number not in bad_lines]
     fields = _fields_of_table(path, table, pa.array(line, pa.int64()), settings)
@@ -215,13 +222,8 @@ def _read_csv(path: Path, data: bytes, delimiter: str | None, settings: IngestSe
     return rows
 
 
-def _distinct(names: list[str]) -> list[str]:
-    """Column names made different: a header may repeat one."""
-    return [name if name not in names[:i] else f"{name}.{i}" for i, name in enumerate(names)]
-
-
 def _fields_of_table(path: Path, table: pa.Table, line: pa.Array, settings: IngestSettings) -> pa.Table:
-    """The known columns as strings, the other ones as one JSON object per row without its nulls."""
+    """Convert known columns to strings, and the others to one JSON object per row (`extra`)."""
     import duckdb
 
     columns = _columns(table.column_names, settings)
@@ -245,13 +247,16 @@ def _fields_of_table(path: Path, table: pa.Table, line: pa.Array, settings: Inge
 
 def _no_url_column(path: Path, names: list[str]) -> UserError:
     return UserError(
-        f"SOURCES: {path} has no URL column (its columns: {', '.join(names) or 'none'}); "
-        f"allowed: {', '.join(SYNONYMS['url'])}, or name it with ingest.url_column"
+        f"SOURCES: {path} has no URL column (its columns: {', '.join(names) or 'none'}). "
+        f"Call it one of {', '.join(SYNONYMS['url'])}, or name it with ingest.url_column"
     )
 
 
 def _columns(names: list[str], settings: IngestSettings) -> dict[str, list[str]]:
-    """Field → the names among `names` that stand for it, best first. A column named by a setting is the only one."""
+    """Return the names that stand for each field, best first.
+
+    A column named by a setting is the only one for its field.
+    """
     lowered: dict[str, list[str]] = {}
     for name in names:
         lowered.setdefault(name.strip().lower(), []).append(name)
@@ -269,9 +274,9 @@ def _columns(names: list[str], settings: IngestSettings) -> dict[str, list[str]]
 
 
 def _read_lines(name: str, folder: Path, data: bytes, settings: IngestSettings) -> Iterator[_Rows]:
-    """One source per line: an address or a path, or a JSON object where the first line is one.
+    """Yield one source per line: a URL or a path, or a JSON object if the first line is one.
 
-    In plain lists empty lines and lines that start with # say nothing.
+    In plain lists, empty lines and lines that start with # are skipped.
     """
     text, problems = decode(name, data)
     lines = text.split("\n")
@@ -281,8 +286,8 @@ def _read_lines(name: str, folder: Path, data: bytes, settings: IngestSettings) 
         values = pa.array(lines[start : start + _CHUNK_LINES], pa.string())
         numbers = pa.array(range(start + 1, start + 1 + len(values)), pa.int64())
         values = pc.utf8_trim_whitespace(values)
-        silent = pc.equal(values, "") if is_json else pc.match_substring_regex(values, "^(?:#.*)?$")
-        kept = pa.table({"line": numbers, "text": values}).filter(pc.invert(silent))
+        skipped = pc.equal(values, "") if is_json else pc.match_substring_regex(values, "^(?:#.*)?$")
+        kept = pa.table({"line": numbers, "text": values}).filter(pc.invert(skipped))
         if is_json:
             yield _read_json_lines(_Rows(name, folder, kept, problems), settings)
         else:
@@ -291,13 +296,16 @@ def _read_lines(name: str, folder: Path, data: bytes, settings: IngestSettings) 
 
 
 def _read_json(path: Path, data: bytes, settings: IngestSettings) -> Iterator[_Rows]:
-    """A JSON array of objects or addresses; JSON lines under this name are taken too."""
+    """Yield the sources of a JSON array of objects or URLs.
+
+    JSON lines with this extension are accepted, too.
+    """
     text, problems = decode(str(path), data)
     try:
         values = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         if not text.lstrip().startswith("{"):
-            raise UserError(f"SOURCES: {path} is not JSON: {error}") from error
+            raise UserError(f"SOURCES: {path} is not valid JSON: {error}") from error
         yield from _read_lines(str(path), path.parent.absolute(), data, settings)
         return
     values = values if isinstance(values, list) else [values]
@@ -307,7 +315,10 @@ def _read_json(path: Path, data: bytes, settings: IngestSettings) -> Iterator[_R
 
 
 def _read_json_lines(rows: _Rows, settings: IngestSettings) -> _Rows:
-    """JSON values, one per row of `text`, to fields; a line that is no object and no string is a problem."""
+    """Convert JSON values, one per row of `text`, to fields.
+
+    Values other than objects and strings become problems.
+    """
     import duckdb
 
     with duckdb.connect() as connection:
@@ -328,6 +339,11 @@ def _read_json_lines(rows: _Rows, settings: IngestSettings) -> _Rows:
 
 
 def _json_picks(names: list[str], columns: dict[str, list[str]]) -> str:
+    """Return the SELECT list that takes the fields out of the JSON column `text`.
+
+    Other keys become `extra`.
+    """
+
     def pick(name: str) -> str:
         values = [f"text->>{sql_literal(_pointer(key))}" for key in columns.get(name, [])]
         if name == "url":
@@ -352,7 +368,7 @@ def _pointer(key: str) -> str:
 
 
 def _read_folder(folder: Path) -> _Rows:
-    """Every video below the folder, in the order of its relative path; linked folders are not entered."""
+    """List the videos below a folder by their relative path; linked folders are not entered."""
     root = Path(os.path.abspath(folder))
     rows = _Rows(str(folder), root, LISTED.empty_table())
     videos: list[Path] = []
@@ -363,11 +379,12 @@ def _read_folder(folder: Path) -> _Rows:
         for name in [*links, *media]:
             path = Path(base, name)
             if leads_out(path, root):
-                rows.problems.append(Problem(str(path), "unsafe-symlink", f"leads out of {folder}, not followed"))
+                message = f"the link leads out of {folder} and is not followed"
+                rows.problems.append(Problem(str(path), "unsafe-symlink", message))
             elif _extension(name) in VIDEO_EXTENSIONS and name not in links and not name.startswith("."):
                 videos.append(path)
     if not videos and not rows.problems:
-        raise UserError(f"SOURCES: no video below {folder} ({' '.join(sorted(VIDEO_EXTENSIONS))})")
+        raise UserError(f"SOURCES: {folder} has no video file ({' '.join(sorted(VIDEO_EXTENSIONS))})")
     videos.sort(key=lambda path: path.relative_to(root).parts)
     rows.table = _table_of_videos(videos)
     return rows
@@ -392,7 +409,7 @@ def _extension(name: str) -> str:
 
 
 def _listed(rows: _Rows) -> pa.Table:
-    """Rows with a usable address as `LISTED`; every other row becomes a problem."""
+    """Convert rows with a valid URL or path to the columns of `LISTED`; every other row becomes a problem."""
     table = rows.table
     count = table.num_rows
     fields = {name: _text(table, name) for name in TEXT_FIELDS}
@@ -401,9 +418,9 @@ def _listed(rows: _Rows) -> pa.Table:
     spans, bad_spans = spans_from_json(_text(table, "spans"))
     texts, spans, bad_texts = texts_from_json(_text(table, "texts"), spans)
     line = table["line"].combine_chunks() if count else pa.array([], pa.int64())
-    place = pc.binary_join_element_wise(rows.name, pc.cast(line, pa.string()), ":")
+    location = pc.binary_join_element_wise(rows.name, pc.cast(line, pa.string()), ":")
     columns = {
-        "location": pc.coalesce(_text(table, "location"), place),
+        "location": pc.coalesce(_text(table, "location"), location),
         "canonical": canonical,
         "kind": kind,
         **fields,
@@ -415,21 +432,22 @@ def _listed(rows: _Rows) -> pa.Table:
         "video_id": _text(table, "video_id"),
     }
     for index in pc.indices_nonzero(pc.is_null(canonical)).to_pylist():
-        error_class, message = refusals.get(index) or ("bad-url", f"not a URL: {fields['url'][index]}")
+        error_class, message = refusals.get(index) or ("bad-url", f"not a valid URL: {fields['url'][index]}")
         rows.problem(line[index].as_py(), error_class, message)
     for index, message in bad_spans:
         rows.problem(line[index].as_py(), "bad-span", message)
     for index, position, error_class, message in bad_texts:
         rows.problem(f"{line[index]}#/texts/{position}", error_class, message)
-    spoilt = pa.array([index for index, _ in bad_spans], pa.int64())  # of these, rows with no span left give no source
+    # A row whose spans are all bad gives no source, since no clip could be cut from it.
+    with_bad_spans = pa.array([index for index, _ in bad_spans], pa.int64())
     empty = pc.fill_null(pc.equal(pc.list_value_length(spans), 0), False)
-    lost = pc.and_(empty, pc.is_in(pa.array(range(count), pa.int64()), value_set=spoilt))
+    dropped = pc.and_(empty, pc.is_in(pa.array(range(count), pa.int64()), value_set=with_bad_spans))
     listed = pa.table([columns[name] for name in LISTED.names], schema=LISTED)
-    return listed.filter(pc.and_not(pc.is_valid(canonical), lost))
+    return listed.filter(pc.and_not(pc.is_valid(canonical), dropped))
 
 
 def _text(table: pa.Table, name: str) -> pa.Array:
-    """A column as trimmed strings, null where it says nothing or is not there."""
+    """Return a column as trimmed strings, null where it is empty or the table lacks it."""
     if name not in table.column_names:
         return pa.nulls(table.num_rows, pa.string())
     values = pc.utf8_trim_whitespace(pc.cast(table[name].combine_chunks(), pa.string()))
@@ -437,7 +455,10 @@ def _text(table: pa.Table, name: str) -> pa.Array:
 
 
 def _addresses(values: pa.Array, folder: Path) -> tuple[pa.Array, pa.Array, dict[int, tuple[str, str]]]:
-    """(kind, URL or absolute path, {index: why not}) of the addresses of a list; null where there is no usable one."""
+    """Return (kind, URL or path, {index: (error class, message)}) for the addresses of a list.
+
+    Paths are absolute; an address that cannot be used is null.
+    """
     is_url = pc.fill_null(pc.match_substring_regex(values, f"^{SCHEME_PATTERN}[^/?#]"), False)
     clean = pc.invert(pc.match_substring_regex(values, r"[\x00-\x20\x7f]"))
     usable = pc.and_(is_url, pc.fill_null(clean, False))
@@ -456,20 +477,20 @@ def _addresses(values: pa.Array, folder: Path) -> tuple[pa.Array, pa.Array, dict
 
 
 def _local_path(value: str | None, folder: Path) -> tuple[str, tuple[str, str] | None]:
-    """The absolute path of what is no clean URL, or why it is nothing."""
+    """Return (absolute path, None) for what is not a valid URL, or ("", (error class, message))."""
     if value is None:
-        return "", ("missing-url", "no URL in this row")
+        return "", ("missing-url", "this row has no URL")
     if value.lower().startswith("file://"):
         path = _path_of_file_url(value)
     elif re.match(SCHEME_PATTERN, value):
-        return "", ("bad-url", f"not a URL (no host, or spaces and control characters in it): {value!r}")
+        return "", ("bad-url", f"not a valid URL (no host, or it has spaces or control characters): {value!r}")
     else:
         path = value
     if "\0" in path:
-        return "", ("bad-url", f"a path cannot hold NUL: {value!r}")
+        return "", ("bad-url", f"the path has a NUL character: {value!r}")
     path = os.path.abspath(folder / path)
     if not os.path.lexists(path):
-        return "", ("bad-url", f"neither a URL nor a file that is there: {value!r}")
+        return "", ("bad-url", f"neither a URL nor an existing file: {value!r}")
     return path, None
 
 
@@ -478,7 +499,7 @@ def _path_of_file_url(url: str) -> str:
 
 
 def _located(values: pa.Array, folder: Path) -> pa.Array:
-    """Subtitle addresses: URLs as they are, paths made absolute from the list's folder."""
+    """Return subtitle addresses: URLs unchanged, paths made absolute from the list's folder."""
     if values.null_count == len(values):
         return values
     resolve: Callable[[str], str] = lambda value: (  # noqa: E731

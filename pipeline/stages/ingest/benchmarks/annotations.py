@@ -1,4 +1,9 @@
-"""What a benchmark's annotation files say, video by video: filled by its reader, turned into sources afterwards."""
+"""Contents of a benchmark's annotation files, by video.
+
+A reader fills `Annotations`, which are converted to sources afterwards.
+
+Values come from untrusted files: `Annotations` checks names and texts and collects the bad ones as problems.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,16 +17,16 @@ from pipeline.stages.ingest.list_files import Problem, is_unicode
 class Entry:
     """One video of a benchmark. Without spans it is one clip, the whole video."""
 
-    video: str  # as the benchmark calls it
+    video: str  # the benchmark's name for it
     split: str
-    place: str  # where a file first names it
+    place: str  # location where a file first names it
     texts: list[tuple[int, str]] = field(default_factory=list)  # (clip number, text)
     spans: dict[int, tuple[float, float]] = field(default_factory=dict)  # clip number → seconds
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Annotations:
-    """Entries in the order in which the files name them, and what was wrong with the files."""
+    """Entries in the order in which the files name them, and the problems found in the files."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
@@ -41,34 +46,40 @@ class Annotations:
         return len(self._entries)
 
     def add_video(self, video: Any, split: str, place: str) -> Entry | None:
-        """The entry of a video, made where it is new; None for what is no name. Raises UserError for a second split."""
+        """Return the entry of a video, creating it if needed; None for an invalid name.
+
+        Raises UserError for a video in a second split.
+        """
         if not isinstance(video, str) or not video.strip() or not video.isprintable():
-            self.problem(place, "bad-line", f"no name of a video: {video!r}")
+            self.problem(place, "bad-line", f"not a video name: {video!r}")
             return None
         entry = self._entries.setdefault(video, Entry(video, split, place))
         if entry.split != split:
             raise UserError(
-                f"SOURCES: {place}: {video} is in split {split}, but in {entry.split} at {entry.place}. A video of two "
-                "splits would be trained on and tested with: leave one."
+                f"SOURCES: {place}: {video} is in split {split}, but in {entry.split} at {entry.place}. A video in two "
+                "splits would be used for training and for testing: remove one of the two lines."
             )
         return entry
 
     def add_text(self, video: Any, text: Any, place: str, clip: int = 0) -> None:
-        """A reference text of a video that is there. Empty ones, and those of other videos, are problems instead."""
+        """Add a reference text to a known video.
+
+        An invalid or empty text, or an unknown video, becomes a problem.
+        """
         if video not in self:
             self.unknown(video, place)
         elif not isinstance(text, str) or not is_unicode(text):
-            self.problem(place, "bad-text", f"{video}: no text: {text!r}")
+            self.problem(place, "bad-text", f"{video}: not a valid text: {text!r}")
         elif not text.strip():
-            self.problem(place, "empty-text", f"{video}: a text without a word")
+            self.problem(place, "empty-text", f"{video}: the text is empty")
         else:
             self._entries[video].texts.append((clip, text.strip()))
 
     def unknown(self, video: Any, place: str) -> None:
-        """Texts of a video that no list of videos names: one problem, however many they are."""
+        """Record texts of a video that no list of videos names, as one problem for all of its texts."""
         if str(video) not in self._unknown:
             self._unknown.add(str(video))
-            self.problem(place, "unknown-id", f"texts of {video!r}, which is in no list of videos")
+            self.problem(place, "unknown-id", f"there are texts of {video!r}, but no list of videos names it")
 
     def problem(self, place: str, error_class: str, message: str) -> None:
         self.problems.append(Problem(place, error_class, message[:500]))

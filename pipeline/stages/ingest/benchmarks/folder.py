@@ -1,7 +1,7 @@
-"""A benchmark's folder: finding its annotation files and its videos by name, and reading the files safely.
+"""A benchmark's folder: find annotation files and videos by name, and read the files safely.
 
-Annotation files are untrusted text and pickles. One that is not what its name promises is the user's mistake and named
-with the line where it breaks; a line or entry that is bad in itself becomes a `Problem`.
+Annotation files are untrusted text and pickles. A file of another format than its name says is a UserError with file
+and line; a single bad line or entry becomes a `Problem`.
 """
 
 import csv
@@ -18,19 +18,22 @@ from clipmill.base.errors import ItemError, UserError
 from pipeline.stages.ingest.list_files import VIDEO_EXTENSIONS, Problem, decode
 from pipeline.stages.ingest.sidecars import leads_out
 
-VIDEOS = "videos"  # the one folder that may be a link: videos often lie on another disk
+VIDEOS = "videos"  # the only folder that may be a link: videos are often on another disk
 
 
 class Folder:
-    """Every file below a folder by name, but hidden ones. Links to folders are not entered, except FOLDER/videos."""
+    """Index of the files below a folder by name, without hidden ones.
+
+    Linked folders are not read, except FOLDER/videos.
+    """
 
     def __init__(self, argument: str, root: Path):
         self.argument, self.root = argument, root  # the argument as the user wrote it, for messages
         self.problems: list[Problem] = []
         self._files: dict[str, list[Path]] = {}
-        self._stems: dict[str, list[Path]] = {}  # of videos: the name without its extension
+        self._stems: dict[str, list[Path]] = {}  # videos by name without extension
         if not root.is_dir():
-            raise UserError(f"SOURCES: {argument}: {root} is no folder")
+            raise UserError(f"SOURCES: {argument}: {root} is not a folder; give the benchmark's folder as NAME:FOLDER")
         self._index(root)
         if (root / VIDEOS).is_symlink():
             self._index((root / VIDEOS).resolve())
@@ -41,7 +44,7 @@ class Folder:
             for name in sorted(name for name in files if not name.startswith(".")):
                 path = Path(base, name)
                 if leads_out(path, root):
-                    message = f"leads out of {root}, not followed"
+                    message = f"the link leads out of {root} and is not followed"
                     self.problems.append(Problem(str(path), "unsafe-symlink", message))
                     continue
                 self._files.setdefault(name, []).append(path)
@@ -50,37 +53,43 @@ class Folder:
                     self._stems.setdefault(stem, []).append(path)
 
     def file(self, *names: str) -> Path | None:
-        """The first of these annotation files that is there. Raises UserError for one that is there twice."""
+        """Return the first of these annotation files that exists, or None.
+
+        Raises UserError if it exists twice.
+        """
         for name in names:
             paths = self._files.get(name, [])
             if len(paths) > 1:
-                twice = f"{name} is there twice, {paths[0]} and {paths[1]}"
-                raise UserError(f"SOURCES: {self.argument}: {twice}: leave one")
+                raise UserError(f"SOURCES: {self.argument}: {name} exists twice, {paths[0]} and {paths[1]}: remove one")
             if paths:
                 return paths[0]
         return None
 
     def video(self, name: str) -> Path:
-        """The video file of this name, with or without its extension. Raises ItemError missing-video, ambiguous-video.
+        """Find the video file of this name, given with or without extension.
 
-        Names may hold dots (LSMDC's times), and a file may have another extension than its annotation says (DiDeMo).
+        Names may contain dots (LSMDC's times), and a file may have another extension than its annotation says (DiDeMo).
+        Raises ItemError: missing-video, ambiguous-video.
         """
         stem, extension = os.path.splitext(name)
         by_name = self._files.get(name, []) if extension.lower() in VIDEO_EXTENSIONS else []
         other = self._stems.get(stem, []) if extension.lower() in VIDEO_EXTENSIONS else []
         for paths in (by_name, self._stems.get(name, []), other):
             if len(paths) > 1:
-                raise ItemError("ambiguous-video", f"{name} is there twice, {paths[0]} and {paths[1]}")
+                raise ItemError("ambiguous-video", f"{name} exists twice, {paths[0]} and {paths[1]}: remove one")
             if paths:
                 return paths[0]
-        raise ItemError("missing-video", f"{name}: no video of this name below {self.root}")
+        raise ItemError("missing-video", f"no video file named {name} below {self.root}")
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
 def text_of(path: Path, problems: list[Problem]) -> str:
-    """Raises UserError for a file that cannot be read."""
+    """Read a text file; append decoding problems to `problems`.
+
+    Raises UserError for a file that cannot be read.
+    """
     try:
         text, found = decode(str(path), path.read_bytes())
     except OSError as error:
@@ -90,24 +99,27 @@ def text_of(path: Path, problems: list[Problem]) -> str:
 
 
 def read_json(path: Path, problems: list[Problem]) -> Any:
-    """Raises UserError that names the line where the file stops being JSON."""
+    """Read a JSON file. Raises UserError with the line at which it is invalid."""
     try:
         return json.loads(text_of(path, problems))
     except json.JSONDecodeError as error:
         raise UserError(f"SOURCES: {path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
     except RecursionError as error:
-        raise UserError(f"SOURCES: {path}: JSON that is nested too deep") from error
+        raise UserError(f"SOURCES: {path}: the JSON is nested too deeply") from error
 
 
 def of_type(value: Any, kind: type, path: Path, what: str) -> Any:
-    """The value. Raises UserError where it is of another type than the published file has there."""
+    """Return the value. Raises UserError for another type than `kind`, which `what` describes."""
     if not isinstance(value, kind):
         raise UserError(f"SOURCES: {path}: expected {what}, found {type(value).__name__}")
     return value
 
 
 def read_json_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict]]:
-    """(FILE:LINE, object) of every line; a line that is none is a problem. Raises UserError where not one is."""
+    """Yield (FILE:LINE, object) per line; other lines become problems.
+
+    Raises UserError if no line is an object.
+    """
     bad: list[Problem] = []
     num_good = 0
     for place, line in read_lines(path, problems):
@@ -120,21 +132,24 @@ def read_json_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[str, 
             num_good += 1
             yield place, value
         else:
-            bad.append(Problem(place, "bad-line", f"no JSON object: {line[:200]}"))
+            bad.append(Problem(place, "bad-line", f"not a JSON object: {line[:200]}"))
     if bad and not num_good:
         raise UserError(f"SOURCES: {bad[0].location}: {bad[0].message}: expected one JSON object per line")
     problems.extend(bad)
 
 
 def read_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[str, str]]:
-    """(FILE:LINE, line without spaces around it) of every line that says something."""
+    """Yield (FILE:LINE, trimmed line) for every line that is not empty."""
     for number, line in enumerate(text_of(path, problems).split("\n"), 1):
         if line.strip():
             yield f"{path}:{number}", line.strip(" \r")
 
 
 def read_csv(path: Path, columns: tuple[str, ...], problems: list[Problem]) -> Iterator[tuple[str, dict[str, str]]]:
-    """(FILE:LINE, row) of a table with a header line. Raises UserError where it lacks one of these columns."""
+    """Yield (FILE:LINE, row) of a table with a header line.
+
+    Raises UserError if the table lacks one of these columns.
+    """
     reader = csv.DictReader(StringIO(text_of(path, problems)))
     try:
         missing = [name for name in columns if name not in (reader.fieldnames or ())]
@@ -144,28 +159,33 @@ def read_csv(path: Path, columns: tuple[str, ...], problems: list[Problem]) -> I
         for row in reader:
             place = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
-                problems.append(Problem(place, "bad-line", "another number of columns than the header has"))
+                problems.append(Problem(place, "bad-line", "the line has another number of columns than the header"))
             else:
                 yield place, row
     except csv.Error as error:
-        raise UserError(f"SOURCES: {path}:{reader.line_num}: no table: {error}") from error
+        raise UserError(f"SOURCES: {path}:{reader.line_num}: not a CSV table: {error}") from error
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """Reads containers, strings and numbers. What names a class or a function, as code in a pickle must, is refused.
+    """Unpickler for containers, strings and numbers only.
 
-    It is Python's reader written in Python: the one in C takes memory for as many entries as a pickle claims to have.
+    It refuses classes and functions, without which no code can run.
+
+    It derives from Python's pure-Python unpickler: the one in C allocates as many entries as a pickle claims to have.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
+        raise pickle.UnpicklingError(f"it refers to the class or function {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to objects outside of itself")
+        raise pickle.UnpicklingError("it refers to objects outside of the file")
 
 
 def read_pickle(path: Path) -> Any:
-    """A pickle of plain containers, strings and numbers; nothing in it is run. Raises UserError for any other."""
+    """Read a pickle of plain containers, strings and numbers without running code.
+
+    Raises UserError for any other pickle.
+    """
     try:
         return _PlainUnpickler(BytesIO(path.read_bytes()), encoding="utf-8").load()
     except (
@@ -181,6 +201,6 @@ def read_pickle(path: Path) -> Any:
         RecursionError,
         TypeError,
         ValueError,
-    ) as error:  # all that the reader raises for bytes that are no pickle
+    ) as error:  # everything that the unpickler raises for invalid bytes
         reason = str(error) or type(error).__name__
-        raise UserError(f"SOURCES: {path} is no pickle of plain lists and strings: {reason}") from error
+        raise UserError(f"SOURCES: {path} is not a pickle of plain lists and strings: {reason}") from error

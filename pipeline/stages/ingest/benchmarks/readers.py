@@ -1,8 +1,8 @@
-"""The published annotation files of the retrieval benchmarks, each read into `Annotations`.
+"""Readers of the retrieval benchmarks' published annotation files; each fills an `Annotations`.
 
-Which videos and texts a benchmark's protocol uses is the reader's business: afterwards every text of a video is one of
-its reference texts, and `split` says what it is for. Where the original files are missing, the lists that CLIP-ViP's
-configurations name (JSON lines of clip_id and text) are taken. Layouts and protocols: docs/benchmarks.md.
+A reader selects the videos and texts that the benchmark's protocol uses: every text it adds is a reference text of its
+video, and `split` says for which purpose. If the original files are missing, the lists that CLIP-ViP's configurations
+name (JSON lines of clip_id and text) are read instead. Files are untrusted. Layouts and protocols: docs/benchmarks.md.
 """
 
 import math
@@ -25,11 +25,11 @@ from pipeline.stages.ingest.benchmarks.folder import (
 from pipeline.stages.ingest.list_files import is_unicode
 
 Reader = Callable[[Folder, Annotations], None]
-Names = dict[str, tuple[str, ...]]  # split → file names, the first that is there is read
-Rows = list[tuple[str, dict]]  # (place, object) of a JSON list
+Names = dict[str, tuple[str, ...]]  # split → file names; the first that exists is read
+Rows = list[tuple[str, dict]]  # (location, object) of a JSON list
 
-DIDEMO_SEGMENT_S = 5.0  # annotators chose among pieces of this length …
-DIDEMO_END_S = 31.0  # … of what they saw of a video; the bound is CLIP4Clip's
+DIDEMO_SEGMENT_S = 5.0  # annotators chose among segments of this length …
+DIDEMO_END_S = 31.0  # … in the part of a video that they saw; the bound is CLIP4Clip's
 MSRVTT_EXTRA = {"category": "category", "url": "source_url", "start time": "start_s", "end time": "end_s"}
 LISTS: Names = {split: (f"{split}_list.txt",) for split in ("train", "val", "test")}
 
@@ -38,7 +38,10 @@ LISTS: Names = {split: (f"{split}_list.txt",) for split in ("train", "val", "tes
 
 
 def msrvtt_1ka(train_csv: str, train_jsonl: str | None) -> Reader:
-    """Training videos with all their sentences; of the 1k-A test videos the one sentence that the csv chose."""
+    """Make a reader of MSR-VTT's 1k-A split.
+
+    Training videos have all their sentences, test videos only the one that the csv selects.
+    """
     test: Names = {"test": ("MSRVTT_JSFUSION_test.csv", "test1ka.jsonl")}
     train: Names = {"train": (train_csv, train_jsonl) if train_jsonl else (train_csv,)}
 
@@ -61,7 +64,7 @@ def msrvtt_1ka(train_csv: str, train_jsonl: str | None) -> Reader:
 
 
 def msrvtt_full(folder: Folder, found: Annotations) -> None:
-    """The split of the data file itself: train, val, test, all sentences everywhere."""
+    """Read the splits of the data file itself (train, val, test), each with all sentences."""
     data = _msrvtt_data(folder, found)
     for videos, _ in data:
         for place, video in videos:
@@ -69,33 +72,37 @@ def msrvtt_full(folder: Folder, found: Annotations) -> None:
             if split in ("train", "validate", "test"):
                 found.add_video(video.get("video_id"), "val" if split == "validate" else split, place)
             else:
-                found.problem(place, "bad-line", f"split is {split!r}; allowed: train, validate, test")
+                found.problem(place, "bad-line", f"split is {split!r}; expected train, validate or test")
     _add_sentences(data, found, wanted=None)
 
 
 def _add_sentences(data: list[tuple[Rows, Rows]], found: Annotations, wanted: str | None) -> None:
-    """Sentences of the videos of a split (None: of all); of other videos that the data file lists nothing is taken."""
+    """Add the sentences of a split's videos (None: of all splits).
+
+    Sentences of other videos in the data file are skipped.
+    """
     for videos, sentences in data:
         listed = {str(row.get("video_id")) for _, row in videos}
         for _, row in videos:
             if row.get("video_id") in found:
                 kept = {name: row.get(column) for column, name in MSRVTT_EXTRA.items()}
-                found[row["video_id"]].extra |= {name: value for name, value in kept.items() if _is_plain(value)}
+                found[row["video_id"]].extra |= {name: value for name, value in kept.items() if _is_json_scalar(value)}
         for place, row in sentences:
             video = row.get("video_id")
             if video in found:
-                if wanted in (None, found[video].split):  # else tested with the one sentence that its list has
+                if wanted in (None, found[video].split):  # else a test video, which has the one sentence of its list
                     found.add_text(video, row.get("caption"), f"{place}/caption")
             elif str(video) not in listed:  # else a video that the protocol does not use
                 found.unknown(video, place)
 
 
 def _msrvtt_data(folder: Folder, found: Annotations) -> list[tuple[Rows, Rows]]:
-    """(videos, sentences) of the one data file, or of each of the two that were published before it."""
+    """Return (videos, sentences) of the single data file, or of each of the two earlier files."""
     names = ("MSRVTT_data.json", "train_val_videodatainfo.json", "test_videodatainfo.json")
     paths = [path for path in map(folder.file, names) if path]
     if not paths:
-        raise UserError(f"SOURCES: {folder.argument}: needs {names[0]}, or {names[1]} and {names[2]}; none is there")
+        needed = f"{names[0]}, or {names[1]} and {names[2]}"
+        raise UserError(f"SOURCES: {folder.argument}: no annotation file found; it needs {needed}")
     if paths[0].name == names[0]:
         paths = paths[:1]
     tables = []
@@ -111,17 +118,18 @@ def _msrvtt_data(folder: Folder, found: Annotations) -> list[tuple[Rows, Rows]]:
 
 
 def msvd(folder: Folder, found: Annotations) -> None:
-    """Lists of videos by split, and about forty sentences for each."""
+    """Read lists of videos by split, and about forty sentences for each video."""
     _read_lists(_files(folder, LISTS), found)
     names = ("raw-captions.pkl", "AllVideoDescriptions.txt", "video_corpus.csv", "MSR Video Description Corpus.csv")
     path = folder.file(*names)
     if path is None:
-        raise UserError(f"SOURCES: {folder.argument}: needs one of {', '.join(names)}; none is there")
+        needed = f"one of {', '.join(names)}"
+        raise UserError(f"SOURCES: {folder.argument}: no annotation file found; it needs {needed}")
     {".pkl": _read_msvd_pickle, ".txt": _read_msvd_text, ".csv": _read_msvd_csv}[path.suffix](path, found)
 
 
 def _read_msvd_pickle(path: Path, found: Annotations) -> None:
-    """{video: [[word, …], …]}; a sentence may also be a string."""
+    """Read {video: [[word, …], …]}; a sentence may also be a string."""
     for video, sentences in of_type(read_pickle(path), dict, path, "a dict of video to sentences").items():
         for n, sentence in enumerate(of_type(sentences, list, path, f"a list of sentences for {video!r}")):
             words = isinstance(sentence, list | tuple) and all(isinstance(word, str) for word in sentence)
@@ -129,7 +137,7 @@ def _read_msvd_pickle(path: Path, found: Annotations) -> None:
 
 
 def _read_msvd_text(path: Path, found: Annotations) -> None:
-    """A line per sentence: the video's name, a space, the sentence; lines that start with # are remarks."""
+    """Read lines of a video's name, a space and a sentence; lines that start with # are comments."""
     for place, line in read_lines(path, found.problems):
         if not line.startswith("#"):
             video, _, sentence = line.partition(" ")
@@ -137,7 +145,10 @@ def _read_msvd_text(path: Path, found: Annotations) -> None:
 
 
 def _read_msvd_csv(path: Path, found: Annotations) -> None:
-    """The corpus as collected, in many languages: English is taken. A video is called VideoID_Start_End."""
+    """Read the English rows of the corpus as collected, in many languages.
+
+    Videos are named VideoID_Start_End.
+    """
     for place, row in read_csv(path, ("VideoID", "Start", "End", "Language", "Description"), found.problems):
         if row["Language"] == "English":
             found.add_text(f"{row['VideoID']}_{row['Start']}_{row['End']}", row["Description"], f"{place}#Description")
@@ -147,7 +158,10 @@ def _read_msvd_csv(path: Path, found: Annotations) -> None:
 
 
 def lsmdc(folder: Folder, found: Annotations) -> None:
-    """A line per sentence and clip; a clip may have several. The retrieval test is the challenge's 1,000 clips."""
+    """Read one line per sentence and clip; a clip may have several.
+
+    The test split is the challenge's 1,000 clips.
+    """
     names: Names = {
         "train": ("LSMDC16_annos_training.csv", "train_101k_frame.jsonl"),
         "val": ("LSMDC16_annos_val.csv",),
@@ -160,7 +174,7 @@ def lsmdc(folder: Folder, found: Annotations) -> None:
         for place, line in read_lines(path, found.problems):
             columns = line.split("\t")
             if len(columns) != 6:
-                found.problem(place, "bad-line", f"{len(columns)} columns instead of 6 with tabs between them")
+                found.problem(place, "bad-line", f"{len(columns)} columns instead of 6 separated by tabs")
             elif found.add_video(columns[0], split, place):
                 found.add_text(columns[0], columns[5], f"{place}#sentence")
 
@@ -169,7 +183,10 @@ def lsmdc(folder: Folder, found: Annotations) -> None:
 
 
 def didemo(folder: Folder, found: Annotations) -> None:
-    """A paragraph per video: its descriptions in the file's order. The clip is what annotators saw, at most 31 s."""
+    """Read one paragraph per video: its descriptions in the file's order.
+
+    The clip is the part that annotators saw, at most 31 s.
+    """
     names: Names = {split: (f"{split}_data.json", f"{split}.jsonl") for split in LISTS}
     for entry, rows in _read_didemo(folder, names, found):
         _add_paragraph(entry, [(row.get("description"), f"{place}/description") for place, row in rows], found)
@@ -178,13 +195,14 @@ def didemo(folder: Folder, found: Annotations) -> None:
 
 
 def didemo_moments(folder: Folder, found: Annotations) -> None:
-    """A clip per description: the pieces that most annotators chose, of several such the first named."""
+    """Read one clip per description: the segments chosen by most annotators, in a tie those named first."""
     names: Names = {split: (f"{split}_data.json",) for split in LISTS}
     for entry, rows in _read_didemo(folder, names, found):
         for n, (place, row) in enumerate(rows):
             times = row.get("times")
             if not isinstance(times, list) or not times or not all(map(_is_pair, times)):
-                found.problem(f"{place}/times", "bad-span", f"{entry.video}: no [first, last] pieces: {times!r}")
+                message = f"{entry.video}: expected a list of [first, last] segments, found {times!r}"
+                found.problem(f"{place}/times", "bad-span", message)
                 continue
             first, last = Counter(map(tuple, times)).most_common(1)[0][0]
             span = (first * DIDEMO_SEGMENT_S, (last + 1) * DIDEMO_SEGMENT_S)
@@ -192,7 +210,7 @@ def didemo_moments(folder: Folder, found: Annotations) -> None:
 
 
 def _read_didemo(folder: Folder, names: Names, found: Annotations) -> list[tuple[Entry, Rows]]:
-    """Each video with its descriptions. A list of a split's videos, where there is one, decides which are taken."""
+    """Return the videos with their descriptions; a list of a split's videos, if it exists, selects them."""
     lists = _files(folder, LISTS, needed=False)
     videos: dict[str, Rows] = {}
     for split, path in _files(folder, names).items():
@@ -206,7 +224,7 @@ def _read_didemo(folder: Folder, names: Names, found: Annotations) -> list[tuple
             video = row.get("video")
             if split not in lists:
                 found.add_video(video, split, place)
-            if video in found:  # else left out by the list
+            if video in found:  # else the list leaves it out
                 videos.setdefault(video, []).append((place, row))
     return [(found[video], rows) for video, rows in videos.items()]
 
@@ -215,7 +233,7 @@ def _read_didemo(folder: Folder, names: Names, found: Annotations) -> list[tuple
 
 
 def activitynet(folder: Folder, found: Annotations) -> None:
-    """A paragraph per video: its sentences in the file's order."""
+    """Read one paragraph per video: its sentences in the file's order."""
     names: Names = {"train": ("train.json", "train.jsonl"), "val1": ("val_1.json", "val1.jsonl")}
     for entry, path, value in _read_activitynet(folder, names, found):
         sentences = enumerate(value["sentences"])
@@ -224,24 +242,27 @@ def activitynet(folder: Folder, found: Annotations) -> None:
 
 
 def activitynet_moments(folder: Folder, found: Annotations) -> None:
-    """A clip per sentence and its timestamps."""
+    """Read one clip per sentence, at the sentence's timestamps."""
     for entry, path, value in _read_activitynet(folder, {"train": ("train.json",), "val1": ("val_1.json",)}, found):
         times, sentences = value.get("timestamps"), value["sentences"]
         if not isinstance(times, list) or len(times) != len(sentences):
-            found.problem(f"{path}#/{entry.video}/timestamps", "bad-span", f"not {len(sentences)} timestamps")
+            message = f"expected {len(sentences)} timestamps, one per sentence"
+            found.problem(f"{path}#/{entry.video}/timestamps", "bad-span", message)
             continue
         for n, (pair, sentence) in enumerate(zip(times, sentences, strict=True)):
             place = f"{path}#/{entry.video}/sentences/{n}"
             if _is_pair(pair):
                 _add_moment(entry, n, (float(pair[0]), float(pair[1])), sentence, place, found)
             else:
-                found.problem(place, "bad-span", f"no [start, end] in seconds: {pair!r}")
+                found.problem(place, "bad-span", f"expected [start, end] in seconds, found {pair!r}")
 
 
 def _read_activitynet(folder: Folder, names: Names, found: Annotations) -> list[tuple[Entry, Path, dict]]:
-    """The videos of train.json and val_1.json (those that train_ids.json and val_ids.json name, where they are there).
+    """Return the videos of train.json and val_1.json.
 
-    val_2.json describes the videos of val_1.json once more, by other people: it is not read.
+    The lists train_ids.json and val_ids.json, if they exist, select among them.
+
+    val_2.json is not read: it describes the videos of val_1.json again, in other annotators' words.
     """
     lists = _files(folder, {"train": ("train_ids.json",), "val1": ("val_ids.json",)}, needed=False)
     videos = []
@@ -260,7 +281,7 @@ def _read_activitynet(folder: Folder, names: Names, found: Annotations) -> list[
             if entry and isinstance(value, dict) and isinstance(value.get("sentences"), list):
                 videos.append((entry, path, value))
             elif entry:
-                found.problem(f"{path}#/{video}/sentences", "bad-line", "no list of sentences")
+                found.problem(f"{path}#/{video}/sentences", "bad-line", "expected a list of sentences")
     return videos
 
 
@@ -268,7 +289,10 @@ def _read_activitynet(folder: Folder, names: Names, found: Annotations) -> list[
 
 
 def vatex(captions: str) -> Reader:
-    """Ten sentences a video, in English (enCap) or Chinese (chCap). A video is called YouTubeID_start_end."""
+    """Make a reader of ten sentences per video, in English (enCap) or Chinese (chCap).
+
+    Videos are named YouTubeID_start_end.
+    """
     names: Names = {"train": ("vatex_training_v1.0.json",), "val": ("vatex_validation_v1.0.json",)}
     if captions == "enCap":
         names["test"] = ("vatex_public_test_english_v1.1.json",)
@@ -281,10 +305,10 @@ def vatex(captions: str) -> Reader:
             for place, row in _objects(rows, f"{path}#", found):
                 video = row.get("videoID")
                 if lists and video not in found or not lists and not found.add_video(video, split, place):
-                    continue  # left out by the lists, or no name
+                    continue  # the lists leave it out, or the name is invalid
                 sentences = row.get(captions)
                 if not isinstance(sentences, list):
-                    found.problem(f"{place}/{captions}", "bad-line", f"{video}: no list {captions}")
+                    found.problem(f"{place}/{captions}", "bad-line", f"{video}: expected a list {captions}")
                     continue
                 for k, sentence in enumerate(sentences):
                     found.add_text(video, sentence, f"{place}/{captions}/{k}")
@@ -292,30 +316,30 @@ def vatex(captions: str) -> Reader:
     return read
 
 
-# --- what they share ------------------------------------------------------------------------------------------------
+# --- shared by the readers ------------------------------------------------------------------------------------------
 
 
 def _files(folder: Folder, names: Names, needed: bool = True) -> dict[str, Path]:
-    """Split → its file, of the splits that have one. Raises UserError where none has and one is needed."""
+    """Return the existing files by split. Raises UserError if `needed` and there is none."""
     paths = {split: path for split, wanted in names.items() if (path := folder.file(*wanted))}
     if needed and not paths:
         allowed = ", ".join(" or ".join(wanted) for wanted in names.values())
-        raise UserError(f"SOURCES: {folder.argument}: none of its annotation files is there; it reads {allowed}")
+        raise UserError(f"SOURCES: {folder.argument}: no annotation file found; it needs {allowed}")
     return paths
 
 
 def _read_lists(paths: dict[str, Path], found: Annotations) -> None:
-    """Files with a video's name on every line."""
+    """Add the videos of files with one name per line."""
     for split, path in paths.items():
         for place, video in read_lines(path, found.problems):
             found.add_video(video, split, place)
 
 
 def _read_clip_vip(path: Path, split: str, found: Annotations, paragraph: bool) -> None:
-    """{"clip_id": …, "text": a string or several} per line, as CLIP-ViP's own data loader takes them."""
+    """Read lines of {"clip_id": …, "text": a string or several}, the format of CLIP-ViP's own data loader."""
     for place, row in read_json_lines(path, found.problems):
         name, texts = row.get("clip_id"), row.get("text")
-        name = name.rpartition("/")[2] if isinstance(name, str) else name  # LSMDC's are MOVIE/CLIP
+        name = name.rpartition("/")[2] if isinstance(name, str) else name  # LSMDC's names are MOVIE/CLIP
         entry = found.add_video(name, split, place)
         if entry is None:
             continue
@@ -328,15 +352,15 @@ def _read_clip_vip(path: Path, split: str, found: Annotations, paragraph: bool) 
 
 
 def _objects(rows: list, where: str, found: Annotations) -> Rows:
-    """The rows with their places; a row that is no object is a problem."""
+    """Return the rows that are objects, with their locations; the others become problems."""
     for n, row in enumerate(rows):
         if not isinstance(row, dict):
-            found.problem(f"{where}/{n}", "bad-line", f"no object: {row!r}")
+            found.problem(f"{where}/{n}", "bad-line", f"not a JSON object: {row!r}")
     return [(f"{where}/{n}", row) for n, row in enumerate(rows) if isinstance(row, dict)]
 
 
 def _add_paragraph(entry: Entry, pieces: list[tuple[Any, str]], found: Annotations) -> None:
-    """(text, place) of a video's sentences as one text, a space between them."""
+    """Add a video's sentences, given as (text, location), as one text separated by spaces."""
     before = len(entry.texts)
     for text, place in pieces:
         found.add_text(entry.video, text, place)
@@ -347,9 +371,12 @@ def _add_paragraph(entry: Entry, pieces: list[tuple[Any, str]], found: Annotatio
 
 
 def _add_moment(entry: Entry, n: int, span: tuple[float, float], text: Any, place: str, found: Annotations) -> None:
-    """A clip of its own for a sentence, numbered by the sentence's place, whatever becomes of others."""
+    """Add a clip with one sentence.
+
+    `n` is the sentence's position in the file, which bad sentences do not shift.
+    """
     if not 0 <= span[0] < span[1]:
-        found.problem(place, "bad-span", f"{entry.video}: from {span[0]} to {span[1]} s")
+        found.problem(place, "bad-span", f"{entry.video}: the span from {span[0]} to {span[1]} s is not valid")
         return
     before = len(entry.texts)
     found.add_text(entry.video, text, place, clip=n)
@@ -357,8 +384,8 @@ def _add_moment(entry: Entry, n: int, span: tuple[float, float], text: Any, plac
         entry.spans[n] = span
 
 
-def _is_plain(value: Any) -> bool:
-    """A number or a text that JSON can hold."""
+def _is_json_scalar(value: Any) -> bool:
+    """Return True for a number or a text that can be written as JSON in UTF-8."""
     return (type(value) in (int, float) and math.isfinite(value)) or (isinstance(value, str) and is_unicode(value))
 
 

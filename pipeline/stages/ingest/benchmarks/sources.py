@@ -1,9 +1,11 @@
-"""A benchmark's folder as sources: `msrvtt:FOLDER` among the arguments of a build.
+"""Benchmark folders as sources: `msrvtt:FOLDER` among the arguments of a build.
 
-1. A reader (`readers` beside this file) takes from the published annotation files what their protocol uses.
-2. Every video they name is looked for in the folder. One that is not there, or has no text, is a problem, counted and
-   recorded; nothing takes its place.
-3. The rest are rows of a source list like any other: file, id, split, given spans, reference texts.
+Folder and files are untrusted.
+
+1. A reader (`readers` beside this file) takes from the published annotation files what the protocol uses.
+2. Every video that they name is looked up in the folder. A video that is missing or has no text is recorded as a
+   problem and not replaced.
+3. The others are rows of a source list like any other: file, id, split, given spans, reference texts.
 """
 
 import hashlib
@@ -27,16 +29,16 @@ _FIELDS = ("location", "url", "source_id", "video_id", "split", "texts", "spans"
 
 
 def is_benchmark(argument: str) -> bool:
-    """Whether an argument is NAME:FOLDER with the name of a benchmark that can be read."""
+    """Return True for an argument NAME:FOLDER with the name of a known benchmark."""
     name, colon, folder = argument.partition(":")
     return bool(colon and folder) and name in READERS
 
 
 def read_benchmark(argument: str) -> tuple[pa.Table, list[Problem]]:
-    """The sources of NAME:FOLDER as strings (`_FIELDS`, with `line`), and what could not be used.
+    """Read NAME:FOLDER; return (table of strings with the columns `line` and `_FIELDS`, problems).
 
-    Raises UserError for a folder without annotation files or without a single one of their videos, and for files that
-    are torn or something else.
+    Raises UserError for a folder without annotation files or without any of their videos, and for files that are
+    truncated or of another format.
     """
     name, _, path = argument.partition(":")
     folder, found = Folder(argument, Path(path).absolute()), Annotations()
@@ -54,12 +56,14 @@ def _require_some(argument: str, folder: Folder, found: Annotations) -> None:
         raise UserError(f"SOURCES: {argument}: its annotation files name no video{first}")
     if sum(problem.error_class == "missing-video" for problem in found.problems) == len(found):
         raise UserError(
-            f"SOURCES: {argument}: none of its {len(found):,} videos is below {folder.root}, {next(iter(found)).video} "
-            "for one. Put them beside the annotation files or into a folder videos/ there."
+            f"SOURCES: {argument}: none of its {len(found):,} videos is below {folder.root}, "
+            f"{next(iter(found)).video} for example. Put them beside the annotation files, or into a folder videos/ "
+            "there."
         )
 
 
 def _rows(name: str, folder: Folder, found: Annotations) -> Iterator[dict[str, str | None]]:
+    """Yield a row per video with a file of its own and at least one text; the others become problems."""
     taken: dict[Path, str] = {}
     for entry in found:
         try:
@@ -69,15 +73,18 @@ def _rows(name: str, folder: Folder, found: Annotations) -> Iterator[dict[str, s
             continue
         other = taken.setdefault(path, entry.video)
         if other != entry.video:
-            found.problem(entry.place, "ambiguous-video", f"{path} would be both {other} and {entry.video}")
+            found.problem(entry.place, "ambiguous-video", f"{path} is the file of both {other} and {entry.video}")
         elif not entry.texts:
-            found.problem(entry.place, "no-text", f"{entry.video}: no annotation file has a text for it")
+            found.problem(entry.place, "no-text", f"no annotation file has a text for {entry.video}")
         else:
             yield _row(name, path, entry)
 
 
 def _video_of(name: str, folder: Folder, video: str) -> Path:
-    """ActivityNet's ids are v_ and YouTube's; its files go by either. Raises ItemError."""
+    """Find a video's file. Raises ItemError.
+
+    ActivityNet's ids are "v_" and YouTube's id; its files may lack the "v_".
+    """
     try:
         return folder.video(video)
     except ItemError as error:
@@ -101,9 +108,11 @@ def _row(name: str, path: Path, entry: Entry) -> dict[str, str | None]:
 
 
 def _safe_id(video: str) -> str:
-    """The benchmark's own name where it may be an id, else what is safe of it and 10 hex digits of its hash.
+    """Return the benchmark's own name if it is a valid id.
 
-    A source's usual id would depend on where the folder lies, and results by id could not be compared.
+    Otherwise return its safe characters and 10 hex digits of its hash.
+
+    A source's usual id depends on the folder's path, so that results could not be compared by id.
     """
     if re.fullmatch(ID_PATTERN, video):
         return video
