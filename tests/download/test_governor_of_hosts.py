@@ -185,7 +185,7 @@ def test_a_long_download_keeps_its_lease():
 
 
 def test_a_failure_gives_the_host_back():
-    gov = HostRateLimiter(per_host=1)
+    gov, _ = governor(per_host=1)
     with pytest.raises(ZeroDivisionError), hold(gov, "a", "x") as slot:
         slot.penalty_s = 5
         1 / 0  # noqa: B018
