@@ -91,7 +91,7 @@ def _settings() -> Iterator[EditSettings]:
 def _prepared(demo: Path, folder: Path) -> tuple[Items, Teacher]:
     run = RunFolder(demo / "run").require()
     settings = resolve_edit(run.load().settings, None, [])
-    never = frozenset(Selection.open(run.root / EVAL_FILE).column("video_id").to_pylist())
+    never = frozenset(Selection(run.root / EVAL_FILE).column("video_id").to_pylist())
     freeze_items(folder / "clips.arrow", demo / "corpus", "", settings.edit, trains=False, never=never)
     weights = run.checkpoints.path(run.checkpoints.find_latest()) / "model.safetensors"
     return Items(folder / "clips.arrow"), Teacher(str(weights), settings)

@@ -144,7 +144,7 @@ def make_selection(folder: Path, clips: list[Clip], kind: str) -> Selection:
     }
     with pa.ipc.new_file(path, SELECTION.with_metadata(known)) as writer:
         writer.write_table(pa.Table.from_pylist(rows, SELECTION))
-    return Selection.open(path)
+    return Selection(path)
 
 
 def _sentence(random: np.random.Generator, num_words: int) -> str:

@@ -1,7 +1,7 @@
-"""The same training under Ray Train: as many processes as asked for, on this machine or on a cluster.
+"""Train under Ray Train: as many processes as asked for, on this machine or on a cluster.
 
-Ray places the processes, joins them, and starts them again when one dies; each of them calls `training.trainer.train`,
-which goes on from the run's last checkpoint. The run folder and the corpus must be where every node sees them.
+Ray places the processes, joins them, and restarts them when one dies; each calls `training.trainer.train`, which
+resumes from the run's last checkpoint. Every node must see the run folder and the corpus under the same path.
 """
 
 import os
@@ -15,21 +15,22 @@ from training.run.folder import RunFolder
 from training.run.setup import Request, requested_settings
 from training.trainer import Report, train
 
-MAX_RESTARTS = 3  # after workers or nodes have died; a run that kills its workers must end some time
+MAX_RESTARTS = 3  # after workers or nodes died; a run that kills its workers must end at some point
 
 
 def train_on_ray(request: Request, num_workers: int, address: str | None = None) -> Report:
-    """Raises UserError for the user's mistakes, and where workers died more often than `MAX_RESTARTS`.
+    """Train a run with `num_workers` processes. Raises UserError, also if workers die more than `MAX_RESTARTS` times.
 
-    address  of a cluster, as for builds; None: the surrounding one or RAY_ADDRESS, else Ray starts on this machine
+    address  address of a Ray cluster; None: the surrounding one or RAY_ADDRESS, else Ray starts on this machine
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage reports to Ray's makers
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    device = requested_settings(request).train.device
-    RunFolder(request.run).create()  # before Ray writes there: a folder with only Ray's files would be taken for no run
+    folder = RunFolder(request.run)
+    device = requested_settings(request, folder).train.device
+    folder.create()  # before Ray writes there: a folder that holds only Ray's files would be refused as not a run
     started = not ray.is_initialized()
     if started:
         _start(address, num_workers)
@@ -46,7 +47,8 @@ def train_on_ray(request: Request, num_workers: int, address: str | None = None)
         )
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise UserError(f"training on Ray has failed: {_last_line(error)}") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(f"training on Ray failed: {lines[-1]}") from error
     finally:
         if started:
             ray.shutdown()
@@ -57,23 +59,20 @@ def train_on_ray(request: Request, num_workers: int, address: str | None = None)
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """One training process: its report as plain values, or the mistake that all of them have met."""
+    """Run one training process; return its report as plain values, or the mistake that all of them have met."""
     import ray.train
 
     os.environ["LOCAL_WORLD_SIZE"] = str(ray.train.get_context().get_local_world_size())
     request = dict(config["request"])
-    request |= {name: tuple(map(_tuple, request[name])) for name in ("assignments", "tables")}
+    request["assignments"] = tuple(request["assignments"])  # Ray turns tuples into lists
+    request["tables"] = tuple(map(tuple, request["tables"]))
     try:
         report = train(Request(**request))
         return asdict(report) | {"run": str(report.run)}
     except LoaderError:
-        raise  # Ray ends the others, which wait for this one
+        raise  # only this process has met it: Ray has to end the others, which wait for this one
     except UserError as error:
         return {"mistake": str(error)}
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _start(address: str | None, num_workers: int) -> None:
@@ -82,10 +81,5 @@ def _start(address: str | None, num_workers: int) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, logging_level="ERROR")
-    else:  # workers are processes that share this machine: as many as asked for, whatever it has
+    else:  # as many workers as asked for share this machine, however many cores it has
         ray.init(num_cpus=max(num_workers + 1, os.cpu_count() or 1), include_dashboard=False, logging_level="ERROR")
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

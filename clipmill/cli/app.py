@@ -318,9 +318,9 @@ def evaluate(
     if format not in ("table", "json"):
         raise UserError(f"--format {format}: choose table or json.")
     metrics = run_eval(
-        run,
-        model,
-        corpus,
+        run=run,
+        model=model,
+        corpus=corpus,
         recipe=recipe,
         select=select,
         where=where,

@@ -136,7 +136,7 @@ def _of_run(run: RunFolder, corpus: Path, request: EditRequest) -> tuple[EditRun
     if Path(record.corpus) != corpus:
         return settings, "", frozenset()
     measured = run.root / EVAL_FILE
-    never = Selection.open(measured).column("video_id").to_pylist() if measured.exists() else []
+    never = Selection(measured).column("video_id").to_pylist() if measured.exists() else []
     return settings, settings.data.where, frozenset(never)
 
 

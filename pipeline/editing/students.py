@@ -101,7 +101,7 @@ class Students:
         for of_one in weights:
             with join(settings.train.device) as process:
                 model = models.read(of_one, settings.model, settings.data.seed).to(process.device)
-                recalls.append(evaluate(model, Selection.open(path), settings, process)["t2v"]["r1"])
+                recalls.append(evaluate(model, Selection(path), settings, process)["t2v"]["r1"])
         return float(np.mean(recalls))
 
     def _weights(self, round_number: int, fold: int | None) -> Path:

@@ -163,7 +163,7 @@ def test_a_round_without_improvement_is_taken_back_exactly(numbered, tmp_path, s
 def read_as(corpus: Path, folder: Path, which: str | int) -> dict[str, tuple[float, float]]:
     """The boundaries that training reads, of clips that were edited."""
     freeze_run(folder, corpus, DataSettings(edits=which), EvalSettings())
-    selection = Selection.open(folder / "selection.arrow")
+    selection = Selection(folder / "selection.arrow")
     sql = "SELECT tar, mp4_offset, span_start_s, span_end_s FROM {} "
     places = [row for table in ("edited_clips", "clips") for row in rows(corpus, sql.format(table))]
     spans = {(row["tar"], row["mp4_offset"]): (row["span_start_s"], row["span_end_s"]) for row in places}
@@ -247,7 +247,7 @@ def test_the_command_edits_trains_a_student_and_its_clips_train_a_run(numbered, 
     assert "round 1, " in told and "student validation R@1" in told
     [warm_up, played] = rows(corpus, "SELECT * FROM edit_rounds ORDER BY round")
     assert played["outcome"] == ("kept" if played["validation"] > warm_up["validation"] else "rolled-back")
-    student = Selection.open(out / "round-01" / "selection.arrow")
+    student = Selection(out / "round-01" / "selection.arrow")
     accepted = {row["clip_id"] for row in edits(corpus) if row["accepted"]}
     table = student.take(range(student.num_clips)).to_pylist()
     assert {row["clip_id"] for row in table if row["shard"].startswith("clips/edit-")} == accepted

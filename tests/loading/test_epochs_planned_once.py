@@ -22,7 +22,7 @@ def selection(tmp_path_factory):
     folder = tmp_path_factory.mktemp("epochs")
     make_manifest(folder / "manifest.duckdb", 900)
     freeze(folder / "selection.arrow", folder)
-    return Selection.open(folder / "selection.arrow")
+    return Selection(folder / "selection.arrow")
 
 
 def epochs_of(selection, folder, batch_size=16, **data):
@@ -82,7 +82,7 @@ def test_a_batch_that_the_selection_cannot_fill_names_the_settings(selection, tm
 
 def test_another_selection_has_another_order(selection, tmp_path):
     freeze(tmp_path / "other.arrow", selection.root, "num_words > 5")
-    other = plan_spec(Selection.open(tmp_path / "other.arrow"), DataSettings(), 16)
+    other = plan_spec(Selection(tmp_path / "other.arrow"), DataSettings(), 16)
     assert other.fingerprint != plan_spec(selection, DataSettings(), 16).fingerprint
     assert plan_spec(selection, DataSettings(apart=()), 16).groups_hash == ""
 
@@ -155,7 +155,7 @@ def test_epochs_long_past_are_removed(selection, tmp_path):
 
 def test_a_selection_that_changed_under_the_plan_is_noticed(selection, tmp_path):
     freeze(tmp_path / "s.arrow", selection.root)
-    epochs = epochs_of(Selection.open(tmp_path / "s.arrow"), tmp_path)
+    epochs = epochs_of(Selection(tmp_path / "s.arrow"), tmp_path)
     freeze(tmp_path / "s.arrow", selection.root, "num_words > 5")
     with pytest.raises(UserError, match="s.arrow"):
         epochs.rows(0)

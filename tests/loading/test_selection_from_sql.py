@@ -39,7 +39,7 @@ def ask(corpus, sql):
 
 def frozen(path, corpus, where="", **options):
     freeze(path, corpus, where, **options)
-    return Selection.open(path)
+    return Selection(path)
 
 
 # --- Which clips
@@ -174,7 +174,7 @@ def test_a_recaptioned_corpus_is_used_without_packing_again(corpus, tmp_path):
     publish_samples(corpus)
     after = frozen(tmp_path / "after.arrow", corpus)
     assert after.column("caption").to_pylist() == texts["caption"].to_pylist()
-    assert Selection.open(tmp_path / "before.arrow").column("caption").to_pylist() != texts["caption"].to_pylist()
+    assert Selection(tmp_path / "before.arrow").column("caption").to_pylist() != texts["caption"].to_pylist()
     assert after.hash == before.hash  # the order of training does not hang on texts
     assert tars == {path: path.read_bytes() for path in tars}
 

@@ -120,7 +120,7 @@ def test_verify_reads_shards_and_keeps_none(stored, machine):
 def reader_of(corpus, folder: Path) -> SampleReader:
     freeze(folder / "selection.arrow", corpus)
     data = DataSettings(num_frames=2, apart=())
-    return SampleReader(Selection.open(folder / "selection.arrow"), data, TextEncoder(WORDS, MAX_TOKENS), SIZE)
+    return SampleReader(Selection(folder / "selection.arrow"), data, TextEncoder(WORDS, MAX_TOKENS), SIZE)
 
 
 def test_training_reads_it_by_ranges_on_a_machine_that_has_nothing(stored, whole, tmp_path, machine, server):

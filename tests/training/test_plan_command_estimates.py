@@ -47,9 +47,9 @@ def found(corpus, settings):
 
 def test_it_counts_what_the_run_then_has(corpus, settings, found, tmp_path):
     training, held_out = freeze_run(tmp_path, corpus, settings.data, settings.eval)
-    selection = Selection.open(tmp_path / SELECTION_FILE)
+    selection = Selection(tmp_path / SELECTION_FILE)
     assert found.data.num_clips == selection.num_clips == training.num_clips
-    assert found.data.num_held_out == Selection.open(tmp_path / EVAL_FILE).num_clips == held_out.num_clips
+    assert found.data.num_held_out == Selection(tmp_path / EVAL_FILE).num_clips == held_out.num_clips
     assert found.data.num_excluded == training.num_excluded > 0
     assert found.data.num_shards == len(set(selection.column("shard").to_pylist()))
     assert found.data.read_bytes == sum(selection.column("mp4_bytes").to_pylist())
@@ -61,7 +61,7 @@ def test_it_counts_what_the_run_then_has(corpus, settings, found, tmp_path):
 
 def test_its_steps_and_files_are_those_of_the_run(corpus, settings, found, tmp_path):
     freeze_run(tmp_path, corpus, settings.data, settings.eval)
-    selection = Selection.open(tmp_path / SELECTION_FILE)
+    selection = Selection(tmp_path / SELECTION_FILE)
     spec = plan_spec(selection, settings.data, settings.train.batch_size)
     epochs = Epochs(tmp_path, spec, selection.path, settings.data.apart)
     said = epochs.describe(0)

@@ -38,7 +38,7 @@ def corpus(whole, tmp_path):
 
 def open_reader(corpus) -> SampleReader:
     data = DataSettings(num_frames=2, apart=())
-    return SampleReader(Selection.open(corpus.parent / "selection.arrow"), data, TextEncoder(WORDS, MAX_TOKENS), SIZE)
+    return SampleReader(Selection(corpus.parent / "selection.arrow"), data, TextEncoder(WORDS, MAX_TOKENS), SIZE)
 
 
 def rows_of(reader: SampleReader, *video_ids: str) -> list[int]:
@@ -68,7 +68,7 @@ def test_a_running_run_skips_it_from_then_on(corpus):
 
 def test_what_moved_when_the_corpus_was_compacted_is_found_again(corpus):
     before = read_all(open_reader(corpus))
-    old = Selection.open(corpus.parent / "selection.arrow").column("mp4_offset").to_pylist()
+    old = Selection(corpus.parent / "selection.arrow").column("mp4_offset").to_pylist()
     forget(corpus, find(corpus, ["video-b"], [], None), None)
     compact(corpus)
     reader = open_reader(corpus)
@@ -79,7 +79,7 @@ def test_what_moved_when_the_corpus_was_compacted_is_found_again(corpus):
     assert torch.equal(after.canvas.frames_BTSS3[kept], before.canvas.frames_BTSS3[kept])
     assert torch.equal(after.canvas.stills_B1SS3[kept], before.canvas.stills_B1SS3[kept])
     freeze(corpus.parent / "anew.arrow", corpus)
-    now = Selection.open(corpus.parent / "anew.arrow")
+    now = Selection(corpus.parent / "anew.arrow")
     moved = dict(zip(now.column("clip_id").to_pylist(), now.column("mp4_offset").to_pylist(), strict=True))
     was = dict(zip(reader.selection.column("clip_id").to_pylist(), old, strict=True))
     assert any(moved[clip_id] != was[clip_id] for clip_id in moved), "nothing moved, so nothing was proved"
@@ -122,11 +122,11 @@ def test_the_forgotten_are_no_reason_to_end_a_run(corpus):
 def test_a_new_selection_is_without_it(corpus, tmp_path):
     forget(corpus, find(corpus, ["video-b"], [], None), None)
     freeze(tmp_path / "new.arrow", corpus)
-    assert "video-b" not in Selection.open(tmp_path / "new.arrow").column("video_id").to_pylist()
+    assert "video-b" not in Selection(tmp_path / "new.arrow").column("video_id").to_pylist()
 
 
 def test_selections_of_before_there_were_hashes_are_read(corpus, tmp_path):
     remove_hashes(tmp_path / "selection.arrow")
-    selection = Selection.open(tmp_path / "selection.arrow")
+    selection = Selection(tmp_path / "selection.arrow")
     assert selection.take([3]).schema.equals(SELECTION) and selection.take([3])["mp4_sha256"].null_count == 1
     assert read_all(open_reader(corpus)).failures == []

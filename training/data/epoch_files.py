@@ -128,7 +128,7 @@ class Epochs:
         return len(present)
 
     def _groups(self) -> list[NDArray[np.int32]]:
-        selection = Selection.open(self.selection_path)
+        selection = Selection(self.selection_path)
         if selection.hash != self.spec.selection_hash:
             raise UserError(f"{self.selection_path} is not the selection that was planned: was the file replaced?")
         return selection.groups(self.apart)

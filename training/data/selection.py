@@ -205,11 +205,6 @@ class Selection:
             raise UserError(f"{self.path} is no selection of this clipmill: its columns are {', '.join(schema.names)}")
         self.root, self.snapshot, self.hash = (schema.metadata[key].decode() for key in (b"root", b"snapshot", b"hash"))
 
-    @classmethod
-    def open(cls, path: str | Path) -> "Selection":
-        """Raises UserError for a file that is missing, torn or something else."""
-        return cls(path)
-
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return Selection, (self.path.absolute(),)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from clipmill.base.errors import UserError
 from shards.corpus.folder import write_text_atomically
-from training.run.throughput import Meter
+from training.run.throughput import Throughput
 
 PLAIN_LINE_EVERY_S = 10.0  # at most, where there is no terminal to redraw
 
@@ -40,7 +40,7 @@ class RunLog:
     def __init__(
         self,
         root: str | Path,
-        meter: Meter,
+        meter: Throughput,
         *,
         total_steps: int,
         start_step: int = 0,
