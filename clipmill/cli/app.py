@@ -383,7 +383,8 @@ def edit(
     set_: SetOption = None,
 ) -> None:
     """Move clips' boundaries to where their texts are shown: rows, for `train --set data.edits=accepted`."""
-    from clipmill.cli.edit import EditRequest, run_edit
+    from clipmill.cli.edit import run_edit
+    from pipeline.editing.launch import EditRequest
     from shards.query.sql import named_tables
 
     request = EditRequest(

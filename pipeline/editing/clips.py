@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipmill.base.errors import ItemError, UserError
+from clipmill.base.errors import UserError
 from clipmill.base.settings import digest
 from shards.packing.tar import replacing
 from training.editing.boundaries import VideoClips, video_clips
@@ -119,7 +119,7 @@ class Items:
         return set(self.table["video_id"].filter(pc.equal(self.table["use"], "validation")).to_pylist())
 
     @cached_property
-    def silent(self) -> dict[str, list[str]]:
+    def clips_without_text(self) -> dict[str, list[str]]:
         """By unit: clips to edit that have no text to be held against."""
         found: dict[str, list[str]] = {}
         for row in self._to_edit:
@@ -207,7 +207,3 @@ def _item(row: dict[str, Any], use: str, corpus: Path) -> dict[str, Any]:
     kept = source is not None and os.path.isfile(corpus / source)
     item = {name: row[name] for name in ITEMS.names if name in row}
     return item | {"use": use, "fold": fold_of(row["video_id"]), "source": source if kept else None}
-
-
-def no_text(clip_id: str) -> tuple[str, ItemError]:
-    return clip_id, ItemError("no-text", "nothing is said in it that its boundaries could be held against")

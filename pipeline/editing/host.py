@@ -1,4 +1,4 @@
-"""The rounds of teacher and student on a corpus: a `Host` around real models, real runs and the corpus's ledger.
+"""The rounds of teacher and student on a corpus: a `EditBackend` around real models, real runs and the corpus's ledger.
 
 A round's edits are commits of units of videos, its student is an ordinary training run on the clips as edited, and what
 came of it is one more row. So an editing that was killed finds its commits, its half-trained run and its rows, and goes
@@ -37,16 +37,16 @@ from pipeline.engine.build import Session, session
 from pipeline.runtime.task import Outcome, Work, commit
 from shards.corpus.fragments import fragment_path
 from training.editing.boundaries import EDITS, Edited, Floats, Spans, VideoClips
-from training.editing.rounds import ROUNDS, Host, Round, State, base_spans, rounds, state_after
+from training.editing.rounds import ROUNDS, EditBackend, Round, State, base_spans, rounds, state_after
 from training.editing.settings import EditSettings
 
 UNIT = "rounds"  # of the commits that tell of whole rounds
 
-Say = Callable[[Mapping[str, Any]], None]
+RoundDone = Callable[[Mapping[str, Any]], None]
 
 
-class CorpusHost:
-    """A `Host` whose teachers and students are weights files. Of two, each edits and learns half of the videos."""
+class CorpusBackend:
+    """A `EditBackend` whose teachers and students are weights files. Of two, each edits and learns half of the videos."""
 
     def __init__(self, asked: Editing):
         self.asked, self.settings, self.items = asked, asked.settings, asked.items
@@ -56,7 +56,7 @@ class CorpusHost:
         self.threshold: float | None = None
         self.round_number = 0
 
-    # -- Host ---------------------------------------------------------------------------------------------------------
+    # -- EditBackend ---------------------------------------------------------------------------------------------------------
 
     def teacher(self) -> str:
         return "+".join(map(hash_of, self.weights))
@@ -75,15 +75,15 @@ class CorpusHost:
 
     # -- the whole ----------------------------------------------------------------------------------------------------
 
-    def play(self, say: Say) -> list[dict[str, Any]]:
+    def play(self, on_round: RoundDone) -> list[dict[str, Any]]:
         """All rounds that are left, each said when it is over; returns the rows of all."""
         videos = self._video_clips()
         rows, state = self._stand(videos) or self._warm_up(videos)
         for row in rows:
-            say(row)
+            on_round(row)
         for played in rounds(videos, self, self.settings.edit, state, self.items.held_out_videos, self.edit):
             rows.append(self._record(videos, played))
-            say(rows[-1])
+            on_round(rows[-1])
         return rows
 
     def _video_clips(self) -> list[VideoClips]:
@@ -121,7 +121,7 @@ class CorpusHost:
 
     # -- a round ------------------------------------------------------------------------------------------------------
 
-    def edit(self, videos: Sequence[VideoClips], host: Host, settings: EditSettings, state: State) -> Edited:
+    def edit(self, videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings, state: State) -> Edited:
         """Units that have not been committed are edited; the manifest then knows the round."""
         self.round_number = state.round_number
         with self._session() as current:
@@ -140,7 +140,7 @@ class CorpusHost:
         by_unit: dict[str, list[Video]] = {}
         for video in self.items.videos:
             by_unit.setdefault(video.unit, []).append(video)
-        silent = self.items.silent if state.round_number == 1 else {}
+        without_text = self.items.clips_without_text if state.round_number == 1 else {}
         weights, hashes = tuple(map(str, self.weights)), tuple(map(hash_of, self.weights))
         texts = [(video.video_id, item["text"]) for video in self.items.videos for item in video.items]
         teachers = (weights, hashes, tuple(editors.banks(weights, texts)))
@@ -148,10 +148,10 @@ class CorpusHost:
         def job(unit: str, threshold: float) -> Job:
             videos = tuple(by_unit.get(unit, ()))
             spans = tuple(state.spans.get(video.video_id, np.zeros((0, 2))) for video in videos)
-            told = tuple(silent.get(unit, ()))
-            return Job(unit, state.round_number, *teachers, videos, spans, told, state.step_scale, threshold)
+            textless = tuple(without_text.get(unit, ()))
+            return Job(unit, state.round_number, *teachers, videos, spans, textless, state.step_scale, threshold)
 
-        units = sorted({*by_unit, *silent})
+        units = sorted({*by_unit, *without_text})
         threshold = np.inf
         if self.settings.edit.lowest_share < 1:
             scores = [score for of_unit in editors.scores([job(unit, np.inf) for unit in units]) for score in of_unit]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clipmill.base.errors import ItemError
 from clipmill.base.settings import digest
-from pipeline.editing.clips import Video, no_text
+from pipeline.editing.clips import Video
 from pipeline.editing.frames import cut_again, read_frames, write_cut_clips
 from pipeline.runtime.task import Outcome, Stopwatch, Work, commit
 from pipeline.stages.cut.cut import CutSettings, SpanRequest
@@ -65,7 +65,7 @@ class Job:
     banks: tuple[Bank | None, ...]
     videos: tuple[Video, ...]
     spans: tuple[Floats, ...]
-    silent: tuple[str, ...]  # clips without a text, told once
+    clips_without_text: tuple[str, ...]  # reported as failures, in the first round only
     step_scale: float
     threshold: float
 
@@ -76,7 +76,7 @@ class Job:
 
 def work_of(plan: Plan, job: Job) -> Work:
     """The commit that a job makes."""
-    ids = [video.video_id for video in job.videos] + list(job.silent)
+    ids = [video.video_id for video in job.videos] + list(job.clips_without_text)
     items = [{"item_id": name, "key": plan.key(name, job.round_number), "attempts": 0, "cost": 1.0} for name in ids]
     return Work("edit", job.unit, items, plan.settings, plan.editing, plan.root, plan.run_id, holder=plan.holder)
 
@@ -121,16 +121,14 @@ class Editor:
         with temporary_folder(Path(self.plan.root) / "clips" / work.name) as folder:
             with self._computing():
                 outcomes = [self._edit_video(job, number, folder) for number in range(len(job.videos))]
-            outcomes += self._silent(job)
+            no_text = ItemError("no-text", "the clip has no text to score its boundaries by")
+            outcomes += [Outcome(clip_id, failure=no_text) for clip_id in job.clips_without_text]
             rows = [row for outcome in outcomes for row in outcome.rows.get("edited_clips", [])]
             if rows:
                 write_cut_clips(Path(self.plan.root) / name, folder, rows)
             for row in rows:
                 row["tar"] = name
             return commit(work, outcomes, [name] if rows else [])
-
-    def _silent(self, job: Job) -> list[Outcome]:
-        return [Outcome(clip_id, failure=no_text(clip_id)[1]) for clip_id in job.silent]
 
     def _edit_video(self, job: Job, number: int, folder: Path) -> Outcome:
         video = job.videos[number]

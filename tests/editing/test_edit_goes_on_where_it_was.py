@@ -93,13 +93,13 @@ def test_another_command_on_the_same_folder_is_refused(numbered, tmp_path):
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
     edit(corpus, out)
     before = edit_tables(corpus)
-    with pytest.raises(UserError, match=r"begun otherwise:\n  edit.rings: 1 → 2"):
+    with pytest.raises(UserError, match=r"begun with other options:\n  edit.rings: 1 → 2"):
         edit(corpus, out, "edit.rings=2")
     with pytest.raises(UserError, match="where:  → n = 0"):
         edit(corpus, out, where="n = 0")
     with pytest.raises(UserError, match="trains: False → True"):
         edit(corpus, out, rounds=1, trains=True)
-    with pytest.raises(UserError, match="is not empty and no editing"):
+    with pytest.raises(UserError, match="is not empty and holds no editing"):
         edit(corpus, corpus)
     with pytest.raises(UserError, match="--corpus and --model are missing"):
         edit(None, tmp_path / "other")

@@ -1,4 +1,4 @@
-"""The rounds of teacher and student (spec/video_editing.md section 6), for any model behind `Host`.
+"""The rounds of teacher and student (spec/video_editing.md section 6), for any model behind `EditBackend`.
 
 A round: the teacher edits every clip from the present boundaries; the student trains an epoch on them and is validated
 on held-out clips of the same weak kind. When the student is better than ever, the teacher takes its weights, the
@@ -42,7 +42,7 @@ ROUNDS = pa.schema([field for field in TABLES["edit_rounds"] if field.name not i
 HELD = ("kept", "untrained")  # outcomes of rounds whose boundaries stay
 
 
-class Host(Protocol):
+class EditBackend(Protocol):
     """A retrieval model as the rounds see it. Its own loss, its own settings; captions are its own business."""
 
     def teacher(self) -> str:
@@ -77,7 +77,7 @@ class State:
 
 
 # One round's edits of all clips, by whatever computes them
-Edit = Callable[[Sequence[VideoClips], Host, EditSettings, State], Edited]
+Edit = Callable[[Sequence[VideoClips], EditBackend, EditSettings, State], Edited]
 
 
 class Round(NamedTuple):
@@ -93,45 +93,45 @@ def base_spans(videos: Sequence[VideoClips]) -> Spans:
     return {video.video_id: video.base_N2.copy() for video in videos}
 
 
-def warm_up(videos: Sequence[VideoClips], host: Host, settings: EditSettings) -> Round:
+def warm_up(videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings) -> Round:
     """Trains on the first boundaries until validation has not risen for `warmup_patience` epochs (section 4).
 
     The teacher and then the student have the best epoch's weights.
     """
     spans, best, num_flat = base_spans(videos), -np.inf, 0
     for _ in range(settings.max_warmup_epochs):
-        validation = host.train(spans)
+        validation = backend.train(spans)
         if validation > best:
             best, num_flat = validation, 0
-            host.promote()
+            backend.promote()
         else:
             num_flat += 1
         if num_flat == settings.warmup_patience:
             break
-    host.restore()
-    row = {"round": 0, "teacher": host.teacher(), "validation": best, "outcome": "warm-up", "step_scale": 1.0}
+    backend.restore()
+    row = {"round": 0, "teacher": backend.teacher(), "validation": best, "outcome": "warm-up", "step_scale": 1.0}
     row |= {"num_clips": _num_clips(videos), "num_accepted": 0, "num_failed": 0}
     row |= {"median_change": 0.0, "share_at_limit": 0.0}
     return Round(EDITS.empty_table(), _table(row), State(1, best, 1.0, 0, spans), [])
 
 
-def edit_here(videos: Sequence[VideoClips], host: Host, settings: EditSettings, state: State) -> Edited:
-    """By the host's `score`, in this process."""
+def edit_here(videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings, state: State) -> Edited:
+    """By the backend's `score`, in this process."""
     return edit_videos(
         videos,
         state.spans,
-        host.score,
+        backend.score,
         settings,
         round_number=state.round_number,
-        teacher=host.teacher(),
+        teacher=backend.teacher(),
         step_scale=state.step_scale,
-        threshold=lowest_threshold(videos, state.spans, host.score, settings),
+        threshold=lowest_threshold(videos, state.spans, backend.score, settings),
     )
 
 
 def rounds(
     videos: Sequence[VideoClips],
-    host: Host,
+    backend: EditBackend,
     settings: EditSettings,
     state: State,
     held_out: Collection[str] = (),
@@ -146,7 +146,7 @@ def rounds(
     if shared:
         raise UserError(f"{len(shared)} videos to edit are held out for evaluation, {min(shared)} among them")
     while not is_done(state, settings):
-        played = play_round(videos, host, settings, state, edit)
+        played = play_round(videos, backend, settings, state, edit)
         state = played.state
         yield played
 
@@ -161,18 +161,18 @@ def is_done(state: State, settings: EditSettings) -> bool:
 
 
 def play_round(
-    videos: Sequence[VideoClips], host: Host, settings: EditSettings, state: State, edit: Edit = edit_here
+    videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings, state: State, edit: Edit = edit_here
 ) -> Round:
     """One round. A round whose boundaries collapse is not trained on: it is taken back and is the last."""
-    teacher = host.teacher()
-    edited = edit(videos, host, settings, state)
+    teacher = backend.teacher()
+    edited = edit(videos, backend, settings, state)
     change = drift(videos, edited.spans, settings)
     outcome, validation = "collapsed", None
     if not has_collapsed(change, settings):
-        validation = host.train(edited.spans)
+        validation = backend.train(edited.spans)
         outcome = "untrained" if validation is None else "kept" if validation > state.best else "rolled-back"
     if outcome == "kept":
-        host.promote()
+        backend.promote()
     row = {
         "round": state.round_number,
         "teacher": teacher,
