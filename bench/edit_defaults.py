@@ -25,7 +25,8 @@ from pipeline.editing.clips import Items, freeze_items
 from pipeline.editing.frames import read_frames
 from pipeline.editing.worker import Teacher
 from pipeline.engine.build import session
-from training.data.selection import EVAL_FILE, Selection
+from training.data.selection import Selection
+from training.data.selection_schema import EVAL_FILE
 from training.editing.boundaries import Floats, Scorer, Spans, VideoClips, drift, edit_videos, iou
 from training.editing.rounds import base_spans, fold_of
 from training.editing.scores import FrameFeatures, FrameScorer, VideoScorer, draw_bank

@@ -56,7 +56,8 @@ from training.data.epoch_plan import hash_selection
 from training.data.frame_sampling import eval_indices, middle_index, resize
 from training.data.loader import Loader, SampleReader
 from training.data.reader_pool import Request, keep_freed_memory
-from training.data.selection import SELECTION, Selection
+from training.data.selection import Selection
+from training.data.selection_schema import SELECTION
 from training.data.tokenizer import TextEncoder
 from training.settings import DataSettings
 
@@ -324,7 +325,7 @@ def check(clips: list[Clip], selection: Selection, plain: Selection) -> None:
             pictures = work(getattr(clip, kind))
             if kind == "ordinary":
                 pictures = pictures.permute(0, 2, 3, 1).numpy()
-            off = np.abs(np.stack(part.canvas.sample(slot)).astype(int) - pictures)
+            off = np.abs(np.stack(part.pixels.sample(slot)).astype(int) - pictures)
             assert off.mean() < 1, f"{kind} clip {slot}: {off.mean():.1f} levels off"
     assert all(frames_alone(clip.default) == clip.num_frames for clip in clips[:8])
 

@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 
 from clipmill.base.errors import UserError
 from training.cost.estimate import GPUS, Estimate, estimate
-from training.data.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze
+from training.data.selection import Selection, freeze
+from training.data.selection_schema import EVAL_FILE, SELECTION_FILE
 from training.evaluation.retrieval import Progress, evaluate, similarity_format
 from training.models import registry as models
 from training.models.clip_vip import ClipVip

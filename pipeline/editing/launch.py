@@ -23,7 +23,8 @@ from pipeline.editing.worker import CODE_VERSION
 from pipeline.engine.build import difference
 from pipeline.engine.settings import resolve
 from shards.corpus.folder import Corpus, write_text_atomically
-from training.data.selection import EVAL_FILE, Selection
+from training.data.selection import Selection
+from training.data.selection_schema import EVAL_FILE
 from training.editing.settings import EditRunSettings, EditSettings, resolve_edit
 from training.models import registry as models
 from training.run.best_checkpoint import chosen_checkpoint

@@ -12,7 +12,7 @@ import training.data.epoch_files
 from clipmill.base.errors import UserError
 from tests.helpers.manifests import make_manifest
 from training.data.epoch_files import Epochs, plan_spec
-from training.data.epoch_plan import PAD, epoch_rows, plan_path, rank_slots, steps_in_epoch, tail_rows
+from training.data.epoch_plan import PAD, epoch_rows, plan_path, rank_slots, remainder_rows, steps_in_epoch
 from training.data.selection import Selection, freeze
 from training.settings import DataSettings
 
@@ -64,7 +64,7 @@ def test_an_epoch_is_described_in_numbers(selection, tmp_path, tail, left, holes
     said = epochs.describe(0)
     num_left = selection.num_clips % 32
     assert said["num_clips"] == selection.num_clips and said["num_steps"] == steps_in_epoch(epochs.spec, 0)
-    assert said["num_left"] == (num_left if left else 0) == len(tail_rows(epochs.spec, 0)) * left
+    assert said["num_left"] == (num_left if left else 0) == len(remainder_rows(epochs.spec, 0)) * left
     assert said["num_holes"] == ((32 - num_left) if holes else 0) == np.count_nonzero(epochs.epoch(0) == PAD)
 
 

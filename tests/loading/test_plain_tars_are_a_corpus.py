@@ -14,7 +14,8 @@ from shards.packing.tar import read_member
 from tests.helpers.shards import make_corpus, pack
 from tests.helpers.tars import write_members
 from training.data.plain_tars import expand_braces, index_tars, is_tars
-from training.data.selection import SELECTION, Selection, freeze, freeze_run, select
+from training.data.selection import Selection, freeze, freeze_run, select
+from training.data.selection_schema import SELECTION
 from training.settings import DataSettings, EvalSettings
 
 NUM_CLIPS = 40

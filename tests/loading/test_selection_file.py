@@ -10,7 +10,8 @@ import pytest
 import training.data.selection
 from clipmill.base.errors import UserError
 from tests.helpers.manifests import make_manifest
-from training.data.selection import SELECTION, Selection, freeze, select
+from training.data.selection import Selection, freeze, select
+from training.data.selection_schema import SELECTION
 
 NUM_CLIPS = 3000
 

@@ -14,7 +14,8 @@ from shards.packing.tar import read_member
 from shards.query.sql import open_manifest
 from tests.helpers.shards import change_manifest, make_corpus, pack, publish_samples
 from training.data.epoch_plan import hash_selection
-from training.data.selection import SELECTION, Selection, freeze, select
+from training.data.selection import Selection, freeze, select
+from training.data.selection_schema import SELECTION
 
 NUM_CLIPS = 40
 

@@ -7,7 +7,8 @@ import pytest
 from clipmill.base.errors import UserError
 from tests.helpers.manifests import make_manifest
 from tests.helpers.shards import change_manifest
-from training.data.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze_run
+from training.data.selection import Selection, freeze_run
+from training.data.selection_schema import EVAL_FILE, SELECTION_FILE
 from training.settings import DataSettings, EvalSettings
 
 NUM_CLIPS = 600  # 20 videos of 30

@@ -18,7 +18,8 @@ from training.cost.estimate import Device, StepCost, estimate, speed_on
 from training.cost.footprint import kept_bytes
 from training.data.epoch_files import Epochs, plan_spec, total_steps
 from training.data.epoch_plan import plan_path
-from training.data.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze_run
+from training.data.selection import Selection, freeze_run
+from training.data.selection_schema import EVAL_FILE, SELECTION_FILE
 from training.models import registry as models
 from training.models.clip_vip import ClipVip, ModelConfig, TowerConfig, sample_flops
 from training.settings import DataSettings, TrainSettings, resolve

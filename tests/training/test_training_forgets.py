@@ -15,7 +15,8 @@ from tests.helpers.whole_corpus import VIDEOS, pack_here
 from training.data.loader import Loader
 from training.data.reader_pool import Request
 from training.data.sample_reader import HOLE, SampleReader
-from training.data.selection import SELECTION, Selection, freeze
+from training.data.selection import Selection, freeze
+from training.data.selection_schema import SELECTION
 from training.data.tokenizer import TextEncoder
 from training.settings import DataSettings
 
@@ -61,9 +62,9 @@ def test_a_running_run_skips_it_from_then_on(corpus):
         (row, "forgotten") for row in gone
     ]
     assert not after.video_mask_B[gone].any() and not after.subtitle_mask_B[gone].any()
-    assert not after.canvas.frames_BTSS3[gone].any() and not after.canvas.stills_B1SS3[gone].any()
+    assert not after.pixels.frames_BTSS3[gone].any() and not after.pixels.stills_B1SS3[gone].any()
     kept = np.setdiff1d(np.arange(reader.selection.num_clips), gone)
-    assert torch.equal(after.canvas.frames_BTSS3[kept], before.canvas.frames_BTSS3[kept])
+    assert torch.equal(after.pixels.frames_BTSS3[kept], before.pixels.frames_BTSS3[kept])
 
 
 def test_what_moved_when_the_corpus_was_compacted_is_found_again(corpus):
@@ -76,8 +77,8 @@ def test_what_moved_when_the_corpus_was_compacted_is_found_again(corpus):
     gone = rows_of(reader, "video-b")
     kept = np.setdiff1d(np.arange(reader.selection.num_clips), gone)
     assert {failure.row for failure in after.failures} == set(gone)
-    assert torch.equal(after.canvas.frames_BTSS3[kept], before.canvas.frames_BTSS3[kept])
-    assert torch.equal(after.canvas.stills_B1SS3[kept], before.canvas.stills_B1SS3[kept])
+    assert torch.equal(after.pixels.frames_BTSS3[kept], before.pixels.frames_BTSS3[kept])
+    assert torch.equal(after.pixels.stills_B1SS3[kept], before.pixels.stills_B1SS3[kept])
     freeze(corpus.parent / "anew.arrow", corpus)
     now = Selection(corpus.parent / "anew.arrow")
     moved = dict(zip(now.column("clip_id").to_pylist(), now.column("mp4_offset").to_pylist(), strict=True))
@@ -95,7 +96,7 @@ def test_what_moved_when_the_corpus_was_packed_anew_is_found_again(corpus):
         current.publish()
     for same in (reader, open_reader(corpus)):
         after = read_all(same)
-        assert after.failures == [] and torch.equal(after.canvas.frames_BTSS3, before.canvas.frames_BTSS3)
+        assert after.failures == [] and torch.equal(after.pixels.frames_BTSS3, before.pixels.frames_BTSS3)
 
 
 def test_other_bytes_are_a_failure_and_never_a_sample(corpus):

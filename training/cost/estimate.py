@@ -16,10 +16,11 @@ import torch
 
 from clipmill.base.errors import UserError
 from training.cost.footprint import Footprint, pixels_of
-from training.data.clip_query import Choice, Samples, choose_run, open_samples
+from training.data.clip_query import ClipQuery, Samples, open_samples
 from training.data.epoch_files import spec_without_groups, total_steps
-from training.data.epoch_plan import PlanSpec, rank_slots, steps_in_epoch, tail_rows
+from training.data.epoch_plan import PlanSpec, rank_slots, remainder_rows, steps_in_epoch
 from training.data.range_reader import LOCAL_GAP_BYTES, REMOTE_GAP_BYTES
+from training.data.run_selection import choose_run
 from training.data.selection import selected_rows
 from training.losses.omnisource import TERMS
 from training.models import registry as models
@@ -155,7 +156,7 @@ def estimate(
 # --- Data
 
 
-def data_cost(samples: Samples, training: Choice, held_out: Choice | None, settings: RunSettings) -> DataCost:
+def data_cost(samples: Samples, training: ClipQuery, held_out: ClipQuery | None, settings: RunSettings) -> DataCost:
     """Goes through the selected rows once, in pieces."""
     data, totals = settings.data, _Totals(samples.root, settings.data)
     for batch in selected_rows(samples, training):
@@ -240,7 +241,7 @@ def step_cost(
     return StepCost(
         steps_per_epoch=steps_in_epoch(spec, 0),
         total_steps=total_steps,
-        num_dropped=0 if spec.tail == "pad" else len(tail_rows(spec, 0)),
+        num_dropped=0 if spec.tail == "pad" else len(remainder_rows(spec, 0)),
         batch_size=spec.batch_size,
         per_device=slots.stop - slots.start,
         num_parameters=footprint.num_parameters,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from clipmill.base.errors import UserError
 from training.data.stateless_random import mix
 
-Unmet = Literal["error", "keep"]
+OnConflict = Literal["error", "keep"]
 Codes = NDArray[np.uint32]
 Groups = list[Codes | None]  # None: every clip is a group of its own, for rows that occur twice
 
@@ -59,13 +59,13 @@ def num_repeated(codes_SB: Codes) -> NDArray[np.int64]:
 
 
 def repair(
-    rows: NDArray[np.uint32], groups: Groups, steps: NDArray[np.int64], key: int, shape: _Shape, unmet: Unmet
+    rows: NDArray[np.uint32], groups: Groups, steps: NDArray[np.int64], key: int, shape: _Shape, on_conflict: OnConflict
 ) -> None:
     """Swaps, in place, until none of `steps` holds a group twice; each swap leaves fewer pairs than there were.
 
     With one kind of group there always is such a swap while no group has more clips than there are steps: if a step
     without the group has no clip to give, it holds pairs itself. With several kinds there may be none: then, and for
-    groups that are too large, `unmet` says whether that is an error or stays.
+    groups that are too large, `on_conflict` says whether that is an error or stays.
     """
     failures = 0
     for step in steps.tolist():
@@ -74,9 +74,9 @@ def repair(
             while _conflicts(rows, groups, step, slot):
                 swapped = _swap_at_random(rows, groups, step, slot, key, shape)
                 if not swapped and failures < _MOST_FAILURES:
-                    swapped = _swap_anywhere(rows, groups, step, slot, key, unmet)
+                    swapped = _swap_anywhere(rows, groups, step, slot, key, on_conflict)
                 failures = 0 if swapped else failures + 1
-                if not swapped and unmet == "error":
+                if not swapped and on_conflict == "error":
                     raise UserError(
                         f"step {step} must hold two clips of one group: no swap parts them. "
                         "Allowed: a smaller batch_size, fewer kinds of groups, or unmet 'keep'"
@@ -159,11 +159,13 @@ def _swap_at_random(rows: NDArray[np.uint32], groups: Groups, step: int, slot: i
     return False
 
 
-def _swap_anywhere(rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, key: int, unmet: Unmet) -> bool:
+def _swap_anywhere(
+    rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, key: int, on_conflict: OnConflict
+) -> bool:
     """The first swap in any step, holes included, that leaves fewer pairs than before. Reads all steps at worst."""
     num_steps, batch = rows.shape
     if (size := _largest_group_of(rows[step, slot], groups)) > num_steps:
-        if unmet == "keep":
+        if on_conflict == "keep":
             return False
         raise UserError(
             f"{size} selected clips belong to one group, but an epoch has {num_steps} steps: two must share a batch. "

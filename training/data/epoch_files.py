@@ -71,10 +71,12 @@ def total_steps(spec: PlanSpec, train: TrainSettings) -> int:
 class Epochs:
     """The rows of every step of a run. Pickles without what it has open."""
 
-    def __init__(self, folder: str | Path, spec: PlanSpec, selection_path: str | Path, apart: Sequence[Group] = ()):
-        """folder: where the plan files are; apart: the kinds of groups that `spec.groups_hash` is of."""
+    def __init__(
+        self, folder: str | Path, spec: PlanSpec, selection_path: str | Path, exclusive_groups: Sequence[Group] = ()
+    ):
+        """folder: where the plan files are; exclusive_groups: the kinds of groups that `spec.groups_hash` is of."""
         self.folder, self.spec, self.selection_path = Path(folder), spec, Path(selection_path)
-        self.apart = tuple(apart)
+        self.exclusive_groups = tuple(exclusive_groups)
         self._open: tuple[int, Rows] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,7 +106,7 @@ class Epochs:
 
     def num_conflicts(self, epoch: int) -> int:
         """How many slots hold a clip of whose group the batch has another: 0 unless `data.unmet` is "keep"."""
-        return num_conflicts(self.epoch(epoch), self._groups()) if self.apart else 0
+        return num_conflicts(self.epoch(epoch), self._groups()) if self.exclusive_groups else 0
 
     def describe(self, epoch: int = 0) -> dict[str, int]:
         """What an epoch is, for the log."""
@@ -131,7 +133,7 @@ class Epochs:
         selection = Selection(self.selection_path)
         if selection.hash != self.spec.selection_hash:
             raise UserError(f"{self.selection_path} is not the selection that was planned: was the file replaced?")
-        return selection.groups(self.apart)
+        return selection.groups(self.exclusive_groups)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ The story, on an example: 1,000 selected clips, batches of 64, two processes wit
 
 1. The selection is a table in a fixed order; a clip is its row number there, 0 … 999. `selection_hash` is the hash of
    the snapshot and of the clip ids in that order. Nothing else about the clips matters, so any process can plan.
-2. An epoch has ⌊1000/64⌋ = 15 full steps. The 40 rows left over are drawn at random for each epoch (`tail_rows`):
+2. An epoch has ⌊1000/64⌋ = 15 full steps. The 40 rows left over are drawn at random for each epoch (`remainder_rows`):
    `drop` leaves them out of this epoch, `pad` gives them a 16th step with 24 holes (`PAD`), `carry` hands them to the
    next epoch, which then has 40 rows more to deal. The number of steps is arithmetic, known before step 0.
 3. Rows that lie next to each other (in a shard) stay together in blocks of `block_size`. The blocks are permuted, which
@@ -33,7 +33,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipmill.base.errors import UserError
-from training.data.batch_constraints import Groups, Unmet, as_groups, codes_of_rows, deal_keys, num_repeated, repair
+from training.data.batch_constraints import (
+    Groups,
+    OnConflict,
+    as_groups,
+    codes_of_rows,
+    deal_keys,
+    num_repeated,
+    repair,
+)
 from training.data.stateless_random import in_threads, key_of, order_of, permutation, sample
 
 Tail = Literal["drop", "pad", "carry"]
@@ -58,7 +66,7 @@ class PlanSpec:
     window_steps: int = 64  # steps over which a stream mixes its blocks
 
     groups_hash: str = ""  # of what must not meet in a batch, see `hash_groups`; "": nothing
-    unmet: Unmet = "error"  # what happens to a pair that no order can part
+    unmet: OnConflict = "error"  # what happens to a pair that no order can part
 
     def __post_init__(self) -> None:
         if self.num_streams == 0:
@@ -70,8 +78,8 @@ class PlanSpec:
             raise UserError(f"num_clips is {self.num_clips}; a plan numbers fewer than {PAD - self.block_size} clips")
         if self.tail not in get_args(Tail):
             raise UserError(f"tail is {self.tail!r}; allowed: {', '.join(get_args(Tail))}")
-        if self.unmet not in get_args(Unmet):
-            raise UserError(f"unmet is {self.unmet!r}; allowed: {', '.join(get_args(Unmet))}")
+        if self.unmet not in get_args(OnConflict):
+            raise UserError(f"unmet is {self.unmet!r}; allowed: {', '.join(get_args(OnConflict))}")
         if self.batch_size % self.num_streams:
             raise UserError(f"num_streams {self.num_streams} does not divide batch_size {self.batch_size}")
         if self.tail != "pad" and self.num_clips < self.batch_size:
@@ -182,17 +190,17 @@ def epoch_rows(spec: PlanSpec, epoch: int, groups: Sequence[NDArray[np.integer]]
         lambda start: _deal_window(spec, epoch, listed, start, rows, coded), range(0, num_steps, spec.window_steps)
     )
     if spec.tail == "pad":
-        rest = tail_rows(spec, epoch)
+        rest = remainder_rows(spec, epoch)
         rows[-1, : len(rest)] = rest
         suspects.append(np.array([num_steps - 1]))
     if coded:
         # a clip meeting itself in an epoch of one step is no error where nothing was asked for
-        unmet = spec.unmet if groups else "keep"
-        repair(rows, coded, np.unique(np.concatenate(suspects)), spec.key(epoch, "repair"), spec, unmet)
+        on_conflict = spec.unmet if groups else "keep"
+        repair(rows, coded, np.unique(np.concatenate(suspects)), spec.key(epoch, "repair"), spec, on_conflict)
     return rows
 
 
-def tail_rows(spec: PlanSpec, epoch: int) -> NDArray[np.int64]:
+def remainder_rows(spec: PlanSpec, epoch: int) -> NDArray[np.int64]:
     """The rows that do not fill a step of this epoch: dropped, padded up, or carried over to the next."""
     num_left = (_carried(spec, epoch) + spec.num_clips) % spec.batch_size
     return sample(spec.num_clips, num_left, spec.key(epoch, "tail"))
@@ -217,9 +225,9 @@ def _listed_rows(spec: PlanSpec, epoch: int) -> Rows:
     if spec.block_size > 1:
         listed = (listed[:, None] * np.uint32(spec.block_size) + np.arange(spec.block_size, dtype=np.uint32)).ravel()
         listed = listed[listed < spec.num_clips]
-    listed = np.delete(listed, _positions(listed, tail_rows(spec, epoch)))
+    listed = np.delete(listed, _positions(listed, remainder_rows(spec, epoch)))
     if _carried(spec, epoch):
-        listed = np.concatenate([tail_rows(spec, epoch - 1).astype(np.uint32), listed])
+        listed = np.concatenate([remainder_rows(spec, epoch - 1).astype(np.uint32), listed])
     return listed
 
 

@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from clipmill.base.errors import UserError
 from shards.packing.tar import BLOCK, padded
+from training.data.selection_schema import SELECTION
 
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")  # where a sample has several, the first of these
 STILL_EXTENSIONS = ("jpg", "jpeg")
@@ -59,7 +60,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class TarIndex:
-    samples: pa.Table  # columns of `training.data.selection.SELECTION`, in order of (shard, mp4_offset)
+    samples: pa.Table  # columns of `training.data.selection_schema.SELECTION`, in order of (shard, mp4_offset)
     problems: list[Problem]
 
 
@@ -107,8 +108,6 @@ def index_tars(patterns: list[str]) -> TarIndex:
     subtitle   the txt, else the json's `subtitle` or `text`
     caption    the json's `caption`, or the first of its `captions`
     """
-    from training.data.selection import SELECTION
-
     paths = [path for pattern in patterns for path in expand(pattern)]
     with ThreadPoolExecutor(min(_THREADS, len(paths))) as pool:
         contents = list(pool.map(read_tar, paths))

@@ -19,7 +19,7 @@ from training.data.range_reader import Range
 LOOK_EVERY_S = 5.0  # at most so often, where bytes are simply damaged
 
 
-class Places:
+class RelocationIndex:
     """Of one corpus, for one process. Of one in a store the indexes are fetched when they are looked at."""
 
     def __init__(self, corpus: str | Path):

@@ -7,7 +7,8 @@ clips that it froze at its start.
 from dataclasses import dataclass
 
 from clipmill.base.errors import UserError
-from training.data.selection import EVAL_FILE, Selection, freeze_run
+from training.data.selection import Selection, freeze_run
+from training.data.selection_schema import EVAL_FILE
 from training.run.folder import RunFolder, RunRecord
 from training.settings import RunSettings, resolve
 
