@@ -1,5 +1,6 @@
 """An epoch is planned by one process of a host, when it is first needed, and is the same whoever asks."""
 
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -121,7 +122,8 @@ def test_a_process_killed_while_planning_keeps_nobody_waiting(selection, tmp_pat
     ready = context.Event()
 
     def plans_forever():
-        with epochs._lock():
+        with open(tmp_path / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             ready.set()
             multiprocessing.Event().wait()
 
