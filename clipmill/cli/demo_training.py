@@ -26,7 +26,7 @@ Results = dict[str, dict[str, Any]]
 
 
 def run_training_demo(console: Console, corpus: Path, run: Path) -> int:
-    """Evaluates, trains into `run` (or goes on there), evaluates; prints and plots. Returns the exit code."""
+    """Evaluate, train into `run` (or resume there), evaluate again; print and plot. Return the exit code."""
     settings = resolve(None, RECIPE, [])
     if too_few := _too_few(corpus, settings):
         console.print(f"\nNothing is trained: {escape(too_few)}", soft_wrap=True)
@@ -50,7 +50,7 @@ def run_training_demo(console: Console, corpus: Path, run: Path) -> int:
 
 
 def _too_few(corpus: Path, settings: RunSettings) -> str | None:
-    """Why a world this small cannot be trained on, if so: a fourth is held out, and its near-duplicates with it."""
+    """Explain why a world is too small to train on, if it is: a fourth is held out, with its near-duplicates."""
     with open_manifest(corpus) as connection:
         [num_samples] = rows_of(connection, "SELECT count(*) FROM samples")
     least = 2 * settings.train.batch_size
@@ -62,7 +62,7 @@ def _announce(console: Console, verb: str, what: str, command: str) -> None:
 
 
 def comparison(results: Results) -> Table:
-    """Both directions, a line per result and one for guessing."""
+    """Build a table of both directions, with a row per result and one for guessing."""
     table = Table(box=None, pad_edge=False)
     for column in ("", "", *RECALLS.values(), "median rank", "mean rank"):
         table.add_column(column, justify="right" if column else "left")
@@ -76,7 +76,7 @@ def comparison(results: Results) -> Table:
 
 
 def plot_retrieval(path: Path, results: Results) -> Path:
-    """Bars of all recalls, guessing as a dashed line."""
+    """Draw bars of all recalls, guessing as a dashed line."""
     groups, marks = {}, {}
     for direction in DIRECTIONS:
         for key, label in RECALLS.items():
@@ -87,7 +87,7 @@ def plot_retrieval(path: Path, results: Results) -> Path:
 
 
 def plot_loss(path: Path, log: Path) -> Path:
-    """The loss of every logged step."""
+    """Draw the loss of every logged step."""
     rows = map(json.loads, log.read_text().splitlines())
     losses = [(row["step"], row["loss"]) for row in rows]
     return lines(path, "Training loss", {"loss": losses}, x_label="step", y_label="loss")

@@ -1,8 +1,8 @@
 """The rounds of teacher and student on a corpus: a `EditBackend` around real models, real runs and the corpus's ledger.
 
-A round's edits are commits of units of videos, its student is an ordinary training run on the clips as edited, and what
-came of it is one more row. So an editing that was killed finds its commits, its half-trained run and its rows, and goes
-on where it was; nothing is kept beside them.
+A round's edits are commits of units of videos, its student is an ordinary training run on the clips as edited, and its
+result is one more row. So an editing that was killed finds its commits, its half-trained run and its rows, and resumes
+there; nothing else is kept.
 
 OUT/
   edit.yaml          corpus, condition, settings: what `clipmill edit --out OUT` goes on with
@@ -46,7 +46,7 @@ RoundDone = Callable[[Mapping[str, Any]], None]
 
 
 class CorpusBackend:
-    """A `EditBackend` whose teachers and students are weights files. Of two, each edits and learns half of the videos."""
+    """An `EditBackend` whose teachers and students are weights files. Of two, each edits and learns half the videos."""
 
     def __init__(self, asked: Editing):
         self.asked, self.settings, self.items = asked, asked.settings, asked.items
@@ -56,7 +56,7 @@ class CorpusBackend:
         self.threshold: float | None = None
         self.round_number = 0
 
-    # -- EditBackend ---------------------------------------------------------------------------------------------------------
+    # -- EditBackend --------------------------------------------------------------------------------------------------
 
     def teacher(self) -> str:
         return "+".join(map(hash_of, self.weights))
@@ -76,7 +76,7 @@ class CorpusBackend:
     # -- the whole ----------------------------------------------------------------------------------------------------
 
     def play(self, on_round: RoundDone) -> list[dict[str, Any]]:
-        """All rounds that are left, each said when it is over; returns the rows of all."""
+        """Play all remaining rounds, reporting each as it ends; return the rows of all."""
         videos = self._video_clips()
         rows, state = self._stand(videos) or self._warm_up(videos)
         for row in rows:
@@ -87,7 +87,7 @@ class CorpusBackend:
         return rows
 
     def _video_clips(self) -> list[VideoClips]:
-        """Of the videos whose times make sense; the others become failures where they are edited."""
+        """Build the clips of videos whose times are valid; the others become failures when edited."""
         clips = []
         for video in self.items.videos:
             try:
@@ -97,7 +97,7 @@ class CorpusBackend:
         return clips
 
     def _stand(self, videos: Sequence[VideoClips]) -> tuple[list[dict[str, Any]], State] | None:
-        """What has been recorded, and where the editing stands after it; None: it is new."""
+        """Return the recorded rows and the state after them, None for a new editing."""
         with self._session() as current:
             query = "SELECT * EXCLUDE (item_id, unit, key, fragment) FROM edit_rounds WHERE editing = ? ORDER BY round"
             table = current.ledger.connection.sql(query, params=[self.editing]).to_arrow_table()
@@ -122,7 +122,7 @@ class CorpusBackend:
     # -- a round ------------------------------------------------------------------------------------------------------
 
     def edit(self, videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings, state: State) -> Edited:
-        """Units that have not been committed are edited; the manifest then knows the round."""
+        """Edit the units that have not been committed, then publish the round to the manifest."""
         self.round_number = state.round_number
         with self._session() as current:
             root, holder = str(current.corpus.root), current.corpus.holder
@@ -136,7 +136,7 @@ class CorpusBackend:
         return Edited(rows, state.spans | _spans(videos, rows), failures)
 
     def _jobs(self, state: State, editors: Editors) -> list[Job]:
-        """One for each unit; those of the first round also tell of clips without a text."""
+        """Make one job per unit; those of the first round also report clips without a text."""
         by_unit: dict[str, list[Video]] = {}
         for video in self.items.videos:
             by_unit.setdefault(video.unit, []).append(video)
@@ -195,7 +195,7 @@ class CorpusBackend:
 
     @contextmanager
     def _session(self) -> Iterator[Session]:
-        """The corpus for writing, but never while a student trains: a build may run then."""
+        """Open the corpus for writing, but never while a student trains: a build may run then."""
         with session(self.asked.corpus, None, [], self.asked.command, create=False) as (current, _):
             yield current
 
@@ -206,7 +206,7 @@ def _is_committed(plan: Plan, job: Job) -> bool:
 
 @lru_cache(maxsize=64)
 def hash_of(weights: Path) -> str:
-    """Of the tensors alone: two files of the same weights may say in another order what they are of."""
+    """Hash the tensors alone: files of the same weights may order their metadata differently."""
     digest_of = hashlib.sha256()
     with safe_open(weights, "pt") as file:
         for name in sorted(file.keys()):
@@ -217,7 +217,7 @@ def hash_of(weights: Path) -> str:
 
 
 def _spans(videos: Sequence[VideoClips], rows: pa.Table) -> Spans:
-    """Boundaries after a round, of the videos that have rows in it, in the order of their clips."""
+    """Collect boundaries after a round, of the videos that have rows in it, in the order of their clips."""
     columns = (rows[name].to_pylist() for name in ("clip_id", "start_s", "end_s"))
     of_clip = {clip_id: (start, end) for clip_id, start, end in zip(*columns, strict=True)}
     return {

@@ -51,7 +51,7 @@ _REMOTE_BLOCK_BYTES = 1 << 16  # read ahead of a remote tar's headers: most lie 
 
 
 class Problem(NamedTuple):
-    """What was wrong with a tar, or with a member of it."""
+    """Something wrong with a tar, or with a member of it."""
 
     item_id: str  # the tar, or tar and member
     error_class: str
@@ -65,7 +65,7 @@ class TarIndex:
 
 
 def is_tars(corpus: str) -> bool:
-    """Whether `--corpus` names tars rather than a corpus folder: its last part, braces expanded, ends like a tar."""
+    """Tell whether `--corpus` names tars rather than a corpus folder: with braces expanded, it ends like a tar."""
     if Path(corpus).is_dir():
         return False
     return expand_braces(corpus)[0].endswith((".tar", *_COMPRESSED))
@@ -73,7 +73,7 @@ def is_tars(corpus: str) -> bool:
 
 @contextmanager
 def open_tars(pattern: str, tables: Mapping[str, str | Path] | None = None) -> Iterator[tuple[Any, list[Problem]]]:
-    """A DuckDB connection, shut in as that to a manifest is, with the tables that selecting asks; what was wrong."""
+    """Index tars into a DuckDB connection, locked down as that to a manifest is; yield it and the problems found."""
     from shards.query.sql import add_tables, private_connection, shut_in
 
     index = index_tars([pattern])
@@ -101,7 +101,7 @@ def open_tars(pattern: str, tables: Mapping[str, str | Path] | None = None) -> I
 
 
 def index_tars(patterns: list[str]) -> TarIndex:
-    """Every sample that has a video, of all tars. Raises UserError where a tar cannot be opened or is compressed.
+    """Index every sample that has a video. Raises UserError if a tar cannot be opened or is compressed.
 
     clip_id    what the json says, else the key; where one repeats, with its shard's name before it
     video_id   what the json says, else the clip_id
@@ -121,7 +121,7 @@ def index_tars(patterns: list[str]) -> TarIndex:
 
 
 def expand(pattern: str) -> list[str]:
-    """Absolute paths or URLs of the tars that a pattern means, each once. Raises UserError where it means none."""
+    """Return absolute paths or URLs of the tars that a pattern matches. Raises UserError if it matches none."""
     found = list(dict.fromkeys(path for part in expand_braces(pattern) for path in _expand_glob(part)))
     for path in found:
         if path.endswith(_COMPRESSED):
@@ -130,7 +130,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """ "{08..10}.tar" → 08.tar, 09.tar, 10.tar; "{a,b}" → a, b; a step as in "{0..8..2}"; braces may nest."""
+    """Expand braces: "{08..10}.tar" → 08.tar, 09.tar, 10.tar; "{a,b}" → a, b; "{0..8..2}" has a step; braces may nest."""
     match = _BRACES.search(pattern)
     if match is None:
         return [pattern]
@@ -211,7 +211,7 @@ class _Sample:
 
 
 def read_tar(path: str) -> _Content:
-    """The samples of one tar. Raises UserError where it cannot be opened or is compressed."""
+    """Read the samples of one tar. Raises UserError if it cannot be opened or is compressed."""
     content = _Content()
     try:
         with _open(path) as file:
@@ -234,7 +234,7 @@ def _open(path: str) -> IO[bytes]:
 
 
 def _samples(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[_Sample]:
-    """Neighbouring members of one key are one sample, as WebDataset has it."""
+    """Group neighbouring members of one key into samples, as WebDataset does."""
     current: _Sample | None = None
     for member in _members(file, path, problems):
         match = _KEY.fullmatch(member.name)
@@ -256,7 +256,7 @@ def _samples(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[_S
 
 
 def _members(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[_Member]:
-    """Plain files whose data are all there, in order; what else there is, and where the tar is torn, is reported."""
+    """Yield whole plain files in order; report other members, and where the tar is torn, as problems."""
     size, ignored, reached = file.seek(0, os.SEEK_END), Counter[str](), 0
     try:
         for member in _headers(file):
@@ -275,7 +275,7 @@ def _members(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[_M
 
 
 def _headers(file: IO[bytes]) -> Iterator[_Member]:
-    """Every member up to the end mark, long names of GNU tar and of pax followed. Raises tarfile's errors.
+    """Yield every member up to the end mark, following long names of GNU tar and pax. Raises tarfile's errors.
 
     Read header by header rather than by `tarfile`, which takes an extension header of any size into memory, descends
     into one that follows another, and looks for the end of some by reading on.
@@ -310,7 +310,7 @@ def _block(file: IO[bytes], offset: int, otherwise: str) -> bytes:
 
 
 def _after_map(file: IO[bytes], header: bytes, offset: int) -> int:
-    """Where a GNU sparse file's data begin: after the blocks that go on with the map in its header."""
+    """Return the offset of a GNU sparse file's data, behind the blocks that continue the map of its header."""
     more = header[482]
     while more:
         more = _block(file, offset, "a sparse file's map without an end")[504]
@@ -319,7 +319,7 @@ def _after_map(file: IO[bytes], header: bytes, offset: int) -> int:
 
 
 def _extension(file: IO[bytes], info: tarfile.TarInfo) -> dict[str, Any]:
-    """What an extension header says of the member after it: "path", "size", "sparse"."""
+    """Read what an extension header sets for the member after it: "path", "size", "sparse"."""
     if info.size > MAX_EXTENSION_BYTES:
         raise tarfile.ReadError(f"an extension header of {info.size} bytes, at most {MAX_EXTENSION_BYTES} are read")
     data = file.read(info.size)
@@ -329,7 +329,7 @@ def _extension(file: IO[bytes], info: tarfile.TarInfo) -> dict[str, Any]:
 
 
 def _pax_records(data: bytes) -> dict[str, Any]:
-    """Records of the form "LENGTH KEY=VALUE\\n", LENGTH counting all of it (POSIX pax)."""
+    """Parse records of the form "LENGTH KEY=VALUE\\n", LENGTH counting all of it (POSIX pax)."""
     said: dict[str, Any] = {}
     while data.strip(b"\0"):
         length = data[:20].partition(b" ")[0]
@@ -363,7 +363,7 @@ def _read_text(file: IO[bytes], path: str, member: _Member, problems: list[Probl
 
 
 def _row(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any] | None:
-    """None for a sample without a video, which may well be there for other readers."""
+    """Build a row of the index; None for a sample without a video, which may be meant for other readers."""
     video = next((sample.members[name] for name in VIDEO_EXTENSIONS if name in sample.members), None)
     if video is None:
         return None
@@ -412,7 +412,7 @@ def _texts(value: Any) -> list[str] | None:
 
 
 def _text(value: Any) -> str | None:
-    """A string that Arrow takes: JSON may hold halves of surrogate pairs."""
+    """Return a string that Arrow accepts: JSON may hold halves of surrogate pairs."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) and value else None
 
 
@@ -425,7 +425,7 @@ def _rate(value: Any) -> float | None:
 
 
 def _name_clips(rows: list[dict[str, Any]]) -> None:
-    """Makes every clip_id its only one: with the tar's name before it, else with the tar's path and the offset, too."""
+    """Make clip ids unique: prefix repeated ones with the tar's name, then with its path and the offset."""
     for qualify in (_with_name, _with_place):
         repeated = {clip_id for clip_id, count in Counter(row["clip_id"] for row in rows).items() if count > 1}
         for row in rows:

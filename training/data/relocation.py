@@ -1,7 +1,7 @@
-"""Where bytes lie now: a corpus may be packed anew or compacted while a run that froze their places goes on.
+"""Find the present place of bytes: a corpus may be packed again or compacted while a run trains on it.
 
-Bytes are known by their SHA-256, so what is found is what was frozen, or it is not found. Looked up only when what lies
-at the frozen place is something else; then all indexes of the corpus's shards are read, 28 bytes a member in memory.
+Bytes are found by their SHA-256, so a result is what was frozen. The index is read only when other bytes lie at the
+frozen place; it then takes 28 bytes of memory per member of the corpus.
 """
 
 import time
@@ -20,7 +20,7 @@ LOOK_EVERY_S = 5.0  # at most so often, where bytes are simply damaged
 
 
 class RelocationIndex:
-    """Of one corpus, for one process. Of one in a store the indexes are fetched when they are looked at."""
+    """Index of one corpus's members by hash, for one process. From a store, indexes are fetched when needed."""
 
     def __init__(self, corpus: str | Path):
         self.root = for_reading(corpus)
@@ -30,7 +30,7 @@ class RelocationIndex:
         self._places_N3 = np.zeros((0, 3), np.int64)  # number of the path, offset, size
 
     def find(self, hashes: Sequence[bytes]) -> list[Range | None]:
-        """The present place of each, None where the corpus has it no more. Whoever reads it compares the whole hash."""
+        """Return the present place of each hash, None if the corpus lacks it. Readers compare the whole hash."""
         self._look()
         keys = np.array([int.from_bytes(digest[:8], "big") for digest in hashes], np.uint64)
         rows = np.searchsorted(self._keys_N, keys)
@@ -77,7 +77,7 @@ def _keys(hashes: pa.ChunkedArray) -> NDArray[np.uint64]:
 
 
 def _members_of_index(path: Path) -> list[tuple[str, pa.Table]]:
-    """(path from the root, its members) of a shard's clips and of its pictures."""
+    """Return (path from the root, members) of a shard's clips and of its stills."""
     return [
         (f"shards/{path.stem}.tar", _members(path, f"{kind}_sha256", f"{kind}_offset", f"{kind}_bytes"))
         for kind in ("mp4", "jpg")

@@ -46,27 +46,27 @@ class EditBackend(Protocol):
     """A retrieval model as the rounds see it. Its own loss, its own settings; captions are its own business."""
 
     def teacher(self) -> str:
-        """A hash of the teacher's weights."""
+        """Return a hash of the teacher's weights."""
 
     def score(self, video: VideoClips, offered: Sequence[Floats]) -> Sequence[Floats]:
-        """The teacher's `Scorer`."""
+        """Score candidates with the teacher, as a `Scorer`."""
 
     def train(self, spans: Mapping[str, Floats]) -> float | None:
-        """Trains the student one epoch on clips with these boundaries; returns its validation R@1.
+        """Train the student one epoch on clips with these boundaries; return its validation R@1.
 
         None: no student is trained here, and the boundaries stay as the teacher wants them.
         """
 
     def promote(self) -> None:
-        """The teacher takes the student's weights."""
+        """Give the teacher the student's weights."""
 
     def restore(self) -> None:
-        """The student takes the teacher's weights."""
+        """Give the student the teacher's weights."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Where an editing stands before the round of that number."""
+    """State of an editing before the round of that number."""
 
     round_number: int
     best: float  # validation
@@ -81,7 +81,7 @@ Edit = Callable[[Sequence[VideoClips], EditBackend, EditSettings, State], Edited
 
 
 class Round(NamedTuple):
-    """What one round was: its rows for the two tables, and where the editing stands after it."""
+    """Result of one round: its rows for the two tables, and the state after it."""
 
     edits: pa.Table
     row: pa.Table
@@ -94,7 +94,7 @@ def base_spans(videos: Sequence[VideoClips]) -> Spans:
 
 
 def warm_up(videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings) -> Round:
-    """Trains on the first boundaries until validation has not risen for `warmup_patience` epochs (section 4).
+    """Train on the first boundaries until validation has not risen for `warmup_patience` epochs (section 4).
 
     The teacher and then the student have the best epoch's weights.
     """
@@ -116,7 +116,7 @@ def warm_up(videos: Sequence[VideoClips], backend: EditBackend, settings: EditSe
 
 
 def edit_here(videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings, state: State) -> Edited:
-    """By the backend's `score`, in this process."""
+    """Edit in this process, with the backend's `score`."""
     return edit_videos(
         videos,
         state.spans,
@@ -137,7 +137,7 @@ def rounds(
     held_out: Collection[str] = (),
     edit: Edit = edit_here,
 ) -> Iterator[Round]:
-    """Plays rounds until one of the stops of section 6; each is given as soon as it is decided.
+    """Play rounds until one of the stops of section 6; yield each as soon as it is decided.
 
     state     of `warm_up`, or of `state_after` for an editing that goes on
     held_out  ids of videos that must not be edited. Raises UserError where one is among `videos`
@@ -163,7 +163,7 @@ def is_done(state: State, settings: EditSettings) -> bool:
 def play_round(
     videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings, state: State, edit: Edit = edit_here
 ) -> Round:
-    """One round. A round whose boundaries collapse is not trained on: it is taken back and is the last."""
+    """Play one round. If its boundaries collapse it is not trained on: it is taken back and is the last."""
     teacher = backend.teacher()
     edited = edit(videos, backend, settings, state)
     change = drift(videos, edited.spans, settings)
@@ -190,14 +190,14 @@ def play_round(
 
 
 def has_collapsed(change: Drift, settings: EditSettings) -> bool:
-    """Section 9, guard 6."""
+    """Test a round against guard 6 of section 9."""
     too_long = settings.max_median_change is not None and abs(change.median_change) > settings.max_median_change
     at_limit = settings.max_share_at_limit is not None and change.share_at_limit > settings.max_share_at_limit
     return too_long or at_limit
 
 
 def state_after(videos: Sequence[VideoClips], edits: pa.Table, rounds: pa.Table) -> State:
-    """Where an editing stands, from the rows it has written: `State` of the last round of `rounds`, whatever the order.
+    """Compute an editing's state from the rows it has written: after the last of `rounds`, in any order.
 
     Rows of `edits` whose round is not in `rounds` are of a round that was killed: it is played again.
     """
@@ -211,7 +211,7 @@ def state_after(videos: Sequence[VideoClips], edits: pa.Table, rounds: pa.Table)
 
 
 def boundaries_at(edits: pa.Table, rounds: pa.Table, last_round: int | None = None) -> pa.Table:
-    """Each clip's row of `EDITS` that holds after a round (None: after the last): that of its latest round kept.
+    """Return each clip's row of `EDITS` that holds after a round (None: the last): that of its latest round kept.
 
     A clip without a row has its first boundaries. Rows of which start or end differs from the base are what a re-cut
     concerns, and whose captions of the old middle frame are stale.
@@ -224,7 +224,7 @@ def boundaries_at(edits: pa.Table, rounds: pa.Table, last_round: int | None = No
 
 
 def fold_of(video_id: str, num_folds: int = 2) -> int:
-    """Which fold a video is in, by its id alone: a teacher trained on the other folds edits this one (section 9.7)."""
+    """Return a video's fold, by its id alone: a teacher trained on the other folds edits it (section 9.7)."""
     return int.from_bytes(hashlib.sha256(video_id.encode()).digest()[:8]) % num_folds
 
 
@@ -243,7 +243,7 @@ def _next_state(state: State, row: Mapping[str, Any], edited: Spans) -> State:
 
 
 def _spans_by_round(videos: Sequence[VideoClips], edits: pa.Table) -> dict[int, Spans]:
-    """Boundaries after each round, of the videos that have rows in it."""
+    """Collect the boundaries after each round, of videos with rows in it."""
     spans: dict[int, dict[str, tuple[float, float]]] = {}
     for row in edits.select(["round", "clip_id", "start_s", "end_s"]).to_pylist():
         spans.setdefault(row["round"], {})[row["clip_id"]] = (row["start_s"], row["end_s"])
