@@ -61,7 +61,7 @@ def row_feedback(
     log_scale: Tensor,
     group: dist.ProcessGroup | None = None,
 ) -> RowFeedback:
-    """Compare unit vectors; None for a text that was not encoded. With a group, all processes have equally many rows."""
+    """Compare unit vectors; None for a text that was not encoded. With a group, all have equally many rows."""
     similarities, losses = [], []
     for text_ND, mask_N in ((subtitle_ND, subtitle_mask_N), (caption_ND, caption_mask_N)):
         exists_N = mask_N & video_mask_N

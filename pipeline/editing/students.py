@@ -72,7 +72,7 @@ class Students:
         return [0, 1] if self.asked.settings.edit.folds == 2 else [None]
 
     def weights(self, round_number: int) -> list[Path]:
-        """Return the weights of a round's students; of round 0 the initial ones. Raises UserError if they are missing."""
+        """Return the weights of a round's students; of round 0 the initial ones. Raises UserError if missing."""
         return [self._weights(round_number, fold) for fold in self.folds]
 
     def begin(self) -> list[Path]:

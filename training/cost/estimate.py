@@ -252,7 +252,7 @@ def step_cost(
 def memory(footprint: Footprint, data: DataSettings, train: TrainSettings, per_device: int, num_devices: int) -> Memory:
     """Estimate the bytes on one device.
 
-    Weights are fp32, and so are gradients and AdamW's two moments of those that train: 4 + 4 + 8 bytes, divided by FSDP.
+    Weights, gradients and AdamW's two moments of weights that train are fp32: 4 + 4 + 8 bytes, divided by FSDP.
 
     activations  of the samples encoded at a time (`train.chunk_size`, else all of the device's), and of the pairs
     loss         features and similarities of the whole batch with the device's rows, and their gradients

@@ -93,7 +93,7 @@ class PlanSpec:
         return f"{key_of(_VERSION, asdict(self)):016x}"
 
     def key(self, epoch: int, purpose: str) -> int:
-        """Return the key of one kind of decision in one epoch. Batch shape and tail do not change the order of blocks."""
+        """Return the key of one kind of decision in one epoch. Batch shape and tail leave the blocks alone."""
         return key_of(_VERSION, self.selection_hash, self.seed, epoch, purpose)
 
 
@@ -138,7 +138,7 @@ def state_dict(spec: PlanSpec, num_steps_done: int) -> dict[str, Any]:
 
 
 def num_steps_done(spec: PlanSpec, state: dict[str, Any]) -> int:
-    """Return the position of a saved state. Raises UserError if it belongs to another plan; process counts may differ."""
+    """Return the position of a saved state. Raises UserError if it is of another plan; process counts may differ."""
     if state["version"] != _VERSION:
         raise UserError(f"the run's plan has version {state['version']}, this clipmill makes version {_VERSION}")
     for field in fields(spec):

@@ -130,7 +130,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand braces: "{08..10}.tar" → 08.tar, 09.tar, 10.tar; "{a,b}" → a, b; "{0..8..2}" has a step; braces may nest."""
+    """Expand braces: "{08..10}.tar" → 08.tar, 09.tar, 10.tar; "{a,b}" → a, b; "{0..8..2}" has a step; they may nest."""
     match = _BRACES.search(pattern)
     if match is None:
         return [pattern]

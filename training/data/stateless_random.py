@@ -78,7 +78,7 @@ def permutation(count: int, key: int) -> NDArray[np.uint32]:
 
 
 def in_threads(function: Callable[[int], Result], items: Iterable[int]) -> list[Result]:
-    """Map a function over items in threads, in order. numpy releases the interpreter's lock, so they share the cores."""
+    """Map a function over items in threads, in order. numpy releases the interpreter's lock, so they overlap."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, items))
 
