@@ -8,7 +8,7 @@ was written for its present middle frame and would hold it there.
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -112,7 +112,8 @@ class Items:
     @cached_property
     def videos(self) -> list[Video]:
         rows = [row for row in self._to_edit if row["text"] is not None]
-        return [Video(group[0]["unit"], group) for group in _by_video(rows)]
+        groups = [list(group) for _, group in groupby(rows, key=lambda row: row["video_id"])]
+        return [Video(group[0]["unit"], group) for group in groups]
 
     @cached_property
     def held_out_videos(self) -> set[str]:
@@ -130,11 +131,6 @@ class Items:
     @cached_property
     def _to_edit(self) -> list[dict[str, Any]]:
         return self.table.filter(pc.equal(self.table["use"], "edit")).to_pylist()
-
-
-def _by_video(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    for _, group in groupby(rows, key=lambda row: row["video_id"]):
-        yield list(group)
 
 
 def freeze_items(

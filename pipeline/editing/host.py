@@ -129,7 +129,10 @@ class CorpusBackend:
             plan = Plan(root, self.editing, self.settings, current.settings.cut, current.run_id, holder)
             with pool(plan, self.asked.workers, self.settings.train.device) as editors:
                 jobs = self._jobs(state, editors)
-                for done in editors.edit([job for job in jobs if not _is_committed(plan, job)]):
+                pending = [
+                    job for job in jobs if not fragment_path(Path(root), "ledger", work_of(plan, job).name).exists()
+                ]
+                for done in editors.edit(pending):
                     current.ledger.load([done.name])
             current.publish()
             rows, failures = self._rows_of(current, state.round_number), self._failures_of(current, plan, jobs)
@@ -198,10 +201,6 @@ class CorpusBackend:
         """Open the corpus for writing, but never while a student trains: a build may run then."""
         with session(self.asked.corpus, None, [], self.asked.command, create=False) as (current, _):
             yield current
-
-
-def _is_committed(plan: Plan, job: Job) -> bool:
-    return fragment_path(Path(plan.root), "ledger", work_of(plan, job).name).exists()
 
 
 @lru_cache(maxsize=64)

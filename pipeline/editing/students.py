@@ -135,7 +135,9 @@ class Students:
         report = train(Request(str(folder), str(self.asked.corpus), str(recipe), (), files, self.asked.command))
         if report.reason != "done":
             raise KeyboardInterrupt  # it was asked to stop, and so are the rounds
-        return _last_recall(folder) if held_out else 0.0
+        if not held_out:
+            return 0.0
+        return float(json.loads((folder / "eval.jsonl").read_text().splitlines()[-1])["t2v"]["r1"])
 
     def _tables(self, fold: int | None) -> dict[str, Path]:
         """Write files of clip ids: those to train on and those to validate on."""
@@ -146,8 +148,3 @@ class Students:
         for name, path in paths.items():
             pq.write_table(pa.table({"clip_id": pa.array(ids[name], pa.string())}), path)
         return {name: path for name, path in paths.items() if ids[name]}
-
-
-def _last_recall(run: Path) -> float:
-    """Return R@1 of a run's last evaluation."""
-    return float(json.loads((run / "eval.jsonl").read_text().splitlines()[-1])["t2v"]["r1"])

@@ -160,7 +160,8 @@ def _from_container(data: Bytes, choose: Choose, picture: Picture) -> tuple[Pixe
                 shown, places = np.unique(np.asarray(choose(len(source.times))), return_inverse=True)
                 gather = _Gather(picture)
                 for _, frame in wanted_frames(path, source, shown, LIMITS, counts):
-                    gather.add(_upright(_rgb(frame), rotation_of(frame)))
+                    pixels, clockwise = _rgb(frame), rotation_of(frame)
+                    gather.add(np.rot90(pixels, -clockwise // 90) if clockwise in (90, 180, 270) else pixels)
             except Untrusted:
                 continue
             if gather.num_added == len(shown) and not counts.num_errors:
@@ -246,10 +247,6 @@ def _rgb(frame: av.VideoFrame) -> Pixels:
 def _converter(width: int, height: int, pix_fmt: str) -> VideoReformatter:
     """Keep one converter per kind of frame, so that its tables are built once."""
     return VideoReformatter()
-
-
-def _upright(pixels: Pixels, clockwise: int) -> Pixels:
-    return np.rot90(pixels, -clockwise // 90) if clockwise in (90, 180, 270) else pixels
 
 
 class _Gather:

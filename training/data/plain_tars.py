@@ -373,7 +373,7 @@ def _row(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any] 
         return None
     still = next((sample.members[name] for name in STILL_EXTENSIONS if name in sample.members), (None, None))
     facts = _facts(sample, path, problems)
-    captions = facts.get("captions")
+    captions, texts, num_frames, fps = (facts.get(name) for name in ("captions", "texts", "num_frames", "fps"))
     first_caption = captions[0] if isinstance(captions, list) and captions else captions
     return {
         "clip_id": _text(facts.get("clip_id")) or sample.key,
@@ -383,11 +383,11 @@ def _row(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any] 
         "mp4_bytes": video[1],
         "jpg_offset": still[0],
         "jpg_bytes": still[1],
-        "num_frames": _count(facts.get("num_frames")),
-        "fps": _rate(facts.get("fps")),
+        "num_frames": num_frames if type(num_frames) is int and 0 < num_frames < 2**31 else None,
+        "fps": float(fps) if type(fps) in (int, float) and 0 < fps < math.inf else None,
         "subtitle": sample.texts.get("txt", _text(facts.get("subtitle")) or _text(facts.get("text"))),
         "caption": _text(facts.get("caption")) or _text(first_caption),
-        "texts": _texts(facts.get("texts")),
+        "texts": [text for text in map(_text, texts if isinstance(texts, list) else []) if text] or None,
         "duplicate_group": _text(facts.get("duplicate_group")),
     }
 
@@ -406,38 +406,21 @@ def _facts(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any
     return {}
 
 
-def _texts(value: Any) -> list[str] | None:
-    texts = [_text(text) for text in value] if isinstance(value, list) else []
-    return [text for text in texts if text] or None
-
-
 def _text(value: Any) -> str | None:
     """Return a string that Arrow accepts: JSON may hold halves of surrogate pairs."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) and value else None
 
 
-def _count(value: Any) -> int | None:
-    return value if type(value) is int and 0 < value < 2**31 else None
-
-
-def _rate(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and 0 < value < math.inf else None
-
-
 def _name_clips(rows: list[dict[str, Any]]) -> None:
     """Make clip ids unique: prefix repeated ones with the tar's name, then with its path and the offset."""
-    for qualify in (_with_name, _with_place):
+    qualifiers = (
+        lambda row: f"{Path(row['shard']).stem}/{row['clip_id']}",
+        lambda row: f"{row['shard']}/{row['mp4_offset']}/{row['clip_id']}",
+    )
+    for qualify in qualifiers:
         repeated = {clip_id for clip_id, count in Counter(row["clip_id"] for row in rows).items() if count > 1}
         for row in rows:
             if row["clip_id"] in repeated:
                 row["clip_id"] = qualify(row)
     for row in rows:
         row["video_id"] = row["video_id"] or row["clip_id"]
-
-
-def _with_name(row: dict[str, Any]) -> str:
-    return f"{Path(row['shard']).stem}/{row['clip_id']}"
-
-
-def _with_place(row: dict[str, Any]) -> str:
-    return f"{row['shard']}/{row['mp4_offset']}/{row['clip_id']}"

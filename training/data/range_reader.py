@@ -121,8 +121,8 @@ class ShardReader:
             for number in numbers:
                 found[number] = failure
             return
-        for read in reads:
-            _advise(descriptor, read)
+        for read in reads if hasattr(os, "posix_fadvise") else ():  # so that the disk can serve them together
+            os.posix_fadvise(descriptor, read.start, read.end - read.start, os.POSIX_FADV_WILLNEED)
         for read in reads:
             try:
                 data: bytes | ItemError = _pread(descriptor, read.start, read.end)
@@ -184,17 +184,10 @@ def _hand_out(read: _Read, data: bytes | ItemError, ranges: Sequence[Range], fou
     for number in read.members:
         start = ranges[number].offset - read.start
         piece = view[start : start + ranges[number].num_bytes]
-        found[number] = piece if len(piece) == ranges[number].num_bytes else _truncated(path, ranges[number])
-
-
-def _truncated(path: str, wanted: Range) -> ItemError:
-    return ItemError("truncated-shard", f"{path} ends before {wanted.num_bytes} bytes at {wanted.offset} do")
-
-
-def _advise(descriptor: int, read: _Read) -> None:
-    """Announce a read, so that the disk can serve all of them together."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, read.start, read.end - read.start, os.POSIX_FADV_WILLNEED)
+        found[number] = piece
+        if len(piece) < ranges[number].num_bytes:
+            missing = f"{path} ends before {ranges[number].num_bytes} bytes at {ranges[number].offset} do"
+            found[number] = ItemError("truncated-shard", missing)
 
 
 def _pread(descriptor: int, start: int, end: int) -> bytes:

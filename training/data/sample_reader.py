@@ -170,7 +170,7 @@ class SampleReader:
         return (self.data.num_frames + 1) * self.image_size * self.image_size * 3
 
     def pixel_buffer(self, num_samples: int, buffer: Tensor | None = None) -> PixelBuffer:
-        """Lay out uninitialised pixels on a flat buffer of `num_samples * sample_bytes` bytes or more; None: a new one."""
+        """Lay out uninitialised pixels on a buffer of at least `num_samples * sample_bytes` bytes, or a new one."""
         if buffer is None:
             buffer = torch.empty(num_samples * self.sample_bytes, dtype=torch.uint8)
         size, num_frames = self.image_size, self.data.num_frames

@@ -66,7 +66,9 @@ class ShardCache:
         if not copy.asked:
             copy.asked = True
             self._asked.put((address, wanted_bytes))
-            self._start()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="clipmill-cache", daemon=True)
+                self._thread.start()
         return None
 
     def settle(self) -> None:
@@ -74,11 +76,6 @@ class ShardCache:
         self._asked.join()
 
     # --- In the thread
-
-    def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="clipmill-cache", daemon=True)
-            self._thread.start()
 
     def _work(self) -> None:
         while True:

@@ -63,7 +63,9 @@ def permutation(count: int, key: int) -> NDArray[np.uint32]:
     if count <= _SORTED_UP_TO:
         return order_of(mix(np.arange(count, dtype=np.uint64), key)).astype(np.uint32)
     side = int(np.ceil(np.sqrt(count)))
-    tables = [_shifts(side, key_of(key, number)) for number in range(_ROUNDS)]
+    # [side] random shifts in [0, side) for each round: a table small enough for the cache
+    keys = [key_of(key, number) for number in range(_ROUNDS)]
+    tables = [(mix(np.arange(side), round_key) % np.uint64(side)).astype(np.int64) for round_key in keys]
     order = np.empty(count, np.uint32)
 
     def fill(start: int) -> None:
@@ -81,11 +83,6 @@ def in_threads(function: Callable[[int], Result], items: Iterable[int]) -> list[
     """Map a function over items in threads, in order. numpy releases the interpreter's lock, so they overlap."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, items))
-
-
-def _shifts(side: int, key: int) -> NDArray[np.int64]:
-    """Draw [side] random shifts in [0, side): one round's function, as a table small enough for the cache."""
-    return (mix(np.arange(side), key) % np.uint64(side)).astype(np.int64)
 
 
 def _feistel(values: NDArray[np.int64], side: int, tables: list[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -4,7 +4,6 @@ Takes similarities, no model. Positions never decide who belongs to whom: `text_
 be padded, shuffled or captioned several times.
 """
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -59,8 +58,14 @@ def dual_softmax(similarity: NDArray[Any], axis: int, scale: float = DSL_SCALE) 
 
 def ranks_of(similarity: NDArray[Any], answers: NDArray[np.int64], ties: Ties = "pessimistic") -> NDArray[np.float64]:
     """Rank each query's one answer (a column) among all columns: [queries], from 1."""
-    ranks = [_ranks(similarity[rows], answers[rows], ties) for rows in _chunks(len(similarity))]
-    return np.concatenate(ranks) if ranks else np.zeros(0)
+    ranks = [np.zeros(0)]
+    for start in range(0, len(similarity), _CHUNK):
+        rows, right_answers = similarity[start : start + _CHUNK], answers[start : start + _CHUNK]
+        right = rows[np.arange(len(rows)), right_answers][:, None]
+        nearer = (rows > right).sum(axis=1)
+        as_near = (rows == right).sum(axis=1) - 1
+        ranks.append(1.0 + nearer + {"pessimistic": 1.0, "optimistic": 0.0, "mean": 0.5}[ties] * as_near)
+    return np.concatenate(ranks)
 
 
 def summarise(ranks: NDArray[np.float64]) -> Metrics:
@@ -93,17 +98,6 @@ def _nearest_of_group(matrix: NDArray[Any], group: NDArray[np.int64]) -> NDArray
     order = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
     return np.maximum.reduceat(matrix[order], starts, axis=0)
-
-
-def _ranks(rows: NDArray[Any], answers: NDArray[np.int64], ties: Ties) -> NDArray[np.float64]:
-    right = rows[np.arange(len(rows)), answers][:, None]
-    nearer = (rows > right).sum(axis=1)
-    as_near = (rows == right).sum(axis=1) - 1
-    return 1.0 + nearer + {"pessimistic": 1.0, "optimistic": 0.0, "mean": 0.5}[ties] * as_near
-
-
-def _chunks(count: int) -> Iterator[slice]:
-    return (slice(start, start + _CHUNK) for start in range(0, count, _CHUNK))
 
 
 def _checked(similarity: Any, text_to_video: Any, ties: str, dsl: str | None) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -103,10 +103,14 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self.folder / f".tmp-{step:08d}-{os.getpid()}"
             try:
-                _write_weights(temporary, write, tensors, ema)
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                write(tensors, temporary)
+                if ema is not None:
+                    write(ema, temporary / "ema.safetensors")
                 torch.save({"optimiser": optimiser, "random": random}, temporary / "training.pt")
-                for name, write in (attach or {}).items():
-                    write(temporary / name)
+                for name, write_file in (attach or {}).items():
+                    write_file(temporary / name)
                 _seal(temporary, {"format": FORMAT, "step": step, "state": dict(state)})
                 self._discard(path)
                 os.rename(temporary, path)
@@ -186,14 +190,6 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
             raise UserError(f"checkpoint {path} cannot be read: {str(error)[:500]}") from error
         return Checkpoint(sealed["step"], path, sealed["state"], training["optimiser"], training["random"])
-
-
-def _write_weights(folder: Path, write: WriteWeights, tensors: State, ema: State | None) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    write(tensors, folder)
-    if ema is not None:
-        write(ema, folder / "ema.safetensors")
 
 
 def _seal(folder: Path, state: dict[str, Any]) -> None:

@@ -153,8 +153,13 @@ class RunLog:
         unread, self._unread = self._unread, []
         if not unread:
             return {}
-        numbers = iter(_to_numbers([value for _, values in unread for value in values.values()]))
-        rows = [(step, {name: next(numbers) for name in values}) for step, values in unread]
+        tensors = [value for _, values in unread for value in values.values() if isinstance(value, Tensor)]
+        stacked = [tensor.reshape(()).double() for tensor in tensors]
+        numbers = iter(torch.stack(stacked).tolist() if stacked else [])
+        rows = [
+            (step, {name: next(numbers) if isinstance(value, Tensor) else value for name, value in values.items()})
+            for step, values in unread
+        ]
         for step, row in rows:
             for name, value in row.items():
                 if value is not None and not math.isfinite(value):
@@ -231,13 +236,6 @@ def _row(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if line.endswith("\n") and isinstance(row, dict) and "step" in row else None
-
-
-def _to_numbers(values: list[Any]) -> list[Any]:
-    """Convert tensors of one element to floats, all in one transfer."""
-    tensors = [value.reshape(()).double() for value in values if isinstance(value, Tensor)]
-    numbers = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [next(numbers) if isinstance(value, Tensor) else value for value in values]
 
 
 def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
