@@ -226,10 +226,11 @@ def train(
     set_: SetOption = None,
 ) -> None:
     """Post-pretrain CLIP on a selection of a corpus. Resumes where RUN has a checkpoint."""
-    from clipmill.cli.train import run_train
+    from clipmill.cli.train import show_report
     from shards.query.sql import named_tables
+    from training.launch import launch_training
 
-    run_train(
+    report = launch_training(
         corpus,
         run,
         recipe=recipe,
@@ -242,6 +243,7 @@ def train(
         tables=[(name, str(path)) for name, path in named_tables(table or []).items()],
         command=_command(),
     )
+    show_report(report)
 
 
 app.command("finetune", help="Fine-tune a model for retrieval: `train` with a recipe such as msrvtt_b32.")(train)

@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from clipmill.cli.evaluate import ROWS, cells, run_eval
-from clipmill.cli.train import run_train
+from clipmill.cli.train import show_report
 from shards.query.sql import open_manifest, rows_of
+from training.launch import launch_training
 from training.run.plots import bars, lines
 from training.settings import RunSettings, resolve
 
@@ -36,7 +37,8 @@ def run_training_demo(console: Console, corpus: Path, run: Path) -> int:
     _announce(console, "4. Search", "held-out clips with the image model as it ships", command)
     before = run_eval(model=model, corpus=corpus, recipe=RECIPE, assignments=["model.pooling=mean"], console=console)
     _announce(console, "5. Train", "on the others", f"clipmill train --corpus {corpus} --run {run} --recipe {RECIPE}")
-    report = run_train(str(corpus), run, recipe=RECIPE)
+    report = launch_training(str(corpus), run, recipe=RECIPE)
+    show_report(report)
     if report.reason != "done":
         return 1
     _announce(console, "6. Search", "the same clips again", f"clipmill eval --run {run} --corpus {corpus}")
