@@ -26,7 +26,8 @@ from pipeline.editing.clips import Items, freeze_items
 from pipeline.editing.frames import read_frames
 from pipeline.editing.worker import Teacher
 from pipeline.engine.build import session
-from training.data.selection import EVAL_FILE, Selection
+from training.data.selection import Selection
+from training.data.selection_schema import EVAL_FILE
 from training.editing.boundaries import Floats, Scorer, Spans, VideoClips, drift, edit_videos, iou
 from training.editing.rounds import base_spans, fold_of
 from training.editing.scores import FrameFeatures, FrameScorer, VideoScorer, draw_bank
@@ -95,7 +96,7 @@ def _prepared(demo: Path, folder: Path) -> tuple[Items, Teacher]:
     """Freeze the clips of the demo's corpus and load its teacher."""
     run = RunFolder(demo / "run").require()
     settings = resolve_edit(run.load().settings, None, [])
-    never = frozenset(Selection.open(run.root / EVAL_FILE).column("video_id").to_pylist())
+    never = frozenset(Selection(run.root / EVAL_FILE).column("video_id").to_pylist())
     freeze_items(folder / "clips.arrow", demo / "corpus", "", settings.edit, trains=False, never=never)
     weights = run.checkpoints.path(run.checkpoints.find_latest()) / "model.safetensors"
     return Items(folder / "clips.arrow"), Teacher(str(weights), settings)

@@ -144,7 +144,7 @@ def loader_batches(corpus: str, config: ModelConfig, batch_size: int, stack: Exi
     folder = Path(stack.enter_context(TemporaryDirectory()))
     data = DataSettings(max_text_tokens=NUM_TOKENS, apart=())
     freeze(folder / "selection.arrow", corpus)
-    selection = Selection.open(folder / "selection.arrow")
+    selection = Selection(folder / "selection.arrow")
     spec = plan_spec(selection, data, batch_size)
     epochs = Epochs(folder, spec, selection.path)
     reader = SampleReader(selection, data, text_encoder(config, NUM_TOKENS), config.image_size)

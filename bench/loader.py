@@ -57,7 +57,8 @@ from training.data.epoch_plan import hash_selection
 from training.data.frame_sampling import eval_indices, middle_index, resize
 from training.data.loader import Loader, SampleReader
 from training.data.reader_pool import Request, keep_freed_memory
-from training.data.selection import SELECTION, Selection
+from training.data.selection import Selection
+from training.data.selection_schema import SELECTION
 from training.data.tokenizer import TextEncoder
 from training.settings import DataSettings
 
@@ -149,7 +150,7 @@ def make_selection(folder: Path, clips: list[Clip], kind: str) -> Selection:
     }
     with pa.ipc.new_file(path, SELECTION.with_metadata(known)) as writer:
         writer.write_table(pa.Table.from_pylist(rows, SELECTION))
-    return Selection.open(path)
+    return Selection(path)
 
 
 def _sentence(random: np.random.Generator, num_words: int) -> str:
@@ -331,7 +332,7 @@ def check(clips: list[Clip], selection: Selection, plain: Selection) -> None:
             pictures = work(getattr(clip, kind))
             if kind == "ordinary":
                 pictures = pictures.permute(0, 2, 3, 1).numpy()
-            off = np.abs(np.stack(part.canvas.sample(slot)).astype(int) - pictures)
+            off = np.abs(np.stack(part.pixels.sample(slot)).astype(int) - pictures)
             assert off.mean() < 1, f"{kind} clip {slot}: {off.mean():.1f} levels off"
     assert all(frames_alone(clip.default) == clip.num_frames for clip in clips[:8])
 

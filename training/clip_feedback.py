@@ -1,4 +1,4 @@
-"""What training finds out about each clip, for curating the corpus: a Parquet table that SQL joins by clip_id.
+"""Record what training learns about each clip, for curating the corpus: a Parquet table that SQL joins by clip_id.
 
     clip_id              of the selection; only clips that were seen have a row
     times_seen           how often the clip was in a batch and could be read
@@ -62,7 +62,7 @@ def row_feedback(
     log_scale: Tensor,
     group: dist.ProcessGroup | None = None,
 ) -> RowFeedback:
-    """Of unit vectors; None for a text that was not encoded. With a group, all processes have equally many rows."""
+    """Compare unit vectors; None for a text that was not encoded. With a group, all have equally many rows."""
     similarities, losses = [], []
     for text_ND, mask_N in ((subtitle_ND, subtitle_mask_N), (caption_ND, caption_mask_N)):
         exists_N = mask_N & video_mask_N
@@ -79,7 +79,7 @@ def row_feedback(
 def _against(
     video_ND: Tensor, text_ND: Tensor, exists_N: Tensor, log_scale: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """Cosine with the own text, and cross entropy of picking it among all texts that exist."""
+    """Compute the cosine with the own text, and the cross entropy of picking it among all texts that exist."""
     text_ND = torch.where(exists_N[:, None], text_ND, 0)  # what does not exist may be NaN
     similarity_N = (video_ND * text_ND).sum(dim=1)
     text_KD, exists_K = text_ND, exists_N
@@ -110,7 +110,7 @@ class Feedback:
     def add(
         self, batch: Batch, video_ND: Tensor, subtitle_ND: Tensor | None, caption_ND: Tensor | None, log_scale: Tensor
     ) -> None:
-        """A step's rows. Nothing waits for the device, but for one step in 256."""
+        """Add a step's rows. Waits for the device in one step of 256 only."""
         masks = (batch.video_mask_B, batch.subtitle_mask_B, batch.caption_mask_B)
         values = row_feedback(video_ND, subtitle_ND, caption_ND, *masks, log_scale, self.group)
         rows_N = torch.where(batch.video_mask_B, batch.rows_B, -1)
@@ -119,7 +119,7 @@ class Feedback:
             self._move()
 
     def collect(self) -> None:
-        """Every process together: afterwards the first has everything that was added so far."""
+        """Bring everything added so far to the first process; every process calls this together."""
         self._move()
         mine, self._moved = self._moved, []
         everyone = [mine]
@@ -131,7 +131,7 @@ class Feedback:
                 _merge(self._arrays, *(np.concatenate(parts) for parts in zip(*steps, strict=True)))
 
     def _move(self) -> None:
-        """What the device holds, in one transfer, to one pair of arrays per step."""
+        """Move the device's rows to the CPU in one transfer, as one pair of arrays per step."""
         if not self._held:
             return
         rows, values = (torch.stack(tensors).cpu().numpy() for tensors in zip(*self._held, strict=True))
@@ -141,18 +141,18 @@ class Feedback:
     # -- on the first process, after `collect` ------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        """A .npz file: 20 bytes per clip of the selection."""
+        """Save the arrays as .npz: 20 bytes per clip of the selection."""
         np.savez(path, **self._arrays)
 
     def load(self, path: Path) -> None:
-        """Goes on from a saved state."""
+        """Continue from a saved state."""
         with np.load(path) as saved:
             arrays = {name: saved[name] for name in self._arrays}
         assert all(len(arrays[name]) == len(array) for name, array in self._arrays.items()), "another selection's"
         self._arrays = arrays
 
     def write(self, path: Path, selection: Selection) -> None:
-        """The Parquet table of the clips seen so far, whole or not at all."""
+        """Write the Parquet table of the clips seen so far, whole or not at all."""
         import pyarrow.parquet as pq
 
         start = 0
@@ -184,7 +184,7 @@ def _empty(num_clips: int) -> dict[str, NDArray]:
 
 
 def _merge(arrays: dict[str, NDArray], rows_N: NDArray[np.int64], values_N3: NDArray[np.float32]) -> None:
-    """One step's rows into the arrays. A batch may hold a clip twice: its last slot counts as the later time."""
+    """Merge one step's rows into the arrays. If a batch holds a clip twice, its last slot counts as the later time."""
     present = rows_N >= 0
     rows_N, (subtitle_N, caption_N, loss_N) = rows_N[present], values_N3[present].T
     np.add.at(arrays["times_seen"], rows_N, 1)

@@ -1,7 +1,7 @@
-"""The same training under Ray Train: as many processes as asked for, on this machine or on a cluster.
+"""Train under Ray Train: as many processes as asked for, on this machine or on a cluster.
 
-Ray places the processes, joins them, and starts them again when one dies; each of them calls `training.trainer.train`,
-which goes on from the run's last checkpoint. The run folder and the corpus must be where every node sees them.
+Ray places the processes, joins them, and restarts them when one dies; each calls `training.trainer.train`, which
+resumes from the run's last checkpoint. Every node must see the run folder and the corpus under the same path.
 """
 
 import os
@@ -16,20 +16,21 @@ from training.run.folder import RunFolder
 from training.run.setup import Request, requested_settings
 from training.trainer import Report, train
 
-MAX_RESTARTS = 3  # after workers or nodes have died; a run that kills its workers must end some time
+MAX_RESTARTS = 3  # after workers or nodes died; a run that kills its workers must end at some point
 
 
 def train_on_ray(request: Request, num_workers: int, address: str | None = None) -> Report:
-    """Raises UserError for the user's mistakes, and where workers died more often than `MAX_RESTARTS`.
+    """Train a run with `num_workers` processes. Raises UserError, also if workers die more than `MAX_RESTARTS` times.
 
-    address  of a cluster, as for builds; None: the surrounding one or RAY_ADDRESS, else Ray starts on this machine
+    address  address of a Ray cluster; None: the surrounding one or RAY_ADDRESS, else Ray starts on this machine
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    device = requested_settings(request).train.device
-    RunFolder(request.run).create()  # before Ray writes there: a folder with only Ray's files would be taken for no run
+    folder = RunFolder(request.run)
+    device = requested_settings(request, folder).train.device
+    folder.create()  # before Ray writes there: a folder that holds only Ray's files would be refused as not a run
     cpus = max(num_workers + 1, os.cpu_count() or 1)  # as many workers as asked for, whatever this machine has
     with ray_cluster(address, cpus, setting="--address", show_output=True):
         use_gpu = device != "cpu" and ray.cluster_resources().get("GPU", 0) >= num_workers
@@ -45,7 +46,8 @@ def train_on_ray(request: Request, num_workers: int, address: str | None = None)
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise UserError(f"training on Ray has failed: {_last_line(error)}") from error
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            raise UserError(f"training on Ray failed: {lines[-1]}") from error
     outcome = result.return_value
     if "mistake" in outcome:
         raise UserError(outcome["mistake"])
@@ -53,25 +55,17 @@ def train_on_ray(request: Request, num_workers: int, address: str | None = None)
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """One training process: its report as plain values, or the mistake that all of them have met."""
+    """Run one training process; return its report as plain values, or the mistake that all of them have met."""
     import ray.train
 
     os.environ["LOCAL_WORLD_SIZE"] = str(ray.train.get_context().get_local_world_size())
     request = dict(config["request"])
-    request |= {name: tuple(map(_tuple, request[name])) for name in ("assignments", "tables")}
+    request["assignments"] = tuple(request["assignments"])  # Ray turns tuples into lists
+    request["tables"] = tuple(map(tuple, request["tables"]))
     try:
         report = train(Request(**request))
         return asdict(report) | {"run": str(report.run)}
     except LoaderError:
-        raise  # Ray ends the others, which wait for this one
+        raise  # only this process has met it: Ray has to end the others, which wait for this one
     except UserError as error:
         return {"mistake": str(error)}
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

@@ -1,9 +1,9 @@
-"""Training runs: a folder, a model and a loader become checkpoints and a curve, on one process or many.
+"""Train a run from where it stands to its end, on one process or many.
 
-`train` prepares the run on the first process and joins the others. `Trainer.fit` feeds batches to the learner
-(`training.learner`, where the update is) and decides what follows a step: log, evaluate, save, stop.
+`train` prepares the run on its first process. `Trainer.fit` then feeds batches to the learner (`training.learner`,
+where the update is) and after each step decides whether to log, evaluate, save or stop.
 
-The position is one number, `step`: updates done. Everything else about where a run stands follows from it and the plan.
+The state of a run is one number, `step`: updates done. Everything else follows from it and the plan.
 """
 
 import json
@@ -33,7 +33,6 @@ from training.learner import Learner, Values
 from training.losses import load_loss
 from training.models import registry as models
 from training.models.clip_vip.model import sample_flops
-from training.models.model import VideoTextModel
 from training.parallel.distributed import Process, join
 from training.parallel.state_dict import (
     OptimiserState,
@@ -49,15 +48,14 @@ from training.run.folder import RunFolder
 from training.run.hardware_peaks import peak_flops
 from training.run.log import RunLog, cut_after
 from training.run.setup import Prepared, Request, prepare, requested_settings
-from training.run.throughput import Meter
-from training.settings import TrainSettings
+from training.run.throughput import Throughput
 
 FEEDBACK_FILE = "feedback.npz"  # beside a checkpoint: what was counted up to its step
 
 
 @dataclass(frozen=True)
 class Report:
-    """How a training ended. `reason`: "done", or the name of the signal that stopped it."""
+    """The end of a training. `reason` is "done", or the name of the signal that stopped it."""
 
     run: Path
     step: int
@@ -66,15 +64,16 @@ class Report:
 
 
 def train(request: Request) -> Report:
-    """This process's part of a run, from where the run stands to its end. Raises UserError.
+    """Run this process's part of a training, from where the run stands to its end. Raises UserError.
 
     Under torchrun or Ray Train every process calls this with the same request; alone it is the whole run.
     """
-    with join(requested_settings(request).train.device) as process, ExitStack() as stack:
-        folder = RunFolder(request.run)
+    folder = RunFolder(request.run)
+    device = requested_settings(request, folder).train.device
+    with join(device) as process, ExitStack() as stack:
         process.first(lambda: stack.enter_context(folder.writer()) and None)
-        notes = process.first(lambda: prepare(request))
-        return Trainer(Prepared.open(request.run), process, notes).fit()
+        notes = process.first(lambda: prepare(request, folder))
+        return Trainer(Prepared.open(folder), process, notes).fit()
 
 
 class Trainer:
@@ -83,77 +82,82 @@ class Trainer:
     def __init__(self, prepared: Prepared, process: Process, notes: list[str]):
         self.prepared, self.settings, self.folder = prepared, prepared.settings, prepared.folder
         self.process, self.notes = process, notes
-        train, data = self.settings.train, self.settings.data
-        _use_threads(train, process)
+        model, data, train = self.settings.model, self.settings.data, self.settings.train
+        if process.device.type == "cpu":  # the processes of a host share its cores
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(train.threads or max(1, cores // process.local_world_size))
         torch.manual_seed(data.seed)
         step = process.first(self.folder.checkpoints.find_latest)
         checkpoint = None if step is None else self.folder.checkpoints.load(step)
-        self.spec = process.first(lambda: self._plan_spec(checkpoint))
+        if checkpoint is None:
+            self.spec = process.first(lambda: plan_spec(prepared.selection, data, train.batch_size))
+        else:  # hashing the groups of 100 million clips again takes seconds, and the selection is the same
+            self.spec = PlanSpec(**checkpoint.state["plan"]["spec"])
         self.epochs = Epochs(self.folder.plan_path, self.spec, prepared.selection.path, data.apart)
         self.slots = rank_slots(self.spec, process.rank, process.world_size)
         self.total_steps = total_steps(self.spec, train)
-        self.learner = self._begin() if checkpoint is None else self._resume(checkpoint)
+        feedback = Feedback(prepared.selection.num_clips, process.group, process.control) if train.feedback else None
+        weights = None if checkpoint is None else checkpoint.weights
+        built = models.load(model, data.seed) if weights is None else models.read(weights, model, data.seed)
+        self.learner = Learner(built, train, self.total_steps, process, feedback, data.seed)
+        if checkpoint is not None:
+            self._restore(checkpoint)
         self.start_step = self.learner.step
 
-    # -- beginning and resuming ---------------------------------------------------------------------------------------
-
-    def _plan_spec(self, checkpoint: Checkpoint | None) -> PlanSpec:
-        """The checkpoint's, whose selection this is: hashing the groups of a hundred million clips takes seconds."""
-        if checkpoint is not None:
-            return PlanSpec(**checkpoint.state["plan"]["spec"])
-        return plan_spec(self.prepared.selection, self.settings.data, self.settings.train.batch_size)
-
-    def _begin(self) -> Learner:
-        return self._learner(models.load(self.settings.model, seed=self.settings.data.seed))
-
-    def _resume(self, checkpoint: Checkpoint) -> Learner:
-        """Raises UserError where the checkpoint's plan is of another version."""
-        settings, seed = self.settings.model, self.settings.data.seed
-        learner = self._learner(models.read(checkpoint.weights, settings, seed))
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint whose weights the model has. Raises UserError if its plan has another version."""
+        learner = self.learner
         restore_optimiser(learner.model, learner.optimiser, checkpoint.optimiser)
         learner.step = num_steps_done(self.spec, checkpoint.state["plan"])
         if learner.ema and checkpoint.averaged:
-            learner.ema.restore(dict(models.read(checkpoint.averaged, settings, seed).named_parameters()))
+            averaged = models.read(checkpoint.averaged, self.settings.model, self.settings.data.seed)
+            learner.ema.restore(dict(averaged.named_parameters()))
         if learner.feedback and learner.feedback.is_first and (checkpoint.path / FEEDBACK_FILE).exists():
             learner.feedback.load(checkpoint.path / FEEDBACK_FILE)
         set_random_state(checkpoint.random)
-        return learner
-
-    def _learner(self, model: VideoTextModel) -> Learner:
-        train = self.settings.train
-        process, num_clips = self.process, self.prepared.selection.num_clips
-        feedback = Feedback(num_clips, process.group, process.control) if train.feedback else None
-        return Learner(model, train, self.total_steps, process, feedback, self.settings.data.seed)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def fit(self) -> Report:
-        """Trains to the end, or until a signal asks for a stop; saved either way."""
-        meter = Meter(self.process.device, self._peak_flops())
+        """Train to the end, or until a signal asks for a stop; save in either case."""
+        train, process = self.settings.train, self.process
+        peak = train.peak_tflops * 1e12 if train.peak_tflops else peak_flops(process.device, train.precision)
+        throughput = Throughput(process.device, None if peak is None else peak * process.world_size)
         with ExitStack() as stack:
             stop = stack.enter_context(stop_on_signals())
-            self.log = stack.enter_context(self._open_log(meter))
-            if self.process.is_first:
-                cut_after(self.folder.failures_path, self.step)  # those of steps that are taken again
+            self.log = stack.enter_context(
+                RunLog(
+                    self.folder.root,
+                    throughput,
+                    total_steps=self.total_steps,
+                    start_step=self.start_step,
+                    every=train.log_every,
+                    tensorboard=train.tensorboard,
+                    writes=process.is_first,
+                )
+            )
+            if process.is_first:
+                cut_after(self.folder.failures_path, self.step)  # failures of steps that are taken again
             self.loader = stack.enter_context(self._open_loader())
-            self._say_what_is_coming()
-            self._name_best()
+            self._announce()
+            self._write_best()
             self._evaluate_if_due()
             batches = self.loader.batches(self.epochs, self.slots, self.start_step, self.total_steps)
-            for batch in meter.waiting(batches):
-                values = self.learner.train_step(batch.to(self.process.device))
-                num_stops, digest = self.process.sum(int(stop.name is not None), self._digest(batch))
+            for batch in throughput.waiting(batches):
+                values = self.learner.train_step(batch.to(process.device))
+                num_stops, digest = process.sum(int(stop.name is not None), self._digest(batch))
                 self._log_step(values, batch, digest)
                 if num_stops:
                     break
-                self._save_if_due()
+                if self.step % train.checkpoint_every == 0:
+                    self._save()
                 self._evaluate_if_due()
             self._save()
         stopped_by = stop.name if self.step < self.total_steps else None
         return Report(self.folder.root, self.step, self.total_steps, stopped_by or "done")
 
     def _digest(self, batch: Batch) -> int:
-        """What this process read of the step, to be added to what the others did: the same sum is the same batch."""
+        """Hash this process's rows of a step; the sum over all processes identifies the batch."""
         slots = np.arange(self.slots.start, self.slots.stop, dtype=np.uint64) << np.uint64(32)
         hashes = mix(slots + batch.rows_B.numpy().astype(np.uint32), key=0)
         return int(hashes.sum().astype(np.int64))
@@ -172,12 +176,8 @@ class Trainer:
     def step(self) -> int:
         return self.learner.step
 
-    def _save_if_due(self) -> None:
-        if self.step % self.settings.train.checkpoint_every == 0:
-            self._save()
-
     def _save(self) -> None:
-        """A checkpoint of this step, on the first process; the others lend what only they have."""
+        """Write a checkpoint of this step on the first process, with the parts of it that other processes hold."""
         learner = self.learner
         with self.log.paused():
             self.log.check()
@@ -206,9 +206,9 @@ class Trainer:
         self.epochs.tidy(locate(self.spec, self.step)[0])
 
     def _evaluate_if_due(self) -> None:
-        """Before the first step, after the last, and every `eval.every` in between; never twice at one step.
+        """Evaluate before the first step, after the last, and every `eval.every` in between; never twice at one step.
 
-        The best so far is saved before the line that says so, so that whatever eval.jsonl calls best is there.
+        A new best checkpoint is saved before its line is written, so that the best of eval.jsonl always exists.
         """
         if self.prepared.held_out is None or not self._evaluation_is_due():
             return
@@ -217,11 +217,12 @@ class Trainer:
         with self.log.paused():
             model = self.learner.whole_model()
             metrics = evaluate(model, self.prepared.held_out, self.settings, self.process)
-        if self._would_be_best(metrics):
-            self._save()
+        if self.settings.eval.selects and self.step > 0:
+            if self.process.first(lambda: self._best({"step": self.step, **metrics}).step == self.step):
+                self._save()
         self.log.evaluation(self.step, metrics)
-        self.log.say(_told(self.step, metrics))
-        self._name_best()
+        self.log.say(_evaluation_line(self.step, metrics))
+        self._write_best()
 
     def _evaluation_is_due(self) -> bool:
         settings = self.settings.eval
@@ -233,31 +234,14 @@ class Trainer:
         return step == 0 and epoch % settings.every_epochs == 0
 
     def _best(self, *more: Mapping[str, Any]) -> Best | None:
-        """Of the evaluations so far, on the first process; None where they select nothing."""
+        """Return the best evaluation so far, on the first process; None if evaluations select nothing."""
         settings = self.settings.eval
         return best_of([*self.log.evaluations, *more], settings.select) if settings.selects else None
 
-    def _would_be_best(self, metrics: Mapping[str, Any]) -> bool:
-        if not self.settings.eval.selects or self.step == 0:
-            return False
-        return self.process.first(lambda: self._best({"step": self.step, **metrics}).step == self.step)
-
-    def _name_best(self) -> None:
+    def _write_best(self) -> None:
         self.process.first(lambda: write_best(self.folder.checkpoints, self._best()))
 
     # -- parts --------------------------------------------------------------------------------------------------------
-
-    def _open_log(self, meter: Meter) -> RunLog:
-        train = self.settings.train
-        return RunLog(
-            self.folder.root,
-            meter,
-            total_steps=self.total_steps,
-            start_step=self.start_step,
-            every=train.log_every,
-            tensorboard=train.tensorboard,
-            writes=self.process.is_first,
-        )
 
     def _open_loader(self) -> Loader:
         data, config = self.settings.data, self.learner.model.config
@@ -273,7 +257,7 @@ class Trainer:
         )
 
     def _record_failures(self, failures: list[Failure]) -> None:
-        """Lines of failures.jsonl, written as one piece because every process appends to it."""
+        """Append lines to failures.jsonl, in one write because every process appends to it."""
         at = datetime.now(UTC).isoformat(timespec="seconds")
         rows = [
             {"step": self.step + 1, "stage": "train", "item_id": clip_id, "error_class": error.error_class}
@@ -283,7 +267,7 @@ class Trainer:
         with open(self.folder.failures_path, "ab") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    def _say_what_is_coming(self) -> None:
+    def _announce(self) -> None:
         for note in self.notes:
             self.log.say(note)
         if not self.process.is_first:
@@ -294,20 +278,15 @@ class Trainer:
         epoch, step = locate(self.spec, self.step)
         facts = self.epochs.describe(epoch)
         left = f", {facts['num_left']:,} left out" if facts["num_left"] else ""
-        met = f", {facts['num_conflicts']:,} clips share a batch with their own kind" if facts["num_conflicts"] else ""
-        where = f"going on after step {self.step:,}" if self.step else "from the start"
+        met = f", {facts['num_conflicts']:,} share a batch with a clip of their group" if facts["num_conflicts"] else ""
+        where = f"resuming after step {self.step:,}" if self.step else "from the start"
         self.log.say(
             f"{self.spec.num_clips:,} clips in batches of {self.spec.batch_size:,}: {facts['num_steps']:,} steps an "
             f"epoch{left}{met}; {self.total_steps:,} steps in all, {where} (epoch {epoch}, step {step})."
         )
 
-    def _peak_flops(self) -> float | None:
-        train = self.settings.train
-        peak = train.peak_tflops * 1e12 if train.peak_tflops else peak_flops(self.process.device, train.precision)
-        return None if peak is None else peak * self.process.world_size
-
     def _step_flops(self, batch: Batch) -> float:
-        """Of the whole global batch, by the published arithmetic; texts as long as this process has cut them."""
+        """Count the FLOPs of the global batch by the published arithmetic; text lengths are this process's."""
         sources = load_loss(self.settings.train.loss).sources
         lengths = [batch.subtitle_BL.shape[1]] * ("subtitle" in sources)
         lengths += [batch.caption_BL.shape[1]] * ("caption" in sources)
@@ -317,21 +296,13 @@ class Trainer:
         return flops + self.spec.batch_size**2 * self.learner.model.pair_flops(num_frames)
 
 
-def _told(step: int, metrics: dict[str, Any]) -> str:
-    """An evaluation as one line."""
+def _evaluation_line(step: int, metrics: dict[str, Any]) -> str:
     ways = (
         f"{name} R@1 {100 * metrics[key]['r1']:.1f} %, R@10 {100 * metrics[key]['r10']:.1f} %, median rank "
         f"{metrics[key]['medr']:,.1f}"
         for key, name in (("t2v", "text → video"), ("v2t", "video → text"))
     )
     return f"evaluation at step {step:,}, {metrics['num_videos']:,} clips: {'; '.join(ways)}"
-
-
-def _use_threads(train: TrainSettings, process: Process) -> None:
-    """Processes of a host share its cores; a GPU's process needs them for nothing heavy."""
-    if process.device.type == "cpu":
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(train.threads or max(1, cores // process.local_world_size))
 
 
 @dataclass
@@ -341,9 +312,9 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C ask for a stop after the running step; a second Ctrl-C insists.
+    """Turn SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C into a stop after the running step; a second Ctrl-C raises.
 
-    In a thread (Ray Train's workers) signals cannot be caught, and nobody sends any.
+    Does nothing in a thread other than the main one (Ray Train's workers), where signals cannot be caught.
     """
     stop = Stop()
 

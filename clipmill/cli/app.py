@@ -236,10 +236,11 @@ def train(
     set_: SetOption = None,
 ) -> None:
     """Post-pretrain CLIP on a selection of a corpus. Resumes where RUN has a checkpoint."""
-    from clipmill.cli.train import run_train
+    from clipmill.cli.train import show_report
     from shards.query.sql import named_tables
+    from training.launch import launch_training
 
-    run_train(
+    report = launch_training(
         corpus,
         run,
         recipe=recipe,
@@ -252,6 +253,7 @@ def train(
         tables=[(name, str(path)) for name, path in named_tables(table or []).items()],
         command=_command(),
     )
+    show_report(report)
 
 
 app.command("finetune", help="Fine-tune a model for retrieval: `train` with a recipe such as msrvtt_b32.")(train)
@@ -328,9 +330,9 @@ def evaluate(
     if format not in ("table", "json"):
         raise UserError(f"--format {format}: choose table or json.")
     metrics = run_eval(
-        run,
-        model,
-        corpus,
+        run=run,
+        model=model,
+        corpus=corpus,
         recipe=recipe,
         select=select,
         where=where,
@@ -368,7 +370,8 @@ def edit(
     set_: SetOption = None,
 ) -> None:
     """Move clips' boundaries to where their texts are shown: rows, for `train --set data.edits=accepted`."""
-    from clipmill.cli.edit import EditRequest, run_edit
+    from clipmill.cli.edit import run_edit
+    from pipeline.editing.launch import EditRequest
     from shards.query.sql import named_tables
 
     request = EditRequest(

@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from clipmill.cli.evaluate import ROWS, cells, run_eval
-from clipmill.cli.train import run_train
+from clipmill.cli.train import show_report
 from shards.query.sql import open_manifest, rows_of
+from training.launch import launch_training
 from training.run.plots import bars, lines, save
 from training.settings import RunSettings, resolve
 
@@ -26,7 +27,7 @@ Results = dict[str, dict[str, Any]]
 
 
 def run_training_demo(console: Console, corpus: Path, run: Path) -> int:
-    """Evaluates, trains into `run` (or goes on there), evaluates; prints and plots. Returns the exit code."""
+    """Evaluate, train into `run` (or resume there), evaluate again; print and plot. Return the exit code."""
     settings = resolve(None, RECIPE, [])
     if too_few := _too_few(corpus, settings):
         console.print(f"\nNothing is trained: {escape(too_few)}", soft_wrap=True)
@@ -36,7 +37,8 @@ def run_training_demo(console: Console, corpus: Path, run: Path) -> int:
     _announce(console, "4. Search", "held-out clips with the image model as it ships", command)
     before = run_eval(model=model, corpus=corpus, recipe=RECIPE, assignments=["model.pooling=mean"], console=console)
     _announce(console, "5. Train", "on the others", f"clipmill train --corpus {corpus} --run {run} --recipe {RECIPE}")
-    report = run_train(str(corpus), run, recipe=RECIPE)
+    report = launch_training(str(corpus), run, recipe=RECIPE)
+    show_report(report)
     if report.reason != "done":
         return 1
     _announce(console, "6. Search", "the same clips again", f"clipmill eval --run {run} --corpus {corpus}")
@@ -50,7 +52,7 @@ def run_training_demo(console: Console, corpus: Path, run: Path) -> int:
 
 
 def _too_few(corpus: Path, settings: RunSettings) -> str | None:
-    """Why a world this small cannot be trained on, if so: a fourth is held out, and its near-duplicates with it."""
+    """Explain why a world is too small to train on, if it is: a fourth is held out, with its near-duplicates."""
     with open_manifest(corpus) as connection:
         [num_samples] = rows_of(connection, "SELECT count(*) FROM samples")
     least = 2 * settings.train.batch_size
@@ -62,7 +64,7 @@ def _announce(console: Console, verb: str, what: str, command: str) -> None:
 
 
 def comparison(results: Results) -> Table:
-    """Both directions, a line per result and one for guessing."""
+    """Build a table of both directions, with a row per result and one for guessing."""
     table = Table(box=None, pad_edge=False)
     for column in ("", "", *RECALLS.values(), "median rank", "mean rank"):
         table.add_column(column, justify="right" if column else "left")
@@ -76,7 +78,7 @@ def comparison(results: Results) -> Table:
 
 
 def plot_retrieval(path: Path, results: Results) -> Path:
-    """Bars of all recalls, guessing as a dashed line."""
+    """Draw bars of all recalls, guessing as a dashed line."""
     groups, marks = {}, {}
     for direction in DIRECTIONS:
         for key, label in RECALLS.items():
@@ -87,7 +89,7 @@ def plot_retrieval(path: Path, results: Results) -> Path:
 
 
 def plot_loss(path: Path, log: Path) -> Path:
-    """The loss of every logged step."""
+    """Draw the loss of every logged step."""
     rows = map(json.loads, log.read_text().splitlines())
     losses = [(row["step"], row["loss"]) for row in rows]
     return save(lines("Training loss", {"loss": losses}, x_label="step", y_label="loss"), path)

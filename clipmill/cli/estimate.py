@@ -1,50 +1,27 @@
-"""`clipmill plan`: what a training run would cost, as a table or as JSON. Reads the corpus, starts nothing."""
+"""`clipmill plan`: the cost of a training run, printed as tables or JSON. Reads the corpus, starts nothing."""
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from clipmill.base.console import plain_console
-from clipmill.base.errors import UserError
-from training.cost.estimate import CHUNK, DECODED_PER_CORE_S, GPUS, Estimate, StepCost, estimate
-from training.settings import DataSettings, RunSettings, resolve
+from training.cost.estimate import CHUNK, DECODED_PER_CORE_S, Estimate, StepCost
+from training.launch import launch_estimate
+from training.settings import DataSettings, RunSettings
 
 Format = Literal["table", "json"]
 
 
 def run_plan(
-    corpus: str | Path,
-    *,
-    recipe: str | None = None,
-    select: str | None = None,
-    where: str | None = None,
-    workers: int = 1,
-    gpus: Sequence[str] = (),
-    assignments: Sequence[str] = (),
-    tables: Mapping[str, str | Path] | None = None,
-    format: Format = "table",
-    console: Console | None = None,
+    corpus: str | Path, *, format: Format = "table", console: Console | None = None, **options: Any
 ) -> Estimate:
-    """Estimates and prints. Raises UserError.
-
-    corpus         a corpus folder or a pattern of plain tars
-    select, where  a SELECT with clip_id, or a condition on `catalog`: `data.where`
-    workers        training processes, one device each
-    gpus           names such as H100; none: a few that many have
-    """
-    if select and where:
-        raise UserError("give --select or --where, not both: each of them says which clips are meant.")
-    if workers < 1:
-        raise UserError(f"--workers {workers}: at least 1 process has to train.")
-    chosen = [f"data.where={json.dumps(select or where)}"] if select or where else []
-    settings = resolve(None, recipe, [*assignments, *chosen])
-    found = estimate(corpus, settings, num_devices=workers, gpus=gpus or GPUS, tables=tables)
+    """Estimate with the options of `training.launch.launch_estimate`, and print the result. Raises UserError."""
+    found, settings = launch_estimate(corpus, **options)
     if format == "json":
         print(json.dumps(asdict(found), indent=1))
     else:
@@ -53,6 +30,7 @@ def run_plan(
 
 
 def show(found: Estimate, settings: RunSettings, console: Console) -> None:
+    """Print one table each for data, steps, memory, disk and time, then notes."""
     for title, rows in (
         ("data", _data_rows(found, settings)),
         ("steps", _step_rows(found, settings)),

@@ -1,4 +1,4 @@
-"""Which clips an editing is of, frozen into one Arrow file, so that it goes on with the same ones whatever is added.
+"""The clips of an editing, frozen into one Arrow file, so that it resumes with the same ones as the corpus grows.
 
 Clips to edit are packed, were picked by the condition, and are of no video that is kept for measuring: those of splits
 other than "train", those that the teacher's run was evaluated on, and, where a student is to be trained and no split
@@ -8,7 +8,7 @@ was written for its present middle frame and would hold it there.
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipmill.base.atomic_file import atomic_file
-from clipmill.base.errors import ItemError, UserError
+from clipmill.base.errors import UserError
 from clipmill.base.settings import digest
 from training.editing.boundaries import VideoClips, video_clips
 from training.editing.rounds import fold_of
@@ -71,7 +71,7 @@ class Video:
         return self.items[0]["video_id"]
 
     def clips(self, settings: EditSettings) -> VideoClips:
-        """A clip's time is the middle of what is said. Raises ItemError for times that make no sense."""
+        """Build the video's clips, each timed at the middle of its span. Raises ItemError for invalid times."""
         items, duration_s = self.items, self.items[0]["duration_s"]
         spans = [(item["base_start_s"], min(item["base_end_s"], duration_s)) for item in items]
         return video_clips(
@@ -99,11 +99,11 @@ class Items:
 
     @cached_property
     def hash(self) -> str:
-        """Of everything that scores depend on; not of where the corpus lies."""
+        """Hash of everything that scores depend on; independent of where the corpus lies."""
         return digest(self.table.drop_columns(["tar", "mp4_offset", "source"]).to_pylist())
 
     def ids(self, use: str, fold: int | None = None) -> list[str]:
-        """Clip ids, with or without a text."""
+        """List clip ids, with or without a text."""
         mask = pc.equal(self.table["use"], use)
         if fold is not None:
             mask = pc.and_(mask, pc.equal(self.table["fold"], fold))
@@ -112,15 +112,16 @@ class Items:
     @cached_property
     def videos(self) -> list[Video]:
         rows = [row for row in self._to_edit if row["text"] is not None]
-        return [Video(group[0]["unit"], group) for group in _by_video(rows)]
+        groups = [list(group) for _, group in groupby(rows, key=lambda row: row["video_id"])]
+        return [Video(group[0]["unit"], group) for group in groups]
 
     @cached_property
     def held_out_videos(self) -> set[str]:
         return set(self.table["video_id"].filter(pc.equal(self.table["use"], "validation")).to_pylist())
 
     @cached_property
-    def silent(self) -> dict[str, list[str]]:
-        """By unit: clips to edit that have no text to be held against."""
+    def clips_without_text(self) -> dict[str, list[str]]:
+        """Clips to edit that have no text to be scored by, by unit."""
         found: dict[str, list[str]] = {}
         for row in self._to_edit:
             if row["text"] is None:
@@ -130,11 +131,6 @@ class Items:
     @cached_property
     def _to_edit(self) -> list[dict[str, Any]]:
         return self.table.filter(pc.equal(self.table["use"], "edit")).to_pylist()
-
-
-def _by_video(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    for _, group in groupby(rows, key=lambda row: row["video_id"]):
-        yield list(group)
 
 
 def freeze_items(
@@ -147,7 +143,7 @@ def freeze_items(
     never: frozenset[str] = frozenset(),
     tables: Mapping[str, str | Path] | None = None,
 ) -> None:
-    """Writes the clips of an editing, whole or not at all.
+    """Write the clips of an editing, whole or not at all.
 
     never  videos that the teacher's run was evaluated on
     Raises UserError for SQL that picks nothing, and for a corpus in which nothing is left to edit or to validate on.
@@ -177,14 +173,14 @@ def freeze_items(
 
 
 class _Use:
-    """What a clip is for."""
+    """Assignment of a clip to editing, validation or measuring."""
 
     def __init__(self, splits: set[str | None], settings: EditSettings, trains: bool, never: frozenset[str]):
         self.has_validation = any(_is_validation(split) for split in splits)
         self.settings, self.trains, self.never = settings, trains, never
 
     def of(self, row: Mapping[str, Any]) -> str:
-        """edit | validation | measuring: neither."""
+        """Return edit, validation, or measuring (neither)."""
         if _is_validation(row["split"]):
             return "validation"
         if row["split"] not in (None, "train") or row["video_id"] in self.never:
@@ -198,7 +194,7 @@ def _is_validation(split: str | None) -> bool:
 
 
 def _share_of(video_id: str) -> float:
-    """In [0, 1), by the id alone, and not by the bits that make its fold."""
+    """Hash an id to [0, 1), independently of its fold."""
     return int.from_bytes(hashlib.sha256(f"held out {video_id}".encode()).digest()[:8]) / 2**64
 
 
@@ -207,7 +203,3 @@ def _item(row: dict[str, Any], use: str, corpus: Path) -> dict[str, Any]:
     kept = source is not None and os.path.isfile(corpus / source)
     item = {name: row[name] for name in ITEMS.names if name in row}
     return item | {"use": use, "fold": fold_of(row["video_id"]), "source": source if kept else None}
-
-
-def no_text(clip_id: str) -> tuple[str, ItemError]:
-    return clip_id, ItemError("no-text", "nothing is said in it that its boundaries could be held against")

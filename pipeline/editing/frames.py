@@ -29,7 +29,7 @@ FrameTimes = NDArray[np.float64]
 def read_frames(
     root: Path, video: Video, clips: VideoClips, settings: EditSettings, cut: CutSettings, picture: Picture
 ) -> tuple[FrameTimes, Pixels]:
-    """Times [F], in rising order, and pixels uint8 [F, S, S, 3] of all that the video's clips may become.
+    """Read every frame that the video's clips may reach: times [F], ascending, and uint8 pixels [F, S, S, 3].
 
     Raises ItemError for a video of which anything cannot be read.
     """
@@ -45,7 +45,7 @@ def read_frames(
 def _of_source(
     root: Path, video: Video, clips: VideoClips, settings: EditSettings, cut: CutSettings, picture: Picture
 ) -> Iterator[tuple[FrameTimes, Pixels]]:
-    """Each stretch of the video that clips may reach, cut as a clip of `frames_per_s`."""
+    """Yield each stretch of the video that clips may reach, cut as a clip of `frames_per_s`."""
     fewer = cut.model_copy(update={"fps": settings.frames_per_s, "audio": False, "caption_frames": 1, "min_frames": 1})
     stretches = [SpanRequest(str(n), n, start, end) for n, (start, end) in enumerate(stretches_of(clips.room_N2))]
     with _scratch() as path:
@@ -64,7 +64,7 @@ def _of_clips(root: Path, video: Video, picture: Picture) -> Iterator[tuple[Fram
 
 
 def stretches_of(room_N2: Floats) -> list[tuple[float, float]]:
-    """The union of the rooms, as pieces that do not touch."""
+    """Merge the rooms into pieces that do not touch."""
     stretches: list[tuple[float, float]] = []
     for start, end in sorted(map(tuple, room_N2.tolist())):
         if stretches and start <= stretches[-1][1]:
@@ -81,7 +81,7 @@ def _all_frames(data: bytes, picture: Picture) -> Pixels:
 def cut_again(
     root: Path, video: Video, spans: Sequence[SpanRequest], cut: CutSettings, folder: Path
 ) -> tuple[list[dict[str, Any]], list[tuple[str, ItemError]]]:
-    """Clips of these spans, as rows of `clips` whose offsets point into the file FOLDER/VIDEO_ID; and which failed.
+    """Cut clips of these spans; return rows of `clips`, with offsets in FOLDER/VIDEO_ID, and the failures.
 
     Raises ItemError where nothing of the video can be cut.
     """
@@ -97,7 +97,7 @@ def cut_again(
 def _cut_clips(
     root: Path, video: Video, spans: Sequence[SpanRequest], cut: CutSettings, folder: Path
 ) -> tuple[list[dict[str, Any]], list[tuple[str, ItemError]]]:
-    """From the clips themselves, one after the other; times are those of the video again in the rows."""
+    """Cut from the clips themselves, one after the other; times in the rows are the video's."""
     items = {item["clip_id"]: item for item in video.items}
     rows: list[dict[str, Any]] = []
     failures: list[tuple[str, ItemError]] = []
@@ -113,7 +113,7 @@ def _cut_clips(
 
 
 def _cut_clip(root: Path, item: dict[str, Any], span: SpanRequest, cut: CutSettings, out: Any) -> dict[str, Any]:
-    """A row whose offsets are in `out`. Raises ItemError."""
+    """Cut one clip and append it to `out`, which the row's offsets point into. Raises ItemError."""
     with _scratch() as whole, _scratch() as piece:
         whole.write_bytes(read_member(root / item["tar"], item["mp4_offset"], item["mp4_bytes"]))
         shift_s, at = item["start_s"], out.tell()

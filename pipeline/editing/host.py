@@ -1,8 +1,8 @@
-"""The rounds of teacher and student on a corpus: a `Host` around real models, real runs and the corpus's ledger.
+"""The rounds of teacher and student on a corpus: a `EditBackend` around real models, real runs and the corpus's ledger.
 
-A round's edits are commits of units of videos, its student is an ordinary training run on the clips as edited, and what
-came of it is one more row. So an editing that was killed finds its commits, its half-trained run and its rows, and goes
-on where it was; nothing is kept beside them.
+A round's edits are commits of units of videos, its student is an ordinary training run on the clips as edited, and its
+result is one more row. So an editing that was killed finds its commits, its half-trained run and its rows, and resumes
+there; nothing else is kept.
 
 OUT/
   edit.yaml          corpus, condition, settings: what `clipmill edit --out OUT` goes on with
@@ -37,16 +37,16 @@ from pipeline.engine.build import Session, session
 from pipeline.runtime.task import Outcome, Task, commit
 from shards.corpus.fragments import fragment_path
 from training.editing.boundaries import EDITS, Edited, Floats, Spans, VideoClips
-from training.editing.rounds import ROUNDS, Host, Round, State, base_spans, rounds, state_after
+from training.editing.rounds import ROUNDS, EditBackend, Round, State, base_spans, rounds, state_after
 from training.editing.settings import EditSettings
 
 UNIT = "rounds"  # of the commits that tell of whole rounds
 
-Say = Callable[[Mapping[str, Any]], None]
+RoundDone = Callable[[Mapping[str, Any]], None]
 
 
-class CorpusHost:
-    """A `Host` whose teachers and students are weights files. Of two, each edits and learns half of the videos."""
+class CorpusBackend:
+    """An `EditBackend` whose teachers and students are weights files. Of two, each edits and learns half the videos."""
 
     def __init__(self, asked: Editing):
         self.asked, self.settings, self.items = asked, asked.settings, asked.items
@@ -56,7 +56,7 @@ class CorpusHost:
         self.threshold: float | None = None
         self.round_number = 0
 
-    # -- Host ---------------------------------------------------------------------------------------------------------
+    # -- EditBackend --------------------------------------------------------------------------------------------------
 
     def teacher(self) -> str:
         return "+".join(map(hash_of, self.weights))
@@ -75,19 +75,19 @@ class CorpusHost:
 
     # -- the whole ----------------------------------------------------------------------------------------------------
 
-    def play(self, say: Say) -> list[dict[str, Any]]:
-        """All rounds that are left, each said when it is over; returns the rows of all."""
+    def play(self, on_round: RoundDone) -> list[dict[str, Any]]:
+        """Play all remaining rounds, reporting each as it ends; return the rows of all."""
         videos = self._video_clips()
         rows, state = self._stand(videos) or self._warm_up(videos)
         for row in rows:
-            say(row)
+            on_round(row)
         for played in rounds(videos, self, self.settings.edit, state, self.items.held_out_videos, self.edit):
             rows.append(self._record(videos, played))
-            say(rows[-1])
+            on_round(rows[-1])
         return rows
 
     def _video_clips(self) -> list[VideoClips]:
-        """Of the videos whose times make sense; the others become failures where they are edited."""
+        """Build the clips of videos whose times are valid; the others become failures when edited."""
         clips = []
         for video in self.items.videos:
             try:
@@ -97,7 +97,7 @@ class CorpusHost:
         return clips
 
     def _stand(self, videos: Sequence[VideoClips]) -> tuple[list[dict[str, Any]], State] | None:
-        """What has been recorded, and where the editing stands after it; None: it is new."""
+        """Return the recorded rows and the state after them, None for a new editing."""
         with self._session() as current:
             query = "SELECT * EXCLUDE (item_id, unit, key, fragment) FROM edit_rounds WHERE editing = ? ORDER BY round"
             table = current.ledger.connection.sql(query, params=[self.editing]).to_arrow_table()
@@ -121,26 +121,29 @@ class CorpusHost:
 
     # -- a round ------------------------------------------------------------------------------------------------------
 
-    def edit(self, videos: Sequence[VideoClips], host: Host, settings: EditSettings, state: State) -> Edited:
-        """Units that have not been committed are edited; the manifest then knows the round."""
+    def edit(self, videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings, state: State) -> Edited:
+        """Edit the units that have not been committed, then publish the round to the manifest."""
         self.round_number = state.round_number
         with self._session() as current:
             root, holder = str(current.corpus.root), current.corpus.lock_owner
             plan = Plan(root, self.editing, self.settings, current.settings.cut, current.run_id, holder)
             with pool(plan, self.asked.workers, self.settings.train.device) as editors:
                 jobs = self._jobs(state, editors)
-                for done in editors.edit([job for job in jobs if not _is_committed(plan, job)]):
+                pending = [
+                    job for job in jobs if not fragment_path(Path(root), "ledger", work_of(plan, job).name).exists()
+                ]
+                for done in editors.edit(pending):
                     current.ledger.load([done.name])
             current.publish()
             rows, failures = self._rows_of(current, state.round_number), self._failures_of(current, plan, jobs)
         return Edited(rows, state.spans | _spans(videos, rows), failures)
 
     def _jobs(self, state: State, editors: Editors) -> list[Job]:
-        """One for each unit; those of the first round also tell of clips without a text."""
+        """Make one job per unit; those of the first round also report clips without a text."""
         by_unit: dict[str, list[Video]] = {}
         for video in self.items.videos:
             by_unit.setdefault(video.unit, []).append(video)
-        silent = self.items.silent if state.round_number == 1 else {}
+        without_text = self.items.clips_without_text if state.round_number == 1 else {}
         weights, hashes = tuple(map(str, self.weights)), tuple(map(hash_of, self.weights))
         texts = [(video.video_id, item["text"]) for video in self.items.videos for item in video.items]
         teachers = (weights, hashes, tuple(editors.banks(weights, texts)))
@@ -148,10 +151,10 @@ class CorpusHost:
         def job(unit: str, threshold: float) -> Job:
             videos = tuple(by_unit.get(unit, ()))
             spans = tuple(state.spans.get(video.video_id, np.zeros((0, 2))) for video in videos)
-            told = tuple(silent.get(unit, ()))
-            return Job(unit, state.round_number, *teachers, videos, spans, told, state.step_scale, threshold)
+            textless = tuple(without_text.get(unit, ()))
+            return Job(unit, state.round_number, *teachers, videos, spans, textless, state.step_scale, threshold)
 
-        units = sorted({*by_unit, *silent})
+        units = sorted({*by_unit, *without_text})
         threshold = np.inf
         if self.settings.edit.lowest_share < 1:
             scores = [score for of_unit in editors.scores([job(unit, np.inf) for unit in units]) for score in of_unit]
@@ -195,18 +198,14 @@ class CorpusHost:
 
     @contextmanager
     def _session(self) -> Iterator[Session]:
-        """The corpus for writing, but never while a student trains: a build may run then."""
+        """Open the corpus for writing, but never while a student trains: a build may run then."""
         with session(self.asked.corpus, None, [], self.asked.command, create=False) as (current, _):
             yield current
 
 
-def _is_committed(plan: Plan, job: Job) -> bool:
-    return fragment_path(Path(plan.root), "ledger", work_of(plan, job).name).exists()
-
-
 @lru_cache(maxsize=64)
 def hash_of(weights: Path) -> str:
-    """Of the tensors alone: two files of the same weights may say in another order what they are of."""
+    """Hash the tensors alone: files of the same weights may order their metadata differently."""
     digest_of = hashlib.sha256()
     with safe_open(weights, "pt") as file:
         for name in sorted(file.keys()):
@@ -217,7 +216,7 @@ def hash_of(weights: Path) -> str:
 
 
 def _spans(videos: Sequence[VideoClips], rows: pa.Table) -> Spans:
-    """Boundaries after a round, of the videos that have rows in it, in the order of their clips."""
+    """Collect boundaries after a round, of the videos that have rows in it, in the order of their clips."""
     columns = (rows[name].to_pylist() for name in ("clip_id", "start_s", "end_s"))
     of_clip = {clip_id: (start, end) for clip_id, start, end in zip(*columns, strict=True)}
     return {

@@ -1,4 +1,4 @@
-"""Who edits units: this process, or Ray actors beside each other. The same rows either way."""
+"""Edit units in this process or in Ray actors side by side, with the same rows either way."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ class Editors(Protocol):
 
 @contextmanager
 def pool(plan: Plan, num_workers: int, device: str) -> Iterator[Editors]:
-    """Raises UserError where Ray's workers die again and again."""
+    """Open editors: this process or Ray actors. Raises UserError if actors keep dying."""
     if num_workers == 1:
         yield _Here(plan)
         return
@@ -71,7 +71,7 @@ class _Actors:
         return self._map("edit", jobs)
 
     def _map(self, method: str, jobs: Sequence[Job]) -> Iterator[Any]:
-        """In the order of the jobs, each given to whichever actor is free."""
+        """Map over jobs in order, each run by the first actor that is free."""
         from ray.util import ActorPool
 
         return ActorPool(self.actors).map(lambda actor, job: getattr(actor, method).remote(job), list(jobs))

@@ -1,4 +1,4 @@
-"""What a round of editing did, as the columns of `edit_rounds` and as lines for people."""
+"""Measure what a round of editing did: columns of `edit_rounds`, and lines of text for the user."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,18 +7,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.markup import escape
 
 from training.editing.boundaries import Floats, Spans, VideoClips, overlapping
 
-OVERLAP = 0.5  # of the shorter of two clips: beyond it they are no negatives of each other
+OVERLAP = 0.5  # of the shorter of two clips: clips that overlap more are not each other's negatives
 LENGTH_EDGES = (-0.7, -0.4, -0.2, -0.1, -0.01, 0.01, 0.1, 0.2, 0.4, 0.7)  # e-folds: a tenth is about 10 %
 SHIFT_EDGES = (-4.0, -2.0, -1.0, -0.5, -0.01, 0.01, 0.5, 1.0, 2.0, 4.0)  # seconds
 
 
 def measures(edits: pa.Table, videos: Sequence[VideoClips], spans: Spans) -> dict[str, Any]:
-    """Of one round's rows and the boundaries after it: reasons, histograms against the first boundaries, overlaps."""
+    """Summarise one round's rows and the boundaries after it.
+
+    Counts reasons, clips by change from their first boundaries, and overlapping pairs of a video.
+    """
     reasons = Counter(edits["reason"].to_pylist())
     start, end, first, last = (edits[name].to_numpy() for name in ("start_s", "end_s", "base_start_s", "base_end_s"))
     return {
@@ -30,15 +31,15 @@ def measures(edits: pa.Table, videos: Sequence[VideoClips], spans: Spans) -> dic
 
 
 def histogram(values: Floats | NDArray[Any], edges: Sequence[float]) -> list[dict[str, Any]]:
-    """Bins from each edge to the next; the first holds what is below all edges."""
+    """Count values from each edge to the next; the first bin holds values below all edges."""
     counts = np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1)
     return [
         {"from": low, "num_clips": int(count)} for low, count in zip([-np.inf, *edges], counts.tolist(), strict=True)
     ]
 
 
-def told(row: Mapping[str, Any]) -> list[str]:
-    """A row of `edit_rounds` as lines."""
+def report_lines(row: Mapping[str, Any]) -> list[str]:
+    """Describe a row of `edit_rounds` in lines of text."""
     if row["outcome"] == "warm-up":
         return [f"teacher {row['teacher']}: {_recall(row['validation'])}; {row['num_clips']:,} clips to edit"]
     head = f"round {row['round']}, {row['outcome']}: {row['num_accepted']:,} of {row['num_clips']:,} clips edited"
@@ -63,14 +64,9 @@ def _recall(validation: float | None) -> str:
 
 
 def _bars(bins: Sequence[Mapping[str, Any]]) -> str:
-    """Bins that hold something, by their lower edge."""
+    """Format the bins that are not empty, by their lower edge."""
     edges = [bin_["from"] for bin_ in bins[1:]]
     names = [f"<{edges[0]:g}", *(f"{edge:g}…" for edge in edges)]
     return " ".join(
         f"{name} {bin_['num_clips']:,}" for name, bin_ in zip(names, bins, strict=True) if bin_["num_clips"]
     )
-
-
-def show(row: Mapping[str, Any], console: Console) -> None:
-    for line in told(row):
-        console.print(escape(line), soft_wrap=True, highlight=False)

@@ -36,7 +36,7 @@ VALIDATION, TRAINING = "edit_validation", "edit_clips"  # tables of clip ids, fo
 
 @dataclass(frozen=True)
 class Editing:
-    """What is asked for. `settings` are the students' and those of editing; `editing` is its name in the rows."""
+    """An editing as asked for. `settings` are its own and the students'; `editing` is its name in the rows."""
 
     editing: str
     corpus: Path
@@ -61,29 +61,29 @@ class Editing:
 
 
 class Students:
-    """Of an editing."""
+    """The students of an editing, and where their runs are."""
 
     def __init__(self, asked: Editing):
         self.asked = asked
 
     @property
     def folds(self) -> list[int | None]:
-        """Of each student the half of the videos that it is trained on; None: all."""
+        """Half of the videos that each student is trained on; None: all."""
         return [0, 1] if self.asked.settings.edit.folds == 2 else [None]
 
     def weights(self, round_number: int) -> list[Path]:
-        """Of a round's students; of round 0 what the editing began with. Raises UserError where they are not here."""
+        """Return the weights of a round's students; of round 0 the initial ones. Raises UserError if missing."""
         return [self._weights(round_number, fold) for fold in self.folds]
 
     def begin(self) -> list[Path]:
-        """The teachers: the one that was given, or two trained as it was, on half of the videos each."""
+        """Return the teachers: the one that was given, or two trained like it on half of the videos each."""
         for fold in self.folds:
             if fold is not None:
                 self._run(0, fold, {})
         return self.weights(0)
 
     def train(self, round_number: int) -> float:
-        """A round's students, to their end: their mean R@1 on the videos held out."""
+        """Train a round's students to their end; return their mean R@1 on the videos held out."""
         epochs, before = self.asked.settings.edit.epochs, self.weights(round_number - 1)
         changes = {"data.edits": f"{self.asked.editing}:{round_number}", "train.epochs": epochs}
         changes |= {"train.max_steps": None, "eval.every": None}
@@ -94,14 +94,14 @@ class Students:
         return float(np.mean(recalls))
 
     def validate(self, weights: list[Path]) -> float:
-        """Mean R@1 of these on the videos held out."""
+        """Compute the mean R@1 of these weights on the videos held out."""
         path, settings = self.asked.out / "validation.arrow", self.asked.run_settings
         freeze(path, self.asked.corpus, f"SELECT clip_id FROM {VALIDATION}", tables=self._tables(None))
         recalls = []
         for of_one in weights:
             with join(settings.train.device) as process:
                 model = models.read(of_one, settings.model, settings.data.seed).to(process.device)
-                recalls.append(evaluate(model, Selection.open(path), settings, process)["t2v"]["r1"])
+                recalls.append(evaluate(model, Selection(path), settings, process)["t2v"]["r1"])
         return float(np.mean(recalls))
 
     def _weights(self, round_number: int, fold: int | None) -> Path:
@@ -120,7 +120,7 @@ class Students:
         return self.asked.out / (name if fold is None else f"{name}-fold-{fold + 1}")
 
     def _run(self, round_number: int, fold: int | None, changes: Mapping[str, Any]) -> float:
-        """A run on the clips to edit, of one fold; returns its last R@1, 0 where nothing is held out."""
+        """Train a run on the clips to edit, of one fold; return its last R@1, 0 if nothing is held out."""
         folder, tables = self._folder(round_number, fold), self._tables(fold)
         settings = self.asked.run_settings.model_dump(mode="json")
         settings["data"]["where"] = f"SELECT clip_id FROM {TRAINING}"
@@ -135,10 +135,12 @@ class Students:
         report = train(Request(str(folder), str(self.asked.corpus), str(recipe), (), files, self.asked.command))
         if report.reason != "done":
             raise KeyboardInterrupt  # it was asked to stop, and so are the rounds
-        return _last_recall(folder) if held_out else 0.0
+        if not held_out:
+            return 0.0
+        return float(json.loads((folder / "eval.jsonl").read_text().splitlines()[-1])["t2v"]["r1"])
 
     def _tables(self, fold: int | None) -> dict[str, Path]:
-        """Files of clip ids: what a student trains on and what it is validated on."""
+        """Write files of clip ids: those to train on and those to validate on."""
         out, items = self.asked.out, self.asked.items
         suffix = "" if fold is None else f"-fold-{fold + 1}"
         ids = {TRAINING: items.ids("edit", fold), VALIDATION: items.ids("validation")}
@@ -146,8 +148,3 @@ class Students:
         for name, path in paths.items():
             pq.write_table(pa.table({"clip_id": pa.array(ids[name], pa.string())}), path)
         return {name: path for name, path in paths.items() if ids[name]}
-
-
-def _last_recall(run: Path) -> float:
-    """R@1 of a run's last evaluation."""
-    return float(json.loads((run / "eval.jsonl").read_text().splitlines()[-1])["t2v"]["r1"])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clipmill.base.errors import ItemError
 from clipmill.base.settings import digest
-from pipeline.editing.clips import Video, no_text
+from pipeline.editing.clips import Video
 from pipeline.editing.frames import cut_again, read_frames
 from pipeline.runtime.task import Outcome, Stopwatch, Task, commit
 from pipeline.stages.cut.settings import CutSettings, SpanRequest
@@ -43,7 +43,7 @@ Texts = list[tuple[str, str]]  # (video_id, text)
 
 @dataclass(frozen=True)
 class Plan:
-    """What all jobs of an editing share. Teacher f edits the videos of `teacher_of`."""
+    """Values that all jobs of an editing share. Teacher f edits the videos of `teacher_of`."""
 
     root: str
     editing: str
@@ -67,18 +67,18 @@ class Job:
     banks: tuple[Bank | None, ...]
     videos: tuple[Video, ...]
     spans: tuple[Floats, ...]
-    silent: tuple[str, ...]  # clips without a text, told once
+    clips_without_text: tuple[str, ...]  # reported as failures, in the first round only
     step_scale: float
     threshold: float
 
     def teacher_of(self, video: Video) -> int:
-        """Of several teachers the one that was not trained on the video's fold."""
+        """Choose the teacher that was not trained on the video's fold."""
         return (video.items[0]["fold"] + 1) % len(self.teachers)
 
 
 def work_of(plan: Plan, job: Job) -> Task:
-    """The commit that a job makes."""
-    ids = [video.video_id for video in job.videos] + list(job.silent)
+    """Describe the commit that a job makes."""
+    ids = [video.video_id for video in job.videos] + list(job.clips_without_text)
     items = [{"item_id": name, "key": plan.key(name, job.round_number), "attempts": 0, "cost": 1.0} for name in ids]
     return Task("edit", job.unit, items, plan.settings, plan.editing, plan.root, plan.run_id, holder=plan.holder)
 
@@ -91,7 +91,7 @@ class Editor:
         self.teachers: dict[str, Teacher] = {}
 
     def banks(self, weights: Sequence[str], texts: Texts) -> list[Bank | None]:
-        """Captions that clips are measured against, by each teacher; drawn by the texts and their order alone."""
+        """Draw each teacher's captions that clips are measured against; a function of the texts and their order."""
         edit = self.settings.edit
         if not edit.bank_size:
             return [None for _ in weights]
@@ -103,7 +103,7 @@ class Editor:
         return [draw_bank(video_ids, feature, len(drawn)) for feature in features]
 
     def present_scores(self, job: Job) -> list[float]:
-        """Of the present boundaries, clip after clip. Videos that cannot be scored are left out; `edit` tells."""
+        """Score the present boundaries, clip after clip. Leaves out videos that fail, which `edit` reports."""
         scores: list[float] = []
         with self._computing():
             for number, video in enumerate(job.videos):
@@ -117,22 +117,20 @@ class Editor:
         return scores
 
     def edit(self, job: Job) -> Commit:
-        """The unit's rows of `clip_edits` and `edited_clips`, and the tar these are in."""
+        """Commit the unit's rows of `clip_edits` and `edited_clips`, and the tar of these clips."""
         work = work_of(self.plan, job)
         name = f"clips/{work.name}.tar"
         with temporary_folder(Path(self.plan.root) / "clips" / work.name) as folder:
             with self._computing():
                 outcomes = [self._edit_video(job, number, folder) for number in range(len(job.videos))]
-            outcomes += self._silent(job)
+            no_text = ItemError("no-text", "the clip has no text to score its boundaries by")
+            outcomes += [Outcome(clip_id, failure=no_text) for clip_id in job.clips_without_text]
             rows = [row for outcome in outcomes for row in outcome.rows.get("edited_clips", [])]
             if rows:
                 write_clips(Path(self.plan.root) / name, rows, lambda row: folder / row["video_id"])
             for row in rows:
                 row["tar"] = name
             return commit(work, outcomes, [name] if rows else [])
-
-    def _silent(self, job: Job) -> list[Outcome]:
-        return [Outcome(clip_id, failure=no_text(clip_id)[1]) for clip_id in job.silent]
 
     def _edit_video(self, job: Job, number: int, folder: Path) -> Outcome:
         video = job.videos[number]
@@ -151,7 +149,7 @@ class Editor:
     def _cut(
         self, video: Video, rows: list[dict[str, Any]], clips: VideoClips, present_N2: Floats, folder: Path
     ) -> tuple[list[dict[str, Any]], list[tuple[str, ItemError]]]:
-        """Cuts what was accepted; an edit that cannot be cut is taken back in its row."""
+        """Cut the accepted edits; revert the row of an edit that cannot be cut."""
         numbers = {item["clip_id"]: item["n"] for item in video.items}
         wanted = [
             SpanRequest(row["clip_id"], numbers[row["clip_id"]], row["start_s"], row["end_s"])
@@ -176,7 +174,7 @@ class Editor:
         }
 
     def _scorer(self, job: Job, video: Video, clips: VideoClips) -> Scorer:
-        """Raises ItemError for a video that cannot be read."""
+        """Build the scorer of a video. Raises ItemError if it cannot be read."""
         number = job.teacher_of(video)
         teacher = self._teacher(job.teachers[number])
         times_F, pixels = read_frames(
@@ -199,7 +197,7 @@ class Editor:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """One thread, and as many as before again: this may be a process that trains, too."""
+        """Compute on one thread; restore the number of threads, because this process may also train."""
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -225,29 +223,29 @@ class Teacher:
         return Picture(self.model.config.image_size, data.fit, data.antialias)
 
     def frame_features(self, pixels_FSS3: Pixels) -> NDArray[np.float32]:
-        """[F, C]: each frame as a video of its own."""
+        """Encode each frame as a video of its own: [F, C]."""
         return self._in_pieces(self._encode_frames, torch.from_numpy(pixels_FSS3), _FRAMES_AT_ONCE)
 
     @property
     def looks_again(self) -> bool:
-        """Whether its video is more than the mean of its frames, and has a vector at all."""
+        """Tell whether the model's video vector is more than the mean of its frames."""
         return self.model.mixes_frames
 
     def video_features(self, times_F: Floats, pixels_FSS3: Pixels, spans_K2: Floats) -> NDArray[np.float32]:
-        """[K, C] of pieces of a video, from the frames that are known of it."""
+        """Encode pieces of a video from its known frames: [K, C]."""
         rows_KT = torch.from_numpy(np.stack([self._frames_of(times_F, span) for span in spans_K2]))
         pixels = torch.from_numpy(pixels_FSS3)
         return self._in_pieces(lambda some_KT: self._encode_video(pixels[some_KT.cpu()]), rows_KT, _VIDEOS_AT_ONCE)
 
     def _frames_of(self, times_F: Floats, span: Floats) -> NDArray[np.int64]:
-        """[T] frames of [start, end), as evaluation takes a clip's; the nearest one where there is none."""
+        """Choose frames of [start, end) as evaluation does, or the nearest one if there is none: [T]."""
         first, last = np.searchsorted(times_F, span).tolist()
         if first == last:
             first = int(np.abs(times_F - span.mean()).argmin())
         return first + eval_indices(max(last - first, 1), self.settings.data.num_frames)
 
     def text_features(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """[N, C] of as many texts."""
+        """Encode texts: [N, C]."""
         ids_NL = self._tokens(list(texts))
         return self._in_pieces(self.model.encode_text, ids_NL, self.settings.eval.batch_size)
 

@@ -89,13 +89,13 @@ def test_another_command_on_the_same_folder_is_refused(numbered, tmp_path):
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
     edit(corpus, out)
     before = edit_tables(corpus)
-    with pytest.raises(UserError, match=r"begun otherwise:\n  edit.rings: 1 → 2"):
+    with pytest.raises(UserError, match=r"begun with other options:\n  edit.rings: 1 → 2"):
         edit(corpus, out, "edit.rings=2")
     with pytest.raises(UserError, match="where:  → n = 0"):
         edit(corpus, out, where="n = 0")
     with pytest.raises(UserError, match="trains: False → True"):
         edit(corpus, out, rounds=1, trains=True)
-    with pytest.raises(UserError, match="is not empty and no editing"):
+    with pytest.raises(UserError, match="is not empty and holds no editing"):
         edit(corpus, corpus)
     with pytest.raises(UserError, match="--corpus and --model are missing"):
         edit(None, tmp_path / "other")
@@ -159,7 +159,7 @@ def test_a_round_without_improvement_is_taken_back_exactly(numbered, tmp_path, s
 def read_as(corpus: Path, folder: Path, which: str | int) -> dict[str, tuple[float, float]]:
     """The boundaries that training reads, of clips that were edited."""
     freeze_run(folder, corpus, DataSettings(edits=which), EvalSettings())
-    selection = Selection.open(folder / "selection.arrow")
+    selection = Selection(folder / "selection.arrow")
     sql = "SELECT tar, mp4_offset, span_start_s, span_end_s FROM {} "
     places = [row for table in ("edited_clips", "clips") for row in rows(corpus, sql.format(table))]
     spans = {(row["tar"], row["mp4_offset"]): (row["span_start_s"], row["span_end_s"]) for row in places}
@@ -243,7 +243,7 @@ def test_the_command_edits_trains_a_student_and_its_clips_train_a_run(numbered, 
     assert "round 1, " in told and "student validation R@1" in told
     [warm_up, played] = rows(corpus, "SELECT * FROM edit_rounds ORDER BY round")
     assert played["outcome"] == ("kept" if played["validation"] > warm_up["validation"] else "rolled-back")
-    student = Selection.open(out / "round-01" / "selection.arrow")
+    student = Selection(out / "round-01" / "selection.arrow")
     accepted = {row["clip_id"] for row in edits(corpus) if row["accepted"]}
     table = student.take(range(student.num_clips)).to_pylist()
     assert {row["clip_id"] for row in table if row["shard"].startswith("clips/edit-")} == accepted

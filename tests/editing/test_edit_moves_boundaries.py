@@ -85,7 +85,7 @@ def test_training_reads_edited_clips_as_edited_and_the_others_as_they_are(edited
     corpus, _ = edited
     training, _ = freeze_run(tmp_path, corpus, DataSettings(edits="accepted"), EvalSettings())
     freeze(tmp_path / "plain.arrow", corpus)
-    selection, plain = Selection.open(tmp_path / "selection.arrow"), Selection.open(tmp_path / "plain.arrow")
+    selection, plain = Selection(tmp_path / "selection.arrow"), Selection(tmp_path / "plain.arrow")
     spans = {row["clip_id"]: (row["start_s"], row["end_s"]) for row in edits(corpus) if row["accepted"]}
     assert training.num_edited == len(spans) < selection.num_clips == plain.num_clips
     assert any("edited boundaries" in note for note in training.notes())
@@ -110,7 +110,7 @@ def test_a_stale_caption_is_left_out_and_the_text_stays(edited, tmp_path):
     with duckdb.connect(str(corpus / "manifest.duckdb")) as connection:
         connection.execute("UPDATE samples SET caption = 'a circle'")
     freeze_run(tmp_path, corpus, DataSettings(edits="accepted"), EvalSettings())
-    selection = Selection.open(tmp_path / "selection.arrow")
+    selection = Selection(tmp_path / "selection.arrow")
     moved = {row["clip_id"] for row in edits(corpus) if row["accepted"]}
     for row in selection.take(range(selection.num_clips)).to_pylist():
         assert row["caption"] == (None if row["clip_id"] in moved else "a circle")
@@ -120,7 +120,7 @@ def test_clips_held_out_for_evaluation_are_read_as_they_are(edited, tmp_path):
     corpus, _ = edited
     where = "n = 0"
     freeze_run(tmp_path, corpus, DataSettings(edits="accepted"), EvalSettings(where=where, overlap="allow"))
-    held_out = Selection.open(tmp_path / "eval.arrow")
+    held_out = Selection(tmp_path / "eval.arrow")
     assert all(shard.startswith("shards/") for shard in held_out.column("shard").to_pylist())
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.editing.frames import stretches_of
-from pipeline.editing.report import SHIFT_EDGES, histogram, told
+from pipeline.editing.report import SHIFT_EDGES, histogram, report_lines
 from tests.helpers.boundaries import Oracle, make_truths, mean_iou
 from training.editing.boundaries import EDITS, candidates, edit_videos, video_clips
 from training.editing.rounds import State, base_spans, rounds
@@ -109,4 +109,4 @@ def test_histograms_count_every_clip_once():
 @pytest.mark.parametrize(("validation", "said"), [(0.25, "validation R@1 25.0 %"), (None, "not validated")])
 def test_the_beginning_is_told_with_what_it_is_worth(validation, said):
     row = {"outcome": "warm-up", "teacher": "abc", "validation": validation, "num_clips": 1200}
-    assert told(row) == [f"teacher abc: {said}; 1,200 clips to edit"]
+    assert report_lines(row) == [f"teacher abc: {said}; 1,200 clips to edit"]

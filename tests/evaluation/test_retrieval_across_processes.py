@@ -19,7 +19,7 @@ SETTINGS = ("eval.batch_size=7", "eval.text=caption")  # 12 clips: 2 batches, th
 def run_rank(rank: int, world_size: int, selection_path: Path, folder: Path) -> None:
     group = dist.group.WORLD
     process = Process(torch.device("cpu"), rank, world_size, world_size, group, group)
-    model, selection, settings = small_model(), Selection.open(selection_path), small_settings(*SETTINGS)
+    model, selection, settings = small_model(), Selection(selection_path), small_settings(*SETTINGS)
     made = features(model, selection, settings, process)
     metrics = evaluate(model, selection, settings, process, save_similarity=folder / f"sim-{world_size}.npz")
     pairs = features(small_clip4clip("tightTransf"), selection, settings, process).similarity_MN

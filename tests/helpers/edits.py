@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from clipmill.cli.edit import EditRequest, run_edit
+from clipmill.cli.edit import run_edit
+from pipeline.editing.launch import EditRequest
 from pipeline.engine.build import Silent, session
 from pipeline.engine.registry import fingerprints, stages
 from pipeline.runtime.task import Task, execute

@@ -50,4 +50,4 @@ def packed_corpus(root: Path, num_clips: int = 12, sql: str = "") -> Path:
 
 def selected(corpus: Path, where: str = "") -> Selection:
     freeze(corpus / "eval.arrow", corpus, where)
-    return Selection.open(corpus / "eval.arrow")
+    return Selection(corpus / "eval.arrow")

@@ -61,7 +61,7 @@ def open_run(folder: Path, corpus: Path, batch_size: int = 8, hashed: bool = Tru
     freeze(folder / "selection.arrow", corpus)
     if not hashed:
         remove_hashes(folder / "selection.arrow")
-    selection = Selection.open(folder / "selection.arrow")
+    selection = Selection(folder / "selection.arrow")
     spec = plan_spec(selection, data, batch_size)
     return Run(corpus, selection, Epochs(folder / "plan", spec, selection.path), data)
 

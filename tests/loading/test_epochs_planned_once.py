@@ -13,7 +13,7 @@ from clipmill.base.errors import UserError
 from clipmill.base.file_lock import lock_file
 from tests.helpers.manifests import make_manifest
 from training.data.epoch_files import Epochs, plan_spec
-from training.data.epoch_plan import PAD, epoch_rows, plan_path, rank_slots, steps_in_epoch, tail_rows
+from training.data.epoch_plan import PAD, epoch_rows, plan_path, rank_slots, remainder_rows, steps_in_epoch
 from training.data.selection import Selection, freeze
 from training.settings import DataSettings
 
@@ -23,7 +23,7 @@ def selection(tmp_path_factory):
     folder = tmp_path_factory.mktemp("epochs")
     make_manifest(folder / "manifest.duckdb", 900)
     freeze(folder / "selection.arrow", folder)
-    return Selection.open(folder / "selection.arrow")
+    return Selection(folder / "selection.arrow")
 
 
 def epochs_of(selection, folder, batch_size=16, **data):
@@ -65,7 +65,7 @@ def test_an_epoch_is_described_in_numbers(selection, tmp_path, tail, left, holes
     said = epochs.describe(0)
     num_left = selection.num_clips % 32
     assert said["num_clips"] == selection.num_clips and said["num_steps"] == steps_in_epoch(epochs.spec, 0)
-    assert said["num_left"] == (num_left if left else 0) == len(tail_rows(epochs.spec, 0)) * left
+    assert said["num_left"] == (num_left if left else 0) == len(remainder_rows(epochs.spec, 0)) * left
     assert said["num_holes"] == ((32 - num_left) if holes else 0) == np.count_nonzero(epochs.epoch(0) == PAD)
 
 
@@ -83,7 +83,7 @@ def test_a_batch_that_the_selection_cannot_fill_names_the_settings(selection, tm
 
 def test_another_selection_has_another_order(selection, tmp_path):
     freeze(tmp_path / "other.arrow", selection.root, "num_words > 5")
-    other = plan_spec(Selection.open(tmp_path / "other.arrow"), DataSettings(), 16)
+    other = plan_spec(Selection(tmp_path / "other.arrow"), DataSettings(), 16)
     assert other.fingerprint != plan_spec(selection, DataSettings(), 16).fingerprint
     assert plan_spec(selection, DataSettings(apart=()), 16).groups_hash == ""
 
@@ -156,7 +156,7 @@ def test_epochs_long_past_are_removed(selection, tmp_path):
 
 def test_a_selection_that_changed_under_the_plan_is_noticed(selection, tmp_path):
     freeze(tmp_path / "s.arrow", selection.root)
-    epochs = epochs_of(Selection.open(tmp_path / "s.arrow"), tmp_path)
+    epochs = epochs_of(Selection(tmp_path / "s.arrow"), tmp_path)
     freeze(tmp_path / "s.arrow", selection.root, "num_words > 5")
     with pytest.raises(UserError, match="s.arrow"):
         epochs.rows(0)

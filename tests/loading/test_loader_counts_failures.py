@@ -182,7 +182,7 @@ def test_the_same_corpus_from_a_store_through_a_cache(healthy, tmp_path, monkeyp
     monkeypatch.setattr(shard_cache, "MOST_SHARE", 0.1)  # so small are these clips beside the headers of their members
     expected = healthy.batches(0, 5)
     with serve_store(files) as store:
-        remote = Selection.open(healthy.selection.path)
+        remote = Selection(healthy.selection.path)
         remote.root = store.url
         for cache in (None, str(tmp_path / "cache")):
             reader = healthy.reader(cache_dir=cache, cache_bytes=10_000_000)

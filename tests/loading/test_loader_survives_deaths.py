@@ -159,7 +159,7 @@ def test_a_process_that_goes_elsewhere_still_reads(run, expected, tmp_path, monk
     """Relative paths mean what they meant when the selection was opened."""
     monkeypatch.chdir(run.selection.path.parent)
     reader = run.reader()
-    reader.selection = Selection.open("selection.arrow")
+    reader.selection = Selection("selection.arrow")
     with run.loader(2, reader=reader) as loader:
         batches = loader.batches(run.epochs, slice(0, 8), 0, 5)
         first = next(batches)

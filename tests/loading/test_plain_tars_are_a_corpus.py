@@ -14,7 +14,8 @@ from shards.packing.tar import read_member
 from tests.helpers.shards import make_corpus, pack
 from tests.helpers.tars import write_members
 from training.data.plain_tars import expand_braces, index_tars, is_tars
-from training.data.selection import SELECTION, Selection, freeze, freeze_run, select
+from training.data.selection import Selection, freeze, freeze_run, select
+from training.data.selection_schema import SELECTION
 from training.settings import DataSettings, EvalSettings
 
 NUM_CLIPS = 40
@@ -65,7 +66,7 @@ def test_a_run_is_frozen_from_tars_and_held_out_clips_are_guarded(corpus, tmp_pa
     data = DataSettings(where="num_frames > 2")
     training, evaluation = freeze_run(tmp_path, pattern, data, EvalSettings(where=held_out, overlap="allow"))
     assert 0 < evaluation.num_clips < NUM_CLIPS and training.num_shared > 0
-    trained = Selection.open(tmp_path / "selection.arrow")
+    trained = Selection(tmp_path / "selection.arrow")
     assert trained.root == "" and min(trained.column("num_frames").to_pylist()) > 2
     with pytest.raises(UserError, match="eval.overlap"):
         freeze_run(tmp_path, pattern, DataSettings(), EvalSettings(where=held_out))
@@ -89,7 +90,7 @@ def test_tars_of_a_bucket_are_read_there(corpus):
 def test_renaming_or_growing_a_tar_changes_the_snapshot_only_with_its_clips(corpus, tmp_path):
     def snapshot(pattern):
         freeze(tmp_path / "s.arrow", pattern)
-        return Selection.open(tmp_path / "s.arrow").snapshot
+        return Selection(tmp_path / "s.arrow").snapshot
 
     whole = snapshot(f"{corpus}/shards/*.tar")
     moved = tmp_path / "moved"

@@ -25,10 +25,10 @@ from training.data.epoch_plan import (
     num_steps_done,
     open_epoch,
     rank_slots,
+    remainder_rows,
     state_dict,
     steps_before,
     steps_in_epoch,
-    tail_rows,
     write_epoch,
 )
 from training.data.stateless_random import permutation, sample
@@ -62,15 +62,15 @@ def test_every_clip_once_per_epoch_but_for_the_tail(spec: PlanSpec, epoch: int) 
     assert rows.shape == (steps_in_epoch(spec, epoch), spec.batch_size)
     seen = Counter(rows[rows != PAD].tolist())
     expected = Counter(range(spec.num_clips))
-    tail = Counter(tail_rows(spec, epoch).tolist())
-    assert len(tail) == len(tail_rows(spec, epoch)) < spec.batch_size
+    tail = Counter(remainder_rows(spec, epoch).tolist())
+    assert len(tail) == len(remainder_rows(spec, epoch)) < spec.batch_size
     if spec.tail == "pad":
         assert seen == expected
         assert (rows == PAD).sum() == rows.size - spec.num_clips and (rows[:-1] != PAD).all()
     elif spec.tail == "drop":
         assert seen == expected - tail
     else:
-        arriving = Counter(tail_rows(spec, epoch - 1).tolist()) if epoch else Counter()
+        arriving = Counter(remainder_rows(spec, epoch - 1).tolist()) if epoch else Counter()
         assert seen == expected - tail + arriving
 
 
@@ -80,7 +80,7 @@ def test_carrying_over_sees_every_clip_equally_often_in_the_long_run(spec: PlanS
     seen: Counter[int] = Counter()
     for epoch in range(num_epochs):
         seen.update(epoch_rows(spec, epoch).ravel().tolist())
-    seen.update(tail_rows(spec, num_epochs - 1).tolist())
+    seen.update(remainder_rows(spec, num_epochs - 1).tolist())
     assert set(seen.values()) == {num_epochs} and len(seen) == spec.num_clips
 
 

@@ -10,7 +10,8 @@ import pytest
 import training.data.selection
 from clipmill.base.errors import UserError
 from tests.helpers.manifests import make_manifest
-from training.data.selection import SELECTION, Selection, freeze, select
+from training.data.selection import Selection, freeze, select
+from training.data.selection_schema import SELECTION
 
 NUM_CLIPS = 3000
 
@@ -29,7 +30,7 @@ def selection(corpus):
         patch.setattr(training.data.selection, "_SHARD_ROWS", 1000)
         patch.setattr(training.data.selection, "_BATCH_ROWS", 100)
         freeze(corpus / "selection.arrow", corpus)
-    return Selection.open(corpus / "selection.arrow")
+    return Selection(corpus / "selection.arrow")
 
 
 def test_batches_change_nothing(corpus, selection):
@@ -42,7 +43,7 @@ def test_batches_change_nothing(corpus, selection):
 
 def test_pieces_of_the_corpus_give_the_same_hash(corpus, selection, tmp_path):
     freeze(tmp_path / "whole.arrow", corpus)
-    whole = Selection.open(tmp_path / "whole.arrow")
+    whole = Selection(tmp_path / "whole.arrow")
     assert (whole.hash, whole.snapshot) == (selection.hash, selection.snapshot)
 
 
@@ -107,10 +108,10 @@ def test_a_torn_or_foreign_file_is_told(selection, tmp_path):
     path = tmp_path / "torn.arrow"
     path.write_bytes(selection.path.read_bytes()[:-100])
     with pytest.raises(UserError, match="torn.arrow"):
-        Selection.open(path)
+        Selection(path)
     with pa.ipc.new_file(path, pa.schema([("x", pa.int64())])):
         pass
     with pytest.raises(UserError, match="no selection"):
-        Selection.open(path)
+        Selection(path)
     with pytest.raises(UserError, match="absent.arrow"):
-        Selection.open(tmp_path / "absent.arrow")
+        Selection(tmp_path / "absent.arrow")

@@ -14,7 +14,8 @@ from shards.packing.tar import read_member
 from shards.query.sql import open_manifest
 from tests.helpers.shards import change_manifest, make_corpus, pack, publish_samples
 from training.data.epoch_plan import hash_selection
-from training.data.selection import SELECTION, Selection, freeze, select
+from training.data.selection import Selection, freeze, select
+from training.data.selection_schema import SELECTION
 
 NUM_CLIPS = 40
 
@@ -39,7 +40,7 @@ def ask(corpus, sql):
 
 def frozen(path, corpus, where="", **options):
     freeze(path, corpus, where, **options)
-    return Selection.open(path)
+    return Selection(path)
 
 
 # --- Which clips
@@ -174,7 +175,7 @@ def test_a_recaptioned_corpus_is_used_without_packing_again(corpus, tmp_path):
     publish_samples(corpus)
     after = frozen(tmp_path / "after.arrow", corpus)
     assert after.column("caption").to_pylist() == texts["caption"].to_pylist()
-    assert Selection.open(tmp_path / "before.arrow").column("caption").to_pylist() != texts["caption"].to_pylist()
+    assert Selection(tmp_path / "before.arrow").column("caption").to_pylist() != texts["caption"].to_pylist()
     assert after.hash == before.hash  # the order of training does not hang on texts
     assert tars == {path: path.read_bytes() for path in tars}
 

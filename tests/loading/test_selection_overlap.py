@@ -7,7 +7,8 @@ import pytest
 from clipmill.base.errors import UserError
 from tests.helpers.manifests import make_manifest
 from tests.helpers.shards import change_manifest
-from training.data.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze_run
+from training.data.selection import Selection, freeze_run
+from training.data.selection_schema import EVAL_FILE, SELECTION_FILE
 from training.settings import DataSettings, EvalSettings
 
 NUM_CLIPS = 600  # 20 videos of 30
@@ -38,7 +39,7 @@ def videos(corpus):
 def run(corpus, where, held_out, overlap):
     folder = corpus.parent / "run"
     training, _ = freeze_run(folder, corpus, DataSettings(where=where), EvalSettings(where=held_out, overlap=overlap))
-    return training, Selection.open(folder / SELECTION_FILE), Selection.open(folder / EVAL_FILE)
+    return training, Selection(folder / SELECTION_FILE), Selection(folder / EVAL_FILE)
 
 
 def ids(selection, column="video_id"):
@@ -114,4 +115,4 @@ def test_a_mistake_in_the_held_out_condition_names_it(corpus):
 def test_without_a_held_out_condition_there_is_no_second_file(corpus, tmp_path):
     training, held_out = freeze_run(tmp_path / "run", corpus, DataSettings(), EvalSettings())
     assert held_out is None and not (tmp_path / "run" / EVAL_FILE).exists()
-    assert Selection.open(tmp_path / "run" / SELECTION_FILE).num_clips == training.num_clips
+    assert Selection(tmp_path / "run" / SELECTION_FILE).num_clips == training.num_clips

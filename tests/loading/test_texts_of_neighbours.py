@@ -29,7 +29,7 @@ def corpus(tmp_path_factory):
 
 def freeze(folder, corpus, num: int, where: str = "") -> Selection:
     freeze_run(folder, corpus, DataSettings(neighbours=num, where=where), EvalSettings())
-    return Selection.open(folder / "selection.arrow")
+    return Selection(folder / "selection.arrow")
 
 
 def expected(corpus, num: int) -> dict[str, list[str | None]]:

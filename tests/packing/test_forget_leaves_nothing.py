@@ -30,7 +30,7 @@ from shards.query.sql import open_manifest
 from tests.helpers.builds import ask
 from tests.helpers.shards import mp4_bytes
 from tests.helpers.whole_corpus import VIDEOS, build_whole, pack_here, source_bytes, url_of, write_sources
-from training.data.relocation import Places
+from training.data.relocation import RelocationIndex
 
 GONE = "video-b"  # in the group of video-e's first clip
 
@@ -311,7 +311,7 @@ def test_edited_clips_go_too_and_others_are_found_where_they_moved(corpus):
     data = read_member(corpus / tar, offset, size)
     assert clip_id == "video-a.1" and hashlib.sha256(data).hexdigest() == sha256
     assert ask(corpus, "SELECT clip_id FROM clip_edits") == [("video-a.1",)]
-    [place] = Places(corpus).find([bytes.fromhex(sha256)])
+    [place] = RelocationIndex(corpus).find([bytes.fromhex(sha256)])
     assert read_member(corpus / place.shard, place.offset, place.num_bytes) == data
 
 

@@ -120,7 +120,7 @@ def test_verify_reads_shards_and_keeps_none(stored, machine):
 def reader_of(corpus, folder: Path) -> SampleReader:
     freeze(folder / "selection.arrow", corpus)
     data = DataSettings(num_frames=2, apart=())
-    return SampleReader(Selection.open(folder / "selection.arrow"), data, TextEncoder(WORDS, MAX_TOKENS), SIZE)
+    return SampleReader(Selection(folder / "selection.arrow"), data, TextEncoder(WORDS, MAX_TOKENS), SIZE)
 
 
 def test_training_reads_it_by_ranges_on_a_machine_that_has_nothing(stored, whole, tmp_path, machine, server):
@@ -130,8 +130,8 @@ def test_training_reads_it_by_ranges_on_a_machine_that_has_nothing(stored, whole
     reader = reader_of(stored, tmp_path / "here")
     server.requests.clear()
     found = read_all(reader)
-    assert found.failures == [] and np.array_equal(found.canvas.frames_BTSS3, expected.canvas.frames_BTSS3)
-    assert np.array_equal(found.canvas.stills_B1SS3, expected.canvas.stills_B1SS3)
+    assert found.failures == [] and np.array_equal(found.pixels.frames_BTSS3, expected.pixels.frames_BTSS3)
+    assert np.array_equal(found.pixels.stills_B1SS3, expected.pixels.stills_B1SS3)
     assert 0 < sum(path.endswith(".tar") for _, path in server.requests) <= 2 * 6, "a few reads for each shard"
     assert not list(machine("first machine").rglob("*.tar"))
 
@@ -150,7 +150,7 @@ def test_training_finds_what_moved_when_the_corpus_was_packed_anew(machine, tmp_
         current.publish()
     machine("the trainer's")
     after = read_all(reader)
-    assert after.failures == [] and np.array_equal(after.canvas.frames_BTSS3, before.canvas.frames_BTSS3)
+    assert after.failures == [] and np.array_equal(after.pixels.frames_BTSS3, before.pixels.frames_BTSS3)
     assert verify_with_sandbox(url, False, Console(quiet=True))[0] == []
 
 

@@ -91,7 +91,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def selection(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Selection:
     path = tmp_path_factory.mktemp("run") / "selection.arrow"
     freeze(path, corpus)
-    return Selection.open(path)
+    return Selection(path)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers.training import SMALL, lines, small_corpus
 from training.data.epoch_files import Epochs, plan_spec
+from training.run.folder import RunFolder
 from training.run.setup import Prepared, Request
 from training.trainer import train
 
@@ -23,7 +24,7 @@ def demo_run(folder: Path) -> dict:
     settings = (*SMALL, "train.max_steps=20", "data.loader_processes=0")
     request = Request(str(folder / "run"), str(small_corpus(folder / "corpus")), "demo", settings)
     train(request)
-    prepared = Prepared.open(request.run)
+    prepared = Prepared.open(RunFolder(request.run))
     data = prepared.settings.data
     spec = plan_spec(prepared.selection, data, prepared.settings.train.batch_size)
     epochs = Epochs(folder / "plan", spec, prepared.selection.path, data.apart)

@@ -18,7 +18,8 @@ from training.cost.estimate import Device, StepCost, estimate, speed_on
 from training.cost.footprint import kept_bytes
 from training.data.epoch_files import Epochs, plan_spec, total_steps
 from training.data.epoch_plan import plan_path
-from training.data.selection import EVAL_FILE, SELECTION_FILE, Selection, freeze_run
+from training.data.selection import Selection, freeze_run
+from training.data.selection_schema import EVAL_FILE, SELECTION_FILE
 from training.models import registry as models
 from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig, sample_flops
 from training.settings import DataSettings, TrainSettings, resolve
@@ -47,9 +48,9 @@ def found(corpus, settings):
 
 def test_it_counts_what_the_run_then_has(corpus, settings, found, tmp_path):
     training, held_out = freeze_run(tmp_path, corpus, settings.data, settings.eval)
-    selection = Selection.open(tmp_path / SELECTION_FILE)
+    selection = Selection(tmp_path / SELECTION_FILE)
     assert found.data.num_clips == selection.num_clips == training.num_clips
-    assert found.data.num_held_out == Selection.open(tmp_path / EVAL_FILE).num_clips == held_out.num_clips
+    assert found.data.num_held_out == Selection(tmp_path / EVAL_FILE).num_clips == held_out.num_clips
     assert found.data.num_excluded == training.num_excluded > 0
     assert found.data.num_shards == len(set(selection.column("shard").to_pylist()))
     assert found.data.read_bytes == sum(selection.column("mp4_bytes").to_pylist())
@@ -61,7 +62,7 @@ def test_it_counts_what_the_run_then_has(corpus, settings, found, tmp_path):
 
 def test_its_steps_and_files_are_those_of_the_run(corpus, settings, found, tmp_path):
     freeze_run(tmp_path, corpus, settings.data, settings.eval)
-    selection = Selection.open(tmp_path / SELECTION_FILE)
+    selection = Selection(tmp_path / SELECTION_FILE)
     spec = plan_spec(selection, settings.data, settings.train.batch_size)
     epochs = Epochs(tmp_path, spec, selection.path, settings.data.apart)
     said = epochs.describe(0)

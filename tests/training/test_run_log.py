@@ -14,7 +14,7 @@ from rich.console import Console
 from clipmill.base.errors import UserError
 from training.run import log as run_log
 from training.run.log import RunLog, cut_after
-from training.run.throughput import Meter
+from training.run.throughput import Throughput
 
 TOTAL = 20
 
@@ -22,7 +22,7 @@ TOTAL = 20
 def open_log(root: Path, start_step: int = 0, **options: Any) -> RunLog:
     options = {"total_steps": TOTAL, "every": 5, "tensorboard": False, "console": Console(file=io.StringIO())} | options
     root.mkdir(exist_ok=True)
-    return RunLog(root, Meter(torch.device("cpu"), peak_flops=1e12), start_step=start_step, **options)
+    return RunLog(root, Throughput(torch.device("cpu"), peak_flops=1e12), start_step=start_step, **options)
 
 
 def values(step: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 
 from training.run import hardware_peaks as peaks
 from training.run.hardware_peaks import gpu_peak, peak_flops
-from training.run.throughput import Meter
+from training.run.throughput import Throughput
 
 
 class Clock:
@@ -30,7 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_rates_are_means_since_the_last_line_and_leave_pauses_out(clock: Clock) -> None:
-    meter = Meter(torch.device("cpu"), peak_flops=1000.0)
+    meter = Throughput(torch.device("cpu"), peak_flops=1000.0)
     for _ in meter.waiting(clock.items(4, wait_s=0.5)):
         clock.now += 1.5
         meter.step(num_samples=10, flops=200.0)
@@ -47,14 +47,14 @@ def test_rates_are_means_since_the_last_line_and_leave_pauses_out(clock: Clock) 
 
 
 def test_waiting_counts_from_the_first_item(clock: Clock) -> None:
-    meter = Meter(torch.device("cpu"))
+    meter = Throughput(torch.device("cpu"))
     assert list(meter.waiting(clock.items(3, wait_s=1.0))) == [0, 1, 2]
     clock.now += 3
     assert meter.rates()["data_wait"] == pytest.approx(0.5)
 
 
 def test_no_mfu_without_a_peak(clock: Clock) -> None:
-    meter = Meter(torch.device("cpu"), peak_flops=None)
+    meter = Throughput(torch.device("cpu"), peak_flops=None)
     clock.now += 1
     meter.step(1, flops=5.0)
     assert meter.rates()["mfu"] is None

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from clipmill.cli.evaluate import run_eval
-from clipmill.cli.train import run_train
 from tests.helpers.shards import change_manifest
 from tests.helpers.training import SMALL, losses, small_corpus
 from training.data.frame_sampling import drawn_text
+from training.launch import launch_training
 from training.run.folder import RunFolder
 from training.run.setup import Request
 from training.trainer import train
@@ -57,9 +57,9 @@ def test_fine_tuning_draws_one_of_a_clips_texts_at_every_visit_and_is_searched_b
     )
     settings = [*SMALL, "train.max_steps=2", "data.loader_processes=0"]
     first, second = tmp_path / "first", tmp_path / "second"
-    run_train(str(corpus), first, recipe="demo", assignments=settings)
+    launch_training(str(corpus), first, recipe="demo", assignments=settings)
     fine = [*settings, "data.subtitle=texts", "eval.text=texts", "train.loss=vs"]
-    run_train(str(corpus), second, recipe="demo", init=str(first), assignments=fine)
+    launch_training(str(corpus), second, recipe="demo", init=str(first), assignments=fine)
     assert RunFolder(second).load().settings["model"]["init"].endswith("step-00000002")
     metrics = run_eval(run=second, corpus=corpus, where="true", format="json")
     assert metrics["num_texts"] == 4 * metrics["num_videos"] and metrics["v2t"]["num_queries"] == metrics["num_videos"]

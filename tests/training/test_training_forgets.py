@@ -15,7 +15,8 @@ from tests.helpers.whole_corpus import VIDEOS, pack_here
 from training.data.loader import Loader
 from training.data.reader_pool import Request
 from training.data.sample_reader import HOLE, SampleReader
-from training.data.selection import SELECTION, Selection, freeze
+from training.data.selection import Selection, freeze
+from training.data.selection_schema import SELECTION
 from training.data.tokenizer import TextEncoder
 from training.settings import DataSettings
 
@@ -38,7 +39,7 @@ def corpus(whole, tmp_path):
 
 def open_reader(corpus) -> SampleReader:
     data = DataSettings(num_frames=2, apart=())
-    return SampleReader(Selection.open(corpus.parent / "selection.arrow"), data, TextEncoder(WORDS, MAX_TOKENS), SIZE)
+    return SampleReader(Selection(corpus.parent / "selection.arrow"), data, TextEncoder(WORDS, MAX_TOKENS), SIZE)
 
 
 def rows_of(reader: SampleReader, *video_ids: str) -> list[int]:
@@ -61,14 +62,14 @@ def test_a_running_run_skips_it_from_then_on(corpus):
         (row, "forgotten") for row in gone
     ]
     assert not after.video_mask_B[gone].any() and not after.subtitle_mask_B[gone].any()
-    assert not after.canvas.frames_BTSS3[gone].any() and not after.canvas.stills_B1SS3[gone].any()
+    assert not after.pixels.frames_BTSS3[gone].any() and not after.pixels.stills_B1SS3[gone].any()
     kept = np.setdiff1d(np.arange(reader.selection.num_clips), gone)
-    assert torch.equal(after.canvas.frames_BTSS3[kept], before.canvas.frames_BTSS3[kept])
+    assert torch.equal(after.pixels.frames_BTSS3[kept], before.pixels.frames_BTSS3[kept])
 
 
 def test_what_moved_when_the_corpus_was_compacted_is_found_again(corpus):
     before = read_all(open_reader(corpus))
-    old = Selection.open(corpus.parent / "selection.arrow").column("mp4_offset").to_pylist()
+    old = Selection(corpus.parent / "selection.arrow").column("mp4_offset").to_pylist()
     forget(corpus, find(corpus, ["video-b"], [], None), None)
     compact(corpus)
     reader = open_reader(corpus)
@@ -76,10 +77,10 @@ def test_what_moved_when_the_corpus_was_compacted_is_found_again(corpus):
     gone = rows_of(reader, "video-b")
     kept = np.setdiff1d(np.arange(reader.selection.num_clips), gone)
     assert {failure.row for failure in after.failures} == set(gone)
-    assert torch.equal(after.canvas.frames_BTSS3[kept], before.canvas.frames_BTSS3[kept])
-    assert torch.equal(after.canvas.stills_B1SS3[kept], before.canvas.stills_B1SS3[kept])
+    assert torch.equal(after.pixels.frames_BTSS3[kept], before.pixels.frames_BTSS3[kept])
+    assert torch.equal(after.pixels.stills_B1SS3[kept], before.pixels.stills_B1SS3[kept])
     freeze(corpus.parent / "anew.arrow", corpus)
-    now = Selection.open(corpus.parent / "anew.arrow")
+    now = Selection(corpus.parent / "anew.arrow")
     moved = dict(zip(now.column("clip_id").to_pylist(), now.column("mp4_offset").to_pylist(), strict=True))
     was = dict(zip(reader.selection.column("clip_id").to_pylist(), old, strict=True))
     assert any(moved[clip_id] != was[clip_id] for clip_id in moved), "nothing moved, so nothing was proved"
@@ -95,7 +96,7 @@ def test_what_moved_when_the_corpus_was_packed_anew_is_found_again(corpus):
         current.publish()
     for same in (reader, open_reader(corpus)):
         after = read_all(same)
-        assert after.failures == [] and torch.equal(after.canvas.frames_BTSS3, before.canvas.frames_BTSS3)
+        assert after.failures == [] and torch.equal(after.pixels.frames_BTSS3, before.pixels.frames_BTSS3)
 
 
 def test_other_bytes_are_a_failure_and_never_a_sample(corpus):
@@ -122,11 +123,11 @@ def test_the_forgotten_are_no_reason_to_end_a_run(corpus):
 def test_a_new_selection_is_without_it(corpus, tmp_path):
     forget(corpus, find(corpus, ["video-b"], [], None), None)
     freeze(tmp_path / "new.arrow", corpus)
-    assert "video-b" not in Selection.open(tmp_path / "new.arrow").column("video_id").to_pylist()
+    assert "video-b" not in Selection(tmp_path / "new.arrow").column("video_id").to_pylist()
 
 
 def test_selections_of_before_there_were_hashes_are_read(corpus, tmp_path):
     remove_hashes(tmp_path / "selection.arrow")
-    selection = Selection.open(tmp_path / "selection.arrow")
+    selection = Selection(tmp_path / "selection.arrow")
     assert selection.take([3]).schema.equals(SELECTION) and selection.take([3])["mp4_sha256"].null_count == 1
     assert read_all(open_reader(corpus)).failures == []

@@ -1,8 +1,7 @@
-"""What a run will cost, before it is paid for: steps, bytes, memory, FLOPs, time. Nothing is started or written.
+"""Estimate the cost of a run before it starts: steps, bytes, memory, FLOPs, time. Nothing is started or written.
 
-Four parts, each from its own source: `DataCost` from the corpus's tables, `StepCost` from the model's configuration,
-`Memory` from both and the settings, `Speed` from a device's peak. What is measured and what is assumed is said at the
-constants below.
+Each part has its own source: `DataCost` the corpus's tables, `StepCost` the model's configuration, `Memory` both and
+the settings, `Speed` a device's peak. The constants below say what is measured and what is assumed.
 """
 
 import os
@@ -16,10 +15,11 @@ import torch
 
 from clipmill.base.errors import UserError
 from training.cost.footprint import Footprint, pixels_of
-from training.data.clip_query import Choice, Samples, choose_run, open_samples
+from training.data.clip_query import ClipQuery, Samples, open_samples
 from training.data.epoch_files import spec_without_groups, total_steps
-from training.data.epoch_plan import PlanSpec, rank_slots, steps_in_epoch, tail_rows
+from training.data.epoch_plan import PlanSpec, rank_slots, remainder_rows, steps_in_epoch
 from training.data.range_reader import LOCAL_GAP_BYTES, REMOTE_GAP_BYTES
+from training.data.run_selection import choose_run
 from training.data.selection import selected_rows
 from training.data.tokenizer import text_encoder
 from training.losses import load_loss
@@ -41,7 +41,7 @@ CHUNK = 32  # samples, of the alternative with gradient caching
 
 @dataclass(frozen=True)
 class DataCost:
-    """What is selected and what reading it once costs."""
+    """Counts of the selected clips, and the cost of reading them once."""
 
     num_clips: int
     num_held_out: int
@@ -92,7 +92,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Speed:
-    """How long the run takes on some devices."""
+    """Duration of the run on some devices."""
 
     device: str
     num_devices: int
@@ -123,7 +123,7 @@ def estimate(
     gpus: Sequence[str] = GPUS,
     tables: Mapping[str, str | Path] | None = None,
 ) -> Estimate:
-    """What `clipmill train` with these settings will cost. Raises UserError wherever that would."""
+    """Estimate the cost of `clipmill train` with these settings. Raises UserError wherever that command would."""
 
     data, train = settings.data, settings.train
     config = models.config_of(settings.model)
@@ -157,8 +157,8 @@ def estimate(
 # --- Data
 
 
-def data_cost(samples: Samples, training: Choice, held_out: Choice | None, settings: RunSettings) -> DataCost:
-    """Goes through the selected rows once, in pieces."""
+def data_cost(samples: Samples, training: ClipQuery, held_out: ClipQuery | None, settings: RunSettings) -> DataCost:
+    """Count over the selected rows once, in pieces."""
     data, totals = settings.data, _Totals(samples.root, settings.data)
     for batch in selected_rows(samples, training):
         totals.add(batch)
@@ -187,7 +187,7 @@ class _Totals:
         return self._counts | {"num_shards": len(self.shards)}
 
     def _num_shown(self, batch: pa.RecordBatch) -> pa.Array:
-        """Frames of each clip that may be taken."""
+        """Return the number of each clip's frames that may be taken."""
         if self.data.frames_per_s is None:
             return batch["num_frames"]
         return pc.ceil(pc.multiply(pc.divide(batch["num_frames"], batch["fps"]), self.data.frames_per_s))
@@ -209,7 +209,7 @@ class _Totals:
             self._counts[name] += value
 
     def _reads(self, batch: pa.RecordBatch) -> tuple[int, int]:
-        """(bytes, reads): of every clip alone, its picture in the same read where it lies near."""
+        """Return (bytes, reads) of every clip alone, its still in the same read if it lies near."""
         mp4_bytes = _sum(batch["mp4_bytes"])
         if self.data.still != "captioned":
             return mp4_bytes, batch.num_rows
@@ -237,12 +237,12 @@ def _sum(column: pa.Array) -> int:
 def step_cost(
     footprint: Footprint, settings: RunSettings, spec: PlanSpec, total_steps: int, num_devices: int
 ) -> StepCost:
-    """Raises UserError where the devices cannot share the batch."""
+    """Compute the run's arithmetic. Raises UserError if the devices cannot share the batch."""
     slots = rank_slots(spec, 0, num_devices)
     return StepCost(
         steps_per_epoch=steps_in_epoch(spec, 0),
         total_steps=total_steps,
-        num_dropped=0 if spec.tail == "pad" else len(tail_rows(spec, 0)),
+        num_dropped=0 if spec.tail == "pad" else len(remainder_rows(spec, 0)),
         batch_size=spec.batch_size,
         per_device=slots.stop - slots.start,
         num_parameters=footprint.num_parameters,
@@ -252,8 +252,9 @@ def step_cost(
 
 
 def memory(footprint: Footprint, data: DataSettings, train: TrainSettings, per_device: int, num_devices: int) -> Memory:
-    """Weights are fp32, and so are gradients and AdamW's two moments of those that train: 4 + 4 + 8 bytes, divided by
-    FSDP.
+    """Estimate the bytes on one device.
+
+    Weights, gradients and AdamW's two moments of weights that train are fp32: 4 + 4 + 8 bytes, divided by FSDP.
 
     activations  of the samples encoded at a time (`train.chunk_size`, else all of the device's), and of the pairs
     loss         features and similarities of the whole batch with the device's rows, and their gradients
@@ -291,7 +292,7 @@ class Device:
 
 
 def devices(train: TrainSettings, gpus: Sequence[str]) -> list[Device]:
-    """This machine's CPU, measured, and GPUs by name. Raises UserError for one whose peak is not known."""
+    """List this machine's CPU, measured, and GPUs by name. Raises UserError for one whose peak is unknown."""
     num_cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(train.threads or num_cores)
     found = [Device(f"this CPU, {num_cores} cores", "cpu", peak_flops(torch.device("cpu"), train.precision), num_cores)]
@@ -304,7 +305,7 @@ def devices(train: TrainSettings, gpus: Sequence[str]) -> list[Device]:
 
 
 def speed_on(device: Device, num_devices: int, step: StepCost, sample_pixels: int) -> Speed:
-    """At the assumed share of the peak, decoding on other cores than a GPU's, but on a CPU's own."""
+    """Compute speed at the assumed share of the peak; a GPU's data is decoded on other cores, a CPU's on its own."""
     mfu, count = ASSUMED_MFU[device.kind], 1 if device.num_cores else num_devices
     decode_s = sample_pixels / DECODED_PIXELS / DECODED_PER_CORE_S
     sample_s = step.flops_per_step / step.batch_size / (count * device.peak_flops * mfu)

@@ -1,4 +1,4 @@
-"""What goes from the loader to the model: one process's share of one step.
+"""Data from the loader to the model: one process's share of one step.
 
 B slots of this process, T frames, S pixels a side, L tokens, N texts of neighbours. Pixels are uint8 until the device
 normalises them.
@@ -49,6 +49,6 @@ class Batch:
         return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
 
     def split(self, size: int) -> list["Batch"]:
-        """Chunks of at most `size` slots: views, nothing is copied."""
+        """Split into chunks of at most `size` slots: views, nothing is copied."""
         columns = [getattr(self, f.name).split(size) for f in fields(self)]
         return [Batch(*parts) for parts in zip(*columns, strict=True)]

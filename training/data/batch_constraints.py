@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from clipmill.base.errors import UserError
 from training.data.stateless_random import mix
 
-Unmet = Literal["error", "keep"]
+OnConflict = Literal["error", "keep"]
 Codes = NDArray[np.uint32]
 Groups = list[Codes | None]  # None: every clip is a group of its own, for rows that occur twice
 
@@ -28,12 +28,12 @@ class _Shape(Protocol):
 
 
 def as_groups(groups: Sequence[NDArray[np.integer]]) -> Groups:
-    """uint32 codes: as they are where they fit, else hashed (two groups taken for one are parted without need)."""
+    """Code groups as uint32: unchanged if they fit, else hashed (a collision only parts clips without need)."""
     return [_codes_of(np.asarray(group)) for group in groups]
 
 
 def codes_of_rows(codes: Codes | None, rows: NDArray[np.uint32]) -> Codes:
-    """The codes of rows, `NONE` for holes."""
+    """Return the codes of rows, `NONE` for holes."""
     if codes is None:
         return rows
     of_rows = codes.take(rows, mode="clip")
@@ -42,7 +42,7 @@ def codes_of_rows(codes: Codes | None, rows: NDArray[np.uint32]) -> Codes:
 
 
 def deal_keys(codes_PN: Codes, rows_PN: NDArray[np.uint32], key: int) -> NDArray[np.uint64]:
-    """[P, N] a hash per row that is equal within a group of the same stream: sorting by it brings the group together.
+    """Hash rows [P, N] so that rows of a group in the same stream are equal: sorting brings a group together.
 
     Every stream hashes for itself: with one hash for all, a group's clips in two streams would be dealt to like steps.
     """
@@ -53,19 +53,19 @@ def deal_keys(codes_PN: Codes, rows_PN: NDArray[np.uint32], key: int) -> NDArray
 
 
 def num_repeated(codes_SB: Codes) -> NDArray[np.int64]:
-    """[steps] how many slots have a code that is in their step already."""
+    """Count, for each step, the slots whose code is in their step already: [steps]."""
     ordered = np.sort(codes_SB, axis=1)
     return np.count_nonzero((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NONE), axis=1)
 
 
 def repair(
-    rows: NDArray[np.uint32], groups: Groups, steps: NDArray[np.int64], key: int, shape: _Shape, unmet: Unmet
+    rows: NDArray[np.uint32], groups: Groups, steps: NDArray[np.int64], key: int, shape: _Shape, on_conflict: OnConflict
 ) -> None:
-    """Swaps, in place, until none of `steps` holds a group twice; each swap leaves fewer pairs than there were.
+    """Swap rows in place until none of `steps` holds a group twice; each swap leaves fewer pairs.
 
     With one kind of group there always is such a swap while no group has more clips than there are steps: if a step
     without the group has no clip to give, it holds pairs itself. With several kinds there may be none: then, and for
-    groups that are too large, `unmet` says whether that is an error or stays.
+    groups that are too large, `on_conflict` says whether that is an error or stays.
     """
     failures = 0
     for step in steps.tolist():
@@ -74,9 +74,9 @@ def repair(
             while _conflicts(rows, groups, step, slot):
                 swapped = _swap_at_random(rows, groups, step, slot, key, shape)
                 if not swapped and failures < _MOST_FAILURES:
-                    swapped = _swap_anywhere(rows, groups, step, slot, key, unmet)
+                    swapped = _swap_anywhere(rows, groups, step, slot, key, on_conflict)
                 failures = 0 if swapped else failures + 1
-                if not swapped and unmet == "error":
+                if not swapped and on_conflict == "error":
                     raise UserError(
                         f"step {step} must hold two clips of one group: no swap parts them. "
                         "Allowed: a smaller batch_size, fewer kinds of groups, or unmet 'keep'"
@@ -101,7 +101,7 @@ def _codes_of(group: NDArray[np.integer]) -> Codes:
 
 
 def _repeated_slots(step_rows: NDArray[np.uint32], groups: Groups) -> list[int]:
-    """Slots behind the first of their group, of any kind."""
+    """Return the slots behind the first of their group, of any kind."""
     slots: set[int] = set()
     for codes in groups:
         of_rows = codes_of_rows(codes, step_rows)
@@ -112,7 +112,7 @@ def _repeated_slots(step_rows: NDArray[np.uint32], groups: Groups) -> list[int]:
 
 
 def _conflicts(rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, clip: np.uint32 | None = None) -> int:
-    """How many kinds of group `clip` (default: the one in the slot) shares with others of the step, in that slot."""
+    """Count the kinds of group that `clip` (None: the slot's own) shares with others of the step."""
     clips = rows[step, slot : slot + 1] if clip is None else np.array([clip])
     total = 0
     for codes in groups:
@@ -127,7 +127,7 @@ def _conflicts(rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, c
 def _conflicts_of(
     rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, clips: NDArray[np.uint32]
 ) -> NDArray[np.int64]:
-    """The same for each of `clips`."""
+    """Count them for each of `clips`."""
     others = np.delete(rows[step], slot)
     total = np.zeros(len(clips), np.int64)
     for codes in groups:
@@ -137,7 +137,7 @@ def _conflicts_of(
 
 
 def _swap_at_random(rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, key: int, shape: _Shape) -> bool:
-    """A swap after which neither clip shares a group: first within the window and stream, where reading stays local."""
+    """Try swaps after which neither clip shares a group, first in the window and stream, where reads stay local."""
     num_steps, batch = rows.shape
     draws = mix(np.arange(2 * _RANDOM_TRIES) + (step * batch + slot) * 2 * _RANDOM_TRIES, key).reshape(-1, 2)
     window = step - step % shape.window_steps
@@ -159,11 +159,13 @@ def _swap_at_random(rows: NDArray[np.uint32], groups: Groups, step: int, slot: i
     return False
 
 
-def _swap_anywhere(rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, key: int, unmet: Unmet) -> bool:
-    """The first swap in any step, holes included, that leaves fewer pairs than before. Reads all steps at worst."""
+def _swap_anywhere(
+    rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, key: int, on_conflict: OnConflict
+) -> bool:
+    """Make the first swap in any step, holes included, that leaves fewer pairs. Reads all steps at worst."""
     num_steps, batch = rows.shape
     if (size := _largest_group_of(rows[step, slot], groups)) > num_steps:
-        if unmet == "keep":
+        if on_conflict == "keep":
             return False
         raise UserError(
             f"{size} selected clips belong to one group, but an epoch has {num_steps} steps: two must share a batch. "
@@ -185,6 +187,6 @@ def _swap_anywhere(rows: NDArray[np.uint32], groups: Groups, step: int, slot: in
 
 
 def _largest_group_of(clip: np.uint32, groups: Groups) -> int:
-    """How many selected clips the largest of a clip's groups has."""
+    """Count the selected clips of the largest of a clip's groups."""
     kinds = [codes for codes in groups if codes is not None and codes[clip] != NONE]
     return max((int(np.count_nonzero(codes == codes[clip])) for codes in kinds), default=0)

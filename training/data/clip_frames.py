@@ -1,9 +1,9 @@
-"""From a clip's bytes to the model's pixels: which pictures are decoded, and how they become S x S RGB.
+"""Decode a clip's bytes to the model's pixels: the pictures that are asked for, as S x S RGB.
 
-Three ways to the same pictures. A clip of the default encoding is a plain MP4: its packets go straight from memory to
-the decoder (`training.data.mp4_index`). Clips of the "jpeg-frames" encoding are JPEGs. Everything else, and every plain MP4
-that turns out not to be so plain, is read as sources are (`clipmill.media.packets`, `clipmill.media.decode`): any container, frames
-in any order, upright whatever the file says of rotation. Picture k is the k-th in display order in all of them.
+There are three ways to the same pictures. A clip of the default encoding is a plain MP4: its packets go straight from
+memory to the decoder (`training.data.mp4_index`). Clips of the "jpeg-frames" encoding are JPEGs. Any other file, and a
+plain MP4 that the first way cannot decode, is read as sources are (`clipmill.media.packets`, `clipmill.media.decode`):
+any container, frames in any order, turned upright. Picture k is the k-th in display order in all of them.
 
 A picture is turned to RGB by swscale with the matrix and range that the stream names (BT.601 or BT.709 by size where it
 names none), then resized by `training.data.frame_sampling.resize`. Legend: N pictures, S pixels a side.
@@ -44,7 +44,7 @@ _TOGETHER_PIXELS = 4_000_000
 
 @dataclass(frozen=True)
 class Picture:
-    """How large pictures become, and how."""
+    """Size of the model's pictures, and how frames are fitted to it."""
 
     size: int  # S
     fit: Fit = "squash"
@@ -52,7 +52,7 @@ class Picture:
 
 
 def decode_clip(data: Bytes, choose: Choose, picture: Picture, out: Sequence[Pixels] | None = None) -> Sequence[Pixels]:
-    """uint8 [N, S, S, 3]: the pictures that `choose(number of pictures)` names, in its order, repeated ones too.
+    """Decode the frames that `choose(number of frames)` names, in its order: uint8 [N, S, S, 3].
 
     out  N arrays [S, S, 3] to write them to; None: a new one [N, S, S, 3]
     Raises ItemError: empty-file, not-a-video, no-video-stream, undecodable, too-large, too-many-frames,
@@ -67,12 +67,12 @@ def decode_clip(data: Bytes, choose: Choose, picture: Picture, out: Sequence[Pix
 
 
 def decode_still(data: Bytes, picture: Picture) -> Pixels:
-    """uint8 [S, S, 3] of a JPEG (or any picture file that OpenCV reads). Raises ItemError bad-jpeg, too-large."""
+    """Decode a JPEG (or any picture that OpenCV reads): uint8 [S, S, 3]. Raises ItemError bad-jpeg, too-large."""
     return _resized([_jpeg(data)], picture)[0]
 
 
 def _distinct(data: Bytes, choose: Choose, picture: Picture) -> tuple[Pixels, NDArray[np.intp]]:
-    """The distinct pictures wanted, in the clip's order, and for each one wanted which of them it is."""
+    """Decode the distinct frames wanted, in the clip's order; return them and the index of each wanted frame."""
     if data[-4:] == JPEG_MAGIC:
         return _from_jpegs(data, choose, picture)
     track = plain_track(data)
@@ -103,7 +103,7 @@ def _from_track(data: Bytes, track: Track, choose: Choose, picture: Picture) -> 
 
 
 def _track_frames(data: Bytes, track: Track, shown: NDArray[np.integer]) -> Iterator[av.VideoFrame]:
-    """The pictures `shown` (ascending), each group of pictures decoded from its key to its last shown one."""
+    """Yield the frames `shown` (ascending), decoding each group of pictures from its key to its last shown frame."""
     decoder = av.CodecContext.create("h264", "r")
     decoder.extradata = track.extradata
     decoder.thread_count = 1
@@ -124,7 +124,7 @@ def _track_frames(data: Bytes, track: Track, shown: NDArray[np.integer]) -> Iter
 
 
 def _stretches(keys: NDArray[np.bool_], shown: NDArray[np.integer]) -> list[tuple[int, int]]:
-    """(first, last) picture of every stretch to decode; neighbours without a gap are one."""
+    """Return the (first, last) frame of every stretch to decode; neighbours without a gap are merged."""
     starts = np.flatnonzero(keys)
     group = np.searchsorted(starts, shown, side="right") - 1
     ends = shown[np.append(np.flatnonzero(np.diff(group)), len(shown) - 1)]
@@ -137,7 +137,7 @@ def _stretches(keys: NDArray[np.bool_], shown: NDArray[np.integer]) -> list[tupl
 
 
 def _decoded(decoder, view: memoryview, track: Track, first: int, last: int) -> Iterator[av.VideoFrame]:
-    """Drained and flushed behind: two keys that were no neighbours may carry the same H.264 picture id."""
+    """Decode packets, then drain and flush: two keys that are no neighbours may have the same H.264 picture id."""
     for number in range(first, last + 1):
         offset = int(track.offsets[number])
         yield from decoder.decode(av.Packet(view[offset : offset + int(track.sizes[number])]))
@@ -149,7 +149,7 @@ def _decoded(decoder, view: memoryview, track: Track, first: int, last: int) -> 
 
 
 def _from_container(data: Bytes, choose: Choose, picture: Picture) -> tuple[Pixels, NDArray[np.intp]]:
-    """By the packets' timestamps; where those get it wrong, by what comes out of the decoder."""
+    """Decode by the packets' timestamps; if those are wrong, by the order of the decoder's output."""
     if not data:
         raise ItemError("empty-file", "the clip has no bytes")
     with _named(data) as path, _told_without(path):
@@ -160,7 +160,8 @@ def _from_container(data: Bytes, choose: Choose, picture: Picture) -> tuple[Pixe
                 shown, places = np.unique(np.asarray(choose(len(source.times))), return_inverse=True)
                 gather = _Gather(picture)
                 for _, frame in wanted_frames(path, source, shown, LIMITS, counts):
-                    gather.add(_upright(_rgb(frame), rotation_of(frame)))
+                    pixels, clockwise = _rgb(frame), rotation_of(frame)
+                    gather.add(np.rot90(pixels, -clockwise // 90) if clockwise in (90, 180, 270) else pixels)
             except Untrusted:
                 continue
             if gather.num_added == len(shown) and not counts.num_errors:
@@ -170,7 +171,7 @@ def _from_container(data: Bytes, choose: Choose, picture: Picture) -> tuple[Pixe
 
 @contextlib.contextmanager
 def _named(data: Bytes) -> Iterator[str]:
-    """A path to bytes in memory, for FFmpeg's demuxers open files by name."""
+    """Give bytes in memory a path, because FFmpeg's demuxers open files by name."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("clip")
         try:
@@ -188,7 +189,7 @@ def _named(data: Bytes) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _told_without(path: str) -> Iterator[None]:
-    """Errors do not name a file that is nowhere else."""
+    """Remove the name of a temporary file from errors."""
     try:
         yield
     except ItemError as error:
@@ -211,7 +212,7 @@ def _from_jpegs(data: Bytes, choose: Choose, picture: Picture) -> tuple[Pixels, 
 
 
 def _jpeg(data: Bytes) -> Pixels:
-    """uint8 [H, W, 3], turned as its EXIF says; its size is looked at before anything is decoded."""
+    """Decode a JPEG to uint8 [H, W, 3], turned as its EXIF says; check its size before decoding."""
     try:
         with Image.open(io.BytesIO(data)) as header:
             width, height = header.size
@@ -231,7 +232,7 @@ _BT709, _UNSPECIFIED, _BT470BG = 1, 2, 5  # AVColorSpace
 
 
 def _rgb(frame: av.VideoFrame) -> Pixels:
-    """uint8 [H, W, 3], a view of the converted frame."""
+    """Convert a frame to RGB: uint8 [H, W, 3], a view."""
     check_size(frame, LIMITS)
     matrix = None
     if frame.colorspace == _UNSPECIFIED and not frame.format.is_rgb:
@@ -244,12 +245,8 @@ def _rgb(frame: av.VideoFrame) -> Pixels:
 
 @functools.lru_cache(maxsize=16)
 def _converter(width: int, height: int, pix_fmt: str) -> VideoReformatter:
-    """One for every kind of picture, so that its tables are made once."""
+    """Keep one converter per kind of frame, so that its tables are built once."""
     return VideoReformatter()
-
-
-def _upright(pixels: Pixels, clockwise: int) -> Pixels:
-    return np.rot90(pixels, -clockwise // 90) if clockwise in (90, 180, 270) else pixels
 
 
 class _Gather:
@@ -281,7 +278,7 @@ class _Gather:
 
 
 def _resized(pictures: list[Pixels], picture: Picture) -> Pixels:
-    """[N, S, S, 3] from pictures of one shape. Channels last in memory all the way: the fast path of the resize."""
+    """Resize frames of one shape to [N, S, S, 3]. Memory stays channels last: the fast path of the resize."""
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     small = resize(stacked, picture.size, fit=picture.fit, antialias=picture.antialias)
     return small.permute(0, 2, 3, 1).numpy()

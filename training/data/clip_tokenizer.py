@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 def _load() -> ModuleType:
-    """The file imports nothing of its package, so it stands alone."""
+    """Load the file alone: it imports nothing of its package."""
     [folder] = find_spec("open_clip").submodule_search_locations
     spec = spec_from_file_location(f"{__name__}.alone", Path(folder) / "tokenizer.py")
     module = module_from_spec(spec)

@@ -1,83 +1,69 @@
-"""Training on edited boundaries: which clips `data.edits` replaces, and by which bytes.
+"""Training on edited boundaries: the clips that `data.edits` replaces, and the bytes that replace them.
 
-A clip whose boundaries were moved is read from the tar of clips that `clipmill edit` has cut again; everything else of
-it stays: its id, its text, its place in SQL. Its caption was written for another middle frame and is left out. An edit
-counts only for the clip and the text that it was made for.
+A clip whose boundaries were moved is read from the tar of clips that `clipmill edit` cut again. Its id, its text and
+its row in SQL stay; its caption describes the old middle frame and is left out. An edit applies only while the clip has
+the text and source that the edit was made for.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from clipmill.base.errors import UserError
-from training.data.clip_query import Choice, Samples
+from training.data.clip_query import ClipQuery, Samples
 from training.editing.rounds import HELD
 from training.settings import Group
 
 NONE = "none"
 
 
-def with_edits(samples: Samples, choice: Choice, edits: str | int, apart: Sequence[Group]) -> Choice:
-    """The same clips, those with an edit as edited: `_edits` has what they have otherwise, by row of `samples`.
+def with_edits(samples: Samples, clips: ClipQuery, edits: str | int, exclusive_groups: Sequence[Group]) -> ClipQuery:
+    """Mark the clips that have an edit, and create `_edits`: by row of `samples`, where their new bytes lie.
 
-    Raises UserError where there is no such editing or round, and where clips of one video may be each other's
-    negatives: edited, they may show the same picture.
+    edits  `data.edits`, but not "none"
+    Raises UserError if there is no such editing or round, and if clips of one video may be each other's negatives:
+    edited, they may show the same picture.
     """
-    if edits == NONE:
-        return choice
-    if "video" not in apart:
+    if "video" not in exclusive_groups:
         raise UserError("data.edits: clips of a video may overlap then. Allowed: a data.apart with video in it.")
-    editing, number = _meant(samples, edits)
-    held = _held_rounds(samples, editing)
+    editing, number = _editing_and_round(samples, edits)
+    sql = "SELECT round FROM edit_rounds WHERE editing = ? AND list_contains(?, outcome) ORDER BY round"
+    held = samples.arrow(sql, [editing, list(HELD)])["round"].to_pylist()
     if number is None and not held:
         raise UserError(f"data.edits = {edits!r}: no round of editing {editing} held. Allowed: a round's number, none.")
-    if number is not None and not _has_rows(samples, editing, number):
-        raise UserError(f"data.edits = {edits!r}: editing {editing} has no round {number}.")
+    if number is not None:
+        sql = "SELECT 1 FROM clip_edits WHERE editing = ? AND round = ? LIMIT 1"
+        if not samples.arrow(sql, [editing, number]).num_rows:
+            raise UserError(f"data.edits = {edits!r}: editing {editing} has no round {number}.")
     counted = [played for played in held if number is None or played < number] + [number] * (number is not None)
-    edited = np.zeros_like(choice.mask)
+    edited = np.zeros_like(clips.mask)
     edited[_make_table(samples, editing, counted)] = True
-    return replace(choice, edited=edited & choice.mask, editing=f"{editing}, round {counted[-1]}")
+    return replace(clips, edited=edited & clips.mask, editing=f"{editing}, round {counted[-1]}")
 
 
-def _meant(samples: Samples, edits: str | int) -> tuple[str, int | None]:
-    """(editing, round); None: as accepted."""
+def _editing_and_round(samples: Samples, edits: str | int) -> tuple[str, int | None]:
+    """Parse `data.edits`; the round is None for "accepted". The editing is the newest unless named."""
     name, _, which = str(edits).rpartition(":")
     number = None if which == "accepted" else int(which)
-    known = _editings(samples)
+    tables = "SELECT count(*) FROM information_schema.tables WHERE table_name = 'edit_rounds'"
+    known = []
+    if samples.root and samples.row(tables)[0]:
+        sql = 'SELECT editing FROM edit_rounds GROUP BY editing ORDER BY min("at"), editing'
+        known = samples.arrow(sql)["editing"].to_pylist()
     if not known or (name and name not in known):
-        said = ", ".join(known) or "none: `clipmill edit` makes one"
-        raise UserError(f"data.edits = {edits!r}: {samples.name} has no such editing. Known here: {said}.")
+        names = ", ".join(known) or "none: `clipmill edit` makes one"
+        raise UserError(f"data.edits = {edits!r}: {samples.name} has no such editing. Known here: {names}.")
     return name or known[-1], number
 
 
-def _editings(samples: Samples) -> list[str]:
-    """By when they began."""
-    if (
-        samples.root == ""
-        or not samples.row("SELECT count(*) FROM information_schema.tables WHERE table_name = 'edit_rounds'")[0]
-    ):
-        return []
-    sql = 'SELECT editing FROM edit_rounds GROUP BY editing ORDER BY min("at"), editing'
-    return samples.arrow(sql)["editing"].to_pylist()
-
-
-def _held_rounds(samples: Samples, editing: str) -> list[int]:
-    sql = "SELECT round FROM edit_rounds WHERE editing = ? AND list_contains(?, outcome) ORDER BY round"
-    return samples.arrow(sql, [editing, list(HELD)])["round"].to_pylist()
-
-
-def _has_rows(samples: Samples, editing: str, number: int) -> bool:
-    sql = "SELECT 1 FROM clip_edits WHERE editing = ? AND round = ? LIMIT 1"
-    return samples.arrow(sql, [editing, number]).num_rows > 0
-
-
 def _make_table(samples: Samples, editing: str, rounds: list[int]) -> NDArray[np.int64]:
-    """A clip's latest row of those rounds counts; back at its first boundaries it is as it was."""
-    parameters: list[Any] = [editing, rounds, editing]
+    """Create `_edits` and return its rows of `samples`.
+
+    A clip's latest row in these rounds counts; a clip that is back at its first boundaries is not edited.
+    """
     table = samples.arrow(
         """
         WITH present AS (
@@ -98,7 +84,7 @@ def _make_table(samples: Samples, editing: str, rounds: list[int]) -> NDArray[np
         WHERE (p.start_s, p.end_s) <> (p.base_start_s, p.base_end_s)
         ORDER BY m.tar, m.mp4_offset
         """,
-        parameters,
+        [editing, rounds, editing],
     )
     samples.connection.register("edited_rows", table)
     samples.connection.execute("CREATE OR REPLACE TEMP TABLE _edits AS SELECT * FROM edited_rows")
@@ -106,9 +92,9 @@ def _make_table(samples: Samples, editing: str, rounds: list[int]) -> NDArray[np
     return table["row"].to_numpy()
 
 
-def edited_rows(samples: Samples, choice: Choice, columns: str) -> pa.Table:
-    """The edited samples as `training.data.selection.rows_in_order` has the others, in order of (path, mp4_offset)."""
-    assert choice.edited is not None
+def edited_rows(samples: Samples, clips: ClipQuery, columns: str) -> pa.Table:
+    """Return the edited samples by (path, mp4_offset), as `training.data.selection.rows_in_order` yields the others."""
+    assert clips.edited is not None
     table = samples.arrow(f"""
         SELECT s.row, {columns}
         FROM (SELECT e.*, s.clip_id, s.video_id, s.subtitle, NULL::VARCHAR AS caption
@@ -117,4 +103,4 @@ def edited_rows(samples: Samples, choice: Choice, columns: str) -> pa.Table:
         LEFT JOIN _neighbours b ON b.row = s.row
         ORDER BY s.path, s.mp4_offset
     """)
-    return table.filter(pa.array(choice.edited[table["row"].to_numpy()])).drop_columns("row")
+    return table.filter(pa.array(clips.edited[table["row"].to_numpy()])).drop_columns("row")

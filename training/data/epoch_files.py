@@ -1,8 +1,8 @@
-"""Epochs as files: which rows a step takes, planned when first asked for, by one process of a host.
+"""Plan epochs into files: which rows a step takes, planned on first use by one process of a host.
 
-`training.data.epoch_plan` says what the order is; here is who computes it when. Every process of a host has an `Epochs` on the
-same folder. The first that needs an epoch takes the folder's lock, plans, and renames the file into place; the others
-wait for the lock and find the file. An epoch is opened memory-mapped, so the host holds it once.
+`training.data.epoch_plan` defines the order. Every process of a host has an `Epochs` on the same folder. The first that
+needs an epoch takes the folder's lock, plans, and renames the file into place; the others wait for the lock and find
+the file. An epoch is opened memory-mapped, so the host holds it once.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from training.settings import DataSettings, Group, TrainSettings
 
 
 def plan_spec(selection: Selection, data: DataSettings, batch_size: int) -> PlanSpec:
-    """The plan that a run's settings mean. As many streams as a batch has slots, so that any number of processes that
+    """Return the plan of a run's settings, with as many streams as a batch has slots: any number of processes that
     divides the batch may take part. Raises UserError.
     """
     spec = spec_without_groups(selection.num_clips, data, batch_size, selection.hash)
@@ -41,11 +41,11 @@ def plan_spec(selection: Selection, data: DataSettings, batch_size: int) -> Plan
 
 
 def spec_without_groups(num_clips: int, data: DataSettings, batch_size: int, selection_hash: str = "") -> PlanSpec:
-    """Enough for the arithmetic of steps. Raises UserError where the clips do not fill a batch."""
+    """Return a plan without groups, for the arithmetic of steps. Raises UserError if the clips do not fill a batch."""
     if data.tail != "pad" and num_clips < batch_size:
         raise UserError(
             f"train.batch_size = {batch_size}: only {num_clips:,} clips are selected. "
-            "Allowed: at most so many, or data.tail = pad."
+            f"Allowed: at most {num_clips}, or data.tail = pad."
         )
     return PlanSpec(
         num_clips=num_clips,
@@ -60,7 +60,7 @@ def spec_without_groups(num_clips: int, data: DataSettings, batch_size: int, sel
 
 
 def total_steps(spec: PlanSpec, train: TrainSettings) -> int:
-    """Updates in the whole run: `train.max_steps`, else what `train.epochs` come to."""
+    """Return the number of updates in the run: `train.max_steps`, else the steps of `train.epochs`."""
     if train.max_steps is not None:
         return train.max_steps
     whole = int(train.epochs)
@@ -68,46 +68,46 @@ def total_steps(spec: PlanSpec, train: TrainSettings) -> int:
 
 
 class Epochs:
-    """The rows of every step of a run. Pickles without what it has open."""
+    """The rows of every step of a run, on one host. Pickles without its open file.
 
-    def __init__(self, folder: str | Path, spec: PlanSpec, selection_path: str | Path, apart: Sequence[Group] = ()):
-        """folder: where the plan files are; apart: the kinds of groups that `spec.groups_hash` is of."""
+    folder            of the plan files
+    exclusive_groups  the kinds of groups that `spec.groups_hash` is of
+    """
+
+    def __init__(
+        self, folder: str | Path, spec: PlanSpec, selection_path: str | Path, exclusive_groups: Sequence[Group] = ()
+    ):
         self.folder, self.spec, self.selection_path = Path(folder), spec, Path(selection_path)
-        self.apart = tuple(apart)
+        self.exclusive_groups = tuple(exclusive_groups)
         self._open: tuple[int, Rows] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": None}
 
     def rows(self, step: int) -> NDArray[np.uint32]:
-        """[batch_size] rows of the selection that a step of the run takes, `PAD` for holes; plans its epoch if nobody
-        has. Raises UserError where the order that is asked for does not exist (`data.unmet`).
+        """Return the rows of the selection that a step of the run takes: [batch_size], `PAD` for holes.
+
+        Plans the epoch if no process has. Raises UserError if the plan that is asked for does not exist (`data.unmet`).
         """
         epoch, step_in_epoch = locate(self.spec, step)
         return np.array(self.epoch(epoch)[step_in_epoch])
 
     def epoch(self, epoch: int) -> Rows:
-        """[steps, batch_size], memory-mapped; the one that was open before is let go."""
+        """Return the rows of an epoch [steps, batch_size], memory-mapped, planning it if needed. One is kept open."""
         if self._open is None or self._open[0] != epoch:
-            self.prepare(epoch)
+            path = plan_path(self.folder, self.spec, epoch)
+            if not path.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with lock_file(self.folder / ".lock"):  # the kernel frees the lock of a process that dies
+                    write_epoch(self.folder, self.spec, epoch, self._groups() if not path.exists() else ())
             self._open = epoch, open_epoch(self.folder, self.spec, epoch)
         return self._open[1]
 
-    def prepare(self, epoch: int) -> Path:
-        """An epoch's file, planned if it is not there."""
-        path = plan_path(self.folder, self.spec, epoch)
-        if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with lock_file(self.folder / ".lock"):
-                write_epoch(self.folder, self.spec, epoch, self._groups() if not path.exists() else ())
-        return path
-
-    def num_conflicts(self, epoch: int) -> int:
-        """How many slots hold a clip of whose group the batch has another: 0 unless `data.unmet` is "keep"."""
-        return num_conflicts(self.epoch(epoch), self._groups()) if self.apart else 0
-
     def describe(self, epoch: int = 0) -> dict[str, int]:
-        """What an epoch is, for the log."""
+        """Count an epoch's steps, clips and conflicts, for the log.
+
+        `num_conflicts`  slots with a clip whose group the batch has already: 0 unless `data.unmet` is "keep"
+        """
         rows = self.epoch(epoch)
         num_used = int(np.count_nonzero(rows != PAD))
         return {
@@ -116,11 +116,11 @@ class Epochs:
             "num_steps": steps_in_epoch(self.spec, epoch),
             "num_left": max(0, self.spec.num_clips - num_used),
             "num_holes": rows.size - num_used,
-            "num_conflicts": self.num_conflicts(epoch),
+            "num_conflicts": num_conflicts(rows, self._groups()) if self.exclusive_groups else 0,
         }
 
     def tidy(self, before_epoch: int) -> int:
-        """Removes the files of epochs before this one; returns how many. A process that has one open keeps it."""
+        """Remove the files of epochs before this one; return their number. A process that has one open keeps it."""
         stale = [plan_path(self.folder, self.spec, epoch) for epoch in range(before_epoch)]
         present = [path for path in stale if path.exists()]
         for path in present:
@@ -128,7 +128,7 @@ class Epochs:
         return len(present)
 
     def _groups(self) -> list[NDArray[np.int32]]:
-        selection = Selection.open(self.selection_path)
+        selection = Selection(self.selection_path)
         if selection.hash != self.spec.selection_hash:
-            raise UserError(f"{self.selection_path} is not the selection that was planned: was the file replaced?")
-        return selection.groups(self.apart)
+            raise UserError(f"{self.selection_path} is not the selection that was planned: restore the original file.")
+        return selection.groups(self.exclusive_groups)

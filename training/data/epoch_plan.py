@@ -4,7 +4,7 @@ The story, on an example: 1,000 selected clips, batches of 64, two processes wit
 
 1. The selection is a table in a fixed order; a clip is its row number there, 0 … 999. `selection_hash` is the hash of
    the snapshot and of the clip ids in that order. Nothing else about the clips matters, so any process can plan.
-2. An epoch has ⌊1000/64⌋ = 15 full steps. The 40 rows left over are drawn at random for each epoch (`tail_rows`):
+2. An epoch has ⌊1000/64⌋ = 15 full steps. The 40 rows left over are drawn at random for each epoch (`remainder_rows`):
    `drop` leaves them out of this epoch, `pad` gives them a 16th step with 24 holes (`PAD`), `carry` hands them to the
    next epoch, which then has 40 rows more to deal. The number of steps is arithmetic, known before step 0.
 3. Rows that lie next to each other (in a shard) stay together in blocks of `block_size`. The blocks are permuted, which
@@ -16,8 +16,8 @@ The story, on an example: 1,000 selected clips, batches of 64, two processes wit
    process shares its slots among workers changes nothing, since nobody's rows depend on what another has read.
 6. Where a run stands is one integer, the number of steps done. `locate` turns it into (epoch, step); resuming there
    replays nothing. `state_dict` adds the settings and hashes that the integer means something under.
-7. Where asked, no batch holds two clips of one group (video, near-duplicates): `training.data.batch_constraints` deals a group's
-   clips to different steps and swaps away what is left. What cannot be done is an error, or counted, as asked.
+7. If asked, no batch holds two clips of one group (video, near-duplicates): `training.data.batch_constraints` deals a
+   group's clips to different steps and swaps away the rest. What is impossible is an error, or counted (`unmet`).
 
 An epoch of 100 million clips is a 400 MB file; every process opens it memory-mapped.
 """
@@ -33,7 +33,15 @@ from numpy.typing import NDArray
 
 from clipmill.base.atomic_file import atomic_file
 from clipmill.base.errors import UserError
-from training.data.batch_constraints import Groups, Unmet, as_groups, codes_of_rows, deal_keys, num_repeated, repair
+from training.data.batch_constraints import (
+    Groups,
+    OnConflict,
+    as_groups,
+    codes_of_rows,
+    deal_keys,
+    num_repeated,
+    repair,
+)
 from training.data.stateless_random import in_threads, key_of, order_of, permutation, sample
 
 Tail = Literal["drop", "pad", "carry"]
@@ -45,7 +53,7 @@ _VERSION = 1  # of the order itself: raised whenever the same settings would giv
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """Everything the order of all epochs depends on."""
+    """Everything that decides the order of all epochs. Field names are part of fingerprints and checkpoints."""
 
     num_clips: int
     batch_size: int  # global
@@ -58,7 +66,7 @@ class PlanSpec:
     window_steps: int = 64  # steps over which a stream mixes its blocks
 
     groups_hash: str = ""  # of what must not meet in a batch, see `hash_groups`; "": nothing
-    unmet: Unmet = "error"  # what happens to a pair that no order can part
+    unmet: OnConflict = "error"  # what happens to a pair that no order can part
 
     def __post_init__(self) -> None:
         if self.num_streams == 0:
@@ -70,8 +78,8 @@ class PlanSpec:
             raise UserError(f"num_clips is {self.num_clips}; a plan numbers fewer than {PAD - self.block_size} clips")
         if self.tail not in get_args(Tail):
             raise UserError(f"tail is {self.tail!r}; allowed: {', '.join(get_args(Tail))}")
-        if self.unmet not in get_args(Unmet):
-            raise UserError(f"unmet is {self.unmet!r}; allowed: {', '.join(get_args(Unmet))}")
+        if self.unmet not in get_args(OnConflict):
+            raise UserError(f"unmet is {self.unmet!r}; allowed: {', '.join(get_args(OnConflict))}")
         if self.batch_size % self.num_streams:
             raise UserError(f"num_streams {self.num_streams} does not divide batch_size {self.batch_size}")
         if self.tail != "pad" and self.num_clips < self.batch_size:
@@ -85,7 +93,7 @@ class PlanSpec:
         return f"{key_of(_VERSION, asdict(self)):016x}"
 
     def key(self, epoch: int, purpose: str) -> int:
-        """The key of one kind of decision in one epoch. Batch shape and tail leave the order of blocks alone."""
+        """Return the key of one kind of decision in one epoch. Batch shape and tail leave the blocks alone."""
         return key_of(_VERSION, self.selection_hash, self.seed, epoch, purpose)
 
 
@@ -99,14 +107,14 @@ def steps_in_epoch(spec: PlanSpec, epoch: int) -> int:
 
 
 def steps_before(spec: PlanSpec, epoch: int) -> int:
-    """Steps of all epochs before this one."""
+    """Count the steps of all epochs before this one."""
     if spec.tail == "carry":
         return epoch * spec.num_clips // spec.batch_size
     return epoch * steps_in_epoch(spec, 0)
 
 
 def locate(spec: PlanSpec, num_steps_done: int) -> tuple[int, int]:
-    """(epoch, step within it) of the next step; at the very end of an epoch that is step 0 of the next."""
+    """Return (epoch, step within it) of the next step; at the end of an epoch, step 0 of the next."""
     if spec.tail == "carry":
         epoch = (num_steps_done * spec.batch_size + spec.batch_size - 1) // spec.num_clips
     else:
@@ -115,7 +123,7 @@ def locate(spec: PlanSpec, num_steps_done: int) -> tuple[int, int]:
 
 
 def rank_slots(spec: PlanSpec, rank: int, world_size: int) -> slice:
-    """The slots of every batch that a process reads: those of its streams."""
+    """Return the slots of every batch that a process reads: those of its streams."""
     if spec.num_streams % world_size:
         allowed = [n for n in range(1, spec.num_streams + 1) if spec.num_streams % n == 0]
         raise UserError(f"{world_size} processes cannot share {spec.num_streams} streams; allowed: {allowed}")
@@ -124,13 +132,13 @@ def rank_slots(spec: PlanSpec, rank: int, world_size: int) -> slice:
 
 
 def state_dict(spec: PlanSpec, num_steps_done: int) -> dict[str, Any]:
-    """Where a run stands, as plain JSON: the position, and what it is a position in."""
+    """Return a run's position as plain JSON, with the plan that it is a position in."""
     epoch, step = locate(spec, num_steps_done)
     return {"num_steps_done": num_steps_done, "epoch": epoch, "step": step, "version": _VERSION, "spec": asdict(spec)}
 
 
 def num_steps_done(spec: PlanSpec, state: dict[str, Any]) -> int:
-    """The position in a saved state, once it is sure to mean the same here; process counts are no part of it."""
+    """Return the position of a saved state. Raises UserError if it is of another plan; process counts may differ."""
     if state["version"] != _VERSION:
         raise UserError(f"the run's plan has version {state['version']}, this clipmill makes version {_VERSION}")
     for field in fields(spec):
@@ -166,7 +174,7 @@ def hash_groups(groups: Sequence[NDArray[np.integer]]) -> str:
 
 
 def epoch_rows(spec: PlanSpec, epoch: int, groups: Sequence[NDArray[np.integer]] = ()) -> Rows:
-    """[steps, batch_size] row numbers of an epoch, `PAD` where there is none.
+    """Plan an epoch: row numbers [steps, batch_size], `PAD` for holes.
 
     groups  for each kind of group an integer array [num_clips]: clips with equal values must not share a batch;
             negative (or an unsigned type's largest) values belong to no group. `spec.groups_hash` must be theirs.
@@ -182,49 +190,49 @@ def epoch_rows(spec: PlanSpec, epoch: int, groups: Sequence[NDArray[np.integer]]
         lambda start: _deal_window(spec, epoch, listed, start, rows, coded), range(0, num_steps, spec.window_steps)
     )
     if spec.tail == "pad":
-        rest = tail_rows(spec, epoch)
+        rest = remainder_rows(spec, epoch)
         rows[-1, : len(rest)] = rest
         suspects.append(np.array([num_steps - 1]))
     if coded:
         # a clip meeting itself in an epoch of one step is no error where nothing was asked for
-        unmet = spec.unmet if groups else "keep"
-        repair(rows, coded, np.unique(np.concatenate(suspects)), spec.key(epoch, "repair"), spec, unmet)
+        on_conflict = spec.unmet if groups else "keep"
+        repair(rows, coded, np.unique(np.concatenate(suspects)), spec.key(epoch, "repair"), spec, on_conflict)
     return rows
 
 
-def tail_rows(spec: PlanSpec, epoch: int) -> NDArray[np.int64]:
-    """The rows that do not fill a step of this epoch: dropped, padded up, or carried over to the next."""
+def remainder_rows(spec: PlanSpec, epoch: int) -> NDArray[np.int64]:
+    """Draw the rows that fill no step of this epoch: dropped, padded, or carried over to the next."""
     num_left = (_carried(spec, epoch) + spec.num_clips) % spec.batch_size
     return sample(spec.num_clips, num_left, spec.key(epoch, "tail"))
 
 
 def num_conflicts(rows: Rows, groups: Sequence[NDArray[np.integer]]) -> int:
-    """How many slots hold a clip whose group is in the batch already: 0 unless `unmet` is "keep"."""
+    """Count the slots whose clip's group is in the batch already: 0 unless `unmet` is "keep"."""
     coded = as_groups(groups)
     windows = (rows[start : start + 64] for start in range(0, len(rows), 64))
     return sum(int(num_repeated(codes_of_rows(codes, window)).sum()) for window in windows for codes in coded)
 
 
 def _carried(spec: PlanSpec, epoch: int) -> int:
-    """How many rows an epoch has from the one before."""
+    """Count the rows that an epoch has from the one before."""
     return epoch * spec.num_clips % spec.batch_size if spec.tail == "carry" else 0
 
 
 def _listed_rows(spec: PlanSpec, epoch: int) -> Rows:
-    """All rows of the full steps, block after block: the concatenation of the streams' pieces."""
+    """List the rows of the full steps, block after block: the concatenation of the streams' pieces."""
     num_blocks = -(-spec.num_clips // spec.block_size)
     listed = permutation(num_blocks, spec.key(epoch, "blocks"))
     if spec.block_size > 1:
         listed = (listed[:, None] * np.uint32(spec.block_size) + np.arange(spec.block_size, dtype=np.uint32)).ravel()
         listed = listed[listed < spec.num_clips]
-    listed = np.delete(listed, _positions(listed, tail_rows(spec, epoch)))
+    listed = np.delete(listed, _positions(listed, remainder_rows(spec, epoch)))
     if _carried(spec, epoch):
-        listed = np.concatenate([tail_rows(spec, epoch - 1).astype(np.uint32), listed])
+        listed = np.concatenate([remainder_rows(spec, epoch - 1).astype(np.uint32), listed])
     return listed
 
 
 def _positions(listed: Rows, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where a few rows are in a long list, by a small table of their low bits that stays in the cache."""
+    """Find a few rows in a long list, by a table of their low bits that fits into the cache."""
     table = np.zeros(1 << 16, dtype=bool)
     table[wanted & 0xFFFF] = True
     likely = [
@@ -235,7 +243,7 @@ def _positions(listed: Rows, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _deal_window(spec: PlanSpec, epoch: int, listed: Rows, start: int, rows: Rows, coded: Groups) -> NDArray[np.int64]:
-    """Fills the full steps among `start` … of `rows` from every stream's window; returns those with a group twice.
+    """Fill the full steps from `start` on of `rows` from every stream's window; return those with a group twice.
 
     A stream's rows are ordered by a hash of their first group and dealt one per step in turn, so that the clips of a
     group go to different steps; a clip without group has a hash of its own. Then the steps change places.
@@ -269,12 +277,12 @@ def _checked_groups(spec: PlanSpec, groups: Sequence[NDArray[np.integer]]) -> Gr
 
 
 def plan_path(folder: str | Path, spec: PlanSpec, epoch: int) -> Path:
-    """An epoch's file. Its name is its identity, so a file of other settings is never mistaken for it."""
+    """Return an epoch's file. Its name is its identity, so a file of other settings is never mistaken for it."""
     return Path(folder) / f"plan-{spec.fingerprint}-{epoch:05d}.npy"
 
 
 def write_epoch(folder: str | Path, spec: PlanSpec, epoch: int, groups: Sequence[NDArray[np.integer]] = ()) -> Path:
-    """Plans an epoch into its file, whole or not at all; a file that is there already is left as it is."""
+    """Plan an epoch into its file, whole or not at all; leave a file that exists as it is."""
     path = plan_path(folder, spec, epoch)
     if path.exists():
         return path
@@ -284,7 +292,7 @@ def write_epoch(folder: str | Path, spec: PlanSpec, epoch: int, groups: Sequence
 
 
 def open_epoch(folder: str | Path, spec: PlanSpec, epoch: int) -> Rows:
-    """[steps, batch_size], memory-mapped and read-only: opening costs nothing, whatever the size."""
+    """Open an epoch [steps, batch_size], memory-mapped and read-only, at no cost whatever its size."""
     path = plan_path(folder, spec, epoch)
     if not path.exists():
         raise UserError(f"{path} is not there; write_epoch makes it")

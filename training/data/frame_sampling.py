@@ -1,4 +1,5 @@
-"""Which frames of a clip are taken, and how they become the model's pixels (docs/methods/clip_vip.md section 6).
+"""Choose the frames of a clip and convert them to the model's pixels (docs/methods/clip_vip.md
+section 6).
 
 Indices are pure functions of integers and names: no generator is carried from one clip to the next, so a sample is the
 same whichever worker reads it and however often. Pixels stay uint8 until the device normalises them
@@ -20,7 +21,7 @@ Fit = Literal["squash", "crop"]
 
 
 def eval_indices(num_frames: int, num_taken: int) -> np.ndarray:
-    """[num_taken] int64, evenly from the first frame to the last, truncated; repeats where the clip is shorter.
+    """Take frames evenly from the first to the last: [num_taken] int64, truncated; shorter clips repeat some.
 
     The floating grid is truncated, not floored exactly: for 15, 19 and some more frames that differs by one here and
     there, and the published indices have it so.
@@ -30,7 +31,7 @@ def eval_indices(num_frames: int, num_taken: int) -> np.ndarray:
 
 
 def paced_indices(num_frames: int, fps: float, *, frames_per_s: float, most: int) -> np.ndarray:
-    """[at most `most`] int64: what is shown at 0, 1/frames_per_s, … s of the clip; of too many, so many evenly.
+    """Take the frames at 0, 1/frames_per_s, … s of the clip, at most `most` of them, evenly: int64.
 
     CLIP4Clip's choice (docs/methods/clip4clip.md section 5), true to the clip's own rate: the released code rounds that
     down to an integer, so that its seconds drift, and may take a frame behind the end (section 9).
@@ -42,7 +43,7 @@ def paced_indices(num_frames: int, fps: float, *, frames_per_s: float, most: int
 
 
 def train_indices(num_frames: int, num_taken: int, *, seed: int, epoch: int, clip_id: str) -> np.ndarray:
-    """[num_taken] int64, sorted: both ends drawn within `jitter_ranges`, evenly in between, truncated."""
+    """Draw both ends within `jitter_ranges` and take frames evenly between: [num_taken] int64, sorted, truncated."""
     first, last = jitter_ranges(num_frames, num_taken)
     draws = _draws(seed, epoch, clip_id)
     start = first[0] + draws[0] % (first[1] - first[0] + 1)
@@ -52,7 +53,7 @@ def train_indices(num_frames: int, num_taken: int, *, seed: int, epoch: int, cli
 
 
 def jitter_ranges(num_frames: int, num_taken: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The inclusive ranges of the first and of the last index: up to one interval k = ⌊N/(n-1)⌋ from either end.
+    """Return the inclusive ranges of the first and last index: up to one interval k = ⌊N/(n-1)⌋ from either end.
 
     The published formula divides by zero for one frame taken, and reaches -1 for two: here one frame is drawn from the
     whole clip, and no range leaves the clip.
@@ -65,18 +66,18 @@ def jitter_ranges(num_frames: int, num_taken: int) -> tuple[tuple[int, int], tup
 
 
 def middle_index(num_frames: int) -> int:
-    """The still frame that is captioned and paired with the caption: ⌊N/2⌋."""
+    """Return the index of the still that is captioned and paired with the caption: ⌊N/2⌋."""
     _check_counts(num_frames, 1)
     return num_frames // 2
 
 
 def drawn_text(num_texts: int, *, seed: int, epoch: int, clip_id: str) -> int:
-    """Which of a clip's reference texts a visit takes: one at random, as in the published fine-tuning."""
+    """Draw one of a clip's reference texts for a visit, as in the published fine-tuning."""
     return _draws(seed, epoch, f"text of {clip_id}")[0] % num_texts
 
 
 def _draws(seed: int, epoch: int, clip_id: str) -> tuple[int, int]:
-    """Two independent 64-bit integers; a hash rather than a generator, whose stream could change between versions."""
+    """Draw two independent 64-bit integers by a hash: a generator's stream could change between versions."""
     digest = hashlib.blake2b(f"{seed}:{epoch}:{clip_id}".encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
@@ -87,7 +88,7 @@ def _check_counts(num_frames: int, num_taken: int) -> None:
 
 
 def resize(frames: "Tensor", size: int, *, fit: Fit = "squash", antialias: bool = True) -> "Tensor":
-    """[..., 3, H, W] to [..., 3, size, size] of the same dtype, bicubic; uint8 is rounded and stays within 0..255.
+    """Resize [..., 3, H, W] to [..., 3, size, size] of the same dtype, bicubic; uint8 is rounded, within 0..255.
 
     fit        "squash" to a square whatever the shape, as published; "crop" scales the short side and cuts the middle
     antialias  True is what a present-day torchvision does by default; the published runs' older one did not for floats

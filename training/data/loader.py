@@ -1,15 +1,16 @@
-"""Batches for one process, in step order, from any step to any step, read ahead by a few other processes.
+"""Load batches for one process, in step order, from any step to any step, read ahead by other processes.
 
-1. The plan says which rows a step takes (`training.data.epoch_files`); this process takes its slots of them (`rank_slots`).
+1. The plan says which rows a step takes (`training.data.epoch_files`); this process takes its slots (`rank_slots`).
 2. A step's slots are cut into parts, so that all loader processes work on the batch that is needed next.
-3. `training.data.sample_reader` reads a part; `training.data.reader_pool` has that done in other processes, in order, within a fixed
-   amount of memory. A thread puts parts together to batches: pixels copied into place, texts padded to the longest.
-4. A sample is a pure function of (row, epoch), so batches depend neither on how many processes read nor on where
+3. `training.data.sample_reader` reads a part; `training.data.reader_pool` runs it in other processes, in order and
+   within a fixed amount of memory. A thread joins parts to batches: pixels copied into place, texts padded.
+4. A sample is a pure function of (row, epoch), so batches depend neither on the number of processes nor on where
    reading began: resuming at a step is beginning there.
 
-Unreadable samples are masked holes. They are counted against `data.max_failures`, and handed on for `failures.jsonl`.
+Unreadable samples are masked holes. They count against `data.max_failures` and are reported for `failures.jsonl`.
 """
 
+import itertools
 import os
 import queue
 import sys
@@ -31,18 +32,18 @@ from training.data.batch import Batch
 from training.data.epoch_files import Epochs
 from training.data.epoch_plan import locate
 from training.data.reader_pool import LoaderError, Pool, Request, warm_up
-from training.data.sample_reader import HOLE, Canvas, Failure, Part, SampleReader, join
+from training.data.sample_reader import HOLE, Failure, PartialBatch, PixelBuffer, SampleReader, join
 
 __all__ = ["Loader", "LoaderTimes", "SampleReader", "default_processes", "requests_of"]
 
-PART_SAMPLES = 16  # at most: large enough that a shard's neighbours are read together and messages cost nothing
-_BATCHES_AHEAD = 1  # put together and waiting, besides the one in the making and what the slots hold
-_JUDGED_AFTER = 100  # samples: before that, a share says nothing
+PART_SAMPLES = 16  # at most: enough that neighbours in a shard are one read and messages cost nothing
+_BATCHES_AHEAD = 1  # joined and waiting, besides the one in the making and what the slots hold
+_JUDGED_AFTER = 100  # samples: before that, a share of failures means nothing
 
 
 @dataclass
 class LoaderTimes:
-    """Seconds since the loader began, summed over its processes but for `wait_s`."""
+    """Seconds since the loader began, summed over its processes except for `wait_s`."""
 
     read_s: float = 0.0  # waiting for bytes
     decode_s: float = 0.0  # from bytes to pixels
@@ -50,13 +51,15 @@ class LoaderTimes:
 
 
 class Loader:
-    """Use as a context: its processes end with it. One `read` at a time.
+    """A context whose processes end with it. One `read` at a time.
 
-    num_processes     0: read in this process, when asked; None: see `default_processes`
-    prefetch_samples  read ahead at most; each takes (T + 1) x 3 x S x S bytes of shared memory
+    num_processes     0: read in this process, on demand; None: `default_processes()`
+    prefetch_samples  most samples read ahead; each takes (T + 1) x 3 x S x S bytes of shared memory
     max_failures      share of unreadable samples above which reading stops with a UserError
-    on_failures       called with every batch's failures, in the order of batches, before the batch is given out
-    pin_memory        batches lie in page-locked memory, from which a GPU copies while it computes
+    on_failures       called with each batch's failures, in the order of batches, before the batch is yielded
+    pin_memory        put batches into page-locked memory, from which a GPU copies while it computes
+
+    Example: `with Loader(reader) as loader: for batch in loader.batches(epochs, slots, 0, 100): ...`
     """
 
     def __init__(
@@ -96,11 +99,11 @@ class Loader:
             self._reading = None
 
     def batches(self, epochs: Epochs, slots: slice, start_step: int, end_step: int) -> Iterator[Batch]:
-        """One batch for each step from `start_step` up to but not including `end_step`."""
+        """Yield one batch for each step from `start_step` up to but not including `end_step`."""
         return self.read(requests_of(epochs, slots, start_step, end_step))
 
     def read(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """One batch for each request, in order. Raises UserError over too many failures."""
+        """Yield one batch for each request, in order. Raises UserError if too many samples fail."""
         self._end_reading()
         self._reading = self._read(requests)
         return self._reading
@@ -121,17 +124,21 @@ class Loader:
 
     # --- In this process
 
-    def _alone(self, requests: Iterable[Request]) -> Iterator[Part]:
-        for request in requests:
-            maker = _BatchMaker(len(request.rows), self.reader, self._buffers)
-            for piece in _pieces(request, PART_SAMPLES):
-                maker.add(self.reader.read(piece.rows, piece.epoch, canvas=maker.room(len(piece.rows))))
-            yield maker.joined()
+    def _alone(self, requests: Iterable[Request]) -> Iterator[PartialBatch]:
+        for rows, epoch in requests:
+            parts, pixels = [], self._new_pixels(len(rows))
+            for start in range(0, len(rows), PART_SAMPLES):
+                slots = slice(start, min(start + PART_SAMPLES, len(rows)))
+                parts.append(self.reader.read(rows[slots], epoch, pixels=pixels.part(slots)))
+            yield join(parts, pixels)
+
+    def _new_pixels(self, num_samples: int) -> PixelBuffer:
+        return self.reader.pixel_buffer(num_samples, self._buffers.take(num_samples * self.reader.sample_bytes))
 
     # --- With others
 
-    def _together(self, requests: Iterable[Request]) -> Iterator[Part]:
-        """A thread puts batches together while the consumer computes."""
+    def _together(self, requests: Iterable[Request]) -> Iterator[PartialBatch]:
+        """Join batches in a thread while the consumer computes."""
         ready: queue.Queue[Any] = queue.Queue(_BATCHES_AHEAD)
         stop = threading.Event()
 
@@ -150,7 +157,7 @@ class Loader:
                     if not give(item):
                         return
                 give(None)
-            except BaseException as error:  # raised again where the consumer sees it
+            except BaseException as error:  # raised again in the consumer's thread
                 give(error)
 
         thread = threading.Thread(target=work, name="clipmill-loader", daemon=True)
@@ -160,7 +167,7 @@ class Loader:
             stop.set()
             thread.join()
 
-        # Also when the process ends while somebody is still reading: before multiprocessing ends its children.
+        # Also if the process ends in the middle of reading: before multiprocessing ends its children.
         halted = Finalize(thread, halt, exitpriority=10)
         try:
             while (item := ready.get()) is not None:
@@ -170,7 +177,7 @@ class Loader:
         finally:
             halted()
 
-    def _assembled(self, requests: Iterable[Request], stop: threading.Event) -> Iterator[Part]:
+    def _assembled(self, requests: Iterable[Request], stop: threading.Event) -> Iterator[PartialBatch]:
         requests = iter(requests)
         first = next(requests, None)
         if first is None:
@@ -181,30 +188,36 @@ class Loader:
             sizes: queue.SimpleQueue[int] = queue.SimpleQueue()
 
             def pieces() -> Iterator[Request]:
-                for request in _chain(first, requests):
-                    sizes.put(len(request.rows))
-                    yield from _pieces(request, part_size)
+                for rows, epoch in itertools.chain([first], requests):
+                    sizes.put(len(rows))
+                    for start in range(0, len(rows), part_size):
+                        yield Request(rows[start : start + part_size], epoch)
 
-            maker: _BatchMaker | None = None
+            parts: list[PartialBatch] = []
             for part in pool.parts(pieces()):
-                maker = maker or _BatchMaker(sizes.get(), self.reader, self._buffers)
-                maker.room(len(part.rows_B)).copy(part.canvas)
-                maker.add(part)
-                if maker.complete:
-                    yield maker.joined()
-                    maker = None
+                if not parts:
+                    num_samples, num_done = sizes.get(), 0
+                    pixels = self._new_pixels(num_samples)
+                slots = slice(num_done, num_done + len(part.rows_B))
+                pixels.part(slots).copy(part.pixels)
+                part.pixels = None  # memory of a slot that is about to be used again
+                parts.append(part)
+                num_done = slots.stop
+                if num_done == num_samples:
+                    yield join(parts, pixels)
+                    parts, pixels = [], None
 
     def _part_size(self, batch_size: int) -> int:
-        """Small enough that every process has a share of each batch, and that a few parts for each fit into memory:
-        they are handed out in order, so while one is late others wait in theirs.
+        """Choose the samples of a part: every process gets a share of each batch, and a few parts of each fit into
+        memory, because parts are handed out in order and wait in their slots for a late one.
         """
         share, room = -(-batch_size // self.num_processes), self.prefetch_samples // (4 * self.num_processes)
         return max(1, min(PART_SAMPLES, share, room))
 
     # --- Failures
 
-    def _count(self, item: Part) -> None:
-        """Raises UserError over the budget."""
+    def _count(self, item: PartialBatch) -> None:
+        """Count a batch's samples and failures. Raises LoaderError above `data.max_failures`."""
         failures = item.failures
         self.times.read_s += item.read_s
         self.times.decode_s += item.decode_s
@@ -217,37 +230,27 @@ class Loader:
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common(3))
             last = f" The last: {failures[-1].clip_id}: {failures[-1].error}." if failures else ""
             raise LoaderError(
-                f"{self.num_failed} of {self.num_read} samples cannot be read ({reasons}); data.max_failures = "
-                f"{self.max_failures:g} allows a share of so much.{last} Allowed: a data.where that leaves them out, "
-                "or a higher data.max_failures."
+                f"{self.num_failed} of {self.num_read} samples cannot be read ({reasons}), more than the share of "
+                f"data.max_failures = {self.max_failures:g}.{last} Allowed: a data.where that leaves them out, or a "
+                "higher data.max_failures."
             )
 
 
 def requests_of(epochs: Epochs, slots: slice, start_step: int, end_step: int) -> Iterator[Request]:
-    """What a process's batches of these steps are made of."""
+    """Yield the rows and epoch of a process's batch for each of these steps."""
     for step in range(start_step, end_step):
         yield Request(epochs.rows(step)[slots], locate(epochs.spec, step)[0])
 
 
 def default_processes(local_world_size: int = 1) -> int:
-    """One per core, shared among the training processes of a host."""
+    """Return one process per core, shared among the training processes of a host."""
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
-def _chain(first: Request, rest: Iterator[Request]) -> Iterator[Request]:
-    yield first
-    yield from rest
-
-
-def _pieces(request: Request, size: int) -> Iterator[Request]:
-    for start in range(0, len(request.rows), size):
-        yield Request(request.rows[start : start + size], request.epoch)
-
-
 class _Buffers:
-    """Memory for batches. What nobody looks at any more is used again: fresh memory costs a page fault every 4 KB.
+    """Memory for batches, reused once no tensor is on it: fresh memory costs a page fault every 4 KB.
 
-    Page-locked memory is torch's to use again, which knows when a copy to a GPU has ended.
+    torch itself reuses page-locked memory, because it knows when a copy to a GPU has ended.
     """
 
     def __init__(self, pin_memory: bool):
@@ -259,32 +262,7 @@ class _Buffers:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         self.buffers = [buffer for buffer in self.buffers if len(buffer) == num_bytes]
         for number in range(len(self.buffers)):
-            if sys.getrefcount(self.buffers[number]) == 2:  # the list's, and this call's: no tensor is on it
+            if sys.getrefcount(self.buffers[number]) == 2:  # held by the list and this call alone: no tensor is on it
                 return torch.from_numpy(self.buffers[number])
         self.buffers.append(np.empty(num_bytes, np.uint8))
         return torch.from_numpy(self.buffers[-1])
-
-
-class _BatchMaker:
-    """A batch in the making."""
-
-    def __init__(self, num_samples: int, reader: SampleReader, buffers: _Buffers):
-        self.canvas = reader.canvas(num_samples, buffers.take(num_samples * reader.sample_bytes))
-        self.num_samples, self.num_done = num_samples, 0
-        self.parts: list[Part] = []
-
-    @property
-    def complete(self) -> bool:
-        return self.num_done == self.num_samples
-
-    def room(self, num_samples: int) -> Canvas:
-        """Where the next part's pixels belong."""
-        return self.canvas.part(slice(self.num_done, self.num_done + num_samples))
-
-    def add(self, part: Part) -> None:
-        part.canvas = None  # of a slot that is about to be used again
-        self.parts.append(part)
-        self.num_done += len(part.rows_B)
-
-    def joined(self) -> Part:
-        return join(self.parts, self.canvas)

@@ -1,8 +1,8 @@
-"""Where the pictures lie in a plain MP4: enough of ISO/IEC 14496-12 and -15 to find them without opening a container.
+"""Find the pictures of a plain MP4: enough of ISO/IEC 14496-12 and -15 to do it without opening a container.
 
 Opening one costs FFmpeg about a millisecond, because it decodes the first picture to learn the format: a tenth of what
 reading a short clip costs. `plain_track` knows only the shape that clips are written in by default (one H.264 track,
-shown in the order it is stored, upright, from its first picture to its last) and says None to everything else.
+shown in the order it is stored, upright, from its first picture to its last) and returns None for any other.
 """
 
 import struct
@@ -32,7 +32,7 @@ class Track:
 
 
 def plain_track(data: bytes | memoryview) -> Track | None:
-    """None for whatever is not of the plain shape, or damaged: FFmpeg's demuxer is then the one to ask."""
+    """Find the pictures of a plain MP4; None for any other shape or a damaged file, which FFmpeg then reads."""
     try:
         return _plain_track(memoryview(data))
     except (_NotPlain, struct.error, ValueError, IndexError, KeyError):
@@ -66,7 +66,7 @@ Boxes = dict[bytes, list[memoryview]]
 
 
 def _boxes(data: memoryview) -> Boxes:
-    """The contents of the boxes in a stretch of the file, by kind."""
+    """Collect the contents of the boxes in a stretch of the file, by kind."""
     found: Boxes = {}
     for kind, body in _walk(data):
         found.setdefault(kind, []).append(body)
@@ -94,7 +94,7 @@ def _only(boxes: Boxes, kind: bytes) -> memoryview:
 
 
 def _inside(boxes: Boxes, *path: bytes) -> Boxes:
-    """The boxes in the only box of a kind, in the only one in that, …"""
+    """Open the only box of a kind, the only one of the next kind in it, and so on; return the boxes inside."""
     for kind in path:
         boxes = _boxes(_only(boxes, kind))
     return boxes
@@ -112,14 +112,14 @@ def _table(track: Boxes) -> Boxes:
 
 
 def _check_edits(edits: memoryview) -> None:
-    """One edit that shows the track from its beginning: (duration, start 0, rate 1)."""
+    """Require one edit that shows the track from its beginning: (duration, start 0, rate 1)."""
     version, count = edits[0], struct.unpack_from(">I", edits, 4)[0]
     start, rate = struct.unpack_from(">qI" if version else ">iI", edits, 16 if version else 12)
     _need(count == 1 and start == 0 and rate == 65536)
 
 
 def _format(descriptions: memoryview) -> tuple[bytes, bool]:
-    """(AVC configuration, whether the container names colours) of the only sample description."""
+    """Return the AVC configuration of the only sample description, and whether it names colours."""
     _need(struct.unpack_from(">I", descriptions, 4)[0] == 1)
     ((kind, entry),) = _walk(descriptions[8:])
     _need(kind == b"avc1")
@@ -134,7 +134,7 @@ def _sizes(box: memoryview) -> NDArray[np.int64]:
 
 
 def _offsets(table: Boxes, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of every picture, from where the chunks lie and how many pictures are in each."""
+    """Compute every picture's offset from the chunks' offsets and the number of pictures in each."""
     wide = b"co64" in table
     box = table[b"co64" if wide else b"stco"][0]
     chunks = _integers(box, 8, _count(box), ">u8" if wide else ">u4")
@@ -150,7 +150,7 @@ def _offsets(table: Boxes, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _keys(table: Boxes, num_pictures: int) -> NDArray[np.bool_]:
-    """All pictures are keys where no box lists them."""
+    """Mark the key pictures; without a list of them all are keys."""
     if b"stss" not in table:
         return np.ones(num_pictures, bool)
     box = table[b"stss"][0]

@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from clipmill.base.errors import UserError
 from shards.packing.tar import Entry, walk
+from training.data.selection_schema import SELECTION
 
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")  # where a sample has several, the first of these
 STILL_EXTENSIONS = ("jpg", "jpeg")
@@ -42,7 +43,7 @@ _REMOTE_BLOCK_BYTES = 1 << 16  # read ahead of a remote tar's headers: most lie 
 
 
 class Problem(NamedTuple):
-    """What was wrong with a tar, or with a member of it."""
+    """Something wrong with a tar, or with a member of it."""
 
     item_id: str  # the tar, or tar and member
     error_class: str
@@ -51,12 +52,12 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class TarIndex:
-    samples: pa.Table  # columns of `training.data.selection.SELECTION`, in order of (shard, mp4_offset)
+    samples: pa.Table  # columns of `training.data.selection_schema.SELECTION`, in order of (shard, mp4_offset)
     problems: list[Problem]
 
 
 def is_tars(corpus: str) -> bool:
-    """Whether `--corpus` names tars rather than a corpus folder: its last part, braces expanded, ends like a tar."""
+    """Tell whether `--corpus` names tars rather than a corpus folder: with braces expanded, it ends like a tar."""
     if Path(corpus).is_dir():
         return False
     return expand_braces(corpus)[0].endswith((".tar", *_COMPRESSED))
@@ -64,7 +65,7 @@ def is_tars(corpus: str) -> bool:
 
 @contextmanager
 def open_tars(pattern: str, tables: Mapping[str, str | Path] | None = None) -> Iterator[tuple[Any, list[Problem]]]:
-    """A DuckDB connection, shut in as that to a manifest is, with the tables that selecting asks; what was wrong."""
+    """Index tars into a DuckDB connection, locked down as that to a manifest is; yield it and the problems found."""
     from shards.query.sql import add_tables, private_connection, shut_in
 
     index = index_tars([pattern])
@@ -92,15 +93,13 @@ def open_tars(pattern: str, tables: Mapping[str, str | Path] | None = None) -> I
 
 
 def index_tars(patterns: list[str]) -> TarIndex:
-    """Every sample that has a video, of all tars. Raises UserError where a tar cannot be opened or is compressed.
+    """Index every sample that has a video. Raises UserError if a tar cannot be opened or is compressed.
 
     clip_id    what the json says, else the key; where one repeats, with its shard's name before it
     video_id   what the json says, else the clip_id
     subtitle   the txt, else the json's `subtitle` or `text`
     caption    the json's `caption`, or the first of its `captions`
     """
-    from training.data.selection import SELECTION
-
     paths = [path for pattern in patterns for path in expand(pattern)]
     with ThreadPoolExecutor(min(_THREADS, len(paths))) as pool:
         contents = list(pool.map(read_tar, paths))
@@ -114,7 +113,7 @@ def index_tars(patterns: list[str]) -> TarIndex:
 
 
 def expand(pattern: str) -> list[str]:
-    """Absolute paths or URLs of the tars that a pattern means, each once. Raises UserError where it means none."""
+    """Return absolute paths or URLs of the tars that a pattern matches. Raises UserError if it matches none."""
     found = list(dict.fromkeys(path for part in expand_braces(pattern) for path in _expand_glob(part)))
     for path in found:
         if path.endswith(_COMPRESSED):
@@ -123,7 +122,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """ "{08..10}.tar" → 08.tar, 09.tar, 10.tar; "{a,b}" → a, b; a step as in "{0..8..2}"; braces may nest."""
+    """Expand braces: "{08..10}.tar" → 08.tar, 09.tar, 10.tar; "{a,b}" → a, b; "{0..8..2}" has a step; they may nest."""
     match = _BRACES.search(pattern)
     if match is None:
         return [pattern]
@@ -197,7 +196,7 @@ class _Sample:
 
 
 def read_tar(path: str) -> _Content:
-    """The samples of one tar. Raises UserError where it cannot be opened or is compressed."""
+    """Read the samples of one tar. Raises UserError if it cannot be opened or is compressed."""
     content = _Content()
     try:
         with _open(path) as file:
@@ -220,7 +219,7 @@ def _open(path: str) -> IO[bytes]:
 
 
 def _samples(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[_Sample]:
-    """Neighbouring members of one key are one sample, as WebDataset has it."""
+    """Group neighbouring members of one key into samples, as WebDataset does."""
     current: _Sample | None = None
     for member in _members(file, path, problems):
         match = _KEY.fullmatch(member.name)
@@ -279,7 +278,7 @@ def _read_text(file: IO[bytes], path: str, member: Entry, problems: list[Problem
 
 
 def _row(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any] | None:
-    """None for a sample without a video, which may well be there for other readers."""
+    """Build a row of the index; None for a sample without a video, which may be meant for other readers."""
     video = next((sample.members[name] for name in VIDEO_EXTENSIONS if name in sample.members), None)
     if video is None:
         return None
@@ -289,7 +288,7 @@ def _row(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any] 
         return None
     still = next((sample.members[name] for name in STILL_EXTENSIONS if name in sample.members), (None, None))
     facts = _facts(sample, path, problems)
-    captions = facts.get("captions")
+    captions, texts, num_frames, fps = (facts.get(name) for name in ("captions", "texts", "num_frames", "fps"))
     first_caption = captions[0] if isinstance(captions, list) and captions else captions
     return {
         "clip_id": _text(facts.get("clip_id")) or sample.key,
@@ -299,11 +298,11 @@ def _row(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any] 
         "mp4_bytes": video[1],
         "jpg_offset": still[0],
         "jpg_bytes": still[1],
-        "num_frames": _count(facts.get("num_frames")),
-        "fps": _rate(facts.get("fps")),
+        "num_frames": num_frames if type(num_frames) is int and 0 < num_frames < 2**31 else None,
+        "fps": float(fps) if type(fps) in (int, float) and 0 < fps < math.inf else None,
         "subtitle": sample.texts.get("txt", _text(facts.get("subtitle")) or _text(facts.get("text"))),
         "caption": _text(facts.get("caption")) or _text(first_caption),
-        "texts": _texts(facts.get("texts")),
+        "texts": [text for text in map(_text, texts if isinstance(texts, list) else []) if text] or None,
         "duplicate_group": _text(facts.get("duplicate_group")),
     }
 
@@ -322,38 +321,21 @@ def _facts(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any
     return {}
 
 
-def _texts(value: Any) -> list[str] | None:
-    texts = [_text(text) for text in value] if isinstance(value, list) else []
-    return [text for text in texts if text] or None
-
-
 def _text(value: Any) -> str | None:
-    """A string that Arrow takes: JSON may hold halves of surrogate pairs."""
+    """Return a string that Arrow accepts: JSON may hold halves of surrogate pairs."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) and value else None
 
 
-def _count(value: Any) -> int | None:
-    return value if type(value) is int and 0 < value < 2**31 else None
-
-
-def _rate(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and 0 < value < math.inf else None
-
-
 def _name_clips(rows: list[dict[str, Any]]) -> None:
-    """Makes every clip_id its only one: with the tar's name before it, else with the tar's path and the offset, too."""
-    for qualify in (_with_name, _with_place):
+    """Make clip ids unique: prefix repeated ones with the tar's name, then with its path and the offset."""
+    qualifiers = (
+        lambda row: f"{Path(row['shard']).stem}/{row['clip_id']}",
+        lambda row: f"{row['shard']}/{row['mp4_offset']}/{row['clip_id']}",
+    )
+    for qualify in qualifiers:
         repeated = {clip_id for clip_id, count in Counter(row["clip_id"] for row in rows).items() if count > 1}
         for row in rows:
             if row["clip_id"] in repeated:
                 row["clip_id"] = qualify(row)
     for row in rows:
         row["video_id"] = row["video_id"] or row["clip_id"]
-
-
-def _with_name(row: dict[str, Any]) -> str:
-    return f"{Path(row['shard']).stem}/{row['clip_id']}"
-
-
-def _with_place(row: dict[str, Any]) -> str:
-    return f"{row['shard']}/{row['mp4_offset']}/{row['clip_id']}"

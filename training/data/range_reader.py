@@ -54,8 +54,10 @@ class ShardReader:
         self._files = _OpenFiles()
 
     def read(self, ranges: Sequence[Range]) -> list[memoryview | ItemError]:
-        """The bytes of each range, in order, or why they are not there: "shard-missing", "truncated-shard",
-        "shard-unreadable"."""
+        """Read ranges, in order; an ItemError stands for a range that cannot be read.
+
+        Its class is "shard-missing", "truncated-shard" or "shard-unreadable".
+        """
         found: list[memoryview | ItemError] = [_UNREAD] * len(ranges)
         remote: list[int] = []
         local: dict[str, list[int]] = {}
@@ -72,13 +74,13 @@ class ShardReader:
         return found
 
     def address(self, shard: str) -> str:
-        """The whole path or URL of a shard."""
+        """Return the whole path or URL of a shard."""
         if "://" in shard or os.path.isabs(shard):
             return shard
         return f"{self.root.rstrip('/')}/{shard}"
 
     def reopen(self, shard: str) -> None:
-        """The next read of a local shard sees the file that is there then, not the one that was open."""
+        """Make the next read of a local shard open the file that has its name then."""
         path = self._local_path(shard)
         if path in self._files.descriptors:
             self._files.forget(path)
@@ -89,7 +91,7 @@ class ShardReader:
     # --- Local files
 
     def _local_path(self, shard: str) -> str | None:
-        """Where the shard can be read with `pread`; None: only from its store."""
+        """Return a path to read the shard with `pread`, None if only its store has it."""
         address = self.address(shard)
         if "://" not in address:
             return address
@@ -101,7 +103,7 @@ class ShardReader:
         return path if path is not None and self._opens_copy(path) else None
 
     def _opens_copy(self, path: str) -> bool:
-        """Another process may have removed or replaced it. Once it is open it stays readable all the same."""
+        """Open a cached copy, which another process may have removed or replaced; an open one stays readable."""
         try:
             if not os.path.samestat(os.fstat(self._files.open(path)), os.stat(path)):
                 self._files.forget(path)
@@ -119,8 +121,8 @@ class ShardReader:
             for number in numbers:
                 found[number] = failure
             return
-        for read in reads:
-            _advise(descriptor, read)
+        for read in reads if hasattr(os, "posix_fadvise") else ():  # so that the disk can serve them together
+            os.posix_fadvise(descriptor, read.start, read.end - read.start, os.POSIX_FADV_WILLNEED)
         for read in reads:
             try:
                 data: bytes | ItemError = _pread(descriptor, read.start, read.end)
@@ -141,7 +143,7 @@ class ShardReader:
                 _hand_out(read, data, ranges, found, self.address(read.shard))
 
     def _fetched(self, reads: list[_Read]) -> list[bytes | ItemError]:
-        """Reads of one store, asked for together; what failed in passing is asked for again."""
+        """Fetch reads of one store together; retry those with a transient error."""
         results: list[bytes | ItemError] = [_UNREAD] * len(reads)
         left = list(range(len(reads)))
         for pause_s in (0.0, *_PAUSES_S):
@@ -160,7 +162,7 @@ _UNREAD = ItemError("shard-unreadable", "not read")
 
 
 def _merged(ranges: Sequence[Range], numbers: list[int], gap_bytes: int) -> list[_Read]:
-    """Reads for ranges of one shard, in file order; overlapping ranges and repeated ones share theirs."""
+    """Merge ranges of one shard into reads, in file order; overlapping and repeated ranges share one."""
     reads: list[_Read] = []
     for number in sorted(numbers, key=lambda n: ranges[n].offset):
         shard, start, num_bytes = ranges[number]
@@ -173,7 +175,7 @@ def _merged(ranges: Sequence[Range], numbers: list[int], gap_bytes: int) -> list
 
 
 def _hand_out(read: _Read, data: bytes | ItemError, ranges: Sequence[Range], found: list, path: str) -> None:
-    """A read that came back short still serves the ranges that lie before its end."""
+    """Slice a read into its ranges; a short read still serves the ranges before its end."""
     if isinstance(data, ItemError):
         for number in read.members:
             found[number] = data
@@ -182,17 +184,10 @@ def _hand_out(read: _Read, data: bytes | ItemError, ranges: Sequence[Range], fou
     for number in read.members:
         start = ranges[number].offset - read.start
         piece = view[start : start + ranges[number].num_bytes]
-        found[number] = piece if len(piece) == ranges[number].num_bytes else _truncated(path, ranges[number])
-
-
-def _truncated(path: str, wanted: Range) -> ItemError:
-    return ItemError("truncated-shard", f"{path} ends before {wanted.num_bytes} bytes at {wanted.offset} do")
-
-
-def _advise(descriptor: int, read: _Read) -> None:
-    """All reads are announced before the first one waits, so that the disk can serve them together."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, read.start, read.end - read.start, os.POSIX_FADV_WILLNEED)
+        found[number] = piece
+        if len(piece) < ranges[number].num_bytes:
+            missing = f"{path} ends before {ranges[number].num_bytes} bytes at {ranges[number].offset} do"
+            found[number] = ItemError("truncated-shard", missing)
 
 
 def _pread(descriptor: int, start: int, end: int) -> bytes:

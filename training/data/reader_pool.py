@@ -1,18 +1,18 @@
-"""Processes that read samples, and what happens when one dies.
+"""A pool of processes that read samples, and its recovery when one of them dies.
 
 1. The pool owns a few slots: stretches of shared memory, each with room for the pixels of one part. A request (rows,
-   epoch) gets a ticket and a free slot and goes to the process that has least to do.
-2. The process reads the part, its pixels straight into the slot, and sends back the small rest through its pipe.
-3. Parts are handed out in the order of their requests; the slot is free again when the next one is asked for. So memory
-   is bounded by the slots, whoever is slow.
-4. A process says in shared memory which sample it is at. When it dies (a decoder's crash, out of memory, `kill`) its
+   epoch) gets a ticket and a free slot and goes to the process with the fewest tickets.
+2. The process reads the part, its pixels straight into the slot, and sends the small rest back through its pipe.
+3. Parts are handed out in the order of their requests; a slot is free again when the next part is asked for. So memory
+   is bounded by the slots, whichever process is slow.
+4. A process writes the sample it is at into shared memory. When it dies (a decoder's crash, out of memory, `kill`) its
    tickets go to the others and a new process takes its place. A process that stays at one sample for minutes is killed.
-   A sample that two processes died at is not tried a third time: it is the failure "decoder-died".
+   A sample at which two processes died is not tried again: it is the failure "decoder-died".
 
-torch's DataLoader says only that some worker has died and ends with it, and it makes shared memory anew for each batch.
+torch's DataLoader ends when a worker dies, without naming the sample, and makes shared memory anew for each batch.
 
-Processes are forked from a fork server, which holds no threads or devices of the training process and has the imports
-ready, so that starting one costs milliseconds.
+Processes are forked from a fork server, which holds no threads or devices of the training process and has imported
+everything, so that starting one takes milliseconds.
 """
 
 import ctypes
@@ -33,16 +33,16 @@ from torch import Tensor
 
 from clipmill.base.errors import ItemError, UserError
 from training.data.epoch_plan import Rows
-from training.data.sample_reader import Part, SampleReader
+from training.data.sample_reader import PartialBatch, SampleReader
 
-_AHEAD = 2  # requests a process holds: one to read, one to go on with at once
-_MAX_LOST = 10  # processes that die while they are at no sample, and no part between: nothing is read at all
+_AHEAD = 2  # requests a process holds: the one it reads and the next
+_MAX_LOST = 10  # deaths in a row, outside of any sample and with no part read between: reading is impossible
 _DEADLY = 2  # deaths at one sample that make it a failure
-_STUCK_S = 300.0  # at one sample, or at reading one part's bytes with all their retries: more than any of them takes
+_STUCK_S = 300.0  # longer than any sample, or any part's bytes with all retries, takes
 
 
 class LoaderError(UserError):
-    """A mistake that one training process meets alone: the others wait for it and have to be ended."""
+    """An error that one training process meets alone: the others wait for it and have to be ended."""
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -59,9 +59,9 @@ class Request(NamedTuple):
 class _Ticket:
     request: Request
     slot: int
-    deaths: Counter[int] = field(default_factory=Counter)  # by position in the part
+    deaths: Counter[int] = field(default_factory=Counter)  # by slot of the part
     lost: dict[int, ItemError] = field(default_factory=dict)
-    part: Part | None = None
+    part: PartialBatch | None = None
 
 
 @dataclass
@@ -70,18 +70,18 @@ class _Worker:
     connection: Connection
     at: Any  # shared: (ticket, position) of the sample being decoded
     tickets: list[int] = field(default_factory=list)
-    moved: tuple[int, int] = (-1, -1)  # `at` when it was last seen to change
+    moved: tuple[int, int] = (-1, -1)  # the last change of `at`
     moved_s: float = 0.0  # and when that was, or when it got something to do
 
     def give(self, number: int, *request: Any) -> None:
-        """Raises OSError when it is gone."""
+        """Send a ticket. Raises OSError if the process has died."""
         if not self.tickets:
             self.moved_s = time.monotonic()
         self.tickets.append(number)
         self.connection.send((number, *request))
 
     def is_stuck(self) -> bool:
-        """Whether it has something to do and has not moved for long."""
+        """Tell whether the process has a ticket and has made no progress for `_STUCK_S`."""
         now, at = time.monotonic(), (self.at[0], self.at[1])
         if at != self.moved:
             self.moved, self.moved_s = at, now
@@ -89,7 +89,7 @@ class _Worker:
 
 
 class Pool:
-    """Use as a context; all processes end with it."""
+    """A context whose processes end with it."""
 
     def __init__(self, reader: SampleReader, num_processes: int, part_size: int, num_slots: int, stop: threading.Event):
         self.reader, self.num_processes, self.part_size = reader, num_processes, part_size
@@ -112,10 +112,10 @@ class Pool:
             self._end(worker)
         self.workers = []
 
-    def parts(self, requests: Iterable[Request]) -> Iterator[Part]:
-        """In order. A part's pixels are the slot's: copy them before asking for the next one.
+    def parts(self, requests: Iterable[Request]) -> Iterator[PartialBatch]:
+        """Yield the parts in order. A part's pixels are in its slot: copy them before asking for the next one.
 
-        Raises UserError when processes keep dying, and whatever a process stumbled over that is no ItemError.
+        Raises LoaderError if processes keep dying, and any error of a process that is not an ItemError.
         """
         requests, order = iter(requests), deque()
         free = list(range(len(self.slots)))
@@ -140,7 +140,7 @@ class Pool:
             free.append(ticket.slot)
 
     def _deal(self) -> None:
-        """Waiting tickets to the processes that have least to do."""
+        """Hand waiting tickets to the processes with the fewest."""
         while self.waiting:
             worker = min(self.workers, key=lambda worker: len(worker.tickets))
             if len(worker.tickets) >= _AHEAD:
@@ -153,7 +153,7 @@ class Pool:
                 self._bury(worker)
 
     def _listen(self) -> None:
-        """Waits until some process answers or dies; a second at most, so that a stop is noticed."""
+        """Wait until a process answers or dies; a second at most, so that a stop is noticed."""
         by_channel = {worker.connection: worker for worker in self.workers}
         by_channel |= {worker.process.sentinel: worker for worker in self.workers}
         for worker in {id(worker): worker for worker in map(by_channel.get, wait(list(by_channel), 1.0))}.values():
@@ -169,12 +169,12 @@ class Pool:
             worker.process.kill()
             self._bury(worker)
 
-    def _take(self, worker: _Worker, number: int, answer: Part | Exception) -> None:
+    def _take(self, worker: _Worker, number: int, answer: PartialBatch | Exception) -> None:
         if isinstance(answer, Exception):
             raise answer
         worker.tickets.remove(number)
         ticket = self.tickets[number]
-        answer.canvas = self.reader.canvas(len(ticket.request.rows), _memory(self.slots[ticket.slot]))
+        answer.pixels = self.reader.pixel_buffer(len(ticket.request.rows), _memory(self.slots[ticket.slot]))
         ticket.part = answer
         self._num_lost = 0
 
@@ -197,7 +197,7 @@ class Pool:
         worker.process.close()
 
     def _bury(self, worker: _Worker) -> None:
-        """A new process in a dead one's place; its tickets go first."""
+        """Replace a dead process; its tickets go first."""
         worker.process.join()
         ended = _ended(worker.process.exitcode)
         self.num_deaths += 1
@@ -221,7 +221,7 @@ class Pool:
 
 
 def warm_up(reader: SampleReader) -> Any:
-    """Starts the fork server, if it does not run yet, and returns without waiting for its imports: seconds of them."""
+    """Start the fork server if needed, and return without waiting for its imports, which take seconds."""
     context = multiprocessing.get_context("forkserver")
     tokenizer = "training.data.clip_tokenizer" if reader.texts.words is None else "captioning.word_tokenizer"
     context.set_forkserver_preload([__name__, tokenizer])
@@ -234,13 +234,13 @@ def _memory(slot: Any) -> Tensor:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep the memory of pictures that are done for the next ones.
+    """Tell glibc to keep freed memory of pictures for the next ones.
 
-    By default it may hand it back to the kernel and get it anew, a page fault every 4 KB: a tenth of the reading time.
+    By default it may return it to the kernel and get it again, a page fault every 4 KB: a tenth of the reading time.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # as large as it may be: all but the largest pictures
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest value allowed: all but the largest pictures
         libc.mallopt(_M_TRIM_THRESHOLD, 512 << 20)
 
 
@@ -254,9 +254,9 @@ def _ended(code: int | None) -> str:
 
 
 def _work(connection: Connection, reader: SampleReader, slots: list[Any], at: Any) -> None:
-    """Until the pool hangs up, or is gone."""
+    """Read requests until the pool hangs up or dies."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # they ask the trainer, which may be in one group with its processes
+        signal.signal(number, signal.SIG_IGN)  # meant for the trainer, whose process group this is
     torch.set_num_threads(1)
     keep_freed_memory()
     while True:
@@ -269,13 +269,13 @@ def _work(connection: Connection, reader: SampleReader, slots: list[Any], at: An
             at[0], at[1] = number, position
 
         try:
-            canvas = reader.canvas(len(rows), _memory(slots[slot]))
-            answer: Part | Exception = reader.read(rows, epoch, canvas=canvas, lost=lost, watch=watch)
-            answer.canvas = None
+            pixels = reader.pixel_buffer(len(rows), _memory(slots[slot]))
+            answer: PartialBatch | Exception = reader.read(rows, epoch, pixels=pixels, lost=lost, watch=watch)
+            answer.pixels = None
         except UserError as error:
             answer = error
-        except Exception:  # a broken invariant: told where somebody sees it
-            answer = RuntimeError(f"a loader process stumbled:\n{traceback.format_exc()}")
+        except Exception:  # a broken invariant: raised in the training process
+            answer = RuntimeError(f"a loader process failed:\n{traceback.format_exc()}")
         try:
             connection.send((number, answer))
         except OSError:

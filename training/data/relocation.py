@@ -1,7 +1,7 @@
-"""Where bytes lie now: a corpus may be packed anew or compacted while a run that froze their places goes on.
+"""Find the present place of bytes: a corpus may be packed again or compacted while a run trains on it.
 
-Bytes are known by their SHA-256, so what is found is what was frozen, or it is not found. Looked up only when what lies
-at the frozen place is something else; then all indexes of the corpus's shards are read, 28 bytes a member in memory.
+Bytes are found by their SHA-256, so a result is what was frozen. The index is read only when other bytes lie at the
+frozen place; it then takes 28 bytes of memory per member of the corpus.
 """
 
 import time
@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from shards.storage.mirror import files_of, for_reading
 from training.data.range_reader import Range
 
-LOOK_EVERY_S = 5.0  # at most so often, where bytes are simply damaged
+LOOK_EVERY_S = 5.0  # least time between two looks, in case bytes are simply damaged
+
+_MEMBER = pa.schema([("sha256", pa.string()), ("offset", pa.int64()), ("num_bytes", pa.int64())])
 
 
-class Places:
-    """Of one corpus, for one process. Of one in a store the indexes are fetched when they are looked at."""
+class RelocationIndex:
+    """Index of one corpus's members by hash, for one process. From a store, indexes are fetched when needed."""
 
     def __init__(self, corpus: str | Path):
         self.root = for_reading(corpus)
@@ -30,7 +31,7 @@ class Places:
         self._places_N3 = np.zeros((0, 3), np.int64)  # number of the path, offset, size
 
     def find(self, hashes: Sequence[bytes]) -> list[Range | None]:
-        """The present place of each, None where the corpus has it no more. Whoever reads it compares the whole hash."""
+        """Return the present place of each hash, None if the corpus lacks it. Readers compare the whole hash."""
         self._look()
         keys = np.array([int.from_bytes(digest[:8], "big") for digest in hashes], np.uint64)
         rows = np.searchsorted(self._keys_N, keys)
@@ -54,50 +55,32 @@ class Places:
         state = tuple((path.name, path.stat().st_mtime_ns) for path in [*indexes, *edited])
         if state == self._state:
             return
-        members = [part for path in indexes for part in _members_of_index(path)]
-        members += [part for path in edited for part in _members_of_edits(path)]
+        members: list[tuple[str, pa.Table]] = []  # (path from the root, members)
+        for path in indexes:  # of a shard's clips and of its stills
+            for kind in ("mp4", "jpg"):
+                columns = [f"{kind}_sha256", f"{kind}_offset", f"{kind}_bytes"]
+                table = pq.read_table(path, columns=columns).select(columns).rename_columns(_MEMBER.names)
+                members.append((f"shards/{path.stem}.tar", table.drop_null()))
+        for path in edited:
+            rows = pq.read_table(path, columns=["tar", "sha256", "mp4_offset", "num_bytes", "frames"]).to_pylist()
+            for tar in dict.fromkeys(row["tar"] for row in rows):
+                of_tar = [row for row in rows if row["tar"] == tar]
+                found = [row | {"offset": row["mp4_offset"]} for row in of_tar]
+                found += [frame for row in of_tar for frame in row["frames"] or ()]
+                found = [{name: member[name] for name in _MEMBER.names} for member in found]
+                members.append((tar, pa.Table.from_pylist(found, _MEMBER)))
         self._fill(members)
         self._state = state
 
     def _fill(self, members: list[tuple[str, pa.Table]]) -> None:
         self._paths = sorted({path for path, _ in members})
         numbers = {path: number for number, path in enumerate(self._paths)}
-        keys = [np.zeros(0, np.uint64), *(_keys(table["sha256"]) for _, table in members)]
-        places = [np.zeros((0, 3), np.int64)]
+        keys, places = [np.zeros(0, np.uint64)], [np.zeros((0, 3), np.int64)]
         for path, table in members:
+            hashes = table["sha256"].to_pylist()
+            keys.append(np.fromiter((int(digest[:16], 16) for digest in hashes), np.uint64, count=len(hashes)))
             offsets, sizes = (table[name].to_numpy() for name in ("offset", "num_bytes"))
             places.append(np.stack([np.full(len(offsets), numbers[path]), offsets, sizes], axis=1))
         keys_N = np.concatenate(keys)
         order = np.argsort(keys_N, kind="stable")
         self._keys_N, self._places_N3 = keys_N[order], np.concatenate(places)[order]
-
-
-def _keys(hashes: pa.ChunkedArray) -> NDArray[np.uint64]:
-    return np.fromiter((int(digest[:16], 16) for digest in hashes.to_pylist()), np.uint64, count=len(hashes))
-
-
-def _members_of_index(path: Path) -> list[tuple[str, pa.Table]]:
-    """(path from the root, its members) of a shard's clips and of its pictures."""
-    return [
-        (f"shards/{path.stem}.tar", _members(path, f"{kind}_sha256", f"{kind}_offset", f"{kind}_bytes"))
-        for kind in ("mp4", "jpg")
-    ]
-
-
-def _members_of_edits(path: Path) -> list[tuple[str, pa.Table]]:
-    table = pq.read_table(path, columns=["tar", "sha256", "mp4_offset", "num_bytes", "frames"])
-    return [part for tar in table["tar"].unique().to_pylist() for part in _members_of_edit(tar, table)]
-
-
-def _members_of_edit(tar: str, table: pa.Table) -> list[tuple[str, pa.Table]]:
-    rows = [row for row in table.to_pylist() if row["tar"] == tar]
-    clips = [{"sha256": row["sha256"], "offset": row["mp4_offset"], "num_bytes": row["num_bytes"]} for row in rows]
-    frames = [{name: frame[name] for name in _MEMBER.names} for row in rows for frame in row["frames"] or ()]
-    return [(tar, pa.Table.from_pylist([*clips, *frames], _MEMBER))]
-
-
-_MEMBER = pa.schema([("sha256", pa.string()), ("offset", pa.int64()), ("num_bytes", pa.int64())])
-
-
-def _members(path: Path, *columns: str) -> pa.Table:
-    return pq.read_table(path, columns=list(columns)).select(columns).rename_columns(_MEMBER.names).drop_null()

@@ -18,7 +18,7 @@ def scheme_of(address: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def filesystem_of(address: str) -> tuple[Any, str]:
-    """(fsspec filesystem, path in it) of a URL. Raises UserError where its scheme needs a package that is missing."""
+    """Return the fsspec filesystem of a URL and the path in it. Raises UserError if its scheme needs a package."""
     import fsspec
 
     try:
@@ -28,7 +28,7 @@ def filesystem_of(address: str) -> tuple[Any, str]:
 
 
 def describe(address: str) -> tuple[int, str]:
-    """(size, what tells this version of the file from another). Raises ItemError shard-missing, shard-unreadable."""
+    """Return a file's size and what identifies its version. Raises ItemError shard-missing, shard-unreadable."""
     filesystem, path = filesystem_of(address)
     try:
         info = filesystem.info(path)
@@ -40,7 +40,7 @@ def describe(address: str) -> tuple[int, str]:
 
 
 def read_ranges(addresses: list[str], starts: list[int], ends: list[int]) -> list[bytes | ItemError]:
-    """Of files of one store, asked for together. A file that ends early gives what it has."""
+    """Read ranges of files of one store together. A file that ends early gives the bytes it has."""
     filesystem = filesystem_of(addresses[0])[0]
     paths = [filesystem_of(address)[1] for address in addresses]
     try:
@@ -59,7 +59,7 @@ def read_ranges(addresses: list[str], starts: list[int], ends: list[int]) -> lis
 
 
 def as_item_error(error: BaseException, path: str) -> ItemError:
-    """Missing files stay missing; whatever else goes wrong may heal."""
+    """Convert a store's error: missing files stay missing, any other error may be transient."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return ItemError("shard-missing", f"{path} is not there")
     return ItemError("shard-unreadable", f"{path}: {type(error).__name__}: {error}", transient=True)

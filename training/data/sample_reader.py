@@ -1,7 +1,7 @@
-"""One sample as a pure function of (row, epoch): bytes from its shard, pictures, token ids.
+"""Read samples: each a pure function of (row, epoch), from bytes in its shard to pictures and token ids.
 
-`SampleReader.read` reads a few rows together, in the order asked for. Whoever reads them, in whichever process and with
-whichever neighbours, gets the same. What cannot be read is a masked hole and a `Failure`.
+`SampleReader.read` reads a few rows together, in the order asked for. The result is the same in any process and with
+any neighbours. A sample that cannot be read is a masked hole and a `Failure`.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from training.data.clip_frames import Picture, Pixels, decode_clip, decode_still
 from training.data.epoch_plan import PAD
 from training.data.frame_sampling import drawn_text, eval_indices, middle_index, paced_indices, train_indices
 from training.data.range_reader import Range, ShardReader
-from training.data.relocation import Places
+from training.data.relocation import RelocationIndex
 from training.data.selection import Selection
 from training.data.shard_cache import ShardCache
 from training.data.tokenizer import TextEncoder
@@ -42,24 +42,24 @@ class Failure(NamedTuple):
     error: ItemError
 
 
-class Canvas(NamedTuple):
-    """Where pixels are written, uint8, channels last: two dense arrays, each of which a GPU takes in one copy."""
+class PixelBuffer(NamedTuple):
+    """Memory for the pixels of samples, uint8, channels last: two dense arrays, which a GPU takes in one copy each."""
 
     frames_BTSS3: Tensor
     stills_B1SS3: Tensor
 
-    def part(self, slots: slice) -> "Canvas":
-        return Canvas(self.frames_BTSS3[slots], self.stills_B1SS3[slots])
+    def part(self, slots: slice) -> "PixelBuffer":
+        return PixelBuffer(self.frames_BTSS3[slots], self.stills_B1SS3[slots])
 
     def sample(self, slot: int) -> list[Pixels]:
-        """The sample's pictures [S, S, 3]: T frames and the still one."""
+        """Return views of a sample's pictures [S, S, 3]: T frames and the still."""
         return [*self.frames_BTSS3[slot].numpy(), self.stills_B1SS3[slot, 0].numpy()]
 
     def clear(self, slot: int) -> None:
         self.frames_BTSS3[slot] = 0
         self.stills_B1SS3[slot] = 0
 
-    def copy(self, source: "Canvas") -> None:
+    def copy(self, source: "PixelBuffer") -> None:
         for pixels, others in zip(self, source, strict=True):
             pixels.copy_(others)
 
@@ -69,12 +69,12 @@ _ARRAYS += ("frame_mask_BT", "neighbour_BNL", "neighbour_mask_BN")
 
 
 @dataclass
-class Part:
-    """Some slots of a step, read; plain arrays, so that it goes through a pipe as it is. Legend: `training.data.batch`."""
+class PartialBatch:
+    """Some slots of a step as plain arrays, so that it passes through a pipe. Legend: `training.data.batch`."""
 
-    canvas: Canvas | None  # None on the way through a pipe
+    pixels: PixelBuffer | None  # None on the way through a pipe
     rows_B: NDArray[np.int64]
-    subtitle_BL: NDArray[np.int64]  # as long as the longest of the part
+    subtitle_BL: NDArray[np.int64]  # cut to the longest of the part
     caption_BL: NDArray[np.int64]
     video_mask_B: NDArray[np.bool_]
     subtitle_mask_B: NDArray[np.bool_]
@@ -87,12 +87,12 @@ class Part:
     decode_s: float  # wall time from bytes to pixels
 
     def batch(self) -> Batch:
-        """Views. Pixels stay channels last in memory, which is how they come and what GPUs like."""
-        assert self.canvas is not None
+        """Convert without copying. Pixels stay channels last in memory, which is fast on GPUs."""
+        assert self.pixels is not None
         return Batch(
             rows_B=torch.from_numpy(self.rows_B),
-            video_BT3SS=self.canvas.frames_BTSS3.permute(0, 1, 4, 2, 3),
-            frame_B13SS=self.canvas.stills_B1SS3.permute(0, 1, 4, 2, 3),
+            video_BT3SS=self.pixels.frames_BTSS3.permute(0, 1, 4, 2, 3),
+            frame_B13SS=self.pixels.stills_B1SS3.permute(0, 1, 4, 2, 3),
             subtitle_BL=torch.from_numpy(self.subtitle_BL),
             caption_BL=torch.from_numpy(self.caption_BL),
             video_mask_B=torch.from_numpy(self.video_mask_B),
@@ -104,10 +104,10 @@ class Part:
         )
 
 
-def join(parts: list[Part], canvas: Canvas) -> Part:
-    """One part of many, whose pixels are on `canvas` already."""
-    return Part(
-        canvas,
+def join(parts: list[PartialBatch], pixels: PixelBuffer) -> PartialBatch:
+    """Join parts whose pixels are in `pixels` already."""
+    return PartialBatch(
+        pixels,
         *(_joined([getattr(part, name) for part in parts]) for name in _ARRAYS),
         failures=[failure for part in parts for failure in part.failures],
         read_s=sum(part.read_s for part in parts),
@@ -116,7 +116,7 @@ def join(parts: list[Part], canvas: Canvas) -> Part:
 
 
 def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    """One after another; texts are as long as the longest, padded with zeros behind the end token."""
+    """Concatenate along the first axis; shorter texts are padded with zeros behind the end token."""
     shape = [sum(len(array) for array in arrays), *np.max([array.shape[1:] for array in arrays], axis=0).astype(int)]
     joined, at = np.zeros(shape, arrays[0].dtype), 0
     for array in arrays:
@@ -126,19 +126,21 @@ def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
 
 
 class SampleReader:
-    """Reads samples of a selection; pickles small, and opens files where it is used.
+    """Reader of a selection's samples; pickles small, and opens files in the process that reads.
 
-    train  False: the frames and texts that evaluation sees, whatever the epoch
+    train  False: the frames and texts of evaluation, the same in every epoch
     """
 
     def __init__(
         self, selection: Selection, data: DataSettings, texts: TextEncoder, image_size: int, *, train: bool = True
     ):
         self.selection, self.data, self.texts, self.image_size, self.train = selection, data, texts, image_size, train
-        self.cache_dir = Path(data.cache_dir).absolute() if data.cache_dir else None  # wherever it is read from
+        self.cache_dir = Path(data.cache_dir).absolute() if data.cache_dir else None  # readers may have another cwd
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("shards", "places", "tombstones")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("shards", "relocation", "tombstones")
+        }
 
     @cached_property
     def shards(self) -> ShardReader:
@@ -150,11 +152,11 @@ class SampleReader:
         return Tombstones(self.selection.root) if self.selection.root else None
 
     @cached_property
-    def places(self) -> Places:
-        return Places(self.selection.root)
+    def relocation(self) -> RelocationIndex:
+        return RelocationIndex(self.selection.root)
 
     def close(self) -> None:
-        """The shards that lie open. Reading opens them again."""
+        """Close open shards. Reading opens them again."""
         if "shards" in self.__dict__:
             self.shards.close()
 
@@ -164,35 +166,35 @@ class SampleReader:
 
     @property
     def sample_bytes(self) -> int:
-        """Of a sample's pixels."""
+        """Bytes of a sample's pixels."""
         return (self.data.num_frames + 1) * self.image_size * self.image_size * 3
 
-    def canvas(self, num_samples: int, buffer: Tensor | None = None) -> Canvas:
-        """Uninitialised, on a flat buffer of at least `num_samples * sample_bytes` bytes where one is given."""
+    def pixel_buffer(self, num_samples: int, buffer: Tensor | None = None) -> PixelBuffer:
+        """Lay out uninitialised pixels on a buffer of at least `num_samples * sample_bytes` bytes, or a new one."""
         if buffer is None:
             buffer = torch.empty(num_samples * self.sample_bytes, dtype=torch.uint8)
         size, num_frames = self.image_size, self.data.num_frames
         pixels = buffer[: num_samples * self.sample_bytes].view(-1, size, size, 3)
         frames, stills = pixels.tensor_split([num_samples * num_frames])
-        return Canvas(frames.view(num_samples, num_frames, size, size, 3), stills.unsqueeze(1))
+        return PixelBuffer(frames.view(num_samples, num_frames, size, size, 3), stills.unsqueeze(1))
 
     def read(
         self,
         rows: Sequence[int] | NDArray[np.integer],
         epoch: int,
         *,
-        canvas: Canvas | None = None,
+        pixels: PixelBuffer | None = None,
         lost: Mapping[int, ItemError] | None = None,
         watch: Callable[[int], None] = lambda slot: None,
-    ) -> Part:
-        """The rows in order, `PAD` for slots that stay empty.
+    ) -> PartialBatch:
+        """Read rows in order; `PAD` is a slot that stays empty.
 
-        canvas  where the pixels go; None: a new one
-        lost    slots that are not to be tried, and why
-        watch   told which slot is about to be decoded, -1 when none is
+        pixels  memory to write to; None: new memory
+        lost    slots to skip, and the error to report for each
+        watch   called with the slot that is about to be decoded, with -1 after the last
         """
         rows = np.asarray(rows, np.int64)
-        canvas = self.canvas(len(rows)) if canvas is None else canvas
+        pixels = self.pixel_buffer(len(rows)) if pixels is None else pixels
         slots = np.flatnonzero(rows != PAD)
         clips = self.selection.take(rows[slots]).to_pylist()
         lost = {**(lost or {}), **self._forgotten(slots.tolist(), clips)}
@@ -203,15 +205,15 @@ class SampleReader:
         read_s, errors = time.perf_counter() - began, {}
         frame_mask_BT = np.ones((len(rows), self.data.num_frames), bool)
         for slot in np.flatnonzero(rows == PAD):
-            canvas.clear(slot)
+            pixels.clear(slot)
         for slot, clip, source in zip(slots.tolist(), clips, sources, strict=True):
             watch(slot)
             try:
                 if slot in lost:
                     raise lost[slot]
-                frame_mask_BT[slot, self._decode(clip, source, epoch, canvas.sample(slot)) :] = False
+                frame_mask_BT[slot, self._decode(clip, source, epoch, pixels.sample(slot)) :] = False
             except ItemError as error:
-                canvas.clear(slot)
+                pixels.clear(slot)
                 errors[slot] = error
         watch(-1)
         decode_s = time.perf_counter() - began - read_s
@@ -223,18 +225,18 @@ class SampleReader:
         caption_BL, caption_mask_B = self._ids(clips_B, "caption", readable_B, epoch)
         rows_B = np.where(rows == PAD, HOLE, rows)
         arrays = (rows_B, subtitle_BL, caption_BL, readable_B, subtitle_mask_B, caption_mask_B, frame_mask_BT)
-        return Part(canvas, *arrays, *self._neighbours(clips_B, readable_B), failures, read_s, decode_s)
+        return PartialBatch(pixels, *arrays, *self._neighbours(clips_B, readable_B), failures, read_s, decode_s)
 
     def _forgotten(self, slots: list[int], clips: list[dict[str, Any]]) -> dict[int, ItemError]:
-        """Samples of videos that the corpus was told to forget since they were selected."""
+        """Find samples whose video was forgotten since they were selected."""
         if self.tombstones is None:
             return {}
-        gone = self.tombstones.cover(clip["video_id"] for clip in clips)
-        error = ItemError(FORGOTTEN, "the corpus was told to forget its video")
+        gone = self.tombstones.cover([clip["video_id"] for clip in clips])
+        error = ItemError(FORGOTTEN, "its video was forgotten (`clipmill forget`)")
         return {slot: error for slot, is_gone in zip(slots, gone, strict=True) if is_gone}
 
     def _bytes(self, clips: list[dict[str, Any]]) -> list["_Source"]:
-        """Of all clips together, so that neighbours in a shard are one read."""
+        """Read the bytes of all clips together, so that neighbours in a shard are one read."""
         ranges = [Range(clip["shard"], clip["mp4_offset"], clip["mp4_bytes"]) for clip in clips]
         hashes = [clip["mp4_sha256"] for clip in clips]
         stills = [clip for clip in clips if self._has_still(clip)]
@@ -250,11 +252,11 @@ class SampleReader:
     def _checked(
         self, ranges: list[Range], hashes: list[bytes | None], found: list[memoryview | ItemError]
     ) -> list[memoryview | ItemError]:
-        """What was read where it is what was selected; else what is found elsewhere in the corpus, or an error."""
+        """Replace bytes that are not those selected by the right ones from elsewhere in the corpus, or an error."""
         wrong = [n for n, (data, sha256) in enumerate(zip(found, hashes, strict=True)) if not _is(data, sha256)]
         if not wrong or not self.selection.root:
             return found
-        moved = self.places.find([hashes[n] for n in wrong])
+        moved = self.relocation.find([hashes[n] for n in wrong])
         again = [n for n, place in zip(wrong, moved, strict=True) if place is not None]
         places = [place for place in moved if place is not None]
         for shard in {place.shard for place in places}:
@@ -263,7 +265,11 @@ class SampleReader:
         for n in wrong:
             data = checked.get(n, found[n])
             if not _is(data, hashes[n]):
-                data = data if isinstance(data, ItemError) else _mismatch(ranges[n])
+                if not isinstance(data, ItemError):
+                    message = (
+                        f"{ranges[n].shard} has other bytes at {ranges[n].offset} than were selected, and no shard"
+                    )
+                    data = ItemError("hash-mismatch", f"{message} has those")
             found[n] = data
         return found
 
@@ -271,7 +277,7 @@ class SampleReader:
         return self.data.still == "captioned" and clip["jpg_offset"] is not None
 
     def _decode(self, clip: dict[str, Any], source: "_Source", epoch: int, out: list[Pixels]) -> int:
-        """Fills one sample's pixels; how many of its frames are the clip's, others are zeros. Raises ItemError."""
+        """Fill one sample's pixels; return the number of frames taken, the rest are zeros. Raises ItemError."""
         frames, num_taken = out[: self.data.num_frames], 0
         for data in source:
             if isinstance(data, ItemError):
@@ -307,13 +313,13 @@ class SampleReader:
     def _ids(
         self, clips_B: list[dict[str, Any] | None], column: str, readable_B: NDArray[np.bool_], epoch: int
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(ids [B, L] cut to the longest, mask [B]). No text is the empty text, masked."""
+        """Tokenise a column: ids [B, L] cut to the longest, mask [B]. A missing text is an empty, masked one."""
         return self._encoded([self._text(clip, column, epoch) if clip else "" for clip in clips_B], readable_B)
 
     def _neighbours(
         self, clips_B: list[dict[str, Any] | None], readable_B: NDArray[np.bool_]
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(ids [B, N, L], mask [B, N]) of the subtitles near in time, as `_ids`."""
+        """Tokenise the subtitles near in time: ids [B, N, L], mask [B, N]."""
         num = 2 * self.data.neighbours if self.train else 0
         lists = [((clip or {}).get("neighbours") or [])[:num] for clip in clips_B]
         texts = [text or "" for near in lists for text in near + [None] * (num - len(near))]
@@ -336,10 +342,10 @@ class SampleReader:
         draw = drawn_text(len(text), seed=self.data.seed, epoch=epoch, clip_id=clip["clip_id"])
         return text[draw if self.train else 0]
 
-    # --- How much of a shard the run wants
+    # --- Cached shards
 
     def wanted_bytes(self, shard: str) -> int:
-        """Bytes of a shard that the selection takes; the selection is in order of shards."""
+        """Count the bytes of a shard that the selection needs, by bisection: the selection is in order of shards."""
         first = self._first_row(lambda name: name >= shard)
         after = self._first_row(lambda name: name > shard)
         table = self.selection.take(np.arange(first, after))
@@ -358,22 +364,17 @@ class SampleReader:
 
 
 def _is(data: memoryview | ItemError, sha256: bytes | None) -> bool:
-    """Whether the bytes are those that were selected; where nobody took a hash, nothing speaks against it."""
+    """Tell whether the bytes are those that were selected; without a known hash they are accepted."""
     return sha256 is None or (not isinstance(data, ItemError) and hashlib.sha256(data).digest() == sha256)
 
 
-def _mismatch(wanted: Range) -> ItemError:
-    message = f"{wanted.shard} has other bytes at {wanted.offset} than were selected, and no shard has those"
-    return ItemError("hash-mismatch", message)
-
-
 class _Source(NamedTuple):
-    """A clip's bytes, and those of its captioned frame where that is wanted; or why they are not there."""
+    """A clip's bytes and, if wanted, those of its captioned frame; an error in place of bytes that are missing."""
 
     clip: memoryview | ItemError
     still: memoryview | ItemError | None
 
 
 def num_tokens(ids_BL: NDArray[np.int64]) -> int:
-    """Up to the last end token of a batch: it has the largest id of its row."""
+    """Return the length up to the last end token of a batch; the end token has the largest id of its row."""
     return int(ids_BL.argmax(axis=1).max()) + 1

@@ -54,7 +54,7 @@ class ShardCache:
         self._thread: threading.Thread | None = None
 
     def local(self, address: str, wanted_bytes: Callable[[], int]) -> str | None:
-        """The path of a whole copy, None where there is none (now).
+        """Return the path of a whole copy, None if there is none (yet).
 
         wanted_bytes  how many bytes of it the run wants in all; asked at most once, in the thread
         """
@@ -67,19 +67,16 @@ class ShardCache:
         if not copy.asked:
             copy.asked = True
             self._asked.put((address, wanted_bytes))
-            self._start()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="clipmill-cache", daemon=True)
+                self._thread.start()
         return None
 
     def settle(self) -> None:
-        """Waits until everything asked for is there, or is not going to be."""
+        """Wait until everything asked for is fetched or given up."""
         self._asked.join()
 
     # --- In the thread
-
-    def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="clipmill-cache", daemon=True)
-            self._thread.start()
 
     def _work(self) -> None:
         while True:
@@ -104,7 +101,7 @@ class ShardCache:
                 copy.path, copy.num_bytes = path, num_bytes
 
     def _store(self, address: str, path: Path, num_bytes: int) -> bool:
-        """False where there is no room."""
+        """Fetch a shard into the folder; return False if there is no room."""
         temporary = self.folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
         try:
             with contextlib.ExitStack() as stack:
@@ -122,7 +119,7 @@ class ShardCache:
             temporary.unlink(missing_ok=True)
 
     def _make_room(self, num_bytes: int) -> bool:
-        """Removes what nobody uses until so much more fits; False where that is not enough."""
+        """Remove copies that no process uses until `num_bytes` more fit; return False if that is not enough."""
         copies = []
         total = 0
         for entry in os.scandir(self.folder):
@@ -157,7 +154,7 @@ def _is_whole(path: Path, num_bytes: int) -> bool:
 
 
 def _stream(address: str, file: IO[bytes], num_bytes: int) -> None:
-    """Raises ItemError "truncated-shard" when the store sends another length than it announced."""
+    """Copy a remote file. Raises ItemError "truncated-shard" if the store sends another length than announced."""
     filesystem, remote = filesystem_of(address)
     num_copied = 0
     with filesystem.open(remote, "rb", block_size=_CHUNK_BYTES, cache_type="readahead") as source:

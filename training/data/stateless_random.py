@@ -24,7 +24,7 @@ _ROUNDS = 8
 
 
 def key_of(*parts: Any) -> int:
-    """A 64-bit key of any JSON-able values."""
+    """Hash any JSON-able values to a 64-bit key."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -41,13 +41,13 @@ def mix(values: NDArray[np.integer], key: int) -> Words:
 
 
 def sort_keys(hashes: Words, num_low_bits: int) -> Words:
-    """Hashes along the last axis whose low bits are replaced by their position: sorting them yields an order."""
+    """Replace the low bits of hashes along the last axis by their position: sorting them yields an order."""
     positions = np.arange(hashes.shape[-1], dtype=np.uint64)
     return (hashes >> np.uint64(num_low_bits)) << np.uint64(num_low_bits) | positions
 
 
 def order_of(hashes: Words) -> NDArray[np.int64]:
-    """Positions along the last axis in ascending order of their hash, equal hashes in order of position.
+    """Order positions along the last axis by their hash, equal hashes by position.
 
     Sorting packed keys is several times faster than an argsort; the low bits of the hashes are lost for it.
     """
@@ -58,12 +58,14 @@ def order_of(hashes: Words) -> NDArray[np.int64]:
 
 
 def permutation(count: int, key: int) -> NDArray[np.uint32]:
-    """[count] a random order of 0 … count-1. Large ones are a Feistel network, which needs no sort and no memory."""
+    """Draw a random order of 0 … count-1. Large ones are a Feistel network: no sort and no memory."""
     assert count < 2**32
     if count <= _SORTED_UP_TO:
         return order_of(mix(np.arange(count, dtype=np.uint64), key)).astype(np.uint32)
     side = int(np.ceil(np.sqrt(count)))
-    tables = [_shifts(side, key_of(key, number)) for number in range(_ROUNDS)]
+    # [side] random shifts in [0, side) for each round: a table small enough for the cache
+    keys = [key_of(key, number) for number in range(_ROUNDS)]
+    tables = [(mix(np.arange(side), round_key) % np.uint64(side)).astype(np.int64) for round_key in keys]
     order = np.empty(count, np.uint32)
 
     def fill(start: int) -> None:
@@ -78,18 +80,13 @@ def permutation(count: int, key: int) -> NDArray[np.uint32]:
 
 
 def in_threads(function: Callable[[int], Result], items: Iterable[int]) -> list[Result]:
-    """The function's results in order. numpy works outside the interpreter's lock, so threads share the cores."""
+    """Map a function over items in threads, in order. numpy releases the interpreter's lock, so they overlap."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, items))
 
 
-def _shifts(side: int, key: int) -> NDArray[np.int64]:
-    """[side] random shifts in [0, side): one round's function, as a table small enough for the cache."""
-    return (mix(np.arange(side), key) % np.uint64(side)).astype(np.int64)
-
-
 def _feistel(values: NDArray[np.int64], side: int, tables: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """A bijection of [0, side²): row and column shift each other in turns, modulo side."""
+    """Map [0, side²) onto itself: row and column shift each other in turns, modulo side."""
     left, right = np.divmod(values, side)
     for table in tables:
         left += np.take(table, right)
@@ -100,7 +97,7 @@ def _feistel(values: NDArray[np.int64], side: int, tables: list[NDArray[np.int64
 
 
 def sample(count: int, num_taken: int, key: int) -> NDArray[np.int64]:
-    """[num_taken] distinct values of 0 … count-1, in random order, without walking through all of them."""
+    """Draw [num_taken] distinct values of 0 … count-1, in random order, without visiting all of them."""
     if num_taken * 4 > count:
         return permutation(count, key)[:num_taken].astype(np.int64)
     drawn = np.zeros(0, np.int64)

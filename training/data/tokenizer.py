@@ -25,11 +25,11 @@ class TextEncoder:
     max_tokens: int
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """int64 ids [N, max_tokens]; the end token has the largest id, behind it is 0."""
+        """Tokenise texts: int64 ids [N, max_tokens]; the end token has the largest id, 0 follows it."""
         return self._tokenizer(list(texts), self.max_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Without the vocabulary, if it has been read here."""
+        """Pickle without the vocabulary, even if it has been read."""
         return TextEncoder, (self.words, self.max_tokens)
 
     @cached_property

@@ -60,7 +60,7 @@ def video_clips(
     spans_s: Sequence[Sequence[float]] | None = None,
     frames_s: Sequence[Sequence[float]] | None = None,
 ) -> VideoClips:
-    """One video's clips, in any order, with boundaries from their timestamps or, where given, with `spans_s`.
+    """Build one video's clips, in any order, with boundaries from their timestamps or, if given, `spans_s`.
 
     frames_s  what there is of each clip where the source video is gone; None: all of the video
 
@@ -90,7 +90,7 @@ def video_clips(
 
 
 def midpoint_spans(timestamps_N: Floats, duration_s: float, settings: EditSettings) -> Floats:
-    """[N, 2]: from the midpoint with the timestamp before to the midpoint with the one behind (section 3).
+    """Reach from the midpoint with the timestamp before to that with the one behind: [N, 2] (section 3).
 
     The first and the last clip reach half the video's median gap outwards; a clip without a gap to any other one
     `half_length_s`. Timestamps in rising order. Equal ones share their boundary, and are widened to the least length.
@@ -105,13 +105,13 @@ def midpoint_spans(timestamps_N: Floats, duration_s: float, settings: EditSettin
 
 
 def fixed_spans(timestamps_N: Floats, duration_s: float, settings: EditSettings) -> Floats:
-    """[N, 2]: `half_length_s` to either side of each timestamp, cut where the video ends."""
+    """Reach `half_length_s` to either side of each timestamp, cut at the video's ends: [N, 2]."""
     half = settings.half_length_s
     return _widened(np.stack([timestamps_N - half, timestamps_N + half], axis=1), duration_s, settings)
 
 
 def _widened(spans_N2: Floats, duration_s: float, settings: EditSettings) -> Floats:
-    """Inside the video and of the least length, or the whole video where that is shorter; about the same middle."""
+    """Clip to the video and widen around the middle to the least length, or the whole video if it is shorter."""
     spans_N2 = spans_N2.clip(0, duration_s)
     least = min(settings.min_length_s, duration_s)
     starts = (spans_N2.mean(axis=1) - least / 2).clip(0, duration_s - least)
@@ -138,7 +138,7 @@ _MOVES = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1], [-1, 1], [1, -1], [
 def candidates(
     video: VideoClips, spans_N2: Floats, number: int, settings: EditSettings, step_scale: float = 1.0
 ) -> Floats:
-    """[K, 2]: the present boundaries of a clip, then those it might get, each once (section 5).
+    """List a clip's present boundaries, then those it might get, each once: [K, 2] (section 5).
 
     A move beyond a limit goes to the limit. The limits: the timestamp stays inside; neither the clip's room nor the
     nearest other timestamps are left; the length stays between the least and the largest. A limit that the present
@@ -158,7 +158,7 @@ def candidates(
 
 
 def reach(video: VideoClips) -> Floats:
-    """[N, 2]: how far each clip may go: to the nearest other timestamps before and behind its own, inside its room."""
+    """Bound each clip by the nearest other timestamps before and behind its own, within its room: [N, 2]."""
     times = video.timestamps_N
     bounded = np.concatenate([[0.0], times, [video.duration_s]])
     before, behind = np.searchsorted(times, times, "left"), np.searchsorted(times, times, "right") + 1
@@ -167,14 +167,14 @@ def reach(video: VideoClips) -> Floats:
 
 
 def overlap(one: Floats, others_K2: Floats) -> Floats:
-    """[K]: what is common to two spans, as a share of the shorter one."""
+    """Compute the part that two spans share, relative to the shorter one: [K]."""
     common = np.minimum(one[1], others_K2[:, 1]) - np.maximum(one[0], others_K2[:, 0])
     shorter = np.minimum(one[1] - one[0], others_K2[:, 1] - others_K2[:, 0])
     return common.clip(0) / shorter
 
 
 def iou(spans_N2: Floats, truth_N2: Floats) -> Floats:
-    """[N]: intersection over union of each pair of spans."""
+    """Compute intersection over union of each pair of spans: [N]."""
     low, high = np.maximum(spans_N2[:, 0], truth_N2[:, 0]), np.minimum(spans_N2[:, 1], truth_N2[:, 1])
     common = (high - low).clip(0)
     return common / ((spans_N2[:, 1] - spans_N2[:, 0]) + (truth_N2[:, 1] - truth_N2[:, 0]) - common)
@@ -185,7 +185,7 @@ def iou(spans_N2: Floats, truth_N2: Floats) -> Floats:
 
 @dataclass
 class Edited:
-    """What one round decided: rows of `EDITS`, by video and time; the boundaries after it; who could not be scored."""
+    """Decisions of one round: rows of `EDITS` by video and time, the boundaries after it, and failed videos."""
 
     rows: pa.Table
     spans: Spans
@@ -203,7 +203,7 @@ def edit_videos(
     step_scale: float = 1.0,
     threshold: float = np.inf,
 ) -> Edited:
-    """One round over videos: the order they come in, and how they are dealt to workers, changes no row.
+    """Edit videos for one round; their order, and how they are dealt to workers, changes no row.
 
     threshold  only clips that score at most this are edited: see `lowest_threshold`
     A video whose scores are not finite keeps its boundaries and has no rows; it is among `failures`.
@@ -230,7 +230,7 @@ def edit_video(
     step_scale: float = 1.0,
     threshold: float = np.inf,
 ) -> list[dict[str, Any]]:
-    """A row per clip, without round and teacher: at most one accepted edit each. Raises ItemError "bad-score".
+    """Edit one video: return a row per clip, without round and teacher. Raises ItemError "bad-score".
 
     In order of time, so that a clip is held against the boundaries its left neighbour has just got. An edit may not
     raise the overlap with a neighbour above `max_overlap`.
@@ -248,7 +248,7 @@ def edit_video(
 
 
 def scores_of(video: VideoClips, offered: Sequence[Floats], score: Scorer, settings: EditSettings) -> list[Floats]:
-    """The teacher's scores, less what a change from the first length costs. Raises ItemError "bad-score"."""
+    """Return the teacher's scores, less the cost of a change from the first length. Raises ItemError "bad-score"."""
     scores = [np.asarray(scores_K, dtype=np.float64) for scores_K in score(video, offered)]
     assert [len(scores_K) for scores_K in scores] == [len(spans_K2) for spans_K2 in offered], "a score per candidate"
     for clip_id, scores_K in zip(video.clip_ids, scores, strict=True):
@@ -264,7 +264,7 @@ def scores_of(video: VideoClips, offered: Sequence[Floats], score: Scorer, setti
 def lowest_threshold(
     videos: Iterable[VideoClips], spans: Mapping[str, Floats], score: Scorer, settings: EditSettings
 ) -> float:
-    """The score up to which clips are edited where only `lowest_share` of them is; videos without scores count not."""
+    """Return the score up to which clips are edited, so that `lowest_share` of them is; failed videos do not count."""
     if settings.lowest_share == 1:
         return np.inf
     present: list[float] = []
@@ -280,7 +280,9 @@ def lowest_threshold(
 def _choose(
     spans_K2: Floats, scores_K: Floats, present_N2: Floats, number: int, settings: EditSettings
 ) -> tuple[int, str]:
-    """The best candidate that the neighbours allow, and why: the present one unless another is better by enough."""
+    """Choose the best candidate that the neighbours allow, and name the reason: the present one unless another is
+    better by enough.
+    """
     allowed_K = np.ones(len(spans_K2), dtype=bool)
     for neighbour in (number - 1, number + 1):
         if 0 <= neighbour < len(present_N2):
@@ -314,7 +316,7 @@ def _row(video: VideoClips, number: int, span: Floats, before: float, after: flo
 
 @dataclass(frozen=True)
 class Drift:
-    """How far boundaries are from the first ones, over all clips."""
+    """Distance of the boundaries from the first ones, over all clips."""
 
     median_change: float  # of the median length, relative
     share_at_limit: float  # clips that editing has brought to a limit
@@ -331,7 +333,9 @@ def drift(videos: Sequence[VideoClips], spans: Mapping[str, Floats], settings: E
 
 
 def _limits_met(video: VideoClips, spans_N2: Floats, settings: EditSettings) -> NDArray[np.bool_]:
-    """[N, 6]: at its least or largest length; its start or end at its own timestamp; at the next one or the end."""
+    """Test each clip's limits: [N, 6]: least or largest length; start or end at its timestamp; at the next one or the
+    end.
+    """
     lengths, times, reach_N2 = spans_N2[:, 1] - spans_N2[:, 0], video.timestamps_N, reach(video)
     start, end = spans_N2[:, 0], spans_N2[:, 1]
     by_length = (lengths <= settings.min_length_s, lengths >= settings.max_length_s)
@@ -342,7 +346,7 @@ def _limits_met(video: VideoClips, spans_N2: Floats, settings: EditSettings) -> 
 def overlapping(
     videos: Iterable[VideoClips], spans: Mapping[str, Floats], share: float
 ) -> list[tuple[str, str, float]]:
-    """Pairs of clips of one video that overlap by more than `share` of the shorter: no negatives of each other."""
+    """Find pairs of clips of one video that overlap by more than `share` of the shorter: not each other's negatives."""
     pairs = []
     for video in sorted(videos, key=lambda video: video.video_id):
         spans_N2 = spans[video.video_id]

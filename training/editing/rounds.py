@@ -1,4 +1,4 @@
-"""The rounds of teacher and student (docs/methods/video_editing.md section 6), for any model behind `Host`.
+"""The rounds of teacher and student (docs/methods/video_editing.md section 6), for any model behind `EditBackend`.
 
 A round: the teacher edits every clip from the present boundaries; the student trains an epoch on them and is validated
 on held-out clips of the same weak kind. When the student is better than ever, the teacher takes its weights, the
@@ -42,31 +42,31 @@ ROUNDS = pa.schema([field for field in TABLES["edit_rounds"] if field.name not i
 HELD = ("kept", "untrained")  # outcomes of rounds whose boundaries stay
 
 
-class Host(Protocol):
+class EditBackend(Protocol):
     """A retrieval model as the rounds see it. Its own loss, its own settings; captions are its own business."""
 
     def teacher(self) -> str:
-        """A hash of the teacher's weights."""
+        """Return a hash of the teacher's weights."""
 
     def score(self, video: VideoClips, offered: Sequence[Floats]) -> Sequence[Floats]:
-        """The teacher's `Scorer`."""
+        """Score candidates with the teacher, as a `Scorer`."""
 
     def train(self, spans: Mapping[str, Floats]) -> float | None:
-        """Trains the student one epoch on clips with these boundaries; returns its validation R@1.
+        """Train the student one epoch on clips with these boundaries; return its validation R@1.
 
         None: no student is trained here, and the boundaries stay as the teacher wants them.
         """
 
     def promote(self) -> None:
-        """The teacher takes the student's weights."""
+        """Give the teacher the student's weights."""
 
     def restore(self) -> None:
-        """The student takes the teacher's weights."""
+        """Give the student the teacher's weights."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Where an editing stands before the round of that number."""
+    """State of an editing before the round of that number."""
 
     round_number: int
     best: float  # validation
@@ -77,11 +77,11 @@ class State:
 
 
 # One round's edits of all clips, by whatever computes them
-Edit = Callable[[Sequence[VideoClips], Host, EditSettings, State], Edited]
+Edit = Callable[[Sequence[VideoClips], EditBackend, EditSettings, State], Edited]
 
 
 class Round(NamedTuple):
-    """What one round was: its rows for the two tables, and where the editing stands after it."""
+    """Result of one round: its rows for the two tables, and the state after it."""
 
     edits: pa.Table
     row: pa.Table
@@ -93,51 +93,51 @@ def base_spans(videos: Sequence[VideoClips]) -> Spans:
     return {video.video_id: video.base_N2.copy() for video in videos}
 
 
-def warm_up(videos: Sequence[VideoClips], host: Host, settings: EditSettings) -> Round:
-    """Trains on the first boundaries until validation has not risen for `warmup_patience` epochs (section 4).
+def warm_up(videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings) -> Round:
+    """Train on the first boundaries until validation has not risen for `warmup_patience` epochs (section 4).
 
     The teacher and then the student have the best epoch's weights.
     """
     spans, best, num_flat = base_spans(videos), -np.inf, 0
     for _ in range(settings.max_warmup_epochs):
-        validation = host.train(spans)
+        validation = backend.train(spans)
         if validation > best:
             best, num_flat = validation, 0
-            host.promote()
+            backend.promote()
         else:
             num_flat += 1
         if num_flat == settings.warmup_patience:
             break
-    host.restore()
-    row = {"round": 0, "teacher": host.teacher(), "validation": best, "outcome": "warm-up", "step_scale": 1.0}
+    backend.restore()
+    row = {"round": 0, "teacher": backend.teacher(), "validation": best, "outcome": "warm-up", "step_scale": 1.0}
     row |= {"num_clips": _num_clips(videos), "num_accepted": 0, "num_failed": 0}
     row |= {"median_change": 0.0, "share_at_limit": 0.0}
     return Round(EDITS.empty_table(), _table(row), State(1, best, 1.0, 0, spans), [])
 
 
-def edit_here(videos: Sequence[VideoClips], host: Host, settings: EditSettings, state: State) -> Edited:
-    """By the host's `score`, in this process."""
+def edit_here(videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings, state: State) -> Edited:
+    """Edit in this process, with the backend's `score`."""
     return edit_videos(
         videos,
         state.spans,
-        host.score,
+        backend.score,
         settings,
         round_number=state.round_number,
-        teacher=host.teacher(),
+        teacher=backend.teacher(),
         step_scale=state.step_scale,
-        threshold=lowest_threshold(videos, state.spans, host.score, settings),
+        threshold=lowest_threshold(videos, state.spans, backend.score, settings),
     )
 
 
 def rounds(
     videos: Sequence[VideoClips],
-    host: Host,
+    backend: EditBackend,
     settings: EditSettings,
     state: State,
     held_out: Collection[str] = (),
     edit: Edit = edit_here,
 ) -> Iterator[Round]:
-    """Plays rounds until one of the stops of section 6; each is given as soon as it is decided.
+    """Play rounds until one of the stops of section 6; yield each as soon as it is decided.
 
     state     of `warm_up`, or of `state_after` for an editing that goes on
     held_out  ids of videos that must not be edited. Raises UserError where one is among `videos`
@@ -146,7 +146,7 @@ def rounds(
     if shared:
         raise UserError(f"{len(shared)} videos to edit are held out for evaluation, {min(shared)} among them")
     while not is_done(state, settings):
-        played = play_round(videos, host, settings, state, edit)
+        played = play_round(videos, backend, settings, state, edit)
         state = played.state
         yield played
 
@@ -161,18 +161,18 @@ def is_done(state: State, settings: EditSettings) -> bool:
 
 
 def play_round(
-    videos: Sequence[VideoClips], host: Host, settings: EditSettings, state: State, edit: Edit = edit_here
+    videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings, state: State, edit: Edit = edit_here
 ) -> Round:
-    """One round. A round whose boundaries collapse is not trained on: it is taken back and is the last."""
-    teacher = host.teacher()
-    edited = edit(videos, host, settings, state)
+    """Play one round. If its boundaries collapse it is not trained on: it is taken back and is the last."""
+    teacher = backend.teacher()
+    edited = edit(videos, backend, settings, state)
     change = drift(videos, edited.spans, settings)
     outcome, validation = "collapsed", None
     if not has_collapsed(change, settings):
-        validation = host.train(edited.spans)
+        validation = backend.train(edited.spans)
         outcome = "untrained" if validation is None else "kept" if validation > state.best else "rolled-back"
     if outcome == "kept":
-        host.promote()
+        backend.promote()
     row = {
         "round": state.round_number,
         "teacher": teacher,
@@ -190,14 +190,14 @@ def play_round(
 
 
 def has_collapsed(change: Drift, settings: EditSettings) -> bool:
-    """Section 9, guard 6."""
+    """Test a round against guard 6 of section 9."""
     too_long = settings.max_median_change is not None and abs(change.median_change) > settings.max_median_change
     at_limit = settings.max_share_at_limit is not None and change.share_at_limit > settings.max_share_at_limit
     return too_long or at_limit
 
 
 def state_after(videos: Sequence[VideoClips], edits: pa.Table, rounds: pa.Table) -> State:
-    """Where an editing stands, from the rows it has written: `State` of the last round of `rounds`, whatever the order.
+    """Compute an editing's state from the rows it has written: after the last of `rounds`, in any order.
 
     Rows of `edits` whose round is not in `rounds` are of a round that was killed: it is played again.
     """
@@ -211,7 +211,7 @@ def state_after(videos: Sequence[VideoClips], edits: pa.Table, rounds: pa.Table)
 
 
 def boundaries_at(edits: pa.Table, rounds: pa.Table, last_round: int | None = None) -> pa.Table:
-    """Each clip's row of `EDITS` that holds after a round (None: after the last): that of its latest round kept.
+    """Return each clip's row of `EDITS` that holds after a round (None: the last): that of its latest round kept.
 
     A clip without a row has its first boundaries. Rows of which start or end differs from the base are what a re-cut
     concerns, and whose captions of the old middle frame are stale.
@@ -224,7 +224,7 @@ def boundaries_at(edits: pa.Table, rounds: pa.Table, last_round: int | None = No
 
 
 def fold_of(video_id: str, num_folds: int = 2) -> int:
-    """Which fold a video is in, by its id alone: a teacher trained on the other folds edits this one (section 9.7)."""
+    """Return a video's fold, by its id alone: a teacher trained on the other folds edits it (section 9.7)."""
     return int.from_bytes(hashlib.sha256(video_id.encode()).digest()[:8]) % num_folds
 
 
@@ -243,7 +243,7 @@ def _next_state(state: State, row: Mapping[str, Any], edited: Spans) -> State:
 
 
 def _spans_by_round(videos: Sequence[VideoClips], edits: pa.Table) -> dict[int, Spans]:
-    """Boundaries after each round, of the videos that have rows in it."""
+    """Collect the boundaries after each round, of videos with rows in it."""
     spans: dict[int, dict[str, tuple[float, float]]] = {}
     for row in edits.select(["round", "clip_id", "start_s", "end_s"]).to_pylist():
         spans.setdefault(row["round"], {})[row["clip_id"]] = (row["start_s"], row["end_s"])

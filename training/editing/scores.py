@@ -19,7 +19,7 @@ _OUT = 2.0  # what a candidate that was not looked at again is below the present
 
 
 def contrastive_score(own: Floats, bank_J: Floats, log_scale: float) -> Floats:
-    """own - logmeanexp(bank at the model's temperature), in units of a cosine, along the bank's last dimension.
+    """Compute own - logmeanexp(bank at the model's temperature), in units of a cosine, along the bank's last dimension.
 
     A clip that is near every caption gains nothing: that is what very short and very long clips would do.
     """
@@ -37,7 +37,7 @@ class Bank:
     video_ids_J: NDArray[Any]
 
     def against(self, video_id: str, text_C: Floats, same: float) -> Floats:
-        """[J', C]: captions of other videos that say something else than `text`: a cosine of at most `same`.
+        """Select captions [J', C] of other videos that differ from `text`: a cosine of at most `same`.
 
         One that says the same is no competitor: what brings the clip nearer to its own caption brings it nearer to that
         one, and no candidate would ever look better. Raises ItemError "no-bank" where nothing is left.
@@ -50,7 +50,7 @@ class Bank:
 
 
 def draw_bank(video_ids: Sequence[str], features_NC: NDArray[Any], size: int, seed: int = 0) -> Bank:
-    """At most `size` of the captions, a function of the seed and of their order."""
+    """Draw at most `size` of the captions, a function of the seed and of their order."""
     if len(video_ids) != len(features_NC):
         raise UserError(f"a bank of {len(video_ids)} video ids for {len(features_NC)} captions")
     rows = np.sort(np.random.default_rng(seed).permutation(len(video_ids))[:size])
@@ -86,7 +86,7 @@ class FrameScorer:
         self.frames, self.texts, self.bank, self.log_scale, self.same = frames, texts, bank, log_scale, same
 
     def __call__(self, video: VideoClips, offered: Sequence[Floats]) -> list[Floats]:
-        """Raises ItemError "no-frames" for a video without any, and what `Bank.against` raises."""
+        """Score candidates. Raises ItemError "no-frames" for a video without any, and as `Bank.against`."""
         frames = self.frames[video.video_id]
         if not len(frames.times_F):
             raise ItemError("no-frames", f"video {video.video_id} has no frame features")
@@ -97,7 +97,7 @@ class FrameScorer:
         ]
 
     def score(self, video_id: str, text_C: NDArray[Any], clips_KC: Floats) -> Floats:
-        """[K] of a text and unit vectors of clips of that video."""
+        """Score a text and unit vectors of clips of that video: [K]."""
         text_C = _unit(text_C)
         if self.bank is None:
             return clips_KC @ text_C
@@ -116,7 +116,7 @@ class VideoScorer:
         self.frames, self.encode, self.num_best = frames, encode, num_best
 
     def __call__(self, video: VideoClips, offered: Sequence[Floats]) -> list[Floats]:
-        """Raises what `FrameScorer` raises."""
+        """Score candidates. Raises as `FrameScorer`."""
         chosen = [
             np.append(0, 1 + np.argsort(-scores_K[1:], kind="stable")[: self.num_best])
             for scores_K in self.frames(video, offered)
@@ -136,13 +136,13 @@ class VideoScorer:
 
 
 def running_sums(features_FC: NDArray[Any]) -> Floats:
-    """[F + 1, C] of the frames' unit vectors, the first row 0."""
+    """Sum the frames' unit vectors cumulatively: [F + 1, C], the first row 0."""
     unit_FC = _unit(features_FC)
     return np.concatenate([np.zeros((1, unit_FC.shape[1])), unit_FC.cumsum(axis=0)])
 
 
 def mean_frames(times_F: Floats, sums_FC: Floats, spans_K2: Floats) -> Floats:
-    """[K, C] unit vectors: the mean of the frames in [start, end), the nearest frame where there is none."""
+    """Average the frames in [start, end), or take the nearest one if there is none: unit vectors [K, C]."""
     first, last = np.searchsorted(times_F, spans_K2[:, 0]), np.searchsorted(times_F, spans_K2[:, 1])
     nearest = np.abs(times_F[None] - spans_K2.mean(axis=1, keepdims=True)).argmin(axis=1)
     first = np.where(first == last, nearest, first)
@@ -150,6 +150,6 @@ def mean_frames(times_F: Floats, sums_FC: Floats, spans_K2: Floats) -> Floats:
 
 
 def _unit(features: NDArray[Any]) -> Floats:
-    """Of length 1, in float64; zeros stay zeros."""
+    """Scale to length 1, in float64; zeros stay zeros."""
     wide = np.asarray(features, dtype=np.float64)
     return wide / np.maximum(np.linalg.norm(wide, axis=-1, keepdims=True), 1e-12)

@@ -1,4 +1,4 @@
-"""What decides how a teacher edits clip boundaries. Nothing heavy is imported here.
+"""Settings of editing clip boundaries. Nothing heavy is imported here.
 
 The paper's own numbers are not known to us (docs/methods/video_editing.md): where a default is not that file's
 proposal, docs/video_editing.md has the measurement that chose it.
@@ -46,7 +46,7 @@ class EditSettings(Settings):
     folds: Literal[1, 2] = 1  # 2: each half of the videos is edited by a teacher trained on the other half
     epochs: float = Field(1.0, gt=0)  # that the student trains in a round
 
-    # Where a host trains from nothing; a corpus's teacher has been trained before.
+    # Where a backend trains from nothing; a corpus's teacher has been trained before.
     warmup_patience: int = Field(2, ge=1)  # evaluations without a rise that end the warm-up
     max_warmup_epochs: int = Field(20, ge=1)
     max_rounds: int = operational(10, ge=1)
@@ -70,5 +70,5 @@ class EditRunSettings(RunSettings):
 
 
 def resolve_edit(base: dict[str, Any], recipe: str | None, assignments: list[str]) -> EditRunSettings:
-    """The teacher's run settings, or a recipe, with `--set` on top. Raises UserError."""
+    """Resolve the teacher's run settings, or a recipe, with `--set` on top. Raises UserError."""
     return resolve_settings(EditRunSettings, RECIPES, base, recipe, assignments)

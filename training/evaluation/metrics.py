@@ -4,7 +4,6 @@ Takes similarities, no model. Positions never decide who belongs to whom: `text_
 be padded, shuffled or captioned several times.
 """
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +26,7 @@ def retrieval_metrics(
     ties: Ties = "pessimistic",
     dsl: Dsl | None = None,
 ) -> dict[str, Metrics]:
-    """`{"t2v": …, "v2t": …}`, each with r1, r5, r10 (fractions), medr, meanr (ranks from 1) and num_queries.
+    """Compute `{"t2v": …, "v2t": …}`, each with r1, r5, r10 (fractions), medr, meanr (ranks from 1), num_queries.
 
     similarity     [texts, videos], larger is nearer (cosines, no temperature); an array or a tensor
     text_to_video  [texts] column of each text's video; None: text i belongs to video i
@@ -50,7 +49,7 @@ def retrieval_metrics(
 
 
 def dual_softmax(similarity: NDArray[Any], axis: int, scale: float = DSL_SCALE) -> NDArray[np.float64]:
-    """similarity · softmax(scale·similarity) along `axis`, which has to be that of the queries. In float64."""
+    """Compute similarity · softmax(scale·similarity) along `axis`, which must be that of the queries. In float64."""
     wide = np.asarray(similarity, dtype=np.float64)
     weights = np.exp(scale * (wide - wide.max(axis=axis, keepdims=True)))
     weights /= weights.sum(axis=axis, keepdims=True)
@@ -58,19 +57,25 @@ def dual_softmax(similarity: NDArray[Any], axis: int, scale: float = DSL_SCALE) 
 
 
 def ranks_of(similarity: NDArray[Any], answers: NDArray[np.int64], ties: Ties = "pessimistic") -> NDArray[np.float64]:
-    """[queries] rank from 1 of each query's one answer (a column) among all columns."""
-    ranks = [_ranks(similarity[rows], answers[rows], ties) for rows in _chunks(len(similarity))]
-    return np.concatenate(ranks) if ranks else np.zeros(0)
+    """Rank each query's one answer (a column) among all columns: [queries], from 1."""
+    ranks = [np.zeros(0)]
+    for start in range(0, len(similarity), _CHUNK):
+        rows, right_answers = similarity[start : start + _CHUNK], answers[start : start + _CHUNK]
+        right = rows[np.arange(len(rows)), right_answers][:, None]
+        nearer = (rows > right).sum(axis=1)
+        as_near = (rows == right).sum(axis=1) - 1
+        ranks.append(1.0 + nearer + {"pessimistic": 1.0, "optimistic": 0.0, "mean": 0.5}[ties] * as_near)
+    return np.concatenate(ranks)
 
 
 def summarise(ranks: NDArray[np.float64]) -> Metrics:
-    """Recall at 1, 5, 10 as fractions, median (the mean of the two middle ranks) and mean rank."""
+    """Compute recall at 1, 5, 10 as fractions, the median (mean of the two middle ranks) and the mean rank."""
     recalls = {f"r{k}": float((ranks <= k).mean()) for k in (1, 5, 10)}
     return recalls | {"medr": float(np.median(ranks)), "meanr": float(ranks.mean()), "num_queries": len(ranks)}
 
 
 def chance(num_candidates: int) -> Metrics:
-    """What guessing gives among so many videos, or groups of texts: expected recalls, median and mean rank.
+    """Compute the metrics of guessing among so many videos, or groups of texts: expected recalls and ranks.
 
     Exact for videos and, averaged over all videos that ask, for groups of any sizes: the groups' ranks are one order.
     """
@@ -89,21 +94,10 @@ def _video_to_text(matrix: NDArray[Any], owner: NDArray[np.int64], ties: Ties) -
 
 
 def _nearest_of_group(matrix: NDArray[Any], group: NDArray[np.int64]) -> NDArray[Any]:
-    """[groups, videos]: each group's largest similarity to each video."""
+    """Take each group's largest similarity to each video: [groups, videos]."""
     order = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
     return np.maximum.reduceat(matrix[order], starts, axis=0)
-
-
-def _ranks(rows: NDArray[Any], answers: NDArray[np.int64], ties: Ties) -> NDArray[np.float64]:
-    right = rows[np.arange(len(rows)), answers][:, None]
-    nearer = (rows > right).sum(axis=1)
-    as_near = (rows == right).sum(axis=1) - 1
-    return 1.0 + nearer + {"pessimistic": 1.0, "optimistic": 0.0, "mean": 0.5}[ties] * as_near
-
-
-def _chunks(count: int) -> Iterator[slice]:
-    return (slice(start, start + _CHUNK) for start in range(0, count, _CHUNK))
 
 
 def _checked(similarity: Any, text_to_video: Any, ties: str, dsl: str | None) -> tuple[NDArray[Any], NDArray[np.int64]]:

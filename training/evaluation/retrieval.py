@@ -1,10 +1,10 @@
 """Retrieval by a model on a selection: clips and distinct texts encoded once each, exact on any number of processes.
 
 1. The selection's rows are cut into batches of `eval.batch_size`, its distinct texts likewise. Process r of W encodes
-   batches r, r + W, r + 2W, …: a batch holds the same items whoever encodes it, so that features do not depend on W.
-2. Every process gathers all features with the ids they belong to, and puts them in the order of the ids. Nothing is
-   padded, nothing counts twice. A clip that cannot be read is left out and reported: it is neither asked nor found.
-3. Every process then ranks the whole matrix [texts, videos] (`training.evaluation.metrics`), so all of them return the same.
+   batches r, r + W, r + 2W, …: a batch holds the same items on any process, so features do not depend on W.
+2. Every process gathers all features with their ids and puts them in the order of the ids. Nothing is padded, nothing
+   counts twice. A clip that cannot be read is left out and reported: it neither asks nor is found.
+3. Every process then ranks the whole matrix [texts, videos] (`training.evaluation.metrics`), so all return the same.
 
 The same sentence said in several clips counts as it does in the published benchmarks: each clip asks with it, and only
 that clip is right. Video to text, the other clips' sentences are exactly as near, and a tie counts against the query:
@@ -49,7 +49,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class EvalFeatures:
-    """What a model makes of a selection, the same on every process: float32, on the CPU.
+    """A model's features of a selection, the same on every process: float32, on the CPU.
 
     Features are unit vectors and similarities their cosines, but for a model that scores pairs (`needs_pairs`): that
     has a vector per frame, and similarities on a scale of its own.
@@ -75,7 +75,7 @@ def evaluate(
     save_similarity: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """`metrics_of` the `features` of a selection; the first process writes the similarities where asked."""
+    """Compute the `features` of a selection and their metrics; the first process writes similarities if asked."""
     if save_similarity is not None:
         similarity_format(save_similarity)
     made = features(model, selection, settings, process, progress)
@@ -85,10 +85,12 @@ def evaluate(
 
 
 def metrics_of(made: EvalFeatures, text: str, dsl: Dsl | None = None) -> dict[str, Any]:
-    """Retrieval both ways as plain JSON: `t2v` and `v2t` (with `dsl` also `t2v_dsl` and `v2t_dsl`) as
-    `retrieval_metrics` has them, what guessing would give under `chance`, counts of what was ranked, and `failures`.
+    """Compute retrieval both ways as plain JSON.
 
-    text  the column searched by, for messages. Raises UserError where there is nothing to rank.
+    Keys are `t2v` and `v2t` (with `dsl` also `t2v_dsl` and `v2t_dsl`) as of `retrieval_metrics`, the same for guessing
+    under `chance`, counts of what was ranked, and `failures`.
+
+    text  the column searched by, for messages. Raises UserError if there is nothing to rank.
     """
     if not made.texts:
         raise UserError(
@@ -120,7 +122,7 @@ def features(
     process: Process,
     progress: Progress | None = None,
 ) -> EvalFeatures:
-    """Encodes the clips of a selection and the texts in its column `eval.text`, together with the other processes.
+    """Encode the clips of a selection and the texts in its column `eval.text`, together with the other processes.
 
     model  `ClipVip` or one that is used like it, whole on every process, on `process.device`. In training mode or not,
            it is left as it was
@@ -151,7 +153,7 @@ def features(
 
 
 def queries(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """(row, text) of every text in a column of strings, or of lists of them; what is null or blank asks nothing."""
+    """Return (rows, texts) of a column of strings, or of lists of them; null and blank texts are left out."""
     lists = ([value] if value is None or isinstance(value, str) else value for value in column.to_pylist())
     pairs = [(row, text) for row, texts in enumerate(lists) for text in texts if text and not text.isspace()]
     return np.array([row for row, _ in pairs], dtype=np.int64), [text for _, text in pairs]
@@ -160,7 +162,7 @@ def queries(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
 def _videos(
     model: nn.Module, selection: Selection, settings: RunSettings, process: Process, progress: Progress | None
 ) -> tuple[Tensor, np.ndarray, list[dict[str, str]]]:
-    """[N, D] (or [N, frames, D]), the row of the selection of each, and the clips that could not be read."""
+    """Encode clips: [N, D] (or [N, frames, D]), the row of each, and the clips that could not be read."""
     mine = _share(selection.num_clips, settings.eval.batch_size, process)
     num_mine, num_done = sum(map(len, mine)), 0
     shape = (settings.data.num_frames, model.config.embed_dim)[0 if needs_pairs(model) else 1 :]
@@ -181,7 +183,7 @@ def _videos(
 def _loader(
     model: nn.Module, selection: Selection, settings: RunSettings, process: Process, failures: list[Failure]
 ) -> Loader:
-    """Appends to `failures`. Nobody looks at the still frame here, so no JPEG is opened or missed."""
+    """Open a loader that appends to `failures`. Stills are not needed, so no JPEG is opened or missed."""
     data = settings.data.model_copy(update={"still": "middle"})
     texts = text_encoder(model.config, data.max_text_tokens)
     reader = SampleReader(selection, data, texts, model.config.image_size, train=False)
@@ -194,7 +196,7 @@ def _loader(
 
 
 def _distinct(ids_ML: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct rows [U, L] in the order of their first appearance, and for each of M which of them it is."""
+    """Return the distinct rows [U, L] by first appearance, and for each of M its index among them."""
     numbers: dict[bytes, int] = {}
     distinct_M = torch.tensor([numbers.setdefault(row.tobytes(), len(numbers)) for row in ids_ML.numpy()]).long()
     ids_UL = torch.from_numpy(np.frombuffer(b"".join(numbers), np.int64).reshape(-1, ids_ML.shape[1]).copy())
@@ -202,7 +204,7 @@ def _distinct(ids_ML: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _texts(model: nn.Module, ids_UL: Tensor, settings: RunSettings, process: Process) -> Tensor:
-    """[U, D] of distinct texts."""
+    """Encode distinct texts: [U, D]."""
     encode = model.text_features if needs_pairs(model) else model.encode_text
     mine = _share(len(ids_UL), settings.eval.batch_size, process)
     parts = [_encoded(encode, settings, ids_UL[numbers].to(process.device)) for numbers in mine]
@@ -210,8 +212,9 @@ def _texts(model: nn.Module, ids_UL: Tensor, settings: RunSettings, process: Pro
 
 
 def _similarity(model: nn.Module, text_UD: Tensor, video_ND: Tensor, settings: RunSettings, process: Process) -> Tensor:
-    """[U, N] of distinct texts, so that the same sentence is exactly as near wherever it stands. Cosines are multiplied
-    in float64: what the linear algebra beneath does with the place of a row then changes no rank.
+    """Compute similarities [U, N] of distinct texts, so that the same sentence is equally near in every clip.
+
+    Cosines are multiplied in float64, so that the order in which a matrix product sums a row changes no rank.
     """
     if not needs_pairs(model):
         return (text_UD.double() @ video_ND.double().T).float()
@@ -222,7 +225,7 @@ def _similarity(model: nn.Module, text_UD: Tensor, video_ND: Tensor, settings: R
 
 
 def _encoded(encode: Callable[..., Tensor], settings: RunSettings, *inputs: Any) -> Tensor:
-    """float32, on the CPU. The last of `inputs` is a tensor on the device that computes."""
+    """Encode in the settings' precision; return float32 on the CPU. The last input is on the device."""
     with torch.autocast(inputs[-1].device.type, torch.bfloat16, enabled=settings.train.precision == "bf16"):
         return encode(*inputs).float().cpu()
 
@@ -241,7 +244,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _share(num_items: int, size: int, process: Process) -> list[np.ndarray]:
-    """The item numbers of this process's batches: every W-th of the batches that all items are cut into."""
+    """Return the items of this process's batches: every W-th of the batches that all items are cut into."""
     starts = range(process.rank * size, num_items, process.world_size * size)
     return [np.arange(start, min(start + size, num_items)) for start in starts]
 
@@ -251,7 +254,7 @@ def _tensors(arrays: list[np.ndarray]) -> list[Tensor]:
 
 
 def _of_all(ids: list[Tensor], parts: list[Tensor], shape: tuple[int, ...], process: Process) -> tuple[Tensor, Tensor]:
-    """Ids [N] and their features [N, *shape], from all processes, in the order of the ids."""
+    """Gather ids [N] and features [N, *shape] from all processes, in the order of the ids."""
     ids_N = torch.cat([torch.empty(0, dtype=torch.long), *ids])
     features_N = torch.cat([torch.empty(0, *shape), *parts])
     if process.group is not None:
@@ -274,7 +277,7 @@ def _failures_of_all(failures: list[Failure], process: Process) -> list[dict[str
 
 
 def similarity_format(path: str | Path) -> str:
-    """Raises UserError for a name that says neither format."""
+    """Return the suffix of a similarities file. Raises UserError for any but .npz and .safetensors."""
     suffix = Path(path).suffix
     if suffix not in (".npz", ".safetensors"):
         raise UserError(f"--save-similarity {path}: the name has to end in .npz or .safetensors.")
@@ -282,8 +285,9 @@ def similarity_format(path: str | Path) -> str:
 
 
 def write_similarity(made: EvalFeatures, path: str | Path) -> None:
-    """The matrix `similarity` [texts, videos] with `text_to_video`, and the ids: arrays `clip_ids` and `texts` in an
-    .npz (no pickles), JSON lists of that name in the header of a .safetensors file. Whole or not at all.
+    """Write the matrix `similarity` [texts, videos] with `text_to_video` and the ids, whole or not at all.
+
+    Ids are arrays `clip_ids` and `texts` in an .npz (no pickles), JSON lists in the header of a .safetensors file.
     """
     arrays = {"similarity": made.similarity_MN.numpy(), "text_to_video": made.text_to_video_M.numpy()}
     names = {"clip_ids": made.clip_ids, "texts": made.texts}

@@ -1,16 +1,14 @@
-"""Which checkpoint of a run is the best, as its evaluations on held-out clips have it, and which one others take.
+"""Choose a run's best checkpoint by its evaluations on held-out clips, and the checkpoint that a command means.
 
-The lines of eval.jsonl decide, nothing else: `checkpoints/best.json` repeats what they say, for people and commands,
-and is written anew from them whenever the run goes on. Choosing the evaluation with the best text to video R@1 is what
-released trainers do, on their test set (docs/methods/clip4clip.md section 9.4); here no clip of a split "test" may take
-part (`training.data.clip_query`). Of equals the earlier counts. The model before its first step is no candidate: nothing was
-trained.
+Only the lines of eval.jsonl decide. `checkpoints/best.json` repeats their result for users and commands, and is written
+again from them whenever the run resumes. Released trainers choose the evaluation with the best text-to-video R@1 too,
+but on their test set (docs/methods/clip4clip.md section 9.4); here no clip of a split "test" may take part
+(`training.data.run_selection`). Of equal evaluations the earlier counts. Step 0, before any training, is no candidate.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from clipmill.base.atomic_file import write_text
@@ -19,10 +17,12 @@ from training.run.checkpoints import Checkpoints
 from training.run.folder import RunFolder
 from training.settings import Metric
 
+BEST_FILE = "best.json"  # in the folder of checkpoints
+
 
 @dataclass(frozen=True)
 class Best:
-    """What best.json holds: `value` is the metric's at that step, `num_evaluations` how many it was chosen from."""
+    """Content of best.json: `value` is the metric at that step, `num_evaluations` the number of candidates."""
 
     step: int
     metric: str
@@ -33,11 +33,11 @@ class Best:
 @dataclass(frozen=True)
 class Chosen:
     step: int
-    reason: str = ""  # what to say behind "at step N"
+    reason: str = ""  # text to print after "at step N"
 
 
 def best_of(evaluations: Sequence[Mapping[str, Any]], metric: Metric) -> Best | None:
-    """Of lines of eval.jsonl; None where no step has been evaluated but 0."""
+    """Return the best of eval.jsonl's lines, None if no step except 0 was evaluated."""
     way, _, recall = metric.partition("_")
     values = {row["step"]: float(row[way][recall]) for row in evaluations if row["step"] > 0}
     if not values:
@@ -47,28 +47,29 @@ def best_of(evaluations: Sequence[Mapping[str, Any]], metric: Metric) -> Best | 
 
 
 def write_best(checkpoints: Checkpoints, best: Best | None) -> None:
-    """None: the file goes, if one is there."""
+    """Write best.json, or remove it for None."""
+    path = checkpoints.folder / BEST_FILE
     if best is None:
-        _path(checkpoints).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     else:
-        write_text(_path(checkpoints), json.dumps(asdict(best), indent=1) + "\n")
+        write_text(path, json.dumps(asdict(best), indent=1) + "\n")
 
 
 def read_best(checkpoints: Checkpoints) -> Best | None:
-    """None where the run was not validated. Raises UserError for a file that is none of ours."""
-    path = _path(checkpoints)
+    """Read best.json, None if the run was not validated. Raises UserError for a file that cannot be read."""
+    path = checkpoints.folder / BEST_FILE
     try:
         return Best(**json.loads(path.read_text()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Training on writes it anew.") from error
+        raise UserError(f"{path} cannot be read: {error}. Resuming the run writes it again.") from error
 
 
 def chosen_checkpoint(run: RunFolder, which: str | None = None) -> Chosen:
-    """The checkpoint of a run that is meant. Raises UserError where it is not there, or is damaged.
+    """Find the checkpoint that `which` names. Raises UserError if it does not exist or is damaged.
 
-    which  "best", "last" (the newest that is whole), or a step; None: "best" where the run was validated, else "last"
+    which  "best", "last" (the newest that is whole), or a step; None: "best" if the run was validated, else "last"
     """
     best = None if which == "last" else read_best(run.checkpoints)
     if which in (None, "best") and best is not None:
@@ -91,7 +92,3 @@ def _whole(run: RunFolder, step: int, which: str) -> int:
         allowed = ", ".join(["best", "last", *map(str, known)])
         raise UserError(f"--checkpoint {which}: {run.root}: {problem}. Allowed: {allowed}.")
     return step
-
-
-def _path(checkpoints: Checkpoints) -> Path:
-    return checkpoints.folder / "best.json"

@@ -35,7 +35,7 @@ FORMAT = 1  # of the folder; newer ones are refused
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was read. `state` is what `save` was given: JSON data."""
+    """A checkpoint that was read. `state` is JSON data, as given to `save`."""
 
     step: int
     path: Path
@@ -59,7 +59,7 @@ def warn(line: str) -> None:
 
 
 class Checkpoints:
-    """The folder of them. `warn` is told, line by line, of what is skipped."""
+    """A run's folder of checkpoints. `warn` is called with a line for each one that is skipped."""
 
     def __init__(self, folder: Path, warn: Callable[[str], None] = warn):
         self.folder, self.warn = folder, warn
@@ -69,7 +69,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def steps(self) -> list[int]:
-        """In rising order; not looked into."""
+        """List the steps of all checkpoints, ascending, without checking them."""
         if not self.folder.is_dir():
             return []
         names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
@@ -91,7 +91,7 @@ class Checkpoints:
         keep: int = 3,
         also_keep: Collection[int] = (),
     ) -> Path:
-        """Writes a checkpoint, then removes all but the latest `keep` and those of the steps in `also_keep`.
+        """Write a checkpoint, then remove all but the latest `keep` and those of the steps in `also_keep`.
 
         write                    writes weights to a folder or a .safetensors file (`training.models.registry.writer`)
         tensors, optimiser, ema  as `full_state` and `Ema.full_state` give them on the first process
@@ -102,10 +102,13 @@ class Checkpoints:
         path = self.path(step)
         if not path.exists() or self.problem(step):
             with atomic_path(path, fsync=True) as temporary:
-                _write_weights(temporary, write, tensors, ema)
+                temporary.mkdir()
+                write(tensors, temporary)
+                if ema is not None:
+                    write(ema, temporary / "ema.safetensors")
                 torch.save({"optimiser": optimiser, "random": random}, temporary / "training.pt")
-                for name, write in (attach or {}).items():
-                    write(temporary / name)
+                for name, write_file in (attach or {}).items():
+                    write_file(temporary / name)
                 _seal(temporary, {"format": FORMAT, "step": step, "state": dict(state)})
                 self._discard(path)
         self._damaged.discard(step)
@@ -113,7 +116,7 @@ class Checkpoints:
         return path
 
     def sweep(self) -> None:
-        """Removes what killed writers left. For the run's only writer."""
+        """Remove files that killed writers left. Only the run's writer may call this."""
         for path in self.folder.glob(".tmp-*"):
             shutil.rmtree(path)
 
@@ -126,7 +129,7 @@ class Checkpoints:
                 self._damaged.discard(step)
 
     def _discard(self, path: Path) -> None:
-        """By another name first, so that a kill halfway leaves no checkpoint with files missing."""
+        """Remove a checkpoint; rename it first, so that a kill leaves none with files missing."""
         if path.exists():
             doomed = self.folder / f".tmp-old-{path.name}-{os.getpid()}"
             os.rename(path, doomed)
@@ -135,7 +138,7 @@ class Checkpoints:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def find_latest(self) -> int | None:
-        """The step of the newest whole checkpoint, None where there is none at all.
+        """Find the step of the newest whole checkpoint, None if there is none at all.
 
         Damaged ones are told and skipped. Raises UserError where nothing but damaged ones is left.
         """
@@ -155,7 +158,7 @@ class Checkpoints:
         return None
 
     def problem(self, step: int) -> str | None:
-        """What is wrong with a checkpoint: all of it is read. Raises UserError for a newer format."""
+        """Read all of a checkpoint and describe what is wrong with it. Raises UserError for a newer format."""
         path = self.path(step)
         try:
             sealed = _read_seal(path)
@@ -172,7 +175,7 @@ class Checkpoints:
         return None
 
     def load(self, step: int) -> Checkpoint:
-        """Reads a checkpoint that `find_latest` has found whole, on any process. Weights are read when asked for."""
+        """Read a checkpoint that `find_latest` has found whole, on any process. Weights are read when asked for."""
         path = self.path(step)
         try:
             sealed = _read_seal(path)
@@ -182,15 +185,8 @@ class Checkpoints:
         return Checkpoint(sealed["step"], path, sealed["state"], training["optimiser"], training["random"])
 
 
-def _write_weights(folder: Path, write: WriteWeights, tensors: State, ema: State | None) -> None:
-    folder.mkdir()
-    write(tensors, folder)
-    if ema is not None:
-        write(ema, folder / "ema.safetensors")
-
-
 def _seal(folder: Path, state: dict[str, Any]) -> None:
-    """Writes state.json with the sizes and hashes of the other files, all of it to the disk."""
+    """Write state.json with the sizes and hashes of the other files, and flush everything to disk."""
     state["files"] = {
         file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())
     }
@@ -202,7 +198,7 @@ def _seal(folder: Path, state: dict[str, Any]) -> None:
 
 
 def _read_seal(folder: Path) -> dict[str, Any]:
-    """state.json. Raises UserError for a newer format, ValueError and the like for one that is damaged."""
+    """Read state.json. Raises UserError for a newer format, ValueError and the like if it is damaged."""
     sealed = json.loads((folder / "state.json").read_text())
     if digest({key: value for key, value in sealed.items() if key != "digest"}) != sealed["digest"]:
         raise ValueError("its digest differs")

@@ -1,15 +1,16 @@
-"""A run on disk: where its parts are, its saved settings, and the lock that makes one training its writer.
+"""A run on disk: the paths of its files, its saved settings, and the lock that allows one training at a time.
 
 RUN/
   run.yaml            the settings, resolved; the corpus, the command, the selection's hash
   selection.arrow     the selected clips, frozen when the run started
+  eval.arrow          the clips held out for evaluation (eval.where)
   plan/               the order of each epoch
-  checkpoints/        see training/run/checkpoints.py; best.json says which is the best: training/run/best_checkpoint.py
+  checkpoints/        see training/run/checkpoints.py; best.json names the best: training/run/best_checkpoint.py
   log.jsonl           one line per logged step: see training/run/log.py
   eval.jsonl          one line per evaluation
-  failures.jsonl      samples that could not be read
+  failures.jsonl      one line per sample that could not be read
   feedback.parquet    per clip: similarity, loss, times seen (train.feedback)
-  tensorboard/        the curves for TensorBoard
+  tensorboard/        curves for TensorBoard
 """
 
 import os
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -33,15 +34,15 @@ from training.settings import RunSettings
 
 FORMAT = 1  # of the folder; a run of another format is refused
 
-# What may change on resume besides the operational settings: how far the run goes. The learning rate is a function of
-# the step and of the number of steps in all, so from the resumed step on it is that of a run of the new length; what
-# was trained keeps what it had.
+# Settings of a run's length: with the operational ones, all that may change on resume. The learning rate depends on
+# the step and on the total number of steps, so after a change it is that of a run of the new length from the resumed
+# step on.
 LENGTH = ("train.max_steps", "train.epochs")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What run.yaml holds. `settings` are plain data, as `RunSettings.model_dump(mode="json")` gives them."""
+    """Content of run.yaml. `settings` is plain data: `RunSettings.model_dump(mode="json")`."""
 
     corpus: str
     command: str
@@ -50,6 +51,11 @@ class RunRecord:
 
 
 class RunFolder:
+    """A run's folder, whether or not a run is in it yet.
+
+    Example: `RunFolder("run").require().load().settings`
+    """
+
     def __init__(self, root: str | Path, warn: Callable[[str], None] = warn):
         self.root = Path(root).expanduser().absolute()
         self.record_path = self.root / "run.yaml"
@@ -59,26 +65,27 @@ class RunFolder:
         self.feedback_path = self.root / "feedback.parquet"
         self.checkpoints = Checkpoints(self.root / "checkpoints", warn)
         self._lock_path = self.root / ".lock"
+        self._loaded: tuple[Any, RunRecord] | None = None  # run.yaml as last read, and which version of the file it was
 
     @property
     def exists(self) -> bool:
         return self.record_path.is_file()
 
     def require(self) -> "RunFolder":
-        """Raises UserError unless there is a run here."""
+        """Return self. Raises UserError if the folder holds no run."""
         if not self.exists:
             raise UserError(
-                f"{self.root} is no run (no run.yaml). Make one with `clipmill train --corpus DIR --run DIR`."
+                f"{self.root} is no run (no run.yaml). Start one with `clipmill train --corpus DIR --run DIR`."
             )
         return self
 
     def create(self) -> None:
-        """Makes the folders. Raises UserError for a folder that cannot be written or holds something else."""
+        """Create the folders. Raises UserError if the folder cannot be written or holds something else."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             if not self._lock_path.exists() and any(not entry.name.startswith(".") for entry in self.root.iterdir()):
                 raise UserError(f"{self.root} is not empty and not a run: give --run a new or an empty folder.")
-            self._lock_path.touch()  # first of all: what comes later is then known to be ours
+            self._lock_path.touch()  # first of all: it marks the folder as a run's
             for folder in (self.plan_path, self.checkpoints.folder):
                 folder.mkdir(exist_ok=True)
         except OSError as error:
@@ -87,17 +94,25 @@ class RunFolder:
     # -- settings -----------------------------------------------------------------------------------------------------
 
     def load(self) -> RunRecord:
-        """Raises UserError for an unreadable run.yaml or one of another format."""
+        """Read run.yaml, or return it as read before if the file has not changed since.
+
+        Raises UserError if it cannot be read or has another format.
+        """
         try:
-            saved = read_yaml(self.record_path.read_text())
-            version = saved.pop("format")
-            if version != FORMAT:
-                raise UserError(f"{self.root} has run format {version}; this clipmill reads format {FORMAT}.")
-            return RunRecord(**saved)
+            found = self.record_path.stat()
+            version = (found.st_ino, found.st_mtime_ns, found.st_size)
+            if self._loaded is None or self._loaded[0] != version:
+                saved = read_yaml(self.record_path.read_text())
+                format = saved.pop("format")
+                if format != FORMAT:
+                    raise UserError(f"{self.root} has run format {format}; this clipmill reads format {FORMAT}.")
+                self._loaded = version, RunRecord(**saved)
+            return self._loaded[1]
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.record_path} cannot be read as a run's settings: {error}") from error
 
     def save(self, record: RunRecord) -> None:
+        """Write run.yaml atomically."""
         text = (
             "# A training run. Go on with `clipmill train --run DIR …`; settings change by `--set section.key=value`.\n"
         )
@@ -105,10 +120,10 @@ class RunFolder:
         write_text(self.record_path, text)
 
     def changes(self, settings: RunSettings) -> list[str]:
-        """A line for each setting that differs from the saved ones, where the run may go on with it.
+        """Return one line per setting that differs from the saved ones.
 
-        Until the first checkpoint nothing has been trained, so everything may change: the caller begins anew. After
-        it, what would make the rest of the run another run's is a UserError that lists each such setting.
+        Any setting may change before the first checkpoint, because nothing has been trained. After it only operational
+        settings and the run's length may change: raises UserError that lists every other change.
         """
         if not self.exists:
             return []
@@ -121,20 +136,20 @@ class RunFolder:
             if fixed:
                 raise UserError(
                     f"{self.root} was begun with other settings:\n"
-                    + "\n".join(f"  {_told(name, *values)}" for name, values in fixed.items())
-                    + "\nGo on with the old values, or give --run a new folder. Allowed to change: "
-                    + f"{', '.join(LENGTH)} and what only decides how the work is done."
+                    + "\n".join(f"  {_change(name, *values)}" for name, values in fixed.items())
+                    + "\nKeep the old values, or give --run a new folder. Allowed to change: "
+                    + f"{', '.join(LENGTH)} and operational settings."
                 )
-        return [_told(name, *values) for name, values in changed.items()]
+        return [_change(name, *values) for name, values in changed.items()]
 
     # -- one writer ---------------------------------------------------------------------------------------------------
 
     @contextmanager
     def writer(self, patience_s: float = 5.0) -> Iterator[None]:
-        """Holds the run's lock, and sweeps up after a killed holder. For the first process of a training only.
+        """Hold the run's lock and remove files that a killed holder left behind. Only a training's first process may.
 
-        Raises UserError when another process has it; a dead holder's lock is simply free, and the processes that one
-        has forked do not keep it.
+        The kernel frees a dead holder's lock, and processes that it forked do not keep it. Raises UserError if another
+        process holds the lock for `patience_s`.
         """
         self.create()
         with open(self._lock_path, "a+") as file:
@@ -142,23 +157,15 @@ class RunFolder:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise UserError(f"{self.root} is being trained by {holder}. Stop it, or give --run another folder.")
-            _close_in_forks(file)
+            # A lock lives as long as any process has the file open: a loader process must not keep it beyond the run.
+            os.register_at_fork(after_in_child=partial(_close, weakref.ref(file)))
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            self._sweep()
+            self.checkpoints.sweep()
+            for path in self.root.glob(".tmp-*"):
+                path.unlink()
             yield
-
-    def _sweep(self) -> None:
-        """Removes what a killed writer left half written."""
-        self.checkpoints.sweep()
-        for path in self.root.glob(".tmp-*"):
-            path.unlink()
-
-
-def _close_in_forks(file: IO[str]) -> None:
-    """A lock lives as long as any process has the file open: a loader process must not outlive its run with it."""
-    os.register_at_fork(after_in_child=partial(_close, weakref.ref(file)))
 
 
 def _close(reference: weakref.ref) -> None:
@@ -168,7 +175,7 @@ def _close(reference: weakref.ref) -> None:
 
 
 def _leaves(settings: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting by its dotted name; one whose value is a dict is one setting."""
+    """Yield (dotted name, value) of every setting; a dict is one value."""
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         if isinstance(value, Settings):
@@ -178,6 +185,7 @@ def _leaves(settings: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _operational(settings: Settings, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of the operational settings."""
     yield from (prefix + name for name in settings._operational())
     for name in type(settings).model_fields:
         value = getattr(settings, name)
@@ -185,6 +193,6 @@ def _operational(settings: Settings, prefix: str = "") -> Iterator[str]:
             yield from _operational(value, f"{prefix}{name}.")
 
 
-def _told(name: str, old: Any, new: Any) -> str:
+def _change(name: str, old: Any, new: Any) -> str:
     line = f"{name}: {old} → {new}"
     return f"{line} (from here on the learning rate is that of a run of this length)" if name in LENGTH else line

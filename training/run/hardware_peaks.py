@@ -1,4 +1,4 @@
-"""What a device could do at best: the denominator of MFU. Dense matrix products, no sparsity, FLOPs per second."""
+"""Peak speed of devices, the denominator of MFU: dense matrix products, no sparsity, in FLOP/s."""
 
 import re
 import time
@@ -52,7 +52,7 @@ _SIZE = 2048  # of the square matrices measured on a CPU: large enough for full 
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """FLOP/s of one device at the precision of the matrix products; None for a GPU that is not in the table.
+    """Return FLOP/s of one device at the precision of the matrix products; None for an unknown GPU.
 
     A CPU is measured, with this process's threads, once: half a second.
     """
@@ -66,7 +66,7 @@ def peak_flops(device: torch.device, precision: Precision) -> float | None:
 
 
 def gpu_peak(name: str, precision: Precision, tf32: bool = False) -> float | None:
-    """By the name that the driver gives. tf32: whether fp32 matrix products may round their inputs to TF32."""
+    """Look up a GPU by the driver's name. tf32: fp32 matrix products may round their inputs to TF32."""
     for pattern, peak in _KNOWN:
         if re.search(pattern, name):
             tflops = peak.bf16 if precision == "bf16" else peak.tf32 if tf32 else peak.fp32
@@ -76,7 +76,7 @@ def gpu_peak(name: str, precision: Precision, tf32: bool = False) -> float | Non
 
 @cache
 def _measured(precision: Precision, num_threads: int) -> float:
-    """The fastest of the matrix products that fit into the time; the threads are part of the cache's key only."""
+    """Time matrix products for half a second and return the fastest; the threads only key the cache."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     one, other = (torch.full((_SIZE, _SIZE), 0.5, dtype=dtype) for _ in range(2))
     fastest_s = float("inf")

@@ -1,11 +1,11 @@
-"""What a run says: log.jsonl and eval.jsonl, TensorBoard, a progress bar or plain lines; and how fast it goes.
+"""Log a run: log.jsonl and eval.jsonl, TensorBoard, a progress bar or plain lines, with the run's speed.
 
-Losses come as tensors on the device and stay there until a line is written, every `every` steps: only then does
-anything wait for the device. The logged loss is that of the logged step, not a mean since the last line, so that the
-curve of a run that was resumed anywhere is the curve of one that never stopped. Every loss in between is still looked
-at: one that is not finite stops the run at the next line, on every process alike.
+Losses stay tensors on the device until a line is written, every `every` steps: only then does the process wait for the
+device. The logged loss is that of the logged step, not a mean since the last line, so that the curve of a resumed run
+equals that of one that never stopped. Every loss in between is checked too: one that is not finite stops the run at the
+next line, on every process alike.
 
-Rates are means since the line before; time spent evaluating and saving is left out (`paused`).
+Rates are means since the previous line, without the time spent evaluating and saving (`paused`).
 """
 
 import json
@@ -24,23 +24,24 @@ from torch import Tensor
 
 from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
-from training.run.throughput import Meter
+from training.run.throughput import Throughput
 
 PLAIN_LINE_EVERY_S = 10.0  # at most, where there is no terminal to redraw
 
 
 class RunLog:
-    """A run's log from `start_step` on: lines of later steps, which a resumed run takes again, are cut off.
+    """A run's log from `start_step` on. Lines of later steps are removed, because a resumed run takes them again.
 
-    A run that starts at step 0 has nothing behind it: what an earlier attempt has left goes, evaluations included.
-    every   steps between lines; the run's first and last step have one, too
-    writes  False on all processes but the first: they only look whether losses are finite
+    A run that starts at step 0 removes everything that an earlier attempt left, evaluations included.
+
+    every   steps between lines; the run's first and last step have one too
+    writes  False on all processes but the first: they only check that losses are finite
     """
 
     def __init__(
         self,
         root: str | Path,
-        meter: Meter,
+        meter: Throughput,
         *,
         total_steps: int,
         start_step: int = 0,
@@ -51,16 +52,16 @@ class RunLog:
     ):
         self.root, self.meter, self.every, self.total_steps = Path(root), meter, every, total_steps
         self.writes, self.step_done = writes, start_step
-        self.console = console or _console()
+        self.console = console or Console()
+        if not console and not self.console.is_terminal:
+            self.console = Console(width=200)  # rich would cut lines at 80 columns
         self.evaluations: list[dict[str, Any]] = []  # lines of eval.jsonl, where this process writes it
         self._unread: list[tuple[int, Mapping[str, Any]]] = []
         self._board = self._bar = self._log = self._evals = None
         self._wall_s, self._step_s = 0.0, None
         self._said_at = -math.inf
-        if writes:
-            self._open(start_step, tensorboard)
-
-    def _open(self, start_step: int, tensorboard: bool) -> None:
+        if not writes:
+            return
         log_path, eval_path = self.root / "log.jsonl", self.root / "eval.jsonl"
         last_step = start_step or -1
         kept = cut_after(log_path, last_step)
@@ -105,15 +106,17 @@ class RunLog:
         flops: float = 0.0,
         labels: Mapping[str, str] | None = None,
     ) -> dict[str, Any] | None:
-        """After every update, number `step` counted from 1. Returns the line where one was written.
+        """Log an update, number `step` counted from 1. Return the line if one was due.
 
         values  `loss`, its terms by name, `lr`, `logit_scale`, `grad_norm`, `epoch`, …: numbers, or tensors of one
-                number, which nobody may overwrite
-        labels  what is no number: in log.jsonl only
-        Raises UserError where one of them was not finite at any step since the last line.
+                number, which must not be overwritten later
+        labels  text values, for log.jsonl only
+        Raises UserError if a value was not finite at any step since the last line.
         """
         self.meter.step(num_samples, flops)
-        self._unread.append((step, {name: _detached(value) for name, value in values.items()}))
+        self._unread.append(
+            (step, {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()})
+        )
         self.step_done = step
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
@@ -122,7 +125,8 @@ class RunLog:
         values = self._read()
         rates = self.meter.rates()
         self._wall_s += rates.pop("elapsed_s")
-        self._step_s = _smoothed(self._step_s, rates.pop("step_s"))
+        step_s = rates.pop("step_s")
+        self._step_s = step_s if self._step_s is None else 0.8 * self._step_s + 0.2 * step_s  # smooths the time left
         eta_s = (self.total_steps - step) * self._step_s
         row = {"step": step, **values, **rates, "eta_s": eta_s, "wall_s": self._wall_s, **(labels or {})}
         if self.writes:
@@ -130,9 +134,9 @@ class RunLog:
         return row
 
     def check(self) -> None:
-        """Before a checkpoint: looks at the losses since the last line, and puts the lines so far on the disk.
+        """Check the losses since the last line and flush the lines so far to disk. Call before every checkpoint.
 
-        Raises UserError where one is not finite, so that no checkpoint is written of what became of it.
+        Raises UserError if a loss is not finite, so that no checkpoint of its result is written.
         """
         self._read()
         for file in (self._log, self._evals):
@@ -145,12 +149,17 @@ class RunLog:
             yield
 
     def _read(self) -> dict[str, Any]:
-        """The newest step's values as numbers: one transfer for all steps since the last call."""
+        """Return the newest step's values as numbers, with one transfer for all steps since the last call."""
         unread, self._unread = self._unread, []
         if not unread:
             return {}
-        numbers = iter(_to_numbers([value for _, values in unread for value in values.values()]))
-        rows = [(step, {name: next(numbers) for name in values}) for step, values in unread]
+        tensors = [value for _, values in unread for value in values.values() if isinstance(value, Tensor)]
+        stacked = [tensor.reshape(()).double() for tensor in tensors]
+        numbers = iter(torch.stack(stacked).tolist() if stacked else [])
+        rows = [
+            (step, {name: next(numbers) if isinstance(value, Tensor) else value for name, value in values.items()})
+            for step, values in unread
+        ]
         for step, row in rows:
             for name, value in row.items():
                 if value is not None and not math.isfinite(value):
@@ -181,11 +190,11 @@ class RunLog:
     # -- evaluations --------------------------------------------------------------------------------------------------
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether eval.jsonl has this step already: a run resumed there need not evaluate again."""
+        """Tell whether eval.jsonl has this step, so that a resumed run need not evaluate it again."""
         return any(row["step"] == step for row in self.evaluations)
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """A line of eval.jsonl; what is a number among the metrics, nested ones too, also goes to TensorBoard."""
+        """Write a line of eval.jsonl; numbers among the metrics, nested ones too, also go to TensorBoard."""
         if not self.writes:
             return
         row = {"step": step, **metrics}
@@ -198,13 +207,13 @@ class RunLog:
             self._board.flush()
 
     def say(self, text: str) -> None:
-        """A line for the people watching, above the bar where there is one."""
+        """Print a line for the user, above the progress bar if there is one."""
         if self.writes:
             self.console.print(text, highlight=False)
 
 
 def cut_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rewrites a JSONL file without the lines of later steps and without a torn last line; returns those it keeps."""
+    """Rewrite a JSONL file without the lines of later steps and without a torn last line; return the rest as rows."""
     if not path.exists():
         return []
     lines = path.read_text(errors="replace").splitlines(keepends=True)
@@ -212,7 +221,7 @@ def cut_after(path: Path, step: int) -> list[dict[str, Any]]:
     for number, line in enumerate(lines):
         row = _row(line)
         if row is None and number < len(lines) - 1:
-            raise UserError(f"{path}, line {number + 1} is no line of a log: mend it or move the file away.")
+            raise UserError(f"{path}, line {number + 1} is no line of a log: repair it or move the file away.")
         if row is not None and row["step"] <= step:
             kept.append((line, row))
     if len(kept) < len(lines):
@@ -221,23 +230,12 @@ def cut_after(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """A whole line as an object with a step; None for anything else."""
+    """Parse a whole line that is an object with a step; return None for anything else."""
     try:
         row = json.loads(line)
     except ValueError:
         return None
     return row if line.endswith("\n") and isinstance(row, dict) and "step" in row else None
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _to_numbers(values: list[Any]) -> list[Any]:
-    """Tensors of one element become floats, all of them in one transfer."""
-    tensors = [value.reshape(()).double() for value in values if isinstance(value, Tensor)]
-    numbers = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [next(numbers) if isinstance(value, Tensor) else value for value in values]
 
 
 def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -248,17 +246,12 @@ def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield prefix + name, value
 
 
-def _smoothed(before: float | None, now: float) -> float:
-    """Of the seconds per step, for the time that is left: the latest line counts a fifth."""
-    return now if before is None else 0.8 * before + 0.2 * now
-
-
 def _not_finite(root: Path, name: str, value: float, step: int) -> str:
     folders = sorted((root / "checkpoints").glob("step-*"))
     last = f"The last checkpoint is {folders[-1]}" if folders else "There is no checkpoint yet"
     start = f"--set model.init={folders[-1]}" if folders else "the same start"
     return (
-        f"step {step}: {name} is {value}. {last}. Begin a new run from {start} with a lower train.lr, a smaller "
+        f"step {step}: {name} is {value}. {last}. Start a new run from {start} with a lower train.lr, a smaller "
         "train.grad_clip or train.precision=fp32."
     )
 
@@ -267,9 +260,3 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
-
-
-def _console() -> Console:
-    """One that does not cut lines where nobody has a terminal's width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: samples per second, the share that waits for data, the share of the devices' peak."""
+"""Measure a run's speed: samples per second, the share of time spent waiting for data, and MFU."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -10,10 +10,10 @@ import torch
 Item = TypeVar("Item")
 
 
-class Meter:
-    """Where the time of a run goes. `flops` and `num_samples` are those of all processes together.
+class Throughput:
+    """Rates of a run. `flops` and `num_samples` are totals over all processes.
 
-    peak_flops  of all devices together, at the precision of the matrix products; None: unknown, so no MFU
+    peak_flops  FLOP/s of all devices together, at the precision of the matrix products; None: unknown, no MFU
     """
 
     def __init__(self, device: torch.device, peak_flops: float | None = None):
@@ -26,9 +26,9 @@ class Meter:
         self._num_samples = self._num_steps = 0
 
     def waiting(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, with the time that the loop waits for each of them counted as waiting for data.
+        """Yield the items; count the time until each arrives as waiting for data.
 
-        On a GPU work that is still queued may hide some of it: the share is an upper bound of what data costs.
+        On a GPU some of that time is covered by queued work, so the share is an upper bound of the cost of data.
         """
         iterator = iter(items)
         while True:
@@ -41,7 +41,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Evaluating or saving: time that no rate counts. Waits for the device first, whose work is training's."""
+        """Leave the block's time out of all rates (evaluating, saving). Waits for the device's queued work first."""
         self._synchronise()
         before = time.perf_counter()
         try:
@@ -51,14 +51,15 @@ class Meter:
             self._paused_s += time.perf_counter() - before
 
     def step(self, num_samples: int, flops: float = 0.0) -> None:
+        """Count one training step."""
         self._num_steps += 1
         self._num_samples += num_samples
         self._flops += flops
 
     def rates(self) -> dict[str, float | None]:
-        """Means since the last call, which ends there: call it when the device has done what was counted.
+        """Return means since the last call and start anew. Call it once the device has finished the counted steps.
 
-        `elapsed_s` is all the time, `step_s` that of a step, `mfu` None where the peak is unknown.
+        `elapsed_s` includes pauses, `step_s` is the time of one step, `mfu` is None if the peak is unknown.
         """
         elapsed_s = time.perf_counter() - self._began_at
         training_s = max(elapsed_s - self._paused_s, 1e-9)
