@@ -24,6 +24,7 @@ import torch
 
 from pipeline.editing.clips import Items, freeze_items
 from pipeline.editing.frames import read_frames
+from pipeline.editing.settings import resolve_edit
 from pipeline.editing.worker import Teacher
 from pipeline.engine.build import session
 from training.data.selection import Selection
@@ -31,7 +32,7 @@ from training.data.selection_schema import EVAL_FILE
 from training.editing.boundaries import Floats, Scorer, Spans, VideoClips, drift, edit_videos, iou
 from training.editing.rounds import base_spans, fold_of
 from training.editing.scores import FrameFeatures, FrameScorer, VideoScorer, draw_bank
-from training.editing.settings import EditSettings, resolve_edit
+from training.editing.settings import EditSettings
 from training.run.folder import RunFolder
 
 LENGTH_WEIGHTS, MIN_GAINS, BANKS = (0.005, 0.02), (0.002, 0.01, 0.03), (0, 512)

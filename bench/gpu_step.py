@@ -35,9 +35,9 @@ from training.data.batch import Batch
 from training.data.epoch_files import Epochs, plan_spec
 from training.data.loader import Loader, SampleReader
 from training.data.selection import Selection, freeze
-from training.data.tokenizer import text_encoder
 from training.learner import Learner
 from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig, sample_flops
+from training.models.encode import text_encoder
 from training.parallel.distributed import Process
 from training.run.hardware_peaks import peak_flops
 from training.settings import DataSettings, TrainSettings

@@ -26,8 +26,8 @@ from training.models.model import VideoTextModel
 from training.parallel.distributed import Process, join
 from training.run.best_checkpoint import chosen_checkpoint
 from training.run.folder import RunFolder
+from training.run.settings import RunSettings, resolve
 from training.run.setup import Request
-from training.settings import RunSettings, resolve
 from training.trainer import Report, train
 
 

@@ -27,12 +27,12 @@ from training.data.epoch_plan import PlanSpec, locate, num_steps_done, rank_slot
 from training.data.loader import Loader, default_processes
 from training.data.sample_reader import Failure, SampleReader
 from training.data.stateless_random import mix
-from training.data.tokenizer import text_encoder
 from training.evaluation.retrieval import evaluate
 from training.learner import Learner, Values
 from training.losses import load_loss
 from training.models import registry as models
 from training.models.clip_vip.model import sample_flops
+from training.models.encode import text_encoder
 from training.parallel.distributed import Process, join
 from training.parallel.state_dict import (
     OptimiserState,

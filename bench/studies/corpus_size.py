@@ -34,7 +34,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
     from bench.studies.losses import captions_of, noisy_subtitles
     from bench.studies.scenes import alike_scenes, frames_of, single_scenes
     from training.models import registry as models
-    from training.settings import ModelSettings
+    from training.models.registry import ModelSettings
 
     model = models.load(ModelSettings(init="demo", num_added=3, num_times=12, pooling="proxy"), seed=seed)
     shape = size.num_frames, model.config.image_size, size.seconds, cache

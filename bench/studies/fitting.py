@@ -14,10 +14,9 @@ from torch import Tensor
 from pipeline.demo.grammar import Scene, motion_text, still_text
 from training.data.batch import Batch
 from training.data.frame_sampling import middle_index
-from training.data.tokenizer import text_encoder
 from training.evaluation.metrics import ranks_of
 from training.learner import Learner
-from training.models.encode import normalise
+from training.models.encode import normalise, text_encoder
 from training.models.model import VideoTextModel
 from training.parallel.distributed import Process
 from training.settings import TrainSettings

@@ -116,7 +116,7 @@ def features_of(texts: Sequence[str]) -> Floats:
     """Encode texts to unit vectors [N, C] by the text tower of the demo's image model."""
     from bench.studies.fitting import text_features
     from training.models import registry as models
-    from training.settings import ModelSettings
+    from training.models.registry import ModelSettings
 
     model = models.load(ModelSettings(init="demo", pooling="mean")).eval()
     return text_features(model, texts).double().numpy()

@@ -41,7 +41,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
     from bench.studies.fitting import fit, random_batches, settings_of, written_scores
     from bench.studies.scenes import alike_scenes, frames_of, single_scenes
     from training.models import registry as models
-    from training.settings import ModelSettings
+    from training.models.registry import ModelSettings
 
     model = models.load(ModelSettings(init="demo", num_added=3, num_times=12, pooling="proxy"), seed=seed)
     scenes = single_scenes(size.num_clips, [seed, 2])

@@ -61,7 +61,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
     """Train an arm's model and score it."""
     from bench.studies.fitting import fit, settings_of
     from training.models import registry as models
-    from training.settings import ModelSettings
+    from training.models.registry import ModelSettings
 
     model = models.load(ModelSettings(init="demo", **MODELS[arm.name]), seed=seed)
     factors = {TIME_TABLES[arm.name]: size.time_factor} if arm.name in TIME_TABLES else {}

@@ -81,7 +81,7 @@ def run(arm: Arm, seed: int, size: Size, cache: Path) -> Mapping[str, float]:
 def image_model() -> Any:
     """Load the demo's image model, which encodes a video as the mean of its frames' unit vectors."""
     from training.models import registry as models
-    from training.settings import ModelSettings
+    from training.models.registry import ModelSettings
 
     return models.load(ModelSettings(init="demo", pooling="mean")).eval()
 
@@ -185,8 +185,8 @@ def trained(corpus: Path, select: str, seed: int, size: Size) -> Any:
     """Train on the clips of a SELECT; return the model of the last checkpoint."""
     from training.models import registry as models
     from training.run.folder import RunFolder
+    from training.run.settings import resolve
     from training.run.setup import Request
-    from training.settings import resolve
     from training.trainer import train
 
     settings = [

@@ -77,7 +77,7 @@ def lr_of(name: str, size: Size) -> float | None:
 def model_of(name: str, seed: int) -> Any:
     """Load the demo's image model with an arm's trainable parts."""
     from training.models import registry as models
-    from training.settings import ModelSettings
+    from training.models.registry import ModelSettings
 
     return tuned_as(name, models.load(ModelSettings(init="demo", pooling="mean")), seed)
 

@@ -73,7 +73,7 @@ def _make(num: int, seed: int) -> Iterator[Untrimmed]:
     """Yield the videos of a seed."""
     from bench.studies.fitting import text_features, video_features
     from training.models import registry as models
-    from training.settings import ModelSettings
+    from training.models.registry import ModelSettings
 
     model = models.load(ModelSettings(init="demo", pooling="mean")).eval()
     for n in range(num):

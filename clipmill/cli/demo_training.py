@@ -17,7 +17,7 @@ from clipmill.cli.train import show_report
 from shards.query.sql import open_manifest, rows_of
 from training.launch import launch_training
 from training.run.plots import bars, lines, save
-from training.settings import RunSettings, resolve
+from training.run.settings import RunSettings, resolve
 
 RECIPE = "demo"
 BEFORE, AFTER = "image model, zero-shot", "after post-pretraining"

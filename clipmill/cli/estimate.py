@@ -12,7 +12,8 @@ from rich.table import Table
 from clipmill.base.console import plain_console
 from training.cost.estimate import CHUNK, DECODED_PER_CORE_S, Estimate, StepCost
 from training.launch import launch_estimate
-from training.settings import DataSettings, RunSettings
+from training.run.settings import RunSettings
+from training.settings import DataSettings
 
 Format = Literal["table", "json"]
 

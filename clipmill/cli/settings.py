@@ -10,8 +10,8 @@ from rich.text import Text
 from clipmill.base.errors import UserError
 from clipmill.base.settings import Settings
 from clipmill.base.settings_reference import SettingInfo, describe_settings
+from pipeline.editing.settings import EditRunSettings
 from pipeline.engine.settings import CorpusSettings
-from training.editing.settings import EditRunSettings
 
 WIDTH = 110  # of a comment line
 INTRODUCTION = """\

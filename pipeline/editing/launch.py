@@ -19,6 +19,7 @@ from clipmill.base.file_lock import take_lock
 from clipmill.base.settings import digest, read_yaml
 from pipeline.editing.clips import Items, freeze_items
 from pipeline.editing.host import CorpusBackend, RoundDone, hash_of
+from pipeline.editing.settings import EditRunSettings, resolve_edit
 from pipeline.editing.students import Editing
 from pipeline.editing.worker import CODE_VERSION
 from pipeline.engine.build import difference
@@ -26,7 +27,7 @@ from pipeline.engine.settings import resolve
 from shards.corpus.folder import Corpus
 from training.data.selection import Selection
 from training.data.selection_schema import EVAL_FILE
-from training.editing.settings import EditRunSettings, EditSettings, resolve_edit
+from training.editing.settings import EditSettings
 from training.models import registry as models
 from training.run.best_checkpoint import chosen_checkpoint
 from training.run.folder import RunFolder

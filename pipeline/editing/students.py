@@ -20,15 +20,15 @@ import yaml
 from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
 from pipeline.editing.clips import Items
+from pipeline.editing.settings import EditRunSettings
 from training.data.selection import Selection, freeze
-from training.editing.settings import EditRunSettings
 from training.evaluation.retrieval import evaluate
 from training.models import registry as models
 from training.parallel.distributed import join
 from training.run.best_checkpoint import chosen_checkpoint
 from training.run.folder import RunFolder
+from training.run.settings import RunSettings
 from training.run.setup import Request
-from training.settings import RunSettings
 from training.trainer import train
 
 VALIDATION, TRAINING = "edit_validation", "edit_clips"  # tables of clip ids, for conditions of students' settings

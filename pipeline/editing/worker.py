@@ -21,18 +21,17 @@ from clipmill.base.errors import ItemError
 from clipmill.base.settings import digest
 from pipeline.editing.clips import Video
 from pipeline.editing.frames import cut_again, read_frames
+from pipeline.editing.settings import EditRunSettings
 from pipeline.runtime.task import Outcome, Stopwatch, Task, commit
 from pipeline.stages.cut.settings import CutSettings, SpanRequest
 from shards.corpus.fragments import Commit, temporary_folder
 from shards.packing.tar import write_clips
 from training.data.clip_frames import Picture, Pixels
 from training.data.frame_sampling import eval_indices
-from training.data.tokenizer import text_encoder
 from training.editing.boundaries import Floats, Scorer, VideoClips, edit_video, scores_of
 from training.editing.scores import Bank, FrameFeatures, FrameScorer, VideoScorer, draw_bank
-from training.editing.settings import EditRunSettings
 from training.models import registry as models
-from training.models.encode import normalise
+from training.models.encode import normalise, text_encoder
 from training.parallel.distributed import join
 
 CODE_VERSION = 1  # raised when the same job gives other rows

@@ -7,9 +7,9 @@ import yaml
 from typer.testing import CliRunner
 
 from clipmill.cli.app import app
+from pipeline.editing.settings import EditRunSettings, resolve_edit
 from pipeline.engine.settings import CorpusSettings
 from pipeline.engine.settings import resolve as resolve_corpus
-from training.editing.settings import EditRunSettings, resolve_edit
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 SECTIONS = [*CorpusSettings.model_fields, *EditRunSettings.model_fields]

@@ -3,15 +3,20 @@
 import pytest
 
 import pipeline.engine.settings
-import training.settings
+import training.run.settings
 from clipmill.base.errors import UserError
 
 
 @pytest.mark.parametrize(
     "resolve, recipe, assignment, said",
     [
-        (training.settings.resolve, "demo", "data.frames_per_s=1", "settings: data.frames_per_s = 1.0 leaves frames"),
-        (training.settings.resolve, "demo", "data.neighbours=1", "settings: data.neighbours = 1 is for train.loss"),
+        (
+            training.run.settings.resolve,
+            "demo",
+            "data.frames_per_s=1",
+            "settings: data.frames_per_s = 1.0 leaves frames",
+        ),
+        (training.run.settings.resolve, "demo", "data.neighbours=1", "settings: data.neighbours = 1 is for train.loss"),
         (
             pipeline.engine.settings.resolve,
             "demo",

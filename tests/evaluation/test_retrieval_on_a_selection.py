@@ -16,10 +16,9 @@ from training.data.loader import Loader
 from training.data.reader_pool import Request
 from training.data.sample_reader import SampleReader
 from training.data.selection import Selection
-from training.data.tokenizer import text_encoder
 from training.evaluation.metrics import retrieval_metrics
 from training.evaluation.retrieval import EvalFeatures, evaluate, features, queries
-from training.models.encode import normalise
+from training.models.encode import normalise, text_encoder
 
 
 @pytest.fixture(scope="module")

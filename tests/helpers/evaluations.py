@@ -13,7 +13,7 @@ from training.models.clip4clip.model import Clip4Clip
 from training.models.clip4clip.settings import Clip4ClipSettings
 from training.models.clip_vip.model import ClipVip
 from training.parallel.distributed import Process
-from training.settings import RunSettings, resolve
+from training.run.settings import RunSettings, resolve
 
 # Those of tests/helpers/manifests.py, so that no text is made of unknown words alone.
 WORDS = tuple("red blue circle square moves left right the a over sea field we see now then".split())

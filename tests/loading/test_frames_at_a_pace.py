@@ -14,8 +14,8 @@ from training.data.frame_sampling import paced_indices
 from training.data.selection import Selection
 from training.models.encode import encode_clips
 from training.models.registry import load
+from training.run.settings import resolve
 from training.run.setup import Request
-from training.settings import resolve
 from training.trainer import train
 
 PACED = ["data.frames_per_s=2", "data.jitter=false"]  # of clips of 3 a second

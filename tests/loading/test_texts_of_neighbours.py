@@ -11,7 +11,8 @@ from training.data.epoch_plan import PAD
 from training.data.loader import Loader, Request, SampleReader
 from training.data.selection import Selection, freeze_run
 from training.data.tokenizer import TextEncoder
-from training.settings import DataSettings, EvalSettings, resolve
+from training.run.settings import resolve
+from training.settings import DataSettings, EvalSettings
 
 
 @pytest.fixture(scope="module")

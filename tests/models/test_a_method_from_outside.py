@@ -17,7 +17,7 @@ from training.models.clip_vip.weights import read_tensors
 from training.models.method import Method
 from training.models.model import VideoTextModel
 from training.run.folder import RunFolder
-from training.settings import resolve
+from training.run.settings import resolve
 
 NAME = f"{__name__}:METHOD"
 

@@ -11,9 +11,10 @@ from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
 from training.models import registry as models
 from training.models.clip_vip import weights as checkpoint
+from training.models.registry import ModelSettings
 from training.models.unipt.model import UniPtClip
 from training.models.unipt.settings import UniPtSettings
-from training.settings import ModelSettings, resolve
+from training.run.settings import resolve
 
 RECIPES = ("unipt_msrvtt", "unipt_msvd", "unipt_clip_vip_msrvtt")
 

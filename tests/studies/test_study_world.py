@@ -12,8 +12,8 @@ from bench.studies.scenes import alike_scenes, frames_of, growing_scenes, single
 from bench.studies.study import Cell, Table
 from pipeline.demo.grammar import FILLER, spoken_sentences, still_text
 from training.models import registry as models
+from training.models.registry import ModelSettings
 from training.run.plots import save
-from training.settings import ModelSettings
 
 SMALL = proxies.STUDY.sizes["small"]
 

@@ -9,7 +9,7 @@ from tests.helpers.training import SMALL, lines, small_corpus, train_here
 from training.cost.estimate import estimate
 from training.losses import LOSSES, Loss, LossInputs, LossValue, load_loss
 from training.losses.terms import sum_of_means
-from training.settings import resolve
+from training.run.settings import resolve
 
 NAME = f"{__name__}:PULL"
 
@@ -50,7 +50,7 @@ def test_what_it_does_not_compare_is_not_encoded_and_costs_nothing(tmp_path):
 @pytest.mark.parametrize(
     "loss, said",
     [
-        ("nonsense", "setting train.loss = 'nonsense': input should be 'vs'"),
+        ("nonsense", "train.loss = nonsense: choose vs, vs_fc"),
         ("no_such_module:LOSS", "setting train.loss = no_such_module:LOSS: No module named 'no_such_module'"),
         (f"{__name__}:NOTHING", "has no attribute 'NOTHING'"),
         (f"{__name__}:pull", "it is a function, not a training.losses.Loss"),

@@ -9,7 +9,8 @@ from training.learner import Learner
 from training.models.clip4clip.model import Clip4Clip
 from training.models.clip4clip.settings import Clip4ClipSettings
 from training.parallel.distributed import Process
-from training.settings import TrainSettings, resolve
+from training.run.settings import resolve
+from training.settings import TrainSettings
 
 
 def batch(num_clips: int = 6) -> Batch:

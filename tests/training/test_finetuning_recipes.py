@@ -4,8 +4,8 @@ import pytest
 
 from clipmill.base.errors import UserError
 from clipmill.base.settings import recipe_names
-from training.models.registry import load
-from training.settings import RECIPES, ModelSettings, RunSettings, resolve
+from training.models.registry import ModelSettings, load
+from training.run.settings import RECIPES, RunSettings, resolve
 
 # (recipe, frames, text tokens, batch, epochs): docs/methods/clip_vip.md section 7. MSR-VTT draws one caption per epoch.
 CLIP_VIP = [

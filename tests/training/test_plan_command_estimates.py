@@ -22,7 +22,8 @@ from training.data.selection import Selection, freeze_run
 from training.data.selection_schema import EVAL_FILE, SELECTION_FILE
 from training.models import registry as models
 from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig, sample_flops
-from training.settings import DataSettings, TrainSettings, resolve
+from training.run.settings import resolve
+from training.settings import DataSettings, TrainSettings
 
 NUM_CLIPS = 90
 HELD_OUT = "video_id = (SELECT min(video_id) FROM videos)"

@@ -11,7 +11,7 @@ from training.cost.footprint import Footprint, saved_bytes
 from training.models import registry as models
 from training.models.clip_vip.model import TowerConfig
 from training.models.encode import score_pairs
-from training.settings import RunSettings, resolve
+from training.run.settings import RunSettings, resolve
 
 NUM_FRAMES, NUM_TOKENS = 6, 16
 GIVEN = [

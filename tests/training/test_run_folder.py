@@ -10,7 +10,7 @@ import pytest
 
 from clipmill.base.errors import UserError
 from training.run.folder import RunFolder, RunRecord
-from training.settings import RunSettings, resolve
+from training.run.settings import RunSettings, resolve
 
 
 def settings(*assignments: str) -> RunSettings:

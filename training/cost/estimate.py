@@ -21,13 +21,13 @@ from training.data.epoch_plan import PlanSpec, rank_slots, remainder_rows, steps
 from training.data.range_reader import LOCAL_GAP_BYTES, REMOTE_GAP_BYTES
 from training.data.run_selection import choose_run
 from training.data.selection import selected_rows
-from training.data.tokenizer import text_encoder
 from training.losses import load_loss
 from training.models import registry as models
-from training.models.encode import needs_pairs
+from training.models.encode import needs_pairs, text_encoder
 from training.parallel_model import check_settings
 from training.run.hardware_peaks import gpu_peak, peak_flops
-from training.settings import DataSettings, RunSettings, TrainSettings
+from training.run.settings import RunSettings
+from training.settings import DataSettings, TrainSettings
 
 # Share of a device's dense peak that a step is assumed to reach: what the GPU bench aims at; half of what the CPU's
 # matrix products alone reach here, since small ones and everything between them are slower.

@@ -11,7 +11,8 @@ from training.losses import load_loss
 from training.models import registry as models
 from training.models.clip_vip.model import ModelConfig, TowerConfig, sample_flops
 from training.models.model import VideoTextModel
-from training.settings import DataSettings, RunSettings, TrainSettings
+from training.run.settings import RunSettings
+from training.settings import DataSettings, TrainSettings
 
 # Bytes that autograd keeps for the backward pass, per token, channel and block: counted with saved-tensor hooks on the
 # CPU, over towers of 6 to 12 blocks (tests/training/test_plan_command_estimates.py). Compiling keeps less.

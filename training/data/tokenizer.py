@@ -3,14 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
-
-from clipmill.base.errors import UserError
-
-if TYPE_CHECKING:  # loader processes import this file and need no model
-    from training.models.clip_vip.model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -41,13 +36,3 @@ class TextEncoder:
         from training.data.clip_tokenizer import SimpleTokenizer
 
         return SimpleTokenizer(context_length=self.max_tokens)
-
-
-def text_encoder(config: "ModelConfig", max_tokens: int) -> TextEncoder:
-    """Return the encoder of a model's texts. Raises UserError where the model reads no text of that length."""
-    if max_tokens > config.context_length:
-        raise UserError(
-            f"data.max_text_tokens = {max_tokens}: the model reads at most {config.context_length}, "
-            "both end tokens included."
-        )
-    return TextEncoder(config.words, max_tokens)

@@ -4,12 +4,11 @@ The paper's own numbers are not known to us (docs/methods/video_editing.md): whe
 proposal, docs/video_editing.md has the measurement that chose it.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from clipmill.base.settings import Settings, operational, resolve_settings
-from training.settings import RECIPES, RunSettings
+from clipmill.base.settings import Settings, operational
 
 
 class EditSettings(Settings):
@@ -61,14 +60,3 @@ class EditSettings(Settings):
         if self.min_length_s > self.max_length_s:
             raise ValueError(f"min_length_s {self.min_length_s} is above max_length_s {self.max_length_s}")
         return self
-
-
-class EditRunSettings(RunSettings):
-    """Those of a run, for the student, and how boundaries are edited."""
-
-    edit: EditSettings = EditSettings()
-
-
-def resolve_edit(base: dict[str, Any], recipe: str | None, assignments: list[str]) -> EditRunSettings:
-    """Resolve the teacher's run settings, or a recipe, with `--set` on top. Raises UserError."""
-    return resolve_settings(EditRunSettings, RECIPES, base, recipe, assignments)

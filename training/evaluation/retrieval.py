@@ -36,12 +36,11 @@ from training.data.loader import Loader, default_processes
 from training.data.reader_pool import Request
 from training.data.sample_reader import Failure, SampleReader
 from training.data.selection import Selection
-from training.data.tokenizer import text_encoder
 from training.evaluation.metrics import Dsl, chance, retrieval_metrics
-from training.models.encode import encode_clips, needs_pairs, score_pairs
+from training.models.encode import encode_clips, needs_pairs, score_pairs, text_encoder
 from training.parallel.all_gather import gather_counts, gather_rows
 from training.parallel.distributed import Process
-from training.settings import RunSettings
+from training.run.settings import RunSettings
 
 Progress = Callable[[int, int], None]  # (clips this process has encoded, clips it has to encode)
 _CPU = torch.device("cpu")

@@ -1,7 +1,15 @@
 """Encode clips and score pairs, whatever the method: uint8 pixels and masks in, features out."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+
+from clipmill.base.errors import UserError
+from training.data.tokenizer import TextEncoder
+
+if TYPE_CHECKING:
+    from training.models.clip_vip.model import ModelConfig
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -50,3 +58,13 @@ def encode_texts(model: nn.Module, ids_BL: Tensor, *, cut: bool = True) -> Tenso
 def score_pairs(model: nn.Module, text_BC: Tensor, frames_KTC: Tensor) -> Tensor:
     """Score every text with every video, [B, K], from `encode_texts` and `encode_clips` of a model that needs pairs."""
     return model.similarity(text_BC, frames_KTC, frames_KTC.any(dim=2))
+
+
+def text_encoder(config: "ModelConfig", max_tokens: int) -> TextEncoder:
+    """Return the encoder of a model's texts. Raises UserError where the model reads no text of that length."""
+    if max_tokens > config.context_length:
+        raise UserError(
+            f"data.max_text_tokens = {max_tokens}: the model reads at most {config.context_length}, "
+            "both end tokens included."
+        )
+    return TextEncoder(config.words, max_tokens)

@@ -30,7 +30,7 @@ from clipmill.base.errors import UserError
 from clipmill.base.file_lock import take_lock
 from clipmill.base.settings import Settings, read_yaml, validate_settings
 from training.run.checkpoints import Checkpoints, warn
-from training.settings import RunSettings
+from training.run.settings import RunSettings
 
 FORMAT = 1  # of the folder; a run of another format is refused
 

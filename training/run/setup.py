@@ -10,7 +10,7 @@ from clipmill.base.errors import UserError
 from training.data.selection import Selection, freeze_run
 from training.data.selection_schema import EVAL_FILE
 from training.run.folder import RunFolder, RunRecord
-from training.settings import RunSettings, resolve
+from training.run.settings import RunSettings, resolve
 
 
 @dataclass(frozen=True)
