@@ -48,9 +48,9 @@ def test_the_cluster_file_passes_rays_own_validator():
 
 def test_every_recipe_is_valid():
     import pipeline.engine.settings
-    import training.settings
+    import training.run.settings
 
-    for module in (pipeline.engine.settings, training.settings):
+    for module in (pipeline.engine.settings, training.run.settings):
         names = recipe_names(module.RECIPES)
         assert "demo" in names
         for name in names:
