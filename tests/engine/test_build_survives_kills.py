@@ -67,7 +67,7 @@ def one_video_waiting(world):
 
 
 @contextmanager
-def a_build_to_be_killed(world, corpus, code: str = "from pipeline import cli; cli.main()", **environment: str):
+def a_build_to_be_killed(world, corpus, code: str = "from clipmill.cli.app import main; main()", **environment: str):
     """The command, with its process group killed when the block ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *command(world.sources, corpus)],
@@ -112,7 +112,7 @@ def test_asking_works_while_a_build_is_running(asked, world):
     _, answers = asked
     for answer in (answers["early"], answers["later"]):
         assert answer.stdout.split() == ["n", str(len(world.truth))], answer.stderr
-    assert "A build is running" in answers["status"].stdout and "download" in answers["status"].stdout
+    assert "A build has been running" in answers["status"].stdout and "download" in answers["status"].stdout
     assert answers["second"].returncode == 2 and "is being written by process" in answers["second"].stderr
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
-from typer.testing import CliRunner
 
 from bench.studies import STUDIES, load, runner
 from bench.studies.__main__ import main
@@ -16,7 +15,6 @@ from bench.studies.keep import kept
 from bench.studies.runner import run_study
 from bench.studies.study import Arm, Cell, Claim, Study, Table
 from clipmill.base.errors import UserError
-from clipmill.cli.app import app
 from training.run.plots import bars
 
 
@@ -188,8 +186,8 @@ def test_an_index_tells_what_came_out(toy, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_a_small_study_by_the_command(tmp_path: Path) -> None:
-    command = ["study", "proxies", "--out", str(tmp_path / "out"), "--size", "small", "--seeds", "1", "--workers", "1"]
-    assert CliRunner().invoke(app, [*command, "--cache", str(tmp_path / "cache")]).exit_code == 0
+    options = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--size", "small"]
+    main(["proxies", *options, "--seeds", "1", "--workers", "1"])
     rows = list(csv.DictReader((tmp_path / "out" / "rows.csv").open()))
     assert len(rows) == len(load("proxies").arms) * len(load("proxies").metrics)
     assert json.loads((tmp_path / "out" / "study.json").read_text())["size"] == "small"
