@@ -64,7 +64,7 @@ class Terminal:
         left = " · ".join(f"{name} {num:,}" for name, num in num_left.items() if num)
         if "pack" in stages and left:  # pack.where does not match their clips, so the shards lack them
             self.console.print(
-                f"[yellow]note[/] clips that are pending in other stages may be missing from the shards: {left}. "
+                f"[yellow]note[/] the shards may lack clips that are pending in other stages: {left}. "
                 "`clipmill build` runs those stages first.",
                 soft_wrap=True,
             )
