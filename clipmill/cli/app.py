@@ -187,12 +187,12 @@ def forget(
     corpus: CorpusArgument,
     video: Annotated[list[str] | None, typer.Option(help="A video_id. Repeatable.", metavar="ID")] = None,
     url: Annotated[
-        list[str] | None, typer.Option(help="A URL. Repeatable. An unknown one is never added later.", metavar="URL")
+        list[str] | None, typer.Option(help="A URL. Repeatable. An unknown one is kept out from now on.", metavar="URL")
     ] = None,
     where: Annotated[
         str | None, typer.Option(help="An SQL condition on `videos`, e.g. \"channel = 'x'\".", metavar="SQL")
     ] = None,
-    reason: Annotated[str | None, typer.Option(help="Why, for the record.", show_default=False)] = None,
+    reason: Annotated[str | None, typer.Option(help="Reason to record.", show_default=False)] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Preview; change nothing.")] = False,
 ) -> None:

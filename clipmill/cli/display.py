@@ -56,7 +56,7 @@ class Terminal:
         for stage, by_status in counts.items():
             num_open, waiting = sum(by_status.get(status, 0) for status in OPEN), by_status.get("waiting", 0)
             if stage in stages and (num_open or waiting):
-                parts.append(f"{stage} {num_open:,}" + (f" (+{waiting:,} waiting for them)" if waiting else ""))
+                parts.append(f"{stage} {num_open:,}" + (f" (+{waiting:,} waiting)" if waiting else ""))
         self.console.print("[bold]to do[/] " + (" · ".join(parts) if parts else "nothing is pending"))
         num_left = {
             name: sum(by.get(status, 0) for status in OPEN) for name, by in counts.items() if name not in stages
@@ -90,7 +90,10 @@ class Terminal:
 
     def tick(self, engine: Engine) -> None:
         now = time.perf_counter()
-        totals = self._totals(engine)
+        totals = {  # at least so many items: pending at the start, or more that appeared since
+            name: max(self.known.get(name, 0), state.done + state.failed + state.in_flight)
+            for name, state in engine.report.by_stage.items()
+        }
         if now - self.saved_at > 1:
             self.saved_at = now
             engine.corpus.write_progress(progress_row(engine, totals, now - self.started))
@@ -126,13 +129,6 @@ class Terminal:
         )
 
     # -- parts --------------------------------------------------------------------------------------------------------
-
-    def _totals(self, engine: Engine) -> dict[str, int]:
-        """Return the least number of items of each stage: those pending at the start, or more that appeared since."""
-        return {
-            name: max(self.known.get(name, 0), state.done + state.failed + state.in_flight)
-            for name, state in engine.report.by_stage.items()
-        }
 
     def _summary(self, report: BuildReport) -> None:
         table = Table(box=None, pad_edge=False)

@@ -37,7 +37,10 @@ def _lines(story: Story) -> Iterator[str]:
     yield from _source_lines(story.source)
     yield from _clip_lines(story) if story.kind == "clip" else _clips_lines(story.clips)
     yield from _history_lines(story)
-    yield from _failure_lines(story.failures)
+    if story.failures:
+        yield f"{len(story.failures)} current failures"
+    for row in story.failures:
+        yield from _folded(f"  {row['stage']} {row['error_class']}: ", " ".join((row["message"] or "").split()))
     yield from _place_lines(story.places)
 
 
@@ -121,13 +124,6 @@ def _history_lines(story: Story) -> Iterator[str]:
         )
     for run in story.runs:
         yield from _folded(f"  run {run['run_id']}: ", run["command"])
-
-
-def _failure_lines(failures: list[Row]) -> Iterator[str]:
-    if failures:
-        yield f"{len(failures)} current failures"
-    for row in failures:
-        yield from _folded(f"  {row['stage']} {row['error_class']}: ", " ".join((row["message"] or "").split()))
 
 
 def _place_lines(places: list[Row]) -> Iterator[str]:
