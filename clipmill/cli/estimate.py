@@ -64,11 +64,11 @@ def _data_rows(found: Estimate, settings: RunSettings) -> list[tuple[str, str]]:
     rows += [
         (
             _percent(data.num_without_subtitle, data.num_clips),
-            f"without a {named.subtitle}: left out of its loss terms",
+            f"have no {named.subtitle}: left out of its loss terms",
         ),
-        (_percent(data.num_without_caption, data.num_clips), "without a caption"),
-        (_percent(data.num_without_text, data.num_clips), "without any text"),
-        (_percent(data.num_short, data.num_clips), f"shorter than {named.num_frames} frames{short}"),
+        (_percent(data.num_without_caption, data.num_clips), "have no caption"),
+        (_percent(data.num_without_text, data.num_clips), "have no text at all"),
+        (_percent(data.num_short, data.num_clips), f"are shorter than {named.num_frames} frames{short}"),
         (_bytes(data.read_bytes), f"to read per epoch, in {data.num_reads:,} reads"),
     ]
     return rows

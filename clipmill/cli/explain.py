@@ -47,12 +47,12 @@ def _lines(story: Story) -> Iterator[str]:
 def _source_lines(source: Row) -> Iterator[str]:
     yield from _folded("  url      ", source["url"])
     yield f"  title    {source['title'] or '-'}"
-    yield f"  video_id {source['video_id']}  unit {source['unit']}  number {source['ordinal']} in the corpus"
+    yield f"  video_id {source['video_id']}  unit {source['unit']}  source number {source['ordinal']}"
     facts = [
         f"{source[name]}" for name in ("category", "language", "licence", "channel", "upload_date") if source[name]
     ]
     if facts:
-        yield f"  known    {' · '.join(facts)}"
+        yield f"  facts    {' · '.join(facts)}"
     if source["path"]:
         yield (
             f"  video    {source['duration_s'] or 0:.1f} s, {source['width']}x{source['height']}, "
@@ -61,7 +61,7 @@ def _source_lines(source: Row) -> Iterator[str]:
     if source["duplicate_of"]:
         yield f"  same file as {source['duplicate_of']}, so no clips are cut from it"
     if source["transcript_origin"]:
-        yield f"  words    {source['num_words']} from {source['transcript_origin']}, times by {source['word_times']}"
+        yield f"  words    {source['num_words']}, origin: {source['transcript_origin']}, times: {source['word_times']}"
 
 
 def _clip_lines(story: Story) -> Iterator[str]:
@@ -77,10 +77,9 @@ def _clip_lines(story: Story) -> Iterator[str]:
     for text in story.texts:
         yield from _folded("  text     ", text)
     for caption in story.captions:
-        mark = "served" if caption["current"] else "kept"
-        yield from _folded(
-            f"  {mark:<8} ", f"{caption['captioner']} (settings {caption['fingerprint'][:8]}): {caption['text']}"
-        )
+        made_by = f"{caption['captioner']}, settings {caption['fingerprint'][:8]}"
+        state = "" if caption["current"] else ", not in use"
+        yield from _folded("  caption  ", f"{caption['text']} ({made_by}{state})")
     numbers = {name: value for name, value in story.scores.items() if isinstance(value, float)}
     if numbers:
         yield from _folded("  scores   ", ", ".join(f"{name} {value:.3f}" for name, value in numbers.items()))
@@ -89,7 +88,7 @@ def _clip_lines(story: Story) -> Iterator[str]:
             known = ", ".join(f"{name} {value}" for name, value in row.items() if value is not None)
             yield from _folded(f"  {table:<8} ", known)
     if story.scores.get("duplicate_group"):
-        yield f"  looks like {story.scores['duplicate_group']}"
+        yield f"  near-duplicate group {story.scores['duplicate_group']}"
 
 
 def _clips_lines(clips: list[Row]) -> Iterator[str]:
