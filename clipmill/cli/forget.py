@@ -71,7 +71,8 @@ def run_compact(root: str | Path) -> int:
     if report.did_something:
         console.print(
             f"{report.num_samples:,} samples removed from {report.num_shards:,} shards, {report.num_commits:,} commits "
-            f"rewritten, {report.num_files:,} source files deleted: {report.num_bytes / 1e6:,.1f} MB freed"
+            f"rewritten, {report.num_files:,} source files deleted: {report.num_bytes / 1e6:,.1f} MB freed",
+            soft_wrap=True,
         )
     else:
         console.print("Nothing to do: no bytes of forgotten videos are left.")

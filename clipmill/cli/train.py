@@ -15,8 +15,6 @@ def show_report(report: Report) -> None:
         text = f"Training finished: {report.run}, {report.total_steps:,} steps."
         text += f"\n  clipmill eval --run {report.run}"
     else:
-        text = (
-            f"Stopped by {report.reason} after step {report.step:,} of {report.total_steps:,}; a checkpoint is saved."
-        )
+        text = f"Stopped by {report.reason}; step {report.step:,} of {report.total_steps:,} is saved."
         text += f"\n  clipmill train --run {report.run}    resumes"
     Console(highlight=False).print(text, soft_wrap=True)
