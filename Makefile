@@ -1,4 +1,4 @@
-# Two commands matter: `make demo` and `make test`. Both set up .venv first. Nothing but Python >= 3.11 and make is needed.
+# `make demo` and `make test` set up .venv first. Only Python >= 3.11 and make are needed.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -8,7 +8,7 @@ READY := .venv/.ready
 demo: env
 	$(BIN)/clipmill demo
 
-# The whole suite; `make fast` leaves out what is marked slow. PROCESSES=0 runs it in one process, 2 a file in each.
+# The whole suite; `make fast` skips tests marked slow. PROCESSES=N runs N files at a time, 0 runs all in one process.
 PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
@@ -24,7 +24,7 @@ lint: env
 
 env: $(READY)
 
-# The tested versions are in constraints.txt; `make env CONSTRAINTS=` takes the newest that pyproject.toml allows.
+# constraints.txt pins the tested versions; `make env CONSTRAINTS=` installs the newest that pyproject.toml allows.
 CONSTRAINTS ?= -c constraints.txt
 $(READY): pyproject.toml constraints.txt overrides.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmill needs Python 3.11 or newer; say which with: make PYTHON=python3.12 env")'

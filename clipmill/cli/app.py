@@ -1,6 +1,6 @@
 """The command line. Only what `--help` needs is imported at the top; each command imports its own part.
 
-Exit codes: 0 all done · 1 some items failed (said, counted, recorded) · 2 the user's mistake.
+Exit codes: 0 all done · 1 some items failed (printed and recorded) · 2 a wrong input · 130 interrupted.
 """
 
 import atexit
@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="From a list of video URLs to a queryable clip-text corpus, and to CLIP-ViP trained on any selection of it.",
+    help="Turn a list of video URLs into a clip-text corpus that you query with SQL, and train models on parts of it.",
 )
 
 CorpusOption = Annotated[
@@ -33,17 +33,24 @@ CorpusArgument = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change a setting and keep it, e.g. --set cut.fps=2.", metavar="SECTION.KEY=VALUE"),
+    typer.Option("--set", help="Change and save a setting; see `clipmill settings`.", metavar="SECTION.KEY=VALUE"),
+]
+TrySetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Use another setting, without saving it.", metavar="SECTION.KEY=VALUE"),
 ]
 RunOption = Annotated[Path, typer.Option("--run", help="The run folder.", show_default=False)]
-RunRecipeOption = Annotated[
-    str | None, typer.Option("--recipe", help="A recipe's name or a YAML file of settings, e.g. clip_vip_b32.")
-]
+RunRecipeOption = Annotated[str | None, typer.Option("--recipe", help="A recipe, e.g. clip_vip_b32, or a YAML file.")]
 TableOption = Annotated[
     list[str] | None,
     typer.Option(help="Load a file as a table, e.g. feedback=run/feedback.parquet.", metavar="NAME=FILE"),
 ]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A recipe's name or a YAML file of settings.")]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A recipe, e.g. hd_vila, or a YAML file.")]
+SelectOption = Annotated[str | None, typer.Option(help="Train on the clips that this SELECT returns.", metavar="SQL")]
+WhereOption = Annotated[
+    str | None, typer.Option(help="Train on the clips that match this condition on `catalog`.", metavar="SQL")
+]
+FormatOption = Annotated[str, typer.Option(help="table or json.")]
 
 
 @app.command()
@@ -52,7 +59,7 @@ def build(
         list[str] | None,
         typer.Argument(
             help="Lists (.txt .csv .tsv .jsonl .parquet), folders, globs, files, URLs, - for standard input, or a "
-            "benchmark's folder (msrvtt:FOLDER, see docs/benchmarks.md); none: go on with what the corpus knows.",
+            "benchmark's folder (msrvtt:FOLDER, see docs/benchmarks.md). Omit to continue with the known sources.",
             show_default=False,
         ),
     ] = None,
@@ -60,7 +67,7 @@ def build(
     recipe: RecipeOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Every stage, from sources to shards. Resumes; appends what is new in SOURCES."""
+    """Build a corpus: run every stage from sources to shards. Resumes, and adds new sources."""
     from clipmill.cli.display import Terminal
     from pipeline.engine.build import build as build_corpus
     from pipeline.engine.registry import stage_names
@@ -82,13 +89,13 @@ def build(
 
 
 class _RunCommand(TyperCommand):
-    """`run`, which imports the stages only when its help has to name them."""
+    """Import the stages for the help of `run` only when it is printed."""
 
     def format_help(self, ctx, formatter) -> None:
         from pipeline.engine.registry import stage_names
 
         *names, last = stage_names()[1:]
-        self.params[0].help = f"{', '.join(names)} or {last}."
+        self.params[0].help = f"The stage: {', '.join(names)} or {last}."
         super().format_help(ctx, formatter)
 
 
@@ -96,14 +103,14 @@ class _RunCommand(TyperCommand):
 def run(
     stage: Annotated[str, typer.Argument(show_default=False)],
     corpus: CorpusOption = "corpus",
-    redo: Annotated[bool, typer.Option("--redo", help="Do all of it again, not only what is pending.")] = False,
+    redo: Annotated[bool, typer.Option("--redo", help="Redo all items, not only the pending ones.")] = False,
     where: Annotated[
         str | None,
-        typer.Option(help="Do again what this SQL condition names, e.g. \"error_class = 'timeout'\".", metavar="SQL"),
+        typer.Option(help="Also redo items that match, e.g. \"error_class = 'timeout'\".", metavar="SQL"),
     ] = None,
     set_: SetOption = None,
 ) -> None:
-    """One stage, and only what is pending in it."""
+    """Run one stage on the items that are pending in it."""
     from clipmill.cli.display import Terminal
     from pipeline.engine.build import build as build_corpus
     from pipeline.engine.build import require_stage
@@ -125,8 +132,8 @@ def run(
 
 
 @app.command()
-def status(corpus: CorpusArgument, set_: SetOption = None) -> None:
-    """What each stage has done, has to do and could not do; with --set, what a change would make pending."""
+def status(corpus: CorpusArgument, set_: TrySetOption = None) -> None:
+    """Count what is done, pending and failed in each stage; with --set, what a change would make pending."""
     from clipmill.cli.display import show_status
 
     show_status(corpus, set_ or [])
@@ -136,12 +143,12 @@ def status(corpus: CorpusArgument, set_: SetOption = None) -> None:
 def sql(
     corpus: CorpusArgument,
     query: Annotated[
-        str | None, typer.Argument(help="A query; none: an interactive prompt.", show_default=False)
+        str | None, typer.Argument(help="An SQL query. Omit for an interactive prompt.", show_default=False)
     ] = None,
     format: Annotated[str, typer.Option(help="table, csv, json or parquet.")] = "table",
     table: TableOption = None,
 ) -> None:
-    """Ask the manifest. Read-only, also while a build is running."""
+    """Query the corpus with SQL, read-only. Works while a build is running."""
     from shards.query.prompt import prompt
     from shards.query.sql import named_tables, open_manifest, run_query
 
@@ -154,7 +161,7 @@ def sql(
 
 @app.command()
 def stats(corpus: CorpusArgument) -> None:
-    """The corpus in numbers: what HD-VILA reports, the funnel from source to sample, histograms."""
+    """Show the corpus in numbers: totals, the funnel from source to sample, histograms."""
     from rich.console import Console
 
     from shards.query.sql import open_manifest
@@ -169,7 +176,7 @@ def verify(
     corpus: CorpusArgument,
     decode: Annotated[bool, typer.Option(help="Also decode every clip and count its frames.")] = True,
 ) -> None:
-    """Check every shard against the manifest; exit 1 and a list when anything is off."""
+    """Check every shard against the manifest. Exits with 1 if there is a problem."""
     from clipmill.cli.display import verify_corpus
 
     raise typer.Exit(verify_corpus(corpus, decode))
@@ -178,18 +185,18 @@ def verify(
 @app.command()
 def forget(
     corpus: CorpusArgument,
-    video: Annotated[list[str] | None, typer.Option(help="A video_id; may be given again.", metavar="ID")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="A video_id. Repeatable.", metavar="ID")] = None,
     url: Annotated[
-        list[str] | None, typer.Option(help="A URL, in any spelling; also one that is to be kept out.", metavar="URL")
+        list[str] | None, typer.Option(help="A URL. Repeatable. An unknown one is kept out from now on.", metavar="URL")
     ] = None,
     where: Annotated[
-        str | None, typer.Option(help="A condition on `videos`, e.g. \"channel = 'x'\".", metavar="SQL")
+        str | None, typer.Option(help="An SQL condition on `videos`, e.g. \"channel = 'x'\".", metavar="SQL")
     ] = None,
-    reason: Annotated[str | None, typer.Option(help="Kept with the tombstone.", show_default=False)] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    reason: Annotated[str | None, typer.Option(help="Reason to record.", show_default=False)] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Preview; change nothing.")] = False,
 ) -> None:
-    """Forget videos for good, copies of their files too: nothing reads or fetches them any more."""
+    """Forget videos, and copies of their files, for good. Nothing reads or downloads them again."""
     from clipmill.cli.forget import run_forget
 
     raise typer.Exit(run_forget(corpus, video or [], url or [], where, reason=reason, yes=yes, dry_run=dry_run))
@@ -197,7 +204,7 @@ def forget(
 
 @app.command()
 def compact(corpus: CorpusArgument) -> None:
-    """Remove every byte of what was forgotten, rewriting only the files that hold any of it."""
+    """Delete every byte of forgotten videos. Rewrites only the files that contain some."""
     from clipmill.cli.forget import run_compact
 
     raise typer.Exit(run_compact(corpus))
@@ -207,9 +214,9 @@ def compact(corpus: CorpusArgument) -> None:
 def explain(
     corpus: CorpusArgument,
     id: Annotated[str, typer.Argument(help="A video_id, clip_id, sample key or URL.", metavar="ID")],
-    json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """The whole story of a source, a clip or a sample: every stage and attempt, and where its bytes are."""
+    """Show the history of a source, clip or sample: every stage and attempt, and where its bytes are."""
     from clipmill.cli.explain import run_explain
 
     raise typer.Exit(run_explain(corpus, id, as_json=json))
@@ -219,23 +226,21 @@ def explain(
 def train(
     corpus: Annotated[
         str | None,
-        typer.Option(help="A corpus folder or URL, or a pattern of plain tars; none: the run's.", show_default=False),
+        typer.Option(help="A corpus folder or URL, or a glob of plain tars. Omit for the run's.", show_default=False),
     ] = None,
     run: RunOption = Path("run"),
     recipe: RunRecipeOption = None,
     init: Annotated[
-        str | None, typer.Option(help="Start from a run, a file or folder, open_clip:NAME/TAG.", show_default=False)
+        str | None, typer.Option(help="Initial weights: a run, file, folder or open_clip:NAME/TAG.", show_default=False)
     ] = None,
-    select: Annotated[str | None, typer.Option(help="Train on the clips of this SELECT.", metavar="SQL")] = None,
-    where: Annotated[
-        str | None, typer.Option(help="Train on the clips of this condition on `catalog`.", metavar="SQL")
-    ] = None,
-    workers: Annotated[int, typer.Option(help="Training processes, under Ray Train when more than one.")] = 1,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster to train on, e.g. auto.")] = None,
+    select: SelectOption = None,
+    where: WhereOption = None,
+    workers: Annotated[int, typer.Option(help="Training processes; more than one run under Ray Train.")] = 1,
+    address: Annotated[str | None, typer.Option(help="The Ray cluster to train on, e.g. auto.")] = None,
     table: TableOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Post-pretrain CLIP on a selection of a corpus. Resumes where RUN has a checkpoint."""
+    """Train a model on a selection of a corpus. Resumes from the latest checkpoint in RUN."""
     from clipmill.cli.train import show_report
     from shards.query.sql import named_tables
     from training.launch import launch_training
@@ -261,23 +266,19 @@ app.command("finetune", help="Fine-tune a model for retrieval: `train` with a re
 
 @app.command()
 def plan(
-    corpus: Annotated[
-        str, typer.Option(help="A corpus folder or URL, or a pattern of plain tars.", show_default=False)
-    ],
+    corpus: Annotated[str, typer.Option(help="A corpus folder or URL, or a glob of plain tars.", show_default=False)],
     recipe: RunRecipeOption = None,
-    select: Annotated[str | None, typer.Option(help="Train on the clips of this SELECT.", metavar="SQL")] = None,
-    where: Annotated[
-        str | None, typer.Option(help="Train on the clips of this condition on `catalog`.", metavar="SQL")
-    ] = None,
-    workers: Annotated[int, typer.Option(help="Training processes, a device each.")] = 1,
+    select: SelectOption = None,
+    where: WhereOption = None,
+    workers: Annotated[int, typer.Option(help="Training processes, one device each.")] = 1,
     gpu: Annotated[
-        list[str] | None, typer.Option(help="A GPU to estimate the time on, e.g. H100; none: a few.", metavar="NAME")
+        list[str] | None, typer.Option(help="Estimate for this GPU, e.g. H100. Repeatable.", metavar="NAME")
     ] = None,
     table: TableOption = None,
-    format: Annotated[str, typer.Option(help="table or json.")] = "table",
-    set_: SetOption = None,
+    format: FormatOption = "table",
+    set_: TrySetOption = None,
 ) -> None:
-    """What a training run would cost: steps, bytes, memory, FLOPs, time. Reads the corpus, starts nothing."""
+    """Estimate the cost of a training run: steps, bytes, memory, FLOPs, time. Starts nothing."""
     from clipmill.cli.estimate import run_plan
     from shards.query.sql import named_tables
 
@@ -298,33 +299,37 @@ def plan(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path | None, typer.Option(help="A run.", show_default=False)] = None,
+    run: Annotated[Path | None, typer.Option(help="The run to evaluate.", show_default=False)] = None,
     model: Annotated[
-        str | None, typer.Option(help="Or any model: a folder, a file, open_clip:NAME/TAG, demo.", show_default=False)
+        str | None, typer.Option(help="Or a model: a file or folder, open_clip:NAME/TAG, or demo.", show_default=False)
     ] = None,
     corpus: Annotated[
         str | None,
-        typer.Option(help="A corpus folder or URL, or plain tars; none: the run's.", show_default=False),
+        typer.Option(help="A corpus folder or URL, or a glob of plain tars. Omit for the run's.", show_default=False),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="Settings to evaluate a model with.", show_default=False)] = None,
-    select: Annotated[str | None, typer.Option(help="Search the clips of this SELECT.", metavar="SQL")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="For --model: a recipe or a YAML file.", show_default=False)
+    ] = None,
+    select: Annotated[
+        str | None, typer.Option(help="Search the clips that this SELECT returns.", metavar="SQL")
+    ] = None,
     where: Annotated[
-        str | None, typer.Option(help="Search the clips of this condition; none: the run's eval.where.", metavar="SQL")
+        str | None, typer.Option(help="Search the clips that match. Omit for the setting eval.where.", metavar="SQL")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="subtitle or caption: what a clip is searched by.")] = None,
-    dsl: Annotated[bool, typer.Option("--dsl", help="Also with dual softmax over all queries.")] = False,
+    text: Annotated[str | None, typer.Option(help="Queries: subtitle or caption.")] = None,
+    dsl: Annotated[bool, typer.Option("--dsl", help="Also rank with dual softmax over all queries.")] = False,
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="best, last, or a step; none: best where RUN was validated.", show_default=False),
+        typer.Option(help="best, last or a step. Omit for best if RUN was validated, else last.", show_default=False),
     ] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="The run's averaged weights.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="Use the run's averaged weights.")] = False,
     save_similarity: Annotated[
-        Path | None, typer.Option(help="Keep the similarities: .npz or .safetensors.", show_default=False)
+        Path | None, typer.Option(help="Save the similarities to this .npz or .safetensors file.", show_default=False)
     ] = None,
-    format: Annotated[str, typer.Option(help="table or json.")] = "table",
-    set_: SetOption = None,
+    format: FormatOption = "table",
+    set_: TrySetOption = None,
 ) -> None:
-    """Text-video retrieval both ways, by a run's checkpoint or any model."""
+    """Evaluate text-to-video and video-to-text retrieval with a run's checkpoint or any model."""
     from clipmill.cli.evaluate import run_eval
 
     if format not in ("table", "json"):
@@ -349,34 +354,37 @@ def evaluate(
 
 @app.command()
 def edit(
-    corpus: Annotated[str | None, typer.Option(help="The corpus folder; none: OUT's.", show_default=False)] = None,
+    corpus: Annotated[str | None, typer.Option(help="The corpus folder. Omit for OUT's.", show_default=False)] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="The teacher: a run, or any model as for `eval`; none: OUT's.", show_default=False),
+        typer.Option(help="The teacher: a run, or a model as for `eval`. Omit for OUT's.", show_default=False),
     ] = None,
-    out: Annotated[Path, typer.Option(help="A folder for the students' runs; where it goes on.")] = Path("edit"),
+    out: Annotated[Path, typer.Option(help="Folder for this editing and its students' runs. Resumes.")] = Path("edit"),
     recipe: RunRecipeOption = None,
     where: Annotated[
-        str | None, typer.Option(help="Edit the clips of this condition on `catalog`; none: the run's.", metavar="SQL")
+        str | None, typer.Option(help="Edit the clips that match. Omit for the run's data.where.", metavar="SQL")
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(help="At most so many rounds; 0: one, by the given teacher alone.", show_default=False)
+        int | None, typer.Option(help="Maximum number of rounds. 0: one round, no student.", show_default=False)
     ] = None,
     train: Annotated[
-        bool | None, typer.Option("--train/--no-train", help="Train a student between rounds, as by default, or not.")
+        bool | None, typer.Option("--train/--no-train", help="Train a student between rounds. Default: yes.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes that score, on Ray when more than one.")] = 1,
+    workers: Annotated[int, typer.Option(help="Scoring processes; more than one run on Ray.")] = 1,
     table: TableOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Move clips' boundaries to where their texts are shown: rows, for `train --set data.edits=accepted`."""
+    """Move clip boundaries to where the text is shown. Then train with --set data.edits=accepted."""
     from clipmill.cli.edit import run_edit
     from pipeline.editing.launch import EditRequest
     from shards.query.sql import named_tables
+    from shards.storage.s3 import is_url
 
+    if is_url(corpus):
+        raise UserError(f"--corpus {corpus}: `edit` needs a corpus in a folder, not in a store (docs/object_store.md).")
     request = EditRequest(
         out,
-        corpus=_folder(corpus),
+        corpus=None if corpus is None else Path(corpus),
         model=model,
         recipe=recipe,
         where=where,
@@ -395,11 +403,11 @@ def edit(
 def settings(
     section: Annotated[
         str | None,
-        typer.Argument(help="cut, caption, data, train …; none: all of them.", metavar="[SECTION]", show_default=False),
+        typer.Argument(help="A section, e.g. cut, data or train. Omit for all.", metavar="SECTION", show_default=False),
     ] = None,
     format: Annotated[str, typer.Option(help="text, yaml (a template for --recipe) or markdown.")] = "text",
 ) -> None:
-    """List every setting with its default, its limits and what it does."""
+    """List every setting with its default, accepted values and purpose."""
     from clipmill.cli.settings import show_settings
 
     show_settings(section, format)
@@ -407,21 +415,13 @@ def settings(
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Where to make it.", metavar="[DIR]")] = Path("demo"),
-    videos: Annotated[int, typer.Option(help="How many videos the demo world has.")] = 48,
+    folder: Annotated[Path, typer.Argument(help="Folder to create; resumes there.", metavar="DIR")] = Path("demo"),
+    videos: Annotated[int, typer.Option(help="Number of videos in the demo world.")] = 48,
 ) -> None:
-    """The whole job on a small made-up world of videos, served on this machine."""
+    """Run everything on a small generated world of videos: build, query, train, evaluate."""
     from clipmill.cli.demo import run_demo
 
     raise typer.Exit(run_demo(folder, videos))
-
-
-def _folder(corpus: str | None) -> Path | None:
-    from shards.storage.s3 import is_url
-
-    if is_url(corpus):
-        raise UserError(f"--corpus {corpus}: edit works on corpora in folders only (docs/object_store.md).")
-    return None if corpus is None else Path(corpus)
 
 
 def _command() -> str:
@@ -441,20 +441,20 @@ def _run() -> int:
         typer.echo(f"clipmill: {visible(str(error), keep=chr(10))}", err=True)
         return 2
     except KeyboardInterrupt:
-        typer.echo("\nclipmill: stopped. The same command goes on from here.", err=True)
+        typer.echo("\nclipmill: interrupted. Run the same command again to resume.", err=True)
         return 130
     except Exception as error:
-        if not _disk_takes_no_more(error):
+        if not _is_unwritable_disk(error):
             raise
-        typer.echo(f"clipmill: {error}. What is committed is safe; the same command goes on from here.", err=True)
+        typer.echo(f"clipmill: {error}. Committed work is safe; fix this and run the command again.", err=True)
         return 1
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
 
 
-def _disk_takes_no_more(error: Exception) -> bool:
-    """Whether the corpus's disk is full or read-only; DuckDB says so in words alone."""
+def _is_unwritable_disk(error: Exception) -> bool:
+    """Tell errors of a full or read-only disk from others; DuckDB's are known by their text only."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
     words = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
@@ -462,8 +462,10 @@ def _disk_takes_no_more(error: Exception) -> bool:
 
 
 def _leave(code: int) -> NoReturn:
-    """End without tearing the interpreter down: with Ray's threads alive that takes time, and DuckDB's binding prints a
-    page about types that were never freed, which people take for an error.
+    """Exit without interpreter shutdown.
+
+    With Ray's threads alive shutdown is slow, and DuckDB's binding prints a page about leaked types that looks like an
+    error.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -1,4 +1,4 @@
-"""`clipmill demo`: make the world, serve it, build a corpus from its URLs, ask the corpus a few things, train on it."""
+"""`clipmill demo`: make and serve a world of videos, build a corpus from its URLs, query it, train on it."""
 
 import json
 import time
@@ -20,24 +20,24 @@ from shards.query.sql import open_manifest, run_query
 from shards.query.statistics import render, report
 
 QUERIES = (
-    ("How much of it got how far", "FROM funnel"),
+    ("How many sources, clips and samples passed each stage", "FROM funnel"),
     (
-        "What the captioner says where speech and picture agree",
+        "Captions of the clips whose speech fits the picture best",
         "SELECT clip_id, round(start_s, 1) AS start_s, caption, text AS subtitle, round(subtitle_similarity, 2) AS sim "
         "FROM catalog WHERE subtitle_similarity IS NOT NULL ORDER BY subtitle_similarity DESC LIMIT 5",
     ),
     (
-        "Who moves most",
+        "The clips with the most motion",
         "SELECT clip_id, round(motion, 4) AS motion, duration_s, caption FROM catalog ORDER BY motion DESC LIMIT 5",
     ),
-    ("What could not be had, and why", "FROM failures_by_reason"),
+    ("What failed, and why", "FROM failures_by_reason"),
 )
 
 BROKEN = ("not-found", "html", "truncated", "empty", "audio-only", "unavailable-once", "duplicate")
 
 
 def run_demo(folder: Path, num_videos: int) -> int:
-    """Everything under `folder`; a second call goes on where the first was stopped. Returns the exit code."""
+    """Run the whole demo in `folder`, resuming an earlier call; return the exit code."""
     from clipmill.cli.demo_training import run_training_demo
 
     console, started = plain_console(), time.perf_counter()
@@ -46,7 +46,7 @@ def run_demo(folder: Path, num_videos: int) -> int:
     with _served(folder, world) as base_url:
         sources = folder / "sources.jsonl"
         write_sources(world, base_url, sources)
-        console.print(f"[bold]2. Build[/] a corpus from the URLs in {sources}, served at {base_url}\n")
+        console.print(f"[bold]2. Build:[/] make a corpus from the URLs in {sources}, served at {base_url}\n")
         console.print(f"   clipmill build {sources} --corpus {corpus} --recipe demo\n", style="cyan")
         display = Terminal(console)
         result = build(
@@ -62,24 +62,26 @@ def run_demo(folder: Path, num_videos: int) -> int:
     _ask(console, corpus)
     trained = run_training_demo(console, corpus, folder / "run")
     console.print(_last_screen(folder, corpus, result, time.perf_counter() - started))
-    return 1 if _unexpected(world, result) else trained
+    truth = [json.loads(line) for line in (world / "truth.jsonl").read_text().splitlines()]
+    num_broken = sum(row["broken"] is not None and not row["works"] for row in truth)
+    return 1 if sum(count for _, _, count, _ in result.failures) > num_broken else trained
 
 
 def _make_world(console: Console, world: Path, num_videos: int) -> None:
-    console.print(f"[bold]1. World[/]: {num_videos} narrated videos of moving shapes, and some broken links\n")
+    console.print(f"[bold]1. World:[/] render {num_videos} narrated videos of moving shapes, add broken links\n")
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("rendering", total=num_videos)
         settings = WorldSettings(num_videos=num_videos, broken=BROKEN)
         made = make_world(world, settings, lambda done, total: progress.update(task, completed=done, total=total))
     console.print(
         f"   {made.num_videos} videos, {made.num_scenes} scenes, {made.duration_s / 60:.0f} minutes, "
-        f"{made.num_bytes / 1e6:.1f} MB in {world}; {made.num_broken} links that cannot work\n"
+        f"{made.num_bytes / 1e6:.1f} MB in {world}; {made.num_broken} broken links\n"
     )
 
 
 @contextmanager
 def _served(folder: Path, world: Path):
-    """Serve the world where it was served before: a source's identity is its URL, the port included."""
+    """Serve the world on the same port as before, since a source is identified by its URL, port included."""
     port_file = folder / "port"
     port = int(port_file.read_text()) if port_file.exists() else 0
     with serve(world, port=port) as base_url:
@@ -88,7 +90,7 @@ def _served(folder: Path, world: Path):
 
 
 def _ask(console: Console, corpus: Path) -> None:
-    console.print("\n[bold]3. Ask[/] the corpus\n")
+    console.print("\n[bold]3. Query:[/] ask the corpus a few things\n")
     with open_manifest(corpus) as connection:
         render(report(connection), console)
         for title, sql in QUERIES:
@@ -100,28 +102,23 @@ def _ask(console: Console, corpus: Path) -> None:
 
 def _last_screen(folder: Path, corpus: Path, result: BuildReport, seconds: float) -> Panel:
     num_failed, run = sum(count for _, _, count, _ in result.failures), folder / "run"
-    of_run = [
-        f"  clipmill eval --run {run} --text caption --dsl       search by captions, with dual softmax",
-        f"  tensorboard --logdir {folder}              the curves of the training in {run}",
-    ]
+    commands = {
+        f"clipmill sql {corpus}": "query it (.tables lists the tables)",
+        f"clipmill verify {corpus}": "check every byte of every shard",
+        f"clipmill status {corpus} --set cut.fps=2": "see what this change would make pending",
+        f"clipmill run caption --corpus {corpus} --set caption.max_tokens=12": "redo the captions only",
+    }
+    if run.exists():  # not if the world is too small to train on
+        commands |= {
+            f"clipmill eval --run {run} --text caption --dsl": "search with captions, add dual softmax",
+            f"tensorboard --logdir {folder}": f"see the training curves of {run}",
+        }
+    commands[f"clipmill demo {folder}"] = "run it again: nothing is left to do"
+    width = max(map(len, commands))
     return Panel(
-        f"Made in {seconds:,.0f} s: {corpus} with {result.pack.num_samples:,} samples in "
-        f"{result.pack.num_shards} shards. The {num_failed} failures are the links made to fail.\n\n"
-        "What to type next\n"
-        f"  clipmill sql {corpus}                 ask it anything (.tables lists what there is)\n"
-        f"  clipmill verify {corpus}              every byte of every shard against the manifest\n"
-        f"  clipmill status {corpus} --set cut.fps=2         what a change would cost, before it is made\n"
-        f"  clipmill run caption --corpus {corpus} --set caption.max_tokens=12    caption again, and nothing else\n"
-        + "".join(f"{line}\n" for line in of_run if run.exists())  # a world that is too small is not trained on
-        + f"  clipmill demo {folder}                again: nothing is left to do",
+        f"Made in {seconds:,.0f} s: {corpus} with {result.pack.num_samples:,} samples in {result.pack.num_shards} "
+        f"shards. The {num_failed} failures are the broken links.\n\nTry next\n"
+        + "\n".join(f"  {command:{width}}  {purpose}" for command, purpose in commands.items()),
         title="clipmill",
         expand=False,
     )
-
-
-def _unexpected(world: Path, result: BuildReport) -> list[tuple]:
-    """Failures that the world did not plan: its truth says which sources are broken."""
-    truth = [json.loads(line) for line in (world / "truth.jsonl").read_text().splitlines()]
-    planned = sum(row["broken"] is not None and not row["works"] for row in truth)
-    num_failed = sum(count for _, _, count, _ in result.failures)
-    return [] if num_failed <= planned else result.failures

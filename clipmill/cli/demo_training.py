@@ -1,7 +1,7 @@
-"""The second half of `clipmill demo`: the image model searched, post-pretrained on the corpus, and searched again.
+"""The second half of `clipmill demo`: evaluate the image model, post-pretrain it on the corpus, evaluate it again.
 
-The clips searched are those that the `demo` recipe holds out. Zero-shot is the image model as it ships: frame by frame,
-the unit vectors averaged, which is how an image-text model looks at a video.
+Both evaluations search the clips that the `demo` recipe holds out. Zero-shot encodes each frame with the image model as
+it ships and averages the unit vectors.
 """
 
 import json
@@ -30,33 +30,39 @@ def run_training_demo(console: Console, corpus: Path, run: Path) -> int:
     """Evaluate, train into `run` (or resume there), evaluate again; print and plot. Return the exit code."""
     settings = resolve(None, RECIPE, [])
     if too_few := _too_few(corpus, settings):
-        console.print(f"\nNothing is trained: {escape(too_few)}", soft_wrap=True)
+        console.print(f"\nSkipping the training: {escape(too_few)}", soft_wrap=True)
         return 0
     model = settings.model.init
     command = f"clipmill eval --model {model} --corpus {corpus} --recipe {RECIPE} --set model.pooling=mean"
-    _announce(console, "4. Search", "held-out clips with the image model as it ships", command)
+    _announce(console, "4. Evaluate:", "search held-out clips with the image model as it ships", command)
     before = run_eval(model=model, corpus=corpus, recipe=RECIPE, assignments=["model.pooling=mean"], console=console)
-    _announce(console, "5. Train", "on the others", f"clipmill train --corpus {corpus} --run {run} --recipe {RECIPE}")
+    command = f"clipmill train --corpus {corpus} --run {run} --recipe {RECIPE}"
+    _announce(console, "5. Train:", "post-pretrain it on the other clips", command)
     report = launch_training(str(corpus), run, recipe=RECIPE)
     show_report(report)
     if report.reason != "done":
         return 1
-    _announce(console, "6. Search", "the same clips again", f"clipmill eval --run {run} --corpus {corpus}")
+    command = f"clipmill eval --run {run} --corpus {corpus}"
+    _announce(console, "6. Evaluate:", "search the same clips with the trained model", command)
     after = run_eval(run=run, corpus=corpus, console=console)
     results = {BEFORE: before, AFTER: after}
-    console.print("\n[bold]What it was good for[/]: right answers among the nearest 1, 5 and 10\n")
+    console.print("\n[bold]Result:[/] share of queries with the right answer among the first 1, 5 and 10\n")
     console.print(comparison(results))
     drawn = plot_retrieval(run / "retrieval.svg", results), plot_loss(run / "loss.svg", run / "log.jsonl")
-    console.print(f"\ndrawn: {drawn[0]} · {drawn[1]}", highlight=False)
+    console.print(f"\nplots: {drawn[0]} · {drawn[1]}", highlight=False)
     return 0
 
 
 def _too_few(corpus: Path, settings: RunSettings) -> str | None:
-    """Explain why a world is too small to train on, if it is: a fourth is held out, with its near-duplicates."""
+    """Explain why the corpus is too small to train on, or return None. A fourth of it is held out."""
     with open_manifest(corpus) as connection:
         [num_samples] = rows_of(connection, "SELECT count(*) FROM samples")
     least = 2 * settings.train.batch_size
-    return None if num_samples >= least else f"{num_samples} samples; the demo's training takes {least} at least."
+    return (
+        None
+        if num_samples >= least
+        else f"the corpus has {num_samples} samples, the demo's training needs at least {least}."
+    )
 
 
 def _announce(console: Console, verb: str, what: str, command: str) -> None:
@@ -64,21 +70,19 @@ def _announce(console: Console, verb: str, what: str, command: str) -> None:
 
 
 def comparison(results: Results) -> Table:
-    """Build a table of both directions, with a row per result and one for guessing."""
+    """Build a table of both directions, with a row per result and one for chance level."""
     table = Table(box=None, pad_edge=False)
     for column in ("", "", *RECALLS.values(), "median rank", "mean rank"):
         table.add_column(column, justify="right" if column else "left")
     for direction in DIRECTIONS:
-        levels = {name: metrics[direction] for name, metrics in results.items()} | {
-            "guessing": _chance(results, direction)
-        }
-        for name, values in levels.items():
+        levels = {name: metrics[direction] for name, metrics in results.items()}
+        for name, values in {**levels, "chance": _chance(results, direction)}.items():
             table.add_row(ROWS[direction], name, *cells(values))
     return table
 
 
 def plot_retrieval(path: Path, results: Results) -> Path:
-    """Draw bars of all recalls, guessing as a dashed line."""
+    """Draw bars of all recalls, with chance level as a dashed line."""
     groups, marks = {}, {}
     for direction in DIRECTIONS:
         for key, label in RECALLS.items():

@@ -1,4 +1,4 @@
-"""Output of the build commands: progress, the summary after a build, `status` and `verify`."""
+"""Print what the build commands show: progress, the summary of a build, `status` and `verify`."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -18,22 +18,22 @@ from pipeline.stages.ingest.stage import IngestReport
 from pipeline.stages.pack import PACK
 from shards.corpus.folder import Corpus
 
-ON_PLAIN_OUTPUT_EVERY_S = 10.0  # seconds between lines where the output is not a terminal
+PLAIN_OUTPUT_INTERVAL_S = 10.0  # between progress lines where the output is not a terminal
 OPEN = ("pending", "retry")
 
 
 class Terminal:
-    """Shows a build on a terminal, or as plain lines where the output is not one."""
+    """Show a build on a terminal, or as plain lines if the output is not a terminal."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or plain_console()
         self.bars: Progress | None = None
         self.rows: dict[str, object] = {}
         self.known: dict[str, int] = {}
-        self.said_at = self.saved_at = 0.0
+        self.printed_at = self.saved_at = 0.0
         self.started = time.perf_counter()
 
-    # -- what build calls, in this order ----------------------------------------------------------------------------
+    # -- called by `build`, in this order ----------------------------------------------------------------------------
 
     def settings_changed(self, changed: list[str]) -> None:
         for line in changed:
@@ -42,8 +42,8 @@ class Terminal:
     def ingested(self, report: IngestReport) -> None:
         self.console.print(
             f"[bold]ingest[/] {report.num_seen:,} sources read: {report.num_new:,} new, "
-            f"{report.num_duplicates:,} known or repeated, {report.num_problems:,} unreadable"
-            + (f", {report.num_forgotten:,} to be forgotten and left out" if report.num_forgotten else "")
+            f"{report.num_duplicates:,} already known or repeated, {report.num_problems:,} unreadable"
+            + (f", {report.num_forgotten:,} left out because they were forgotten" if report.num_forgotten else "")
         )
         for split, num_videos, num_texts, num_repeated in report.splits:
             name = escape(one_line(split))
@@ -56,15 +56,15 @@ class Terminal:
         for stage, by_status in counts.items():
             num_open, waiting = sum(by_status.get(status, 0) for status in OPEN), by_status.get("waiting", 0)
             if stage in stages and (num_open or waiting):
-                parts.append(f"{stage} {num_open:,}" + (f" (+{waiting:,} depend on that)" if waiting else ""))
-        self.console.print("[bold]to do[/] " + (" · ".join(parts) if parts else "nothing is pending in the stages"))
+                parts.append(f"{stage} {num_open:,}" + (f" (+{waiting:,} waiting)" if waiting else ""))
+        self.console.print("[bold]to do[/] " + (" · ".join(parts) if parts else "nothing is pending"))
         num_left = {
             name: sum(by.get(status, 0) for status in OPEN) for name, by in counts.items() if name not in stages
         }
         left = " · ".join(f"{name} {num:,}" for name, num in num_left.items() if num)
-        if "pack" in stages and left:  # shards lose clips that the condition no longer finds
+        if "pack" in stages and left:  # pack.where does not match their clips, so the shards lack them
             self.console.print(
-                f"[yellow]note[/] pack.where does not see clips that are pending in other stages: {left}. "
+                f"[yellow]note[/] the shards may lack clips that are pending in other stages: {left}. "
                 "`clipmill build` runs those stages first.",
                 soft_wrap=True,
             )
@@ -90,7 +90,10 @@ class Terminal:
 
     def tick(self, engine: Engine) -> None:
         now = time.perf_counter()
-        totals = self._totals(engine)
+        totals = {  # at least so many items: pending at the start, or more that appeared since
+            name: max(self.known.get(name, 0), state.done + state.failed + state.in_flight)
+            for name, state in engine.report.by_stage.items()
+        }
         if now - self.saved_at > 1:
             self.saved_at = now
             engine.corpus.write_progress(progress_row(engine, totals, now - self.started))
@@ -99,10 +102,14 @@ class Terminal:
                 state = engine.report.by_stage[name]
                 note = f"[red]{state.failed} failed[/]" if state.failed else ""
                 self.bars.update(row, completed=state.done + state.failed, total=totals[name], note=note)
-        elif now - self.said_at > ON_PLAIN_OUTPUT_EVERY_S:
-            self.said_at = now
-            known = [name for name in totals if totals[name]]
-            self.console.print(" · ".join(_progress_text(name, engine, totals) for name in known), highlight=False)
+        elif now - self.printed_at > PLAIN_OUTPUT_INTERVAL_S:
+            self.printed_at = now
+            parts = []
+            for name, state in engine.report.by_stage.items():
+                failed = f" ({state.failed} failed)" if state.failed else ""
+                if totals[name]:
+                    parts.append(f"{name} {state.done + state.failed}/{totals[name]}{failed}")
+            self.console.print(" · ".join(parts), highlight=False)
 
     def packing(self, done: int, total: int) -> None:
         if done == total:
@@ -123,13 +130,6 @@ class Terminal:
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
-    def _totals(self, engine: Engine) -> dict[str, int]:
-        """Return how many items each stage has at least: pending at the start, or appeared since."""
-        return {
-            name: max(self.known.get(name, 0), state.done + state.failed + state.in_flight)
-            for name, state in engine.report.by_stage.items()
-        }
-
     def _summary(self, report: BuildReport) -> None:
         table = Table(box=None, pad_edge=False)
         for column in ("stage", "done", "failed", "task seconds"):
@@ -140,11 +140,11 @@ class Terminal:
                     name, f"{state.done:,}", f"{state.failed:,}" if state.failed else "", f"{state.seconds:,.1f}"
                 )
         if report.pack and (report.pack.num_written or report.pack.num_refreshed):
-            note = f"{report.pack.num_refreshed} indexes renewed" if report.pack.num_refreshed else ""
+            note = f"{report.pack.num_refreshed} indexes updated" if report.pack.num_refreshed else ""
             table.add_row("pack", f"{report.pack.num_samples:,}", "", f"{report.pack.seconds:,.1f}", note)
         self.console.print(table)
         seconds, driver_s = time.perf_counter() - self.started, report.engine.loop_s
-        self.console.print(f"[dim]{seconds:,.1f} s in all, the driver's ledger and manifest {driver_s:,.1f}[/]")
+        self.console.print(f"[dim]{seconds:,.1f} s in total, of which {driver_s:,.1f} s for ledger and manifest[/]")
 
 
 def progress_row(engine: Engine, totals: dict[str, int], elapsed_s: float) -> dict:
@@ -165,13 +165,8 @@ def progress_row(engine: Engine, totals: dict[str, int], elapsed_s: float) -> di
     return {"run_id": engine.run_id, "elapsed_s": elapsed_s, "stages": stages}
 
 
-def _progress_text(name: str, engine: Engine, totals: dict[str, int]) -> str:
-    state = engine.report.by_stage[name]
-    failed = f" ({state.failed} failed)" if state.failed else ""
-    return f"{name} {state.done + state.failed}/{totals[name]}{failed}"
-
-
 def show_status(root: str | Path, assignments: list[str]) -> None:
+    """Print the progress of a running build, or else what each stage has done and has to do."""
     console = plain_console()
     running = Corpus(root).require().read_progress()
     if running and not assignments:
@@ -183,7 +178,7 @@ def show_status(root: str | Path, assignments: list[str]) -> None:
 def _show_running(console: Console, progress: dict) -> None:
     console.print(f"A build has been running for {progress['elapsed_s']:,.0f} s (run {progress['run_id']}).")
     table = Table(box=None, pad_edge=False)
-    for column in ("stage", "done", "failed", "in flight", "known left", "per s", "time left"):
+    for column in ("stage", "done", "failed", "in flight", "left", "per s", "time left"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name, row in progress["stages"].items():
         left = f"{row['time_left_s']:,.0f} s" if row["time_left_s"] is not None else "?"
@@ -217,9 +212,9 @@ def _show_idle(console: Console, current: Status) -> None:
     )
     console.print(table)
     if any(row.get("waiting") for row in current.counts.values()):
-        console.print("[dim]waiting: done, but its inputs are pending, so it may have to be done again[/]")
+        console.print("[dim]waiting: done, but an input is pending; pending again if that input changes[/]")
     if any(row.get("quarantined") for row in current.counts.values()):
-        hint = "failed engine.max_attempts times; `run STAGE --where quarantined` tries again"
+        hint = "failed engine.max_attempts times; `clipmill run STAGE --where quarantined` retries"
         console.print(f"[dim]quarantined: {hint}[/]")
     print_failures(console, current.failures)
 
@@ -236,5 +231,5 @@ def verify_corpus(root: str | Path, decode: bool) -> int:
             f"[{colour}]{problem.kind}[/] {escape(one_line(f'{problem.path} {problem.item}: {problem.message}'))}"
         )
     wrong = sum(not problem.is_warning for problem in problems)
-    console.print(f"{checked}: {f'{wrong:,} problems' if wrong else 'all as the manifest says'}")
+    console.print(f"{checked}: {f'{wrong:,} problems' if wrong else 'no problems'}")
     return 1 if wrong else 0

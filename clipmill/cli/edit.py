@@ -1,4 +1,4 @@
-"""`clipmill edit`: a teacher moves the boundaries of a corpus's clips, round by round; prints a report per round."""
+"""`clipmill edit`: a teacher moves the boundaries of clips, round by round; each round is reported."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from training.editing.rounds import HELD
 
 
 def run_edit(request: EditRequest, console: Console | None = None) -> list[dict[str, Any]]:
-    """Edit, or go on editing in OUT; print and return the rows of `edit_rounds`. Raises UserError."""
+    """Start or resume an editing; print and return the rows of `edit_rounds`. Raises UserError."""
     console = console or plain_console()
 
     def on_start(editing: Editing) -> None:
@@ -26,9 +26,9 @@ def run_edit(request: EditRequest, console: Console | None = None) -> list[dict[
 
     editing, rows = launch_edit(request, on_start, on_round)
     held = [row["round"] for row in rows if row["outcome"] in HELD and row["num_accepted"]]
-    text = "No round was kept: the clips stay as they are."
+    text = "No round was accepted: the clips keep their boundaries."
     if held:
-        text = f"Rounds kept: {', '.join(map(str, held))}. Their clips are cut again beside the old ones.\n"
+        text = f"Rounds accepted: {', '.join(map(str, held))}. The originals stay. Train on the edited clips:\n"
         text += f"  clipmill train --corpus {editing.corpus} --run DIR --set data.edits={editing.editing}:accepted …"
     console.print(text, soft_wrap=True, markup=False, highlight=False)
     return rows

@@ -1,4 +1,4 @@
-"""`clipmill plan`: the cost of a training run, printed as tables or JSON. Reads the corpus, starts nothing."""
+"""`clipmill plan`: print the cost of a training run as tables or JSON. Reads the corpus, starts nothing."""
 
 import json
 from dataclasses import asdict
@@ -10,10 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from clipmill.base.console import plain_console
-from training.cost.estimate import CHUNK, DECODED_PER_CORE_S, Estimate, StepCost
+from training.cost.estimate import CHUNK, DECODED_PER_CORE_S, Estimate
 from training.launch import launch_estimate
 from training.run.settings import RunSettings
-from training.settings import DataSettings
 
 Format = Literal["table", "json"]
 
@@ -46,8 +45,8 @@ def show(found: Estimate, settings: RunSettings, console: Console) -> None:
         console.print(table)
     console.print(_time_table(found))
     console.print(
-        f"[dim]time: at an assumed share of the dense {settings.train.precision} peak, the CPU's as measured just now; "
-        f"decoding at {DECODED_PER_CORE_S:.0f} samples of 12 frames of 224 pixels a second and core[/]",
+        f"[dim]time: from an assumed share of the dense {settings.train.precision} peak; the CPU's peak is measured; "
+        f"a core decodes {DECODED_PER_CORE_S:.0f} samples of 12 frames of 224 pixels a second[/]",
         soft_wrap=True,
     )
     for note in found.notes:
@@ -56,14 +55,20 @@ def show(found: Estimate, settings: RunSettings, console: Console) -> None:
 
 def _data_rows(found: Estimate, settings: RunSettings) -> list[tuple[str, str]]:
     data, named = found.data, settings.data
+    short = ": some frames are repeated"
+    if named.frames_per_s is not None:
+        short = f" at {named.frames_per_s:g} per second: padded with empty frames"
     rows = [(f"{data.num_clips:,}", f"clips to train on, in {data.num_shards:,} shards")]
     if settings.eval.where.strip():
         rows.append((f"{data.num_held_out:,}", "clips held out for evaluation"))
     rows += [
-        (_percent(data.num_without_subtitle, data.num_clips), f"without a {named.subtitle}: they lack its loss terms"),
-        (_percent(data.num_without_caption, data.num_clips), "without a caption"),
-        (_percent(data.num_without_text, data.num_clips), "without either"),
-        (_percent(data.num_short, data.num_clips), _short_clips(named)),
+        (
+            _percent(data.num_without_subtitle, data.num_clips),
+            f"have no {named.subtitle}: left out of its loss terms",
+        ),
+        (_percent(data.num_without_caption, data.num_clips), "have no caption"),
+        (_percent(data.num_without_text, data.num_clips), "have no text at all"),
+        (_percent(data.num_short, data.num_clips), f"are shorter than {named.num_frames} frames{short}"),
         (_bytes(data.read_bytes), f"to read per epoch, in {data.num_reads:,} reads"),
     ]
     return rows
@@ -71,14 +76,15 @@ def _data_rows(found: Estimate, settings: RunSettings) -> list[tuple[str, str]]:
 
 def _step_rows(found: Estimate, settings: RunSettings) -> list[tuple[str, str]]:
     step, tail = found.step, {"drop": "dropped", "carry": "carried over", "pad": "dropped"}[settings.data.tail]
-    share = f", {step.per_device:,} on a device" if step.per_device < step.batch_size else ""
+    share = f", {step.per_device:,} per device" if step.per_device < step.batch_size else ""
+    trained = f", {step.num_trained / 1e6:,.1f} M of them trained" * (step.num_trained < step.num_parameters)
     gflops_of_clip = step.flops_per_step / step.batch_size / 1e9
     return [
-        (f"{step.batch_size:,}", f"clips a step{share}"),
-        (f"{step.steps_per_epoch:,}", f"steps an epoch; {step.num_dropped:,} clips {tail} at its end"),
-        (f"{step.total_steps:,}", f"steps in all, {step.total_steps / step.steps_per_epoch:.3g} epochs"),
-        (f"{step.num_parameters / 1e6:,.1f} M", f"parameters: {escape(settings.model.init)}{_trained(step)}"),
-        (f"{step.flops_per_step / 1e12:,.3g} TFLOP", f"a step, {gflops_of_clip:,.4g} GFLOP a clip"),
+        (f"{step.batch_size:,}", f"clips per step{share}"),
+        (f"{step.steps_per_epoch:,}", f"steps per epoch; {step.num_dropped:,} clips {tail} at its end"),
+        (f"{step.total_steps:,}", f"steps in total, {step.total_steps / step.steps_per_epoch:.3g} epochs"),
+        (f"{step.num_parameters / 1e6:,.1f} M", f"parameters: {escape(settings.model.init)}{trained}"),
+        (f"{step.flops_per_step / 1e12:,.3g} TFLOP", f"per step, {gflops_of_clip:,.4g} GFLOP per clip"),
     ]
 
 
@@ -90,14 +96,14 @@ def _memory_rows(found: Estimate, settings: RunSettings) -> list[tuple[str, str]
         (_bytes(kept), state),
         (_bytes(memory.inputs + memory.loss), "the batch, features and similarities"),
         (_bytes(memory.activations), "activations kept for the backward pass"),
-        (f"[bold]{_bytes(memory.total)}", "in all, and about 1 GB of its own on a GPU"),
+        (f"[bold]{_bytes(memory.total)}", "in total, plus about 1 GB of CUDA context on a GPU"),
     ]
     others = {
         "train.activation_checkpointing=true": found.with_checkpointing,
         f"train.chunk_size={CHUNK}": found.with_chunks,
     }
     return rows + [
-        (_bytes(other.total), f"with {setting}, for a third more to compute")
+        (_bytes(other.total), f"with {setting}, for a third more compute")
         for setting, other in others.items()
         if other.total < memory.total
     ]
@@ -106,14 +112,14 @@ def _memory_rows(found: Estimate, settings: RunSettings) -> list[tuple[str, str]
 def _disk_rows(found: Estimate, settings: RunSettings) -> list[tuple[str, str]]:
     return [
         (_bytes(found.data.selection_bytes), "selection"),
-        (_bytes(2 * found.data.plan_bytes), "plan, of this epoch and the next"),
+        (_bytes(2 * found.data.plan_bytes), "plans of this epoch and the next"),
         (_bytes(found.checkpoint_bytes), f"checkpoints, {settings.train.keep_checkpoints} of them"),
     ]
 
 
 def _time_table(found: Estimate) -> Table:
     table = Table(box=None, pad_edge=False, title="[bold]time", title_justify="left")
-    for column in ("device", "peak TFLOP/s", "share", "samples/s", "in all", "cores to decode"):
+    for column in ("device", "peak TFLOP/s", "share", "samples/s", "total", "cores to decode"):
         table.add_column(column, justify="left" if column == "device" else "right")
     for speed in found.speeds:
         table.add_row(
@@ -125,16 +131,6 @@ def _time_table(found: Estimate) -> Table:
             f"{speed.decoding_cores:,.1f}",
         )
     return table
-
-
-def _short_clips(data: DataSettings) -> str:
-    if data.frames_per_s is not None:
-        return f"of fewer than {data.num_frames} frames at {data.frames_per_s:g} a second: the rest is empty"
-    return f"of fewer than {data.num_frames} frames: some are taken twice"
-
-
-def _trained(step: StepCost) -> str:
-    return f", {step.num_trained / 1e6:,.1f} M of them train" if step.num_trained < step.num_parameters else ""
 
 
 def _percent(count: int, total: int) -> str:

@@ -50,7 +50,7 @@ def show(metrics: dict[str, Any], console: Console) -> None:
 
 
 def metrics_table(metrics: dict[str, Any]) -> Table:
-    """Build a table with a row per direction and one per direction for guessing."""
+    """Build a table with a row per direction and one per direction for chance level."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for column in ("R@1", "R@5", "R@10", "median rank", "mean rank", "queries"):
@@ -59,7 +59,7 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
         if key in metrics:
             table.add_row(name, *cells(metrics[key]), f"{metrics[key]['num_queries']:,}")
     for key, values in metrics["chance"].items():
-        table.add_row(f"[dim]guessing, {ROWS[key]}[/]", *(f"[dim]{cell}[/]" for cell in cells(values)))
+        table.add_row(f"[dim]chance, {ROWS[key]}[/]", *(f"[dim]{cell}[/]" for cell in cells(values)))
     return table
 
 
@@ -71,11 +71,11 @@ def cells(values: dict[str, float]) -> list[str]:
 
 def notes(metrics: dict[str, Any]) -> list[str]:
     """Describe the clips and texts behind the numbers."""
-    lines = [f"{metrics['num_videos']:,} clips searched by {metrics['num_texts']:,} {metrics['text']}s"]
+    lines = [f"{metrics['num_videos']:,} clips searched with {metrics['num_texts']:,} {metrics['text']}s"]
     for key, text in (
-        ("num_without_text", "clips have no text: they can only be found"),
-        ("num_repeated_texts", f"of the {metrics['text']}s occur in another clip too"),
-        ("num_seen", "clips are of videos in the training selection"),
+        ("num_without_text", "clips have no text and are only candidates"),
+        ("num_repeated_texts", f"of the {metrics['text']}s belong to more than one clip"),
+        ("num_seen", "clips come from videos of the training selection"),
         ("num_chosen_on", "clips were also used to choose the checkpoint"),
     ):
         if metrics.get(key):

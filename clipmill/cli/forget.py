@@ -10,7 +10,7 @@ from clipmill.base.errors import UserError
 from clipmill.base.text import visible
 from pipeline.maintenance.forget import ForgetPlan, compact, find, forget
 
-SHOWN = 20  # videos that are listed
+SHOWN = 20  # videos listed
 
 
 def run_forget(
@@ -36,12 +36,10 @@ def run_forget(
         return 0
     published = forget(root, plan, reason)
     if not published:
-        console.print(
-            "A build is running: it leaves them out from now on, and publishes the next manifest without them."
-        )
+        console.print("A build is running: it drops them from now on, and its next manifest is without them.")
     console.print(
-        f"Forgotten: no query, build or training run sees them from now on.\n"
-        f"Remove their bytes with [bold]clipmill compact {escape(str(root))}[/]",
+        f"Forgotten: queries, builds and training runs no longer see them.\n"
+        f"Delete their bytes with [bold]clipmill compact {escape(str(root))}[/]",
         soft_wrap=True,
     )
     return 0
@@ -50,20 +48,20 @@ def run_forget(
 def _show(console: Console, plan: ForgetPlan) -> None:
     for video in plan.videos[:SHOWN]:
         what = f"{video['num_clips']} clips, {video['num_samples']} samples, {video['num_captions']} captions"
-        copy = ", the same file as one of them" if video["is_copy"] else ""
+        copy = ", a copy of one of them" if video["is_copy"] else ""
         console.print(f"{video['video_id']}  {what}{copy}\n    {escape(visible(video['url']))}", soft_wrap=True)
         if video["kind"] == "file":
-            console.print("    [dim]that file does not belong to the corpus: delete it yourself[/]")
+            console.print("    [dim]the corpus does not own this file: delete it yourself[/]")
     if len(plan.videos) > SHOWN:
         console.print(f"… and {len(plan.videos) - SHOWN:,} more")
     for url in plan.urls:
-        console.print(f"not in the corpus, will be kept out: {escape(visible(url))}", soft_wrap=True)
+        console.print(f"not in the corpus, will never be added: {escape(visible(url))}", soft_wrap=True)
     if plan.videos:
         totals = ((name, plan.total(f"num_{name}")) for name in ("clips", "samples", "captions", "sentences"))
         parts = ", ".join(f"{count:,} {name}" for name, count in totals)
         console.print(f"[bold]{len(plan.videos):,} videos[/]: {parts}")
     elif not plan.urls:
-        console.print("Nothing to do: all of them are forgotten already.")
+        console.print("Nothing to do: all of them have been forgotten already.")
 
 
 def run_compact(root: str | Path) -> int:
@@ -73,10 +71,11 @@ def run_compact(root: str | Path) -> int:
     if report.did_something:
         console.print(
             f"{report.num_samples:,} samples removed from {report.num_shards:,} shards, {report.num_commits:,} commits "
-            f"written again, {report.num_files:,} source files removed: {report.num_bytes / 1e6:,.1f} MB freed"
+            f"rewritten, {report.num_files:,} source files deleted: {report.num_bytes / 1e6:,.1f} MB freed",
+            soft_wrap=True,
         )
     else:
-        console.print("Nothing to do: nothing is left of the forgotten videos.")
+        console.print("Nothing to do: no bytes of forgotten videos are left.")
     for name in report.settings:
-        console.print(f"[red]a setting in corpus.yaml still contains {escape(visible(name))}[/]: change it yourself.")
+        console.print(f"[red]a setting in corpus.yaml still names {escape(visible(name))}[/]: edit it there.")
     return 1 if report.settings else 0

@@ -1,4 +1,4 @@
-"""`clipmill settings`: every setting with its default, its limits and the comment from the code."""
+"""`clipmill settings`: list every setting with its default, accepted values and the comment from the code."""
 
 import json
 import textwrap
@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.text import Text
 
 from clipmill.base.errors import UserError
-from clipmill.base.settings import Settings
 from clipmill.base.settings_reference import SettingInfo, describe_settings
 from pipeline.editing.settings import EditRunSettings
 from pipeline.engine.settings import CorpusSettings
@@ -37,7 +36,7 @@ def show_settings(section: str | None, format: str) -> None:
     if section is None and format == "yaml":
         raise UserError(f"settings --format yaml: name a section, one of {', '.join(owners)}.")
     chosen = [section] if section else list(owners)
-    sections = {name: _settings_of(models[owners[name]], name) for name in chosen}
+    sections = {name: list(describe_settings(models[owners[name]].model_fields[name].annotation)) for name in chosen}
     if format == "text":
         _print_text(sections)
     elif format == "yaml":
@@ -46,10 +45,6 @@ def show_settings(section: str | None, format: str) -> None:
         print(to_markdown(sections, owners), end="")
     else:
         raise UserError(f"settings --format {format}: choose text, yaml or markdown.")
-
-
-def _settings_of(model: type[Settings], section: str) -> list[SettingInfo]:
-    return list(describe_settings(model.model_fields[section].annotation))
 
 
 def _print_text(sections: dict[str, list[SettingInfo]]) -> None:

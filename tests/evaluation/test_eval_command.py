@@ -96,7 +96,7 @@ def test_clips_of_videos_that_were_trained_on_are_counted(run: RunFolder) -> Non
     """All clips of the corpus are of one video."""
     console = quiet()
     assert run_eval(run=run.root, console=console)["num_seen"] == 6
-    assert "6 clips are of videos in the training selection" in console.file.getvalue()
+    assert "6 clips come from videos of the training selection" in console.file.getvalue()
 
 
 def test_a_model_is_evaluated_on_every_sample_in_float32(corpus: Path, weights: Path) -> None:
@@ -127,11 +127,11 @@ def test_the_table_shows_the_numbers_and_what_they_are_over(tmp_path: Path, weig
     corpus, console = packed_corpus(tmp_path / "corpus", 5, sql), quiet()
     metrics = run_eval(model=str(weights), corpus=corpus, dsl=True, assignments=SETTINGS, console=console)
     shown = console.file.getvalue()
-    for text in ("text → video", "video → text, DSL", "guessing, text → video", "R@10", "20.0 %"):
+    for text in ("text → video", "video → text, DSL", "chance, text → video", "R@10", "20.0 %"):
         assert text in shown
     assert f"{100 * metrics['t2v']['r1']:.1f} %" in shown and f"{metrics['v2t_dsl']['meanr']:,.1f}" in shown
-    assert "5 clips searched by 4 subtitles; 1 clips have no text" in shown
-    assert "2 of the subtitles occur in another clip too" in shown
+    assert "5 clips searched with 4 subtitles; 1 clips have no text" in shown
+    assert "2 of the subtitles belong to more than one clip" in shown
 
 
 def test_json_is_the_metrics_and_nothing_else(corpus: Path, weights: Path, tmp_path: Path) -> None:

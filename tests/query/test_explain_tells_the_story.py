@@ -75,7 +75,7 @@ def test_what_was_forgotten_is_known_by_its_tombstone_alone(whole, tmp_path, cap
     for name in ("video-c", "video-c.1", url_of("video-c")):
         assert run_explain(root, name, as_json=False) == 0
         said = capsys.readouterr().out
-        assert "forgotten at" in said and "because: its owner asked" in said and "title" not in said
+        assert "forgotten at" in said and "reason: its owner asked" in said and "title" not in said
 
 
 def test_control_characters_of_titles_do_not_reach_the_terminal(whole):
