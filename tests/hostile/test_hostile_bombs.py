@@ -29,7 +29,7 @@ from pipeline.stages.segment.shots import detect_shots
 from pipeline.stages.transcribe.speech import extract_speech
 from pipeline.stages.transcribe.transcribe import TranscribeSettings, transcribe_video, transcript_of_subtitles
 from tests.helpers.http import MediaServer, media_server
-from tests.helpers.work import count_calls
+from tests.helpers.call_count import count_calls
 
 MB = 1 << 20
 

@@ -16,7 +16,7 @@ from clipmill.base.settings import digest, read_yaml
 from pipeline.engine.settings import resolve
 from pipeline.stages.transcribe.transcribe import TranscribeSettings, load_whisper
 from shards.corpus.folder import Corpus
-from tests.helpers.work import count_calls
+from tests.helpers.call_count import count_calls
 from training.models.clip_vip.weights import load_model, read_tensors
 from training.run.checkpoints import Checkpoints
 from training.run.folder import RunFolder

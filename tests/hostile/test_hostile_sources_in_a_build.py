@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.test_limits_end_what_hangs import flat_video
+from tests.engine.test_hung_work_is_stopped import flat_video
 from tests.helpers.builds import ask, build_here
 from tests.helpers.http import media_server
 

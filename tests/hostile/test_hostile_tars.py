@@ -12,7 +12,7 @@ from shards.packing.tar import list_members
 from shards.packing.verify import verify
 from shards.query.sql import open_manifest
 from tests.helpers.shards import make_corpus, pack
-from tests.helpers.work import count_calls
+from tests.helpers.call_count import count_calls
 from training.data.plain_tars import MAX_VIDEO_BYTES, index_tars
 
 BLOCK = 512

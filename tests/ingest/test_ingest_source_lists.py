@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from clipmill.base.errors import UserError
 from pipeline.stages.ingest.ingest import IngestSettings, read_sources
-from tests.helpers.work import count_calls
+from tests.helpers.call_count import count_calls
 
 SETTINGS = IngestSettings()
 ROWS = [

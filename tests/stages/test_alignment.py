@@ -19,7 +19,7 @@ from pipeline.stages.transcribe.alignment import (
     retime,
 )
 from pipeline.stages.transcribe.words import Word
-from tests.helpers.work import count_calls
+from tests.helpers.call_count import count_calls
 
 words_of_few_letters = st.text("ab", max_size=4)
 sequences = st.lists(

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from clipmill.base.errors import ItemError
 from pipeline.stages.transcribe.subtitles import SubtitleSettings, read_subtitles, words_of
 from pipeline.stages.transcribe.words import join_words
-from tests.helpers.work import count_calls
+from tests.helpers.call_count import count_calls
 
 FILES = Path(__file__).parents[1] / "data" / "subtitles"
 
