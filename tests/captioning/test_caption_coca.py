@@ -159,7 +159,7 @@ def test_pictures_and_their_jpeg_bytes_get_the_same_caption(folder):
     assert captioner.caption(pictures) == captioner.caption(FRAMES[:3])
 
 
-def test_nothing_said_is_recorded_as_nothing(tmp_path):
+def test_an_empty_caption_is_recorded(tmp_path):
     model = random_coca()
     with torch.no_grad():  # whatever it sees, the end token is likeliest
         model.text_decoder.ln_final.weight.zero_()

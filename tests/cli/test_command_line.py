@@ -32,7 +32,7 @@ def test_every_command_explains_itself():
         assert done.returncode == 0 and "Usage" in done.stdout
 
 
-def test_a_build_without_sources_goes_on_with_a_corpus_and_begins_none(tmp_path):
+def test_a_build_without_sources_resumes_a_corpus_but_creates_none(tmp_path):
     from clipmill.cli.app import build
 
     with pytest.raises(UserError, match="mistyped is not a corpus"):

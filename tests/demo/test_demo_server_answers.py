@@ -154,7 +154,7 @@ def test_a_connection_serves_several_requests(base):
     connection.close()
 
 
-def test_the_server_is_gone_after_its_block(tmp_path):
+def test_the_server_stops_after_its_block(tmp_path):
     before = threading.active_count()
     with serve(tmp_path) as url:
         assert url.startswith("http://127.0.0.1:")

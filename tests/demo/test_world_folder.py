@@ -87,7 +87,7 @@ def test_no_name_of_the_machine_leaks_into_any_file(world):
             assert str(world).encode() not in path.read_bytes()
 
 
-def test_a_finished_world_is_kept_and_progress_is_told(tmp_path):
+def test_a_finished_world_is_kept_and_progress_is_reported(tmp_path):
     settings = WorldSettings(num_videos=2, min_video_s=3.0, max_video_s=4.0, workers=1)
     told = []
     first = make_world(tmp_path / "w", settings, lambda done, total: told.append((done, total)))

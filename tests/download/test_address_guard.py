@@ -75,7 +75,7 @@ def refusal(url: str, tmp_path, **columns) -> ItemError:
     "host",
     ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "127.1", "0", "[::1]", "[::ffff:127.0.0.1]"],
 )
-def test_a_link_to_this_machine_is_refused_unasked(host, tmp_path):
+def test_a_link_to_this_machine_is_refused_without_a_request(host, tmp_path):
     with media_server() as server:
         server.add("/a.mp4", b"secret")
         error = refusal(server.url("/a.mp4", host), tmp_path)
@@ -179,7 +179,7 @@ def test_a_subtitle_link_is_guarded_too(monkeypatch, tmp_path):
     assert caught.value.error_class == "not-a-video"  # the video; the subtitle is noted
 
 
-def test_the_gate_holds_for_any_use_of_the_session(tmp_path):
+def test_the_guard_covers_every_use_of_the_session(tmp_path):
     with (
         media_server() as server,
         EgressGuard(allow_private=False, timeout_s=600) as guard,
@@ -201,7 +201,7 @@ def test_allowing_private_addresses_allows_them(tmp_path):
         assert session.get(server.add("/a", b"x")).content == b"x"
 
 
-def test_a_name_that_does_not_answer_can_heal_and_one_that_is_not_there_cannot(monkeypatch):
+def test_a_failed_look_up_is_retryable_and_an_unknown_name_is_not(monkeypatch):
     def fail(code):
         def getaddrinfo(*_args, **_kwargs):
             raise socket.gaierror(code, "no")

@@ -78,7 +78,7 @@ def test_the_extension_comes_from_the_bytes(server: MediaServer, tmp_path):
 
 
 @pytest.mark.parametrize("drops", [[1000], [0], [50_000, 30_000, 10]])
-def test_a_dropped_connection_goes_on_where_it_broke(server: MediaServer, tmp_path, video, drops):
+def test_a_dropped_connection_resumes_where_it_broke(server: MediaServer, tmp_path, video, drops):
     row = get(server.add("/a.mp4", video, drops=list(drops)), tmp_path)
     assert (tmp_path / row["path"]).read_bytes() == video
     asked = server.asked("/a.mp4")
@@ -100,7 +100,7 @@ def test_a_file_that_changed_meanwhile_starts_over(server: MediaServer, tmp_path
 
 
 @pytest.mark.parametrize("etag", [None, 'W/"weak"'])
-def test_without_a_strong_validator_nothing_is_pieced_together(server: MediaServer, tmp_path, video, etag):
+def test_a_download_resumes_only_with_a_strong_validator(server: MediaServer, tmp_path, video, etag):
     row = get(server.add("/a.mp4", video, drops=[30_000], etag=etag), tmp_path)
     assert (tmp_path / row["path"]).read_bytes() == video
     assert "Range" not in server.asked("/a.mp4")[1]
@@ -163,7 +163,7 @@ def test_http_statuses(server: MediaServer, tmp_path, status, error_class, trans
     assert len(server.asked("/a.mp4")) == (SETTINGS.retries + 1 if transient else 1)
 
 
-def test_a_server_error_heals(server: MediaServer, tmp_path, video):
+def test_a_server_error_is_retried(server: MediaServer, tmp_path, video):
     url = server.add("/a.mp4", video, failures=[(503, {}), (500, {})])
     assert get(url, tmp_path)["num_bytes"] == len(video)
 
@@ -203,7 +203,7 @@ def test_a_page_never_becomes_a_video(server: MediaServer, tmp_path, body, conte
     assert (error.error_class, error.transient) == ("not-a-video", False)
 
 
-def test_a_page_that_comes_in_crumbs_is_seen_too(server: MediaServer, tmp_path):
+def test_a_page_sent_in_small_pieces_is_recognised(server: MediaServer, tmp_path):
     url = server.add("/a.mp4", b"<html>" + b"x" * 400, bytes_per_s=4000)
     assert failure(url, tmp_path).error_class == "not-a-video"
 
@@ -296,7 +296,7 @@ def test_headers_that_never_end_end_at_the_whole_timeout(tmp_path):
     assert error.error_class == "timeout"
 
 
-def test_nobody_listens(tmp_path):
+def test_a_refused_connection(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     error = failure(f"http://127.0.0.1:{port}/a.mp4", tmp_path)
@@ -309,7 +309,7 @@ def test_an_unknown_host(tmp_path):
 
 
 @pytest.mark.parametrize("url", ["gopher://example.com/a", "s3://bucket::file:///etc/passwd", "http://a b/"])
-def test_what_nothing_can_fetch(tmp_path, url):
+def test_unsupported_urls(tmp_path, url):
     assert failure(url, tmp_path).error_class == "unsupported-url"
 
 
@@ -405,7 +405,7 @@ def test_a_full_disk_is_one_error(server: MediaServer, tmp_path, video):
 
 
 @pytest.mark.parametrize("begun", ["after it is dead", "while it lives"])
-def test_a_killed_download_goes_on_where_it_was(server: MediaServer, tmp_path, video, begun, monkeypatch):
+def test_a_killed_download_resumes(server: MediaServer, tmp_path, video, begun, monkeypatch):
     """The next build may begin while a worker of the killed one is still at it: two never write into one folder."""
     url = server.add("/a.mp4", video, stall_after=80_000)
     child = run_child(url, str(tmp_path))
@@ -432,7 +432,7 @@ def test_a_killed_download_goes_on_where_it_was(server: MediaServer, tmp_path, v
     assert os.listdir(tmp_path / "sources") == ["clip1.mp4"]
 
 
-def test_a_download_that_another_process_does_not_end_is_a_failure_that_heals(server, tmp_path, video, monkeypatch):
+def test_a_download_held_by_another_process_is_a_retryable_failure(server, tmp_path, video, monkeypatch):
     monkeypatch.setattr("pipeline.stages.download.fetch.WORKER_ENDS_WITHIN_S", 0.1)
     (tmp_path / "sources").mkdir()
     held = lock_file(tmp_path / "sources" / "clip1.part.lock", 0, remove=True)

@@ -239,7 +239,7 @@ def test_live_streams_are_left_alone(server, media, tmp_path):
     assert server.requests == []
 
 
-def test_too_large_ends_while_it_comes(server, media, tmp_path):
+def test_an_oversized_download_is_stopped(server, media, tmp_path):
     settings = SETTINGS.model_copy(update={"max_bytes": 2000})
     assert site_failure({"formats": formats(server, media, "240")}, tmp_path / "w", settings).error_class == "too-large"
 
@@ -370,7 +370,7 @@ def test_a_lockout_during_extraction_pauses_the_host(tmp_path, monkeypatch):
     assert len(calls) == 3 and (row["title"], row["extractor"]) == ("T", "Youtube")
 
 
-def test_known_sites_are_told_from_links():
+def test_known_sites_are_distinguished_from_direct_links():
     assert site_extractor("https://www.youtube.com/watch?v=dQw4w9WgXcQ") == "Youtube"
     assert site_extractor("https://vimeo.com/76979871") == "Vimeo"
     assert site_extractor("https://cdn.example.com/a/b.mp4?token=1") is None

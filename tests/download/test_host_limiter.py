@@ -192,7 +192,7 @@ def test_a_failure_gives_the_host_back():
     assert gov.state()["a"]["num_active"] == 0 and gov.state()["a"]["cooldown_s"] == 5
 
 
-def test_a_remote_governor_is_asked_through_its_handle(monkeypatch):
+def test_a_remote_limiter_is_called_through_its_handle(monkeypatch):
     """What a Ray actor's handle looks like: methods with `.remote`, answers behind `ray.get`."""
     import ray
 

@@ -144,7 +144,7 @@ def test_clips_without_a_text_are_failures_and_stay(edited):
     assert not {row["clip_id"] for row in silent} & {row["clip_id"] for row in edits(corpus)}
 
 
-def test_settings_that_name_no_edits_say_what_there_is(edited, numbered, tmp_path):
+def test_settings_that_name_unknown_edits_list_the_known_ones(edited, numbered, tmp_path):
     corpus, _ = edited
     [editing] = {row["editing"] for row in edits(corpus)}
     for value, message in (("e00:accepted", f"no such editing. Known here: {editing}"), (7, "has no round 7")):
@@ -188,7 +188,7 @@ def hide_source(corpus: Path, video_id: str) -> None:
         connection.execute("UPDATE videos SET path = 'sources/gone.mp4' WHERE video_id = ?", [video_id])
 
 
-def test_a_video_that_cannot_be_read_is_a_failure_and_the_others_go_on(numbered, tmp_path):
+def test_an_unreadable_video_is_a_failure_and_the_others_are_edited(numbered, tmp_path):
     corpus = copy_of(numbered, tmp_path)
     broken = rows(corpus, "SELECT video_id FROM videos ORDER BY video_id")[0]["video_id"]
     (corpus / "sources" / "broken.mp4").write_bytes(b"no video")

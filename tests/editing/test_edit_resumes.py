@@ -66,7 +66,7 @@ def test_an_editing_interrupted_anywhere_ends_in_the_same_rows_and_bytes(numbere
 
 
 @pytest.mark.slow
-def test_an_editing_killed_goes_on_to_the_same_rows(numbered, whole, tmp_path):
+def test_a_killed_edit_resumes_to_the_same_rows(numbered, whole, tmp_path):
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
     settings = [part for setting in EAGER for part in ("--set", setting)]
     command = edit_command("--corpus", corpus, "--model", "demo", "--out", out, "--no-train", "--rounds", 2, *settings)
@@ -77,7 +77,7 @@ def test_an_editing_killed_goes_on_to_the_same_rows(numbered, whole, tmp_path):
     assert (edit_tables(corpus), tars_of(corpus)) == whole
 
 
-def test_more_rounds_go_on_from_those_that_were(numbered, whole, tmp_path):
+def test_more_rounds_continue_from_the_recorded_ones(numbered, whole, tmp_path):
     corpus = copy_of(numbered, tmp_path)
     assert len(edit(corpus, tmp_path / "edit", rounds=1, trains=False)) == 2
     assert len(edit(None, tmp_path / "edit", rounds=2, trains=False, model=None)) == 3
@@ -137,7 +137,7 @@ def change(path: Path, seed: int) -> None:
     save_file(noisy, path, metadata)
 
 
-def test_a_round_without_improvement_is_taken_back_exactly(numbered, tmp_path, scripted):
+def test_a_round_without_improvement_is_rolled_back_exactly(numbered, tmp_path, scripted):
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
     scripted += [0.1, 0.2, 0.15, 0.3]
     played = edit(corpus, out, "edit.holdout=0.55", rounds=3, trains=True)
@@ -175,7 +175,7 @@ def read_as(corpus: Path, folder: Path, which: str | int) -> dict[str, tuple[flo
     return read
 
 
-def test_a_teacher_that_took_over_is_found_again(numbered, tmp_path, scripted):
+def test_a_student_that_became_the_teacher_is_restored(numbered, tmp_path, scripted):
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
     scripted += [0.1, 0.2, 0.3]
     edit(corpus, out, "edit.holdout=0.55", rounds=1, trains=True)
@@ -186,7 +186,7 @@ def test_a_teacher_that_took_over_is_found_again(numbered, tmp_path, scripted):
     assert edit_tables(again) == edit_tables(corpus)
 
 
-def test_an_editing_whose_students_are_elsewhere_says_so(numbered, tmp_path, scripted, monkeypatch):
+def test_missing_student_weights_are_an_error(numbered, tmp_path, scripted, monkeypatch):
     corpus = copy_of(numbered, tmp_path)
     scripted += [0.1, 0.2]
     edit(corpus, tmp_path / "edit", "edit.holdout=0.55", rounds=1, trains=True)
@@ -216,7 +216,7 @@ def test_a_round_that_collapses_is_recorded_untrained_and_is_the_last(numbered, 
         freeze_run(tmp_path, corpus, DataSettings(edits="accepted"), EvalSettings())
 
 
-def test_of_two_folds_each_is_edited_by_the_teacher_of_the_other(numbered, tmp_path, monkeypatch):
+def test_each_fold_is_edited_by_the_teacher_of_the_other(numbered, tmp_path, monkeypatch):
     def begin(self: Students) -> list[Path]:
         paths = [self.asked.out / f"fold-{fold}.safetensors" for fold in self.folds]
         for fold, path in enumerate(paths):

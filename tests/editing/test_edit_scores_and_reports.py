@@ -107,6 +107,6 @@ def test_histograms_count_every_clip_once():
 
 
 @pytest.mark.parametrize(("validation", "said"), [(0.25, "validation R@1 25.0 %"), (None, "not validated")])
-def test_the_beginning_is_told_with_what_it_is_worth(validation, said):
+def test_the_first_report_line_names_the_teacher_and_its_validation(validation, said):
     row = {"outcome": "warm-up", "teacher": "abc", "validation": validation, "num_clips": 1200}
     assert report_lines(row) == [f"teacher abc: {said}; 1,200 clips to edit"]

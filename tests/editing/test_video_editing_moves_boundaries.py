@@ -282,7 +282,7 @@ def test_every_row_says_who_scored_what() -> None:
             assert row["score_after"] == row["score_before"]
 
 
-def test_a_video_that_cannot_be_scored_keeps_its_boundaries_and_is_told() -> None:
+def test_a_video_that_cannot_be_scored_keeps_its_boundaries_and_is_reported() -> None:
     truths = make_truths(4, SETTINGS)
     videos, oracle = [t.clips for t in truths], Oracle(truths)
 
@@ -298,7 +298,7 @@ def test_a_video_that_cannot_be_scored_keeps_its_boundaries_and_is_told() -> Non
     assert np.isfinite(lowest_threshold(videos, spans, broken, EditSettings(lowest_share=0.5)))
 
 
-def test_how_far_boundaries_went_is_measured_against_the_first_ones() -> None:
+def test_boundary_shifts_are_measured_from_the_first_boundaries() -> None:
     video = video_clips("v", 100, ["a", "b"], [10, 50], SETTINGS, spans_s=[[8, 18], [45, 55]])
     assert drift([video], base_spans([video]), SETTINGS) == drift([], {}, SETTINGS)
     shorter = drift([video], {"v": np.array([[9.0, 17.0], [48.0, 50.0]])}, SETTINGS)

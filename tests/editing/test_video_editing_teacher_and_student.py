@@ -162,7 +162,7 @@ def test_held_out_videos_are_never_edited() -> None:
         next(rounds(videos, Scripted(truths, [11]), SETTINGS, start(videos, 10), held_out=["v002", "x"]))
 
 
-def test_an_editing_that_was_killed_goes_on_from_its_rows() -> None:
+def test_a_killed_edit_resumes_from_its_rows() -> None:
     truths = make_truths(10, SETTINGS)
     videos, script = clips_of(truths), [7, 8, 8, 7, 9, 8, 10, 11, 10]
     host = Scripted(truths, script)
@@ -196,7 +196,7 @@ def test_the_boundaries_after_any_round_can_be_read_from_the_rows() -> None:
     assert boundaries_at(edits, done, 0).num_rows == 0
 
 
-def test_an_editing_without_a_warm_up_cannot_go_on() -> None:
+def test_an_edit_without_a_warm_up_cannot_resume() -> None:
     with pytest.raises(UserError, match="not been warmed up"):
         state_after([], EDITS.empty_table(), ROUNDS.empty_table())
 

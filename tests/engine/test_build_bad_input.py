@@ -91,7 +91,7 @@ def test_a_model_that_is_not_there_fails_its_stage_and_nothing_else(good, tmp_pa
     assert ask(tmp_path / "corpus", "SELECT count(*) = count(caption) AND count(*) > 0 FROM samples") == [(True,)]
 
 
-def test_sources_can_go_after_cutting_and_come_back_when_they_are_needed(world, tmp_path, local_ray):
+def test_sources_can_be_deleted_after_cutting_and_are_fetched_again_when_needed(world, tmp_path, local_ray):
     working = sound_sources(world)
     listed, corpus = write_list(tmp_path / "list.jsonl", working[:1]), tmp_path / "corpus"
     assert build_here(corpus, [str(listed)], "download.keep_sources=false", stages=WORDLESS).exit_code == 0
@@ -154,7 +154,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_ends_cleanly_and_the_same_command_goes_on(world, small_disk, tmp_path, local_ray, monkeypatch):
+def test_a_full_disk_ends_a_build_cleanly_and_the_command_resumes(world, small_disk, tmp_path, local_ray, monkeypatch):
     corpus, listed = small_disk / "corpus", write_list(tmp_path / "list.jsonl", sound_sources(world)[:2])
     settings = ["engine.cpus=2", *PLAIN]
     words = [word for setting in (*SMALL, *settings) for word in ("--set", setting)]

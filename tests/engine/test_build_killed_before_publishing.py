@@ -27,7 +27,7 @@ def build_again(corpus):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_what_nobody_published_is_published_by_the_next_build(whole, early_manifest, packed, tmp_path, monkeypatch):
+def test_the_next_build_publishes_unpublished_commits(whole, early_manifest, packed, tmp_path, monkeypatch):
     monkeypatch.setattr(pack_stage, "FEW_SHARDS", 1000)  # written in this process
     corpus = shutil.copytree(whole, tmp_path / "corpus")
     shutil.copy(early_manifest, corpus / "manifest.duckdb")

@@ -108,7 +108,7 @@ def asked(world, local_ray, tmp_path_factory) -> tuple[Path, dict]:
     return corpus, answers
 
 
-def test_asking_works_while_a_build_is_running(asked, world):
+def test_queries_work_while_a_build_is_running(asked, world):
     _, answers = asked
     for answer in (answers["early"], answers["later"]):
         assert answer.stdout.split() == ["n", str(len(world.truth))], answer.stderr

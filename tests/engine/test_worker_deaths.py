@@ -88,7 +88,7 @@ def test_an_item_whose_workers_died_too_often_is_done_in_the_last_round(corpus, 
     assert report.num_failed == 0 and report.by_stage["caption"].failed == 0
 
 
-def test_an_item_that_kills_every_worker_is_given_up_and_costs_itself(corpus, monkeypatch):
+def test_an_item_that_kills_every_worker_fails_alone(corpus, monkeypatch):
     _, workers = run(corpus, monkeypatch, **{"caption_a.0": 1000})
     assert corpus.ledger.counts()["caption"] == {"done": 3, "failed": 1}
     assert workers.tried["a.0"] <= 2 * MAX_WORKER_FAILURES + 2  # … and its score, with nothing for a caption
@@ -107,7 +107,7 @@ def test_other_failures_are_not_tried_again_in_their_run(corpus, monkeypatch):
     assert corpus.ledger.counts()["caption"] == {"done": 2}
 
 
-def test_what_was_lost_with_this_processs_own_node_is_sent_again_by_another(corpus, monkeypatch):
+def test_work_lost_with_the_drivers_own_node_is_sent_again_from_another(corpus, monkeypatch):
     report, workers = run(corpus, monkeypatch, lost={"a": MAX_LOST - 1, "b.1": MAX_WORKER_FAILURES})
     assert workers.tried["a"] == 4 and report.num_failed == 0  # once in each stage of videos
     assert all(stage.in_flight == 0 for stage in report.by_stage.values())

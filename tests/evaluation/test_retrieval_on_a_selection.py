@@ -155,7 +155,7 @@ def test_an_unreadable_clip_is_left_out_counted_and_reported(tmp_path: Path) -> 
     assert [failure["clip_id"] for failure in metrics["failures"]] == [f["clip_id"] for f in made.failures]
 
 
-def test_nothing_to_rank_is_said(tmp_path: Path) -> None:
+def test_an_empty_ranking_is_reported(tmp_path: Path) -> None:
     corpus = packed_corpus(tmp_path / "corpus", 3, "UPDATE clips SET text = ''")
     selection = selected(corpus)
     with pytest.raises(UserError, match="eval.text = 'subtitle'.*3 could be read"):

@@ -28,8 +28,8 @@ from pipeline.stages.ingest.source_lists import read_sources
 from pipeline.stages.segment.shots import detect_shots
 from pipeline.stages.transcribe.speech import extract_speech
 from pipeline.stages.transcribe.transcribe import TranscribeSettings, transcribe_video, transcript_of_subtitles
-from tests.helpers.http import MediaServer, media_server
 from tests.helpers.call_count import count_calls
+from tests.helpers.http import MediaServer, media_server
 
 MB = 1 << 20
 
@@ -172,7 +172,7 @@ def test_a_subtitle_made_to_grow_ends_in_its_sandbox(attack, tmp_path, sandbox):
         assert error.error_class in ("timeout", "out-of-memory", "decoder-crash")
 
 
-def test_more_words_than_anybody_speaks_are_no_subtitle(tmp_path):
+def test_an_implausible_number_of_words_is_not_a_subtitle(tmp_path):
     path = tmp_path / "words.srt"
     path.write_text("1\n00:00:01,000 --> 00:00:02,000\n" + "ha " * 5000)
     files = [{"path": str(path), "language": "en", "kind": "given", "format": None}]

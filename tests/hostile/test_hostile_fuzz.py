@@ -45,7 +45,7 @@ def test_a_case_is_a_function_of_seed_and_number(seeds):
     assert len({fuzz.mutated(data, random.Random(f"1:{n}")) for n in range(50)} - {data}) > 45
 
 
-def test_an_exception_that_nobody_foresaw_is_a_finding(seeds, monkeypatch):
+def test_an_unforeseen_exception_is_a_finding(seeds, monkeypatch):
     """A sandbox that only hands on what it is given would otherwise hide one."""
     monkeypatch.setattr(fuzz, "VIDEO_STEPS", {"cut": fuzz.mutated})  # called without its second argument
     tally = fuzz.fuzz(seeds[0][:1], [], seed=1, numbers=iter([0]), limit_s=600)

@@ -157,7 +157,7 @@ def test_a_drawing_shows_markup_as_text(tmp_path):
     assert "<script" not in drawing and "&lt;script&gt;" in drawing
 
 
-def test_what_takes_no_room_is_seen():
+def test_invisible_characters_are_shown():
     assert visible("a\u200bb\u00ad\ufeff\U000e0041") == "a\\u200bb\\xad\\ufeff\\U000e0041"
     assert visible("👩\u200d👩 می\u200cخواهم") == "👩\u200d👩 می\u200cخواهم", "joiners are part of scripts and emoji"
     assert visible("two\nlines", keep="\n") == "two\nlines"

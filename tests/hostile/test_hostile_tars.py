@@ -11,8 +11,8 @@ import pytest
 from shards.packing.tar import list_members
 from shards.packing.verify import verify
 from shards.query.sql import open_manifest
-from tests.helpers.shards import make_corpus, pack
 from tests.helpers.call_count import count_calls
+from tests.helpers.shards import make_corpus, pack
 from training.data.plain_tars import MAX_VIDEO_BYTES, index_tars
 
 BLOCK = 512
@@ -166,7 +166,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("attack", [*TORN, "a link", "a path", "an extension header"])
-def test_verify_reports_a_hostile_shard_and_goes_on(corpus, tmp_path, attack):
+def test_verify_reports_a_hostile_shard_and_continues(corpus, tmp_path, attack):
     more = {"a link": header(b"l.mp4", 0, b"2", b"/etc/passwd"), "a path": member(b"../../x.mp4", b"x")}
     more |= {"an extension header": pax((b"path", b"renamed.mp4"))}
     shard = sorted((corpus / "shards").glob("*.tar"))[0]

@@ -216,7 +216,7 @@ def test_whatever_the_child_started_dies_with_it(sandbox, tmp_path, what, error_
     assert wait_until_gone(int((tmp_path / "pid").read_text()))
 
 
-def test_children_are_replaced_after_so_many_calls():
+def test_children_are_replaced_after_a_number_of_calls():
     with Sandbox(calls_per_child=2) as sandbox:
         seen = [sandbox.call(pid, timeout_s=ENOUGH_S) for _ in range(4)]
     assert seen[0] == seen[1] != seen[2] == seen[3]

@@ -140,7 +140,7 @@ def test_bad_lines_are_problems_with_their_place_and_stop_nothing(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_list_in_another_encoding_is_read_and_said(tmp_path):
+def test_a_list_in_another_encoding_is_read_and_reported(tmp_path):
     listed = read(tmp_path, "a.csv", "url,title\nhttp://h/1.mp4,über\n".encode("latin-1"))
     assert listed.table["title"].to_pylist() == ["über"]
     assert [problem.error_class for problem in listed.problems] == ["bad-encoding"]

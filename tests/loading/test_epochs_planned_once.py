@@ -49,7 +49,7 @@ def test_no_batch_holds_two_clips_of_a_video(selection, tmp_path):
     assert epochs.describe(0)["num_conflicts"] == 0
 
 
-def test_what_cannot_be_parted_is_counted_or_an_error(selection, tmp_path):
+def test_inseparable_clips_are_counted_or_an_error(selection, tmp_path):
     """More slots than there are videos."""
     kept = epochs_of(selection, tmp_path, batch_size=100, unmet="keep")
     num_videos = len(set(selection.column("video_id").to_pylist()))
@@ -117,7 +117,7 @@ def test_of_many_processes_one_plans_and_all_read_the_same(selection, tmp_path):
     assert [path.suffix for path in (tmp_path / "plan").iterdir() if path.name != ".lock"] == [".npy"]
 
 
-def test_a_process_killed_while_planning_keeps_nobody_waiting(selection, tmp_path):
+def test_a_process_killed_while_planning_does_not_block_the_others(selection, tmp_path):
     epochs, context = epochs_of(selection, tmp_path), multiprocessing.get_context("fork")
     ready = context.Event()
 

@@ -48,7 +48,7 @@ def test_whoever_reads_gets_the_same_masks(run):
     assert_all_equal(run.batches(0, 3), run.batches(0, 3, num_processes=2))
 
 
-def test_a_clip_whose_rate_nobody_knows_is_a_failure(run):
+def test_a_clip_of_unknown_frame_rate_is_a_failure(run):
     reader = run.reader()
     reader.selection = _WithoutRates(run.selection.path)
     part = reader.read([0, 1], epoch=0)
@@ -74,7 +74,7 @@ class _WithoutRates(Selection):
     ],
     ids=["meanP", "seqLSTM", "seqTransf", "3d", "unipt"],
 )
-def test_what_is_not_there_changes_nothing(model):
+def test_missing_frames_change_nothing(model):
     settings = resolve(None, None, model)
     model = load(settings.model).eval()
     size = model.config.image_size
@@ -98,14 +98,14 @@ def test_what_is_not_there_changes_nothing(model):
         ([*CLIP4CLIP, "data.jitter=true"], "data.jitter = false"),
     ],
 )
-def test_who_cannot_be_told_is_refused(settings, named):
+def test_a_model_without_frame_masks_is_refused(settings, named):
     with pytest.raises(UserError, match=named):
         resolve(None, None, ["data.frames_per_s=1", "data.jitter=false", *settings])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["meanP", "tightTransf"])
-def test_a_run_trains_and_is_searched_so(tmp_path, head):
+def test_a_run_trains_and_evaluates_at_a_frame_rate(tmp_path, head):
     corpus = small_corpus(tmp_path / "corpus", num_clips=40)
     settings = (*SMALL, *CLIP4CLIP, *PACED, f"model.clip4clip.head={head}", "train.loss=vs", "data.num_frames=4")
     train(Request(str(tmp_path / "run"), str(corpus), "demo", (*settings, "train.max_steps=2")))

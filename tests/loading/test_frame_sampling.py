@@ -84,7 +84,7 @@ def test_paced_indices_of_clips_at_the_rate_they_are_cut_at() -> None:
     assert paced_indices(2, 3.0, frames_per_s=6.0, most=12).tolist() == [0, 0, 1, 1]
 
 
-def test_however_seldom_a_frame_is_looked_at_the_first_one_is() -> None:
+def test_the_first_frame_is_always_sampled() -> None:
     assert paced_indices(30, 3.0, frames_per_s=1e-9, most=12).tolist() == [0]
 
 

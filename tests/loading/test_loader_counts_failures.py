@@ -95,7 +95,7 @@ def test_a_shard_cut_short_keeps_its_first_samples(run, healthy):
         (np.random.default_rng(0).bytes(100_000), "not-a-video"),
     ],
 )
-def test_what_is_no_video_is_a_failure(run, healthy, data, error_class):
+def test_a_file_that_is_not_a_video_is_a_failure(run, healthy, data, error_class):
     _overwrite(run, 17, data)
     batches, failures = _read_all(run, 2)
     _assert_only(run, healthy, batches, {17})
@@ -152,7 +152,7 @@ def test_too_many_failures_end_the_run_and_say_why(run):
     assert "data.max_failures = 0.2" in message and "shard-missing" in message and "not-a-video" in message
 
 
-def test_a_budget_that_holds_lets_the_run_go_on(run):
+def test_a_run_within_its_failure_budget_continues(run):
     (run.corpus / _shards(run)[0]).unlink()
     batches = run.batches(0, 50, max_failures=0.2)
     assert len(batches) == 50
@@ -166,7 +166,7 @@ def test_no_budget_at_all_ends_the_run_at_the_first_judgement(run):
             list(loader.batches(run.epochs, slice(0, 8), 0, 1000))
 
 
-def test_failures_are_told_before_their_batch(run):
+def test_failures_are_reported_before_their_batch(run):
     _overwrite(run, 17, bytes(100_000))
     told = []
     with run.loader(2, on_failures=told.extend) as loader:

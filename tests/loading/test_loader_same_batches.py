@@ -172,7 +172,7 @@ def open_shards() -> int:
     return sum(file.path.endswith(".tar") for file in Process().open_files())
 
 
-def test_the_waiting_time_is_told(run):
+def test_the_waiting_time_is_reported(run):
     with run.loader(2) as loader:
         list(loader.batches(run.epochs, slice(0, 8), 0, 5))
         assert loader.times.decode_s > 0 and loader.times.read_s > 0 and loader.times.wait_s > 0

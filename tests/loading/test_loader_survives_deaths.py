@@ -155,7 +155,7 @@ def test_ending_in_the_middle_of_reading_is_quiet(run, tmp_path, then, said):
     assert errors.count("Traceback") == bool(said) and said in errors
 
 
-def test_a_process_that_goes_elsewhere_still_reads(run, expected, tmp_path, monkeypatch):
+def test_a_process_that_changes_its_directory_still_reads(run, expected, tmp_path, monkeypatch):
     """Relative paths mean what they meant when the selection was opened."""
     monkeypatch.chdir(run.selection.path.parent)
     reader = run.reader()
@@ -182,7 +182,7 @@ def test_no_process_outlives_the_loader(run):
     assert wait_until_gone(during)
 
 
-def test_a_plan_that_fails_is_told_where_batches_are_asked_for(run):
+def test_a_failing_plan_raises_where_batches_are_requested(run):
     def requests():
         yield from requests_of(run.epochs, slice(0, 8), 0, 2)
         raise UserError("no further plan")
@@ -192,7 +192,7 @@ def test_a_plan_that_fails_is_told_where_batches_are_asked_for(run):
             list(loader.read(requests()))
 
 
-def test_a_slow_consumer_waits_for_nobody(run, expected):
+def test_reading_ahead_stops_when_there_is_no_room(run, expected):
     """Processes read ahead as far as there is room, and stop there."""
     with run.loader(1, prefetch=8) as loader:
         seen = []

@@ -72,7 +72,7 @@ def test_a_run_is_frozen_from_tars_and_held_out_clips_are_guarded(corpus, tmp_pa
         freeze_run(tmp_path, pattern, DataSettings(), EvalSettings(where=held_out))
 
 
-def test_a_condition_on_what_tars_do_not_say_names_what_they_do(corpus):
+def test_a_condition_on_an_unknown_column_lists_the_columns_of_tars(corpus):
     with pytest.raises(UserError, match="data.where.*motion(.|\n)*clip_id, video_id, shard"):
         select(f"{corpus}/shards/*.tar", "motion > 0.1")
 
@@ -128,7 +128,7 @@ def test_a_folder_is_a_corpus_and_a_tar_is_not(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["absent.tar", "absent-*.tar", "absent-{0..3}.tar", "memory://absent/*.tar"])
-def test_a_pattern_without_tars_is_told(tmp_path, monkeypatch, pattern):
+def test_a_pattern_without_tars_is_an_error(tmp_path, monkeypatch, pattern):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--corpus.*absent"):
         select(pattern)

@@ -278,7 +278,7 @@ def test_parting_groups_keeps_the_shuffle_local() -> None:
     assert np.mean(opened) < 12  # 9 without groups
 
 
-def test_what_cannot_be_parted_is_an_error_or_stays_and_is_counted() -> None:
+def test_inseparable_clips_are_an_error_or_stay_and_are_counted() -> None:
     videos = np.zeros(64, dtype=np.int64)
     videos[32:] = np.arange(1, 33)
     grouped = {"groups_hash": hash_groups([videos])}

@@ -104,7 +104,7 @@ def test_a_freeze_that_fails_leaves_what_was_there(corpus, selection, tmp_path, 
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_torn_or_foreign_file_is_told(selection, tmp_path):
+def test_a_torn_or_foreign_file_is_an_error(selection, tmp_path):
     path = tmp_path / "torn.arrow"
     path.write_bytes(selection.path.read_bytes()[:-100])
     with pytest.raises(UserError, match="torn.arrow"):

@@ -126,7 +126,7 @@ def test_clips_of_which_none_is_packed_say_how_to_pack_them(corpus, tmp_path):
     assert not (tmp_path / "s.arrow").exists()
 
 
-def test_a_folder_without_a_manifest_is_told(tmp_path):
+def test_a_folder_without_a_manifest_is_an_error(tmp_path):
     with pytest.raises(UserError, match="manifest.duckdb"):
         select(tmp_path)
 

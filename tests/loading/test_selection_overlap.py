@@ -63,7 +63,7 @@ def test_a_shared_video_is_an_error_that_says_what_to_do(corpus):
     assert not (corpus.parent / "run" / SELECTION_FILE).exists()
 
 
-def test_excluded_clips_are_counted_and_gone(corpus):
+def test_excluded_clips_are_counted_and_removed(corpus):
     first, second, *others = videos(corpus)
     training, trained, held_out = run(corpus, "", f"video_id IN ('{first}', '{second}') AND n < 15", "exclude")
     assert ids(trained) == set(others) and ids(held_out) == {first, second}
@@ -101,7 +101,7 @@ def test_a_copy_of_a_held_out_video_counts_as_the_video(corpus):
         assert ids(evaluated) == {held_out} and not ids(trained) & {first, second, third}
 
 
-def test_nothing_left_to_train_on_is_told(corpus):
+def test_an_empty_training_selection_is_an_error(corpus):
     first = videos(corpus)[0]
     with pytest.raises(UserError, match="eval.overlap = exclude: all"):
         run(corpus, f"video_id = '{first}'", f"video_id = '{first}' AND n < 4", "exclude")

@@ -40,7 +40,7 @@ def test_an_update_leaves_the_backbone_as_it_was(changes: dict) -> None:
     assert all(math.isfinite(value) for value in losses)
 
 
-def test_an_update_tells_how_much_each_layer_counts() -> None:
+def test_an_update_reports_the_weight_of_each_layer() -> None:
     model = UniPtClip(tiny_model(), UniPtSettings(tokens="frames"))
     values = Learner(model, settings(loss="vs"), 10, Process(torch.device("cpu"))).train_step(whole_batch(0))
     for side, tower in (("image", model.config.vision), ("text", model.config.text)):

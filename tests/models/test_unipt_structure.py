@@ -71,7 +71,7 @@ def test_without_any_positive_similarity_only_the_anchors_own_token_remains() ->
     assert all(parameter.grad.isfinite().all() for parameter in adapter.parameters())
 
 
-def test_confidences_of_the_layers_sum_to_one_and_are_told() -> None:
+def test_confidences_of_the_layers_sum_to_one_and_are_reported() -> None:
     model = tiny_unipt()
     assert model.layer_confidence() == {}
     model.encode_video(random_pixels(3, 2).double())

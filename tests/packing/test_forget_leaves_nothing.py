@@ -214,7 +214,7 @@ def test_the_same_list_does_not_bring_it_back(compacted, tmp_path):
     assert traces(root, GONE, []) == []
 
 
-def test_a_url_is_kept_out_before_it_ever_was_in(corpus, tmp_path):
+def test_a_url_can_be_forgotten_before_it_is_listed(corpus, tmp_path):
     forget(corpus, find(corpus, [], [url_of("video-later").replace("http:", "HTTP:")], None), None)
     sources = write_sources(tmp_path / "list.jsonl", ["video-later"])
     with session(corpus, None, [], "test", create=False) as (current, _):
@@ -252,7 +252,7 @@ def test_a_damaged_tombstone_is_not_passed_over(tmp_path):
         read_tombstones(tmp_path)
 
 
-def test_what_names_nothing_is_an_error_that_helps(corpus):
+def test_an_unknown_name_is_an_error_with_suggestions(corpus):
     with pytest.raises(UserError, match="no such video. Similar: video-"):
         find(corpus, ["vide-b"], [], None)
     with pytest.raises(UserError, match="no video meets this condition"):

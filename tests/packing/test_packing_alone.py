@@ -33,7 +33,7 @@ def test_shards_become_what_the_settings_want_now(corpus):
     assert packed(corpus) == {"video-b.0", "video-b.1", "video-b.2"}
 
 
-def test_what_packing_alone_will_not_see_is_told():
+def test_changes_that_packing_alone_ignores_are_reported():
     for stages, is_told in ((["pack"], True), (["score", "pack"], False), (["cut"], False)):
         console = Console(file=io.StringIO(), width=200)
         Terminal(console).plan({"score": {"done": 34, "pending": 8}}, stages)

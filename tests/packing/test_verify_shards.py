@@ -49,7 +49,7 @@ def rewritten(path, change):
             tar.addfile(info, io.BytesIO(data))
 
 
-def test_a_sound_corpus_has_no_problems_and_progress_is_told(corpus):
+def test_a_sound_corpus_has_no_problems_and_progress_is_reported(corpus):
     seen = []
     assert problems(corpus, decode_frames=decode_frames, workers=2, progress=lambda *step: seen.append(step)) == []
     assert seen == [(1, 3), (2, 3), (3, 3)]

@@ -189,7 +189,7 @@ def test_csv_and_json_keep_text_and_nested_values(connection):
     assert not set("\x1b\x9b\u202e") & set(nasty) and json.loads(nasty)[0]["title"] == "\x1b[2J\x9b31m"
 
 
-def test_json_is_an_array_even_of_nothing_and_equal_names_are_told_apart(connection):
+def test_json_is_an_array_even_if_empty_and_equal_names_stay_distinct(connection):
     assert json.loads(answer(connection, "SELECT 1 WHERE false", "json")[1]) == []
     assert json.loads(answer(connection, "SELECT 1 AS n, 2 AS n", "json")[1]) == [{"n": 1, "n_1": 2}]
     assert json.loads(answer(connection, "SELECT 'nan'::DOUBLE AS x", "json")[1]) == [{"x": None}]

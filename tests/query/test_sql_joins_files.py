@@ -51,7 +51,7 @@ def test_a_file_is_a_table_beside_the_manifests(corpus, feedback, tmp_path, suff
         assert rows_of(connection, "SELECT count(*) FROM feedback") == [60]
 
 
-def test_the_door_is_shut_behind_the_tables(corpus, feedback, tmp_path):
+def test_queries_cannot_open_files_beside_the_tables(corpus, feedback, tmp_path):
     path = write(feedback, tmp_path / "feedback.parquet")
     with open_manifest(corpus, {"feedback": path}) as connection:
         for sql in (f"SELECT * FROM '{path}'", f"COPY feedback TO '{tmp_path}/x.csv'", "DROP TABLE feedback"):

@@ -48,7 +48,7 @@ def error_class_of(path: Path, tmp_path: Path, **settings) -> str:
         (bytes(range(256)) * 40, "not-a-video"),
     ],
 )
-def test_what_is_no_video_is_said_to_be_none(tmp_path, content, error_class):
+def test_a_file_that_is_not_a_video_fails_as_such(tmp_path, content, error_class):
     (tmp_path / "it.mp4").write_bytes(content)
     assert error_class_of(tmp_path / "it.mp4", tmp_path) == error_class
 

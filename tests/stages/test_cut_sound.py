@@ -73,7 +73,7 @@ def pitch_hz(samples: np.ndarray, rate: int, start_s: float, end_s: float) -> fl
 
 
 @pytest.mark.parametrize("makes", [((2, 48000), (1, 44100), (2, 32000)), ((1, 44100), (2, 48000), (1, 16000))])
-def test_sound_that_changes_its_rate_and_channels_midway_goes_on(tmp_path, makes):
+def test_sound_that_changes_its_rate_and_channels_midway_is_read_to_its_end(tmp_path, makes):
     """As where a broadcast turns to a programme of another make."""
     parts = []
     for start_s, (channels, rate) in zip((0, 2, 4), makes, strict=True):

@@ -135,7 +135,7 @@ def test_the_working_database_is_only_a_cache(corpus):
     assert corpus.work_off() == {} and corpus.served_captions() == before
 
 
-def test_a_permanent_failure_is_not_tried_again_and_blocks_nobody(corpus):
+def test_a_permanent_failure_is_not_tried_again_and_blocks_no_other_item(corpus):
     corpus.fail["download:b"] = ItemError("not-found", "404")
     done = corpus.work_off()
     assert done["download"] == 3 and done["cut"] == 2

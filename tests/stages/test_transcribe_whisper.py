@@ -65,7 +65,7 @@ def test_the_same_sound_gives_the_same_words_even_where_they_are_sampled(weights
     assert torch.equal(torch.random.get_rng_state(), state)  # nobody else's randomness is touched
 
 
-def test_beam_search_runs_and_a_language_can_be_told(weights):
+def test_beam_search_runs_and_a_language_can_be_set(weights):
     row = hear(weights, whisper_beam_size=2, whisper_language="de")
     check(row, 2.0)
     assert row["language"] == "de"

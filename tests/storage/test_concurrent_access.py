@@ -78,7 +78,7 @@ def corpus(tmp_path) -> Corpus:
     return made
 
 
-def test_a_second_writer_is_told_who_where_and_since_when(corpus):
+def test_a_second_writer_learns_who_writes_where_and_since_when(corpus):
     with process(HOLDS, root=str(corpus.root), forks=False) as holder:
         holder.stdout.readline()
         with pytest.raises(UserError, match="is being written by") as refused:
@@ -112,7 +112,7 @@ def test_a_lock_that_only_a_dead_holders_child_keeps_is_taken_over(corpus):
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_lock_file_is_one_threads_at_a_time_and_then_gone(tmp_path):
+def test_a_lock_file_belongs_to_one_thread_at_a_time_and_is_then_removed(tmp_path):
     inside, most = [], []
 
     def enter(number: int) -> None:
@@ -149,7 +149,7 @@ def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes(co
     assert [path.stem for path in (corpus.root / "fragments" / "ledger").iterdir()] == [first.name]
 
 
-def test_a_download_of_a_build_before_puts_nothing_in_place(corpus, tmp_path, monkeypatch):
+def test_a_download_of_an_earlier_build_publishes_nothing(corpus, tmp_path, monkeypatch):
     """Nor does it begin one; what it had of it is there for the next."""
     film, folder = tmp_path / "film.mp4", corpus.root / "sources" / "u000000"
     film.write_bytes(mp4_bytes(1, 3, 0))

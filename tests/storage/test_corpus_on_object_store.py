@@ -85,7 +85,7 @@ def test_another_machine_has_nothing_to_do(stored, server):
     assert len(server.requests) <= 20, "what is here already is not fetched again"
 
 
-def test_everybody_reads_it(stored, whole):
+def test_every_reader_opens_it(stored, whole):
     with open_manifest(stored) as connection:
         assert connection.execute("SELECT count(*) FROM samples").fetchall() == [(24,)]
     story, expected = explain(stored, "video-b.1"), explain(whole, "video-b.1")
@@ -165,7 +165,7 @@ def test_a_node_that_has_nothing_fetches_what_it_packs(stored, whole, tmp_path):
         current.corpus.files.remove_folder("shards/.next")
 
 
-def test_what_is_forgotten_is_so_for_everybody(server, machine, tmp_path, monkeypatch):
+def test_a_forgotten_video_is_hidden_on_every_machine(server, machine, tmp_path, monkeypatch):
     monkeypatch.setattr(shards.corpus.tombstones, "LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(shards.corpus.tombstones, "STORE_EVERY_S", 0.0)
     url = "s3://corpora/forgets"
@@ -186,7 +186,7 @@ def test_what_is_forgotten_is_so_for_everybody(server, machine, tmp_path, monkey
     assert [path for path in left if b"video-b" in path.read_bytes()] == []
 
 
-def test_what_fails_in_passing_is_asked_for_again(stored, server, monkeypatch):
+def test_transient_failures_are_retried(stored, server, monkeypatch):
     """Every request fails once."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
     stores._make_client.cache_clear()
@@ -221,7 +221,7 @@ def test_a_store_that_does_not_answer_is_a_clear_message(stored, server):
         ("s3://corpora/nothing-here", "is not a corpus"),
     ],
 )
-def test_mistakes_are_told(corpus, said):
+def test_mistakes_are_errors_with_a_fix(corpus, said):
     with pytest.raises(UserError, match=said):
         build(corpus, [], stages=["cut"], recipe=None, assignments=[], command="test")
     with pytest.raises(UserError):

@@ -200,7 +200,7 @@ def hold(url: str, **changes) -> None:
     lock.store.write(KEY, json.dumps(said).encode())
 
 
-def test_a_second_writer_is_refused_and_told_who_writes(machine, tmp_path):
+def test_a_second_writer_is_refused_and_learns_who_writes(machine, tmp_path):
     url = "s3://corpora/two"
     with Corpus(url).writer():
         machine("another machine")
@@ -213,7 +213,7 @@ def test_a_second_writer_is_refused_and_told_who_writes(machine, tmp_path):
         pass
 
 
-def test_of_many_who_try_at_once_one_has_it():
+def test_one_of_many_simultaneous_writers_gets_the_lock():
     store, taken, refused = Store.of("s3://corpora/many"), [], []
 
     def attempt() -> None:
@@ -233,7 +233,7 @@ def test_of_many_who_try_at_once_one_has_it():
     taken[0].release()
 
 
-def test_only_time_tells_that_a_writer_of_another_machine_is_dead(monkeypatch):
+def test_the_lock_of_a_writer_on_another_machine_ends_only_by_time(monkeypatch):
     url = "s3://corpora/elsewhere"
     hold(url)
     with pytest.raises(UserError, match=r"process 7 on elsewhere .* it counts as dead after 120 s"):
@@ -286,7 +286,7 @@ def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes():
     assert list(Store.of(url).list("fragments/")) == [f"fragments/ledger/{first.name}.parquet"]
 
 
-def test_a_writer_that_the_store_does_not_hear_of_stops_before_others_may_begin(server, monkeypatch):
+def test_a_writer_cut_off_from_the_store_stops_before_others_may_begin(server, monkeypatch):
     monkeypatch.setattr(store_lock, "FENCED_S", 0.0)
     lock = StoreLock(Store.of("s3://corpora/silent"))
     lock.take()

@@ -23,7 +23,7 @@ def write(mirror: Mirror, relative: str, data: bytes = b"bytes") -> None:
     path.write_bytes(data)
 
 
-def test_whoever_only_looks_leaves_what_workers_are_about_to_send(server, tmp_path):
+def test_readers_keep_the_files_that_workers_are_about_to_upload(server, tmp_path):
     store = Store.of("s3://corpora/looked-at")
     worker, looker = Mirror(tmp_path, store), Mirror(tmp_path, store)
     for relative in (SENT, LOST):
@@ -38,7 +38,7 @@ def test_whoever_only_looks_leaves_what_workers_are_about_to_send(server, tmp_pa
     assert not (tmp_path / LOST).exists()  # nobody is about to send that
 
 
-def test_whoever_only_looks_leaves_the_notes_that_workers_read_on(server, tmp_path):
+def test_readers_keep_the_notes_that_workers_rely_on(server, tmp_path):
     store = Store.of("s3://corpora/noted")
     worker, looker = Mirror(tmp_path, store), Mirror(tmp_path, store)
     write(worker, LOST)
@@ -52,7 +52,7 @@ def test_whoever_only_looks_leaves_the_notes_that_workers_read_on(server, tmp_pa
     assert SENT in worker._read_notes()
 
 
-def test_a_manifest_that_was_made_here_for_looking_goes_for_the_one_of_the_store(server, tmp_path):
+def test_a_manifest_made_locally_for_reading_gives_way_to_the_stores(server, tmp_path):
     store = Store.of("s3://corpora/published")
     looker = Mirror(tmp_path, store)
     store.write("manifest.duckdb", b"theirs")
@@ -62,7 +62,7 @@ def test_a_manifest_that_was_made_here_for_looking_goes_for_the_one_of_the_store
     assert (tmp_path / "manifest.duckdb").read_bytes() == b"theirs"
 
 
-def test_the_writer_drops_what_the_store_has_not(server, tmp_path):
+def test_the_writer_removes_files_that_the_store_lacks(server, tmp_path):
     store = Store.of("s3://corpora/written")
     writer = Mirror(tmp_path, store)
     write(writer, ON_ITS_WAY)
@@ -80,7 +80,7 @@ class Listed(dict):
         return super().__iter__()
 
 
-def test_bringing_it_up_to_date_takes_as_long_as_its_list(tmp_path):
+def test_a_refresh_costs_one_listing(tmp_path):
     mirror = Mirror(tmp_path, Store("bucket", "prefix/"))
     there = Listed()
     for number in range(100):

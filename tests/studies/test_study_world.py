@@ -43,7 +43,7 @@ def test_mean_pooling_cannot_tell_twins_apart(clips: proxies.Clips) -> None:
     assert np.allclose(own, twins, atol=1e-6)
 
 
-def test_what_grows_does_not_begin_anew() -> None:
+def test_a_growing_object_never_shrinks() -> None:
     from pipeline.demo.render import locate
 
     for scene in growing_scenes(20, [5], seconds=2.4):

@@ -62,7 +62,7 @@ def validated(corpus: Path, tmp_path_factory) -> RunFolder:
     return RunFolder(run)
 
 
-def test_of_equals_the_earlier_is_the_best_and_the_untrained_model_is_none() -> None:
+def test_the_earlier_of_equals_is_the_best_and_the_untrained_model_never_is() -> None:
     def row(step: int, r1: float, r5: float) -> dict:
         return {"step": step, "t2v": {"r1": r1}, "v2t": {"r5": r5}}
 
@@ -114,7 +114,7 @@ def test_the_same_command_takes_the_best_the_last_or_any_step(corpus: Path, vali
         run_eval(model="demo", corpus=corpus, checkpoint="best")
 
 
-def test_a_damaged_best_is_told_and_not_replaced(validated: RunFolder, tmp_path: Path) -> None:
+def test_a_damaged_best_checkpoint_is_reported_and_not_replaced(validated: RunFolder, tmp_path: Path) -> None:
     copy = RunFolder(shutil.copytree(validated.root, tmp_path / "run"))
     (copy.checkpoints.path(4) / "training.pt").write_text("torn")
     with pytest.raises(UserError, match="training.pt"):

@@ -124,7 +124,7 @@ def flip_a_bit(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "state.json", "ema.safetensors", "config.json"])
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(name: str, damage: Any, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(name: str, damage: Any, tmp_path: Path) -> None:
     said: list[str] = []
     checkpoints = Checkpoints(tmp_path, said.append)
     save(checkpoints, 10)

@@ -50,7 +50,7 @@ def test_evaluation_sees_the_average_and_training_its_own_weights_again() -> Non
     torch.testing.assert_close(dict(model.state_dict()), own, rtol=0, atol=0)
 
 
-def test_a_restored_average_goes_on() -> None:
+def test_a_restored_average_continues() -> None:
     first, model = Ema(tiny_model(0), decay=0.9), tiny_model(0)
     second = Ema(model, decay=0.9)
     moved(model, 1)

@@ -55,7 +55,7 @@ def test_it_is_the_published_loss_with_its_gradients(num_neighbours: int) -> Non
         torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_what_does_not_exist_is_no_positive_and_no_negative() -> None:
+def test_missing_items_are_neither_positives_nor_negatives() -> None:
     """A text that is missing may hold anything; a clip without a text asks nothing and stays a rival of others."""
     video, subtitle, near = vectors(2)
     scale = torch.tensor(1.0, dtype=torch.float64)

@@ -41,7 +41,7 @@ def test_twice_the_published_loss_with_its_gradients() -> None:
     assert worst(frames.grad, case["f64/grad_visual_output"]) <= 1e-7
 
 
-def test_what_does_not_exist_is_nobodys_pair() -> None:
+def test_missing_items_form_no_pair() -> None:
     """As if the unreadable clip were not in the batch; a clip without a text only is a negative of others."""
 
     def score(text_BC: Tensor, frames_KFC: Tensor) -> Tensor:

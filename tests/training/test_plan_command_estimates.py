@@ -47,7 +47,7 @@ def found(corpus, settings):
     return estimate(corpus, settings, gpus=["H100"])
 
 
-def test_it_counts_what_the_run_then_has(corpus, settings, found, tmp_path):
+def test_its_counts_are_those_of_the_run(corpus, settings, found, tmp_path):
     training, held_out = freeze_run(tmp_path, corpus, settings.data, settings.eval)
     selection = Selection(tmp_path / SELECTION_FILE)
     assert found.data.num_clips == selection.num_clips == training.num_clips
@@ -204,7 +204,7 @@ def test_plain_tars_are_estimated_like_a_corpus(corpus):
         ({"recipe": "no_such"}, "no_such"),
     ],
 )
-def test_a_mistake_is_told_here_and_not_by_the_run(corpus, options, message):
+def test_a_mistake_is_reported_before_the_run(corpus, options, message):
     options = {"recipe": "demo"} | options
     with pytest.raises(UserError, match=message):
         run_plan(corpus, **(options | {"assignments": [*ASSIGNMENTS, *options.get("assignments", [])]}))

@@ -98,7 +98,7 @@ def test_the_curve_of_a_resumed_run_is_that_of_one_that_never_stopped(
     assert curve(tmp_path / "resumed" / "log.jsonl") == curve(tmp_path / "whole" / "log.jsonl")
 
 
-def test_wall_time_goes_on_where_the_kept_lines_end(tmp_path: Path) -> None:
+def test_wall_time_continues_from_the_kept_lines(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 5, "wall_s": 1000.0}\n{"step": 10, "wall_s": 2000.0}\n')
     with open_log(tmp_path, start_step=7) as log:
         take_steps(log, 8, 10)
@@ -113,7 +113,7 @@ def test_a_torn_last_line_is_cut_off(torn: str, tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 5}\n{"step": 10}\n'
 
 
-def test_a_broken_line_in_the_middle_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_a_broken_line_in_the_middle_is_reported_and_nothing_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 5}\nhello\n{"step": 10}\n')
     with pytest.raises(UserError, match="line 2"):

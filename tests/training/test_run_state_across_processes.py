@@ -92,7 +92,7 @@ def after_steps(num_steps: int, published_update: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("published_update", [False, True])
 @pytest.mark.parametrize("wrap", [plain, compiled])
-def test_a_restored_training_goes_on_bit_for_bit(wrap: Any, published_update: bool) -> None:
+def test_a_restored_training_continues_bit_for_bit(wrap: Any, published_update: bool) -> None:
     first = Training(wrap, published_update)
     for _ in range(2):
         first.step()
@@ -130,7 +130,7 @@ def test_a_state_of_another_model_is_refused() -> None:
         restore(tiny_model(num_added=0), None, *full_state(tiny_model()))
 
 
-def test_random_numbers_go_on_where_they_were() -> None:
+def test_a_restored_random_state_draws_the_same_numbers() -> None:
     state = random_state()
     drawn = torch.rand(3)
     set_random_state(state)
@@ -180,7 +180,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("published_update", [False, True])
 @pytest.mark.parametrize("wrap", ["copied", "sharded"])
-def test_two_processes_go_on_from_one_and_one_from_two(wrap: str, published_update: bool, two_processes: Path) -> None:
+def test_two_processes_resume_from_one_and_one_from_two(wrap: str, published_update: bool, two_processes: Path) -> None:
     state = torch.load(two_processes / f"{wrap}.{published_update}.0.pt", weights_only=True)
     assert_same_state(state, after_steps(3, published_update))
     others = torch.load(two_processes / f"{wrap}.{published_update}.1.pt", weights_only=True)

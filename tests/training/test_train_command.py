@@ -45,7 +45,7 @@ def six_steps(corpus, run, *settings: str) -> Report:
 
 
 @pytest.mark.slow
-def test_every_line_says_how_it_goes(plain_run):
+def test_every_log_line_shows_the_progress(plain_run):
     (line, *_), terms = lines(plain_run), ("subtitle_to_video", "video_to_caption", "frame_to_caption")
     wanted = {"step", "epoch", "loss", "lr", "logit_scale", "grad_norm", "samples_per_s", "data_wait", "mfu", "eta_s"}
     assert wanted | set(terms) <= line.keys()
@@ -137,7 +137,7 @@ def test_two_trainings_never_write_one_run(corpus, tmp_path):
         first.wait()
 
 
-def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_an_error_of_one_line(tmp_path, monkeypatch, capsys):
     command = [sys.executable, "-m", "clipmill", "train", "--run", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, env=quiet())
     assert done.returncode == 2 and "Traceback" not in done.stderr and "--corpus is missing" in done.stderr

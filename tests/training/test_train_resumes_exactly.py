@@ -69,7 +69,7 @@ def test_exactly_at_the_epochs_end_the_next_epoch_follows(corpus, undisturbed, t
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun_go_on_with_what_one_began(corpus, undisturbed, tmp_path):
+def test_two_torchrun_processes_resume_a_run_of_one(corpus, undisturbed, tmp_path):
     run = tmp_path / "run"
     kill_at_step(train_command(corpus, run, NUM_STEPS, "data.loader_processes=0"), run, 7)
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -55,7 +55,7 @@ def waiting_at_step_6(monkeypatch, tmp_path) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_a_node_that_is_gone_costs_the_steps_since_the_last_checkpoint(tmp_path, watchful, waiting_at_step_6):
+def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(tmp_path, watchful, waiting_at_step_6):
     corpus, undisturbed, run = small_corpus(tmp_path / "corpus", 64), tmp_path / "undisturbed", tmp_path / "run"
     train_here(corpus, undisturbed, *SETTINGS)
     with local_cluster(num_nodes=1) as cluster:  # and the head

@@ -110,7 +110,7 @@ def test_other_bytes_are_a_failure_and_never_a_sample(corpus):
     assert (failure.row, failure.error.error_class) == (0, "hash-mismatch")
 
 
-def test_the_forgotten_are_no_reason_to_end_a_run(corpus):
+def test_forgotten_clips_do_not_end_a_run(corpus):
     forget(corpus, find(corpus, VIDEOS[:6], [], None), None)
     reader, told = open_reader(corpus), []
     requests = [Request(np.arange(reader.selection.num_clips, dtype=np.uint32), epoch) for epoch in range(6)]
@@ -126,7 +126,7 @@ def test_a_new_selection_is_without_it(corpus, tmp_path):
     assert "video-b" not in Selection(tmp_path / "new.arrow").column("video_id").to_pylist()
 
 
-def test_selections_of_before_there_were_hashes_are_read(corpus, tmp_path):
+def test_selections_without_hashes_are_read(corpus, tmp_path):
     remove_hashes(tmp_path / "selection.arrow")
     selection = Selection(tmp_path / "selection.arrow")
     assert selection.take([3]).schema.equals(SELECTION) and selection.take([3])["mp4_sha256"].null_count == 1

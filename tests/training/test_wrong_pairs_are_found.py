@@ -77,7 +77,7 @@ def test_swapped_pictures_in_a_shard_are_found(corpus):
     assert sorted(found(corpus)) == sorted([("hash-mismatch", one.name), ("hash-mismatch", other.name)])
 
 
-def test_rows_of_before_there_were_hashes_are_counted_not_accused(corpus):
+def test_rows_without_hashes_are_counted_not_reported_as_wrong(corpus):
     change_manifest(corpus, "UPDATE spans SET source_sha256 = NULL")
     assert found(corpus) == [("unknown-origin", "")]
     change_manifest(corpus, "ALTER TABLE spans DROP COLUMN source_sha256")
