@@ -1,4 +1,4 @@
-"""What every test gets: quiet native threads, and the folder of real footage where it is there."""
+"""Set up every test: single-threaded native libraries, Hypothesis profiles, and fixtures shared by the session."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Captions by CoCa, on a tiny CoCa with random weights: what a caption is, and that its batch does not shape it."""
+"""CoCa captions from a tiny model with random weights: their text and score, and independence of the batch."""
 
 import io
 import json

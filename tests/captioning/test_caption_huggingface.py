@@ -1,4 +1,4 @@
-"""Captions by Hugging Face models, on tiny random ones written by the test: BLIP, and ViT with GPT-2."""
+"""Captions by Hugging Face models (BLIP, and ViT with GPT-2), on tiny random models that the tests write."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""A captioner of one's own: the example in docs/captioning.md runs as it stands there."""
+"""Captioner plug-ins: the example in docs/captioning.md runs unchanged."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""The command line: quick to start, and the files beside it are what their readers take."""
+"""The command line starts quickly, and the recipes and cluster files shipped with it are valid."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The loopback server: ranges, HEAD, ETags, content types, faults on order, and nothing outside its folder."""
+"""The demo's loopback server: ranges, HEAD, ETags, content types, scripted faults, and no access outside its folder."""
 
 import http.client
 import threading

@@ -1,4 +1,4 @@
-"""The world as a folder: same bytes from other processes, truth files, sources, broken ones, repeated calls, errors."""
+"""The demo world as a folder: deterministic bytes, truth files, sound and broken sources, repeated calls, errors."""
 
 import hashlib
 import json

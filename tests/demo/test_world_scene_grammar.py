@@ -1,4 +1,4 @@
-"""The grammar: every combination occurs, texts are true and within the vocabulary, one frame tells no motion."""
+"""The scene grammar: all combinations occur, texts are true and in the vocabulary, one frame does not reveal motion."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Downloads connect to public addresses only, whatever form, redirect or second look-up leads elsewhere."""
+"""Downloads connect to public addresses only, despite odd spellings, redirects and changing name look-ups."""
 
 import http.server
 import ipaddress

@@ -1,4 +1,4 @@
-"""Direct links: what the server does wrong is healed where it can be, else it is one error of the right class."""
+"""Direct links: server faults are recovered from where possible, otherwise they give one error of the right class."""
 
 import hashlib
 import json

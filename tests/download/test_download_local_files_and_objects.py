@@ -1,4 +1,4 @@
-"""Local files are used where they lie, objects of stores are copied; side-cars come along."""
+"""Local files are used in place and objects of stores are copied, both with their side-cars."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Pages of sites through yt-dlp: one extraction, capped format, chosen subtitles, metadata, and errors with a class."""
+"""Downloads from sites through yt-dlp: one extraction, capped format, chosen subtitles, metadata, classified errors."""
 
 import json
 import os

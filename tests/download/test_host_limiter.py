@@ -1,4 +1,4 @@
-"""The governor: a cap per host, order of arrival, pauses, lockouts that pause a queue, leases of the dead."""
+"""The host rate limiter: cap per host, order of arrival, delays, pauses after lockouts, leases of dead processes."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""`clipmill edit` on a corpus: edits are rows and clips beside the old ones, and training reads what they show."""
+"""`clipmill edit` adds rows and clips beside the originals, and training reads the edited frames."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The rounds of an editing on a corpus: the same rows however they come about; what is kept and what is taken back."""
+"""`clipmill edit` gives the same rows when it is interrupted and resumed, and rolls back rounds that do not help."""
 
 import shutil
 import signal

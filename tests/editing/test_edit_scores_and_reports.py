@@ -1,4 +1,4 @@
-"""Parts of editing a corpus as functions of numbers: a second look at candidates, room, rounds without a student."""
+"""Editing on plain numbers: rescoring of candidates, limits of a clip's room, rounds without a student, reports."""
 
 import numpy as np
 import pytest

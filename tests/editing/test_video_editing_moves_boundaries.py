@@ -1,4 +1,4 @@
-"""A teacher's edits: what may be offered and chosen, that truth is found, and that nothing else is touched."""
+"""A teacher's edits stay within limits, find the true boundaries, and leave everything else unchanged."""
 
 from collections.abc import Sequence
 from typing import Any

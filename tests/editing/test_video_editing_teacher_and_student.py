@@ -1,4 +1,4 @@
-"""Rounds of teacher and student: when weights and boundaries are taken over, when taken back, how one resumes."""
+"""Rounds of teacher and student: when weights and boundaries are adopted or rolled back, and how an edit resumes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice

@@ -1,4 +1,4 @@
-"""Bad lists, bad files and bad disks: each costs a message and a row, and the rest of the corpus is complete."""
+"""Bad lists, files and disks each cost a message and a row, and the rest of the corpus is complete."""
 
 import json
 import shutil

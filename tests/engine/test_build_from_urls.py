@@ -1,4 +1,4 @@
-"""From URLs to shards, every stage, on a real local Ray: what is made is complete, true, and made once."""
+"""A build from URLs to shards on a real local Ray is complete and correct, and does each piece of work once."""
 
 import io
 import shutil

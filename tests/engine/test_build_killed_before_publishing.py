@@ -1,4 +1,4 @@
-"""All is done and committed, and the build is killed before it publishes: the next one publishes, and packs."""
+"""A build killed after its last commit and before it publishes: the next build publishes and packs."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""A cluster of unlike nodes that come and go while a build runs makes the corpus that one machine makes."""
+"""A cluster whose different nodes join and leave during a build makes the same corpus as one machine."""
 
 import shutil
 import time

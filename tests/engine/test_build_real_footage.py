@@ -1,4 +1,4 @@
-"""Real videos, by folder and by URL, with three broken ones among them: complete, correct, and made once."""
+"""A build of real videos, by folder and by URL, with three broken ones among them, is complete and correct."""
 
 import shutil
 

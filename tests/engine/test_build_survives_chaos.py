@@ -1,4 +1,4 @@
-"""A build hit by dead workers, nodes and drivers, a full disk, torn files and a bad server: the bytes of a quiet one.
+"""A build with dying workers, nodes and drivers, a full disk, torn files and a bad server ends in the usual bytes.
 
 The long run is `python -m bench.chaos`.
 """

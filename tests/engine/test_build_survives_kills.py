@@ -1,4 +1,4 @@
-"""A build that is killed with SIGKILL, again and again at arbitrary moments, ends in the bytes of a quiet one."""
+"""A build killed with SIGKILL repeatedly ends in the same bytes as an undisturbed build."""
 
 import os
 import shutil

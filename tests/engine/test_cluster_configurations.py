@@ -1,4 +1,4 @@
-"""The cluster file and the variants in docs/cluster.md are what Ray takes."""
+"""Ray accepts the cluster file and its variants in docs/cluster.md."""
 
 import re
 from pathlib import Path

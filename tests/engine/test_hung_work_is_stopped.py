@@ -1,4 +1,4 @@
-"""What hangs or kills its worker is ended, recorded, counted over runs and at last left alone; the rest is finished."""
+"""Work that hangs or kills its worker is stopped, recorded, counted over runs and finally quarantined."""
 
 import faulthandler
 import subprocess

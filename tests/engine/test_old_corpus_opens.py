@@ -1,11 +1,11 @@
-"""A corpus and a training run of an earlier version open, are up to date, and go on as they were begun.
+"""A corpus and a training run of an earlier version open, are up to date, and continue unchanged.
 
-Both are in tests/data/old_corpus, whose README says what they hold and how they were made; recorded.json has what the
-version that made them said of them. The values in it are never renewed: where one differs, users' corpora would be
-built again, or their runs would go on with other batches.
+Both are in tests/data/old_corpus, whose README says what they hold and how they were made; recorded.json has the
+values that the earlier version computed. They are never updated: if one differs, users' corpora would be built again,
+or their runs would continue with other batches.
 
-None of the recorded hashes depends on the version of a library. Those of models that are named by a tag or a file are
-of the name or the file's bytes; losses are fp32 on a CPU, which other processors round otherwise.
+No recorded hash depends on the version of a library. Hashes of models cover the tag's name or the file's bytes. Losses
+are fp32 on a CPU; other processors round differently.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""A stage from another package is an entry point: everything that lists stages knows it, and its table and column."""
+"""A stage from another package, given as an entry point, gets settings, a table and a column like a built-in one."""
 
 import json
 import shutil

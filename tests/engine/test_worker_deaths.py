@@ -1,6 +1,6 @@
-"""Work whose worker dies is given again, and once more when all else is done; what kills every worker is given up.
+"""Work whose worker dies is retried, at last after all other work; an item that kills every worker fails.
 
-The engine with workers that are functions here: no Ray, no media.
+The engine runs with functions as workers, without Ray or media.
 """
 
 from collections import Counter

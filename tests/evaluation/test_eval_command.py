@@ -1,4 +1,4 @@
-"""`clipmill eval`: which model, which clips, which settings; the table and the JSON say the same."""
+"""`clipmill eval`: its choice of model, clips and settings; its table and its JSON agree."""
 
 import io
 import json

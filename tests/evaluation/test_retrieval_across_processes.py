@@ -1,4 +1,4 @@
-"""Evaluation by one, two and three processes: the same features to the bit, nothing twice, nothing missing."""
+"""Evaluation by one, two and three processes gives bit-identical features, each clip once."""
 
 from pathlib import Path
 

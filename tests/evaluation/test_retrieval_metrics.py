@@ -1,4 +1,4 @@
-"""Ranks, ties, several captions per video, dual softmax: the reference where it is right, and where it is not."""
+"""Retrieval ranks, ties, several captions per video and dual softmax, against the reference and its known errors."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A model searched on a selection: what is asked, what is found, what is left out; real clips from a packed corpus."""
+"""Retrieval evaluation on real clips of a packed corpus: its queries, its results and the clips it leaves out."""
 
 import json
 from collections import Counter

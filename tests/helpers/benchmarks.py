@@ -1,4 +1,4 @@
-"""Small folders in the layouts in which the retrieval benchmarks are published. Videos are empty files."""
+"""Make small folders in the published layouts of the retrieval benchmarks, with empty files as videos."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Videos of known segments with one noisy timestamp each, and teachers that know or see the truth."""
+"""Make synthetic videos with known segments and noisy timestamps, and teachers that score them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

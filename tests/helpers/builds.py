@@ -1,4 +1,4 @@
-"""Small served worlds and corpora built from them, for tests of whole builds."""
+"""Run whole builds on small served worlds, and compare the corpora they make."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""How much work something is, counted: the same number on every machine, however fast or busy it is."""
+"""Measure work by counting calls, which gives the same number on any machine under any load."""
 
 import sys
 import threading

@@ -1,4 +1,4 @@
-"""Small models and reference files for the tests of the trainer's numbers."""
+"""Make small CLIP-ViP models and read reference files."""
 
 import hashlib
 import json

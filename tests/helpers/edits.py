@@ -1,4 +1,4 @@
-"""A corpus of numbered frames, built by the real stages in this process, and editings of it."""
+"""Build a corpus of numbered frames with the real stages in this process, and edit it."""
 
 import io
 import json

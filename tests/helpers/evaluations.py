@@ -1,4 +1,4 @@
-"""A small model of a few words, and selections of a small packed corpus, for the tests of evaluation."""
+"""Make a small model with a small vocabulary, and selections of a small packed corpus to evaluate it on."""
 
 from pathlib import Path
 from typing import Any

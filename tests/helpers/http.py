@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback whose answers can be made to fail in all the ways the open internet does."""
+"""Serve media over loopback HTTP with scripted faults such as dropped connections and wrong lengths."""
 
 import gzip
 import subprocess

@@ -1,4 +1,4 @@
-"""A corpus made of fragments alone: rows as the stages would write them, without any media."""
+"""Make a corpus of fragments only: the rows that stages would write, without media."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A small packed corpus, its selection and its plan, and how batches are compared: for tests of the training loader."""
+"""Make a small packed corpus with its selection and plan, compare batches, and simulate failing readers."""
 
 import os
 import signal

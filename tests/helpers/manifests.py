@@ -1,6 +1,6 @@
-"""A synthetic manifest of any number of clips, made inside DuckDB: for tests and for `bench/sql.py`.
+"""Make a synthetic manifest of any number of clips inside DuckDB, for tests and for `bench/sql.py`.
 
-Every value is a function of the clip's number and the seed. Media are not made: offsets and hashes point at nothing.
+Every value is a function of the clip's number and the seed. There are no media: offsets and hashes are invented.
 """
 
 from pathlib import Path

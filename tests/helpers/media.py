@@ -1,4 +1,4 @@
-"""Videos with their frame number in every picture, in all the shapes that sources come in, and reading them back."""
+"""Encode videos whose pictures show their frame number, in many formats, and read the numbers back."""
 
 import io
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""A captioner that some pictures are poison to: tests of builds whose workers hang and die."""
+"""Hang or kill the worker on certain pictures: a captioner for tests of failing workers."""
 
 import io
 import os

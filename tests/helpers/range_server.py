@@ -1,4 +1,4 @@
-"""A store on loopback HTTP: byte ranges of files in memory, and a list of what was asked for."""
+"""Serve byte ranges of files in memory over loopback HTTP, and record the requests."""
 
 import threading
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Several processes of one gloo group, each of them cheap: forked from a server that has the heavy imports ready."""
+"""Run a function in several processes of one gloo group, forked from a server that has imported torch already."""
 
 import multiprocessing
 import os

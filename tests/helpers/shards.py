@@ -1,4 +1,4 @@
-"""A small corpus with real media, made by hand: clips in `clips/*.tar`, a manifest that knows them, nothing packed."""
+"""Make a small unpacked corpus with real media: clips in `clips/*.tar` and a manifest of them."""
 
 import io
 from hashlib import sha256

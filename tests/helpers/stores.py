@@ -1,4 +1,4 @@
-"""An S3 server on loopback whose answers a test may spoil, and corpora in it."""
+"""Run an S3 server on loopback whose answers a test may change, and list the corpora in it."""
 
 import logging
 import os

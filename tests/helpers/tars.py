@@ -1,4 +1,4 @@
-"""Tars as other programs write them: any format, links, devices, whatever."""
+"""Write tars as other programs do: in any format, with links and devices."""
 
 import io
 import tarfile

@@ -1,4 +1,4 @@
-"""Small runs of the real command, for tests of training."""
+"""Run small trainings with the real command, and compare, signal and kill them."""
 
 import json
 import multiprocessing

@@ -1,6 +1,6 @@
-"""A whole corpus in a second: every stage's rows and media committed as its workers would, without Ray or decoding.
+"""Make a complete small corpus quickly: the rows and media of every stage, committed without Ray or decoding.
 
-Everything about a video is told apart by its id: its file, its title, the words said in it, its clips' pictures.
+The file, title, words and pictures of each video are derived from its id, so that tests can tell videos apart.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Reading a demo video back: pictures as a viewer sees them, and where a colour is in them."""
+"""Read a demo video back: its upright pictures, and the position of colours in them."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""Small files that would grow without measure: pictures, frames, sound, pages, subtitles and lists. Each costs itself.
+"""Small files that expand without limit (pictures, frames, sound, pages, subtitles, lists) fail alone.
 
-Defences: pixels and frames are counted before they are decoded, sandboxes bound memory and time, downloads and what is
-unpacked are counted as they come, XML entities and words have limits.
+Defences: pixels and frames are counted before decoding, sandboxes limit memory and time, downloaded and unpacked bytes
+are counted as they arrive, XML entities and words have limits.
 """
 
 import gzip

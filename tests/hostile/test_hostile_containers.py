@@ -1,4 +1,4 @@
-"""Files that make FFmpeg open other files and addresses: refused by every reader of sources, whatever they are called.
+"""Files that make FFmpeg open other files or addresses are refused by every reader of sources, under any name.
 
 Defence: `clipmill.media.probe` allows only demuxers that follow no references, files as the only protocol, and no data
 references. The controls show that FFmpeg by itself does follow them.

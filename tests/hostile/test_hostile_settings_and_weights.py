@@ -1,4 +1,4 @@
-"""Settings and weights from strangers: nothing in them runs, and what is made to exhaust its reader is an error."""
+"""Hostile settings and weights: no code in them runs, and attempts to exhaust memory are errors."""
 
 import json
 import os

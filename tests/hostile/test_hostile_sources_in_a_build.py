@@ -1,4 +1,4 @@
-"""One build of a list made to harm: ids, titles, paths, addresses and files. Each costs a row; the sound video is done.
+"""A build of a list with hostile ids, titles, paths, addresses and files: each costs a row, the sound videos are done.
 
 Defences: an id becomes a path only when it is plain, paths go to no shell and no SQL, addresses are checked before they
 are connected to, files are opened by `clipmill.media.probe` alone, and nothing of a local file is quoted.

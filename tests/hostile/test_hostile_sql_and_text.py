@@ -1,4 +1,4 @@
-"""Queries and texts from strangers: a query reads the manifest and nothing else; a text is shown and does nothing."""
+"""Hostile queries and texts: a query reads the manifest only, and a text is displayed without side effects."""
 
 import csv
 import io

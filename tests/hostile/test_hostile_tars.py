@@ -1,4 +1,4 @@
-"""Tars made to break their reader, given to `verify` and to training on plain tars: a row each, and nothing opened."""
+"""Hostile tars given to `verify` and to training on plain tars cost a row each, and nothing in them is opened."""
 
 import io
 import json

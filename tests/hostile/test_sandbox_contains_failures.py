@@ -1,4 +1,4 @@
-"""Whatever happens inside a sandbox costs one call: crashes, hangs, memory, huge files, dead parents, all real."""
+"""A sandbox limits real crashes, hangs, memory use, huge files and dead parents to the call that caused them."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""A benchmark with something missing or torn: the user is told, or it is a counted row; nothing takes its place."""
+"""Benchmarks with missing or damaged parts give an error or a counted row, never a substitute."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`msrvtt:FOLDER` from files to shards on a local Ray: whole videos, a split, twenty texts a clip, asked by SQL."""
+"""`msrvtt:FOLDER` becomes shards on a local Ray: whole videos with a split and twenty texts each, selectable by SQL."""
 
 import json
 import shutil

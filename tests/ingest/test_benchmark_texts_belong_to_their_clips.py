@@ -1,4 +1,4 @@
-"""Reference texts are served with the pieces of video they are about and no others; other corpora stay as they were."""
+"""Reference texts are served only with the clips they describe; corpora without them stay unchanged."""
 
 import duckdb
 import pyarrow as pa

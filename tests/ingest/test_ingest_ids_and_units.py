@@ -1,4 +1,4 @@
-"""Ids are safe and stable, duplicates collapse, units are given once and never again."""
+"""Ids are safe and stable, duplicates collapse, and units are assigned once."""
 
 import json
 import re

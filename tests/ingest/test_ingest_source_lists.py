@@ -1,4 +1,4 @@
-"""Every form of a source list gives the same sources; a bad line is one problem with its place."""
+"""Every format of a source list gives the same sources; a bad line is one problem with its line number."""
 
 import gzip
 import io

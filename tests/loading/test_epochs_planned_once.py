@@ -1,4 +1,4 @@
-"""An epoch is planned by one process of a host, when it is first needed, and is the same whoever asks."""
+"""An epoch is planned by one process of a host when first needed, and is the same for every process."""
 
 import multiprocessing
 import os

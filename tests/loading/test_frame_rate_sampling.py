@@ -1,4 +1,4 @@
-"""Frames at so many a second, as CLIP4Clip takes them: what a short clip has not is empty, and no model looks at it."""
+"""Frames sampled at a rate, as in CLIP4Clip: frames that a short clip lacks are masked and ignored by models."""
 
 import numpy as np
 import pyarrow as pa

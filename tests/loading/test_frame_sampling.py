@@ -1,4 +1,4 @@
-"""Which frames, and which pixels: the reference tables, jitter's range, resizing."""
+"""Frame indices and resized pixels equal the reference tables; jitter stays in its range."""
 
 import numpy as np
 import pytest

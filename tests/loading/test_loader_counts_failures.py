@@ -1,4 +1,4 @@
-"""Samples that cannot be read: masked holes and failures, nobody else's sample touched, a budget that ends the run."""
+"""Unreadable samples become masked holes and failures, leave other samples alone, and end a run over its budget."""
 
 import shutil
 import struct

@@ -1,4 +1,4 @@
-"""From a clip's bytes to the right pictures, upright, in the right colours, at the right size: whatever the file is."""
+"""The loader decodes the right frames of any clip: upright, with the right colours and size."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""The same batches whoever reads them: any number of processes, from any step, on any number of ranks."""
+"""Batches are the same for any number of processes and ranks, from any step."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Loader processes that die: the batches stay the same; a sample that kills twice becomes a failure."""
+"""Batches stay the same when loader processes die; a sample that kills two of them becomes a failure."""
 
 import itertools
 import os

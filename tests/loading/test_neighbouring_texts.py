@@ -1,4 +1,4 @@
-"""What is said just before and behind a clip: frozen with the selection, read with the clip by whatever process."""
+"""Texts of neighbouring clips are frozen with the selection and read with the clip by any process."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Plain WebDataset tars train like a corpus: found by pattern, read by range, grouped as WebDataset groups them."""
+"""Plain WebDataset tars train like a corpus: found by pattern, read by range, grouped as in WebDataset."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The plan's promises: every clip once, the same batches for any number of processes, resuming is arithmetic."""
+"""A plan gives every clip once and the same batches for any number of processes, and resumes by arithmetic."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The frozen file: any rows of it quickly, in any process, whole or not there at all."""
+"""A selection file gives any of its rows in any process, and is either complete or absent."""
 
 import multiprocessing
 import pickle

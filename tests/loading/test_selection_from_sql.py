@@ -1,4 +1,4 @@
-"""The SQL decides what a run sees: which clips, in which order, with which texts; mistakes name their setting."""
+"""SQL selects the clips, order and texts of a run; mistakes name their setting."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Training never sees a held-out video unless it is told to: not its clips, not its copies, not near-duplicates."""
+"""Training excludes held-out videos, their copies and near-duplicates unless the settings allow them."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""The cache of remote shards: fetched once when most is wanted, never over its cap, never a torn copy served."""
+"""The cache of remote shards fetches a shard once, stays under its cap, and never serves a torn copy."""
 
 import fcntl
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Members by byte range: the right bytes from anywhere, few reads, and an error in the place of what is broken."""
+"""Members read by byte range: the right bytes from any store in few requests, and an error for each broken member."""
 
 import os
 

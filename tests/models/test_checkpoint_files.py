@@ -1,4 +1,4 @@
-"""Weights in and out: published names, HF folders, open_clip files, and what is refused."""
+"""Weights are read and written under published names, from Hugging Face folders and open_clip files, or refused."""
 
 import json
 import os

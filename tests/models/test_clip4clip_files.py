@@ -1,4 +1,4 @@
-"""CLIP4Clip's files: released names there and back, heads beside or inside, and what is refused."""
+"""CLIP4Clip files: released names are read and written, heads may be separate, and wrong files are refused."""
 
 import json
 from pathlib import Path

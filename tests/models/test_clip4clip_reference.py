@@ -1,4 +1,4 @@
-"""Every published CLIP4Clip number: features, similarities, losses, gradients, the update and its schedule."""
+"""CLIP4Clip equals the reference: features, similarities, losses, gradients, the update and its schedule."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What CLIP4Clip's heads and stems promise beside the published numbers."""
+"""Properties of CLIP4Clip's heads and stems beyond the published numbers."""
 
 import pytest
 import torch

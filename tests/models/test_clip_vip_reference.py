@@ -1,4 +1,4 @@
-"""Every published number: embeddings, hidden states, loss and gradients of the reference cases."""
+"""CLIP-ViP equals the reference: embeddings, hidden states, loss and gradients."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""What the architecture promises whatever its weights: attention pattern, time, plain CLIP inside, dtypes, FLOPs."""
+"""Properties of CLIP-ViP for any weights: attention pattern, time, the plain CLIP inside, dtypes, FLOPs."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A method that is in no folder of ours: `model.method=MODULE:ATTRIBUTE`, trained, resumed, evaluated and estimated."""
+"""A method from another package, `model.method=MODULE:ATTRIBUTE`, is trained, resumed, evaluated and estimated."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""UniPT trains its side networks alone, keeps nothing for a backward pass through the backbone, and still learns."""
+"""UniPT trains its side networks only, keeps nothing for a backward pass through the backbone, and learns."""
 
 import itertools
 from dataclasses import replace

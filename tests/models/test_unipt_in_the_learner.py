@@ -1,4 +1,4 @@
-"""The trainer's update on UniPT's model: the same in one piece and in chunks, and the side networks' alone."""
+"""The trainer's update of a UniPT model is the same whole and in chunks, and changes the side networks only."""
 
 import math
 

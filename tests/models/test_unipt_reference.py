@@ -1,4 +1,4 @@
-"""UniPT's published numbers: each side network alone, and both on CLIP4Clip's chain."""
+"""UniPT equals the reference: each side network alone, and both on CLIP4Clip's chain."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What UniPT's side networks compute and read, beyond the published numbers."""
+"""Properties of UniPT's side networks beyond the published numbers."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Near-duplicate groups: exactly those of a brute-force search, whatever the order; flat frames make no group."""
+"""Near-duplicate groups equal those of a brute-force search in any order; flat frames form no group."""
 
 import numpy as np
 import pyarrow as pa

@@ -1,4 +1,4 @@
-"""What is forgotten is seen by nobody at once, gone to the last byte after `compact`, and never fetched again."""
+"""A forgotten video is hidden at once, removed to the last byte by `compact`, and never fetched again."""
 
 import hashlib
 import shutil

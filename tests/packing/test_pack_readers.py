@@ -1,4 +1,4 @@
-"""The shards as others read them: webdataset, open_clip, Hugging Face datasets and Energon, all unmodified."""
+"""Unmodified webdataset, open_clip, Hugging Face datasets and Energon read the shards."""
 
 import json
 import tarfile

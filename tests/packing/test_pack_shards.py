@@ -1,4 +1,4 @@
-"""Packing: same clips and seed give the same bytes, whatever happened on the way; wrong media never become a sample."""
+"""Packing the same clips with a seed gives the same bytes after any history; wrong media never become a sample."""
 
 import json
 import os

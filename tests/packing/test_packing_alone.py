@@ -1,4 +1,4 @@
-"""`clipmill run pack`: shards as the settings want them now, from what is cut already; no other stage is asked for."""
+"""`clipmill run pack` packs the existing clips with the current settings and runs no other stage."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""`verify` says nothing of a sound corpus and finds every kind of damage, each under its name."""
+"""`verify` reports no problems in a sound corpus and finds every kind of damage under its name."""
 
 import io
 import shutil

@@ -1,4 +1,4 @@
-"""`explain` finds a source, a clip or a sample by any of its names, and says what was done to it and where it lies."""
+"""`explain` finds a source, clip or sample by any of its names, and shows its history and its place."""
 
 import json
 import shutil

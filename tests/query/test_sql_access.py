@@ -1,4 +1,4 @@
-"""SQL on a corpus: read-only and shut in, four output formats, harmless to terminals and spreadsheets, fast enough."""
+"""SQL on a corpus: read-only, limited to the manifest, with four output formats that are safe to display."""
 
 import csv
 import io

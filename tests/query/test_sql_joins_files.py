@@ -1,4 +1,4 @@
-"""`clipmill sql --table NAME=FILE`: what training wrote of each clip is asked together with the manifest."""
+"""`clipmill sql --table NAME=FILE` joins a file, such as training's feedback, with the manifest."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Text is found again among timed words: exactly the cheapest way, near the diagonal, through drops and repeats."""
+"""Alignment of a text with timed words: the cheapest path within the band, despite omissions and repeats."""
 
 import random
 

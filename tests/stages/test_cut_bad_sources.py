@@ -1,4 +1,4 @@
-"""What cutting answers to damaged, hostile and odd sources: a class for each, and never a lost neighbour."""
+"""Damaged, hostile and odd sources fail with their class when cut, without losing other clips."""
 
 import struct
 from pathlib import Path

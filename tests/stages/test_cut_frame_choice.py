@@ -1,4 +1,4 @@
-"""Which source frames a clip is made of: properties of the rule on arbitrary frame times."""
+"""The choice of source frames for a clip: properties of the rule on arbitrary frame times."""
 
 from fractions import Fraction
 

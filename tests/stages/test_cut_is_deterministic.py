@@ -1,4 +1,4 @@
-"""The same source and settings give the same bytes: in this process again, and in others."""
+"""Cutting the same source with the same settings gives the same bytes in every process."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Clips hold exactly the frames that the rule names, whatever the source looks like: read from the pictures."""
+"""Clips contain exactly the frames that the rule selects, for sources of every format."""
 
 from fractions import Fraction
 from pathlib import Path

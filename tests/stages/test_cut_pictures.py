@@ -1,4 +1,4 @@
-"""What a clip's pictures look like: sizes, orientation, colours; and the measures taken from them."""
+"""Pictures of clips: sizes, orientation, colours and frame statistics."""
 
 from fractions import Fraction
 

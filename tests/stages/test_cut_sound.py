@@ -1,4 +1,4 @@
-"""Sound stays with the picture: in clips that keep it, and in what a recogniser is given."""
+"""Sound stays in sync with the picture in clips and in the samples for speech recognition."""
 
 import io
 import subprocess

@@ -1,4 +1,4 @@
-"""The ledger decides what is to be done: nothing twice, nothing forgotten, only what a change touches."""
+"""A rerun does pending work only: nothing twice, nothing omitted, and only what a change affects."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""From what is really said, through subtitle files as they are found, back to sentences and spans at their times."""
+"""Sentences and spans recovered from typical subtitle files match the words that were spoken, and their times."""
 
 import numpy as np
 import pytest

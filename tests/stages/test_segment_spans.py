@@ -1,4 +1,4 @@
-"""Spans of speech: whole sentences in a length range, no word lost or twice, each spoken in the time of its span."""
+"""Spans of speech hold whole sentences in a length range, with each word once and at its time."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""Words become sentences at punctuation, else at pauses, and every word is in exactly one."""
+"""Words are split into sentences at punctuation, else at pauses, and each word is in exactly one sentence."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Shots are found where the picture changes at once, at the real time of that frame."""
+"""Shot detection finds abrupt changes of picture, at the real time of the frame."""
 
 import struct
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""Subtitle files of every format, in any encoding and any state of repair, become words in time order."""
+"""Subtitle files of every format and encoding, damaged ones included, become words in time order."""
 
 import codecs
 import json

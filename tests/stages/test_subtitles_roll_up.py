@@ -1,4 +1,4 @@
-"""Captions that roll up, as automatic ones do, give every word once, whatever repeats on the screen."""
+"""Roll-up captions, as automatic ones are, give every word once despite repeated lines."""
 
 import random
 

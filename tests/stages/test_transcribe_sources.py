@@ -1,4 +1,4 @@
-"""A video's words come from its best usable subtitle, whatever else lies beside it."""
+"""A video's words come from the best of its usable subtitles."""
 
 import math
 from pathlib import Path

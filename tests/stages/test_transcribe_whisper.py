@@ -1,4 +1,4 @@
-"""Whisper is heard where no subtitle is usable: here with tiny weights that know nothing but their shape."""
+"""Whisper transcribes videos without a usable subtitle, here with tiny random weights."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One writer at a time, told apart from a dead one; readers see whole snapshots while a build publishes."""
+"""A corpus has one writer at a time, whose death is recognised, and its readers see complete snapshots."""
 
 import os
 import re

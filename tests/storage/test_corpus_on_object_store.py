@@ -1,4 +1,4 @@
-"""A corpus in an S3 store: the same as in a folder, from any machine, for everybody who reads it."""
+"""A corpus in an S3 store equals one in a folder, from any machine and for every reader."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A whole build into an S3 store, by Ray, begun on one machine and gone on with on another."""
+"""A whole Ray build into an S3 store starts on one machine and continues on another."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A corpus in a store outlives its builder: killed anywhere, gone on with elsewhere, written by one at a time."""
+"""A corpus in a store survives its builder: killed at any write, resumed elsewhere, with one writer at a time."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The mirror of a corpus in a store while workers of this machine write to it: who only looks takes nothing of it."""
+"""The local mirror of a store stays intact while workers write to it and other commands read it."""
 
 import pytest
 

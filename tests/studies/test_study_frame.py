@@ -1,4 +1,4 @@
-"""A study keeps what it has, goes on where it stopped, and reports what came out, whatever that is."""
+"""A study keeps finished runs, resumes where it stopped, and reports any outcome."""
 
 import csv
 import json

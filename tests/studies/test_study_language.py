@@ -1,4 +1,4 @@
-"""How far two sources of texts are apart: 0 where nobody could tell them apart, 1 where everything does."""
+"""The distance of two sources of texts is 0 if they are indistinguishable and 1 if they are separate."""
 
 from pathlib import Path
 

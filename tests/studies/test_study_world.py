@@ -1,4 +1,4 @@
-"""What the studies' clips and texts are: twins of the same frames, noise that grows, blind models that are blind."""
+"""The studies' world: clips with the same frames in other orders, noise by levels, models blind to order."""
 
 from pathlib import Path
 from xml.etree import ElementTree

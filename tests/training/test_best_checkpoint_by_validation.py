@@ -1,4 +1,4 @@
-"""The checkpoint that validation likes best stays, is named, and is what others take; a test split never chooses it."""
+"""The best checkpoint by validation is kept, named and used by other commands; a test split never selects it."""
 
 import io
 import json

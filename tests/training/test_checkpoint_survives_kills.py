@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there: kills at any moment, full disks, damaged files; the latest few are kept."""
+"""A checkpoint is complete or absent after kills, full disks and damage, and the latest few are kept."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Averaged weights: the arithmetic, evaluation with them, and that they survive a checkpoint."""
+"""Averaged weights follow their formula, are evaluated, and survive a checkpoint."""
 
 import pytest
 import torch

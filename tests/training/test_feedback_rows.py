@@ -1,4 +1,4 @@
-"""What training notes about each clip: the numbers, once per time seen, the same on many processes, joined by SQL."""
+"""Training feedback per clip: correct numbers, one count per visit, the same on many processes, joinable by SQL."""
 
 import os
 from pathlib import Path

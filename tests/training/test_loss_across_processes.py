@@ -1,4 +1,4 @@
-"""W processes, chunks and accumulation: always the loss and the gradient of one process on the whole batch."""
+"""Any number of processes, chunks and accumulation gives the loss and gradient of one process on the whole batch."""
 
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A loss that is in no file of ours: `train.loss=MODULE:ATTRIBUTE`, and the ordinary trainer minimises it."""
+"""A loss from another package, `train.loss=MODULE:ATTRIBUTE`, is minimised by the ordinary trainer."""
 
 import pytest
 import torch

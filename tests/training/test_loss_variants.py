@@ -1,4 +1,4 @@
-"""Values and gradients of every omnisource variant: the reference's, brute force, missing rows."""
+"""Values and gradients of every omnisource variant equal the reference and brute force, with missing rows too."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""MIL-NCE: the published loss with one video for several texts, the same in chunks and on any number of processes."""
+"""MIL-NCE with one video for several texts equals the published loss, in chunks and on any number of processes."""
 
 from typing import Any
 

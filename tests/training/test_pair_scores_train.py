@@ -1,4 +1,4 @@
-"""CLIP4Clip's tightTransf in training: the published symmetric loss, over all processes' pairs, each scored once."""
+"""Training with CLIP4Clip's tightTransf: the published symmetric loss over all processes' pairs, scored once each."""
 
 from functools import partial
 from typing import Any

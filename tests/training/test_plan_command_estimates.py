@@ -1,4 +1,4 @@
-"""`clipmill plan` says what a run will be: the clips and steps of the run itself, costs that measurement confirms."""
+"""`clipmill plan` estimates a run: clips and steps equal the run's, and costs match measurements."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What `clipmill plan` says of CLIP4Clip and UniPT is what their models are, train and keep."""
+"""`clipmill plan` estimates CLIP4Clip and UniPT as measured: parameters, trained parts and memory."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A run folder: what it remembers, what may change when a run goes on, and that only one training writes it."""
+"""A run folder records its settings, refuses changes that make another run, and has one writer at a time."""
 
 import os
 import re

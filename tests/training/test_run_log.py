@@ -1,4 +1,4 @@
-"""The log of a run: what a line says, a curve without seams after a resume, losses that are not finite, TensorBoard."""
+"""The log of a run: content of its lines, a continuous curve after a resume, non-finite losses, TensorBoard."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""How fast a run goes: samples per second, the share that waits for data, MFU; and what a device could do at best."""
+"""Speed of a run: samples per second, share of time waiting for data, MFU, and peak rates of devices."""
 
 import time
 from collections.abc import Iterator

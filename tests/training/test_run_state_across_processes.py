@@ -1,4 +1,4 @@
-"""What one process saved, many go on with, and the other way round: plain, compiled, DDP and FSDP2 models alike."""
+"""A state saved by one process is resumed by many and vice versa, with plain, compiled, DDP and FSDP2 models."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Learning rates, decay groups and updates against the reference."""
+"""Learning rates, decay groups and updates equal the reference."""
 
 import pytest
 import torch

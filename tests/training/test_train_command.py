@@ -1,4 +1,4 @@
-"""What a user of `clipmill train` meets: odd data, other ways to run, mistakes."""
+"""`clipmill train` with odd data, several ways of running, and mistakes."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""The related methods go through the same trainer: trained, resumed from a checkpoint, evaluated."""
+"""Related methods use the same trainer: they train, resume from a checkpoint and are evaluated."""
 
 import json
 

@@ -1,6 +1,6 @@
-"""A run that is killed, stopped or resumed elsewhere ends as one that was left alone: same batches, same losses.
+"""A run that is killed, stopped or resumed elsewhere has the same batches and losses as an uninterrupted one.
 
-What is killed or stopped is the real command in a process of its own; what is left alone runs here.
+Interrupted runs are the real command in a process of its own; uninterrupted ones run in this process.
 """
 
 import signal

@@ -1,4 +1,4 @@
-"""Training under Ray Train on a cluster of several nodes goes on when one of them is gone, as if nothing had been.
+"""Training under Ray Train on several nodes continues when a node is lost, with the same result.
 
 The long run, with kills of every kind, is `python -m bench.train_chaos`.
 """

@@ -1,4 +1,4 @@
-"""A training process whose torchrun was killed is told to stop: it would go on with nobody to stop it."""
+"""A training process whose torchrun was killed ends."""
 
 import os
 import signal

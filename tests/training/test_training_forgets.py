@@ -1,4 +1,4 @@
-"""A training run reads what it selected, wherever that lies by now, and nothing that was forgotten since."""
+"""A training run finds its selected samples after they move, and skips those that were forgotten since."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""One process, two or four, copied or sharded, whole or in chunks: after some updates the weights are the same."""
+"""Updates give the same weights on one, two or four processes, replicated or sharded, in chunks or whole."""
 
 import shutil
 import tempfile

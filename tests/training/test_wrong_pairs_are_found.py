@@ -1,4 +1,4 @@
-"""No caption, score or text stands beside a clip that it was not made from without `verify` saying so."""
+"""`verify` finds every caption, score or text that was made from another clip."""
 
 import shutil
 
