@@ -43,7 +43,7 @@ def random_coca(seed: int = 0) -> open_clip.CoCa:
     torch.manual_seed(seed)
     model = open_clip.CoCa(**{key: value for key, value in CONFIG.items() if key != "custom_text"})
     for parameter in model.parameters():
-        if parameter.ndim > 1:  # larger than the usual start, so that pictures and words matter
+        if parameter.ndim > 1:  # larger than usual, so that pictures and words affect the captions
             torch.nn.init.normal_(parameter, std=3 * parameter.shape[-1] ** -0.5)
     return model
 
@@ -161,7 +161,7 @@ def test_pictures_and_their_jpeg_bytes_get_the_same_caption(folder):
 
 def test_an_empty_caption_is_recorded(tmp_path):
     model = random_coca()
-    with torch.no_grad():  # whatever it sees, the end token is likeliest
+    with torch.no_grad():  # makes the end token the most likely for any picture
         model.text_decoder.ln_final.weight.zero_()
         model.text_decoder.ln_final.bias.fill_(1.0)
         model.text_decoder.text_projection.zero_()

@@ -32,7 +32,7 @@ def save_tokenizer(folder) -> None:
 
 
 def widen(model) -> None:
-    """Larger random weights than a model starts with, so that pictures and words matter."""
+    """Draw larger random weights than a model starts with, so that pictures and words affect its captions."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
@@ -116,7 +116,7 @@ def test_captions_do_not_depend_on_the_batch(folder, decoding):
     alone = [captioner.caption([frame])[0] for frame in reversed(FRAMES)][::-1]
     assert [c.text for c in together] == [c.text for c in alone]
     assert [c.score for c in together] == pytest.approx([c.score for c in alone], abs=2e-4)
-    assert all(len(c.text.split()) <= c.num_tokens <= 9 for c in together)  # special tokens are no words
+    assert all(len(c.text.split()) <= c.num_tokens <= 9 for c in together)  # special tokens are not words
     assert len({c.text for c in together}) > 1, "the pictures must matter, or this test shows nothing"
 
 

@@ -58,7 +58,7 @@ def test_every_recipe_is_valid():
 
 
 def test_no_file_names_a_registry():
-    address = re.compile(r"py[p]i[.]org|python[h]osted[.]org|index[-_]url")  # spelt so that this line has none itself
+    address = re.compile(r"py[p]i[.]org|python[h]osted[.]org|index[-_]url")  # does not match itself
     files = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
     for name in files:
         if name.endswith((".py", ".toml", ".txt", ".md", ".yaml", "Makefile", "run")):

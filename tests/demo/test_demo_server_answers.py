@@ -37,7 +37,7 @@ def base(tmp_path_factory):
 
 
 def raw(base: str, method: str, path: str, headers: dict | None = None) -> tuple[int, dict, bytes]:
-    """A request whose path no client library has tidied up."""
+    """Send a request whose path no client library has normalised."""
     connection = http.client.HTTPConnection(urlsplit(base).netloc, timeout=600)
     connection.request(method, path, headers=headers or {})
     answer = connection.getresponse()

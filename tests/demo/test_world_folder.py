@@ -57,7 +57,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def make_elsewhere(worlds: dict[str, dict]) -> None:
-    """Make worlds, given as folder: settings, in another Python process."""
+    """Make worlds, given as {folder: settings}, in another Python process."""
     subprocess.run([sys.executable, "-c", MAKE, json.dumps(worlds)], check=True, cwd=ROOT, capture_output=True)
 
 

@@ -28,7 +28,7 @@ TAG = re.compile(r"<(\d\d):(\d\d):(\d\d)\.(\d{3})><c> ([^<]*)</c>")
 
 
 def talk(seed: int, filler_fraction: float = 0.2):
-    """(scenes with start seconds, their narration)."""
+    """Return (scenes with start seconds, their narration)."""
     rng = np.random.default_rng(seed)
     scenes, start_s = [], 0.0
     for _ in range(int(rng.integers(1, 7))):
@@ -43,7 +43,7 @@ def seconds(h: str, m: str, s: str, ms: str) -> float:
 
 
 def cues_of(text: str) -> list[tuple[float, float, str, list[str]]]:
-    """(start, end, cue settings, lines) of a VTT file, blanks in cue lines kept."""
+    """Return (start, end, cue settings, lines) of each cue of a VTT file, with blanks in lines kept."""
     cues = []
     for block in re.split(r"\n\n+", text)[1:]:
         head, *lines = block.rstrip("\n").split("\n")

@@ -84,7 +84,7 @@ def test_a_link_to_this_machine_is_refused_without_a_request(host, tmp_path):
 
 
 def pretend(monkeypatch, addresses: dict[str, list[str]]) -> list[str]:
-    """Name look-ups answer from a table (one entry per look-up, the last for good); returns the list of names asked."""
+    """Answer name look-ups from a table (one entry per look-up, the last repeated); return the requested names."""
     asked: list[str] = []
     real = socket.getaddrinfo
 
@@ -101,13 +101,13 @@ def pretend(monkeypatch, addresses: dict[str, list[str]]) -> list[str]:
 
 @pytest.fixture
 def public_loopback(monkeypatch):
-    """127.0.0.2 stands for an address of the open internet: the only way to have one without leaving this machine."""
+    """Let 127.0.0.2 stand for a public address, so that the test needs no other machine."""
     real = is_public
     monkeypatch.setattr(address_guard, "is_public", lambda ip: ip == "127.0.0.2" or real(ip))
 
 
 class Redirecting:
-    """Answers every request with a redirect, on an address of its own."""
+    """Answer every request with a redirect, on an address of its own."""
 
     def __init__(self, address, target: str):
         outer = self
@@ -149,7 +149,7 @@ def test_a_redirect_to_a_private_address_is_refused(monkeypatch, public_loopback
 
 
 def test_a_second_look_up_cannot_change_the_address(monkeypatch, public_loopback):
-    """The name is looked up once; the connection goes to what was checked, not to what the name says later."""
+    """The name is looked up once, and the connection goes to the checked address."""
     asked = pretend(monkeypatch, {"rebind.example": ["127.0.0.2", "127.0.0.1"]})
     listener = socket.create_server(("127.0.0.2", 0))
     try:

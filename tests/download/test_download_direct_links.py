@@ -290,7 +290,7 @@ def test_headers_that_never_end_end_at_the_whole_timeout(tmp_path):
         error = failure(f"http://127.0.0.1:{listener.getsockname()[1]}/a.mp4", tmp_path, settings)
     finally:
         stop.set()
-        socket.create_connection(listener.getsockname()).close()  # for where the time was over before there was one
+        socket.create_connection(listener.getsockname()).close()  # if the time ended before there was a connection
         thread.join()
         listener.close()
     assert error.error_class == "timeout"
@@ -406,7 +406,7 @@ def test_a_full_disk_is_one_error(server: MediaServer, tmp_path, video):
 
 @pytest.mark.parametrize("begun", ["after it is dead", "while it lives"])
 def test_a_killed_download_resumes(server: MediaServer, tmp_path, video, begun, monkeypatch):
-    """The next build may begin while a worker of the killed one is still at it: two never write into one folder."""
+    """The next build may begin while a worker of the killed one still downloads: two never write into one folder."""
     url = server.add("/a.mp4", video, stall_after=80_000)
     child = run_child(url, str(tmp_path))
     part = tmp_path / "sources" / "clip1.part" / "media"

@@ -32,7 +32,7 @@ GUARDED = SETTINGS.model_copy(update={"allow_private_addresses": False})
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory) -> dict[str, bytes]:
-    """Videos by height, a sound track, and the segment of a stream."""
+    """Make videos by height, a sound track, and a segment of a stream."""
     folder = tmp_path_factory.mktemp("media")
     found = {str(h): make_video(folder / f"{h}.mp4", duration_s=0.4, size=f"{h * 4 // 3}x{h}") for h in (60, 120, 240)}
     found["tall"] = make_video(folder / "tall.mp4", duration_s=0.4, size="120x200")
@@ -48,7 +48,7 @@ def server():
 
 
 class FakeSiteIE(InfoExtractor):
-    """A site that answers what the test puts into it, and counts how often it is asked."""
+    """Answer with the test's data in place of a site, and count the requests."""
 
     _VALID_URL = r"https?://fake\.example/(?P<id>\w+)"
     IE_NAME = "fakesite"
@@ -128,7 +128,7 @@ def test_separate_tracks_are_joined(server, media, tmp_path):
 
 
 def test_a_track_that_is_a_playlist_in_disguise_opens_nothing(server, media, tmp_path):
-    """FFmpeg joins what was fetched; a hostile track must not make it read this machine's files."""
+    """FFmpeg joins the fetched tracks; a hostile track must not make it read local files."""
     secret = tmp_path / "secret.ts"
     make_video(secret, duration_s=0.4, audio_only=True)
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{secret}\n#EXT-X-ENDLIST\n".encode()
@@ -138,7 +138,7 @@ def test_a_track_that_is_a_playlist_in_disguise_opens_nothing(server, media, tmp
 
 
 def test_ffmpeg_joins_known_containers_only(server, media, tmp_path):
-    """Core Audio would be joined without a word: it stands for every demuxer that is not on the list."""
+    """FFmpeg would join Core Audio silently; it stands for every demuxer that is not on the list."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", "sine=d=0.4", "-c:a", "alac"]
     subprocess.run([*command, str(tmp_path / "a.caf")], check=True)
     sound = {"format_id": "s", "url": server.add("/s.m4a", (tmp_path / "a.caf").read_bytes()), "ext": "m4a"}
@@ -262,7 +262,7 @@ def test_metadata_becomes_columns():
     assert metadata({"upload_date": "soon"})["upload_date"] is None
 
 
-# Messages as extractors really raise them, with what they mean.
+# Messages that extractors really raise, with their class.
 REAL_MESSAGES = [
     ("[youtube] abc: Private video. Sign in if you've been granted access to this video", "private", False),
     ("[vimeo] 1: This video is private", "private", False),

@@ -136,7 +136,7 @@ def test_a_host_locked_for_too_long_is_not_waited_for():
 def test_threads_never_exceed_the_cap_and_all_get_through():
     gov = HostRateLimiter(per_host=3, poll_s=0.005)
     lock, active, most, done = threading.Lock(), [0], [0], []
-    together = threading.Barrier(3)  # that as many as may are at it at once does not depend on the machine
+    together = threading.Barrier(3)  # the maximum number at once does not depend on the machine's speed
 
     def work(i: int) -> None:
         for round_ in range(3):
@@ -193,7 +193,7 @@ def test_a_failure_gives_the_host_back():
 
 
 def test_a_remote_limiter_is_called_through_its_handle(monkeypatch):
-    """What a Ray actor's handle looks like: methods with `.remote`, answers behind `ray.get`."""
+    """The handle of a Ray actor has methods with `.remote`, whose results come from `ray.get`."""
     import ray
 
     class Method:

@@ -24,7 +24,7 @@ SMALL += ("data.loader_processes=0", "edit.holdout=0.55")
 
 @pytest.fixture(scope="module")
 def whole(numbered, tmp_path_factory):
-    """What two rounds write when nothing happens to them."""
+    """Run two rounds without interruption; return the rows and tars they write."""
     folder = tmp_path_factory.mktemp("whole")
     corpus = copy_of(numbered, folder)
     edit(corpus, folder / "edit", rounds=2, trains=False)
@@ -37,7 +37,7 @@ def tars_of(corpus: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_the_same_rows_and_bytes_on_two_workers(numbered, whole, local_ray, tmp_path):
-    """And on none, which goes on from them: what starts a worker is an import of seconds in each round."""
+    """A third round without workers continues from them; starting workers costs seconds of imports in each round."""
     corpus = copy_of(numbered, tmp_path)
     edit(corpus, tmp_path / "edit", rounds=1, trains=False, workers=2)
     edit(None, tmp_path / "edit", rounds=2, trains=False, model=None)
@@ -59,7 +59,7 @@ def test_an_editing_interrupted_anywhere_ends_in_the_same_rows_and_bytes(numbere
         with pytest.raises(KeyboardInterrupt):
             edit(corpus, out, rounds=2, trains=False)
     edit(corpus, out, rounds=2, trains=False)
-    assert len(calls) == 2 * 2 + 2  # of 2 units in 2 rounds only the interrupted are done again
+    assert len(calls) == 2 * 2 + 2  # only the interrupted ones of 2 units in 2 rounds are done again
     assert (edit_tables(corpus), tars_of(corpus)) == whole
     edit(corpus, out, rounds=2, trains=False)
     assert edit_tables(corpus) == whole[0]
@@ -109,7 +109,7 @@ def test_another_command_on_the_same_folder_is_refused(numbered, tmp_path):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Students whose weights are the teacher's, a byte longer each round, and whose validation is a list."""
+    """Replace students by copies of the teacher, one byte longer each round, with listed validation results."""
     scores: list[float] = []
 
     def weights(self: Students, round_number: int) -> list[Path]:
@@ -126,7 +126,7 @@ def scripted(monkeypatch):
 
 
 def change(path: Path, seed: int) -> None:
-    """Other weights of the same shapes, in the same file."""
+    """Overwrite the file with other weights of the same shapes."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -144,10 +144,10 @@ def test_a_round_without_improvement_is_rolled_back_exactly(numbered, tmp_path, 
     assert [row["outcome"] for row in played] == ["warm-up", "kept", "rolled-back", "kept"]
     assert [row["validation"] for row in played] == [0.1, 0.2, 0.15, 0.3]
     teachers = [row["teacher"] for row in played]
-    assert teachers[0] == teachers[1] != teachers[2] == teachers[3]  # it takes over after an improvement alone
+    assert teachers[0] == teachers[1] != teachers[2] == teachers[3]  # it takes over only after an improvement
     assert [row["step_scale"] for row in played[1:]] == [1, 1, 0.5]
     by_round = {n: {r["clip_id"]: r for r in edits(corpus) if r["round"] == n} for n in (1, 2, 3)}
-    for clip_id, row in by_round[3].items():  # the third round goes on from the first, whatever the second did
+    for clip_id, row in by_round[3].items():  # the third round continues from the first, whatever the second did
         start_s, end_s = by_round[1][clip_id]["start_s"], by_round[1][clip_id]["end_s"]
         step = 0.5 * max(0.5, 0.1 * (end_s - start_s))
         assert max(abs(row["start_s"] - start_s), abs(row["end_s"] - end_s)) <= step + 1e-9
@@ -157,7 +157,7 @@ def test_a_round_without_improvement_is_rolled_back_exactly(numbered, tmp_path, 
 
 
 def read_as(corpus: Path, folder: Path, which: str | int) -> dict[str, tuple[float, float]]:
-    """The boundaries that training reads, of clips that were edited."""
+    """Return the boundaries that training reads for edited clips."""
     freeze_run(folder, corpus, DataSettings(edits=which), EvalSettings())
     selection = Selection(folder / "selection.arrow")
     sql = "SELECT tar, mp4_offset, span_start_s, span_end_s FROM {} "

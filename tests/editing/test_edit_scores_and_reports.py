@@ -16,7 +16,7 @@ DIM = 8
 
 
 def one_clip():
-    """A clip of 10 to 14 s in a video of 30, with frames that look like its text from 12 s on."""
+    """Return a clip of 10 to 14 s in a video of 30 s whose frames match its text from 12 s on."""
     video = video_clips("v", 30.0, ["v.0"], [12.0], SETTINGS, [(10.0, 14.0)])
     times = np.arange(0, 30, 0.5)
     features = np.tile(np.eye(DIM)[1], (len(times), 1))

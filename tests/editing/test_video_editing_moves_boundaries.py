@@ -34,7 +34,7 @@ SETTINGS = EditSettings()
 
 
 def play(videos, score, settings=SETTINGS, num_rounds=10, step_scale=1.0):
-    """Boundaries after each round, the first ones included, and every row."""
+    """Return the boundaries after each round, the first ones included, and every row."""
     spans, tables = [base_spans(videos)], []
     for number in range(1, num_rounds + 1):
         edited = edit_videos(
@@ -67,7 +67,7 @@ def test_neighbours_timestamps_are_those_that_differ() -> None:
 
 
 class Random:
-    """Likes candidates by a hash of their numbers."""
+    """Score candidates by a hash of their numbers."""
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -146,7 +146,7 @@ def test_true_boundaries_do_not_drift() -> None:
 
 
 def from_frames(truths: list[Truth], **changes: Any) -> FrameScorer:
-    """Cosines of noisy frames and captions: what a model sees. 40 topics recur in other videos."""
+    """Return cosines of noisy frames and captions, as from a model; 40 topics recur in other videos."""
     topics = topic_vectors()
     frames = {t.clips.video_id: frame_features(t, topics, noise=3.0) for t in truths}
     named = [(t.clips.video_id, *pair) for t in truths for pair in zip(t.clips.clip_ids, t.topics_N, strict=True)]
@@ -166,7 +166,7 @@ def test_frame_features_find_the_truth_without_an_oracle() -> None:
 
 
 def test_a_caption_that_says_the_same_is_no_competitor() -> None:
-    """Against captions of its own topic no clip could ever look better."""
+    """Compared with captions of its own topic, no clip could improve."""
     truths = make_truths(60, SETTINGS)
     videos = [truth.clips for truth in truths]
     spans, _ = play(videos, from_frames(truths, same=1.1), num_rounds=8)

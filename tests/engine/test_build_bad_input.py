@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def good(world) -> Path:
-    """A video that works, with its truth."""
+    """Return a sound video with its truth."""
     row = next(row for row in world.truth.values() if row["works"] and row["broken"] is None and row["subtitle"])
     return world.folder / row["file"]
 
@@ -118,7 +118,7 @@ def test_a_corpus_that_cannot_be_written_is_a_clear_message(tmp_path):
 
 
 def test_a_corpus_that_was_begun_on_a_full_disk_is_a_corpus(tmp_path):
-    """Stopped before its settings were saved: the same command makes it."""
+    """A build stopped before its settings were saved is completed by the same command."""
     (tmp_path / "corpus" / ".clipmill").mkdir(parents=True)
     (tmp_path / "corpus" / "fragments").mkdir()
     Corpus(tmp_path / "corpus").create()
@@ -144,7 +144,7 @@ def test_a_newer_corpus_is_refused(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MB."""
+    """Mount a file system of 3 MB."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)

@@ -14,7 +14,7 @@ from tests.helpers.whole_corpus import SETTINGS, VIDEOS, write_sources
 
 @pytest.fixture(scope="module")
 def early_manifest(tmp_path_factory):
-    """What a build publishes first: the sources."""
+    """Return the first manifest that a build publishes: the sources only."""
     folder = tmp_path_factory.mktemp("early")
     with session(folder / "corpus", None, SETTINGS, "test", create=True) as (current, _):
         ingest_sources(current, [str(write_sources(folder / "list.jsonl", VIDEOS))])

@@ -25,7 +25,7 @@ def wait_for(condition, build: Build) -> None:
 
 
 def test_nodes_of_two_kinds_come_and_go(built, world, tmp_path):
-    """The model actors wait for a node that is marked for them; the node that cut leaves before."""
+    """The model actors wait for a node with their label; the node that cut the clips has left by then."""
     with local_cluster(num_nodes=1) as cluster:
         shutil.copy(world.sources, tmp_path / "sources.jsonl")
         build = Build(tmp_path / "corpus", tmp_path / "sources.jsonl", cluster.address, SETTINGS)

@@ -16,7 +16,7 @@ TOO_SHORT = {"tc_h264_10bits.mp4", "tc_h265_video.mp4"}  # one second: below seg
 
 @pytest.fixture(scope="module")
 def shelf(footage, tmp_path_factory):
-    """The footage and three broken files in one folder, and a list of the same files as URLs."""
+    """Put the footage and three broken files in a folder, and list the same files as URLs."""
     folder = tmp_path_factory.mktemp("shelf")
     for path in footage.iterdir():
         if path.suffix in (".mp4", ".webm", ".mkv"):

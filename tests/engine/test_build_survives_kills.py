@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 PATIENT = "download.stall_timeout_s=3600"  # with a server that keeps it waiting
 
 
-# What kills the build with all that it started when its driver has taken note of so many commits.
+# A plug-in that kills the build's process group once its driver has registered a number of commits.
 DIES = """
 import os, signal
 from clipmill.cli import app as cli
@@ -42,13 +42,13 @@ def command(sources, corpus) -> list[str]:
 
 
 def stages_seen(corpus) -> int:
-    """How far a build has got: the number of commits."""
+    """Return the number of commits, a measure of the build's progress."""
     return len(list((corpus / "fragments" / "ledger").glob("[!.]*.parquet")))
 
 
 @contextmanager
 def one_video_waiting(world):
-    """The server keeps one video waiting, so that a build runs for as long as it takes to ask about it and kill it."""
+    """Hold back one video on the server, so that the build still runs when the test queries and kills it."""
     waiting = next(row["file"] for row in world.truth.values() if row["works"] and row["broken"] is None)
     over = threading.Event()
 
@@ -68,7 +68,7 @@ def one_video_waiting(world):
 
 @contextmanager
 def a_build_to_be_killed(world, corpus, code: str = "from pipeline import cli; cli.main()", **environment: str):
-    """The command, with its process group killed when the block ends."""
+    """Start the command; kill its process group when the block ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *command(world.sources, corpus)],
         stdout=subprocess.DEVNULL,
@@ -91,9 +91,9 @@ def wait_for(reached, process) -> None:
 
 @pytest.fixture(scope="module")
 def asked(world, local_ray, tmp_path_factory) -> tuple[Path, dict]:
-    """A corpus whose build was asked about while it ran, and was killed then; and what was answered.
+    """Query a corpus while its build runs, then kill the build; return the corpus and the answers.
 
-    It is killed alone: Ray, which it had joined, goes on. The other build below takes its Ray with it.
+    Only the build is killed: the Ray that it joined keeps running. The build in the next test is killed with its Ray.
     """
     cluster = local_ray.get_runtime_context().gcs_address
     corpus, answers = tmp_path_factory.mktemp("asked") / "corpus", {}
@@ -117,7 +117,7 @@ def test_queries_work_while_a_build_is_running(asked, world):
 
 
 def test_kills_at_any_moment_leave_no_trace_in_the_corpus(built, asked, world, tmp_path):
-    """Killed once while one video kept it waiting, once after it has gone on, and then left alone."""
+    """The build is killed once while it waits for a video, once after it has resumed, and then runs to its end."""
     corpus = shutil.copytree(asked[0], tmp_path / "corpus")
     reached = [stages_seen(corpus)]
     with a_build_to_be_killed(world, corpus, DIES.format(num_commits=3)) as process:

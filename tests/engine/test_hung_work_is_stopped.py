@@ -27,7 +27,7 @@ def flat_video(path: Path, luma: int) -> Path:
 
 @pytest.mark.slow
 def test_poisonous_videos_cost_themselves_and_are_quarantined(tmp_path, local_ray):
-    """One clip hangs the captioner, one kills its process, every time; they share a unit with one that is sound."""
+    """One clip always hangs the captioner, one always kills its process; both share a unit with a sound clip."""
     folder, corpus, antidote = tmp_path / "videos", tmp_path / "corpus", tmp_path / "antidote"
     folder.mkdir()
     for name, luma in (("hangs", 0x10), ("kills", 0xF0), ("sound", 0x80)):
@@ -78,7 +78,7 @@ def test_a_worker_that_hangs_ends_whatever_it_hangs_in(tmp_path, way, code):
 
 
 def test_a_limit_is_armed_until_its_block_ends(tmp_path, monkeypatch):
-    """Of several the one that is over first; after the last none, or it would end what comes next."""
+    """The earliest of several limits applies; after the last block no limit remains that could stop later work."""
     armed: list[float] = []
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda after_s, **options: armed.append(after_s))
     monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", armed.clear)
@@ -121,7 +121,7 @@ with reporting(Path(sys.argv[1]), "download-u1"):
 
 
 def test_a_download_that_computes_for_ever_is_ended(tmp_path):
-    """Connections end at download.timeout_s by themselves; code that hangs over them is ended a little later."""
+    """Connections end at download.timeout_s by themselves; a computation that hangs is stopped shortly after."""
     with media_server() as server:
         url = server.add("/a.mp4", b"x")
         run = subprocess.run(

@@ -18,10 +18,10 @@ from tests.helpers.ledgers import STAGES, FragmentCorpus
 
 
 class Workers:
-    """One piece at a time.
+    """Run one task at a time.
 
-    deaths  how many workers an item will kill before one lives through it
-    lost    how often this process's node is gone when an item's piece was sent
+    deaths  number of workers that an item kills before one survives it
+    lost    number of times that this process's node is lost after an item's task was sent
     """
 
     active_units = 8
@@ -70,7 +70,7 @@ def corpus(tmp_path, monkeypatch):
 
 
 def run(corpus: FragmentCorpus, monkeypatch, name: str = "run", lost: dict[str, int] | None = None, **deaths: int):
-    """One run of every stage; returns (the engine's report, its workers)."""
+    """Run every stage once; return (the engine's report, its workers)."""
     workers = Workers(corpus, Counter({item.replace("_", ":", 1): count for item, count in deaths.items()}))
     workers.lost.update(lost or {})
     monkeypatch.setattr(engines, "Pools", lambda settings: workers)
@@ -91,7 +91,7 @@ def test_an_item_whose_workers_died_too_often_is_done_in_the_last_round(corpus, 
 def test_an_item_that_kills_every_worker_fails_alone(corpus, monkeypatch):
     _, workers = run(corpus, monkeypatch, **{"caption_a.0": 1000})
     assert corpus.ledger.counts()["caption"] == {"done": 3, "failed": 1}
-    assert workers.tried["a.0"] <= 2 * MAX_WORKER_FAILURES + 2  # … and its score, with nothing for a caption
+    assert workers.tried["a.0"] <= 2 * MAX_WORKER_FAILURES + 2  # … and its score, without a caption
     assert [row[:3] for row in corpus.ledger.standing_failures()] == [("caption", "worker-died", 1)]
     run(corpus, monkeypatch, name="next", **{"caption_a.0": 1000})
     assert corpus.ledger.counts()["caption"] == {"done": 3, "quarantined": 1}

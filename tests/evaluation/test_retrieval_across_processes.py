@@ -35,7 +35,7 @@ def test_any_number_of_processes_gives_the_same_features_and_metrics(tmp_path: P
     metrics = evaluate(small_model(), selection, small_settings(*SETTINGS), ALONE)
     pairs = features(small_clip4clip("tightTransf"), selection, small_settings(*SETTINGS), ALONE).similarity_MN
     assert len(alone.clip_ids) == 11 and metrics["num_failures"] == 1
-    for world_size in (2, 3):  # of 3, one process has nothing to do
+    for world_size in (2, 3):  # with 3 processes, one has no work
         run_ranks(world_size, run_rank, world_size, selection.path, tmp_path)
         for rank in range(world_size):
             made, theirs, their_pairs = torch.load(tmp_path / f"{world_size}.{rank}.pt", weights_only=False)

@@ -23,7 +23,7 @@ from training.models.encode import normalise, text_encoder
 
 @pytest.fixture(scope="module")
 def selection(tmp_path_factory) -> Selection:
-    """Clip .5 says what .4 says, .7 says nothing, .8 has no caption."""
+    """Freeze a selection in which clip .5 has the text of .4, .7 has no text and .8 no caption."""
     sql = """
         UPDATE clips SET text = (SELECT text FROM clips WHERE n = 4) WHERE n = 5;
         UPDATE clips SET text = ' ' WHERE n = 7;
@@ -33,7 +33,7 @@ def selection(tmp_path_factory) -> Selection:
 
 
 def clip(made: EvalFeatures, n: int) -> int:
-    """The row of clip .n among the candidates."""
+    """Return the row of clip .n among the candidates."""
     return next(row for row, clip_id in enumerate(made.clip_ids) if clip_id.endswith(f".{n}"))
 
 
@@ -91,14 +91,14 @@ def test_the_same_sentence_of_two_clips_is_exactly_as_near_and_counts_against_bo
     assert {int(made.text_to_video_M[row]) for row in (first, second)} == {clip(made, 4), clip(made, 5)}
     assert torch.equal(made.similarity_MN[first], made.similarity_MN[second])
     assert metrics["num_repeated_texts"] == 2
-    # video to text, each of the two clips finds two texts equally near: neither can be first
+    # from video to text, each of the two clips has two equally similar texts, so neither can be first
     perfect = torch.eye(12)[made.text_to_video_M]
     perfect[[first, second]] = perfect[first] + perfect[second]
     assert retrieval_metrics(perfect, made.text_to_video_M)["v2t"]["r1"] == 9 / 11
 
 
 def test_texts_that_are_the_same_to_the_model_are_exactly_as_near(tmp_path: Path) -> None:
-    """They differ in case and punctuation, in words that it does not know, or where they have been cut."""
+    """They differ in case, punctuation, unknown words or only behind the cut."""
     sql = """
         UPDATE clips SET text = 'Red, blue!' WHERE n = 1;
         UPDATE clips SET text = 'red blue' WHERE n = 2;
@@ -127,7 +127,7 @@ def test_several_texts_of_a_clip_are_asked_one_by_one() -> None:
 
 
 def damage(corpus: Path, selection: Selection, row: int) -> str:
-    """Overwrites a clip's bytes in its shard."""
+    """Overwrite a clip's bytes in its shard."""
     clip = selection.take([row]).to_pylist()[0]
     with open(corpus / clip["shard"], "r+b") as shard:
         shard.seek(clip["mp4_offset"])

@@ -60,7 +60,7 @@ def encode(path: Path, *inputs: str, options: str) -> Path:
 
 
 def gif(width: int, height: int, num_frames: int) -> bytes:
-    """Frames of one pixel on a canvas of any size: 23 bytes each."""
+    """Return a GIF with frames of one pixel, 23 bytes each, on a canvas of any size."""
     head = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
     frame = b"!\xf9\x04\0\x0a\0\0\0," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\0"
     return head + frame * num_frames + b";"
@@ -122,7 +122,7 @@ def test_a_body_packed_a_thousandfold_is_counted_unpacked(server: MediaServer, t
 
 
 def test_a_page_without_end_is_not_read_whole(server: MediaServer, tmp_path, monkeypatch):
-    """Extractors take a page into memory: the largest is far from what a video may have."""
+    """Extractors read a page into memory, so its limit is far below that of a video."""
     monkeypatch.setattr(site_fetch, "MAX_PAGE_BYTES", 2 * MB)
     url = server.add("/page", b"<html>" + b"x" * 8 * MB, content_type="text/html", announce=False)
     (tmp_path / "work").mkdir()

@@ -26,7 +26,7 @@ def test_mutated_videos_and_subtitles_give_results_or_classed_errors(seeds):
 
 
 def test_sound_of_no_known_kind_costs_the_sound_alone(seeds, tmp_path):
-    """Found by `bench.fuzz --seed 2`."""
+    """`bench.fuzz --seed 2` found this case."""
     content = seeds[0][0].read_bytes()
     assert content.count(b"mp4a") == 1
     (tmp_path / "odd.mp4").write_bytes(content.replace(b"mp4a", b"zzzz").replace(b"esds", b"zzzz"))
@@ -46,7 +46,7 @@ def test_a_case_is_a_function_of_seed_and_number(seeds):
 
 
 def test_an_unforeseen_exception_is_a_finding(seeds, monkeypatch):
-    """A sandbox that only hands on what it is given would otherwise hide one."""
+    """A sandbox that only passes exceptions on would otherwise hide it."""
     monkeypatch.setattr(fuzz, "VIDEO_STEPS", {"cut": fuzz.mutated})  # called without its second argument
     tally = fuzz.fuzz(seeds[0][:1], [], seed=1, numbers=iter([0]), limit_s=600)
     assert len(tally.findings) == 1 and tally.findings[0].startswith("internal-error: cut --seed 1 --only 0")

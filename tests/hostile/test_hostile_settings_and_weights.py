@@ -86,7 +86,7 @@ def test_a_wrong_value_of_any_length_is_quoted_in_short():
 
 
 class Runs:
-    """A pickle of this makes a folder when it is read."""
+    """Make a folder when its pickle is read."""
 
     def __init__(self, trace: Path):
         self.trace = trace
@@ -102,7 +102,7 @@ def evil(request, tmp_path) -> Path:
     if request.param == "zip":
         torch.save(content, path)
     else:
-        # An unpickler that meets the integer stumbles with a TypeError, which some take for an old version of theirs.
+        # An unpickler fails at the integer with a TypeError, which some loaders take for an older format of theirs.
         stumble = b"\x80\x02K\x01K\x02s." if request.param == "type-error" else b""
         path.write_bytes(stumble + pickle.dumps(content, protocol=2))
     yield path
@@ -142,7 +142,7 @@ def test_an_index_of_weights_names_files_beside_it_only(tmp_path):
 
 
 def test_a_checkpoint_of_a_run_with_code_in_it_is_not_resumed(tmp_path):
-    """Even one whose seal was made to fit."""
+    """This holds even if the checkpoint's checksum was made to match."""
     path = tmp_path / "checkpoints" / "step-00000001"
     path.mkdir(parents=True)
     torch.save({"optimiser": Runs(tmp_path / "ran")}, path / "training.pt")

@@ -34,7 +34,7 @@ SETTINGS = [
 
 
 class Hostile:
-    """The corpus, what was listed, and what the servers that nobody may reach were asked for."""
+    """Hold the corpus, its list, and the requests that reached servers which must not be contacted."""
 
     def __init__(self, folder: Path, port: int):
         self.folder, self.corpus = folder, folder / "corpus"
@@ -57,7 +57,7 @@ class Hostile:
         flat_video(self.videos / "first.mp4", 0x70)
         for luma, name in enumerate(names, 0x70):
             shutil.copy(self.videos / "first.mp4", self.videos / name)
-            with open(self.videos / name, "ab") as file:  # another video to whoever hashes it
+            with open(self.videos / name, "ab") as file:  # another video, by its hash
                 file.write(b"\0\0\0\x09free" + bytes([luma]))
         (self.videos / "first.mp4").unlink()
         return [

@@ -26,7 +26,7 @@ FORMULAS = ["=cmd|' /C calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", '=
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """A manifest whose titles, categories, texts and failures were chosen to harm who reads them."""
+    """Make a manifest with hostile titles, categories, texts and failures."""
     root = tmp_path_factory.mktemp("hostile")
     make_manifest(root / "manifest.duckdb", 30)
     with duckdb.connect(str(root / "manifest.duckdb")) as connection:
@@ -145,7 +145,7 @@ def test_statistics_and_failures_show_texts_as_they_are(corpus):
 
 
 def test_an_error_cannot_steer_the_terminal(corpus):
-    """DuckDB's messages quote the values that they stumble over."""
+    """DuckDB's messages quote the values that they complain about."""
     done = clipmill("sql", corpus, "SELECT title::INT FROM videos")
     assert done.returncode == 2 and "owned" in done.stderr
     assert not set(done.stderr) & STEERING

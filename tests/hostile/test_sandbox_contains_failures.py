@@ -19,7 +19,7 @@ from clipmill.media.sandbox import Sandbox
 
 MB = 2**20
 ROOT = Path(__file__).resolve().parents[2]
-ENOUGH_S = 600  # for any call: what takes longer hangs
+ENOUGH_S = 600  # for any call: one that takes longer hangs
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_a_result_that_cannot_travel_is_an_error_and_not_a_crash(sandbox):
 @pytest.mark.parametrize("what, error_class", [("crash", "decoder-crash"), ("hang", "timeout")])
 def test_whatever_the_child_started_dies_with_it(sandbox, tmp_path, what, error_class):
     limit_s = 1 if what == "hang" else ENOUGH_S
-    while not (tmp_path / "pid").exists():  # a slow machine may not get as far as the hang within the limit
+    while not (tmp_path / "pid").exists():  # a slow machine may not reach the hang within the limit
         with pytest.raises(ItemError) as caught:
             sandbox.call(start_sleeper_and, tmp_path / "pid", what, timeout_s=limit_s)
         limit_s *= 2
@@ -252,7 +252,7 @@ def test_a_sandbox_travels_as_its_limits(sandbox):
 
 
 def test_a_busy_child_dies_with_its_parent(tmp_path):
-    """Even one that holds the interpreter lock, and even when the parent is killed outright."""
+    """This holds even if the child holds the interpreter lock and the parent is killed by SIGKILL."""
     program = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}]
@@ -272,12 +272,12 @@ sandbox.call(functions.hang_holding_the_interpreter_lock, timeout_s={ENOUGH_S})
 
 
 def test_start_up_is_cheap(sandbox):
-    """A child starts in well under a second because it imports next to nothing."""
+    """A child starts in well under a second because it imports very little."""
     with Sandbox() as fresh:
         modules = fresh.call(loaded, timeout_s=ENOUGH_S)
     assert not {"numpy", "av", "torch", "ray", "pyarrow", "pydantic"} & modules
 
 
 def loaded():
-    """Top-level modules of the child, this test module's own imports aside."""
+    """Return the child's top-level modules without this test module's own imports."""
     return {name for name in sys.modules if "." not in name} - {"pytest"}

@@ -17,7 +17,7 @@ WHOLE = [{"n": 0, "start_s": 0.0, "end_s": None}]
 
 
 def read(argument) -> dict[str, dict]:
-    """The sources by the name that the benchmark gives them; there must be no problem."""
+    """Return the sources by their benchmark names; fail on any problem."""
     found = ingest([str(argument)], IngestSettings(), NOTHING)
     assert found.problems == []
     return {row["source_id"]: row for row in found.table.to_pylist()}

@@ -159,7 +159,7 @@ def test_another_protocol_over_the_same_videos_wants_its_own_corpus(tmp_path):
     ):
         with pytest.raises(UserError, match="a corpus of its own"):
             read(*arguments, known=known)
-    assert read(f"msrvtt:{tmp_path}", tmp_path / "videos").num_duplicates == 5  # which says nothing of splits
+    assert read(f"msrvtt:{tmp_path}", tmp_path / "videos").num_duplicates == 5  # which has no splits
 
 
 def test_two_files_for_one_video_and_one_file_for_two_are_no_video(tmp_path):
@@ -289,7 +289,7 @@ LAYOUTS = {
 
 
 def spoil(path, rng) -> None:
-    """One value of a JSON file becomes a strange one, a few bytes of any other file become others."""
+    """Replace one value of a JSON file, or a few bytes of any other file."""
     if path.suffix == ".json":
         data = {"all": json.loads(path.read_text())}
         holder, key = data, "all"
@@ -316,7 +316,7 @@ def test_whatever_the_files_hold_there_are_sources_with_texts_rows_or_an_error(t
         except UserError:
             continue
         places = [problem.location for problem in found.problems]
-        assert len(places) == len(set(places))  # or a row would hide another
+        assert len(places) == len(set(places))  # otherwise a row would hide another
         for row in found.table.to_pylist():
             assert row["split"] and row["texts"]
             assert {text["n"] for text in row["texts"]} <= {span["n"] for span in row["spans"]}

@@ -20,7 +20,7 @@ PLAIN = "caption.captioner=tests.helpers.plain_captioner:Plain"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """MSR-VTT in small: four videos to train on, two of 1k-A. Two are alike, one is not there, one is no video."""
+    """Make a small MSR-VTT: four training videos and two of 1k-A; two are equal, one is missing, one is not a video."""
     folder = layouts.msrvtt(tmp_path_factory.mktemp("msrvtt"), num_train=4, num_test=2)
     for i in (0, 3, 4):
         make_video(folder / "videos", Shape(f"video{i}.mp4", num_frames=60 + 15 * i, size=(160, 96)))
@@ -58,7 +58,7 @@ def test_what_is_missing_or_broken_is_a_row(built):
 
 
 def test_sql_gives_training_its_clips_with_their_texts(built):
-    """The queries of docs/benchmarks.md."""
+    """These are the queries of docs/benchmarks.md."""
     corpus, _ = built
     rows = dict(ask(corpus, "SELECT clip_id, texts FROM catalog WHERE split = 'train' ORDER BY clip_id"))
     assert rows == {f"video{i}.0": [f"caption {k} of {i}" for k in range(20)] for i in (0, 1, 3)}

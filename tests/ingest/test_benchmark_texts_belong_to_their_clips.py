@@ -17,7 +17,7 @@ from tests.helpers.shards import change_manifest, make_corpus, pack
 
 
 class Benchmark(FragmentCorpus):
-    """Videos with spans as their list gives them, unless `origin` says that they were made otherwise."""
+    """Make a corpus of videos with the spans of their list, or of another `origin`."""
 
     origin = "given"
 

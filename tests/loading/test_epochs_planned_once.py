@@ -50,7 +50,7 @@ def test_no_batch_holds_two_clips_of_a_video(selection, tmp_path):
 
 
 def test_inseparable_clips_are_counted_or_an_error(selection, tmp_path):
-    """More slots than there are videos."""
+    """The batch has more slots than there are videos."""
     kept = epochs_of(selection, tmp_path, batch_size=100, unmet="keep")
     num_videos = len(set(selection.column("video_id").to_pylist()))
     assert num_videos < 100
@@ -150,7 +150,7 @@ def test_epochs_long_past_are_removed(selection, tmp_path):
         epochs.rows(epoch * per_epoch)
     assert epochs.tidy(before_epoch=2) == 2 and epochs.tidy(before_epoch=2) == 0
     assert [path.name for path in sorted(Path(tmp_path).glob("*.npy"))] == [plan_path(tmp_path, epochs.spec, 2).name]
-    assert np.array_equal(held[0], first)  # whoever still has it open reads on
+    assert np.array_equal(held[0], first)  # processes that have it open can still read it
     assert np.array_equal(epochs.rows(0), first)  # and it can be planned again
 
 

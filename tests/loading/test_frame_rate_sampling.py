@@ -24,7 +24,7 @@ CLIP4CLIP = ["model.init=demo", "model.method=clip4clip"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Clips of 2 to 5 frames."""
+    """Make a run on clips of 2 to 5 frames."""
     return make_run(tmp_path_factory.mktemp("run"), jitter=False, frames_per_s=2.0)
 
 

@@ -24,7 +24,7 @@ def healthy(tmp_path_factory):
 
 @pytest.fixture
 def run(healthy, tmp_path):
-    """A copy of the corpus that may be broken."""
+    """Make a run on a copy of the corpus that the test may damage."""
     corpus = tmp_path / "corpus"
     shutil.copytree(healthy.corpus, corpus)
     return open_run(tmp_path, corpus, hashed=False)
@@ -49,7 +49,7 @@ def _read_all(run, num_processes: int = 0, **changes):
 
 
 def _assert_only(run, healthy, batches, broken: set[int]) -> None:
-    """Exactly the rows `broken` are holes, everything else is as it was."""
+    """Assert that exactly the rows `broken` are holes and all others are unchanged."""
     whole = healthy.batches(0, 5)
     for batch, good in zip(batches, whole, strict=True):
         assert torch.equal(batch.rows_B, good.rows_B)
@@ -103,7 +103,7 @@ def test_a_file_that_is_not_a_video_is_a_failure(run, healthy, data, error_class
 
 
 def test_damaged_pictures_are_a_failure(run, healthy):
-    """The container is whole, its pictures are zeros."""
+    """The container is intact and its pictures are zeros."""
     clip = run.selection.take([17]).to_pylist()[0]
     with open(run.corpus / clip["shard"], "rb") as file:
         file.seek(clip["mp4_offset"])
@@ -177,9 +177,9 @@ def test_failures_are_reported_before_their_batch(run):
 
 
 def test_the_same_corpus_from_a_store_through_a_cache(healthy, tmp_path, monkeypatch):
-    """Byte for byte what local files give; in the end nothing is asked of the store any more."""
+    """Batches equal those of local files, and in the end no requests reach the store."""
     files = {path.relative_to(healthy.corpus).as_posix(): path.read_bytes() for path in healthy.corpus.glob("*/*.tar")}
-    monkeypatch.setattr(shard_cache, "MOST_SHARE", 0.1)  # so small are these clips beside the headers of their members
+    monkeypatch.setattr(shard_cache, "MOST_SHARE", 0.1)  # these clips are small compared with their members' headers
     expected = healthy.batches(0, 5)
     with serve_store(files) as store:
         remote = Selection(healthy.selection.path)

@@ -55,7 +55,7 @@ def test_killed_processes_change_nothing(run, expected):
 def test_a_sample_that_kills_once_is_read_again(run, expected, tmp_path):
     reader = deadly_reader(run, tmp_path, 5, 23, times=1)
     assert_all_equal(run.batches(0, 5, 2, reader=reader), expected[:5])
-    assert reader.num_deaths(5) == 2 and reader.num_deaths(23) == 2  # once it died, once it did not
+    assert reader.num_deaths(5) == 2 and reader.num_deaths(23) == 2  # it died once and survived once
 
 
 @pytest.mark.parametrize("num_processes", [1, 3])
@@ -80,7 +80,7 @@ def test_processes_that_cannot_start_end_the_run(run):
 
 
 def let_time_pass_for_the_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two looks at a process of a `StuckReader` that is stuck hours go by; for the others time stands still."""
+    """Advance the clock by hours between two checks of a stuck `StuckReader` process, and not for others."""
     now, hours, is_stuck = [0.0], itertools.count(1), loader_pool._Worker.is_stuck
 
     def look(worker) -> bool:
@@ -113,7 +113,7 @@ def test_a_broken_invariant_is_no_failure_row(run):
 SCRIPT = """
 import sys
 sys.path[:0] = {path!r}
-if __name__ == "__main__":  # which loader processes, that import this file, are not
+if __name__ == "__main__":  # but not loader processes, which import this file
     from pathlib import Path
     from tests.helpers.loaders import open_run
     run = open_run(Path({folder!r}), Path({corpus!r}))
@@ -135,7 +135,7 @@ def _start(run, folder, then: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_processes_end_with_their_parent(run, tmp_path):
-    """Even when it is killed and cleans up nothing."""
+    """This holds even if the parent is killed and cannot clean up."""
     parent = _start(run, tmp_path, "import time; time.sleep(1000)")
     assert parent.stdout.readline() == "batch\n"
     family = descendants(parent.pid)
@@ -148,7 +148,7 @@ def test_processes_end_with_their_parent(run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("then", "said"), [("sys.exit(3)", ""), ("raise RuntimeError('enough')", "enough")])
 def test_ending_in_the_middle_of_reading_is_quiet(run, tmp_path, then, said):
-    """An exception, or an end, that leaves the loader open: nothing hangs, nothing is added to what is said."""
+    """An exception or an exit that leaves the loader open neither hangs nor prints anything more."""
     parent = _start(run, tmp_path, then)
     _, errors = parent.communicate(timeout=600)
     assert parent.returncode == (1 if said else 3)
@@ -156,7 +156,7 @@ def test_ending_in_the_middle_of_reading_is_quiet(run, tmp_path, then, said):
 
 
 def test_a_process_that_changes_its_directory_still_reads(run, expected, tmp_path, monkeypatch):
-    """Relative paths mean what they meant when the selection was opened."""
+    """Relative paths are resolved when the selection is opened."""
     monkeypatch.chdir(run.selection.path.parent)
     reader = run.reader()
     reader.selection = Selection("selection.arrow")
@@ -167,7 +167,7 @@ def test_a_process_that_changes_its_directory_still_reads(run, expected, tmp_pat
 
 
 def test_processes_that_read_import_no_pandas(run):
-    """pyarrow would, for an array of numpy's: a second of processor time each."""
+    """pyarrow would import it for a numpy array, which costs each process a second."""
     with run.loader(1) as loader:
         next(loader.batches(run.epochs, slice(0, 8), 0, 100))
         [process] = loader_processes()
@@ -193,7 +193,7 @@ def test_a_failing_plan_raises_where_batches_are_requested(run):
 
 
 def test_reading_ahead_stops_when_there_is_no_room(run, expected):
-    """Processes read ahead as far as there is room, and stop there."""
+    """Processes read ahead until the queues are full."""
     with run.loader(1, prefetch=8) as loader:
         seen = []
         for batch in loader.batches(run.epochs, slice(0, 8), 0, 6):

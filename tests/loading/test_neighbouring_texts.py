@@ -17,7 +17,7 @@ from training.settings import DataSettings, EvalSettings
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Two videos of 30 clips, the second told from its end; clip 7 of each says nothing, 11 is in no shard."""
+    """Make two videos of 30 clips, the second in reverse order; clip 7 of each has no text, 11 is in no shard."""
     root = make_corpus(tmp_path_factory.mktemp("neighbours") / "corpus", 60)
     text = "concat(if(n % 2 = 0, 'red', 'blue'), ' circle ', n, ' ', video_id)"
     change_manifest(root, f"UPDATE clips SET text = if(n = 7, '', {text})")
@@ -34,7 +34,7 @@ def freeze(folder, corpus, num: int, where: str = "") -> Selection:
 
 
 def expected(corpus, num: int) -> dict[str, list[str | None]]:
-    """By plain loops over the clips of each video in time."""
+    """Find the neighbours by plain loops over the clips of each video in time order."""
     from shards.query.sql import open_manifest
 
     sql = (

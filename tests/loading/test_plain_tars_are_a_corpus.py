@@ -193,7 +193,7 @@ def test_repeated_keys_become_different_clips(tmp_path):
     table = index_tars([str(tmp_path / "*/*.tar")]).samples
     ids = table["clip_id"].to_pylist()
     assert len(set(ids)) == 8 and {"owna0", "owna1", "ownb0", "ownb1"} <= set(ids)
-    assert table["video_id"].to_pylist() == ids  # different clips of one key are no clips of one video
+    assert table["video_id"].to_pylist() == ids  # different clips with one key do not belong to one video
     (tmp_path / "b").rename(tmp_path / "c")
     assert "0/k" in index_tars([str(tmp_path / "a/*.tar")]).samples["clip_id"].to_pylist()
 

@@ -25,7 +25,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def selection(corpus):
-    """In many small batches, so that everything crosses their borders."""
+    """Freeze the selection in many small batches, so that groups cross their borders."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.data.selection, "_SHARD_ROWS", 1000)
         patch.setattr(training.data.selection, "_BATCH_ROWS", 100)

@@ -29,7 +29,7 @@ def packed(tmp_path_factory):
 
 @pytest.fixture
 def corpus(packed, tmp_path):
-    """A copy that a test may change."""
+    """Copy the corpus for a test that changes it."""
     return shutil.copytree(packed, tmp_path / "corpus")
 
 
@@ -176,7 +176,7 @@ def test_a_recaptioned_corpus_is_used_without_packing_again(corpus, tmp_path):
     after = frozen(tmp_path / "after.arrow", corpus)
     assert after.column("caption").to_pylist() == texts["caption"].to_pylist()
     assert Selection(tmp_path / "before.arrow").column("caption").to_pylist() != texts["caption"].to_pylist()
-    assert after.hash == before.hash  # the order of training does not hang on texts
+    assert after.hash == before.hash  # the order of training does not depend on texts
     assert tars == {path: path.read_bytes() for path in tars}
 
 

@@ -29,7 +29,7 @@ def corpus(made, tmp_path):
 
 
 def videos(corpus):
-    """All, in the order of the list."""
+    """Return all videos in the order of the list."""
     from shards.query.sql import open_manifest, rows_of
 
     with open_manifest(corpus) as connection:
@@ -89,11 +89,11 @@ def test_a_near_duplicate_in_another_video_counts(corpus):
     training, trained, _ = run(corpus, clean, f"video_id = '{first}'", "exclude")
     kept = ids(trained, "clip_id")
     assert training.num_excluded and not kept & {f"{second}.{n}" for n in (0, 1, 2)}
-    assert third in ids(trained)  # a group that evaluation has nothing of
+    assert third in ids(trained)  # a group without clips in the evaluation
 
 
 def test_a_copy_of_a_held_out_video_counts_as_the_video(corpus):
-    """A video that turned out to be another's copy after its clips were packed."""
+    """The video was recognised as a copy after its clips were packed."""
     first, second, third, *_ = videos(corpus)
     change_manifest(corpus, f"UPDATE videos SET duplicate_of = '{first}' WHERE video_id IN ('{second}', '{third}')")
     for held_out in (first, second):

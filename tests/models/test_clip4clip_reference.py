@@ -61,7 +61,7 @@ def test_similarity_from_pixels_and_ids_equals_the_reference(case: str, precisio
 
 
 def backward(case: str, precision: str) -> dict[str, Tensor]:
-    """What the reference tells of a case, by its names, from the reference's features."""
+    """Compute a case's results from the reference's features, under the reference's names."""
     model = load(case, precision)
     text, frames = (feature.clone().requires_grad_() for feature in features(case, precision))
     similarity = model.similarity(text, frames, inputs()["video_mask"])
@@ -84,7 +84,7 @@ def test_similarity_loss_and_gradients_equal_the_reference(case: str, precision:
 
 @pytest.mark.parametrize("case, count", [("seqLSTM", 2), ("seqTransf", 19), ("tightTransf", 25)])
 def test_gradients_of_the_heads_parameters_equal_the_reference(case: str, count: int) -> None:
-    """Stored as float32: 6e-8 of the largest. A gradient that is 0 in exact arithmetic is noise on both sides."""
+    """The stored float32 is off by 6e-8 of the largest value; gradients that should be 0 are noise on both sides."""
     ours, known = backward(case, "f64"), tensors("clip4clip", f"{case}.cases.safetensors")
     names = [key.removeprefix("f64/") for key in known if key.startswith("f64/grad/")]
     assert len(names) == count

@@ -94,7 +94,7 @@ def test_text_hidden_states_equal_the_reference(name: str) -> None:
 
 
 def backward(name: str, frames: str, precision: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """The case's loss, and its gradients by published name."""
+    """Return the case's loss, and its gradients by published name."""
     case = tensors("clipvip", f"{name}.cases.safetensors")
     model = load(name, precision)
     variant = VARIANTS[numbers("clipvip", f"{name}.json")["cases"][frames]["loss"]]
@@ -146,7 +146,7 @@ def mean_and_std(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 
 def real_model(name: str, tmp_path) -> ClipVip:
-    """The published sizes with the recipe's weights, through a file in published names."""
+    """Load a model of the published size with the recipe's weights from a file in published names."""
     from safetensors.torch import save_file
 
     from training.models.clip_vip.config_formats import config_from_dict

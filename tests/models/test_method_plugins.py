@@ -27,7 +27,7 @@ class TurnedSettings(Settings):
 
 
 class Turned(VideoTextModel):
-    """A frozen CLIP, and a linear map of its texts that trains."""
+    """Combine a frozen CLIP with a trainable linear map of its text features."""
 
     method = NAME
     saves_only_trained = True

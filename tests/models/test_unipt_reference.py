@@ -17,7 +17,7 @@ PRECISIONS = pytest.mark.parametrize("precision, limit", [("f32", 2e-6), ("f64",
 
 
 def adapter(name: str, precision: str) -> Adapter:
-    """Built from the sizes in the json, filled under the reference's own names."""
+    """Build the side network from the sizes in the JSON, and load the reference's weights."""
     sizes = numbers("unipt", "unipt.json")[name]
     made = Adapter([sizes["hidden"]] * sizes["num_layer"], sizes["embed"], sizes["downsample_D_factor"])
     made.load_state_dict(tensors("unipt", f"{name}.weights.safetensors"), strict=True)
@@ -67,7 +67,7 @@ def test_float64_inputs_are_computed_in_float64_whatever_the_weights(name: str) 
 
 
 def chain(precision: str, folder: Path) -> tuple[UniPtClip, dict[str, Tensor]]:
-    """The whole model, read from one file as released ones are, and its outputs on the reference's inputs."""
+    """Load the whole model from one file, as released; return it with its outputs on the reference's inputs."""
     dtype, case = DTYPES[precision], tensors("clip4clip", "meanP.cases.safetensors")
     weights = tensors("clip4clip", "clip.weights.safetensors") | tensors("unipt", "chain.weights.safetensors")
     save_file(weights, folder / "released.safetensors")

@@ -218,7 +218,7 @@ class Killed(BaseException):
 
 
 def test_killed_anywhere_the_next_run_ends_in_the_same_bytes(corpus, tmp_path, monkeypatch):
-    """A repacking with other settings dies before its first rename or removal, before its second, and so on."""
+    """Repacking with other settings is killed before its first rename or removal, before its second, and so on."""
     changed = PackSettings(shard_bytes=1_000_000, max_samples=7, seed=3)
     reference = shutil.copytree(corpus, tmp_path / "reference")
     pack(reference, changed)
@@ -235,7 +235,7 @@ def test_killed_anywhere_the_next_run_ends_in_the_same_bytes(corpus, tmp_path, m
 
 
 def _dies_at(step, work, monkeypatch) -> bool:
-    """Runs `work` until the step-th change of a name in the file system; False when it ends before."""
+    """Run `work` until the step-th rename or removal of a file; return False if it ends earlier."""
     count = iter(range(1000))
 
     def dying(real):

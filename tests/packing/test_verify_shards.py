@@ -39,7 +39,7 @@ def problems(root, **options):
 
 
 def rewritten(path, change):
-    """Passes every (name, bytes) of a tar through `change`, which gives the members to write instead."""
+    """Rewrite a tar: `change` gets every (name, bytes) and returns the members to write."""
     with tarfile.open(path) as tar:
         members = [(info.name, tar.extractfile(info).read()) for info in tar]
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:

@@ -109,7 +109,7 @@ def test_no_manifest_is_the_users_mistake(tmp_path):
 
 
 def test_a_manifest_published_meanwhile_is_seen_by_new_readers_only(tmp_path):
-    """In one process too, where DuckDB would hand out the file that is open already."""
+    """This holds in one process too, where DuckDB would return the file that is already open."""
     make_manifest(tmp_path / "manifest.duckdb", 30)
     with open_manifest(tmp_path) as before:
         make_manifest(tmp_path / "next.duckdb", 60)
@@ -235,7 +235,7 @@ def test_no_query_and_no_terminal_is_a_hint(connection):
 
 
 def test_the_prompt_answers_forgives_mistakes_and_ends(corpus, tmp_path):
-    """On a pseudo-terminal, as somebody would type."""
+    """The test types on a pseudo-terminal."""
     typed = (
         ".tables\nSELECT count(*) AS n\nFROM clips;\nSELEC 1;\n.schema totals\n.nonsense\nSELECT 6 * 7 AS m\n\n.quit\n"
     )
@@ -261,12 +261,12 @@ def test_the_prompt_answers_forgives_mistakes_and_ends(corpus, tmp_path):
 
 
 def read_terminal(master) -> str:
-    """All that a terminal's other end writes until it is closed."""
+    """Read the output of a terminal until it is closed."""
     chunks = []
     while True:
         try:
             chunk = os.read(master, 65536)
-        except OSError:  # EIO: nobody has the other end open
+        except OSError:  # EIO: the other end is closed
             chunk = b""
         if not chunk:
             os.close(master)

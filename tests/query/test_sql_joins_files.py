@@ -47,7 +47,7 @@ def test_a_file_is_a_table_beside_the_manifests(corpus, feedback, tmp_path, suff
     sql = "SELECT f.loss FROM catalog JOIN feedback f USING (clip_id) WHERE f.loss < 5 ORDER BY 1"
     with open_manifest(corpus, {"feedback": path}) as connection:
         assert rows_of(connection, sql) == [0, 1, 2, 3, 4]
-        path.unlink()  # it was copied before the door was shut
+        path.unlink()  # it was copied before file access ended
         assert rows_of(connection, "SELECT count(*) FROM feedback") == [60]
 
 

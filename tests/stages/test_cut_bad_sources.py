@@ -118,7 +118,7 @@ def test_an_index_that_never_came_is_no_video(tmp_path):
 
 
 def test_damage_in_the_middle_costs_only_what_it_touches(tmp_path):
-    """Every clip is either right, frame for frame of those that decode, or fails; the sound part is untouched."""
+    """Every clip either has exactly the frames that decode or fails; the undamaged part is not affected."""
     path = make_video(tmp_path, Shape("damaged.mp4", num_frames=120, options=SHORT_GOP, muxer=FASTSTART))
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
@@ -135,7 +135,7 @@ def test_damage_in_the_middle_costs_only_what_it_touches(tmp_path):
 
 
 def test_a_stream_that_joins_in_the_middle_starts_at_its_first_keyframe(tmp_path):
-    """A recording that begins between keyframes: time 0 is the first picture that can be shown."""
+    """In a recording that begins between keyframes, time 0 is the first picture that can be shown."""
     path = make_video(tmp_path, Shape("whole.ts", options=SHORT_GOP))
     data = path.read_bytes()
     head, packets = data[: 188 * 3], [data[i : i + 188] for i in range(188 * 3, len(data), 188)]

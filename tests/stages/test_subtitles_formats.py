@@ -226,7 +226,7 @@ def test_numbers_and_depths_beyond_reason_do_not_crash_the_reader(data):
     "unit", ["[", "(", "<", "<a ", "{\\", "A", "A B ", ">> ", "<rt>", "\n \n", "- ", "♪", "00:00:01.000 --> "]
 )
 def test_long_nonsense_takes_no_long_time(unit, ordinary_s):
-    """In proportion to its length: against ordinary words on the same machine, and in calls, the same on any."""
+    """The cost is proportional to the length, in time against ordinary words and in number of calls."""
 
     def read(num_units: int) -> None:
         words_of(read_subtitles(b"1\n00:00:01,000 --> 00:00:02,000\n" + (unit * num_units).encode() + b" word\n"))

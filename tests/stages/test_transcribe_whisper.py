@@ -16,7 +16,7 @@ TONE = (0.3 * np.sin(2 * np.pi * 440 * np.arange(16_000 * 2) / 16_000)).astype(n
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """A Whisper checkpoint with random weights: the multilingual vocabulary, everything else as small as can be."""
+    """Make a Whisper checkpoint with random weights: the multilingual vocabulary and minimal sizes."""
     from whisper.model import ModelDimensions, Whisper
 
     dims = ModelDimensions(
@@ -62,7 +62,7 @@ def test_the_same_sound_gives_the_same_words_even_where_they_are_sampled(weights
     torch.rand(7)
     state = torch.random.get_rng_state()
     assert hear(weights, whisper_temperatures=[0.0, 0.8]) == first
-    assert torch.equal(torch.random.get_rng_state(), state)  # nobody else's randomness is touched
+    assert torch.equal(torch.random.get_rng_state(), state)  # the global random state is unchanged
 
 
 def test_beam_search_runs_and_a_language_can_be_set(weights):

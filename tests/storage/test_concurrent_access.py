@@ -59,7 +59,7 @@ while True:
 
 @contextmanager
 def process(script: str, **values):
-    """A real process, killed with SIGKILL at the end."""
+    """Start a real process; kill it with SIGKILL at the end."""
     code = script.format(paths=sys.path, **values)
     running = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
@@ -135,10 +135,10 @@ def failing(corpus: Corpus, video_id: str, holder: str) -> tuple[Task, list[Outc
 
 
 def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes(corpus):
-    """What it could not do, since the other has swept up, would else be a failure, or undo what the other has done."""
+    """Its failures, caused by the other's clean-up, would otherwise be recorded or undo the other's work."""
     with corpus.writer():
         before = corpus.lock_owner
-    first = commit(*failing(corpus, "a", before), [])  # the build is dead, but nobody else writes
+    first = commit(*failing(corpus, "a", before), [])  # the build is dead, but there is no other writer
     with process(HOLDS, root=str(corpus.root), forks=False) as holder:
         holder.stdout.readline()
         for _ in ("while the other lives", "and when it is dead, too"):
@@ -150,7 +150,7 @@ def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes(co
 
 
 def test_a_download_of_an_earlier_build_publishes_nothing(corpus, tmp_path, monkeypatch):
-    """Nor does it begin one; what it had of it is there for the next."""
+    """It does not start one either, and its partial file is left for the next build."""
     film, folder = tmp_path / "film.mp4", corpus.root / "sources" / "u000000"
     film.write_bytes(mp4_bytes(1, 3, 0))
     source = {"video_id": "a", "url": str(film), "kind": "file", "subtitle": None, "language": None}
@@ -183,7 +183,7 @@ def test_a_download_of_an_earlier_build_publishes_nothing(corpus, tmp_path, monk
 
 @pytest.mark.slow
 def test_a_build_whose_corpus_another_process_has_taken_over_ends(local_ray, tmp_path):
-    """Its workers know for whom they work: the engine tells them."""
+    """The engine passes its lock's owner to the workers."""
 
     class TakesOver(Silent):
         def plan(self, counts, stages) -> None:
@@ -198,9 +198,9 @@ def test_a_build_whose_corpus_another_process_has_taken_over_ends(local_ray, tmp
 
 @pytest.mark.slow
 def test_readers_see_whole_snapshots_while_a_build_publishes(tmp_path):
-    """Every video of a snapshot is downloaded and transcribed, and videos come in pairs; a kill changes nothing.
+    """Every video of a snapshot is downloaded and transcribed, and videos come in pairs, even after a kill.
 
-    A tombstone needs no lock: the process that publishes takes note of it, though nobody told it.
+    A tombstone needs no lock: the publishing process finds it without being notified.
     """
     facts = (
         "SELECT count(*), count(path), count(transcript_origin), count(DISTINCT unit) * 2, max(ordinal) + 1 FROM videos"

@@ -42,7 +42,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def machine(server, tmp_path, monkeypatch):
-    """Makes this process a machine that has nothing yet; every test begins on one."""
+    """Give this process an empty mirror, so that every test starts on a new machine."""
 
     def begin(name: str) -> Path:
         monkeypatch.setenv("CLIPMILL_MIRROR", str(tmp_path / name))
@@ -55,7 +55,7 @@ def machine(server, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def stored(server, tmp_path_factory):
-    """The URL of a whole corpus, for tests that only look."""
+    """Return the URL of a complete corpus, for tests that only read it."""
     folder, url = tmp_path_factory.mktemp("stored"), "s3://corpora/whole"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLIPMILL_MIRROR", str(folder / "builder"))
@@ -96,7 +96,7 @@ def test_every_reader_opens_it(stored, whole):
 
 
 def test_a_corpus_is_copied_into_a_store_and_out_of_one(whole, stored, tmp_path):
-    """Objects have the names of files, so any tool that copies will do."""
+    """Objects have the names of files, so any copying tool works."""
     copied, folder = Store.of("s3://corpora/copied"), tmp_path / "folder"
     for name in {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}:
         if not name.startswith(".clipmill/"):
@@ -155,7 +155,7 @@ def test_training_finds_what_moved_when_the_corpus_was_packed_anew(machine, tmp_
 
 
 def test_a_node_that_has_nothing_fetches_what_it_packs(stored, whole, tmp_path):
-    """What a Ray task does on a node of its own."""
+    """A Ray task on another node does this."""
     with session(stored, None, [], "test", create=False) as (current, _), open_manifest(stored) as connection:
         plan = planned(connection, current.settings.pack)[0]
         rows = shard_rows(connection, plan)
@@ -187,7 +187,7 @@ def test_a_forgotten_video_is_hidden_on_every_machine(server, machine, tmp_path,
 
 
 def test_transient_failures_are_retried(stored, server, monkeypatch):
-    """Every request fails once."""
+    """In this test every request fails once."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
     stores._make_client.cache_clear()
     seen: set[tuple[str, str]] = set()

@@ -38,7 +38,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def machine(server, tmp_path, monkeypatch):
-    """Makes this process a machine that has nothing yet; every test begins on one."""
+    """Give this process an empty mirror, so that every test starts on a new machine."""
 
     def begin(name: str) -> Path:
         monkeypatch.setenv("CLIPMILL_MIRROR", str(tmp_path / name))
@@ -51,13 +51,13 @@ def machine(server, tmp_path, monkeypatch):
 
 @pytest.fixture
 def dead_at_once(monkeypatch):
-    """The lock of who has just fallen silent is stale."""
+    """Treat a lock that is not renewed as stale at once."""
     monkeypatch.setattr(store_lock, "STALE_S", 0.0)
 
 
 @pytest.fixture(scope="module")
 def quiet(server, tmp_path_factory):
-    """What nobody disturbed: (the store's content, its keys, tables), and the writes that it took."""
+    """Build without interruption; return (the store's content, its keys, tables) and the number of writes."""
     folder, url = tmp_path_factory.mktemp("quiet"), "s3://corpora/quiet"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLIPMILL_MIRROR", str(folder / "mirror"))
@@ -72,7 +72,7 @@ def outcome(url: str):
 
 
 class Death:
-    """From a certain write on the store hears nothing more from the builder."""
+    """Answer every request with 503 from a chosen write on, as if the builder had died."""
 
     def __init__(self, comes):
         self.comes, self.num_writes, self.has_come = comes, 0, False
@@ -193,7 +193,7 @@ def test_killed_with_sigkill_and_begun_again_at_once_from_an_empty_mirror(quiet,
 
 
 def hold(url: str, **changes) -> None:
-    """As a process of another machine does."""
+    """Hold the lock as a process of another machine does."""
     lock = StoreLock(Store.of(url))
     lock._write(0.0)
     said = json.loads(lock.store.read(KEY).data) | {"machine": "elsewhere", "host": "elsewhere", "pid": 7} | changes
@@ -298,7 +298,7 @@ def test_a_writer_cut_off_from_the_store_stops_before_others_may_begin(server, m
 
 
 def test_a_late_manifest_does_not_replace_a_newer_one(machine, tmp_path):
-    """Though the one who sends it does not know yet that it lost the lock."""
+    """This holds although the sender does not know yet that it lost the lock."""
     url = "s3://corpora/late"
     build_in(url, tmp_path, NUM_VIDEOS)
     with pytest.raises(UserError, match="the lock was lost"):
@@ -318,7 +318,7 @@ def test_a_store_that_ignores_conditions_is_refused(monkeypatch):
 
 
 def test_conditional_writes_are_refused_by_the_store_that_tests_use():
-    """What everything above rests on."""
+    """All tests above depend on this."""
     store = Store.of("s3://corpora/conditions")
     first = store.write("key", b"1", if_none_match=True)
     with pytest.raises(Changed):

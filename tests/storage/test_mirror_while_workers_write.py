@@ -35,7 +35,7 @@ def test_readers_keep_the_files_that_workers_are_about_to_upload(server, tmp_pat
         looker.pull()
     worker.upload(ON_ITS_WAY)
     assert {*store.list()} == {SENT, ON_ITS_WAY}
-    assert not (tmp_path / LOST).exists()  # nobody is about to send that
+    assert not (tmp_path / LOST).exists()  # no worker is about to upload it
 
 
 def test_readers_keep_the_notes_that_workers_rely_on(server, tmp_path):
@@ -71,7 +71,7 @@ def test_the_writer_removes_files_that_the_store_lacks(server, tmp_path):
 
 
 class Listed(dict):
-    """A list of a store's objects that counts how often somebody goes through it."""
+    """List a store's objects and count the iterations."""
 
     num_times = 0
 

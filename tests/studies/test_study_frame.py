@@ -61,7 +61,7 @@ STUDY = Study(
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Runs the toy study in this process and returns how many runs that took."""
+    """Run the toy study in this process; return the number of runs it made."""
     monkeypatch.setattr(runner, "load", lambda name: STUDY)
     cache = tmp_path / "cache"
     cache.mkdir()

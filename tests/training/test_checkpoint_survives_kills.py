@@ -22,7 +22,7 @@ from training.run.checkpoints import Checkpoint, Checkpoints
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:
-    """Weights that say which step they are of."""
+    """Return weights derived from their step."""
     state = {name: torch.full_like(tensor, step / 7) for name, tensor in tiny_model().state_dict().items()}
     return state | {"logit_scale": torch.tensor(2.0)}
 
@@ -204,13 +204,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_litter(
     assert os.listdir(tmp_path) == ["step-00000001"] and checkpoints.find_latest() == 1
 
 
-# What a save does to the folder goes through Python's own functions, which are audited. The two that write large files
-# in native code are met by a limit of their size.
+# A save changes the folder through Python's own functions, which an audit hook sees. The two large files that native
+# code writes are interrupted by a limit of the file size.
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.fsync")
 
 
 def save_and_die(folder: Path, step: int, at_change: int | None, at_bytes: int | None) -> None:
-    """Saves in this process, which is killed before that change of the folder, or when a file has so many bytes."""
+    """Save in this process, which is killed before the nth change of the folder or at a number of written bytes."""
     num_changes = 0
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
@@ -231,12 +231,12 @@ def save_and_die(folder: Path, step: int, at_change: int | None, at_bytes: int |
 
 
 def killed(*arguments: Any) -> bool:
-    """Whether `save_and_die` was killed: in a process that is forked, so that a kill costs no start-up."""
+    """Run `save_and_die` in a forked process, which starts fast; return whether it was killed."""
     child = os.fork()
     if child == 0:
         try:
             save_and_die(*arguments)
-        finally:  # nothing of pytest's runs here
+        finally:  # skip pytest's exit handlers
             os._exit(sys.exception() is not None)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code in (0, -signal.SIGKILL, -signal.SIGXFSZ)
@@ -245,9 +245,9 @@ def killed(*arguments: Any) -> bool:
 
 @pytest.mark.slow
 def test_kills_at_any_moment_always_leave_a_whole_checkpoint(tmp_path: Path) -> None:
-    """A process is killed before each change that a save makes, and within each file: the last save or this is whole.
+    """After a kill before each change of the folder and within each file, the previous or this checkpoint is complete.
 
-    Where it is killed does not depend on how fast the machine is.
+    The places of the kills do not depend on the machine's speed.
     """
     torch.set_num_threads(1)
     folder, interrupted, last = tmp_path / "run", 0, 2

@@ -9,7 +9,7 @@ from training.optim.ema import Ema
 
 
 def moved(model: ClipVip, seed: int) -> None:
-    """Stands for an update."""
+    """Change the weights as an update does."""
     with torch.no_grad():
         for parameter, other in zip(model.parameters(), tiny_model(seed).parameters(), strict=True):
             parameter.copy_(other)

@@ -24,7 +24,7 @@ SETTINGS = Clip4ClipSettings(head="tightTransf", num_layers=2)
 
 def small(dropout: float = 0.0) -> Clip4Clip:
     model = Clip4Clip(tiny_model(embed_dim=24, num_added=0, num_times=0), SETTINGS)
-    model.head.dropout.p = dropout  # else each process draws for other pairs than one alone
+    model.head.dropout.p = dropout  # otherwise the processes draw masks for other pairs than a single process
     model.pairs_at_a_time = 10
     return model
 
@@ -42,7 +42,7 @@ def test_twice_the_published_loss_with_its_gradients() -> None:
 
 
 def test_missing_items_form_no_pair() -> None:
-    """As if the unreadable clip were not in the batch; a clip without a text only is a negative of others."""
+    """The result is that of a batch without the unreadable clip; a clip without text is only a negative of others."""
 
     def score(text_BC: Tensor, frames_KFC: Tensor) -> Tensor:
         return text_BC @ frames_KFC.mean(dim=1).T
@@ -97,7 +97,7 @@ def test_what_needs_a_vector_per_video_is_refused_by_name(changes: dict[str, Any
 
 
 def test_flops_of_a_pair_are_those_of_its_blocks() -> None:
-    """The counter sees the head's three small layers, too, which the estimate leaves out."""
+    """The counter includes the head's three small layers, which the estimate leaves out."""
     model = small().eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         model.similarity(torch.randn(BATCH, 24), torch.randn(BATCH, 3, 24))

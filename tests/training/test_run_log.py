@@ -71,7 +71,7 @@ def test_a_line_says_the_step_its_losses_and_how_fast_it_went(tmp_path: Path) ->
 
 
 def test_nothing_is_read_from_the_device_between_lines(tmp_path: Path) -> None:
-    """What becomes of a tensor later is seen: so it was not read when it came."""
+    """A later change of the tensor shows in the log, so it was not read at its step."""
     loss = torch.tensor(1.0)
     with open_log(tmp_path) as log:
         log.step(1, values(1), num_samples=4)
@@ -188,7 +188,7 @@ def test_looking_early_does_not_change_the_next_line(tmp_path: Path) -> None:
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
-    monkeypatch.setattr(run_log, "time", SimpleNamespace(monotonic=lambda: 1000.0))  # all of it takes no time
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(monotonic=lambda: 1000.0))  # no time passes
     with open_log(tmp_path, console=Console(file=out, width=200)) as log:
         take_steps(log, 1, TOTAL)
         log.say("something happened")

@@ -36,7 +36,7 @@ def copied(model: ClipVip) -> nn.Module:
 
 
 def sharded(model: ClipVip) -> nn.Module:
-    """As training does it: block by block, the temperature whole on every process."""
+    """Shard as training does: block by block, with the temperature replicated on every process."""
     for block in [*model.vision.blocks, *model.text.blocks]:
         fully_shard(block)
         register_fsdp_forward_method(block, "first_token")
@@ -44,9 +44,9 @@ def sharded(model: ClipVip) -> nn.Module:
 
 
 class Training:
-    """A model that learns one fixed batch, which all processes share, so that their number changes nothing.
+    """Train a model on one fixed batch shared by all processes, so that their number has no effect.
 
-    In double precision: the gradients of the keys' biases are zero but for rounding, which Adam would make steps of.
+    Double precision is needed because the gradients of the keys' biases are rounding noise, which Adam would amplify.
     """
 
     def __init__(self, wrap: Callable[[ClipVip], nn.Module], published_update: bool, seed: int = 0):
@@ -154,7 +154,7 @@ def run_rank(rank: int, folder: Path) -> None:
 
 @torch.no_grad()
 def check_evaluation_between_steps(training: Training) -> None:
-    """Averages while they are applied, the own weights before and after, whatever a forward pass has gathered."""
+    """Check that a forward pass sees averages while they are applied, and the model's own weights before and after."""
     before = training.forward()
     with training.ema.apply(training.module):
         averaged = training.forward()
@@ -169,7 +169,7 @@ def check_evaluation_between_steps(training: Training) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what two processes made of a state that one process had saved after two steps."""
+    """Return a folder with the results of two processes that resumed one process's state after two steps."""
     folder = tmp_path_factory.mktemp("two")
     for published_update in (False, True):
         torch.save(after_steps(2, published_update), folder / f"saved.{published_update}.pt")

@@ -54,7 +54,7 @@ def test_every_log_line_shows_the_progress(plain_run):
 
 @pytest.mark.slow
 def test_sharded_averaged_recomputed_and_observed_it_is_the_same_run(corpus, plain_run, tmp_path):
-    """Two processes with FSDP2, activation checkpointing, gradient caching, EMA and feedback."""
+    """The run has two processes with FSDP2, activation checkpointing, gradient caching, EMA and feedback."""
     options = ("train.parallel=fsdp", "train.activation_checkpointing=true", "train.chunk_size=2", "train.ema=0.9")
     run_ranks(2, _rank, corpus, tmp_path / "run", ("train.feedback=true", *options))
     assert_same_run(tmp_path / "run", plain_run)

@@ -38,7 +38,7 @@ def undisturbed(corpus, tmp_path_factory):
 
 @pytest.mark.slow
 def test_killed_and_resumed_with_other_loader_processes(corpus, undisturbed, tmp_path):
-    """Within an epoch, at its end, and right after the next one's beginning."""
+    """The kills are within an epoch, at its end, and right after the start of the next."""
     run = tmp_path / "run"
     for step, loaders in ((3, 0), (EPOCH, 2), (EPOCH + 1, 0)):
         command = train_command(corpus, run, NUM_STEPS, f"data.loader_processes={loaders}")

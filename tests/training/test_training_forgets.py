@@ -25,7 +25,7 @@ WORDS = ("password", "video", "part", "picture")
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """Nobody waits for a second to be over."""
+    """Look for tombstones and moved files at every access instead of once a second."""
     monkeypatch.setattr(shards.corpus.tombstones, "LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(training.data.relocation, "LOOK_EVERY_S", 0.0)
 

@@ -23,7 +23,7 @@ Batches = Callable[[int], Batch]  # of a step
 
 
 def whole_batch(step: int) -> Batch:
-    """Holes of every kind: an unreadable clip, missing subtitles, missing captions."""
+    """Make a batch with all kinds of holes: an unreadable clip, missing subtitles, missing captions."""
     generator = torch.Generator().manual_seed(step)
     pixels = torch.randint(0, 256, (BATCH, 3, 3, 32, 32), dtype=torch.uint8, generator=generator)
     present = torch.rand(3, BATCH, generator=generator) < 0.8
@@ -46,8 +46,8 @@ def settings(**changes: Any) -> TrainSettings:
 def learn(
     process: Process, train: TrainSettings, batch: Batches = whole_batch, make_model: Callable[[], Any] = tiny_model
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Weights and losses after some updates on this process's part of the batches."""
-    # in fp64, because Adam blows up the rounding of gradients that are zero, such as those of the keys' biases
+    """Return weights and losses after some updates on this process's part of the batches."""
+    # fp64 is needed because Adam amplifies the rounding of gradients that are zero, such as those of the keys' biases
     model = make_model().to(torch.float32 if train.precision == "bf16" else torch.float64)
     learner = Learner(model, train, 10, process)
     share = BATCH // process.world_size
@@ -75,7 +75,7 @@ def _rank(rank: int, folder: Path, trains: list[TrainSettings], of: tuple[Any, .
 
 
 def together(world_size: int, trains: list[TrainSettings], *of: Any) -> list[list[Any]]:
-    """What every process ended with, for each of the settings."""
+    """Return the final weights and losses of every process, for each of the settings."""
     with tempfile.TemporaryDirectory() as folder:
         run_ranks(world_size, _rank, Path(folder), trains, of)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
@@ -99,7 +99,7 @@ def test_a_compiled_model_learns_the_same():
 
 
 def flat_model() -> torch.nn.Module:
-    """Of one layer: each takes the C++ compiler ten seconds of two cores."""
+    """Make a model of one layer, since each layer takes the C++ compiler ten seconds of two cores."""
     vision, text = (TowerConfig(width=width, num_layers=1, num_heads=2, mlp_width=2 * width) for width in (32, 24))
     return tiny_model(vision=vision, text=text)
 

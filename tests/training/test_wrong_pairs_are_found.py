@@ -66,7 +66,7 @@ def test_a_reference_text_of_another_clip_is_found(corpus):
 
 
 def test_swapped_pictures_in_a_shard_are_found(corpus):
-    """The caption's row and the manifest agree; the bytes in the shard are another clip's."""
+    """The caption's row and the manifest agree, but the bytes in the shard are another clip's."""
     shard = sorted((corpus / "shards").glob("*.tar"))[0]
     one, other = [member for member in list_members(shard) if member.name.endswith(".jpg")][:2]
     data = bytearray(shard.read_bytes())
@@ -88,7 +88,7 @@ def test_rows_without_hashes_are_counted_not_reported_as_wrong(corpus):
 
 
 def test_a_caption_of_a_frame_that_the_clip_has_elsewhere_is_not_served(tmp_path):
-    """Fragments in which two clips' captions were exchanged: both are left out, neither is served for the other."""
+    """Two clips' captions are exchanged in the fragments: both are left out, and neither is served for the other."""
     corpus = FragmentCorpus(tmp_path)
     corpus.add_sources("a", "b")
     corpus.work_off()
