@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 PATIENT = "download.stall_timeout_s=3600"  # with a server that keeps it waiting
 
 
-# A plug-in that kills the build's process group once its driver has registered a number of commits.
+# Runs the command, and kills its process group once the driver has loaded a number of commits.
 DIES = """
 import os, signal
 from clipmill.cli import app as cli
