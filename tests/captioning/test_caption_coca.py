@@ -4,7 +4,6 @@ import io
 import json
 import math
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from captioning.captioner import Caption, Captioner, fingerprint_of, load_captioner
 from captioning.settings import CaptionSettings
 from clipmill.base.errors import ItemError, UserError
+from tests.helpers.pictures import random_jpeg
 
 CONFIG = {
     "embed_dim": 24,
@@ -64,14 +64,7 @@ def settings_for(folder: str, **chosen) -> CaptionSettings:
     return CaptionSettings(model=folder, device="cpu", max_tokens=12, **chosen)
 
 
-def jpeg(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((60, 50), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-FRAMES = [jpeg(seed) for seed in range(8)]
+FRAMES = [random_jpeg(seed) for seed in range(8)]
 DECODINGS = [
     {"generation": "beam_search", "num_beams": 6, "num_beam_groups": 3},
     {"generation": "beam_search", "num_beams": 2, "num_beam_groups": 1, "min_tokens": 2, "repetition_penalty": 2.0},

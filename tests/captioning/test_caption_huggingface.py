@@ -3,7 +3,6 @@
 import io
 import math
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from captioning.captioner import Captioner, fingerprint_of, load_captioner
 from captioning.settings import CaptionSettings
 from clipmill.base.errors import ItemError, UserError
+from tests.helpers.pictures import random_jpeg
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"word{n}" for n in range(60))]
 TEXT = {"vocab_size": len(WORDS), "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
@@ -93,14 +93,7 @@ def settings_for(folder: str, **chosen) -> CaptionSettings:
     return CaptionSettings(captioner="huggingface", model=folder, device="cpu", max_tokens=10, **chosen)
 
 
-def jpeg(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((60, 50), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-FRAMES = [jpeg(seed) for seed in range(6)]
+FRAMES = [random_jpeg(seed) for seed in range(6)]
 DECODINGS = [
     {"generation": "beam_search", "num_beams": 3},
     {"generation": "top_k"},

@@ -1,4 +1,4 @@
-"""Make small CLIP-ViP models and read reference files."""
+"""Make small CLIP-ViP models, read reference files and compare tensors."""
 
 import hashlib
 import json
@@ -97,3 +97,9 @@ def random_texts(batch: int, length: int = 10, vocab: int = 50, seed: int = 2) -
         ids[row, end] = vocab - 1
         ids[row, end + 1 :] = 0
     return ids
+
+
+def max_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest absolute difference of two tensors of one shape."""
+    assert ours.shape == theirs.shape
+    return (ours.double() - theirs.double()).abs().max().item()

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import torch
 
@@ -134,44 +133,3 @@ def deadly_reader(run: Run, folder: Path, *rows: int, times: int | None = None, 
     reader = run.reader(kind=kind)
     reader.deadly, reader.times, reader.tally = rows, times, folder
     return reader
-
-
-# --- Processes
-
-
-def descendants(pid: int) -> list[int]:
-    """Return all current descendants of a process."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(entry.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        children.setdefault(parent, []).append(int(entry.parent.name))
-    found = list(children.get(pid, []))
-    for process in found:
-        found += children.get(process, [])
-    return found
-
-
-def loader_processes() -> list[int]:
-    """Return the loader processes of this process: children of its fork server, unlike Ray's of other tests."""
-    servers = [child for child in psutil.Process().children() if any("forkserver" in word for word in child.cmdline())]
-    return [process.pid for server in servers for process in server.children()]
-
-
-def wait_until_gone(processes: list[int], timeout_s: float = 600) -> bool:
-    until = time.monotonic() + timeout_s
-    while time.monotonic() < until:
-        if not any(_runs(process) for process in processes):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def _runs(process: int) -> bool:
-    """Return whether a process runs; a zombie counts as ended."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

@@ -16,6 +16,7 @@ import pytest
 
 from clipmill.base.errors import ItemError
 from clipmill.media.sandbox import Sandbox
+from tests.helpers.processes import is_running, wait_until_gone
 
 MB = 2**20
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,21 +87,6 @@ def not_picklable():
     return lambda: None
 
 
-def alive(process_id):
-    try:
-        state = Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_until_gone(process_id):
-    deadline = time.monotonic() + ENOUGH_S
-    while alive(process_id) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not alive(process_id)
-
-
 # ---- what is promised ------------------------------------------------------------------------------------------------
 
 
@@ -146,7 +132,7 @@ def test_a_hang_ends_at_the_time_limit(sandbox, function, args):
     with pytest.raises(ItemError) as caught:
         sandbox.call(function, *args, timeout_s=0.5)
     assert caught.value.error_class == "timeout"
-    assert wait_until_gone(process_id)
+    assert wait_until_gone([process_id])
 
 
 def test_memory_beyond_the_limit_is_refused(sandbox):
@@ -213,14 +199,14 @@ def test_whatever_the_child_started_dies_with_it(sandbox, tmp_path, what, error_
             sandbox.call(start_sleeper_and, tmp_path / "pid", what, timeout_s=limit_s)
         limit_s *= 2
     assert caught.value.error_class == error_class
-    assert wait_until_gone(int((tmp_path / "pid").read_text()))
+    assert wait_until_gone([int((tmp_path / "pid").read_text())])
 
 
 def test_children_are_replaced_after_a_number_of_calls():
     with Sandbox(calls_per_child=2) as sandbox:
         seen = [sandbox.call(pid, timeout_s=ENOUGH_S) for _ in range(4)]
     assert seen[0] == seen[1] != seen[2] == seen[3]
-    assert all(wait_until_gone(process_id) for process_id in seen)
+    assert wait_until_gone(seen)
 
 
 def test_calls_from_several_threads_queue(sandbox):
@@ -265,10 +251,10 @@ sandbox.call(functions.hang_holding_the_interpreter_lock, timeout_s={ENOUGH_S})
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     process_id = int(parent.stdout.readline())
     time.sleep(0.3)
-    assert alive(process_id)
+    assert is_running(process_id)
     parent.kill()
     parent.wait()
-    assert wait_until_gone(process_id)
+    assert wait_until_gone([process_id])
 
 
 def test_start_up_is_cheap(sandbox):

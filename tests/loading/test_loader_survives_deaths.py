@@ -18,11 +18,9 @@ from tests.helpers.loaders import (
     StuckReader,
     assert_all_equal,
     deadly_reader,
-    descendants,
-    loader_processes,
     make_run,
-    wait_until_gone,
 )
+from tests.helpers.processes import descendants, loader_processes, wait_until_gone
 from training.data import reader_pool as loader_pool
 from training.data.loader import requests_of
 from training.data.reader_pool import Request

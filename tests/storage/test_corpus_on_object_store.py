@@ -25,7 +25,7 @@ from shards.storage.mirror import for_reading, mirror  # noqa: E402
 from shards.storage.s3 import Store  # noqa: E402
 from tests.helpers.builds import tables  # noqa: E402
 from tests.helpers.loaders import MAX_TOKENS, SIZE  # noqa: E402
-from tests.helpers.stores import build_in, content, keys, keys_of, serving  # noqa: E402
+from tests.helpers.stores import build_in, content, keys, keys_of  # noqa: E402
 from tests.helpers.whole_corpus import pack_here  # noqa: E402
 from tests.training.test_training_forgets import WORDS, read_all  # noqa: E402
 from training.data.sample_reader import SampleReader  # noqa: E402
@@ -33,24 +33,7 @@ from training.data.selection import Selection, freeze  # noqa: E402
 from training.data.tokenizer import TextEncoder  # noqa: E402
 from training.settings import DataSettings  # noqa: E402
 
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def machine(server, tmp_path, monkeypatch):
-    """Give this process an empty mirror, so that every test starts on a new machine."""
-
-    def begin(name: str) -> Path:
-        monkeypatch.setenv("CLIPMILL_MIRROR", str(tmp_path / name))
-        return tmp_path / name
-
-    begin("first machine")
-    yield begin
-    server.spoil = lambda method, path: None
+pytestmark = pytest.mark.usefixtures("machine")
 
 
 @pytest.fixture(scope="module")

@@ -25,28 +25,11 @@ from shards.storage.lease import KEY, StoreLock, is_held  # noqa: E402
 from shards.storage.mirror import for_reading  # noqa: E402
 from shards.storage.s3 import Changed, Store  # noqa: E402
 from tests.helpers.builds import tables  # noqa: E402
-from tests.helpers.stores import build_in, content, keys, keys_of, serving  # noqa: E402
+from tests.helpers.stores import build_in, content, keys, keys_of  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("machine")
 
 NUM_VIDEOS = 2
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def machine(server, tmp_path, monkeypatch):
-    """Give this process an empty mirror, so that every test starts on a new machine."""
-
-    def begin(name: str) -> Path:
-        monkeypatch.setenv("CLIPMILL_MIRROR", str(tmp_path / name))
-        return tmp_path / name
-
-    begin("first machine")
-    yield begin
-    server.spoil = lambda method, path: None
 
 
 @pytest.fixture

@@ -6,15 +6,8 @@ pytest.importorskip("moto", reason="no S3 server: moto is not installed")
 
 from shards.storage.mirror import Mirror  # noqa: E402
 from shards.storage.s3 import Object, Store  # noqa: E402
-from tests.helpers.stores import serving  # noqa: E402
 
 SENT, LOST, ON_ITS_WAY = "sources/u000000/sent.mp4", "sources/u000000/lost.mp4", "fragments/clips/on-its-way.parquet"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as running:
-        yield running
 
 
 def write(mirror: Mirror, relative: str, data: bytes = b"bytes") -> None:

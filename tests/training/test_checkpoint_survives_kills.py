@@ -15,6 +15,7 @@ from torch import Tensor
 from clipmill.base.errors import UserError
 from clipmill.base.settings import digest
 from tests.helpers.clip_vip import tiny_config, tiny_model
+from tests.helpers.pickles import HostilePickle
 from training.models.clip_vip.weights import load_clip_vip, load_model
 from training.models.registry import writer
 from training.run import checkpoints as run_checkpoints
@@ -169,17 +170,9 @@ def test_a_newer_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> N
         Checkpoints(tmp_path).find_latest()
 
 
-class Mischief:
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self.trace),)
-
-
 def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "run")
-    evil = {"a": {"exp_avg": Mischief(tmp_path / "ran")}}
+    evil = {"a": {"exp_avg": HostilePickle(tmp_path / "ran")}}
     checkpoints.save(1, writer(tiny_model()), tensors_of(1), state={}, optimiser=evil, random={})
     with pytest.raises(UserError, match="cannot be read"):
         checkpoints.load(1)
