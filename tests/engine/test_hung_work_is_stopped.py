@@ -11,18 +11,10 @@ from pipeline.runtime.watchdog import FOLDER, reporting, sweep_reports, take_rep
 from pipeline.stages.download.fetch import DownloadSettings
 from tests.helpers.builds import ask, build_here
 from tests.helpers.http import media_server
+from tests.helpers.media import flat_video
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("ingest", "download", "transcribe", "segment", "cut", "caption")
-
-
-def flat_video(path: Path, luma: int) -> Path:
-    import imageio_ffmpeg
-
-    colour = f"color=0x{luma:02x}{luma:02x}{luma:02x}:s=64x48:r=5:d=3"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "lavfi", "-i", colour]
-    subprocess.run([*command, "-c:v", "libx264", "-preset", "ultrafast", "-threads", "1", str(path)], check=True)
-    return path
 
 
 @pytest.mark.slow

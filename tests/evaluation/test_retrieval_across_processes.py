@@ -6,8 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.evaluation.test_retrieval_on_a_selection import damage
-from tests.helpers.evaluations import ALONE, packed_corpus, selected, small_clip4clip, small_model, small_settings
+from tests.helpers.evaluations import (
+    ALONE,
+    damage,
+    packed_corpus,
+    selected,
+    small_clip4clip,
+    small_model,
+    small_settings,
+)
 from tests.helpers.ranks import run_ranks
 from training.data.selection import Selection
 from training.evaluation.retrieval import EvalFeatures, evaluate, features

@@ -11,7 +11,15 @@ import torch
 from safetensors import safe_open
 
 from clipmill.base.errors import UserError
-from tests.helpers.evaluations import ALONE, packed_corpus, selected, small_clip4clip, small_model, small_settings
+from tests.helpers.evaluations import (
+    ALONE,
+    damage,
+    packed_corpus,
+    selected,
+    small_clip4clip,
+    small_model,
+    small_settings,
+)
 from training.data.loader import Loader
 from training.data.reader_pool import Request
 from training.data.sample_reader import SampleReader
@@ -124,15 +132,6 @@ def test_several_texts_of_a_clip_are_asked_one_by_one() -> None:
     assert rows.tolist() == [0, 0, 3, 4] and texts == ["one", "two", "three", "four"]
     rows, texts = queries(pa.chunked_array([["a", None, "", "b"]]))
     assert rows.tolist() == [0, 3] and texts == ["a", "b"]
-
-
-def damage(corpus: Path, selection: Selection, row: int) -> str:
-    """Overwrite a clip's bytes in its shard."""
-    clip = selection.take([row]).to_pylist()[0]
-    with open(corpus / clip["shard"], "r+b") as shard:
-        shard.seek(clip["mp4_offset"])
-        shard.write(b"\0" * clip["mp4_bytes"])
-    return clip["clip_id"]
 
 
 def test_an_unreadable_clip_is_left_out_counted_and_reported(tmp_path: Path) -> None:

@@ -51,3 +51,12 @@ def packed_corpus(root: Path, num_clips: int = 12, sql: str = "") -> Path:
 def selected(corpus: Path, where: str = "") -> Selection:
     freeze(corpus / "eval.arrow", corpus, where)
     return Selection(corpus / "eval.arrow")
+
+
+def damage(corpus: Path, selection: Selection, row: int) -> str:
+    """Overwrite a clip's bytes in its shard."""
+    clip = selection.take([row]).to_pylist()[0]
+    with open(corpus / clip["shard"], "r+b") as shard:
+        shard.seek(clip["mp4_offset"])
+        shard.write(b"\0" * clip["mp4_bytes"])
+    return clip["clip_id"]

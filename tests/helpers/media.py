@@ -1,11 +1,13 @@
 """Encode videos whose pictures show their frame number, in many formats, and read the numbers back."""
 
 import io
+import subprocess
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import imageio_ffmpeg
 import numpy as np
 
 from bench.frame_code import draw_number, read_number
@@ -156,3 +158,11 @@ def piece(path: Path, offset: int, num_bytes: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(num_bytes)
+
+
+def flat_video(path: Path, luma: int) -> Path:
+    """Encode 3 s of one grey."""
+    colour = f"color=0x{luma:02x}{luma:02x}{luma:02x}:s=64x48:r=5:d=3"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "lavfi", "-i", colour]
+    subprocess.run([*command, "-c:v", "libx264", "-preset", "ultrafast", "-threads", "1", str(path)], check=True)
+    return path

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.test_hung_work_is_stopped import flat_video
 from tests.helpers.builds import ask, build_here
 from tests.helpers.http import media_server
+from tests.helpers.media import flat_video
 
 pytestmark = pytest.mark.slow
 

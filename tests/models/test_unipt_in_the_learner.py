@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.clip_vip import tiny_model
-from tests.training.test_update_is_the_same_everywhere import settings, whole_batch
+from tests.helpers.updates import settings, whole_batch
 from training.learner import Learner
 from training.models.unipt.model import UniPtClip
 from training.models.unipt.settings import UniPtSettings

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import max_difference, random_texts, tensors, tiny_model
+from tests.helpers.updates import BATCH, alone, assert_same, settings, together, whole_batch
 from tests.models.test_clip4clip_reference import features, inputs, load
-from tests.training.test_update_is_the_same_everywhere import BATCH, alone, assert_same, settings, together, whole_batch
 from training.data.batch import Batch
 from training.learner import Learner
 from training.losses.pair_matching import matching_loss
