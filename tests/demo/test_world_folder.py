@@ -89,11 +89,11 @@ def test_no_name_of_the_machine_leaks_into_any_file(world):
 
 def test_a_finished_world_is_kept_and_progress_is_reported(tmp_path):
     settings = WorldSettings(num_videos=2, min_video_s=3.0, max_video_s=4.0, workers=1)
-    told = []
-    first = make_world(tmp_path / "w", settings, lambda done, total: told.append((done, total)))
-    assert told == [(1, 2), (2, 2)]
+    reported = []
+    first = make_world(tmp_path / "w", settings, lambda done, total: reported.append((done, total)))
+    assert reported == [(1, 2), (2, 2)]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "w").rglob("*")}
-    assert make_world(tmp_path / "w", settings.model_copy(update={"workers": 2}), told.append) == first
+    assert make_world(tmp_path / "w", settings.model_copy(update={"workers": 2}), reported.append) == first
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "w").rglob("*")}
 
 

@@ -184,10 +184,10 @@ def test_noise_levels_give_the_asked_shares(level):
     noise = NOISE_LEVELS[level]
     settings_ = WorldSettings(**noise, max_video_s=40.0)
     plans = [plan_video(settings_, index) for index in range(120)]
-    told = [plan for plan in plans if plan.subtitle_kind]
-    assert 1 - len(told) / len(plans) == pytest.approx(noise["missing_fraction"], abs=0.03)
-    late = [plan.subtitle_offset_s for plan in told if plan.subtitle_offset_s]
-    assert len(late) / len(told) == pytest.approx(noise["shifted_fraction"], abs=0.06)
+    subtitled = [plan for plan in plans if plan.subtitle_kind]
+    assert 1 - len(subtitled) / len(plans) == pytest.approx(noise["missing_fraction"], abs=0.03)
+    late = [plan.subtitle_offset_s for plan in subtitled if plan.subtitle_offset_s]
+    assert len(late) / len(subtitled) == pytest.approx(noise["shifted_fraction"], abs=0.06)
     assert all(1.0 <= abs(offset_s) <= 2.0 for offset_s in late)
     filler = total = 0
     for index, plan in enumerate(plans):

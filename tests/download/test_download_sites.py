@@ -124,7 +124,7 @@ def test_separate_tracks_are_joined(server, media, tmp_path):
         [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(video.path)], capture_output=True, text=True
     ).stderr
     assert video.path.name == "media.mp4" and "Video: h264" in listed and "Audio: aac" in listed
-    assert os.listdir(tmp_path / "w") == ["media.mp4"], "the single tracks are gone"
+    assert os.listdir(tmp_path / "w") == ["media.mp4"], "the single tracks are removed"
 
 
 def test_a_track_that_is_a_playlist_in_disguise_opens_nothing(server, media, tmp_path):
@@ -173,7 +173,7 @@ def test_a_stream_of_segments_becomes_one_file(server, media, tmp_path):
     lines = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1.0,\nseg.ts\n#EXTINF:1.0,\nseg.ts\n#EXT-X-ENDLIST\n"
     url = server.add("/a.m3u8", lines.encode(), content_type="application/vnd.apple.mpegurl")
     row = fetch({"video_id": "v", "url": url, "kind": "url"}, tmp_path / "sources", SETTINGS)
-    assert len(server.asked("/seg.ts")) == 2
+    assert len(server.requests_for("/seg.ts")) == 2
     assert row["width"] == 160 and row["extractor"] == "Generic"
 
 
@@ -213,13 +213,13 @@ def test_a_media_link_that_answers_with_a_page_is_not_searched(server, media, tm
     with pytest.raises(ItemError) as caught:
         fetch({"video_id": "v", "url": url, "kind": "url"}, tmp_path / "sources", SETTINGS)
     assert caught.value.error_class == "not-a-video"
-    assert server.asked("/advert.mp4") == []
+    assert server.requests_for("/advert.mp4") == []
 
 
 def test_a_list_of_videos_is_an_error_and_its_videos_stay_where_they_are(server, media, tmp_path):
     def entries():
         for i in range(1000):
-            assert i < 3, "the list is not walked through"
+            assert i < 3, "entries of a list must not be extracted"
             yield {"id": str(i), "title": "t", "formats": formats(server, media, "60")}
 
     error = site_failure({"_type": "playlist", "entries": entries()}, tmp_path / "w")
@@ -442,7 +442,7 @@ def test_the_users_cookie_file_is_only_read(server, media, tmp_path):
     jar.chmod(0o444)
     settings = SETTINGS.model_copy(update={"cookies_file": str(jar)})
     site({"formats": formats(server, media, "60")}, tmp_path / "w", settings)
-    assert server.asked("/60.mp4")[0]["Cookie"] == "session=secret"
+    assert server.requests_for("/60.mp4")[0]["Cookie"] == "session=secret"
     assert jar.read_text() == text
     missing = SETTINGS.model_copy(update={"cookies_file": str(tmp_path / "none")})
     with pytest.raises(UserError, match="download.cookies_file"), EgressGuard(True, 10) as guard:

@@ -16,131 +16,131 @@ class Clock:
         return self.now
 
 
-def governor(**options) -> tuple[HostRateLimiter, Clock]:
+def make_limiter(**options) -> tuple[HostRateLimiter, Clock]:
     clock = Clock()
     return HostRateLimiter(**{"poll_s": 0.1, **options}, clock=clock), clock
 
 
 def test_no_more_holders_than_the_cap_and_each_host_has_its_own():
-    gov, _ = governor(per_host=2)
-    assert [gov.acquire("a", holder) > 0 for holder in "xyz"] == [False, False, True]
-    assert gov.acquire("b", "x") == 0.0
-    gov.release("a", "x")
-    assert gov.acquire("a", "z") == 0.0
-    assert gov.state()["a"]["num_active"] == 2
+    limiter, _ = make_limiter(per_host=2)
+    assert [limiter.acquire("a", holder) > 0 for holder in "xyz"] == [False, False, True]
+    assert limiter.acquire("b", "x") == 0.0
+    limiter.release("a", "x")
+    assert limiter.acquire("a", "z") == 0.0
+    assert limiter.state()["a"]["num_active"] == 2
 
 
 def test_waiters_are_served_in_order_of_arrival():
-    gov, _ = governor(per_host=1)
-    assert gov.acquire("a", "first") == 0.0
-    assert gov.acquire("a", "second") > 0 and gov.acquire("a", "third") > 0
-    gov.release("a", "first")
-    assert gov.acquire("a", "third") > 0, "the second asked earlier"
-    assert gov.acquire("a", "second") == 0.0
+    limiter, _ = make_limiter(per_host=1)
+    assert limiter.acquire("a", "first") == 0.0
+    assert limiter.acquire("a", "second") > 0 and limiter.acquire("a", "third") > 0
+    limiter.release("a", "first")
+    assert limiter.acquire("a", "third") > 0, "the second asked earlier"
+    assert limiter.acquire("a", "second") == 0.0
 
 
 def test_a_waiter_that_stops_asking_loses_its_place():
-    gov, clock = governor(per_host=1, lease_s=60)
-    gov.acquire("a", "first"), gov.acquire("a", "dead"), gov.acquire("a", "third")
-    gov.release("a", "first")
+    limiter, clock = make_limiter(per_host=1, lease_s=60)
+    limiter.acquire("a", "first"), limiter.acquire("a", "dead"), limiter.acquire("a", "third")
+    limiter.release("a", "first")
     clock.now += GRACE_S + 1
-    assert gov.acquire("a", "third") == 0.0
+    assert limiter.acquire("a", "third") == 0.0
 
 
 def test_starts_keep_their_distance():
-    gov, clock = governor(per_host=4, min_interval_s=2.0)
-    assert gov.acquire("a", "x") == 0.0
-    assert gov.acquire("a", "y") == 2.0
+    limiter, clock = make_limiter(per_host=4, min_interval_s=2.0)
+    assert limiter.acquire("a", "x") == 0.0
+    assert limiter.acquire("a", "y") == 2.0
     clock.now += 1.5
-    assert gov.acquire("a", "y") == 0.5
+    assert limiter.acquire("a", "y") == 0.5
     clock.now += 0.5
-    assert gov.acquire("a", "z") > 0, "y is first in the queue"
-    assert gov.acquire("a", "y") == 0.0
+    assert limiter.acquire("a", "z") > 0, "y is first in the queue"
+    assert limiter.acquire("a", "y") == 0.0
 
 
 def test_a_dead_holder_loses_its_lease_and_a_living_one_keeps_it():
-    gov, clock = governor(per_host=2, lease_s=60)
-    gov.acquire("a", "dead"), gov.acquire("a", "alive")
+    limiter, clock = make_limiter(per_host=2, lease_s=60)
+    limiter.acquire("a", "dead"), limiter.acquire("a", "alive")
     clock.now += 50
-    assert gov.renew("a", "alive")
+    assert limiter.renew("a", "alive")
     clock.now += 20
-    assert gov.acquire("a", "next") == 0.0
-    assert not gov.renew("a", "dead")
-    assert gov.state()["a"]["num_active"] == 2
-    gov.release("a", "dead")
-    assert gov.state()["a"]["num_active"] == 2, "a late release takes nobody else's place"
+    assert limiter.acquire("a", "next") == 0.0
+    assert not limiter.renew("a", "dead")
+    assert limiter.state()["a"]["num_active"] == 2
+    limiter.release("a", "dead")
+    assert limiter.state()["a"]["num_active"] == 2, "a late release frees no other lease"
 
 
 def test_a_lockout_pauses_the_whole_queue_and_lets_one_try_first():
-    gov, clock = governor(per_host=2)
-    gov.acquire("a", "x")
-    gov.release("a", "x", penalty_s=30)
-    assert 0 < gov.acquire("a", "x") <= 30 and 0 < gov.acquire("a", "y") <= 30
-    assert gov.acquire("b", "x") == 0.0, "other hosts go on"
+    limiter, clock = make_limiter(per_host=2)
+    limiter.acquire("a", "x")
+    limiter.release("a", "x", penalty_s=30)
+    assert 0 < limiter.acquire("a", "x") <= 30 and 0 < limiter.acquire("a", "y") <= 30
+    assert limiter.acquire("b", "x") == 0.0, "other hosts are not affected"
     clock.now += 30
-    assert gov.acquire("a", "x") == 0.0
-    assert gov.acquire("a", "y") > 0, "one tries, the others wait for how it goes"
-    gov.release("a", "x")
-    assert gov.acquire("a", "y") == 0.0 and gov.acquire("a", "z") == 0.0
+    assert limiter.acquire("a", "x") == 0.0
+    assert limiter.acquire("a", "y") > 0, "one tries, the others wait for its result"
+    limiter.release("a", "x")
+    assert limiter.acquire("a", "y") == 0.0 and limiter.acquire("a", "z") == 0.0
 
 
 def test_strikes_in_a_row_double_the_pause_up_to_the_limit():
-    gov, clock = governor(per_host=1, max_cooldown_s=100)
+    limiter, clock = make_limiter(per_host=1, max_cooldown_s=100)
     pauses = []
     for _ in range(4):
-        assert gov.acquire("a", "x") == 0.0
-        gov.release("a", "x", penalty_s=20)
-        pauses.append(gov.state()["a"]["cooldown_s"])
+        assert limiter.acquire("a", "x") == 0.0
+        limiter.release("a", "x", penalty_s=20)
+        pauses.append(limiter.state()["a"]["cooldown_s"])
         clock.now += pauses[-1]
     assert pauses == [20, 40, 80, 100]
-    gov.acquire("a", "x")
-    gov.release("a", "x")
-    gov.acquire("a", "x")
-    gov.release("a", "x", penalty_s=20)
-    assert gov.state()["a"]["cooldown_s"] == 20, "a success forgives"
+    limiter.acquire("a", "x")
+    limiter.release("a", "x")
+    limiter.acquire("a", "x")
+    limiter.release("a", "x", penalty_s=20)
+    assert limiter.state()["a"]["cooldown_s"] == 20, "a success forgives"
 
 
 def test_one_lockout_met_by_several_downloads_is_one_strike():
-    gov, _ = governor(per_host=4)
+    limiter, _ = make_limiter(per_host=4)
     for holder in "wxyz":
-        gov.acquire("a", holder)
+        limiter.acquire("a", holder)
     for holder in "wxyz":
-        gov.release("a", holder, penalty_s=10)
-    assert gov.state()["a"] == {"num_active": 0, "num_waiting": 0, "num_strikes": 1, "cooldown_s": 10}
+        limiter.release("a", holder, penalty_s=10)
+    assert limiter.state()["a"] == {"num_active": 0, "num_waiting": 0, "num_strikes": 1, "cooldown_s": 10}
 
 
 def test_a_download_that_began_before_the_lockout_does_not_forgive_it():
-    gov, clock = governor(per_host=2)
-    gov.acquire("a", "x"), gov.acquire("a", "y")
+    limiter, clock = make_limiter(per_host=2)
+    limiter.acquire("a", "x"), limiter.acquire("a", "y")
     clock.now += 1
-    gov.release("a", "x", penalty_s=10)
-    gov.release("a", "y")
-    assert gov.state()["a"]["num_strikes"] == 1
+    limiter.release("a", "x", penalty_s=10)
+    limiter.release("a", "y")
+    assert limiter.state()["a"]["num_strikes"] == 1
 
 
 def test_a_host_locked_for_too_long_is_not_waited_for():
-    gov, clock = governor(per_host=1, patience_s=100, max_cooldown_s=60)
+    limiter, clock = make_limiter(per_host=1, patience_s=100, max_cooldown_s=60)
     for _ in range(3):
-        assert gov.acquire("a", "x") == 0.0
-        gov.release("a", "x", penalty_s=60)
+        assert limiter.acquire("a", "x") == 0.0
+        limiter.release("a", "x", penalty_s=60)
         clock.now += 60
-    assert gov.acquire("a", "x") == 0.0
-    gov.release("a", "x", penalty_s=60)
-    assert gov.acquire("a", "y") == LOCKED_OUT
-    with pytest.raises(ItemError, match="rate-limited"), hold(gov, "a", "z"):
+    assert limiter.acquire("a", "x") == 0.0
+    limiter.release("a", "x", penalty_s=60)
+    assert limiter.acquire("a", "y") == LOCKED_OUT
+    with pytest.raises(ItemError, match="rate-limited"), hold(limiter, "a", "z"):
         raise AssertionError("not reached")
     clock.now += 60
-    assert gov.acquire("a", "y") == 0.0, "after the pause one may try again"
+    assert limiter.acquire("a", "y") == 0.0, "after the pause one may try again"
 
 
 def test_threads_never_exceed_the_cap_and_all_get_through():
-    gov = HostRateLimiter(per_host=3, poll_s=0.005)
+    limiter = HostRateLimiter(per_host=3, poll_s=0.005)
     lock, active, most, done = threading.Lock(), [0], [0], []
     together = threading.Barrier(3)  # the maximum number at once does not depend on the machine's speed
 
     def work(i: int) -> None:
         for round_ in range(3):
-            with hold(gov, "host", f"{i}-{round_}"):
+            with hold(limiter, "host", f"{i}-{round_}"):
                 with lock:
                     active[0] += 1
                     most[0] = max(most[0], active[0])
@@ -156,7 +156,7 @@ def test_threads_never_exceed_the_cap_and_all_get_through():
     for thread in threads:
         thread.join()
     assert sorted(done) == list(range(12)) and most[0] == 3
-    assert gov.state()["host"]["num_active"] == 0 and gov.state()["host"]["num_waiting"] == 0
+    assert limiter.state()["host"]["num_active"] == 0 and limiter.state()["host"]["num_waiting"] == 0
 
 
 def test_a_long_download_keeps_its_lease():
@@ -172,24 +172,24 @@ def test_a_long_download_keeps_its_lease():
             return kept
 
     clock = Clock()
-    gov = Renewed(per_host=1, lease_s=60, clock=clock)
-    with hold(gov, "a", "long"):
+    limiter = Renewed(per_host=1, lease_s=60, clock=clock)
+    with hold(limiter, "a", "long"):
         for _ in range(4):
             clock.now += 50
-            while gov.renewals.acquire(blocking=False):
+            while limiter.renewals.acquire(blocking=False):
                 pass
             for _ in range(2):  # the first may have begun before
-                gov.renewals.acquire()
-            assert gov.acquire("a", "other") > 0
+                limiter.renewals.acquire()
+            assert limiter.acquire("a", "other") > 0
     assert HostRateLimiter(lease_s=60).renew_every_s() <= 30, "one renewal may fail"
 
 
 def test_a_failure_gives_the_host_back():
-    gov, _ = governor(per_host=1)
-    with pytest.raises(ZeroDivisionError), hold(gov, "a", "x") as slot:
+    limiter, _ = make_limiter(per_host=1)
+    with pytest.raises(ZeroDivisionError), hold(limiter, "a", "x") as slot:
         slot.penalty_s = 5
         1 / 0  # noqa: B018
-    assert gov.state()["a"]["num_active"] == 0 and gov.state()["a"]["cooldown_s"] == 5
+    assert limiter.state()["a"]["num_active"] == 0 and limiter.state()["a"]["cooldown_s"] == 5
 
 
 def test_a_remote_limiter_is_called_through_its_handle(monkeypatch):

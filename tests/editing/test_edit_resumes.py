@@ -239,8 +239,8 @@ def test_the_command_edits_trains_a_student_and_its_clips_train_a_run(numbered, 
     settings = [part for setting in (*EAGER, *SMALL) for part in ("--set", setting)]
     options = ["--corpus", corpus, "--model", "demo", "--recipe", "demo", "--out", out, "--rounds", 1, *settings]
     assert Forked(edit_command(*options), tmp_path / "output").wait(timeout=ENOUGH_S) == 0
-    told = (tmp_path / "output").read_text()
-    assert "round 1, " in told and "student validation R@1" in told
+    output = (tmp_path / "output").read_text()
+    assert "round 1, " in output and "student validation R@1" in output
     [warm_up, played] = rows(corpus, "SELECT * FROM edit_rounds ORDER BY round")
     assert played["outcome"] == ("kept" if played["validation"] > warm_up["validation"] else "rolled-back")
     student = Selection(out / "round-01" / "selection.arrow")

@@ -82,7 +82,7 @@ def test_without_a_student_rounds_go_on_until_nothing_moves():
             return None
 
         def promote(self):
-            raise AssertionError("nobody was trained")
+            raise AssertionError("no training may start")
 
         restore = promote
 

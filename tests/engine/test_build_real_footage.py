@@ -34,7 +34,7 @@ def test_folder_and_urls_share_videos_and_everything_real_is_cut(shelf, tmp_path
     report = build_here(corpus, [str(folder), str(urls)], stages=WORDLESS)
     videos = ask(corpus, "SELECT count(*), count(path), count(duplicate_of) FROM videos")[0]
     num_real = len(list(folder.iterdir())) - len(BROKEN)
-    assert videos == (2 * (num_real + len(BROKEN)), 2 * num_real, num_real), "each file came twice, by path and by URL"
+    assert videos == (2 * (num_real + len(BROKEN)), 2 * num_real, num_real), "each file is listed by path and by URL"
     classes = dict(ask(corpus, "SELECT error_class, count(*) FROM failures GROUP BY 1"))
     assert classes == {"empty-file": 2, "not-a-video": 4} and report.exit_code == 1
     uncut = ask(

@@ -41,13 +41,13 @@ def command(sources, corpus) -> list[str]:
     return ["build", str(sources), "--corpus", str(corpus), "--recipe", "demo", *settings]
 
 
-def stages_seen(corpus) -> int:
+def num_commits_of(corpus) -> int:
     """Return the number of commits, a measure of the build's progress."""
     return len(list((corpus / "fragments" / "ledger").glob("[!.]*.parquet")))
 
 
 @contextmanager
-def one_video_waiting(world):
+def one_video_held_back(world):
     """Hold back one video on the server, so that the build still runs when the test queries and kills it."""
     waiting = next(row["file"] for row in world.truth.values() if row["works"] and row["broken"] is None)
     over = threading.Event()
@@ -67,7 +67,7 @@ def one_video_waiting(world):
 
 
 @contextmanager
-def a_build_to_be_killed(world, corpus, code: str = "from pipeline import cli; cli.main()", **environment: str):
+def running_build(world, corpus, code: str = "from clipmill.cli.app import main; main()", **environment: str):
     """Start the command; kill its process group when the block ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *command(world.sources, corpus)],
@@ -85,12 +85,12 @@ def a_build_to_be_killed(world, corpus, code: str = "from pipeline import cli; c
 
 def wait_for(reached, process) -> None:
     while not reached():
-        assert process.poll() is None, "it has ended"
+        assert process.poll() is None, "the process has ended"
         time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
-def asked(world, local_ray, tmp_path_factory) -> tuple[Path, dict]:
+def queried_and_killed(world, local_ray, tmp_path_factory) -> tuple[Path, dict]:
     """Query a corpus while its build runs, then kill the build; return the corpus and the answers.
 
     Only the build is killed: the Ray that it joined keeps running. The build in the next test is killed with its Ray.
@@ -98,34 +98,34 @@ def asked(world, local_ray, tmp_path_factory) -> tuple[Path, dict]:
     cluster = local_ray.get_runtime_context().gcs_address
     corpus, answers = tmp_path_factory.mktemp("asked") / "corpus", {}
     count = ("sql", corpus, "SELECT count(*) AS n FROM videos", "--format", "csv")
-    with one_video_waiting(world), a_build_to_be_killed(world, corpus, RAY_ADDRESS=cluster) as process:
+    with one_video_held_back(world), running_build(world, corpus, RAY_ADDRESS=cluster) as process:
         wait_for(lambda: (corpus / "manifest.duckdb").exists(), process)
         answers["early"] = clipmill(*count)
-        wait_for(lambda: stages_seen(corpus) >= 3, process)
+        wait_for(lambda: num_commits_of(corpus) >= 3, process)
         answers["later"], answers["status"] = clipmill(*count), clipmill("status", corpus)
         answers["second"] = clipmill("build", "--corpus", corpus)
-        assert process.poll() is None, "the build was over before it could be asked"
+        assert process.poll() is None, "the build ended before it could be queried"
     return corpus, answers
 
 
-def test_queries_work_while_a_build_is_running(asked, world):
-    _, answers = asked
+def test_queries_work_while_a_build_is_running(queried_and_killed, world):
+    _, answers = queried_and_killed
     for answer in (answers["early"], answers["later"]):
         assert answer.stdout.split() == ["n", str(len(world.truth))], answer.stderr
     assert "A build is running" in answers["status"].stdout and "download" in answers["status"].stdout
     assert answers["second"].returncode == 2 and "is being written by process" in answers["second"].stderr
 
 
-def test_kills_at_any_moment_leave_no_trace_in_the_corpus(built, asked, world, tmp_path):
+def test_kills_at_any_moment_leave_no_trace_in_the_corpus(built, queried_and_killed, world, tmp_path):
     """The build is killed once while it waits for a video, once after it has resumed, and then runs to its end."""
-    corpus = shutil.copytree(asked[0], tmp_path / "corpus")
-    reached = [stages_seen(corpus)]
-    with a_build_to_be_killed(world, corpus, DIES.format(num_commits=3)) as process:
+    corpus = shutil.copytree(queried_and_killed[0], tmp_path / "corpus")
+    reached = [num_commits_of(corpus)]
+    with running_build(world, corpus, DIES.format(num_commits=3)) as process:
         assert process.wait(1200) == -signal.SIGKILL
-    reached.append(stages_seen(corpus))
+    reached.append(num_commits_of(corpus))
     assert build_here(corpus, [str(world.sources)], *PLAIN).exit_code == 1  # the links that are made to fail
     quiet = built[0]
-    assert reached[0] < reached[1] < stages_seen(corpus), "a kill came too late to prove anything"
+    assert reached[0] < reached[1] < num_commits_of(corpus), "a kill came too late to prove anything"
     assert hashes(corpus / "shards") == hashes(quiet / "shards")
     assert tables(corpus) == tables(quiet)
     leftovers = [name for name in snapshot(corpus) if ".tmp-" in name or ".next" in name or ".part" in name]

@@ -35,7 +35,7 @@ def test_poisonous_videos_cost_themselves_and_are_quarantined(tmp_path, local_ra
     failures = "SELECT split_part(item_id, '-', 1), error_class, attempts, quarantined FROM failures ORDER BY 1"
     assert ask(corpus, failures) == [("hangs", "timeout", 1, True), ("kills", "worker-died", 1, True)]
     ((message,),) = ask(corpus, "SELECT message FROM failures WHERE error_class = 'timeout'")
-    assert "captioning 1 images took more than 1,000 s" in message and "poison.py" in message, "it says where it hung"
+    assert "captioning 1 images took more than 1,000 s" in message and "poison.py" in message, "where it hung"
 
     antidote.touch()
     report = build_here(corpus, [], recipe=None, stages=["caption"], where="quarantined")

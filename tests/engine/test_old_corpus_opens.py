@@ -105,7 +105,7 @@ def lines(path: Path) -> list[dict]:
 
 def test_it_is_the_corpus_that_was_recorded(unpacked):
     assert hashes(unpacked / "corpus") == RECORDED["files"]
-    assert any(name.startswith("sources/") for name in RECORDED["files"]), "sources were to be kept"
+    assert any(name.startswith("sources/") for name in RECORDED["files"]), "sources should be kept"
 
 
 @pytest.mark.parametrize("kind", [AS_IT_WAS, NO_CACHE])
@@ -138,7 +138,7 @@ def test_a_build_has_nothing_to_do(unpacked, tmp_path, kind):
     corpus = copy_of_corpus(unpacked, tmp_path, kind)
     settings = settings_of(corpus / "corpus.yaml")
     clipmill("build", "--corpus", corpus, code=1)  # 1: some sources have failed, then as now
-    assert hashes(corpus) == RECORDED["files"], "and no row of a run, which whatever a build does leaves"
+    assert hashes(corpus) == RECORDED["files"], "and no row of a run, which any build would leave"
     assert settings_of(corpus / "corpus.yaml") | settings == settings_of(corpus / "corpus.yaml")
     clipmill("verify", "--no-decode", corpus)
 

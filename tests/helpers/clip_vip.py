@@ -40,7 +40,7 @@ def reference(*parts: str) -> Path:
             mask = state[recipe["mask"]]
             state[tensor][mask == 0] = 0
     drawn_bytes = b"".join(state[tensor].numpy().tobytes() for tensor in sorted(drawn["tensors"]))
-    assert hashlib.sha256(drawn_bytes).hexdigest() == drawn["sha256"], f"{name}: drawn otherwise than the reference's"
+    assert hashlib.sha256(drawn_bytes).hexdigest() == drawn["sha256"], f"{name}: differs from the reference"
     if not _completed:
         _completed.append(tempfile.TemporaryDirectory(prefix="clipmill-reference-"))
     completed = Path(_completed[0].name, name.replace("/", "-"))

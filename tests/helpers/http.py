@@ -61,7 +61,7 @@ class MediaServer:
         self.routes[path] = Route(body, **options)
         return self.url(path)
 
-    def asked(self, path: str) -> list[dict[str, str]]:
+    def requests_for(self, path: str) -> list[dict[str, str]]:
         """Return the headers of every request for a path, in order."""
         return [headers for asked, headers in self.requests if asked.partition("?")[0] == path]
 

@@ -112,7 +112,7 @@ class DeadlyReader(SampleReader):
         return len(path.read_text()) if path.exists() else 0
 
 
-class BornDead(SampleReader):
+class UnstartableReader(SampleReader):
     """End the process that receives it, so that loader processes cannot start."""
 
     def __setstate__(self, state) -> None:

@@ -13,7 +13,7 @@ from captioning.settings import CaptionSettings
 from pipeline.runtime import watchdog
 
 
-def let_time_be_over() -> None:
+def expire_limits() -> None:
     """Expire this process's time limits at once, so that tests do not wait and only hanging work reaches them."""
     limits = watchdog._limits
     with limits.lock:
@@ -36,7 +36,7 @@ class Poisoned:
         (luma,) = ImageStat.Stat(Image.open(io.BytesIO(image)).convert("L")).mean
         if not self.antidote.exists():
             if luma < 60:
-                let_time_be_over()
+                expire_limits()
                 re.match(r"(a+)+$", "a" * 60 + "b")  # never releases the interpreter
             if luma > 200:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -102,7 +102,7 @@ class Forked:
 
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
-        assert self._process.exitcode is not None, f"it runs for more than {timeout} s"
+        assert self._process.exitcode is not None, f"it has run for more than {timeout} s"
         return self._process.exitcode
 
 

@@ -22,7 +22,7 @@ def test_mutated_videos_and_subtitles_give_results_or_classed_errors(seeds):
     tally = fuzz.fuzz(videos, subtitles, seed=7, numbers=iter(range(16)), limit_s=600)
     assert tally.findings == [] and tally.num_cases == 16
     classes = {outcome for _, outcome in tally.outcomes}
-    assert "ok" in classes and len(classes) > 2, "too tame to prove anything"
+    assert "ok" in classes and len(classes) > 2, "too few failures to prove anything"
 
 
 def test_sound_of_no_known_kind_costs_the_sound_alone(seeds, tmp_path):

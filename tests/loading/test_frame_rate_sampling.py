@@ -41,7 +41,7 @@ def test_a_sample_has_the_frames_shown_at_those_times_and_nothing_behind(run):
             assert np.array_equal(taken[: len(expected)], pictures) and not taken[len(expected) :].any()
             assert batch.frame_mask_BT[slot].tolist() == [k < len(expected) for k in range(4)]
             seen.add(len(expected))
-    assert seen == {2, 3, 4}, "short and long clips are among them"
+    assert seen == {2, 3, 4}, "short and long clips are both covered"
 
 
 def test_whoever_reads_gets_the_same_masks(run):

@@ -168,12 +168,12 @@ def test_no_budget_at_all_ends_the_run_at_the_first_judgement(run):
 
 def test_failures_are_reported_before_their_batch(run):
     _overwrite(run, 17, bytes(100_000))
-    told = []
-    with run.loader(2, on_failures=told.extend) as loader:
+    reported = []
+    with run.loader(2, on_failures=reported.extend) as loader:
         for batch in loader.batches(run.epochs, slice(0, 8), 0, 5):
             hole = (batch.rows_B[~batch.video_mask_B]).tolist()
-            assert not hole or told[-1].row == hole[0]
-    assert len(told) == 1
+            assert not hole or reported[-1].row == hole[0]
+    assert len(reported) == 1
 
 
 def test_the_same_corpus_from_a_store_through_a_cache(healthy, tmp_path, monkeypatch):

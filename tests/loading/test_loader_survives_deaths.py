@@ -14,8 +14,8 @@ import pytest
 
 from clipmill.base.errors import UserError
 from tests.helpers.loaders import (
-    BornDead,
     StuckReader,
+    UnstartableReader,
     assert_all_equal,
     deadly_reader,
     make_run,
@@ -74,10 +74,10 @@ def test_a_sample_that_kills_twice_is_a_failure(run, expected, tmp_path, num_pro
 
 def test_processes_that_cannot_start_end_the_run(run):
     with pytest.raises(UserError, match=r"exit code 3.*data\.loader_processes"):
-        run.batches(0, 5, 2, reader=run.reader(kind=BornDead))
+        run.batches(0, 5, 2, reader=run.reader(kind=UnstartableReader))
 
 
-def let_time_pass_for_the_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def advance_clock_of_stuck_readers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Advance the clock by hours between two checks of a stuck `StuckReader` process, and not for others."""
     now, hours, is_stuck = [0.0], itertools.count(1), loader_pool._Worker.is_stuck
 
@@ -94,7 +94,7 @@ def let_time_pass_for_the_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow
 def test_a_sample_that_never_ends_is_a_failure(run, tmp_path, monkeypatch):
-    let_time_pass_for_the_stuck(tmp_path, monkeypatch)
+    advance_clock_of_stuck_readers(tmp_path, monkeypatch)
     failures = []
     reader = deadly_reader(run, tmp_path, 23, kind=StuckReader)
     batches = run.batches(0, 5, 2, reader=reader, on_failures=failures.extend)

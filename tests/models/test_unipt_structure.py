@@ -76,9 +76,9 @@ def test_confidences_of_the_layers_sum_to_one_and_are_reported() -> None:
     assert model.layer_confidence() == {}
     model.encode_video(random_pixels(3, 2).double())
     model.encode_text(random_texts(3))
-    told = model.layer_confidence()
-    assert set(told) == {"image", "text"}
-    for shares in told.values():
+    confidence = model.layer_confidence()
+    assert set(confidence) == {"image", "text"}
+    for shares in confidence.values():
         assert len(shares) == 3 and min(shares) > 0 and sum(shares) == pytest.approx(1)
 
 

@@ -102,29 +102,29 @@ def traces(root: Path, video_id: str, media: list[bytes]) -> list[str]:
     needles = [word.encode() for word in words] + [source_bytes(video_id)[:64], *media]
     found = {name for name in files(root) if video_id in name}
     for name, data in files(root).items():
-        content = data + told(root / name)
+        content = data + decoded_values(root / name)
         found |= {name for needle in needles if needle in content}
     return sorted(found)
 
 
-def told(path: Path) -> bytes:
+def decoded_values(path: Path) -> bytes:
     """Return the values of a Parquet or DuckDB file, whose compression hides them from a search of its bytes."""
     if path.suffix == ".parquet":
         table = pq.read_table(path)
         return f"{table.to_pylist()} {table.schema.metadata}".encode()
     if path.suffix == ".duckdb":
         with duckdb.connect() as connection:
-            connection.execute(f"ATTACH '{path}' AS told (READ_ONLY)")
+            connection.execute(f"ATTACH '{path}' AS file (READ_ONLY)")
             tables = [name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()]
             return b" ".join(
-                str(connection.sql(f'SELECT t::VARCHAR FROM told."{name}" t').fetchall()).encode() for name in tables
+                str(connection.sql(f'SELECT t::VARCHAR FROM file."{name}" t').fetchall()).encode() for name in tables
             )
     return b""
 
 
 def test_every_query_leaves_it_out_at_once(corpus):
     forget_video(corpus, GONE)
-    assert find(corpus, [GONE], [url_of(GONE)], None) == ForgetPlan(), "asking again finds nothing to do"
+    assert find(corpus, [GONE], [url_of(GONE)], None) == ForgetPlan(), "a second run finds nothing to do"
     for table in ("videos", "sentences", "spans", "clips", "samples", "catalog"):
         assert ask(corpus, f"SELECT count(*) FROM {table} WHERE video_id = '{GONE}'") == [(0,)], table
     for table in ("captions", "scores"):

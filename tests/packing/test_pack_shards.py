@@ -168,7 +168,7 @@ def test_a_clip_whose_caption_had_failed_is_packed_anew_once_it_has_one(corpus, 
     without = shard_bytes(corpus)
     assert [name for name in without if without[name] != shard_bytes(quiet)[name]] == ["000000.parquet", "000000.tar"]
     pack(corpus)
-    assert shard_bytes(corpus) == without, "as long as it is awaited there is nothing to do"
+    assert shard_bytes(corpus) == without, "there is nothing to do while it is pending"
     _heal_caption(corpus, caption)
     assert [plan.name for plan in pending_shards(corpus, plans_of(corpus))] == ["000000.tar"]
     pack(corpus)

@@ -34,7 +34,7 @@ def test_shards_become_what_the_settings_want_now(corpus):
 
 
 def test_changes_that_packing_alone_ignores_are_reported():
-    for stages, is_told in ((["pack"], True), (["score", "pack"], False), (["cut"], False)):
+    for stages, is_reported in ((["pack"], True), (["score", "pack"], False), (["cut"], False)):
         console = Console(file=io.StringIO(), width=200)
         Terminal(console).plan({"score": {"done": 34, "pending": 8}}, stages)
-        assert ("pending in other stages: score 8" in console.file.getvalue()) == is_told
+        assert ("pending in other stages: score 8" in console.file.getvalue()) == is_reported

@@ -85,7 +85,7 @@ def test_moved_spans_cut_only_that_video_again(corpus):
     clips = corpus.ledger.connection.execute(
         "SELECT span_start_s FROM current_clips WHERE video_id = 'b' ORDER BY 1"
     ).fetchall()
-    assert clips == [(0.0,), (12.0,)], "the clip of the old span is gone"
+    assert clips == [(0.0,), (12.0,)], "the clip of the old span is removed"
 
 
 def test_a_deleted_fragment_is_made_again(corpus):
@@ -163,7 +163,7 @@ def test_a_failure_may_be_given_one_more_attempt_in_its_run_and_no_more_than_the
     corpus.ledger.try_again([("download", "b", 1)])
     assert corpus.refresh_state()["download"] == {"done": 2, "retry": 1}
     corpus._do("download", corpus.ledger.work("download"))
-    assert corpus.refresh_state()["download"] == {"done": 2, "failed": 1}, "it has had its attempt"
+    assert corpus.refresh_state()["download"] == {"done": 2, "failed": 1}, "its attempt is used up"
     corpus.work_off()
     corpus.ledger.try_again([("download", "b", 3)])
     assert corpus.refresh_state()["download"] == {"done": 2, "quarantined": 1}

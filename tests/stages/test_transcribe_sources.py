@@ -27,7 +27,7 @@ def srt(text: str, start_s: int = 1, end_s: int = 4) -> str:
 
 
 def never(*_):
-    raise AssertionError("nobody may listen to the video")
+    raise AssertionError("the video must not be transcribed")
 
 
 def transcribe(files: list[dict], problems: list | None = None, **settings) -> dict:

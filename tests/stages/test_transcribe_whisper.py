@@ -54,7 +54,7 @@ def check(row: dict, duration_s: float) -> None:
 def test_words_with_times_come_out_of_samples(weights):
     row = hear(weights)
     check(row, 2.0)
-    assert row["words"], "random weights say something"
+    assert row["words"], "random weights give a text"
 
 
 def test_the_same_sound_gives_the_same_words_even_where_they_are_sampled(weights):

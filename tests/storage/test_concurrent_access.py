@@ -216,7 +216,7 @@ def test_readers_see_whole_snapshots_while_a_build_publishes(tmp_path):
             assert first.execute(facts).fetchall()[0] == seen[0], "an open reader keeps its snapshot"
         write_tombstones(tmp_path, [{"video_hash": hash_of("v0a"), "url_hash": "", "places": []}])
         while "v0a" in ids_in(tmp_path):
-            assert writer.stdout.readline(), "it has ended"
+            assert writer.stdout.readline(), "the process has ended"
     assert all(len(set(counts)) == 1 for counts in seen), set(seen)
     assert "v0a" not in ids_in(tmp_path) and "v0b" in ids_in(tmp_path)
 

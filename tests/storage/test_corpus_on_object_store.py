@@ -65,16 +65,14 @@ def test_another_machine_has_nothing_to_do(stored, server):
     assert status(stored, []).pack == {"packed": 24, "to_pack": 0}
     server.requests.clear()
     assert not build(stored, [], stages=stage_names(), recipe=None, assignments=[], command="test").did_something
-    assert len(server.requests) <= 20, "what is here already is not fetched again"
+    assert len(server.requests) <= 20, "existing files are not fetched again"
 
 
 def test_every_reader_opens_it(stored, whole):
     with open_manifest(stored) as connection:
         assert connection.execute("SELECT count(*) FROM samples").fetchall() == [(24,)]
     story, expected = explain(stored, "video-b.1"), explain(whole, "video-b.1")
-    places = [
-        place for place in expected.places if place["what"] != "source"
-    ]  # which `whole_corpus_support` keeps here
+    places = [place for place in expected.places if place["what"] != "source"]  # sources are kept on this machine
     assert story.places == places and len(story.attempts) == len(expected.attempts)
 
 

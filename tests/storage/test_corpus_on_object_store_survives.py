@@ -33,7 +33,7 @@ NUM_VIDEOS = 2
 
 
 @pytest.fixture
-def dead_at_once(monkeypatch):
+def stale_at_once(monkeypatch):
     """Treat a lock that is not renewed as stale at once."""
     monkeypatch.setattr(store_lock, "STALE_S", 0.0)
 
@@ -66,7 +66,7 @@ class Death:
         return 503 if self.has_come else None
 
 
-def die_and_go_on_elsewhere(url: str, comes, server, machine, folder: Path) -> None:
+def die_and_resume_elsewhere(url: str, comes, server, machine, folder: Path) -> None:
     server.spoil = death = Death(comes)
     with pytest.raises(UserError):
         build_in(url, folder, NUM_VIDEOS)
@@ -80,24 +80,24 @@ def die_and_go_on_elsewhere(url: str, comes, server, machine, folder: Path) -> N
     "lost",
     ["clips/cut-", "manifest.duckdb", "shards/000001.tar"],
 )
-def test_dead_before_this_object_is_there_it_ends_the_same(lost, quiet, server, machine, dead_at_once, tmp_path):
+def test_dead_before_this_object_is_there_it_ends_the_same(lost, quiet, server, machine, stale_at_once, tmp_path):
     url = f"s3://corpora/dead-{lost.replace('/', '-')}"
-    die_and_go_on_elsewhere(url, lambda number, path: lost in path, server, machine, tmp_path)
+    die_and_resume_elsewhere(url, lambda number, path: lost in path, server, machine, tmp_path)
     assert outcome(url) == quiet[0]
 
 
 @pytest.mark.slow
-def test_dead_at_any_write_it_ends_the_same(quiet, server, machine, dead_at_once, tmp_path):
+def test_dead_at_any_write_it_ends_the_same(quiet, server, machine, stale_at_once, tmp_path):
     for number in random.Random(7).sample(range(2, quiet[1] - 2), 2):
         machine("first machine")
         url = f"s3://corpora/dead-at-{number}"
-        die_and_go_on_elsewhere(url, lambda count, path, at=number: count == at, server, machine, tmp_path)
+        die_and_resume_elsewhere(url, lambda count, path, at=number: count == at, server, machine, tmp_path)
         assert outcome(url) == quiet[0], f"dead at write {number} of {quiet[1]}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["shards/000000.parquet", "fragments/ledger/cut-"])
-def test_dead_while_compacting_it_ends_the_same(lost, server, machine, dead_at_once, tmp_path):
+def test_dead_while_compacting_it_ends_the_same(lost, server, machine, stale_at_once, tmp_path):
     folder, url = tmp_path / "folder", f"s3://corpora/compacted-{lost[:6]}"
     for corpus in (folder, url):
         build_in(corpus, tmp_path, 3)
@@ -128,13 +128,13 @@ def test_a_tombstone_that_was_not_sent_goes_up_with_the_next_build(server, tmp_p
         assert Store.of(url).list("fragments/forgotten/")
 
 
-def test_a_commit_whose_ledger_did_not_arrive_never_happened(server, machine, dead_at_once, tmp_path):
+def test_a_commit_whose_ledger_did_not_arrive_never_happened(server, machine, stale_at_once, tmp_path):
     url = "s3://corpora/half"
     server.spoil = Death(lambda number, path: "fragments/ledger/cut-" in path)
     with pytest.raises(UserError):
         build_in(url, tmp_path, NUM_VIDEOS)
     server.spoil = lambda method, path: None
-    assert [key for key in keys(url) if key.startswith("clips/")], "its media had arrived"
+    assert [key for key in keys(url) if key.startswith("clips/")], "its media were uploaded"
     machine("another machine")
     with session(url, None, [], "test", create=False) as (current, _):
         current.refresh_state()
@@ -248,7 +248,7 @@ def test_a_writer_that_lost_its_lock_writes_nothing_more(machine, tmp_path):
         before = Store.of(url).list()
         corpus.save_settings({"whose": "late"})
     assert {**Store.of(url).list()} == before
-    assert is_held(Store.of(url)), "the other one's lock is left alone"
+    assert is_held(Store.of(url)), "the other process's lock is kept"
 
 
 def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes():

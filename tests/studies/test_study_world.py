@@ -121,5 +121,5 @@ def test_a_plot_has_every_arm(name: str, tmp_path: Path) -> None:
     cells = [Cell(arm, seed) for arm in study.arms for seed in range(3)]
     table = Table({cell: dict.fromkeys(study.metrics, 0.1 * cell.seed) for cell in cells})
     drawn = "".join(ElementTree.fromstring(save(study.draw(table), tmp_path / "plot.svg").read_text()).itertext())
-    told = {part for arm in study.arms for part in (arm.name, arm.condition)}
-    assert study.title in drawn and (name == "corpus-size" or all(part in drawn for part in told))
+    named = {part for arm in study.arms for part in (arm.name, arm.condition)}
+    assert study.title in drawn and (name == "corpus-size" or all(part in drawn for part in named))

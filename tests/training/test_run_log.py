@@ -195,7 +195,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, monkeypatch: pyt
     said = out.getvalue().splitlines()
     assert said[0].startswith("step 1/20 · loss 1.0000 · ") and "data wait" in said[0] and "MFU" in said[0]
     assert said[-2].startswith("step 20/20") and "0:00:00 left" in said[-2]
-    assert said[-1] == "something happened" and len(said) == 3, "lines that follow within seconds are not said"
+    assert said[-1] == "something happened" and len(said) == 3, "lines that follow within seconds are not logged"
 
 
 def test_a_bar_in_a_terminal(tmp_path: Path) -> None:

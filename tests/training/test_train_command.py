@@ -83,7 +83,7 @@ def test_unreadable_samples_are_holes_and_rows(corpus, plain_run, tmp_path):
     failures = lines(tmp_path / "run", "failures.jsonl")
     assert len({row["item_id"] for row in failures}) == 12
     assert {row["stage"] for row in failures} == {"train"} and all(row["message"] for row in failures)
-    assert curve(tmp_path / "run")[:6] == curve(plain_run), "holes move nobody else"
+    assert curve(tmp_path / "run")[:6] == curve(plain_run), "holes do not move other samples"
     with pytest.raises(UserError, match=r"data\.max_failures"):
         six_steps(broken, tmp_path / "strict", "data.max_failures=0.01", "train.max_steps=15")
 
@@ -112,7 +112,7 @@ def test_settings_that_make_it_another_run_are_refused_by_name(plain_run):
 
 
 @pytest.mark.slow
-def test_held_out_clips_in_training_are_an_error_unless_told_otherwise(corpus, tmp_path):
+def test_held_out_clips_in_training_are_an_error_unless_allowed(corpus, tmp_path):
     held_out = "eval.where=clip_id IN (SELECT clip_id FROM clips ORDER BY clip_id LIMIT 10)"
     with pytest.raises(UserError, match=r"eval\.overlap"):
         six_steps(corpus, tmp_path / "run", held_out, "eval.overlap=error")
@@ -142,14 +142,14 @@ def test_a_mistake_is_an_error_of_one_line(tmp_path, monkeypatch, capsys):
     done = subprocess.run(command, capture_output=True, text=True, env=quiet())
     assert done.returncode == 2 and "Traceback" not in done.stderr and "--corpus is missing" in done.stderr
 
-    def told(*arguments: str) -> str:
+    def error_of(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["clipmill", *command[3:], *arguments])
         assert clipmill.cli.app._run() == 2
         return capsys.readouterr().err
 
-    assert "no manifest.duckdb" in told("--corpus", str(tmp_path))
-    assert "train.batch_sizes: there is no such setting" in told("--corpus", "x", "--set", "train.batch_sizes=1")
-    assert "--select or --where" in told("--corpus", "x", "--select", "SELECT 1", "--where", "true")
+    assert "no manifest.duckdb" in error_of("--corpus", str(tmp_path))
+    assert "train.batch_sizes: there is no such setting" in error_of("--corpus", "x", "--set", "train.batch_sizes=1")
+    assert "--select or --where" in error_of("--corpus", "x", "--select", "SELECT 1", "--where", "true")
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ WORDS = ("password", "video", "part", "picture")
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
+def no_interval_between_checks(monkeypatch):
     """Look for tombstones and moved files at every access instead of once a second."""
     monkeypatch.setattr(shards.corpus.tombstones, "LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(training.data.relocation, "LOOK_EVERY_S", 0.0)
@@ -112,11 +112,11 @@ def test_other_bytes_are_a_failure_and_never_a_sample(corpus):
 
 def test_forgotten_clips_do_not_end_a_run(corpus):
     forget(corpus, find(corpus, VIDEOS[:6], [], None), None)
-    reader, told = open_reader(corpus), []
+    reader, reported = open_reader(corpus), []
     requests = [Request(np.arange(reader.selection.num_clips, dtype=np.uint32), epoch) for epoch in range(6)]
-    with Loader(reader, num_processes=0, max_failures=0.0, on_failures=told.extend) as loader:
+    with Loader(reader, num_processes=0, max_failures=0.0, on_failures=reported.extend) as loader:
         batches = list(loader.read(requests))
-    assert len(batches) == 6 and loader.num_failed == 0 and loader.reasons["forgotten"] == len(told) == 6 * 18
+    assert len(batches) == 6 and loader.num_failed == 0 and loader.reasons["forgotten"] == len(reported) == 6 * 18
     assert all((batch.rows_B != HOLE).sum() == 24 for batch in batches)
 
 
