@@ -101,7 +101,7 @@ def test_roll_up_captions_have_youtubes_structure(seed, music):
         tags = [seconds(*tag[:4]) for tag in TAG.findall(long[3][1])]
         assert [long[0], *tags] == pytest.approx([word.start_s for word in lines[n].words], abs=1e-3)
         if n:
-            assert cues[2 * n - 1][1] == pytest.approx(long[0])  # no gap, whatever the pause
+            assert cues[2 * n - 1][1] == pytest.approx(long[0])  # no gap at any pause
         above = plain
     spoken = [word for s in sentences for w in s.words for word in words_of(w.text)]
     heard = [word for line in lines for word in line.text.split() if word != "[Music]"]

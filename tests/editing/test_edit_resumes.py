@@ -104,7 +104,7 @@ def test_another_command_on_the_same_folder_is_refused(numbered, tmp_path):
     assert edit_tables(corpus) == before
 
 
-# -- with students: their runs are tested as runs; here what they report is written down beforehand --------------------
+# -- with students, whose runs are replaced by listed reports ----------------------------------------------------------
 
 
 @pytest.fixture

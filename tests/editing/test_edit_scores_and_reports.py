@@ -68,7 +68,7 @@ def test_stretches_are_the_union_of_rooms():
     assert stretches_of(rooms) == [(0.0, 9.0), (20.0, 22.0)]
 
 
-def test_without_a_student_rounds_go_on_until_nothing_moves():
+def test_without_a_student_rounds_continue_until_nothing_moves():
     truths = make_truths(6, SETTINGS)
     videos = [truth.clips for truth in truths]
 

@@ -46,7 +46,7 @@ def play(videos, score, settings=SETTINGS, num_rounds=10, step_scale=1.0):
     return spans, pa.concat_tables(tables)
 
 
-# -- what is offered ---------------------------------------------------------------------------------------------------
+# -- candidates --------------------------------------------------------------------------------------------------------
 
 
 def test_nine_candidates_move_one_boundary_both_or_the_clip() -> None:
@@ -113,7 +113,7 @@ def test_edits_never_break_a_limit_nor_break_one_further(made, seed: int, step_s
     assert rows.num_rows == 4 * len(video)
 
 
-# -- what is chosen ----------------------------------------------------------------------------------------------------
+# -- choice ------------------------------------------------------------------------------------------------------------
 
 
 def test_an_oracle_recovers_the_true_boundaries_round_by_round() -> None:
@@ -231,7 +231,7 @@ def test_only_the_lowest_scoring_share_is_edited_when_asked_for() -> None:
     assert lowest_threshold(videos, spans, oracle, SETTINGS) == np.inf
 
 
-# -- what is promised --------------------------------------------------------------------------------------------------
+# -- properties --------------------------------------------------------------------------------------------------------
 
 
 def test_the_rows_do_not_depend_on_order_or_on_how_videos_are_dealt_to_workers() -> None:

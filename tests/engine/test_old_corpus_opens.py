@@ -32,7 +32,7 @@ from shards.corpus.fragments import commit_name
 DATA = Path(__file__).parents[1] / "data" / "old_corpus"
 RECORDED = json.loads((DATA / "recorded.json").read_text())
 
-NUM_FAILED = 2  # of the corpus's sources: a page that is not there, and one that is no video
+NUM_FAILED = 2  # sources of the corpus: a missing page, and one that is not a video
 STAGES = ("download", "transcribe", "segment", "cut", "caption", "score", "pack")
 LAST_STEP, NUM_STEPS = 8, 12  # of the run: where it was stopped, and its length
 REWRITTEN = ("manifest.duckdb", "README.txt", "corpus.yaml")  # which a later version may complete

@@ -161,7 +161,7 @@ def test_files_that_are_no_videos_are_rows(hostile):
     assert failures(hostile, f"f.item_id IN {names}") == wanted
 
 
-def test_what_is_no_address_at_all_is_a_row_of_its_line(hostile):
+def test_an_invalid_address_is_a_row_of_its_line(hostile):
     rows = ask(hostile.corpus, "SELECT error_class FROM failures WHERE stage = 'ingest'")
     refused = ask(hostile.corpus, "SELECT error_class FROM failures WHERE item_id = 'gopher'")
     assert [row for row in rows if row == ("bad-url",)] == [("bad-url",)] * 5 and refused == [("unsupported-url",)]

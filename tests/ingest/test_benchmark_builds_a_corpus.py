@@ -8,7 +8,7 @@ import pytest
 
 from clipmill.base.errors import UserError
 from pipeline.engine.registry import stage_names
-from tests.helpers import benchmarks as layouts
+from tests.helpers import benchmarks
 from tests.helpers.builds import ask, build_here, clipmill, snapshot
 from tests.helpers.media import Shape, make_video, numbers_in
 
@@ -21,7 +21,7 @@ PLAIN = "caption.captioner=tests.helpers.plain_captioner:Plain"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Make a small MSR-VTT: four training videos and two of 1k-A; two are equal, one is missing, one is not a video."""
-    folder = layouts.msrvtt(tmp_path_factory.mktemp("msrvtt"), num_train=4, num_test=2)
+    folder = benchmarks.msrvtt(tmp_path_factory.mktemp("msrvtt"), num_train=4, num_test=2)
     for i in (0, 3, 4):
         make_video(folder / "videos", Shape(f"video{i}.mp4", num_frames=60 + 15 * i, size=(160, 96)))
     shutil.copy(folder / "videos" / "video0.mp4", folder / "videos" / "video1.mp4")

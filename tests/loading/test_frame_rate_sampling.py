@@ -44,7 +44,7 @@ def test_a_sample_has_the_frames_shown_at_those_times_and_nothing_behind(run):
     assert seen == {2, 3, 4}, "short and long clips are both covered"
 
 
-def test_whoever_reads_gets_the_same_masks(run):
+def test_every_number_of_processes_gives_the_same_masks(run):
     assert_all_equal(run.batches(0, 3), run.batches(0, 3, num_processes=2))
 
 

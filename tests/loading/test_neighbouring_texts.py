@@ -71,7 +71,7 @@ def test_plain_tars_have_them_by_the_numbers_of_their_clips(corpus, tmp_path) ->
     assert texts[f"{first}.0"] == [None, f"blue circle 1 {first}"]
 
 
-def test_a_batch_has_their_ids_whoever_reads_it(corpus, tmp_path) -> None:
+def test_a_batch_has_their_ids_in_every_process(corpus, tmp_path) -> None:
     selection, texts = freeze(tmp_path, corpus, 1), TextEncoder(WORDS, MAX_TOKENS)
     data = DataSettings(num_frames=2, neighbours=1)
     rows = np.append(np.arange(20), PAD).astype(np.uint32)

@@ -174,7 +174,7 @@ def test_a_head_may_lie_beside_the_clip_and_a_trained_clip_may_get_another_head(
     assert all(name.startswith("head.") for name in other.new_tensors)
 
 
-def test_a_2d_model_may_go_on_with_a_3d_stem(tmp_path: Path) -> None:
+def test_a_2d_model_may_continue_with_a_3d_stem(tmp_path: Path) -> None:
     model = released_size("seqLSTM")
     bare_file(model, tmp_path)
     deep = load_clip4clip(tmp_path / "bare.safetensors", head="seqLSTM", stem="3d")

@@ -223,7 +223,7 @@ def test_killed_anywhere_the_next_run_ends_in_the_same_bytes(corpus, tmp_path, m
     reference = shutil.copytree(corpus, tmp_path / "reference")
     pack(reference, changed)
     wanted = sorted(path.name for path in (reference / "shards").iterdir())
-    pack(corpus)  # what the repacking replaces: 3 shards by 2
+    pack(corpus)  # repacking replaces 3 shards by 2
     for step in range(100):
         copy = shutil.copytree(corpus, tmp_path / f"killed-{step}")
         if not _dies_at(step, lambda root=copy: pack(root, changed), monkeypatch):

@@ -111,8 +111,8 @@ def test_a_truncated_file_gives_what_it_has(tmp_path):
     assert [(clip_id, error.error_class) for clip_id, error in result.failures] == [("v.2", "span-past-end")]
 
 
-def test_an_index_that_never_came_is_no_video(tmp_path):
-    path = make_video(tmp_path, Shape("whole.mp4"))  # its index stands at the end
+def test_a_video_without_its_index_is_not_a_video(tmp_path):
+    path = make_video(tmp_path, Shape("whole.mp4"))  # its index is at the end
     path.write_bytes(path.read_bytes()[:-2000])
     assert error_class_of(path, tmp_path) == "not-a-video"
 

@@ -67,7 +67,7 @@ def shown_by_jpegs(data: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize("data", [b"", b"JPGS", b"\xff\xff\xff\xffJPGS", b"x" * 40 + b"\1\0\0\0\1\0\0\0JPGS"])
-def test_what_is_no_jpeg_sequence_is_refused(data):
+def test_data_other_than_a_jpeg_sequence_is_refused(data):
     with pytest.raises(ItemError, match="not-jpeg-frames"):
         jpeg_frames(data)
 

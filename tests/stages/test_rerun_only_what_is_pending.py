@@ -169,7 +169,7 @@ def test_a_failure_may_be_given_one_more_attempt_in_its_run_and_no_more_than_the
     assert corpus.refresh_state()["download"] == {"done": 2, "quarantined": 1}
 
 
-def test_a_healed_failure_is_no_failure_any_more(corpus):
+def test_a_later_success_removes_the_failure(corpus):
     corpus.fail["download:b"] = ItemError("timeout", "slow", transient=True)
     corpus.work_off()
     corpus.fail.clear()

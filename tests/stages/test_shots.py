@@ -133,7 +133,7 @@ def test_a_file_that_breaks_off_has_the_shots_that_are_there(tmp_path):
     assert found[0] == pytest.approx(truth[0], abs=0.002) and found[-1] < truth[-1]
 
 
-def test_what_is_no_video_fails_with_its_class(tmp_path):
+def test_a_file_that_is_not_a_video_fails_with_its_class(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"<html>404</html>" * 50)
     with pytest.raises(ItemError, match="not-a-video"):
         detect_shots(tmp_path / "a.mp4")

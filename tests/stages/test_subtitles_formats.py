@@ -134,7 +134,7 @@ def test_content_decides_the_format_whatever_the_name_says():
         b'<!DOCTYPE x [<!ENTITY a "aa">]><x xmlns="http://www.w3.org/ns/ttml"><p begin="1s" end="2s">&a;</p></x>',
     ],
 )
-def test_what_is_no_subtitle_fails_as_unreadable(data):
+def test_a_file_that_is_not_a_subtitle_fails_as_unreadable(data):
     with pytest.raises(ItemError) as failure:
         read_subtitles(data)
     assert failure.value.error_class == "subtitle-unreadable"
@@ -262,7 +262,7 @@ def test_no_json_crashes_the_reader(events):
         assert error.error_class == "subtitle-unreadable"
 
 
-# --- what is not spoken --------------------------------------------------------------------------------------------
+# --- text that is not spoken ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

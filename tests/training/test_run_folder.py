@@ -72,7 +72,7 @@ def test_a_broken_or_newer_record_is_an_error(content: str, tmp_path: Path) -> N
         folder.load()
 
 
-# -- what may change ---------------------------------------------------------------------------------------------------
+# -- changes of settings -----------------------------------------------------------------------------------------------
 
 
 def test_settings_that_make_another_run_are_refused_with_old_and_new_values(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def curve(path: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in lines(path)]
 
 
-def test_the_first_step_the_last_and_every_so_many_have_a_line(tmp_path: Path) -> None:
+def test_the_first_the_last_and_every_nth_step_have_a_line(tmp_path: Path) -> None:
     with open_log(tmp_path, total_steps=12) as log:
         take_steps(log, 1, 12)
     assert [row["step"] for row in lines(tmp_path / "log.jsonl")] == [1, 5, 10, 12]
@@ -183,7 +183,7 @@ def test_looking_early_does_not_change_the_next_line(tmp_path: Path) -> None:
     assert curve(tmp_path / "a" / "log.jsonl") == curve(tmp_path / "b" / "log.jsonl")
 
 
-# -- what people see ---------------------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------------------------------
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
