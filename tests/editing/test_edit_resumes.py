@@ -37,7 +37,7 @@ def tars_of(corpus: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_the_same_rows_and_bytes_on_two_workers(numbered, whole, local_ray, tmp_path):
-    """A third round without workers continues from them; starting workers costs seconds of imports in each round."""
+    """The second round runs without workers: starting them costs seconds of imports in each round."""
     corpus = copy_of(numbered, tmp_path)
     edit(corpus, tmp_path / "edit", rounds=1, trains=False, workers=2)
     edit(None, tmp_path / "edit", rounds=2, trains=False, model=None)

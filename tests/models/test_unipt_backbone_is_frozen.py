@@ -123,7 +123,7 @@ def test_growth_per_frame_is_a_small_part_of_full_fine_tunings() -> None:
 
 @pytest.mark.parametrize("pooling, least", [("proxy", 15), ("mean", 12)])
 def test_at_the_published_size_full_fine_tuning_keeps_more_than_ten_times_as_much(pooling: str, least: int) -> None:
-    """ViT-B/32, two clips of 12 frames and two texts of 32 tokens in float32, on meta tensors."""
+    """ViT-B/32, two clips of 12 frames and two texts of 32 tokens in float32, on fake tensors without data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config = ModelConfig(TowerConfig(768, 12, 12, 3072), TowerConfig(512, 12, 8, 2048), 512)
