@@ -1,4 +1,4 @@
-"""What every test gets: quiet native threads, and the folder of real footage where it is there."""
+"""Set up every test: single-threaded native libraries, Hypothesis profiles, and fixtures shared by the session."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# The same examples in every run, HYPOTHESIS_PROFILE=any draws others; time limits would measure the neighbours.
+# Every run uses the same examples unless HYPOTHESIS_PROFILE=any; time limits would only measure the machine's load.
 UNHURRIED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("same", derandomize=True, **UNHURRIED)
 settings.register_profile("any", **UNHURRIED)
@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A worker of Ray's that a busy machine starts slowly is no failed one, nor is a node that answers slowly a dead one.
+# On a busy machine, a Ray worker that starts slowly has not failed, and a node that answers slowly is not dead.
 os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
 os.environ.setdefault("RAY_health_check_timeout_ms", "60000")
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1200")
@@ -28,21 +28,21 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files with most slow tests first: processes that take a file at a time then end at about the same time."""
+    """Put the files with most slow tests first, so that processes that take a file at a time end together."""
     num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -num_slow[item.path])
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Sums in fp32 depend on the number of threads, which training in this process may have set."""
+    """Reset torch to one thread: sums in fp32 depend on the number, which an earlier training may have set."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def footage() -> Path:
-    """Real videos kept beside the checkout, not in it."""
+    """Return the folder of real videos beside the checkout; skip the test if it is missing."""
     folder = SHARED / "data" / "videos"
     if not folder.is_dir():
         pytest.skip(f"no real footage: {folder} is not there")
@@ -51,7 +51,7 @@ def footage() -> Path:
 
 @pytest.fixture(scope="session")
 def local_ray():
-    """One Ray for all tests that need one: starting it costs seconds."""
+    """Start one Ray for all tests that need it, since starting it takes seconds."""
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
@@ -61,7 +61,7 @@ def local_ray():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A small world of the demo's kind with every fault, behind loopback HTTP."""
+    """Serve a small demo world with every fault over loopback HTTP."""
     from pipeline.demo.server import serve
     from pipeline.demo.world import WorldSettings, make_world, write_sources
     from tests.helpers.builds import ServedWorld
@@ -77,9 +77,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def built(local_ray, world, tmp_path_factory):
-    """A corpus built once from the world, for tests that only look. Gives (corpus folder, the build's report).
+    """Build a corpus from the world for tests that only read it; return (corpus folder, the build's report).
 
-    Its captions are plain: loading models would be most of the work, in every build that is compared with this one.
+    A captioner without a model writes its captions, because loading models would take most of the time of each build.
     """
     from tests.helpers.builds import PLAIN, build_here
 
@@ -89,7 +89,7 @@ def built(local_ray, world, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def numbered(tmp_path_factory):
-    """A packed corpus of videos that show their frames' numbers, for tests of editing: they copy what they change."""
+    """Build a packed corpus of videos that show their frame numbers; tests copy it before they change it."""
     from tests.helpers.edits import build_corpus
 
     return build_corpus(tmp_path_factory.mktemp("numbered") / "corpus")
@@ -97,7 +97,7 @@ def numbered(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """A corpus of eight videos with every stage's rows and media, made without Ray; to look at or copy."""
+    """Make a corpus of eight videos with the rows and media of every stage, without Ray; tests read or copy it."""
     from tests.helpers.whole_corpus import VIDEOS, build_whole, url_of, write_sources
 
     folder = tmp_path_factory.mktemp("whole")

@@ -1,10 +1,9 @@
-"""Captions by CoCa, on a tiny CoCa with random weights: what a caption is, and that its batch does not shape it."""
+"""CoCa captions from a tiny model with random weights: their text and score, and independence of the batch."""
 
 import io
 import json
 import math
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from captioning.captioner import Caption, Captioner, fingerprint_of, load_captioner
 from captioning.settings import CaptionSettings
 from clipmill.base.errors import ItemError, UserError
+from tests.helpers.pictures import random_jpeg
 
 CONFIG = {
     "embed_dim": 24,
@@ -43,7 +43,7 @@ def random_coca(seed: int = 0) -> open_clip.CoCa:
     torch.manual_seed(seed)
     model = open_clip.CoCa(**{key: value for key, value in CONFIG.items() if key != "custom_text"})
     for parameter in model.parameters():
-        if parameter.ndim > 1:  # larger than the usual start, so that pictures and words matter
+        if parameter.ndim > 1:  # larger than usual, so that pictures and words affect the captions
             torch.nn.init.normal_(parameter, std=3 * parameter.shape[-1] ** -0.5)
     return model
 
@@ -64,14 +64,7 @@ def settings_for(folder: str, **chosen) -> CaptionSettings:
     return CaptionSettings(model=folder, device="cpu", max_tokens=12, **chosen)
 
 
-def jpeg(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((60, 50), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-FRAMES = [jpeg(seed) for seed in range(8)]
+FRAMES = [random_jpeg(seed) for seed in range(8)]
 DECODINGS = [
     {"generation": "beam_search", "num_beams": 6, "num_beam_groups": 3},
     {"generation": "beam_search", "num_beams": 2, "num_beam_groups": 1, "min_tokens": 2, "repetition_penalty": 2.0},
@@ -159,9 +152,9 @@ def test_pictures_and_their_jpeg_bytes_get_the_same_caption(folder):
     assert captioner.caption(pictures) == captioner.caption(FRAMES[:3])
 
 
-def test_nothing_said_is_recorded_as_nothing(tmp_path):
+def test_an_empty_caption_is_recorded(tmp_path):
     model = random_coca()
-    with torch.no_grad():  # whatever it sees, the end token is likeliest
+    with torch.no_grad():  # makes the end token the most likely for any picture
         model.text_decoder.ln_final.weight.zero_()
         model.text_decoder.ln_final.bias.fill_(1.0)
         model.text_decoder.text_projection.zero_()

@@ -1,9 +1,8 @@
-"""Captions by Hugging Face models, on tiny random ones written by the test: BLIP, and ViT with GPT-2."""
+"""Captions by Hugging Face models (BLIP, and ViT with GPT-2), on tiny random models that the tests write."""
 
 import io
 import math
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from captioning.captioner import Captioner, fingerprint_of, load_captioner
 from captioning.settings import CaptionSettings
 from clipmill.base.errors import ItemError, UserError
+from tests.helpers.pictures import random_jpeg
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"word{n}" for n in range(60))]
 TEXT = {"vocab_size": len(WORDS), "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
@@ -32,7 +32,7 @@ def save_tokenizer(folder) -> None:
 
 
 def widen(model) -> None:
-    """Larger random weights than a model starts with, so that pictures and words matter."""
+    """Draw larger random weights than a model starts with, so that pictures and words affect its captions."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
@@ -93,14 +93,7 @@ def settings_for(folder: str, **chosen) -> CaptionSettings:
     return CaptionSettings(captioner="huggingface", model=folder, device="cpu", max_tokens=10, **chosen)
 
 
-def jpeg(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((60, 50), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-FRAMES = [jpeg(seed) for seed in range(6)]
+FRAMES = [random_jpeg(seed) for seed in range(6)]
 DECODINGS = [
     {"generation": "beam_search", "num_beams": 3},
     {"generation": "top_k"},
@@ -116,7 +109,7 @@ def test_captions_do_not_depend_on_the_batch(folder, decoding):
     alone = [captioner.caption([frame])[0] for frame in reversed(FRAMES)][::-1]
     assert [c.text for c in together] == [c.text for c in alone]
     assert [c.score for c in together] == pytest.approx([c.score for c in alone], abs=2e-4)
-    assert all(len(c.text.split()) <= c.num_tokens <= 9 for c in together)  # special tokens are no words
+    assert all(len(c.text.split()) <= c.num_tokens <= 9 for c in together)  # special tokens are not words
     assert len({c.text for c in together}) > 1, "the pictures must matter, or this test shows nothing"
 
 

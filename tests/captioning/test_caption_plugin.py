@@ -1,4 +1,4 @@
-"""A captioner of one's own: the example in docs/captioning.md runs as it stands there."""
+"""Captioner plug-ins: the example in docs/captioning.md runs unchanged."""
 
 import io
 import re
@@ -24,7 +24,7 @@ def jpeg(colour: tuple[int, int, int]) -> bytes:
 @pytest.fixture
 def module(tmp_path, monkeypatch) -> Path:
     example = re.search(r"```python\n(# brightness\.py\n.*?)```", DOCS.read_text(), re.DOTALL)
-    assert example, "docs/captioning.md has lost its example"
+    assert example, "docs/captioning.md has no example"
     path = tmp_path / "brightness.py"
     path.write_text(example.group(1))
     monkeypatch.syspath_prepend(str(tmp_path))

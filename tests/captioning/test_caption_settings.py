@@ -1,4 +1,4 @@
-"""Caption and score settings: what is refused, what makes captions pending, and that asking costs no model."""
+"""Caption and score settings: wrong values are refused, fingerprints follow the settings, and neither loads a model."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What the shipped demo models say about frames they have never seen is true."""
+"""The shipped demo models caption and score unseen frames correctly."""
 
 from pathlib import Path
 

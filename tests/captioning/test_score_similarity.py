@@ -1,10 +1,9 @@
-"""Scores of clips: cosines by a tiny CLIP with random weights, against the same numbers worked out the plain way."""
+"""Similarity scores of clips, from a tiny CLIP with random weights, equal cosines computed directly."""
 
 import io
 import json
 from unittest import mock
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -17,6 +16,7 @@ from captioning.scorer import ScoreInput, fingerprint_of, load_scorer, speech_co
 from captioning.settings import ScoreSettings
 from clipmill.base.errors import ItemError, UserError
 from shards.corpus.schema import TABLES
+from tests.helpers.pictures import random_jpeg
 
 CONFIG = {
     "embed_dim": 24,
@@ -38,16 +38,9 @@ def folder(tmp_path_factory) -> str:
     return f"local-dir:{folder}"
 
 
-def jpeg(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((60, 50), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
 TEXTS = ["a dog on the grass", "now we fry the onions", "thank you", "word " * 60, "the the the dog"]
 ROWS = [
-    ScoreInput(f"v.{n}", jpeg(n % 4), TEXTS[n % 5], TEXTS[(n * 2 + 1) % 5] if n % 3 else None, duration_s=4.0)
+    ScoreInput(f"v.{n}", random_jpeg(n % 4), TEXTS[n % 5], TEXTS[(n * 2 + 1) % 5] if n % 3 else None, duration_s=4.0)
     for n in range(9)
 ]
 
@@ -100,8 +93,8 @@ def test_scores_do_not_depend_on_the_batch(folder):
 @pytest.mark.parametrize("nothing", [None, ""])
 def test_a_missing_text_gives_null_and_no_number(folder, nothing):
     rows = [
-        ScoreInput("v.0", jpeg(0), nothing, "a dog", 3.0),
-        ScoreInput("v.1", jpeg(0), "a dog", nothing, None),
+        ScoreInput("v.0", random_jpeg(0), nothing, "a dog", 3.0),
+        ScoreInput("v.1", random_jpeg(0), "a dog", nothing, None),
         ScoreInput("v.2", None, "a dog", "a cat", 3.0),
     ]
     first, second, third = load_scorer(settings_for(folder)).score(rows)

@@ -1,4 +1,4 @@
-"""The command line: quick to start, and the files beside it are what their readers take."""
+"""The command line starts quickly, and the recipes and cluster files shipped with it are valid."""
 
 import re
 import subprocess
@@ -32,7 +32,7 @@ def test_every_command_explains_itself():
         assert done.returncode == 0 and "Usage" in done.stdout
 
 
-def test_a_build_without_sources_goes_on_with_a_corpus_and_begins_none(tmp_path):
+def test_a_build_without_sources_resumes_a_corpus_but_creates_none(tmp_path):
     from clipmill.cli.app import build
 
     with pytest.raises(UserError, match="mistyped is not a corpus"):
@@ -58,7 +58,7 @@ def test_every_recipe_is_valid():
 
 
 def test_no_file_names_a_registry():
-    address = re.compile(r"py[p]i[.]org|python[h]osted[.]org|index[-_]url")  # spelt so that this line has none itself
+    address = re.compile(r"py[p]i[.]org|python[h]osted[.]org|index[-_]url")  # does not match itself
     files = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
     for name in files:
         if name.endswith((".py", ".toml", ".txt", ".md", ".yaml", "Makefile", "run")):

@@ -1,4 +1,4 @@
-"""`clipmill settings`: the page in docs is the code's, and the template it prints means the defaults."""
+"""`clipmill settings`: the page in docs matches the code, and the printed template resolves to the defaults."""
 
 from pathlib import Path
 

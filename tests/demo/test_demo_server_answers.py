@@ -1,4 +1,4 @@
-"""The loopback server: ranges, HEAD, ETags, content types, faults on order, and nothing outside its folder."""
+"""The demo's loopback server: ranges, HEAD, ETags, content types, scripted faults, and no access outside its folder."""
 
 import http.client
 import threading
@@ -37,7 +37,7 @@ def base(tmp_path_factory):
 
 
 def raw(base: str, method: str, path: str, headers: dict | None = None) -> tuple[int, dict, bytes]:
-    """A request whose path no client library has tidied up."""
+    """Send a request whose path no client library has normalised."""
     connection = http.client.HTTPConnection(urlsplit(base).netloc, timeout=600)
     connection.request(method, path, headers=headers or {})
     answer = connection.getresponse()
@@ -154,7 +154,7 @@ def test_a_connection_serves_several_requests(base):
     connection.close()
 
 
-def test_the_server_is_gone_after_its_block(tmp_path):
+def test_the_server_stops_after_its_block(tmp_path):
     before = threading.active_count()
     with serve(tmp_path) as url:
         assert url.startswith("http://127.0.0.1:")

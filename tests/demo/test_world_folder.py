@@ -1,4 +1,4 @@
-"""The world as a folder: same bytes from other processes, truth files, sources, broken ones, repeated calls, errors."""
+"""The demo world as a folder: deterministic bytes, truth files, sound and broken sources, repeated calls, errors."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def make_elsewhere(worlds: dict[str, dict]) -> None:
-    """Make worlds, given as folder: settings, in another Python process."""
+    """Make worlds, given as {folder: settings}, in another Python process."""
     subprocess.run([sys.executable, "-c", MAKE, json.dumps(worlds)], check=True, cwd=ROOT, capture_output=True)
 
 
@@ -87,13 +87,13 @@ def test_no_name_of_the_machine_leaks_into_any_file(world):
             assert str(world).encode() not in path.read_bytes()
 
 
-def test_a_finished_world_is_kept_and_progress_is_told(tmp_path):
+def test_a_finished_world_is_kept_and_progress_is_reported(tmp_path):
     settings = WorldSettings(num_videos=2, min_video_s=3.0, max_video_s=4.0, workers=1)
-    told = []
-    first = make_world(tmp_path / "w", settings, lambda done, total: told.append((done, total)))
-    assert told == [(1, 2), (2, 2)]
+    reported = []
+    first = make_world(tmp_path / "w", settings, lambda done, total: reported.append((done, total)))
+    assert reported == [(1, 2), (2, 2)]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "w").rglob("*")}
-    assert make_world(tmp_path / "w", settings.model_copy(update={"workers": 2}), told.append) == first
+    assert make_world(tmp_path / "w", settings.model_copy(update={"workers": 2}), reported.append) == first
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "w").rglob("*")}
 
 

@@ -1,4 +1,4 @@
-"""The grammar: every combination occurs, texts are true and within the vocabulary, one frame tells no motion."""
+"""The scene grammar: all combinations occur, texts are true and in the vocabulary, one frame does not reveal motion."""
 
 import dataclasses
 import itertools
@@ -139,7 +139,7 @@ def test_a_size_word_holds_at_every_moment(seed, t_s):
     ("motion", "opposite", "axis"), [("left", "right", 0), ("up", "down", 1), ("growing", "shrinking", 2)]
 )
 def test_one_frame_does_not_tell_a_motion_from_its_opposite(motion, opposite, axis):
-    """Places (or sizes) at any one moment are distributed alike: two-sample Kolmogorov–Smirnov distance near zero."""
+    """Positions (or sizes) at one moment have the same distribution, by the two-sample Kolmogorov–Smirnov distance."""
     for t_s in (0.0, 2.0):
         samples = {motion: [], opposite: []}
         for scene in scenes(12_000, seed=11, duration_s=5.0):

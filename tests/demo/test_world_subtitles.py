@@ -28,7 +28,7 @@ TAG = re.compile(r"<(\d\d):(\d\d):(\d\d)\.(\d{3})><c> ([^<]*)</c>")
 
 
 def talk(seed: int, filler_fraction: float = 0.2):
-    """(scenes with start seconds, their narration)."""
+    """Return (scenes with start seconds, their narration)."""
     rng = np.random.default_rng(seed)
     scenes, start_s = [], 0.0
     for _ in range(int(rng.integers(1, 7))):
@@ -43,7 +43,7 @@ def seconds(h: str, m: str, s: str, ms: str) -> float:
 
 
 def cues_of(text: str) -> list[tuple[float, float, str, list[str]]]:
-    """(start, end, cue settings, lines) of a VTT file, blanks in cue lines kept."""
+    """Return (start, end, cue settings, lines) of each cue of a VTT file, with blanks in lines kept."""
     cues = []
     for block in re.split(r"\n\n+", text)[1:]:
         head, *lines = block.rstrip("\n").split("\n")
@@ -101,7 +101,7 @@ def test_roll_up_captions_have_youtubes_structure(seed, music):
         tags = [seconds(*tag[:4]) for tag in TAG.findall(long[3][1])]
         assert [long[0], *tags] == pytest.approx([word.start_s for word in lines[n].words], abs=1e-3)
         if n:
-            assert cues[2 * n - 1][1] == pytest.approx(long[0])  # no gap, whatever the pause
+            assert cues[2 * n - 1][1] == pytest.approx(long[0])  # no gap at any pause
         above = plain
     spoken = [word for s in sentences for w in s.words for word in words_of(w.text)]
     heard = [word for line in lines for word in line.text.split() if word != "[Music]"]
@@ -184,10 +184,10 @@ def test_noise_levels_give_the_asked_shares(level):
     noise = NOISE_LEVELS[level]
     settings_ = WorldSettings(**noise, max_video_s=40.0)
     plans = [plan_video(settings_, index) for index in range(120)]
-    told = [plan for plan in plans if plan.subtitle_kind]
-    assert 1 - len(told) / len(plans) == pytest.approx(noise["missing_fraction"], abs=0.03)
-    late = [plan.subtitle_offset_s for plan in told if plan.subtitle_offset_s]
-    assert len(late) / len(told) == pytest.approx(noise["shifted_fraction"], abs=0.06)
+    subtitled = [plan for plan in plans if plan.subtitle_kind]
+    assert 1 - len(subtitled) / len(plans) == pytest.approx(noise["missing_fraction"], abs=0.03)
+    late = [plan.subtitle_offset_s for plan in subtitled if plan.subtitle_offset_s]
+    assert len(late) / len(subtitled) == pytest.approx(noise["shifted_fraction"], abs=0.06)
     assert all(1.0 <= abs(offset_s) <= 2.0 for offset_s in late)
     filler = total = 0
     for index, plan in enumerate(plans):

@@ -25,7 +25,7 @@ CASES |= {
 
 @pytest.fixture(scope="module", params=list(CASES))
 def video(request, tmp_path_factory) -> tuple[Path, dict, np.ndarray, list[np.ndarray]]:
-    """(file, truth, frame times, pictures) of the last video of a small world."""
+    """Return (file, truth, frame times, pictures) of the last video of a small world."""
     folder = tmp_path_factory.mktemp(request.param)
     make_world(folder, WorldSettings(**SHORT | {"seed": list(CASES).index(request.param)} | CASES[request.param]))
     truth = read_truth(folder)[-1]
@@ -33,7 +33,7 @@ def video(request, tmp_path_factory) -> tuple[Path, dict, np.ndarray, list[np.nd
 
 
 def frames_of(truth: dict, times: np.ndarray, num_per_scene: int = 5):
-    """(frame index, scene, seconds into it) of a few frames of every scene."""
+    """Yield (frame index, scene, seconds into it) of a few frames of every scene."""
     for scene in truth["scenes"]:
         inside = np.flatnonzero((times >= scene["start_s"] - 1e-3) & (times < scene["end_s"] - 2e-3))
         for k in inside[np.linspace(0, len(inside) - 1, num_per_scene).astype(int)]:
@@ -49,7 +49,7 @@ def test_every_object_has_its_colour_at_its_place(video):
 
 
 def test_objects_move_as_their_motion_says(video):
-    """Centroids (areas, for growing) half a second apart in the pictures, with no restart of the path between."""
+    """Compare centroids (areas, for growing) half a second apart in the pictures, within one pass of the path."""
     _, truth, times, pictures = video
     for row in truth["scenes"]:
         scene = scene_from_dict(row["scene"])
@@ -72,7 +72,7 @@ def test_objects_move_as_their_motion_says(video):
 
 
 def _moments(thing, row: dict, times: np.ndarray) -> tuple[int, int]:
-    """Two frames about half a second apart in the same pass (for bouncing: on the way down)."""
+    """Return two frames about half a second apart in the same pass (for bouncing: on the way down)."""
     for start_s in np.arange(row["start_s"] + 0.05, row["end_s"] - 0.7, 0.05):
         phase = (thing.phase + (start_s - row["start_s"]) / thing.period_s) % 1.0
         last = phase + 0.55 / thing.period_s
@@ -82,7 +82,7 @@ def _moments(thing, row: dict, times: np.ndarray) -> tuple[int, int]:
 
 
 def _measure(picture: np.ndarray, thing, truth: dict) -> tuple[float, float, float]:
-    """Centroid and area of the object's colour in its part of the frame."""
+    """Return the centroid and area of the object's colour in its part of the frame."""
     x0, y0, x1, y1 = (round(v * truth[side]) for v, side in zip(thing.cell, ("width", "height") * 2, strict=True))
     rows, columns = np.nonzero(mask_of(picture[y0:y1, x0:x1], thing.colour))
     return columns.mean(), rows.mean(), float(len(rows))

@@ -1,4 +1,4 @@
-"""Downloads connect to public addresses only, whatever form, redirect or second look-up leads elsewhere."""
+"""Downloads connect to public addresses only, despite odd spellings, redirects and changing name look-ups."""
 
 import http.server
 import ipaddress
@@ -75,7 +75,7 @@ def refusal(url: str, tmp_path, **columns) -> ItemError:
     "host",
     ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "127.1", "0", "[::1]", "[::ffff:127.0.0.1]"],
 )
-def test_a_link_to_this_machine_is_refused_unasked(host, tmp_path):
+def test_a_link_to_this_machine_is_refused_without_a_request(host, tmp_path):
     with media_server() as server:
         server.add("/a.mp4", b"secret")
         error = refusal(server.url("/a.mp4", host), tmp_path)
@@ -84,7 +84,7 @@ def test_a_link_to_this_machine_is_refused_unasked(host, tmp_path):
 
 
 def pretend(monkeypatch, addresses: dict[str, list[str]]) -> list[str]:
-    """Name look-ups answer from a table (one entry per look-up, the last for good); returns the list of names asked."""
+    """Answer name look-ups from a table (one entry per look-up, the last repeated); return the requested names."""
     asked: list[str] = []
     real = socket.getaddrinfo
 
@@ -101,13 +101,13 @@ def pretend(monkeypatch, addresses: dict[str, list[str]]) -> list[str]:
 
 @pytest.fixture
 def public_loopback(monkeypatch):
-    """127.0.0.2 stands for an address of the open internet: the only way to have one without leaving this machine."""
+    """Let 127.0.0.2 stand for a public address, so that the test needs no other machine."""
     real = is_public
     monkeypatch.setattr(address_guard, "is_public", lambda ip: ip == "127.0.0.2" or real(ip))
 
 
 class Redirecting:
-    """Answers every request with a redirect, on an address of its own."""
+    """Answer every request with a redirect, on an address of its own."""
 
     def __init__(self, address, target: str):
         outer = self
@@ -149,7 +149,7 @@ def test_a_redirect_to_a_private_address_is_refused(monkeypatch, public_loopback
 
 
 def test_a_second_look_up_cannot_change_the_address(monkeypatch, public_loopback):
-    """The name is looked up once; the connection goes to what was checked, not to what the name says later."""
+    """The name is looked up once, and the connection goes to the checked address."""
     asked = pretend(monkeypatch, {"rebind.example": ["127.0.0.2", "127.0.0.1"]})
     listener = socket.create_server(("127.0.0.2", 0))
     try:
@@ -179,7 +179,7 @@ def test_a_subtitle_link_is_guarded_too(monkeypatch, tmp_path):
     assert caught.value.error_class == "not-a-video"  # the video; the subtitle is noted
 
 
-def test_the_gate_holds_for_any_use_of_the_session(tmp_path):
+def test_the_guard_covers_every_use_of_the_session(tmp_path):
     with (
         media_server() as server,
         EgressGuard(allow_private=False, timeout_s=600) as guard,
@@ -201,7 +201,7 @@ def test_allowing_private_addresses_allows_them(tmp_path):
         assert session.get(server.add("/a", b"x")).content == b"x"
 
 
-def test_a_name_that_does_not_answer_can_heal_and_one_that_is_not_there_cannot(monkeypatch):
+def test_a_failed_look_up_is_retryable_and_an_unknown_name_is_not(monkeypatch):
     def fail(code):
         def getaddrinfo(*_args, **_kwargs):
             raise socket.gaierror(code, "no")

@@ -1,4 +1,4 @@
-"""Direct links: what the server does wrong is healed where it can be, else it is one error of the right class."""
+"""Direct links: server faults are recovered from where possible, otherwise they give one error of the right class."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ def failure(url: str, tmp_path: Path, settings: DownloadSettings = SETTINGS, **c
     error = caught.value
     assert error.error_class in ERROR_CLASSES
     left = sorted(path.name for path in (tmp_path / "sources").iterdir())
-    assert left in ([], ["clip1.part"]), "nothing may stand under a final name"
+    assert left in ([], ["clip1.part"]), "no file may have its final name"
     assert error.transient or left == [], "a permanent failure leaves nothing"
     return error
 
@@ -68,7 +68,7 @@ def test_a_link_becomes_a_file_and_a_row(server: MediaServer, tmp_path, video):
     assert (row["num_bytes"], row["sha256"]) == (len(video), hashlib.sha256(video).hexdigest())
     assert (row["width"], row["height"], row["extractor"]) == (160, 120, "http")
     assert os.listdir(tmp_path / "sources") == ["clip1.mp4"]
-    assert len(server.asked("/a.mp4")) == 1
+    assert len(server.requests_for("/a.mp4")) == 1
 
 
 def test_the_extension_comes_from_the_bytes(server: MediaServer, tmp_path):
@@ -78,10 +78,10 @@ def test_the_extension_comes_from_the_bytes(server: MediaServer, tmp_path):
 
 
 @pytest.mark.parametrize("drops", [[1000], [0], [50_000, 30_000, 10]])
-def test_a_dropped_connection_goes_on_where_it_broke(server: MediaServer, tmp_path, video, drops):
+def test_a_dropped_connection_resumes_where_it_broke(server: MediaServer, tmp_path, video, drops):
     row = get(server.add("/a.mp4", video, drops=list(drops)), tmp_path)
     assert (tmp_path / row["path"]).read_bytes() == video
-    asked = server.asked("/a.mp4")
+    asked = server.requests_for("/a.mp4")
     assert len(asked) == len(drops) + 1
     if drops[0]:
         assert asked[1]["Range"] == f"bytes={drops[0]}-" and asked[1]["If-Range"] == '"one"'
@@ -100,16 +100,16 @@ def test_a_file_that_changed_meanwhile_starts_over(server: MediaServer, tmp_path
 
 
 @pytest.mark.parametrize("etag", [None, 'W/"weak"'])
-def test_without_a_strong_validator_nothing_is_pieced_together(server: MediaServer, tmp_path, video, etag):
+def test_a_download_resumes_only_with_a_strong_validator(server: MediaServer, tmp_path, video, etag):
     row = get(server.add("/a.mp4", video, drops=[30_000], etag=etag), tmp_path)
     assert (tmp_path / row["path"]).read_bytes() == video
-    assert "Range" not in server.asked("/a.mp4")[1]
+    assert "Range" not in server.requests_for("/a.mp4")[1]
 
 
 def test_a_length_that_never_comes_is_truncated(server: MediaServer, tmp_path, video):
     error = failure(server.add("/a.mp4", video, length_delta=100, ranges=False), tmp_path)
     assert (error.error_class, error.transient) == ("truncated", True)
-    assert len(server.asked("/a.mp4")) == SETTINGS.retries + 1
+    assert len(server.requests_for("/a.mp4")) == SETTINGS.retries + 1
 
 
 def test_a_length_too_long_heals_where_the_server_knows_the_end(server: MediaServer, tmp_path, video):
@@ -126,13 +126,13 @@ def test_a_length_too_short_is_a_truncated_video(server: MediaServer, tmp_path, 
 def test_a_length_too_short_once_heals(server: MediaServer, tmp_path, video, etag):
     url = server.add("/a.mp4", video, etag=etag, short_lengths=[5000])
     assert (tmp_path / get(url, tmp_path)["path"]).read_bytes() == video
-    assert ("Range" in server.asked("/a.mp4")[1]) == (etag is not None)
+    assert ("Range" in server.requests_for("/a.mp4")[1]) == (etag is not None)
 
 
 def test_an_mp4_cut_off_at_the_source_is_truncated(server: MediaServer, tmp_path, video):
     error = failure(server.add("/a.mp4", video[:-9000]), tmp_path)
     assert error.error_class == "truncated" and "mdat" in error.message and not error.transient
-    assert len(server.asked("/a.mp4")) == 2, "whether there is more is asked once"
+    assert len(server.requests_for("/a.mp4")) == 2, "one more request asks for the rest"
 
 
 def test_a_matroska_file_cut_off_at_the_source_is_truncated(server: MediaServer, tmp_path):
@@ -160,10 +160,10 @@ def test_http_statuses(server: MediaServer, tmp_path, status, error_class, trans
     error = failure(url, tmp_path)
     assert (error.error_class, error.transient) == (error_class, transient)
     assert str(status) in error.message
-    assert len(server.asked("/a.mp4")) == (SETTINGS.retries + 1 if transient else 1)
+    assert len(server.requests_for("/a.mp4")) == (SETTINGS.retries + 1 if transient else 1)
 
 
-def test_a_server_error_heals(server: MediaServer, tmp_path, video):
+def test_a_server_error_is_retried(server: MediaServer, tmp_path, video):
     url = server.add("/a.mp4", video, failures=[(503, {}), (500, {})])
     assert get(url, tmp_path)["num_bytes"] == len(video)
 
@@ -185,7 +185,7 @@ def test_a_lockout_without_end_fails_as_rate_limited(server: MediaServer, tmp_pa
     settings = SETTINGS.model_copy(update={"cooldown_s": 0.01, "lockout_retries": 2})
     error = failure(server.add("/a.mp4", b"", failures=[(429, {})] * 50), tmp_path, settings)
     assert (error.error_class, error.transient) == ("rate-limited", True)
-    assert len(server.asked("/a.mp4")) == 3
+    assert len(server.requests_for("/a.mp4")) == 3
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_page_never_becomes_a_video(server: MediaServer, tmp_path, body, conte
     assert (error.error_class, error.transient) == ("not-a-video", False)
 
 
-def test_a_page_that_comes_in_crumbs_is_seen_too(server: MediaServer, tmp_path):
+def test_a_page_sent_in_small_pieces_is_recognised(server: MediaServer, tmp_path):
     url = server.add("/a.mp4", b"<html>" + b"x" * 400, bytes_per_s=4000)
     assert failure(url, tmp_path).error_class == "not-a-video"
 
@@ -243,7 +243,7 @@ def test_a_compressed_body_is_unpacked_and_counted_unpacked(server: MediaServer,
 def test_a_compressed_body_that_breaks_is_never_continued(server: MediaServer, tmp_path, video):
     row = get(server.add("/a.mp4", video, gzipped=True, drops=[50_000]), tmp_path)
     assert (tmp_path / row["path"]).read_bytes() == video
-    assert "Range" not in server.asked("/a.mp4")[1]
+    assert "Range" not in server.requests_for("/a.mp4")[1]
 
 
 def test_redirects_are_followed_but_not_for_ever(server: MediaServer, tmp_path, video):
@@ -290,13 +290,13 @@ def test_headers_that_never_end_end_at_the_whole_timeout(tmp_path):
         error = failure(f"http://127.0.0.1:{listener.getsockname()[1]}/a.mp4", tmp_path, settings)
     finally:
         stop.set()
-        socket.create_connection(listener.getsockname()).close()  # for where the time was over before there was one
+        socket.create_connection(listener.getsockname()).close()  # if the time ended before there was a connection
         thread.join()
         listener.close()
     assert error.error_class == "timeout"
 
 
-def test_nobody_listens(tmp_path):
+def test_a_refused_connection(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     error = failure(f"http://127.0.0.1:{port}/a.mp4", tmp_path)
@@ -309,7 +309,7 @@ def test_an_unknown_host(tmp_path):
 
 
 @pytest.mark.parametrize("url", ["gopher://example.com/a", "s3://bucket::file:///etc/passwd", "http://a b/"])
-def test_what_nothing_can_fetch(tmp_path, url):
+def test_unsupported_urls(tmp_path, url):
     assert failure(url, tmp_path).error_class == "unsupported-url"
 
 
@@ -318,12 +318,12 @@ def test_a_transient_failure_is_continued_by_the_next_build(server: MediaServer,
     assert failure(url, tmp_path).transient
     row = get(url, tmp_path)
     assert (tmp_path / row["path"]).read_bytes() == video
-    assert server.asked("/a.mp4")[-1]["Range"] == f"bytes={10_000 * (SETTINGS.retries + 1)}-"
+    assert server.requests_for("/a.mp4")[-1]["Range"] == f"bytes={10_000 * (SETTINGS.retries + 1)}-"
 
 
 def test_a_file_that_was_whole_already_keeps_the_type_it_came_with(server: MediaServer, tmp_path, video):
     row = get(server.add("/a.mp4", video, content_type="video/mp4", length_delta=7), tmp_path)
-    assert server.asked("/a.mp4")[1]["Range"] == f"bytes={len(video)}-"
+    assert server.requests_for("/a.mp4")[1]["Range"] == f"bytes={len(video)}-"
     assert json.loads(row["meta"])["content_type"] == "video/mp4"
 
 
@@ -339,7 +339,7 @@ def test_cookies_go_to_their_host(server: MediaServer, tmp_path, video):
     jar = tmp_path / "cookies.txt"
     jar.write_text("# Netscape HTTP Cookie File\n127.0.0.1\tFALSE\t/\tFALSE\t0\tsession\tsecret\n")
     get(server.add("/a.mp4", video), tmp_path, SETTINGS.model_copy(update={"cookies_file": str(jar)}))
-    assert server.asked("/a.mp4")[0]["Cookie"] == "session=secret"
+    assert server.requests_for("/a.mp4")[0]["Cookie"] == "session=secret"
 
 
 # --- subtitles that the list names
@@ -405,8 +405,8 @@ def test_a_full_disk_is_one_error(server: MediaServer, tmp_path, video):
 
 
 @pytest.mark.parametrize("begun", ["after it is dead", "while it lives"])
-def test_a_killed_download_goes_on_where_it_was(server: MediaServer, tmp_path, video, begun, monkeypatch):
-    """The next build may begin while a worker of the killed one is still at it: two never write into one folder."""
+def test_a_killed_download_resumes(server: MediaServer, tmp_path, video, begun, monkeypatch):
+    """The next build may begin while a worker of the killed one still downloads: two never write into one folder."""
     url = server.add("/a.mp4", video, stall_after=80_000)
     child = run_child(url, str(tmp_path))
     part = tmp_path / "sources" / "clip1.part" / "media"
@@ -419,7 +419,7 @@ def test_a_killed_download_goes_on_where_it_was(server: MediaServer, tmp_path, v
     with ThreadPoolExecutor(1) as pool:
         if begun == "while it lives":
             second = pool.submit(get, url, tmp_path)
-            assert waits.wait(600) and len(server.asked("/a.mp4")) == 1, "it does not wait for the other"
+            assert waits.wait(600) and len(server.requests_for("/a.mp4")) == 1, "the second must wait"
         server.routes["/a.mp4"].stall_after = None
         child.send_signal(signal.SIGKILL)
         child.wait()
@@ -428,11 +428,11 @@ def test_a_killed_download_goes_on_where_it_was(server: MediaServer, tmp_path, v
             second = pool.submit(get, url, tmp_path)
         row = second.result(timeout=600)
     assert (tmp_path / row["path"]).read_bytes() == video
-    assert 20_000 < int(server.asked("/a.mp4")[1]["Range"].removeprefix("bytes=").removesuffix("-")) < len(video)
+    assert 20_000 < int(server.requests_for("/a.mp4")[1]["Range"].removeprefix("bytes=").removesuffix("-")) < len(video)
     assert os.listdir(tmp_path / "sources") == ["clip1.mp4"]
 
 
-def test_a_download_that_another_process_does_not_end_is_a_failure_that_heals(server, tmp_path, video, monkeypatch):
+def test_a_download_held_by_another_process_is_a_retryable_failure(server, tmp_path, video, monkeypatch):
     monkeypatch.setattr("pipeline.stages.download.fetch.WORKER_ENDS_WITHIN_S", 0.1)
     (tmp_path / "sources").mkdir()
     held = lock_file(tmp_path / "sources" / "clip1.part.lock", 0, remove=True)

@@ -1,4 +1,4 @@
-"""Local files are used where they lie, objects of stores are copied; side-cars come along."""
+"""Local files are used in place and objects of stores are copied, both with their side-cars."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_side_cars_and_the_named_subtitle_come_along(tmp_path, video):
     assert [s["kind"] for s in row["subtitles"]] == ["sidecar", "sidecar"], "a side-car is not given twice"
 
 
-def test_a_side_car_that_is_none_is_noted(tmp_path, video):
+def test_an_invalid_side_car_is_recorded(tmp_path, video):
     (tmp_path / "a.mp4").write_bytes(video)
     (tmp_path / "a.vtt").write_text("<html>404</html>")
     row = get(tmp_path / "a.mp4", tmp_path, subtitle=str(tmp_path / "gone.srt"))
@@ -129,7 +129,7 @@ def test_objects_that_cannot_be_used(tmp_path, video):
     assert failure("memory://x::file:///etc/passwd", tmp_path, kind="url") == "unsupported-url"
 
 
-def test_a_store_whose_library_is_missing_is_the_users_matter(tmp_path, monkeypatch):
+def test_a_store_whose_library_is_missing_is_the_users_mistake(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
     settings = SETTINGS.model_copy(update={"object_store_schemes": ["gs"]})
     with pytest.raises(UserError, match="gs"):
@@ -163,7 +163,7 @@ def test_the_callers_probe_decides(tmp_path, video):
         ("a", b"[Script Info]\nTitle: x\n", "ass"),
     ],
 )
-def test_subtitle_formats_are_told_by_content(tmp_path, name, data, expected):
+def test_subtitle_formats_are_recognised_by_content(tmp_path, name, data, expected):
     path = tmp_path / name
     path.write_bytes(data)
     assert subtitle_format(path) == expected

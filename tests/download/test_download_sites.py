@@ -1,4 +1,4 @@
-"""Pages of sites through yt-dlp: one extraction, capped format, chosen subtitles, metadata, and errors with a class."""
+"""Downloads from sites through yt-dlp: one extraction, capped format, chosen subtitles, metadata, classified errors."""
 
 import json
 import os
@@ -32,7 +32,7 @@ GUARDED = SETTINGS.model_copy(update={"allow_private_addresses": False})
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory) -> dict[str, bytes]:
-    """Videos by height, a sound track, and the segment of a stream."""
+    """Make videos by height, a sound track, and a segment of a stream."""
     folder = tmp_path_factory.mktemp("media")
     found = {str(h): make_video(folder / f"{h}.mp4", duration_s=0.4, size=f"{h * 4 // 3}x{h}") for h in (60, 120, 240)}
     found["tall"] = make_video(folder / "tall.mp4", duration_s=0.4, size="120x200")
@@ -48,7 +48,7 @@ def server():
 
 
 class FakeSiteIE(InfoExtractor):
-    """A site that answers what the test puts into it, and counts how often it is asked."""
+    """Answer with the test's data in place of a site, and count the requests."""
 
     _VALID_URL = r"https?://fake\.example/(?P<id>\w+)"
     IE_NAME = "fakesite"
@@ -124,11 +124,11 @@ def test_separate_tracks_are_joined(server, media, tmp_path):
         [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(video.path)], capture_output=True, text=True
     ).stderr
     assert video.path.name == "media.mp4" and "Video: h264" in listed and "Audio: aac" in listed
-    assert os.listdir(tmp_path / "w") == ["media.mp4"], "the single tracks are gone"
+    assert os.listdir(tmp_path / "w") == ["media.mp4"], "the single tracks are removed"
 
 
 def test_a_track_that_is_a_playlist_in_disguise_opens_nothing(server, media, tmp_path):
-    """FFmpeg joins what was fetched; a hostile track must not make it read this machine's files."""
+    """FFmpeg joins the fetched tracks; a hostile track must not make it read local files."""
     secret = tmp_path / "secret.ts"
     make_video(secret, duration_s=0.4, audio_only=True)
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{secret}\n#EXT-X-ENDLIST\n".encode()
@@ -138,7 +138,7 @@ def test_a_track_that_is_a_playlist_in_disguise_opens_nothing(server, media, tmp
 
 
 def test_ffmpeg_joins_known_containers_only(server, media, tmp_path):
-    """Core Audio would be joined without a word: it stands for every demuxer that is not on the list."""
+    """FFmpeg would join Core Audio silently; it stands for every demuxer that is not on the list."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", "sine=d=0.4", "-c:a", "alac"]
     subprocess.run([*command, str(tmp_path / "a.caf")], check=True)
     sound = {"format_id": "s", "url": server.add("/s.m4a", (tmp_path / "a.caf").read_bytes()), "ext": "m4a"}
@@ -173,7 +173,7 @@ def test_a_stream_of_segments_becomes_one_file(server, media, tmp_path):
     lines = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1.0,\nseg.ts\n#EXTINF:1.0,\nseg.ts\n#EXT-X-ENDLIST\n"
     url = server.add("/a.m3u8", lines.encode(), content_type="application/vnd.apple.mpegurl")
     row = fetch({"video_id": "v", "url": url, "kind": "url"}, tmp_path / "sources", SETTINGS)
-    assert len(server.asked("/seg.ts")) == 2
+    assert len(server.requests_for("/seg.ts")) == 2
     assert row["width"] == 160 and row["extractor"] == "Generic"
 
 
@@ -213,13 +213,13 @@ def test_a_media_link_that_answers_with_a_page_is_not_searched(server, media, tm
     with pytest.raises(ItemError) as caught:
         fetch({"video_id": "v", "url": url, "kind": "url"}, tmp_path / "sources", SETTINGS)
     assert caught.value.error_class == "not-a-video"
-    assert server.asked("/advert.mp4") == []
+    assert server.requests_for("/advert.mp4") == []
 
 
 def test_a_list_of_videos_is_an_error_and_its_videos_stay_where_they_are(server, media, tmp_path):
     def entries():
         for i in range(1000):
-            assert i < 3, "the list is not walked through"
+            assert i < 3, "entries of a list must not be extracted"
             yield {"id": str(i), "title": "t", "formats": formats(server, media, "60")}
 
     error = site_failure({"_type": "playlist", "entries": entries()}, tmp_path / "w")
@@ -239,7 +239,7 @@ def test_live_streams_are_left_alone(server, media, tmp_path):
     assert server.requests == []
 
 
-def test_too_large_ends_while_it_comes(server, media, tmp_path):
+def test_an_oversized_download_is_stopped(server, media, tmp_path):
     settings = SETTINGS.model_copy(update={"max_bytes": 2000})
     assert site_failure({"formats": formats(server, media, "240")}, tmp_path / "w", settings).error_class == "too-large"
 
@@ -262,7 +262,7 @@ def test_metadata_becomes_columns():
     assert metadata({"upload_date": "soon"})["upload_date"] is None
 
 
-# Messages as extractors really raise them, with what they mean.
+# Messages that extractors really raise, with their class.
 REAL_MESSAGES = [
     ("[youtube] abc: Private video. Sign in if you've been granted access to this video", "private", False),
     ("[vimeo] 1: This video is private", "private", False),
@@ -370,7 +370,7 @@ def test_a_lockout_during_extraction_pauses_the_host(tmp_path, monkeypatch):
     assert len(calls) == 3 and (row["title"], row["extractor"]) == ("T", "Youtube")
 
 
-def test_known_sites_are_told_from_links():
+def test_known_sites_are_distinguished_from_direct_links():
     assert site_extractor("https://www.youtube.com/watch?v=dQw4w9WgXcQ") == "Youtube"
     assert site_extractor("https://vimeo.com/76979871") == "Vimeo"
     assert site_extractor("https://cdn.example.com/a/b.mp4?token=1") is None
@@ -442,7 +442,7 @@ def test_the_users_cookie_file_is_only_read(server, media, tmp_path):
     jar.chmod(0o444)
     settings = SETTINGS.model_copy(update={"cookies_file": str(jar)})
     site({"formats": formats(server, media, "60")}, tmp_path / "w", settings)
-    assert server.asked("/60.mp4")[0]["Cookie"] == "session=secret"
+    assert server.requests_for("/60.mp4")[0]["Cookie"] == "session=secret"
     assert jar.read_text() == text
     missing = SETTINGS.model_copy(update={"cookies_file": str(tmp_path / "none")})
     with pytest.raises(UserError, match="download.cookies_file"), EgressGuard(True, 10) as guard:

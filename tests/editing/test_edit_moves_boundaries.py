@@ -1,4 +1,4 @@
-"""`clipmill edit` on a corpus: edits are rows and clips beside the old ones, and training reads what they show."""
+"""`clipmill edit` adds rows and clips beside the originals, and training reads the edited frames."""
 
 import hashlib
 from pathlib import Path
@@ -18,7 +18,7 @@ ORIGINALS = ("sources", "spans", "sentences", "clips", "samples", "texts", "capt
 
 @pytest.fixture(scope="module")
 def edited(numbered, tmp_path_factory):
-    """(corpus, what was in it before): edited once by the demo's model."""
+    """Edit a corpus once with the demo's model; return (corpus, its files before)."""
     folder = tmp_path_factory.mktemp("edited")
     corpus = copy_of(numbered, folder)
     before = files_of(corpus), tables_of(corpus)
@@ -27,7 +27,7 @@ def edited(numbered, tmp_path_factory):
 
 
 def files_of(corpus: Path) -> dict[str, str]:
-    """Everything but the published manifest and what is private, by content."""
+    """Return the content of every file except the published manifest and private files."""
     paths = [path for path in corpus.rglob("*") if path.is_file() and ".clipmill" not in path.parts]
     return {
         str(path.relative_to(corpus)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -105,7 +105,7 @@ def test_training_reads_edited_clips_as_edited_and_the_others_as_they_are(edited
 
 
 def test_a_stale_caption_is_left_out_and_the_text_stays(edited, tmp_path):
-    """As if a captioner had written captions for the clips as they were."""
+    """The captions were written for the clips before the edit."""
     corpus = copy_of(edited[0], tmp_path)
     with duckdb.connect(str(corpus / "manifest.duckdb")) as connection:
         connection.execute("UPDATE samples SET caption = 'a circle'")
@@ -144,7 +144,7 @@ def test_clips_without_a_text_are_failures_and_stay(edited):
     assert not {row["clip_id"] for row in silent} & {row["clip_id"] for row in edits(corpus)}
 
 
-def test_settings_that_name_no_edits_say_what_there_is(edited, numbered, tmp_path):
+def test_settings_that_name_unknown_edits_list_the_known_ones(edited, numbered, tmp_path):
     corpus, _ = edited
     [editing] = {row["editing"] for row in edits(corpus)}
     for value, message in (("e00:accepted", f"no such editing. Known here: {editing}"), (7, "has no round 7")):
@@ -183,12 +183,12 @@ def test_without_its_source_a_clip_only_loses_frames(numbered, tmp_path):
 
 
 def hide_source(corpus: Path, video_id: str) -> None:
-    """As if it had been deleted after cutting."""
+    """Move the source away, as if it had been deleted after cutting."""
     with duckdb.connect(str(corpus / "manifest.duckdb")) as connection:
         connection.execute("UPDATE videos SET path = 'sources/gone.mp4' WHERE video_id = ?", [video_id])
 
 
-def test_a_video_that_cannot_be_read_is_a_failure_and_the_others_go_on(numbered, tmp_path):
+def test_an_unreadable_video_is_a_failure_and_the_others_are_edited(numbered, tmp_path):
     corpus = copy_of(numbered, tmp_path)
     broken = rows(corpus, "SELECT video_id FROM videos ORDER BY video_id")[0]["video_id"]
     (corpus / "sources" / "broken.mp4").write_bytes(b"no video")

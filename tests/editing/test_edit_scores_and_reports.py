@@ -1,4 +1,4 @@
-"""Parts of editing a corpus as functions of numbers: a second look at candidates, room, rounds without a student."""
+"""Editing on plain numbers: rescoring of candidates, limits of a clip's room, rounds without a student, reports."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ DIM = 8
 
 
 def one_clip():
-    """A clip of 10 to 14 s in a video of 30, with frames that look like its text from 12 s on."""
+    """Return a clip of 10 to 14 s in a video of 30 s whose frames match its text from 12 s on."""
     video = video_clips("v", 30.0, ["v.0"], [12.0], SETTINGS, [(10.0, 14.0)])
     times = np.arange(0, 30, 0.5)
     features = np.tile(np.eye(DIM)[1], (len(times), 1))
@@ -68,7 +68,7 @@ def test_stretches_are_the_union_of_rooms():
     assert stretches_of(rooms) == [(0.0, 9.0), (20.0, 22.0)]
 
 
-def test_without_a_student_rounds_go_on_until_nothing_moves():
+def test_without_a_student_rounds_continue_until_nothing_moves():
     truths = make_truths(6, SETTINGS)
     videos = [truth.clips for truth in truths]
 
@@ -82,7 +82,7 @@ def test_without_a_student_rounds_go_on_until_nothing_moves():
             return None
 
         def promote(self):
-            raise AssertionError("nobody was trained")
+            raise AssertionError("no training may start")
 
         restore = promote
 
@@ -107,6 +107,6 @@ def test_histograms_count_every_clip_once():
 
 
 @pytest.mark.parametrize(("validation", "said"), [(0.25, "validation R@1 25.0 %"), (None, "not validated")])
-def test_the_beginning_is_told_with_what_it_is_worth(validation, said):
+def test_the_first_report_line_names_the_teacher_and_its_validation(validation, said):
     row = {"outcome": "warm-up", "teacher": "abc", "validation": validation, "num_clips": 1200}
     assert report_lines(row) == [f"teacher abc: {said}; 1,200 clips to edit"]

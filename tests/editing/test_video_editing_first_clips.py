@@ -1,4 +1,4 @@
-"""Clips from single timestamps: midpoints, fixed lengths, and what cannot be a clip."""
+"""First clips from single timestamps: midpoints, fixed lengths, and timestamps that cannot become a clip."""
 
 import numpy as np
 import pytest

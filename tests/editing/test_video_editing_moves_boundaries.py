@@ -1,4 +1,4 @@
-"""A teacher's edits: what may be offered and chosen, that truth is found, and that nothing else is touched."""
+"""A teacher's edits stay within limits, find the true boundaries, and leave everything else unchanged."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +34,7 @@ SETTINGS = EditSettings()
 
 
 def play(videos, score, settings=SETTINGS, num_rounds=10, step_scale=1.0):
-    """Boundaries after each round, the first ones included, and every row."""
+    """Return the boundaries after each round, the first ones included, and every row."""
     spans, tables = [base_spans(videos)], []
     for number in range(1, num_rounds + 1):
         edited = edit_videos(
@@ -46,7 +46,7 @@ def play(videos, score, settings=SETTINGS, num_rounds=10, step_scale=1.0):
     return spans, pa.concat_tables(tables)
 
 
-# -- what is offered ---------------------------------------------------------------------------------------------------
+# -- candidates --------------------------------------------------------------------------------------------------------
 
 
 def test_nine_candidates_move_one_boundary_both_or_the_clip() -> None:
@@ -67,7 +67,7 @@ def test_neighbours_timestamps_are_those_that_differ() -> None:
 
 
 class Random:
-    """Likes candidates by a hash of their numbers."""
+    """Score candidates by a hash of their numbers."""
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -113,7 +113,7 @@ def test_edits_never_break_a_limit_nor_break_one_further(made, seed: int, step_s
     assert rows.num_rows == 4 * len(video)
 
 
-# -- what is chosen ----------------------------------------------------------------------------------------------------
+# -- choice ------------------------------------------------------------------------------------------------------------
 
 
 def test_an_oracle_recovers_the_true_boundaries_round_by_round() -> None:
@@ -146,7 +146,7 @@ def test_true_boundaries_do_not_drift() -> None:
 
 
 def from_frames(truths: list[Truth], **changes: Any) -> FrameScorer:
-    """Cosines of noisy frames and captions: what a model sees. 40 topics recur in other videos."""
+    """Return cosines of noisy frames and captions, as from a model; 40 topics recur in other videos."""
     topics = topic_vectors()
     frames = {t.clips.video_id: frame_features(t, topics, noise=3.0) for t in truths}
     named = [(t.clips.video_id, *pair) for t in truths for pair in zip(t.clips.clip_ids, t.topics_N, strict=True)]
@@ -166,7 +166,7 @@ def test_frame_features_find_the_truth_without_an_oracle() -> None:
 
 
 def test_a_caption_that_says_the_same_is_no_competitor() -> None:
-    """Against captions of its own topic no clip could ever look better."""
+    """Compared with captions of its own topic, no clip could improve."""
     truths = make_truths(60, SETTINGS)
     videos = [truth.clips for truth in truths]
     spans, _ = play(videos, from_frames(truths, same=1.1), num_rounds=8)
@@ -231,7 +231,7 @@ def test_only_the_lowest_scoring_share_is_edited_when_asked_for() -> None:
     assert lowest_threshold(videos, spans, oracle, SETTINGS) == np.inf
 
 
-# -- what is promised --------------------------------------------------------------------------------------------------
+# -- properties --------------------------------------------------------------------------------------------------------
 
 
 def test_the_rows_do_not_depend_on_order_or_on_how_videos_are_dealt_to_workers() -> None:
@@ -282,7 +282,7 @@ def test_every_row_says_who_scored_what() -> None:
             assert row["score_after"] == row["score_before"]
 
 
-def test_a_video_that_cannot_be_scored_keeps_its_boundaries_and_is_told() -> None:
+def test_a_video_that_cannot_be_scored_keeps_its_boundaries_and_is_reported() -> None:
     truths = make_truths(4, SETTINGS)
     videos, oracle = [t.clips for t in truths], Oracle(truths)
 
@@ -298,7 +298,7 @@ def test_a_video_that_cannot_be_scored_keeps_its_boundaries_and_is_told() -> Non
     assert np.isfinite(lowest_threshold(videos, spans, broken, EditSettings(lowest_share=0.5)))
 
 
-def test_how_far_boundaries_went_is_measured_against_the_first_ones() -> None:
+def test_boundary_shifts_are_measured_from_the_first_boundaries() -> None:
     video = video_clips("v", 100, ["a", "b"], [10, 50], SETTINGS, spans_s=[[8, 18], [45, 55]])
     assert drift([video], base_spans([video]), SETTINGS) == drift([], {}, SETTINGS)
     shorter = drift([video], {"v": np.array([[9.0, 17.0], [48.0, 50.0]])}, SETTINGS)

@@ -1,4 +1,4 @@
-"""Rounds of teacher and student: when weights and boundaries are taken over, when taken back, how one resumes."""
+"""Rounds of teacher and student: when weights and boundaries are adopted or rolled back, and how an edit resumes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -29,11 +29,11 @@ from training.editing.scores import FrameFeatures, FrameScorer, draw_bank, mean_
 from training.editing.settings import EditSettings
 
 SETTINGS = EditSettings()
-NUM_TOPICS = 6000  # of the trained host's world: hardly two captions say the same
+NUM_TOPICS = 6000  # of the trained host's world, in which hardly any captions agree
 
 
 class Scripted:
-    """A host whose teacher is an oracle and whose student's validation is a list read one by one."""
+    """Simulate a host whose teacher is an oracle and whose students' validation results come from a list."""
 
     def __init__(self, truths: Sequence[Truth], validations: Iterable[float]):
         self.score = Oracle(truths)
@@ -162,7 +162,7 @@ def test_held_out_videos_are_never_edited() -> None:
         next(rounds(videos, Scripted(truths, [11]), SETTINGS, start(videos, 10), held_out=["v002", "x"]))
 
 
-def test_an_editing_that_was_killed_goes_on_from_its_rows() -> None:
+def test_a_killed_edit_resumes_from_its_rows() -> None:
     truths = make_truths(10, SETTINGS)
     videos, script = clips_of(truths), [7, 8, 8, 7, 9, 8, 10, 11, 10]
     host = Scripted(truths, script)
@@ -170,7 +170,7 @@ def test_an_editing_that_was_killed_goes_on_from_its_rows() -> None:
     whole = [warmed, *islice(rounds(videos, host, SETTINGS, warmed.state), 5)]
     assert outcomes(whole) == ["warm-up", "kept", "rolled-back", "kept", "kept", "rolled-back"]
     for num_done in range(1, 6):
-        edits = pa.concat_tables([round_.edits for round_ in whole[: num_done + 1]])  # one more than was decided
+        edits = pa.concat_tables([round_.edits for round_ in whole[: num_done + 1]])  # one more than the decided rounds
         done = pa.concat_tables([round_.row for round_ in whole[:num_done]])
         state = state_after(videos[::-1], edits.take(np.argsort(edits["clip_id"], kind="stable")), done)
         assert same(state.spans, whole[num_done - 1].state.spans)
@@ -196,7 +196,7 @@ def test_the_boundaries_after_any_round_can_be_read_from_the_rows() -> None:
     assert boundaries_at(edits, done, 0).num_rows == 0
 
 
-def test_an_editing_without_a_warm_up_cannot_go_on() -> None:
+def test_an_edit_without_a_warm_up_cannot_resume() -> None:
     with pytest.raises(UserError, match="not been warmed up"):
         state_after([], EDITS.empty_table(), ROUNDS.empty_table())
 
@@ -211,7 +211,7 @@ def test_folds_are_a_function_of_the_id() -> None:
 
 
 class Linear:
-    """Two linear maps into one space, trained by InfoNCE on the clips' mean frames: the smallest real host."""
+    """Train two linear maps into one space by InfoNCE on the clips' mean frames: the smallest real host."""
 
     def __init__(self, truths: Sequence[Truth], held_out: Sequence[Truth], settings: EditSettings, seed: int):
         torch.manual_seed(seed)
@@ -264,7 +264,7 @@ class Linear:
 
     @torch.no_grad()
     def recall(self, spans: Mapping[str, Floats]) -> float:
-        """R@1 of held-out captions among held-out clips with these boundaries."""
+        """Return R@1 of held-out captions among held-out clips with these boundaries."""
         video, text = self._inputs(self.held_out, spans)
         similarity = self._encode(text, "text") @ self._encode(video, "frame").T
         return (similarity.argmax(1) == torch.arange(len(text))).double().mean().item()
@@ -284,7 +284,7 @@ class Linear:
 
 @pytest.mark.slow
 def test_a_trained_teacher_moves_boundaries_towards_the_truth() -> None:
-    """The gain is small beside an oracle's, and so is what is asked for: the orderings are a study's business."""
+    """The gain, and the threshold for it, are small compared with an oracle's; the editing study compares the arms."""
     settings = EditSettings(length_weight=0.005, min_gain=0.002, max_rounds=2)
     truths = [make_truth(number, settings, NUM_TOPICS) for number in range(150)]
     train, held_out = truths[:120], truths[120:]
@@ -295,7 +295,7 @@ def test_a_trained_teacher_moves_boundaries_towards_the_truth() -> None:
     for row in pa.concat_tables([round_.row for round_ in played]).to_pylist():
         assert (row["outcome"] == "kept") == (row["validation"] > row["best_before"])
     spans = [warmed.state.spans]
-    for number in range(5):  # were every round kept
+    for number in range(5):  # the result if every round were kept
         edited = edit_videos(videos, spans[-1], host.score, settings, round_number=number, teacher=host.teacher())
         spans.append(edited.spans)
     quality = [mean_iou(train, present) for present in spans]

@@ -1,4 +1,4 @@
-"""Bad lists, bad files and bad disks: each costs a message and a row, and the rest of the corpus is complete."""
+"""Bad lists, files and disks each cost a message and a row, and the rest of the corpus is complete."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def good(world) -> Path:
-    """A video that works, with its truth."""
+    """Return a sound video with its truth."""
     row = next(row for row in world.truth.values() if row["works"] and row["broken"] is None and row["subtitle"])
     return world.folder / row["file"]
 
@@ -91,7 +91,7 @@ def test_a_model_that_is_not_there_fails_its_stage_and_nothing_else(good, tmp_pa
     assert ask(tmp_path / "corpus", "SELECT count(*) = count(caption) AND count(*) > 0 FROM samples") == [(True,)]
 
 
-def test_sources_can_go_after_cutting_and_come_back_when_they_are_needed(world, tmp_path, local_ray):
+def test_sources_can_be_deleted_after_cutting_and_are_fetched_again_when_needed(world, tmp_path, local_ray):
     working = sound_sources(world)
     listed, corpus = write_list(tmp_path / "list.jsonl", working[:1]), tmp_path / "corpus"
     assert build_here(corpus, [str(listed)], "download.keep_sources=false", stages=WORDLESS).exit_code == 0
@@ -118,7 +118,7 @@ def test_a_corpus_that_cannot_be_written_is_a_clear_message(tmp_path):
 
 
 def test_a_corpus_that_was_begun_on_a_full_disk_is_a_corpus(tmp_path):
-    """Stopped before its settings were saved: the same command makes it."""
+    """A build stopped before its settings were saved is completed by the same command."""
     (tmp_path / "corpus" / ".clipmill").mkdir(parents=True)
     (tmp_path / "corpus" / "fragments").mkdir()
     Corpus(tmp_path / "corpus").create()
@@ -144,7 +144,7 @@ def test_a_newer_corpus_is_refused(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MB."""
+    """Mount a file system of 3 MB."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)
@@ -154,7 +154,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_ends_cleanly_and_the_same_command_goes_on(world, small_disk, tmp_path, local_ray, monkeypatch):
+def test_a_full_disk_ends_a_build_cleanly_and_the_command_resumes(world, small_disk, tmp_path, local_ray, monkeypatch):
     corpus, listed = small_disk / "corpus", write_list(tmp_path / "list.jsonl", sound_sources(world)[:2])
     settings = ["engine.cpus=2", *PLAIN]
     words = [word for setting in (*SMALL, *settings) for word in ("--set", setting)]

@@ -1,4 +1,4 @@
-"""From URLs to shards, every stage, on a real local Ray: what is made is complete, true, and made once."""
+"""A build from URLs to shards on a real local Ray is complete and correct, and does each piece of work once."""
 
 import io
 import shutil
@@ -92,7 +92,7 @@ def test_shards_are_the_same_whatever_the_build_went_through(built, world, tmp_p
 
 @pytest.fixture(scope="module")
 def recaptioned(built, tmp_path_factory):
-    """The corpus with captions and scores by the demo's models, and what making them has done."""
+    """Return the corpus with captions and scores by the demo's models, and the report of that run."""
     corpus = tmp_path_factory.mktemp("recaptioned") / "corpus"
     shutil.copytree(built[0], corpus)
     waiting = clipmill("status", corpus, "--set", "caption.captioner=demo")
@@ -170,7 +170,7 @@ def test_users_mistakes_exit_with_2_and_say_what_is_allowed(built, tmp_path, mon
     result = clipmill("build", "--corpus", corpus, "--recipe", "nosuch")
     assert result.returncode == 2 and "demo" in result.stderr and "Traceback" not in result.stderr
     ended_with: list[int] = []
-    monkeypatch.setattr(cli, "_leave", ended_with.append)  # the rest in this process, which goes on
+    monkeypatch.setattr(cli, "_leave", ended_with.append)  # the rest is packed in this process
     for arguments, words in [
         (["build", "nowhere.txt", "--corpus", tmp_path / "c"], "nowhere.txt"),
         (["build", "--corpus", corpus, "--set", "cut.fpss=2"], "cut.fpss"),

@@ -1,4 +1,4 @@
-"""A cluster of unlike nodes that come and go while a build runs makes the corpus that one machine makes."""
+"""A cluster whose different nodes join and leave during a build makes the same corpus as one machine."""
 
 import shutil
 import time
@@ -25,7 +25,7 @@ def wait_for(condition, build: Build) -> None:
 
 
 def test_nodes_of_two_kinds_come_and_go(built, world, tmp_path):
-    """The model actors wait for a node that is marked for them; the node that cut leaves before."""
+    """The model actors wait for a node with their label; the node that cut the clips has left by then."""
     with local_cluster(num_nodes=1) as cluster:
         shutil.copy(world.sources, tmp_path / "sources.jsonl")
         build = Build(tmp_path / "corpus", tmp_path / "sources.jsonl", cluster.address, SETTINGS)

@@ -1,4 +1,4 @@
-"""Real videos, by folder and by URL, with three broken ones among them: complete, correct, and made once."""
+"""A build of real videos, by folder and by URL, with three broken ones among them, is complete and correct."""
 
 import shutil
 
@@ -16,7 +16,7 @@ TOO_SHORT = {"tc_h264_10bits.mp4", "tc_h265_video.mp4"}  # one second: below seg
 
 @pytest.fixture(scope="module")
 def shelf(footage, tmp_path_factory):
-    """The footage and three broken files in one folder, and a list of the same files as URLs."""
+    """Put the footage and three broken files in a folder, and list the same files as URLs."""
     folder = tmp_path_factory.mktemp("shelf")
     for path in footage.iterdir():
         if path.suffix in (".mp4", ".webm", ".mkv"):
@@ -34,7 +34,7 @@ def test_folder_and_urls_share_videos_and_everything_real_is_cut(shelf, tmp_path
     report = build_here(corpus, [str(folder), str(urls)], stages=WORDLESS)
     videos = ask(corpus, "SELECT count(*), count(path), count(duplicate_of) FROM videos")[0]
     num_real = len(list(folder.iterdir())) - len(BROKEN)
-    assert videos == (2 * (num_real + len(BROKEN)), 2 * num_real, num_real), "each file came twice, by path and by URL"
+    assert videos == (2 * (num_real + len(BROKEN)), 2 * num_real, num_real), "each file is listed by path and by URL"
     classes = dict(ask(corpus, "SELECT error_class, count(*) FROM failures GROUP BY 1"))
     assert classes == {"empty-file": 2, "not-a-video": 4} and report.exit_code == 1
     uncut = ask(

@@ -1,6 +1,6 @@
-"""A build hit by dead workers, nodes and drivers, a full disk, torn files and a bad server: the bytes of a quiet one.
+"""A build with dying workers, nodes and drivers, a full disk, torn files and a bad server ends in the usual bytes.
 
-The long run is `python -m bench.chaos`.
+`python -m bench.chaos` is the long version.
 """
 
 import pytest
@@ -8,7 +8,7 @@ import pytest
 from bench.chaos import SETTINGS, torment
 from tests.helpers.builds import PLAIN
 
-# Actors that have no model to load: each that is killed comes back within seconds.
+# Actors without a model to load, so that a killed one restarts within seconds.
 LIGHT = (*SETTINGS, *PLAIN)
 
 

@@ -1,4 +1,4 @@
-"""A build that is killed with SIGKILL, again and again at arbitrary moments, ends in the bytes of a quiet one."""
+"""A build killed with SIGKILL repeatedly ends in the same bytes as an undisturbed build."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 PATIENT = "download.stall_timeout_s=3600"  # with a server that keeps it waiting
 
 
-# What kills the build with all that it started when its driver has taken note of so many commits.
+# Runs the command, and kills its process group once the driver has loaded a number of commits.
 DIES = """
 import os, signal
 from clipmill.cli import app as cli
@@ -41,14 +41,14 @@ def command(sources, corpus) -> list[str]:
     return ["build", str(sources), "--corpus", str(corpus), "--recipe", "demo", *settings]
 
 
-def stages_seen(corpus) -> int:
-    """How far a build has got: the number of commits."""
+def num_commits_of(corpus) -> int:
+    """Return the number of commits, a measure of the build's progress."""
     return len(list((corpus / "fragments" / "ledger").glob("[!.]*.parquet")))
 
 
 @contextmanager
-def one_video_waiting(world):
-    """The server keeps one video waiting, so that a build runs for as long as it takes to ask about it and kill it."""
+def one_video_held_back(world):
+    """Hold back one video on the server, so that the build still runs when the test queries and kills it."""
     waiting = next(row["file"] for row in world.truth.values() if row["works"] and row["broken"] is None)
     over = threading.Event()
 
@@ -67,8 +67,8 @@ def one_video_waiting(world):
 
 
 @contextmanager
-def a_build_to_be_killed(world, corpus, code: str = "from clipmill.cli.app import main; main()", **environment: str):
-    """The command, with its process group killed when the block ends."""
+def running_build(world, corpus, code: str = "from clipmill.cli.app import main; main()", **environment: str):
+    """Start the command; kill its process group when the block ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *command(world.sources, corpus)],
         stdout=subprocess.DEVNULL,
@@ -85,47 +85,47 @@ def a_build_to_be_killed(world, corpus, code: str = "from clipmill.cli.app impor
 
 def wait_for(reached, process) -> None:
     while not reached():
-        assert process.poll() is None, "it has ended"
+        assert process.poll() is None, "the process has ended"
         time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
-def asked(world, local_ray, tmp_path_factory) -> tuple[Path, dict]:
-    """A corpus whose build was asked about while it ran, and was killed then; and what was answered.
+def queried_and_killed(world, local_ray, tmp_path_factory) -> tuple[Path, dict]:
+    """Query a corpus while its build runs, then kill the build; return the corpus and the answers.
 
-    It is killed alone: Ray, which it had joined, goes on. The other build below takes its Ray with it.
+    Only the build is killed: the Ray that it joined keeps running. The build in the next test is killed with its Ray.
     """
     cluster = local_ray.get_runtime_context().gcs_address
     corpus, answers = tmp_path_factory.mktemp("asked") / "corpus", {}
     count = ("sql", corpus, "SELECT count(*) AS n FROM videos", "--format", "csv")
-    with one_video_waiting(world), a_build_to_be_killed(world, corpus, RAY_ADDRESS=cluster) as process:
+    with one_video_held_back(world), running_build(world, corpus, RAY_ADDRESS=cluster) as process:
         wait_for(lambda: (corpus / "manifest.duckdb").exists(), process)
         answers["early"] = clipmill(*count)
-        wait_for(lambda: stages_seen(corpus) >= 3, process)
+        wait_for(lambda: num_commits_of(corpus) >= 3, process)
         answers["later"], answers["status"] = clipmill(*count), clipmill("status", corpus)
         answers["second"] = clipmill("build", "--corpus", corpus)
-        assert process.poll() is None, "the build was over before it could be asked"
+        assert process.poll() is None, "the build ended before it could be queried"
     return corpus, answers
 
 
-def test_asking_works_while_a_build_is_running(asked, world):
-    _, answers = asked
+def test_queries_work_while_a_build_is_running(queried_and_killed, world):
+    _, answers = queried_and_killed
     for answer in (answers["early"], answers["later"]):
         assert answer.stdout.split() == ["n", str(len(world.truth))], answer.stderr
     assert "A build has been running" in answers["status"].stdout and "download" in answers["status"].stdout
     assert answers["second"].returncode == 2 and "is being written by process" in answers["second"].stderr
 
 
-def test_kills_at_any_moment_leave_no_trace_in_the_corpus(built, asked, world, tmp_path):
-    """Killed once while one video kept it waiting, once after it has gone on, and then left alone."""
-    corpus = shutil.copytree(asked[0], tmp_path / "corpus")
-    reached = [stages_seen(corpus)]
-    with a_build_to_be_killed(world, corpus, DIES.format(num_commits=3)) as process:
+def test_kills_at_any_moment_leave_no_trace_in_the_corpus(built, queried_and_killed, world, tmp_path):
+    """The build is killed once while it waits for a video, once after it has resumed, and then runs to its end."""
+    corpus = shutil.copytree(queried_and_killed[0], tmp_path / "corpus")
+    reached = [num_commits_of(corpus)]
+    with running_build(world, corpus, DIES.format(num_commits=3)) as process:
         assert process.wait(1200) == -signal.SIGKILL
-    reached.append(stages_seen(corpus))
+    reached.append(num_commits_of(corpus))
     assert build_here(corpus, [str(world.sources)], *PLAIN).exit_code == 1  # the links that are made to fail
     quiet = built[0]
-    assert reached[0] < reached[1] < stages_seen(corpus), "a kill came too late to prove anything"
+    assert reached[0] < reached[1] < num_commits_of(corpus), "a kill came too late to prove anything"
     assert hashes(corpus / "shards") == hashes(quiet / "shards")
     assert tables(corpus) == tables(quiet)
     leftovers = [name for name in snapshot(corpus) if ".tmp-" in name or ".next" in name or ".part" in name]

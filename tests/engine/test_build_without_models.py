@@ -1,4 +1,4 @@
-"""Whoever wants clips and texts only turns captions and scores off, and on again later."""
+"""Captions and scores can be switched off for a build, and on again later."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""The cluster file and the variants in docs/cluster.md are what Ray takes."""
+"""Ray accepts the cluster file and its variants in docs/cluster.md."""
 
 import re
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_ray_takes_the_cluster_file_with_a_cloud_in_it(cloud):
     assert any("make env" in command for command in prepared["setup_commands"])
 
 
-def test_ray_refuses_what_is_no_cluster():
+def test_ray_refuses_invalid_cluster_files():
     with pytest.raises(Exception, match="no_such_key"):
         validated(ours() | {"no_such_key": 1})
 

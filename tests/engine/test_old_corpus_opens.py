@@ -1,11 +1,11 @@
-"""A corpus and a training run of an earlier version open, are up to date, and go on as they were begun.
+"""A corpus and a training run of an earlier version open, are up to date, and continue unchanged.
 
-Both are in tests/data/old_corpus, whose README says what they hold and how they were made; recorded.json has what the
-version that made them said of them. The values in it are never renewed: where one differs, users' corpora would be
-built again, or their runs would go on with other batches.
+Both are in tests/data/old_corpus, whose README says what they hold and how they were made; recorded.json has the
+values that the earlier version computed. They are never updated: if one differs, users' corpora would be built again,
+or their runs would continue with other batches.
 
-None of the recorded hashes depends on the version of a library. Those of models that are named by a tag or a file are
-of the name or the file's bytes; losses are fp32 on a CPU, which other processors round otherwise.
+No recorded hash depends on the version of a library. Hashes of models cover the tag's name or the file's bytes. Losses
+are fp32 on a CPU; other processors round differently.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ from shards.corpus.fragments import commit_name
 DATA = Path(__file__).parents[1] / "data" / "old_corpus"
 RECORDED = json.loads((DATA / "recorded.json").read_text())
 
-NUM_FAILED = 2  # of the corpus's sources: a page that is not there, and one that is no video
+NUM_FAILED = 2  # sources of the corpus: a missing page, and one that is not a video
 STAGES = ("download", "transcribe", "segment", "cut", "caption", "score", "pack")
 LAST_STEP, NUM_STEPS = 8, 12  # of the run: where it was stopped, and its length
 REWRITTEN = ("manifest.duckdb", "README.txt", "corpus.yaml")  # which a later version may complete
 
-# What a user may have of a corpus: all of it, or no cache, or only what nothing else can be made from.
+# The parts of a corpus that a user may keep: everything, everything but the cache, or only what cannot be rebuilt.
 AS_IT_WAS, NO_CACHE, NO_MANIFEST = "as it was", "with an empty cache", "without cache and manifest"
 
 
@@ -61,7 +61,7 @@ def copy_of_corpus(unpacked: Path, folder: Path, kind: str = AS_IT_WAS) -> Path:
 
 
 def copy_of_run(unpacked: Path, folder: Path, corpus: Path) -> Path:
-    """A run's selections say where its corpus lies, so they are told where it lies now."""
+    """Copy the run and update the corpus path in its selections."""
     run = Path(shutil.copytree(unpacked / "run", folder / "run"))
     for path in (run / "selection.arrow", run / "eval.arrow"):
         table = pa.ipc.open_file(path.read_bytes()).read_all()
@@ -85,12 +85,12 @@ def assigned(settings: list[str]) -> list[str]:
 
 
 def settings_of(path: Path) -> dict:
-    """The settings in a corpus.yaml or a run.yaml."""
+    """Return the settings in a corpus.yaml or run.yaml."""
     return yaml.safe_load(path.read_text())["settings"]
 
 
 def hashes(corpus: Path) -> dict[str, str]:
-    """SHA-256 of every file that the corpus consists of and that nothing rewrites."""
+    """Return the SHA-256 of every file of the corpus that is never rewritten."""
     names = [str(path.relative_to(corpus)) for path in corpus.rglob("*") if path.is_file()]
     kept = [name for name in names if not name.startswith(".clipmill/") and name not in REWRITTEN]
     return {name: hashlib.sha256((corpus / name).read_bytes()).hexdigest() for name in kept}
@@ -105,7 +105,7 @@ def lines(path: Path) -> list[dict]:
 
 def test_it_is_the_corpus_that_was_recorded(unpacked):
     assert hashes(unpacked / "corpus") == RECORDED["files"]
-    assert any(name.startswith("sources/") for name in RECORDED["files"]), "sources were to be kept"
+    assert any(name.startswith("sources/") for name in RECORDED["files"]), "sources should be kept"
 
 
 @pytest.mark.parametrize("kind", [AS_IT_WAS, NO_CACHE])
@@ -121,7 +121,7 @@ def test_status_finds_nothing_to_do(unpacked, tmp_path, kind):
 
 
 def status_of(corpus: Path) -> dict[str, dict[str, int]]:
-    """Stage → column → number, from the table that the command prints: a number ends where its column's name does."""
+    """Return {stage: {column: number}} from the printed table, whose numbers are right-aligned with the headings."""
     header, *rows = clipmill("status", corpus).splitlines()
     columns = [(match.group(), match.end()) for match in re.finditer(r"\S+", header)]
     starts = [len("transcribe"), *(end for _, end in columns[1:-1])]
@@ -138,7 +138,7 @@ def test_a_build_has_nothing_to_do(unpacked, tmp_path, kind):
     corpus = copy_of_corpus(unpacked, tmp_path, kind)
     settings = settings_of(corpus / "corpus.yaml")
     clipmill("build", "--corpus", corpus, code=1)  # 1: some sources have failed, then as now
-    assert hashes(corpus) == RECORDED["files"], "and no row of a run, which whatever a build does leaves"
+    assert hashes(corpus) == RECORDED["files"], "and no row of a run, which any build would leave"
     assert settings_of(corpus / "corpus.yaml") | settings == settings_of(corpus / "corpus.yaml")
     clipmill("verify", "--no-decode", corpus)
 
@@ -148,7 +148,7 @@ def test_verify_is_clean(unpacked):
 
 
 def test_tables_and_views_have_the_columns_and_rows_that_they_had(unpacked, tmp_path):
-    """In a manifest that this version has published from the fragments."""
+    """The manifest is published by this version from the old fragments."""
     corpus = copy_of_corpus(unpacked, tmp_path, NO_MANIFEST)
     clipmill("build", "--corpus", corpus, code=1)
     with duckdb.connect(str(corpus / "manifest.duckdb"), read_only=True) as connection:
@@ -178,7 +178,7 @@ def test_shards_packed_anew_are_the_same_bytes(unpacked, tmp_path):
     assert all(pq.read_table(path).equals(table) for path, table in indexes.items())
 
 
-# Of a clip, what neither an encoder's version nor the rounding of a processor decides, and what that may change a bit.
+# Columns of a clip that no encoder version or processor's rounding changes, and columns that rounding may change a bit.
 SAME = ("span_start_s", "span_end_s", "start_s", "end_s", "num_frames", "fps", "width", "height", "codec", "has_audio")
 SAME += ("text", "num_words", "num_sentences", "origin", "language", "transcript_origin")
 SAME += ("caption", "captioner", "shard")
@@ -187,7 +187,7 @@ NEAR = ("motion", "brightness", "align_cost", "caption_score", "subtitle_similar
 
 @pytest.mark.slow
 def test_stages_done_again_make_the_same_clips(local_ray, unpacked, tmp_path):
-    """From the kept sources alone, every stage behind the download by the workers of a real build."""
+    """The workers of a real build run every stage after the download from the kept sources."""
     corpus = copy_of_corpus(unpacked, tmp_path, NO_MANIFEST)
     made = [*corpus.glob("fragments/*/*.parquet"), *corpus.glob("clips/*"), *corpus.glob("shards/*")]
     for path in made:
@@ -214,7 +214,7 @@ def numbers(rows: list[dict], name: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", RECORDED["fingerprints"])
 def test_fingerprints_of_stages_are_the_same_bytes(unpacked, name):
-    """Of the defaults, of recipes, of changed settings, and of the corpus's own."""
+    """This covers the defaults, recipes, changed settings and the corpus's own settings."""
     recorded = RECORDED["fingerprints"][name]
     saved = settings_of(unpacked / "corpus" / "corpus.yaml") if name == "the corpus" else None
     assert fingerprints(resolve(saved, recorded["recipe"], recorded["set"])) == recorded["stages"]
@@ -222,7 +222,7 @@ def test_fingerprints_of_stages_are_the_same_bytes(unpacked, name):
 
 @pytest.mark.parametrize("change", RECORDED["keys"])
 def test_keys_of_all_items_are_the_same_bytes(unpacked, tmp_path, change):
-    """Of the corpus with its own settings, and of what a changed setting makes pending."""
+    """This covers the corpus with its own settings and the items that a changed setting makes pending."""
     recorded, found = RECORDED["keys"][change], {}
     corpus = copy_of_corpus(unpacked, tmp_path, NO_CACHE)
     with session(corpus, None, recorded["set"], "test", create=False) as (current, _):
@@ -234,7 +234,7 @@ def test_keys_of_all_items_are_the_same_bytes(unpacked, tmp_path, change):
 
 
 def test_commits_are_named_as_their_work(unpacked):
-    """A commit's name is a hash of its items and their keys: the same work lands in the same place."""
+    """A commit's name is a hash of its items and their keys, so the same work gets the same name."""
     for name, rows in RECORDED["commits"].items():
         path = unpacked / "corpus" / "fragments" / "ledger" / f"{name}.parquet"
         assert pq.read_table(path, columns=list(rows[0])).to_pylist() == rows
@@ -248,7 +248,7 @@ def test_commits_are_named_as_their_work(unpacked):
 
 @pytest.mark.parametrize("step", [LAST_STEP, 4])
 def test_the_run_resumes_with_the_batches_and_losses_that_it_would_have_had(unpacked, tmp_path, step):
-    """From its last checkpoint, and from the one before it where the last is lost."""
+    """The run resumes from its last checkpoint, and from the one before if the last is missing."""
     corpus = copy_of_corpus(unpacked, tmp_path)
     run, recorded = copy_of_run(unpacked, tmp_path, corpus), RECORDED["run"]
     if step != LAST_STEP:
@@ -270,7 +270,7 @@ def test_the_run_resumes_with_the_batches_and_losses_that_it_would_have_had(unpa
 
 @pytest.mark.parametrize("name", RECORDED["selections"])
 def test_selections_and_orders_of_new_runs_are_the_same(unpacked, tmp_path, name):
-    """Of a run of the old one's settings with some of them changed: two epochs as they are planned on the disk."""
+    """Runs with the old settings, some of them changed, plan the recorded two epochs."""
     recorded = RECORDED["selections"][name]
     run, recipe = tmp_path / "new", tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings_of(unpacked / "run" / "run.yaml")))
@@ -289,13 +289,13 @@ def test_selections_and_orders_of_new_runs_are_the_same(unpacked, tmp_path, name
 
 
 def planned(run: Path, fingerprint: str, epoch: int, clips: list[str]) -> list[list[str | None]]:
-    """The clips of an epoch's batches, from its file; None: a hole."""
+    """Return the clips of an epoch's batches from its file, with None for a hole."""
     rows = np.load(run / "plan" / f"plan-{fingerprint}-{epoch:05d}.npy")
     return [[clips[row] if row < len(clips) else None for row in batch] for batch in rows.tolist()]
 
 
 def frozen_clips(path: Path, recorded: dict) -> list[str]:
-    """The clips of a selection, once it is sure to be the one that was recorded."""
+    """Check that the selection is the recorded one and return its clips."""
     table = pa.ipc.open_file(path.read_bytes()).read_all()
     for name in ("hash", "snapshot"):
         assert table.schema.metadata[name.encode()].decode() == recorded.get(name, ""), name

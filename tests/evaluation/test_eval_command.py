@@ -1,4 +1,4 @@
-"""`clipmill eval`: which model, which clips, which settings; the table and the JSON say the same."""
+"""`clipmill eval`: its choice of model, clips and settings; its table and its JSON agree."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(corpus: Path, tmp_path_factory) -> RunFolder:
-    """Trained on clips .0 to .3, held out .6 and later; step 3 is model 1, step 7 model 2, its averages model 3."""
+    """Make a run trained on clips .0 to .3 with .6 on held out; step 3 is model 1, step 7 model 2, its EMA model 3."""
     folder = RunFolder(tmp_path_factory.mktemp("runs") / "run")
     settings = small_settings("eval.where=n >= 6", "eval.text=caption", "data.where=n < 4", "eval.overlap=allow")
     folder.create()
@@ -93,14 +93,14 @@ def test_options_come_before_what_the_run_was_made_with(corpus: Path, run: RunFo
 
 
 def test_clips_of_videos_that_were_trained_on_are_counted(run: RunFolder) -> None:
-    """All clips of the corpus are of one video."""
+    """All clips of the corpus belong to one video."""
     console = quiet()
     assert run_eval(run=run.root, console=console)["num_seen"] == 6
     assert "6 clips come from videos of the training selection" in console.file.getvalue()
 
 
 def test_a_model_is_evaluated_on_every_sample_in_float32(corpus: Path, weights: Path) -> None:
-    """Texts are cut at what it reads: fewer tokens here than the setting's 70."""
+    """Texts are cut at the model's context length, which is below the setting's 70 tokens."""
     metrics = run_eval(model=str(weights), corpus=corpus, assignments=SETTINGS, console=quiet())
     same = expected(corpus, 0, "")
     assert {key: metrics[key] for key in same} == same and metrics["num_videos"] == 12

@@ -1,4 +1,4 @@
-"""Evaluation by one, two and three processes: the same features to the bit, nothing twice, nothing missing."""
+"""Evaluation by one, two and three processes gives bit-identical features, each clip once."""
 
 from pathlib import Path
 
@@ -6,8 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.evaluation.test_retrieval_on_a_selection import damage
-from tests.helpers.evaluations import ALONE, packed_corpus, selected, small_clip4clip, small_model, small_settings
+from tests.helpers.evaluations import (
+    ALONE,
+    damage,
+    packed_corpus,
+    selected,
+    small_clip4clip,
+    small_model,
+    small_settings,
+)
 from tests.helpers.ranks import run_ranks
 from training.data.selection import Selection
 from training.evaluation.retrieval import EvalFeatures, evaluate, features
@@ -35,7 +42,7 @@ def test_any_number_of_processes_gives_the_same_features_and_metrics(tmp_path: P
     metrics = evaluate(small_model(), selection, small_settings(*SETTINGS), ALONE)
     pairs = features(small_clip4clip("tightTransf"), selection, small_settings(*SETTINGS), ALONE).similarity_MN
     assert len(alone.clip_ids) == 11 and metrics["num_failures"] == 1
-    for world_size in (2, 3):  # of 3, one process has nothing to do
+    for world_size in (2, 3):  # with 3 processes, one has no work
         run_ranks(world_size, run_rank, world_size, selection.path, tmp_path)
         for rank in range(world_size):
             made, theirs, their_pairs = torch.load(tmp_path / f"{world_size}.{rank}.pt", weights_only=False)

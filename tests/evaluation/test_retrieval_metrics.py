@@ -1,4 +1,4 @@
-"""Ranks, ties, several captions per video, dual softmax: the reference where it is right, and where it is not."""
+"""Retrieval ranks, ties, several captions per video and dual softmax, against the reference and its known errors."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def assert_metrics(ours: dict[str, float], published: dict[str, Any]) -> None:
 
 
 def assert_percent(ours: dict[str, float], published: dict[str, Any]) -> None:
-    """CLIP4Clip's names: recalls in percent; MR is the median, too."""
+    """Compare with a row in CLIP4Clip's names: recalls in percent, and MR the median rank."""
     for key in ("R1", "R5", "R10"):
         assert ours[key.lower()] * 100 == pytest.approx(published[key], rel=1e-6), key
     assert ours["medr"] == published["MedianR"] == published["MR"]
@@ -41,7 +41,7 @@ def test_without_ties_both_directions_equal_the_reference() -> None:
 
 
 def test_each_direction_of_dual_softmax_is_normalised_over_its_own_queries() -> None:
-    """The reference's video to text ranks on the matrix normalised over texts, which hardly changes anything."""
+    """The reference ranks video to text on the matrix normalised over texts, which hardly changes the ranks."""
     data = tensors("metrics", "metrics.safetensors")
     sim = data["square/sim"].numpy()
     np.testing.assert_allclose(dual_softmax(sim, axis=0), data["square/sim_dsl"].numpy(), rtol=1e-5, atol=1e-6)
@@ -55,7 +55,7 @@ def test_each_direction_of_dual_softmax_is_normalised_over_its_own_queries() -> 
 def test_dual_softmax_of_a_hand_made_matrix() -> None:
     sim = np.array([[0.50, 0.49, 0.0], [0.60, 0.55, 0.0], [0.0, 0.0, 0.3]])
     assert ranks_of(sim, np.arange(3)).tolist() == [1, 2, 1]  # text 1 prefers video 0
-    # but video 0 is even nearer to text 1 than to text 0: e^10 to 1 down its column, e^6 to 1 down that of video 1
+    # but video 0 is even closer to text 1 than to text 0: e^10 to 1 down its column, e^6 to 1 down that of video 1
     over_texts = dual_softmax(sim, axis=0)
     assert over_texts[0, 0] == pytest.approx(0.5 / (1 + np.exp(10)), rel=1e-9)
     assert over_texts[1, 1] == pytest.approx(0.55 / (1 + np.exp(-6)), rel=1e-9)
@@ -63,20 +63,20 @@ def test_dual_softmax_of_a_hand_made_matrix() -> None:
 
 
 def listed_ranks(sim: np.ndarray) -> np.ndarray:
-    """As the reference has them: a query is listed once for every position whose value equals that of its answer."""
+    """Return ranks as the reference does: one per position whose value equals that of the query's answer."""
     descending = np.sort(-sim, axis=1)
     return np.where(descending == -np.diag(sim)[:, None])[1] + 1.0
 
 
 def published_dual_softmax(sim: np.ndarray) -> np.ndarray:
-    """In float32 as the reference, where more values are equal than in float64."""
+    """Compute in float32 as the reference does, where more values tie than in float64."""
     weights = np.exp(np.float32(100) * sim - (np.float32(100) * sim).max(axis=0))
     return sim * (weights / weights.sum(axis=0))
 
 
 @pytest.mark.parametrize("case", SQUARE)
 def test_published_numbers_list_tied_queries_several_times(case: str) -> None:
-    """What makes every published entry: the same ranks as ours, but listed once per equal value where values tie."""
+    """Published entries have our ranks, but list a query once per equal value where values tie."""
     sim = tensors("metrics", "metrics.safetensors")[f"{case}/sim"].numpy()
     dsl = published_dual_softmax(sim)
     published = numbers("metrics", "metrics.json")[case]
@@ -90,7 +90,7 @@ def test_published_numbers_list_tied_queries_several_times(case: str) -> None:
 
 @pytest.mark.parametrize("case", TIED)
 def test_a_query_has_one_rank_where_the_reference_counts_several(case: str) -> None:
-    """Where no values tie both rules agree; where some do, the published totals are divided by the longer list."""
+    """Both rules agree without ties; with ties, the published totals are divided by the longer list."""
     sim = tensors("metrics", "metrics.safetensors")[f"{case}/sim"]
     published = numbers("metrics", "metrics.json")[case]["clip4clip"]
     ours = retrieval_metrics(sim)
@@ -109,7 +109,7 @@ def test_tie_rules_bound_each_other_and_a_constant_matrix_shows_them() -> None:
     by_rule = {ties: retrieval_metrics(constant, ties=ties)["t2v"] for ties in ("pessimistic", "mean", "optimistic")}
     assert by_rule["pessimistic"]["r1"] == by_rule["pessimistic"]["r10"] == 0
     assert [by_rule[ties]["meanr"] for ties in by_rule] == [20.0, 10.5, 1.0]
-    assert by_rule["optimistic"]["r1"] == 1  # why the pessimistic rule is the default: a dead model scores 100 % here
+    assert by_rule["optimistic"]["r1"] == 1  # hence the pessimistic default: a constant model scores 100 % here
 
 
 def test_several_captions_per_video_equal_the_reference() -> None:

@@ -1,4 +1,4 @@
-"""A model searched on a selection: what is asked, what is found, what is left out; real clips from a packed corpus."""
+"""Retrieval evaluation on real clips of a packed corpus: its queries, its results and the clips it leaves out."""
 
 import json
 from collections import Counter
@@ -11,7 +11,15 @@ import torch
 from safetensors import safe_open
 
 from clipmill.base.errors import UserError
-from tests.helpers.evaluations import ALONE, packed_corpus, selected, small_clip4clip, small_model, small_settings
+from tests.helpers.evaluations import (
+    ALONE,
+    damage,
+    packed_corpus,
+    selected,
+    small_clip4clip,
+    small_model,
+    small_settings,
+)
 from training.data.loader import Loader
 from training.data.reader_pool import Request
 from training.data.sample_reader import SampleReader
@@ -23,7 +31,7 @@ from training.models.encode import normalise, text_encoder
 
 @pytest.fixture(scope="module")
 def selection(tmp_path_factory) -> Selection:
-    """Clip .5 says what .4 says, .7 says nothing, .8 has no caption."""
+    """Freeze a selection in which clip .5 has the text of .4, .7 has no text and .8 no caption."""
     sql = """
         UPDATE clips SET text = (SELECT text FROM clips WHERE n = 4) WHERE n = 5;
         UPDATE clips SET text = ' ' WHERE n = 7;
@@ -33,7 +41,7 @@ def selection(tmp_path_factory) -> Selection:
 
 
 def clip(made: EvalFeatures, n: int) -> int:
-    """The row of clip .n among the candidates."""
+    """Return the row of clip .n among the candidates."""
     return next(row for row, clip_id in enumerate(made.clip_ids) if clip_id.endswith(f".{n}"))
 
 
@@ -91,14 +99,14 @@ def test_the_same_sentence_of_two_clips_is_exactly_as_near_and_counts_against_bo
     assert {int(made.text_to_video_M[row]) for row in (first, second)} == {clip(made, 4), clip(made, 5)}
     assert torch.equal(made.similarity_MN[first], made.similarity_MN[second])
     assert metrics["num_repeated_texts"] == 2
-    # video to text, each of the two clips finds two texts equally near: neither can be first
+    # from video to text, each of the two clips has two equally similar texts, so neither can be first
     perfect = torch.eye(12)[made.text_to_video_M]
     perfect[[first, second]] = perfect[first] + perfect[second]
     assert retrieval_metrics(perfect, made.text_to_video_M)["v2t"]["r1"] == 9 / 11
 
 
 def test_texts_that_are_the_same_to_the_model_are_exactly_as_near(tmp_path: Path) -> None:
-    """They differ in case and punctuation, in words that it does not know, or where they have been cut."""
+    """They differ in case, punctuation, unknown words or only behind the cut."""
     sql = """
         UPDATE clips SET text = 'Red, blue!' WHERE n = 1;
         UPDATE clips SET text = 'red blue' WHERE n = 2;
@@ -126,15 +134,6 @@ def test_several_texts_of_a_clip_are_asked_one_by_one() -> None:
     assert rows.tolist() == [0, 3] and texts == ["a", "b"]
 
 
-def damage(corpus: Path, selection: Selection, row: int) -> str:
-    """Overwrites a clip's bytes in its shard."""
-    clip = selection.take([row]).to_pylist()[0]
-    with open(corpus / clip["shard"], "r+b") as shard:
-        shard.seek(clip["mp4_offset"])
-        shard.write(b"\0" * clip["mp4_bytes"])
-    return clip["clip_id"]
-
-
 def test_an_unreadable_clip_is_left_out_counted_and_reported(tmp_path: Path) -> None:
     corpus = packed_corpus(tmp_path / "corpus", 12)
     selection, model = selected(corpus), small_model()
@@ -155,7 +154,7 @@ def test_an_unreadable_clip_is_left_out_counted_and_reported(tmp_path: Path) -> 
     assert [failure["clip_id"] for failure in metrics["failures"]] == [f["clip_id"] for f in made.failures]
 
 
-def test_nothing_to_rank_is_said(tmp_path: Path) -> None:
+def test_an_empty_ranking_is_reported(tmp_path: Path) -> None:
     corpus = packed_corpus(tmp_path / "corpus", 3, "UPDATE clips SET text = ''")
     selection = selected(corpus)
     with pytest.raises(UserError, match="eval.text = 'subtitle'.*3 could be read"):

@@ -1,4 +1,4 @@
-"""Small folders in the layouts in which the retrieval benchmarks are published. Videos are empty files."""
+"""Make small folders in the published layouts of the retrieval benchmarks, with empty files as videos."""
 
 import json
 import pickle
@@ -15,7 +15,7 @@ VATEX_VIDEOS = ["Ptf_2VRj-V0_000122_000132", "_rjDr0T5zLI_000003_000013"]
 
 
 def put(path: Path, content: object = b"") -> Path:
-    """Bytes and text as they are, tables as JSON."""
+    """Write bytes and text unchanged, and tables as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(content, bytes):
         content = (content if isinstance(content, str) else json.dumps(content)).encode()
@@ -29,7 +29,7 @@ def put_videos(folder: Path, *names: str) -> None:
 
 
 def msrvtt(folder: Path, num_train: int = 3, num_test: int = 2, num_captions: int = 20) -> Path:
-    """Videos 0 … are for training, then those of 1k-A; of the data file's own split the last two are val and test."""
+    """Write MSR-VTT: training videos, then those of 1k-A; the last two are val and test in the file's own split."""
     count = num_train + num_test
     splits = ["train"] * (count - 2) + ["validate", "test"]
     videos = [

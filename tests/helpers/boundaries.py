@@ -1,4 +1,4 @@
-"""Videos of known segments with one noisy timestamp each, and teachers that know or see the truth."""
+"""Make synthetic videos with known segments and noisy timestamps, and teachers that score them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ DIM = 128
 
 @dataclass(frozen=True)
 class Truth:
-    """A video whose clips show what their captions say between `spans_N2`, and something else in the gaps."""
+    """Describe a video that shows each caption's content between `spans_N2`, and something else in the gaps."""
 
     clips: VideoClips
     spans_N2: Floats
@@ -23,7 +23,7 @@ class Truth:
 
 
 def make_truth(number: int, settings: EditSettings, num_topics: int = 40) -> Truth:
-    """Three to six segments of 4 to 16 s with gaps of 0 to 6 s; a timestamp anywhere inside each segment."""
+    """Draw three to six segments of 4 to 16 s with gaps of 0 to 6 s, and a timestamp inside each segment."""
     draw = np.random.default_rng([7, number])
     lengths, gaps = draw.uniform(4, 16, draw.integers(3, 7)), draw.uniform(0, 6, 8)
     ends = np.cumsum(lengths + gaps[: len(lengths)])
@@ -43,7 +43,7 @@ def mean_iou(truths: Sequence[Truth], spans: Spans) -> float:
 
 
 class Oracle:
-    """Scores a candidate by its IoU with the truth."""
+    """Score a candidate by its IoU with the truth."""
 
     def __init__(self, truths: Sequence[Truth]):
         self.truths = {truth.clips.video_id: truth for truth in truths}
@@ -61,7 +61,7 @@ def topic_vectors(num_topics: int = 40) -> Floats:
 
 
 def paired_vectors(num_topics: int, rank: int = 24) -> tuple[Floats, Floats]:
-    """How topics look and how they are named: two linear views of the same few hidden numbers, so one can learn."""
+    """Return image and text vectors of topics: learnable, as two linear views of the same few latent numbers."""
     draw = np.random.default_rng(5)
     hidden = draw.normal(size=(num_topics, rank))
     looks, names = (hidden @ draw.normal(size=(rank, DIM)) / rank**0.5 for _ in range(2))
@@ -69,7 +69,7 @@ def paired_vectors(num_topics: int, rank: int = 24) -> tuple[Floats, Floats]:
 
 
 def frame_features(truth: Truth, topics: Floats, noise: float, fps: float = 2.0) -> FrameFeatures:
-    """Each frame shows its segment's topic and noise; in the gaps noise alone."""
+    """Return features of each frame: its segment's topic plus noise, or noise only in the gaps."""
     times = np.arange(0, truth.clips.duration_s, 1 / fps)
     draw = np.random.default_rng([11, len(times), int(truth.clips.video_id[1:])])
     features = noise * draw.normal(size=(len(times), DIM))

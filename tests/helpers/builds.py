@@ -1,4 +1,4 @@
-"""Small served worlds and corpora built from them, for tests of whole builds."""
+"""Run whole builds on small served worlds, and compare the corpora they make."""
 
 import hashlib
 import json
@@ -13,14 +13,14 @@ from pipeline.demo.world import read_truth
 from pipeline.engine.build import BuildReport, build
 from pipeline.engine.registry import stage_names
 
-# What keeps test builds small: tiny pictures, few workers, shards of a megabyte so that there are several.
+# Small settings for test builds: tiny pictures, few workers, and 1 MB shards so that there are several.
 SMALL = [
     "ingest.unit_videos=2",
     "cut.short_side=96",
     "pack.shard_bytes=1000000",
     "engine.publish_every_s=0.5",
     "engine.downloads_per_node=2",
-    # Nothing hangs here: a limit that is reached would only say that the machine is slow.
+    # No work hangs in these builds, so reaching a limit would only mean that the machine is slow.
     "download.stall_timeout_s=600",
     "download.probe_timeout_s=600",
     "cut.timeout_base_s=600",
@@ -39,7 +39,7 @@ class ServedWorld:
     folder: Path
     base_url: str
     sources: Path
-    faults: dict[str, dict]  # of its server, which heeds changes
+    faults: dict[str, dict]  # settings of its server, which picks up changes
 
     @property
     def truth(self) -> dict[str, dict]:
@@ -47,7 +47,7 @@ class ServedWorld:
 
 
 def sound_sources(world: ServedWorld) -> list[dict]:
-    """The lines of the world's list whose videos have no fault."""
+    """Return the lines of the world's list whose videos have no fault."""
     rows = [json.loads(line) for line in world.sources.read_text().splitlines()]
     return [row for row in rows if world.truth[row["id"]]["works"] and not world.truth[row["id"]]["broken"]]
 
@@ -55,13 +55,13 @@ def sound_sources(world: ServedWorld) -> list[dict]:
 def build_here(
     corpus: Path, sources: list[str], *settings: str, stages=stage_names(), recipe="demo", **kwargs
 ) -> BuildReport:
-    """A build in this process, on the Ray that the test session started."""
+    """Build in this process, on the Ray of the test session."""
     assignments = [*SMALL, *settings] if recipe else list(settings)
     return build(corpus, sources, stages=stages, recipe=recipe, assignments=assignments, command="test", **kwargs)
 
 
 def clipmill(*arguments: str, timeout_s: float = 1200) -> subprocess.CompletedProcess:
-    """The command itself, in a process of its own."""
+    """Run the command in a process of its own."""
     command = [sys.executable, "-m", "clipmill", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
 
@@ -76,7 +76,7 @@ def hashes(folder: Path, pattern: str = "*.tar") -> dict[str, str]:
 
 
 def tables(corpus: Path) -> dict[str, list[tuple]]:
-    """Every table of the manifest but what tells of times and runs, as sorted rows."""
+    """Return every table of the manifest as sorted rows, without columns of times and runs."""
     wanted = ("videos", "sentences", "spans", "clips", "captions", "scores", "samples")
     return {
         table: sorted(
@@ -95,7 +95,7 @@ def tables(corpus: Path) -> dict[str, list[tuple]]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and modification time of every file that belongs to the corpus."""
+    """Return size and modification time of every file of the corpus."""
     files = [path for path in folder.rglob("*") if path.is_file() and ".clipmill" not in path.parts]
     return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 

@@ -1,4 +1,4 @@
-"""Small models and reference files for the tests of the trainer's numbers."""
+"""Make small CLIP-ViP models, read reference files and compare tensors."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from torch import Tensor
 from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig
 
 REFERENCE = Path(__file__).resolve().parents[1] / "data" / "reference"
-_completed: list[tempfile.TemporaryDirectory] = []  # made at the first need: ranks that import this end without cleanup
+_completed: list[tempfile.TemporaryDirectory] = []  # created lazily: ranks that import this exit without cleanup
 
 
 def from_recipe(key: str, shape: Sequence[int], mean: float, std: float) -> Tensor:
@@ -28,7 +28,7 @@ def from_recipe(key: str, shape: Sequence[int], mean: float, std: float) -> Tens
 
 @cache
 def reference(*parts: str) -> Path:
-    """Return the path of a reference file. Weights and inputs that the recipe makes are drawn, not kept: add them."""
+    """Return the path of a reference file, after adding the weights and inputs that its recipe draws."""
     name = "/".join(parts)
     drawn = json.loads((REFERENCE / "drawn.json").read_text()).get(name)
     if drawn is None:
@@ -40,7 +40,7 @@ def reference(*parts: str) -> Path:
             mask = state[recipe["mask"]]
             state[tensor][mask == 0] = 0
     drawn_bytes = b"".join(state[tensor].numpy().tobytes() for tensor in sorted(drawn["tensors"]))
-    assert hashlib.sha256(drawn_bytes).hexdigest() == drawn["sha256"], f"{name}: drawn otherwise than the reference's"
+    assert hashlib.sha256(drawn_bytes).hexdigest() == drawn["sha256"], f"{name}: differs from the reference"
     if not _completed:
         _completed.append(tempfile.TemporaryDirectory(prefix="clipmill-reference-"))
     completed = Path(_completed[0].name, name.replace("/", "-"))
@@ -57,7 +57,7 @@ def numbers(*parts: str) -> Any:
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
-    """Two layers, 4 patches a frame: small enough for every test, large enough to be wrong in."""
+    """Return a config of two layers and 4 patches a frame: fast, yet large enough to show errors."""
     settings: dict[str, Any] = {
         "vision": TowerConfig(width=32, num_layers=2, num_heads=2, mlp_width=64),
         "text": TowerConfig(width=24, num_layers=2, num_heads=2, mlp_width=48),
@@ -72,7 +72,7 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> ClipVip:
-    """Random weights everywhere, temporal table and biases included, so that no path is silent."""
+    """Make a model with random weights, temporal table and biases included, so that every path affects the output."""
     model = ClipVip(tiny_config(**changes))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def random_pixels(batch: int, num_frames: int, size: int = 32, seed: int = 1) ->
 
 
 def random_texts(batch: int, length: int = 10, vocab: int = 50, seed: int = 2) -> Tensor:
-    """Start, words, end, padding with 0; the texts' lengths differ and row 0 has no padding."""
+    """Draw token rows of start, words, end and padding with 0; lengths differ and row 0 has no padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, vocab - 2, (batch, length), generator=generator)
     ids[:, 0] = vocab - 2
@@ -97,3 +97,9 @@ def random_texts(batch: int, length: int = 10, vocab: int = 50, seed: int = 2) -
         ids[row, end] = vocab - 1
         ids[row, end + 1 :] = 0
     return ids
+
+
+def max_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest absolute difference of two tensors of one shape."""
+    assert ours.shape == theirs.shape
+    return (ours.double() - theirs.double()).abs().max().item()

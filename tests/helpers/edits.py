@@ -1,4 +1,4 @@
-"""A corpus of numbered frames, built by the real stages in this process, and editings of it."""
+"""Build a corpus of numbered frames with the real stages in this process, and edit it."""
 
 import io
 import json
@@ -29,17 +29,17 @@ SENTENCES = (
     ((12.0, 17.0), "The blue square is very small and it spins."),
     ((20.0, 26.0), "We see a green star that jumps up and down."),
 )
-# Every clip moves, and as far as it likes
+# Settings under which every clip may move by any distance
 EAGER = ("edit.min_gain=0", "edit.length_weight=0", "edit.max_median_change=null", "edit.max_share_at_limit=null")
 
 
 def build_corpus(root: Path, num_videos: int = 4) -> Path:
-    """Videos video0, video1, … of 30 s with three sentences each, the last one without any; 3 frames a second."""
+    """Build a corpus of videos video0, video1, … of 30 s at 3 fps, each with three sentences but the last with none."""
     videos = root.with_name(f"{root.name}-videos")
     videos.mkdir(parents=True)
     lines = []
     for number in range(num_videos):
-        frames = {"num_frames": 30 * FPS + number, "fps": FPS, "size": (96, 64)}  # no two files are the same
+        frames = {"num_frames": 30 * FPS + number, "fps": FPS, "size": (96, 64)}  # makes every file different
         path = make_video(videos, Shape(f"video{number}.mp4", options=dict(SHORT_GOP), **frames))
         line = {"id": f"video{number}", "path": str(path)}
         if number < num_videos - 1:
@@ -83,12 +83,12 @@ def _clock(seconds: float) -> str:
 
 
 def copy_of(corpus: Path, folder: Path) -> Path:
-    """A corpus for one test to change; its source videos stay where they are."""
+    """Copy a corpus for one test to change; its source videos stay shared."""
     return Path(shutil.copytree(corpus, folder / "corpus"))
 
 
 def edit(corpus: Path, out: Path, *settings: str, **asked: Any) -> list[dict[str, Any]]:
-    """`clipmill edit` with the demo's model in this process; the rows of its rounds."""
+    """Run `clipmill edit` with the demo's model in this process; return the rows of its rounds."""
     asked = {"corpus": corpus, "model": "demo", "rounds": 0} | asked
     asked["assignments"] = (*EAGER, *settings)
     return run_edit(EditRequest(out, **asked), Console(file=io.StringIO()))
@@ -108,18 +108,18 @@ def edits(corpus: Path) -> list[dict[str, Any]]:
 
 
 def edit_tables(corpus: Path) -> dict[str, list[dict[str, Any]]]:
-    """What editing has written, without what tells of time."""
+    """Return the tables that editing has written, without columns of times."""
     tables = {name: rows(corpus, f"SELECT * FROM {name} ORDER BY ALL") for name in ("clip_edits", "edited_clips")}
     return tables | {"edit_rounds": rows(corpus, 'SELECT * EXCLUDE ("at") FROM edit_rounds ORDER BY editing, round')}
 
 
 def shown(corpus: Path, tar: str, offset: int, num_bytes: int) -> list[int]:
-    """The numbers of the source frames that a clip shows."""
+    """Return the numbers of the source frames that a clip shows."""
     return numbers_in(read_member(corpus / tar, offset, num_bytes))
 
 
 def numbers_of(clip_id: str, start_s: float, end_s: float) -> list[int]:
-    """Those that a clip of these boundaries ought to show."""
+    """Return the numbers that a clip with these boundaries should show."""
     number = int(clip_id.removeprefix("video")[0])
     shape = Shape("x.mp4", num_frames=30 * FPS + number, fps=FPS)
     return expected_numbers(shape.times_s(), shape.end_s(), start_s, end_s, CLIP_FPS)

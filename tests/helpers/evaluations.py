@@ -1,4 +1,4 @@
-"""A small model of a few words, and selections of a small packed corpus, for the tests of evaluation."""
+"""Make a small model with a small vocabulary, and selections of a small packed corpus to evaluate it on."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from training.models.clip_vip.model import ClipVip
 from training.parallel.distributed import Process
 from training.run.settings import RunSettings, resolve
 
-# Those of tests/helpers/manifests.py, so that no text is made of unknown words alone.
+# The words of tests/helpers/manifests.py, so that no text consists of unknown words only.
 WORDS = tuple("red blue circle square moves left right the a over sea field we see now then".split())
 ALONE = Process(torch.device("cpu"))
 
@@ -34,7 +34,7 @@ def small_settings(*assignments: str) -> RunSettings:
 
 
 def packed_corpus(root: Path, num_clips: int = 12, sql: str = "") -> Path:
-    """Every clip has a subtitle and a caption, all of them different, before `sql` changes the manifest."""
+    """Make a packed corpus whose clips all have different subtitles and captions, then change the manifest by `sql`."""
     assert num_clips <= len(WORDS)
     make_corpus(root, num_clips)
     first = f"list_extract({list(WORDS)}, 1 + k.n)"
@@ -51,3 +51,12 @@ def packed_corpus(root: Path, num_clips: int = 12, sql: str = "") -> Path:
 def selected(corpus: Path, where: str = "") -> Selection:
     freeze(corpus / "eval.arrow", corpus, where)
     return Selection(corpus / "eval.arrow")
+
+
+def damage(corpus: Path, selection: Selection, row: int) -> str:
+    """Overwrite a clip's bytes in its shard."""
+    clip = selection.take([row]).to_pylist()[0]
+    with open(corpus / clip["shard"], "r+b") as shard:
+        shard.seek(clip["mp4_offset"])
+        shard.write(b"\0" * clip["mp4_bytes"])
+    return clip["clip_id"]

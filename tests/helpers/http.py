@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback whose answers can be made to fail in all the ways the open internet does."""
+"""Serve media over loopback HTTP with scripted faults such as dropped connections and wrong lengths."""
 
 import gzip
 import subprocess
@@ -16,7 +16,7 @@ import imageio_ffmpeg
 
 @dataclass
 class Route:
-    """What one path answers. Lists are used up by one element per request, then the route behaves."""
+    """Describe the answers of one path; each request consumes one element of a list, then the route has no fault."""
 
     body: bytes = b""
     content_type: str | None = "video/mp4"
@@ -24,19 +24,19 @@ class Route:
     headers: dict[str, str] = field(default_factory=dict)
     ranges: bool = True  # answer Range requests with 206
     etag: str | None = '"one"'
-    drops: list[int] = field(default_factory=list)  # close the connection after so many bytes of the body
+    drops: list[int] = field(default_factory=list)  # close the connection after this many bytes of the body
     failures: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # (status, headers) answered first
-    stall_after: int | None = None  # send so many bytes, then nothing until the server is closed
+    stall_after: int | None = None  # send this many bytes, then nothing until the server is closed
     length_delta: int = 0  # added to the true Content-Length
-    short_lengths: list[int] = field(default_factory=list)  # taken off it
+    short_lengths: list[int] = field(default_factory=list)  # subtracted from it
     bytes_per_s: int | None = None
-    together: threading.Barrier | None = None  # answer when so many requests wait for their answer
+    together: threading.Barrier | None = None  # answer once this many requests are waiting
     gzipped: bool = False
-    announce: bool = True  # send Content-Length at all
+    announce: bool = True  # whether to send Content-Length
 
 
 class MediaServer:
-    """`url(path)` of the routes in `routes`; `requests` lists (path, headers) of everything that was asked for."""
+    """Serve the `routes` at `url(path)`, and record (path, headers) of every request in `requests`."""
 
     def __init__(self) -> None:
         self.routes: dict[str, Route] = {}
@@ -61,8 +61,8 @@ class MediaServer:
         self.routes[path] = Route(body, **options)
         return self.url(path)
 
-    def asked(self, path: str) -> list[dict[str, str]]:
-        """Headers of every request for a path, in order."""
+    def requests_for(self, path: str) -> list[dict[str, str]]:
+        """Return the headers of every request for a path, in order."""
         return [headers for asked, headers in self.requests if asked.partition("?")[0] == path]
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address) -> None:
-        """A client that goes away is part of the tests; anything else is a fault of this server."""
+        """Ignore clients that disconnect, as some tests do; report any other error."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._leave()
 
     def _leave(self) -> None:
-        """No more active: said before the last byte goes out, so that a client that has it cannot be counted twice."""
+        """Mark the connection inactive before the last byte is sent, so that its client is not counted twice."""
         with self.media.lock:
             self.media.num_active -= self.active
         self.active = 0
@@ -182,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def make_video(path: Path, *, duration_s: float = 1.0, size: str = "160x120", audio_only: bool = False) -> bytes:
-    """A small real video (noise, so that it has some hundred kilobytes), or sound alone, encoded by FFmpeg."""
+    """Encode a small video of noise (some hundred kilobytes), or sound only, with FFmpeg."""
     noise = f"nullsrc=s={size}:r=10:d={duration_s},geq=random(1)*255:128:128"
     source = f"sine=d={duration_s}" if audio_only else noise
     codec = ["-c:a", "aac"] if audio_only else ["-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p"]

@@ -1,4 +1,4 @@
-"""A corpus made of fragments alone: rows as the stages would write them, without any media."""
+"""Make a corpus of fragments only: the rows that stages would write, without media."""
 
 import hashlib
 from pathlib import Path
@@ -22,16 +22,16 @@ def sha(text: str) -> str:
 
 
 class FragmentCorpus:
-    """`fingerprints` and `content` may be changed by a test; `work_off` does everything pending, stage by stage."""
+    """Simulate a corpus: tests may change `fingerprints` and `content`; `work_off` does all pending work by stages."""
 
     def __init__(self, root: Path):
         self.root = root
         self.fingerprints = {stage: f"{stage}-1" for stage in STAGES}
         self.run = 0
         self.num_processed = dict.fromkeys(STAGES, 0)
-        self.fail: dict[str, ItemError] = {}  # item → how it fails
+        self.fail: dict[str, ItemError] = {}  # item → its error
         self.spans_of = {}  # video → spans
-        self.bytes_of = {}  # video → what its bytes are
+        self.bytes_of = {}  # video → its bytes
         self.open()
 
     def open(self) -> None:
@@ -67,7 +67,7 @@ class FragmentCorpus:
         return self.ledger.counts()
 
     def work_off(self, stages=STAGES) -> dict[str, int]:
-        """One run of these stages; returns how many items each processed."""
+        """Run these stages once; return how many items each processed."""
         self.run += 1
         before = dict(self.num_processed)
         for stage in stages:
@@ -93,7 +93,7 @@ class FragmentCorpus:
     def _outcome(self, stage: str, item: dict) -> Outcome:
         if failure := self.fail.get(f"{stage}:{item['item_id']}"):
             return Outcome(item["item_id"], failure=failure)
-        make = getattr(self, stage, lambda item: {})  # a stage that no other reads needs no rows here
+        make = getattr(self, stage, lambda item: {})  # no rows for a stage whose table no other stage reads
         return Outcome(item["item_id"], make(item))
 
     def download(self, item: dict) -> dict:

@@ -1,4 +1,4 @@
-"""A small packed corpus, its selection and its plan, and how batches are compared: for tests of the training loader."""
+"""Make a small packed corpus with its selection and plan, compare batches, and simulate failing readers."""
 
 import os
 import signal
@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import torch
 
@@ -25,7 +24,7 @@ WORDS = ("red", "blue", "circle", "square", "moves", "left", "right", "the", "a"
 
 @dataclass(frozen=True)
 class Run:
-    """What a training process has before it makes a loader."""
+    """Hold the inputs of a training loader."""
 
     corpus: Path
     selection: Selection
@@ -49,14 +48,14 @@ class Run:
 
 
 def make_run(folder: Path, num_clips: int = 40, batch_size: int = 8, **settings) -> Run:
-    """Clips of 2 to 5 frames in shards of 5, all of them selected."""
+    """Make clips of 2 to 5 frames in shards of 5, and select all of them."""
     corpus = make_corpus(folder / "corpus", num_clips)
     pack(corpus)
     return open_run(folder, corpus, batch_size, **settings)
 
 
 def open_run(folder: Path, corpus: Path, batch_size: int = 8, hashed: bool = True, **settings) -> Run:
-    """The same again after the corpus was changed. Not `hashed`: bad bytes get as far as a decoder."""
+    """Open the run again after the corpus was changed; without `hashed`, wrong bytes reach the decoder."""
     data = DataSettings(num_frames=4, apart=(), **settings)
     freeze(folder / "selection.arrow", corpus)
     if not hashed:
@@ -67,7 +66,7 @@ def open_run(folder: Path, corpus: Path, batch_size: int = 8, hashed: bool = Tru
 
 
 def remove_hashes(path: Path) -> None:
-    """What selections were before they had hashes, and what came after those."""
+    """Turn a selection into one of a version that had no hashes and no later columns."""
     with pa.ipc.open_file(str(path)) as file:
         table = file.read_all().drop_columns(["mp4_sha256", "jpg_sha256", "neighbours", "fps"])
     with pa.ipc.new_file(str(path), table.schema) as writer:
@@ -86,9 +85,9 @@ def assert_all_equal(some: list[Batch], others: list[Batch]) -> None:
 
 
 class DeadlyReader(SampleReader):
-    """Dies as a crashing decoder would, in the middle of `deadly` rows; a file counts how often.
+    """Kill this process in the middle of `deadly` rows, as a crashing decoder does; a file counts how often.
 
-    Where `times` is set, a row is deadly that often and then readable.
+    If `times` is set, a row kills that many processes and is readable afterwards.
     """
 
     deadly: tuple[int, ...] = ()
@@ -113,15 +112,15 @@ class DeadlyReader(SampleReader):
         return len(path.read_text()) if path.exists() else 0
 
 
-class BornDead(SampleReader):
-    """Cannot even be started with."""
+class UnstartableReader(SampleReader):
+    """End the process that receives it, so that loader processes cannot start."""
 
     def __setstate__(self, state) -> None:
         os._exit(3)
 
 
 class StuckReader(DeadlyReader):
-    """Never comes back from a row, and leaves a file `stuck-PID`."""
+    """Hang in a row after writing a file `stuck-PID`."""
 
     def _decode(self, clip, source, epoch, out) -> int:
         if self._row_of(clip["clip_id"]) in self.deadly:
@@ -134,44 +133,3 @@ def deadly_reader(run: Run, folder: Path, *rows: int, times: int | None = None, 
     reader = run.reader(kind=kind)
     reader.deadly, reader.times, reader.tally = rows, times, folder
     return reader
-
-
-# --- Processes
-
-
-def descendants(pid: int) -> list[int]:
-    """All processes below one, as they are now."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(entry.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        children.setdefault(parent, []).append(int(entry.parent.name))
-    found = list(children.get(pid, []))
-    for process in found:
-        found += children.get(process, [])
-    return found
-
-
-def loader_processes() -> list[int]:
-    """Those of this process, forked from its fork server; not, say, Ray's, which another test may have started."""
-    servers = [child for child in psutil.Process().children() if any("forkserver" in word for word in child.cmdline())]
-    return [process.pid for server in servers for process in server.children()]
-
-
-def wait_until_gone(processes: list[int], timeout_s: float = 600) -> bool:
-    until = time.monotonic() + timeout_s
-    while time.monotonic() < until:
-        if not any(_runs(process) for process in processes):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def _runs(process: int) -> bool:
-    """A zombie that nobody waits for has ended."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

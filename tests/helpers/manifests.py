@@ -1,6 +1,6 @@
-"""A synthetic manifest of any number of clips, made inside DuckDB: for tests and for `bench/sql.py`.
+"""Make a synthetic manifest of any number of clips inside DuckDB, for tests and for `bench/sql.py`.
 
-Every value is a function of the clip's number and the seed. Media are not made: offsets and hashes point at nothing.
+Every value is a function of the clip's number and the seed. There are no media: offsets and hashes are invented.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from shards.corpus.schema import MANIFEST
 
 CLIPS_PER_VIDEO = 30  # HD-VILA's mean
 
-# `u(i, name)`: a number in [0, 1) that depends on the row, on what it is for, and on the seed.
+# `u(i, name)` is a number in [0, 1) that depends on the row, the name of its use, and the seed.
 _MACROS = """
 CREATE TEMP MACRO u(i, name) AS (hash(i, name, $seed) >> 11) / 9007199254740992.0;
 CREATE TEMP MACRO hex64(i, name) AS sha256(concat(i, name, $seed));
@@ -119,7 +119,7 @@ _FILL = {
 
 
 def make_manifest(path: str | Path, num_clips: int, seed: int = 0) -> Path:
-    """Writes a manifest with all tables and views; a million clips take well under a minute."""
+    """Write a manifest with all tables and views; a million clips take well under a minute."""
     path = Path(path)
     path.unlink(missing_ok=True)
     with duckdb.connect(str(path)) as connection:

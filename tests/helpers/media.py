@@ -1,11 +1,13 @@
-"""Videos with their frame number in every picture, in all the shapes that sources come in, and reading them back."""
+"""Encode videos whose pictures show their frame number, in many formats, and read the numbers back."""
 
 import io
+import subprocess
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import imageio_ffmpeg
 import numpy as np
 
 from bench.frame_code import draw_number, read_number
@@ -17,7 +19,7 @@ OPEN_GOP = {"x264-params": "keyint=24:scenecut=0:bframes=3:b-pyramid=normal:open
 
 @dataclass
 class Shape:
-    """How a test video is made. Frame i shows the number i."""
+    """Describe the format of a test video, whose frame i shows the number i."""
 
     name: str  # of the file, with its extension
     num_frames: int = 90
@@ -35,7 +37,7 @@ class Shape:
     muxer: dict = field(default_factory=dict)
 
     def times_s(self) -> list[Fraction]:
-        """When each frame is shown, from the first one on."""
+        """Return the times at which frames are shown, relative to the first."""
         if self.ticks:
             return [Fraction(tick - self.ticks[0], 1000) for tick in self.ticks]
         if self._counts_milliseconds:
@@ -84,7 +86,7 @@ def make_video(folder: Path, shape: Shape) -> Path:
 
 
 def numbered_frame(number: int, shape: Shape) -> av.VideoFrame:
-    """A gradient that drifts, a square that moves, and the number; stored so that it is upright after rotation."""
+    """Draw a drifting gradient, a moving square and the number, stored so that it is upright after rotation."""
     width, height = shape.size if shape.rotation % 180 == 0 else shape.size[::-1]
     luma = np.add.outer(np.arange(height), np.arange(width) + 3 * number).astype(np.int64) % 200 + 20
     luma = luma.astype(np.uint8)
@@ -114,7 +116,7 @@ def _add_tone(container, stream, shape: Shape) -> None:
 
 
 def numbers_in(data: bytes) -> list[int]:
-    """The frame numbers shown by an encoded clip, in order."""
+    """Return the frame numbers shown by an encoded clip, in order."""
     return [read_number(luma_of(frame)) for frame in decoded(data)]
 
 
@@ -131,7 +133,7 @@ def luma_of(frame: av.VideoFrame) -> np.ndarray:
 def expected_numbers(
     times_s: list[Fraction], end_s: Fraction, start: float, end: float, rate: float | None
 ) -> list[int]:
-    """The rule, literally: for each output frame the nearest source frame, the earlier of two, none from the end on."""
+    """Apply the rule literally: the nearest source frame to each output time, the earlier of two, none past the end."""
     start, end = Fraction(start).limit_denominator(10**6), Fraction(end).limit_denominator(10**6)
     allowed = [i for i, t in enumerate(times_s) if t < end]
     nearest = lambda moment: min(allowed, key=lambda i: (abs(times_s[i] - moment), i))  # noqa: E731
@@ -145,7 +147,7 @@ def expected_numbers(
 
 
 def pixels_of(frame: av.VideoFrame) -> bytes:
-    """Every visible sample, without the padding that buffers have at the end of lines."""
+    """Return every visible sample, without the padding at the end of a buffer's lines."""
     sample_bytes = 2 if "10" in frame.format.name else 1
     planes = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size) for plane in frame.planes]
     sizes = [(plane.height, plane.width * sample_bytes) for plane in frame.planes]
@@ -156,3 +158,11 @@ def piece(path: Path, offset: int, num_bytes: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(num_bytes)
+
+
+def flat_video(path: Path, luma: int) -> Path:
+    """Encode 3 s of one grey."""
+    colour = f"color=0x{luma:02x}{luma:02x}{luma:02x}:s=64x48:r=5:d=3"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "lavfi", "-i", colour]
+    subprocess.run([*command, "-c:v", "libx264", "-preset", "ultrafast", "-threads", "1", str(path)], check=True)
+    return path

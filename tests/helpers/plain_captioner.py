@@ -1,4 +1,4 @@
-"""A captioner without a model, for builds in which every clip is to have a caption of its own and none is looked at."""
+"""Caption clips without a model, for builds whose tests need captions but not their content."""
 
 import zlib
 

@@ -1,4 +1,4 @@
-"""A captioner that some pictures are poison to: tests of builds whose workers hang and die."""
+"""Hang or kill the worker on certain pictures: a captioner for tests of failing workers."""
 
 import io
 import os
@@ -13,8 +13,8 @@ from captioning.settings import CaptionSettings
 from pipeline.runtime import watchdog
 
 
-def let_time_be_over() -> None:
-    """Reach the limits of what this process is at: nobody waits for them, and only what hangs reaches them."""
+def expire_limits() -> None:
+    """Expire this process's time limits at once, so that tests do not wait and only hanging work reaches them."""
     limits = watchdog._limits
     with limits.lock:
         limits.running = {number: (0.0, words) for number, (_, words) in limits.running.items()}
@@ -22,7 +22,7 @@ def let_time_be_over() -> None:
 
 
 class Poisoned:
-    """Hangs at dark pictures, is killed by bright ones, captions the others; all of them once `antidote` is there."""
+    """Hang at dark pictures, die at bright ones and caption the others; caption all once the file `antidote` exists."""
 
     name, fingerprint = "poisoned", "poisoned-1"
 
@@ -36,8 +36,8 @@ class Poisoned:
         (luma,) = ImageStat.Stat(Image.open(io.BytesIO(image)).convert("L")).mean
         if not self.antidote.exists():
             if luma < 60:
-                let_time_be_over()
-                re.match(r"(a+)+$", "a" * 60 + "b")  # never gives the interpreter back
+                expire_limits()
+                re.match(r"(a+)+$", "a" * 60 + "b")  # never releases the interpreter
             if luma > 200:
                 os.kill(os.getpid(), signal.SIGKILL)
         return Caption(f"a picture of brightness {luma:.0f}", None, 5)

@@ -1,4 +1,4 @@
-"""A store on loopback HTTP: byte ranges of files in memory, and a list of what was asked for."""
+"""Serve byte ranges of files in memory over loopback HTTP, and record the requests."""
 
 import threading
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ class Store:
     files: dict[str, bytes] = field(default_factory=dict)
     etags: dict[str, str] = field(default_factory=dict)
     requests: list[tuple[str, str, tuple[int, int] | None]] = field(default_factory=list)  # method, name, range
-    num_failures: int = 0  # so many GETs are answered 503
+    num_failures: int = 0  # number of GETs to answer with 503
     ignores_ranges: bool = False
     drops_after: int | None = None  # bytes of a whole file, then the connection ends
 
     def ranges(self, name: str) -> list[tuple[int, int] | None]:
-        """[start, end) of every GET of a file, None where all of it was asked for."""
+        """Return [start, end) of every GET of a file, None for a request of the whole file."""
         return [span for method, asked, span in self.requests if method == "GET" and asked == name]
 
 

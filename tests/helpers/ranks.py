@@ -1,4 +1,4 @@
-"""Several processes of one gloo group, each of them cheap: forked from a server that has the heavy imports ready."""
+"""Run a function in several processes of one gloo group, forked from a server that has imported torch already."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# What ranks import: the trainer's parts, and torch._dynamo, which any optimiser of torch imports at its first use.
+# Imports of the ranks: the trainer's modules, and torch._dynamo, which any torch optimiser imports at its first use.
 HEAVY = [
     "pytest",
     "safetensors.torch",
@@ -21,11 +21,11 @@ HEAVY = [
     "training.evaluation.retrieval",
 ]
 
-_server: list[int] = []  # the one that has them
+_server: list[int] = []  # the server that has the imports
 
 
 def run_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any) -> None:
-    """`function(rank, *arguments)` on as many joined processes, one thread each; the first one's error is raised."""
+    """Run `function(rank, *arguments)` on joined processes with one thread each; raise the first error."""
     serve_imports()
     with tempfile.TemporaryDirectory() as folder:
         everything = (num_ranks, f"file://{folder}/meeting", function, arguments)
@@ -41,7 +41,7 @@ def _rank(rank: int, num_ranks: int, meeting: str, function: Callable[..., None]
 
 
 def serve_imports() -> None:
-    """A process has one fork server; one that a loader has started before, with fewer imports, is replaced."""
+    """Start a fork server with the heavy imports, replacing one that a loader has started with fewer."""
     server = forkserver._forkserver
     if not _server or server._forkserver_pid != _server[0]:
         server._stop()

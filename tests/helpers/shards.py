@@ -1,4 +1,4 @@
-"""A small corpus with real media, made by hand: clips in `clips/*.tar`, a manifest that knows them, nothing packed."""
+"""Make a small unpacked corpus with real media: clips in `clips/*.tar` and a manifest of them."""
 
 import io
 from hashlib import sha256
@@ -27,7 +27,7 @@ from tests.helpers.manifests import make_manifest
 
 
 def make_corpus(root: Path, num_clips: int = 12, seed: int = 0) -> Path:
-    """Clips of 2–5 frames of 64x48, each with its own colours; every column about media is true."""
+    """Make clips of 2–5 frames of 64x48, each with its own colours, and correct columns about their media."""
     for name in ("clips", "shards"):
         (root / name).mkdir(parents=True)
     make_manifest(root / "manifest.duckdb", num_clips, seed)
@@ -43,7 +43,7 @@ def make_corpus(root: Path, num_clips: int = 12, seed: int = 0) -> Path:
 
 
 def pack(root: Path, settings: PackSettings | None = None) -> list:
-    """The whole pack stage in this process; returns the plans."""
+    """Run the whole pack stage in this process; return the plans."""
     settings = settings or PackSettings(shard_bytes=1_000_000, max_samples=5)
     with open_manifest(root) as connection:
         plans = plan_shards(select_samples(connection, settings), settings)
@@ -55,7 +55,7 @@ def pack(root: Path, settings: PackSettings | None = None) -> list:
 
 
 def publish_samples(root: Path) -> None:
-    """Gives the manifest the samples that the indexes list."""
+    """Add the samples that the indexes list to the manifest."""
     with duckdb.connect(str(root / "manifest.duckdb")) as connection:
         connection.execute("DELETE FROM samples")
         for path in sorted((root / "shards").glob("*.parquet")):
@@ -80,7 +80,7 @@ def decode_frames(data: bytes) -> int:
 
 
 def mp4_bytes(number: int, num_frames: int, seed: int) -> bytes:
-    """Frames of random 8-pixel blocks: no two clips look alike."""
+    """Encode frames of random 8-pixel blocks, so that no two clips look alike."""
     random = np.random.default_rng([seed, number])
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as container:

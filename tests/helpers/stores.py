@@ -1,4 +1,4 @@
-"""An S3 server on loopback whose answers a test may spoil, and corpora in it."""
+"""Run an S3 server on loopback whose answers a test may change, and list the corpora in it."""
 
 import logging
 import os
@@ -14,15 +14,15 @@ from shards.storage.s3 import Store
 from tests.helpers.whole_corpus import VIDEOS, build_whole, write_sources
 
 BUCKET = "corpora"
-# Set when tests are collected, since Ray's workers have the environment in which the session's Ray was started.
+# Set at collection, since Ray's workers inherit the environment in which the session's Ray was started.
 KEYS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
 os.environ.update(KEYS)
-PATIENCE = {"AWS_MAX_ATTEMPTS": "1"}  # what is spoilt stays so, and nobody waits
+PATIENCE = {"AWS_MAX_ATTEMPTS": "1"}  # a changed answer stays changed, so retries and waits are useless
 Spoil = Callable[[str, str], int | None]  # (method, path) → a status to answer with, None: serve it
 
 
 class StoreServer:
-    """moto's S3 behind a door that counts and spoils. `spoil` is asked for every request."""
+    """Serve moto's S3 through a layer that counts requests and passes each to `spoil`, which may change the answer."""
 
     def __init__(self):
         from moto.server import DomainDispatcherApplication, create_backend_app
@@ -54,7 +54,7 @@ class StoreServer:
 
 @contextmanager
 def serving() -> Iterator[StoreServer]:
-    """A server with a bucket, and an environment in which everybody finds it."""
+    """Run a server with a bucket, and set the environment variables that clients read."""
     server = StoreServer()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**PATIENCE, "AWS_ENDPOINT_URL": server.endpoint}.items():
@@ -65,18 +65,18 @@ def serving() -> Iterator[StoreServer]:
 
 
 def keys(url: str) -> set[str]:
-    """What is in the store, but for what each run has of its own."""
+    """Return the keys in the store, without those specific to a run."""
     return {key for key in Store.of(url).list() if not key.startswith(("fragments/runs/", ".clipmill/"))}
 
 
 def keys_of(folder: Path) -> set[str]:
-    """What a folder's corpus has that one in a store has, too: sources are uploaded by the stage that fetches them."""
+    """Return the files of a corpus that its copy in a store has too; only the download stage uploads sources."""
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     return {name for name in files if not name.startswith(("fragments/runs/", ".clipmill/", "sources/"))}
 
 
 def content(url: str) -> dict[str, bytes]:
-    """Every object of a corpus that is not of one run alone."""
+    """Return the objects of a corpus in shards, clips and sources."""
     store = Store.of(url)
     keys = [key for key in store.list() if key.startswith(("shards/", "clips/", "sources/"))]
     return {key: store.read(key).data for key in keys}

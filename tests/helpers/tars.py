@@ -1,4 +1,4 @@
-"""Tars as other programs write them: any format, links, devices, whatever."""
+"""Write tars as other programs do: in any format, with links and devices."""
 
 import io
 import tarfile
@@ -18,7 +18,7 @@ def write_members(
     format: str = "pax",
     mode: str = "w",
 ) -> Path:
-    """Members in the given order, behind them the links (name -> target), devices and folders."""
+    """Write members in the given order, followed by links (name -> target), devices and folders."""
     pairs = members.items() if isinstance(members, Mapping) else members
     with tarfile.open(path, mode, format=FORMATS[format]) as tar:
         for name, data in pairs:

@@ -1,4 +1,4 @@
-"""A stage as another package would bring it: settings, a table, the SQL of what is pending, the function."""
+"""Define a stage as another package would: settings, a table, the SQL of pending items, the function."""
 
 from clipmill.base.errors import ItemError
 from clipmill.base.settings import Settings

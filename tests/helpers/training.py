@@ -1,4 +1,4 @@
-"""Small runs of the real command, for tests of training."""
+"""Run small trainings with the real command, and compare, signal and kill them."""
 
 import json
 import multiprocessing
@@ -20,7 +20,7 @@ from training.run.log import RunLog
 from training.run.setup import Request
 from training.trainer import Report, train
 
-ENOUGH_S = 1200.0  # for any command: what takes longer hangs
+ENOUGH_S = 1200.0  # for any command: one that takes longer hangs
 
 # The demo recipe on a corpus of a few colourful clips: a step takes a tenth of a second.
 SMALL = [
@@ -36,7 +36,7 @@ SMALL = [
 
 
 def small_corpus(folder: Path, num_clips: int = 120) -> Path:
-    """Packed: 4 videos of 30 clips, 120 samples in 24 shards."""
+    """Make a packed corpus: 4 videos of 30 clips, 120 samples in 24 shards."""
     root = make_corpus(folder, num_clips)
     pack(root)
     return root
@@ -52,7 +52,7 @@ def train_command(corpus: Path | None, run: Path, *settings: str, workers: int =
 
 
 def train_here(corpus: Path | None, run: Path, *settings: str) -> Report:
-    """In this process, which also reads; `corpus` None goes on with the run."""
+    """Train in this process, which also reads the samples; without `corpus`, resume the run."""
     chosen = (*SMALL, "data.loader_processes=0", *settings) if corpus else settings
     return train(Request(str(run), corpus and str(corpus), corpus and "demo", chosen))
 
@@ -71,20 +71,20 @@ def losses(run: Path) -> list[float]:
 
 
 def curve(run: Path) -> list[tuple[int, str]]:
-    """Which batch each step had."""
+    """Return the batch of each step."""
     return [(line["step"], line["batch"]) for line in lines(run)]
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
-    """The same batches, and in fp32 the same losses but for the order in which sums are rounded."""
+    """Assert that two runs have the same batches, and the same fp32 losses up to rounding."""
     assert curve(run) == curve(expected)
     assert losses(run) == pytest.approx(losses(expected), rel=2e-4)
 
 
 class Forked:
-    """The command in a process of its own that is forked with its imports done; else as subprocess's Popen.
+    """Run the command in a process forked after its imports, with the interface of subprocess's Popen.
 
-    before  called in that process before the command begins
+    before  called in that process before the command starts
     """
 
     def __init__(self, command: list[str], output: Path, before: Callable[[], None] | None = None, **environment: str):
@@ -102,7 +102,7 @@ class Forked:
 
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
-        assert self._process.exitcode is not None, f"it runs for more than {timeout} s"
+        assert self._process.exitcode is not None, f"it has run for more than {timeout} s"
         return self._process.exitcode
 
 
@@ -120,7 +120,7 @@ def _run_command(
 
 
 def signal_at_step(step: int, number: int) -> None:
-    """Send this process a signal the moment its run has logged a step, so that it is at that step on any machine."""
+    """Send this process a signal as soon as its run has logged a step, so that timing does not matter."""
     write = RunLog._write
 
     def write_and_send(log: RunLog, row: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ def signal_at_step(step: int, number: int) -> None:
 
 
 def die_at_rename(part: str, nth: int) -> None:
-    """Kill this process before it gives a file a name with such a part for the nth time."""
+    """Kill this process before the nth rename of a file to a name that contains a part."""
     num_renames = 0
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
@@ -148,9 +148,9 @@ def die_at_rename(part: str, nth: int) -> None:
 def kill_at_step(
     command: list[str], run: Path, step: int, signal_number: int = signal.SIGKILL, anew: bool = False
 ) -> int:
-    """Starts a training that gets a signal once it has logged a step; returns its exit code.
+    """Start a training that gets a signal once it has logged a step; return its exit code.
 
-    anew  in a new Python, as a shell starts it
+    anew  start a new Python, as a shell does, instead of a fork
     """
     output = run.with_name(f"{run.name}-output")
     if anew:
@@ -166,7 +166,7 @@ def kill_at_step(
 
 
 def lines_so_far(run: Path) -> list[int]:
-    """Steps logged, while the file is being written."""
+    """Return the number of steps logged so far, while the file is being written."""
     try:
         text = (run / "log.jsonl").read_text()
     except FileNotFoundError:

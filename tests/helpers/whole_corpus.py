@@ -1,6 +1,6 @@
-"""A whole corpus in a second: every stage's rows and media committed as its workers would, without Ray or decoding.
+"""Make a complete small corpus quickly: the rows and media of every stage, committed without Ray or decoding.
 
-Everything about a video is told apart by its id: its file, its title, the words said in it, its clips' pictures.
+The file, title, words and pictures of each video are derived from its id, so that tests can tell videos apart.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ def write_sources(path: Path, video_ids: list[str]) -> Path:
 
 
 def build_whole(root: Path, sources: Path, same_file: dict[str, str] | None = None, command: str = "test") -> None:
-    """Ingest, all stages, pack. `same_file`: video → the video whose bytes it has, too."""
+    """Ingest, run all stages and pack. `same_file` maps a video to another one with the same bytes."""
     with session(root, None, SETTINGS, command, create=True) as (current, _):
         current.record_run(ended=True)
         ingest_sources(current, [str(sources)])
@@ -41,7 +41,7 @@ def build_whole(root: Path, sources: Path, same_file: dict[str, str] | None = No
 
 
 def pack_here(current) -> pack_stage.PackReport:
-    """Packing in this process, however many shards there are."""
+    """Pack all shards in this process."""
     few, pack_stage.FEW_SHARDS = pack_stage.FEW_SHARDS, 1000
     try:
         return pack_stage.pack_corpus(current, Silent(), write=True, redo=False)
@@ -190,7 +190,7 @@ def _clip_row(item: dict, span: dict, mp4: bytes, jpg: bytes) -> dict:
     }
 
 
-ALIKE = ("video-b", "video-e")  # their first clips look alike: the group has the name of video-b's
+ALIKE = ("video-b", "video-e")  # their first clips look alike, and the group is named after video-b's
 
 
 def _caption(work: Task, _):

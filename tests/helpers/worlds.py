@@ -1,4 +1,4 @@
-"""Reading a demo video back: pictures as a viewer sees them, and where a colour is in them."""
+"""Read a demo video back: its upright pictures, and the position of colours in them."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ NEAR = 48.0  # RGB distance within which a decoded pixel counts as a palette col
 
 
 def decode(path: Path) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Seconds from the first frame, and upright RGB pictures."""
+    """Return seconds from the first frame, and upright RGB pictures."""
     times, pictures = [], []
     with open_media(path) as container:
         for frame in container.decode(video=0):
@@ -21,7 +21,7 @@ def decode(path: Path) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def mask_of(picture: np.ndarray, colour: str) -> np.ndarray:
-    """Pixels that are nearer to this palette colour than to any other, and near at all."""
+    """Return the mask of pixels that are close to this palette colour and closer than to any other."""
     palette = np.array(list(COLOUR_RGB.values()), np.float32)
     distance = np.linalg.norm(picture[:, :, None].astype(np.float32) - palette, axis=-1)
     nearest = distance.argmin(axis=-1) == list(COLOUR_RGB).index(colour)
@@ -29,11 +29,11 @@ def mask_of(picture: np.ndarray, colour: str) -> np.ndarray:
 
 
 def box(picture: np.ndarray, x: float, y: float, radius: float) -> np.ndarray:
-    """The part of the picture around a point."""
+    """Return the part of the picture around a point."""
     x0, y0 = max(0, round(x - radius)), max(0, round(y - radius))
     return picture[y0 : round(y + radius) + 1, x0 : round(x + radius) + 1]
 
 
 def main_colour(part: np.ndarray) -> str:
-    """The palette colour that most pixels of the picture part have."""
+    """Return the palette colour of most pixels of the picture part."""
     return max(COLOUR_RGB, key=lambda colour: int(mask_of(part, colour).sum()))

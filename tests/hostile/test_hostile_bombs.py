@@ -1,7 +1,7 @@
-"""Small files that would grow without measure: pictures, frames, sound, pages, subtitles and lists. Each costs itself.
+"""Small files that expand without limit (pictures, frames, sound, pages, subtitles, lists) fail alone.
 
-Defences: pixels and frames are counted before they are decoded, sandboxes bound memory and time, downloads and what is
-unpacked are counted as they come, XML entities and words have limits.
+Defences: pixels and frames are counted before decoding, sandboxes limit memory and time, downloaded and unpacked bytes
+are counted as they arrive, XML entities and words have limits.
 """
 
 import gzip
@@ -28,8 +28,8 @@ from pipeline.stages.ingest.source_lists import read_sources
 from pipeline.stages.segment.shots import detect_shots
 from pipeline.stages.transcribe.speech import extract_speech
 from pipeline.stages.transcribe.transcribe import TranscribeSettings, transcribe_video, transcript_of_subtitles
+from tests.helpers.call_count import count_calls
 from tests.helpers.http import MediaServer, media_server
-from tests.helpers.work import count_calls
 
 MB = 1 << 20
 
@@ -60,7 +60,7 @@ def encode(path: Path, *inputs: str, options: str) -> Path:
 
 
 def gif(width: int, height: int, num_frames: int) -> bytes:
-    """Frames of one pixel on a canvas of any size: 23 bytes each."""
+    """Return a GIF with frames of one pixel, 23 bytes each, on a canvas of any size."""
     head = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
     frame = b"!\xf9\x04\0\x0a\0\0\0," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\0"
     return head + frame * num_frames + b";"
@@ -122,7 +122,7 @@ def test_a_body_packed_a_thousandfold_is_counted_unpacked(server: MediaServer, t
 
 
 def test_a_page_without_end_is_not_read_whole(server: MediaServer, tmp_path, monkeypatch):
-    """Extractors take a page into memory: the largest is far from what a video may have."""
+    """Extractors read a page into memory, so its limit is far below that of a video."""
     monkeypatch.setattr(site_fetch, "MAX_PAGE_BYTES", 2 * MB)
     url = server.add("/page", b"<html>" + b"x" * 8 * MB, content_type="text/html", announce=False)
     (tmp_path / "work").mkdir()
@@ -172,7 +172,7 @@ def test_a_subtitle_made_to_grow_ends_in_its_sandbox(attack, tmp_path, sandbox):
         assert error.error_class in ("timeout", "out-of-memory", "decoder-crash")
 
 
-def test_more_words_than_anybody_speaks_are_no_subtitle(tmp_path):
+def test_an_implausible_number_of_words_is_not_a_subtitle(tmp_path):
     path = tmp_path / "words.srt"
     path.write_text("1\n00:00:01,000 --> 00:00:02,000\n" + "ha " * 5000)
     files = [{"path": str(path), "language": "en", "kind": "given", "format": None}]

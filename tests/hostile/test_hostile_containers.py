@@ -1,4 +1,4 @@
-"""Files that make FFmpeg open other files and addresses: refused by every reader of sources, whatever they are called.
+"""Files that make FFmpeg open other files or addresses are refused by every reader of sources, under any name.
 
 Defence: `clipmill.media.probe` allows only demuxers that follow no references, files as the only protocol, and no data
 references. The controls show that FFmpeg by itself does follow them.
@@ -31,7 +31,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def secret(tmp_path_factory) -> Path:
-    """A video outside of every source: whoever reads it was made to."""
+    """Make a video outside of every source: a reader that opens it was tricked."""
     path = tmp_path_factory.mktemp("elsewhere") / "secret.mp4"
     make_video(path, duration_s=0.4)
     return path
@@ -94,7 +94,7 @@ def test_playlists_and_scripts_open_nothing(tmp_path, server, secret, extension)
 
 
 def test_a_name_that_is_a_pattern_or_an_address_is_a_name(tmp_path, secret, server):
-    """image2 would expand %d and globs, FFmpeg would take what stands before a colon for a protocol."""
+    """image2 would expand %d and globs, and FFmpeg would take the text before a colon for a protocol."""
     server.add("/x.mp4", secret.read_bytes())
     names = [
         "frame%03d.mp4",
@@ -117,7 +117,7 @@ def test_a_name_that_is_a_pattern_or_an_address_is_a_name(tmp_path, secret, serv
 
 
 def with_reference(video: bytes, target: Path) -> bytes:
-    """An MP4 whose samples lie in another file: its data reference is an alias (QuickTime file format, "dref")."""
+    """Return an MP4 whose samples are in another file, through an alias in "dref" (QuickTime file format)."""
     at = video.index(b"url \0\0\0\1") - 4
     length = struct.unpack_from(">I", video, at)[0]
     absolute = str(target).encode()
@@ -135,14 +135,14 @@ def with_reference(video: bytes, target: Path) -> bytes:
 
 
 def opened_files(path: Path, options: str) -> str:
-    """What FFmpeg says of the files it opens."""
+    """Return FFmpeg's debug log, which names the files it opens."""
     binary = imageio_ffmpeg.get_ffmpeg_exe()
     command = [binary, "-v", "debug", *options.split(), "-i", f"file:{path}", "-f", "null", "-"]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL).stderr
 
 
 def test_an_external_reference_inside_of_a_movie_is_not_followed(tmp_path, secret):
-    """Control: told to follow references FFmpeg looks at the other file; told nothing, or by us, it does not."""
+    """Control: FFmpeg opens the other file if asked to follow references, and neither by default nor when we run it."""
     hostile = tmp_path / "movie.mov"
     hostile.write_bytes(with_reference(secret.read_bytes(), secret))
     followed = opened_files(hostile, "-enable_drefs 1 -use_absolute_path 1")
@@ -159,7 +159,7 @@ def test_an_external_reference_inside_of_a_movie_is_not_followed(tmp_path, secre
 
 
 def test_ffmpeg_by_itself_would_follow_a_script(tmp_path, secret):
-    """The control of this file: what is refused above is no empty threat."""
+    """Control of this file: the attacks refused above work on FFmpeg itself."""
     (tmp_path / "neighbour.mp4").write_bytes(secret.read_bytes())
     path = tmp_path / "control.mp4"
     path.write_text("ffconcat version 1.0\nfile neighbour.mp4\n")
@@ -170,7 +170,7 @@ def test_ffmpeg_by_itself_would_follow_a_script(tmp_path, secret):
 
 
 def test_network_readers_are_never_tried(tmp_path):
-    """A session description makes FFmpeg listen on UDP; nothing here does."""
+    """A session description makes FFmpeg listen on UDP; our readers do not."""
     path = tmp_path / "stream.sdp"
     session = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
     path.write_text(f"{session}m=video 45678 RTP/AVP 96\na=rtpmap:96 H264/90000\n")

@@ -1,10 +1,9 @@
-"""Settings and weights from strangers: nothing in them runs, and what is made to exhaust its reader is an error."""
+"""Hostile settings and weights: no code in them runs, and attempts to exhaust memory are errors."""
 
 import json
 import os
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,8 @@ from clipmill.base.settings import digest, read_yaml
 from pipeline.engine.settings import resolve
 from pipeline.stages.transcribe.transcribe import TranscribeSettings, load_whisper
 from shards.corpus.folder import Corpus
-from tests.helpers.work import count_calls
+from tests.helpers.call_count import count_calls
+from tests.helpers.pickles import HostilePickle
 from training.models.clip_vip.weights import load_model, read_tensors
 from training.run.checkpoints import Checkpoints
 from training.run.folder import RunFolder
@@ -85,24 +85,14 @@ def test_a_wrong_value_of_any_length_is_quoted_in_short():
     assert "download.user_agent" in str(caught.value) and len(str(caught.value)) < 1000
 
 
-class Runs:
-    """A pickle of this makes a folder when it is read."""
-
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self.trace),)
-
-
 @pytest.fixture(params=["zip", "legacy", "type-error"])
 def evil(request, tmp_path) -> Path:
     path, trace = tmp_path / "evil.pt", tmp_path / "ran"
-    content = {"state_dict": {"logit_scale": Runs(trace)}, "dims": {"n_mels": Runs(trace)}}
+    content = {"state_dict": {"logit_scale": HostilePickle(trace)}, "dims": {"n_mels": HostilePickle(trace)}}
     if request.param == "zip":
         torch.save(content, path)
     else:
-        # An unpickler that meets the integer stumbles with a TypeError, which some take for an old version of theirs.
+        # An unpickler fails at the integer with a TypeError, which some loaders take for an older format of theirs.
         stumble = b"\x80\x02K\x01K\x02s." if request.param == "type-error" else b""
         path.write_bytes(stumble + pickle.dumps(content, protocol=2))
     yield path
@@ -142,10 +132,10 @@ def test_an_index_of_weights_names_files_beside_it_only(tmp_path):
 
 
 def test_a_checkpoint_of_a_run_with_code_in_it_is_not_resumed(tmp_path):
-    """Even one whose seal was made to fit."""
+    """This holds even if the checkpoint's checksum was made to match."""
     path = tmp_path / "checkpoints" / "step-00000001"
     path.mkdir(parents=True)
-    torch.save({"optimiser": Runs(tmp_path / "ran")}, path / "training.pt")
+    torch.save({"optimiser": HostilePickle(tmp_path / "ran")}, path / "training.pt")
     sealed = {"step": 1, "state": {}, "files": {}, "format": 1}
     (path / "state.json").write_text(json.dumps(sealed | {"digest": digest(sealed)}))
     with pytest.raises(UserError, match="(?s)step-00000001 cannot be read.*mkdir"):

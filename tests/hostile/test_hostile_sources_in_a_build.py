@@ -1,4 +1,4 @@
-"""One build of a list made to harm: ids, titles, paths, addresses and files. Each costs a row; the sound video is done.
+"""A build of a list with hostile ids, titles, paths, addresses and files: each costs a row, the sound videos are done.
 
 Defences: an id becomes a path only when it is plain, paths go to no shell and no SQL, addresses are checked before they
 are connected to, files are opened by `clipmill.media.probe` alone, and nothing of a local file is quoted.
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.test_limits_end_what_hangs import flat_video
 from tests.helpers.builds import ask, build_here
 from tests.helpers.http import media_server
+from tests.helpers.media import flat_video
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ SETTINGS = [
 
 
 class Hostile:
-    """The corpus, what was listed, and what the servers that nobody may reach were asked for."""
+    """Hold the corpus, its list, and the requests that reached servers which must not be contacted."""
 
     def __init__(self, folder: Path, port: int):
         self.folder, self.corpus = folder, folder / "corpus"
@@ -57,7 +57,7 @@ class Hostile:
         flat_video(self.videos / "first.mp4", 0x70)
         for luma, name in enumerate(names, 0x70):
             shutil.copy(self.videos / "first.mp4", self.videos / name)
-            with open(self.videos / name, "ab") as file:  # another video to whoever hashes it
+            with open(self.videos / name, "ab") as file:  # another video, by its hash
                 file.write(b"\0\0\0\x09free" + bytes([luma]))
         (self.videos / "first.mp4").unlink()
         return [
@@ -161,7 +161,7 @@ def test_files_that_are_no_videos_are_rows(hostile):
     assert failures(hostile, f"f.item_id IN {names}") == wanted
 
 
-def test_what_is_no_address_at_all_is_a_row_of_its_line(hostile):
+def test_an_invalid_address_is_a_row_of_its_line(hostile):
     rows = ask(hostile.corpus, "SELECT error_class FROM failures WHERE stage = 'ingest'")
     refused = ask(hostile.corpus, "SELECT error_class FROM failures WHERE item_id = 'gopher'")
     assert [row for row in rows if row == ("bad-url",)] == [("bad-url",)] * 5 and refused == [("unsupported-url",)]

@@ -1,4 +1,4 @@
-"""Queries and texts from strangers: a query reads the manifest and nothing else; a text is shown and does nothing."""
+"""Hostile queries and texts: a query reads the manifest only, and a text is displayed without side effects."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ FORMULAS = ["=cmd|' /C calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", '=
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """A manifest whose titles, categories, texts and failures were chosen to harm who reads them."""
+    """Make a manifest with hostile titles, categories, texts and failures."""
     root = tmp_path_factory.mktemp("hostile")
     make_manifest(root / "manifest.duckdb", 30)
     with duckdb.connect(str(root / "manifest.duckdb")) as connection:
@@ -145,7 +145,7 @@ def test_statistics_and_failures_show_texts_as_they_are(corpus):
 
 
 def test_an_error_cannot_steer_the_terminal(corpus):
-    """DuckDB's messages quote the values that they stumble over."""
+    """DuckDB's messages quote the values that they complain about."""
     done = clipmill("sql", corpus, "SELECT title::INT FROM videos")
     assert done.returncode == 2 and "owned" in done.stderr
     assert not set(done.stderr) & STEERING
@@ -157,7 +157,7 @@ def test_a_drawing_shows_markup_as_text(tmp_path):
     assert "<script" not in drawing and "&lt;script&gt;" in drawing
 
 
-def test_what_takes_no_room_is_seen():
+def test_invisible_characters_are_shown():
     assert visible("a\u200bb\u00ad\ufeff\U000e0041") == "a\\u200bb\\xad\\ufeff\\U000e0041"
     assert visible("👩\u200d👩 می\u200cخواهم") == "👩\u200d👩 می\u200cخواهم", "joiners are part of scripts and emoji"
     assert visible("two\nlines", keep="\n") == "two\nlines"

@@ -1,4 +1,4 @@
-"""Tars made to break their reader, given to `verify` and to training on plain tars: a row each, and nothing opened."""
+"""Hostile tars given to `verify` and to training on plain tars cost a row each, and nothing in them is opened."""
 
 import io
 import json
@@ -11,8 +11,8 @@ import pytest
 from shards.packing.tar import list_members
 from shards.packing.verify import verify
 from shards.query.sql import open_manifest
+from tests.helpers.call_count import count_calls
 from tests.helpers.shards import make_corpus, pack
-from tests.helpers.work import count_calls
 from training.data.plain_tars import MAX_VIDEO_BYTES, index_tars
 
 BLOCK = 512
@@ -20,7 +20,7 @@ GIB = 1 << 30
 
 
 def header(name: bytes, size: int = 0, kind: bytes = b"0", link: bytes = b"") -> bytes:
-    """A USTAR header with a right checksum, whatever it says."""
+    """Return a USTAR header with any fields and a correct checksum."""
     info = tarfile.TarInfo("x")
     info.type = kind
     block = bytearray(info.tobuf(tarfile.USTAR_FORMAT)[:BLOCK])
@@ -74,7 +74,7 @@ TORN = {
 
 @pytest.fixture(scope="module", autouse=True)
 def imports(tmp_path_factory):
-    """Once, so that what is measured is the reading."""
+    """Import the readers once, so that tests measure only the reading."""
     path = tmp_path_factory.mktemp("first") / "t.tar"
     path.write_bytes(GOOD + END)
     assert index_tars([str(path)]).problems == []
@@ -97,7 +97,7 @@ def test_a_tar_that_lies_is_read_up_to_the_lie(tmp_path, attack):
 
 
 def test_extension_headers_one_after_another_do_not_pile_up(tmp_path):
-    """`tarfile` descends one level for each, up to Python's limit."""
+    """`tarfile` recurses once for each, up to Python's limit."""
     clips, problems = index(
         tmp_path / "t.tar", pax((b"path", b"nobody.mp4")) * 3000 + pax((b"comment", b"x")) + GOOD + END
     )
@@ -166,7 +166,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("attack", [*TORN, "a link", "a path", "an extension header"])
-def test_verify_reports_a_hostile_shard_and_goes_on(corpus, tmp_path, attack):
+def test_verify_reports_a_hostile_shard_and_continues(corpus, tmp_path, attack):
     more = {"a link": header(b"l.mp4", 0, b"2", b"/etc/passwd"), "a path": member(b"../../x.mp4", b"x")}
     more |= {"an extension header": pax((b"path", b"renamed.mp4"))}
     shard = sorted((corpus / "shards").glob("*.tar"))[0]
@@ -194,6 +194,6 @@ def _written(path: Path, content: bytes) -> Path:
 
 
 def test_the_checksums_of_these_tars_are_right():
-    """So that it is the attack that is refused."""
+    """This ensures that the attack is refused, not the checksum."""
     for block in (header(b"x", 1), sealed(negative), sealed(sparse)):
         tarfile.TarInfo.frombuf(block, "utf-8", "replace")  # raises for a wrong one

@@ -1,4 +1,4 @@
-"""Whatever happens inside a sandbox costs one call: crashes, hangs, memory, huge files, dead parents, all real."""
+"""A sandbox limits real crashes, hangs, memory use, huge files and dead parents to the call that caused them."""
 
 import ctypes
 import os
@@ -16,10 +16,11 @@ import pytest
 
 from clipmill.base.errors import ItemError
 from clipmill.media.sandbox import Sandbox
+from tests.helpers.processes import is_running, wait_until_gone
 
 MB = 2**20
 ROOT = Path(__file__).resolve().parents[2]
-ENOUGH_S = 600  # for any call: what takes longer hangs
+ENOUGH_S = 600  # for any call: one that takes longer hangs
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def sandbox():
         yield sandbox
 
 
-# ---- what runs inside ------------------------------------------------------------------------------------------------
+# ---- functions that run inside ---------------------------------------------------------------------------------------
 
 
 def add(a, b=0):
@@ -86,22 +87,7 @@ def not_picklable():
     return lambda: None
 
 
-def alive(process_id):
-    try:
-        state = Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_until_gone(process_id):
-    deadline = time.monotonic() + ENOUGH_S
-    while alive(process_id) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not alive(process_id)
-
-
-# ---- what is promised ------------------------------------------------------------------------------------------------
+# ---- properties ------------------------------------------------------------------------------------------------------
 
 
 def test_returns_results_and_keeps_its_child(sandbox):
@@ -146,7 +132,7 @@ def test_a_hang_ends_at_the_time_limit(sandbox, function, args):
     with pytest.raises(ItemError) as caught:
         sandbox.call(function, *args, timeout_s=0.5)
     assert caught.value.error_class == "timeout"
-    assert wait_until_gone(process_id)
+    assert wait_until_gone([process_id])
 
 
 def test_memory_beyond_the_limit_is_refused(sandbox):
@@ -208,19 +194,19 @@ def test_a_result_that_cannot_travel_is_an_error_and_not_a_crash(sandbox):
 @pytest.mark.parametrize("what, error_class", [("crash", "decoder-crash"), ("hang", "timeout")])
 def test_whatever_the_child_started_dies_with_it(sandbox, tmp_path, what, error_class):
     limit_s = 1 if what == "hang" else ENOUGH_S
-    while not (tmp_path / "pid").exists():  # a slow machine may not get as far as the hang within the limit
+    while not (tmp_path / "pid").exists():  # a slow machine may not reach the hang within the limit
         with pytest.raises(ItemError) as caught:
             sandbox.call(start_sleeper_and, tmp_path / "pid", what, timeout_s=limit_s)
         limit_s *= 2
     assert caught.value.error_class == error_class
-    assert wait_until_gone(int((tmp_path / "pid").read_text()))
+    assert wait_until_gone([int((tmp_path / "pid").read_text())])
 
 
-def test_children_are_replaced_after_so_many_calls():
+def test_children_are_replaced_after_a_number_of_calls():
     with Sandbox(calls_per_child=2) as sandbox:
         seen = [sandbox.call(pid, timeout_s=ENOUGH_S) for _ in range(4)]
     assert seen[0] == seen[1] != seen[2] == seen[3]
-    assert all(wait_until_gone(process_id) for process_id in seen)
+    assert wait_until_gone(seen)
 
 
 def test_calls_from_several_threads_queue(sandbox):
@@ -252,7 +238,7 @@ def test_a_sandbox_travels_as_its_limits(sandbox):
 
 
 def test_a_busy_child_dies_with_its_parent(tmp_path):
-    """Even one that holds the interpreter lock, and even when the parent is killed outright."""
+    """This holds even if the child holds the interpreter lock and the parent is killed by SIGKILL."""
     program = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}]
@@ -265,19 +251,19 @@ sandbox.call(functions.hang_holding_the_interpreter_lock, timeout_s={ENOUGH_S})
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     process_id = int(parent.stdout.readline())
     time.sleep(0.3)
-    assert alive(process_id)
+    assert is_running(process_id)
     parent.kill()
     parent.wait()
-    assert wait_until_gone(process_id)
+    assert wait_until_gone([process_id])
 
 
 def test_start_up_is_cheap(sandbox):
-    """A child starts in well under a second because it imports next to nothing."""
+    """A child starts in well under a second because it imports very little."""
     with Sandbox() as fresh:
         modules = fresh.call(loaded, timeout_s=ENOUGH_S)
     assert not {"numpy", "av", "torch", "ray", "pyarrow", "pydantic"} & modules
 
 
 def loaded():
-    """Top-level modules of the child, this test module's own imports aside."""
+    """Return the child's top-level modules without this test module's own imports."""
     return {name for name in sys.modules if "." not in name} - {"pytest"}

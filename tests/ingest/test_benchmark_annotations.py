@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipeline.stages.ingest.ingest import IngestSettings, ingest
 from shards.corpus.schema import TABLES
 from shards.corpus.source_ids import ID_PATTERN
-from tests.helpers import benchmarks as layouts
+from tests.helpers import benchmarks
 from tests.helpers.benchmarks import DIDEMO_VIDEOS, LSMDC_CLIPS, MSVD_VIDEOS, VATEX_VIDEOS, put
 
 NOTHING = TABLES["sources"].append(pa.field("unit", pa.string())).empty_table()
@@ -17,7 +17,7 @@ WHOLE = [{"n": 0, "start_s": 0.0, "end_s": None}]
 
 
 def read(argument) -> dict[str, dict]:
-    """The sources by the name that the benchmark gives them; there must be no problem."""
+    """Return the sources by their benchmark names; fail on any problem."""
     found = ingest([str(argument)], IngestSettings(), NOTHING)
     assert found.problems == []
     return {row["source_id"]: row for row in found.table.to_pylist()}
@@ -33,7 +33,7 @@ def splits(rows: dict[str, dict]) -> dict[str, str]:
 
 
 def test_msrvtt_trains_on_all_sentences_and_tests_1ka_on_one(tmp_path):
-    rows = read(f"msrvtt:{layouts.msrvtt(tmp_path)}")
+    rows = read(f"msrvtt:{benchmarks.msrvtt(tmp_path)}")
     assert splits(rows) == {f"video{i}": "train" if i < 3 else "test" for i in range(5)}
     assert texts(rows["video1"]) == [f"caption {k} of 1" for k in range(20)]
     assert texts(rows["video3"]) == ["the one sentence, of 3"]
@@ -44,19 +44,19 @@ def test_msrvtt_trains_on_all_sentences_and_tests_1ka_on_one(tmp_path):
 
 
 def test_msrvtt_7k_leaves_out_what_its_list_leaves_out(tmp_path):
-    rows = read(f"msrvtt-7k:{layouts.msrvtt(tmp_path)}")
+    rows = read(f"msrvtt-7k:{benchmarks.msrvtt(tmp_path)}")
     assert splits(rows) == {"video0": "train", "video1": "train", "video3": "test", "video4": "test"}
     assert len(texts(rows["video0"])) == 20
 
 
 def test_msrvtt_full_has_its_own_split_and_all_sentences_everywhere(tmp_path):
-    rows = read(f"msrvtt-full:{layouts.msrvtt(tmp_path)}")
+    rows = read(f"msrvtt-full:{benchmarks.msrvtt(tmp_path)}")
     assert splits(rows) == {"video0": "train", "video1": "train", "video2": "train", "video3": "val", "video4": "test"}
     assert {len(texts(row)) for row in rows.values()} == {20}
 
 
 def test_msrvtt_in_the_two_files_of_its_first_release_says_the_same(tmp_path):
-    layouts.msrvtt(tmp_path)
+    benchmarks.msrvtt(tmp_path)
     expected = read(f"msrvtt-full:{tmp_path}")
     data = json.loads((tmp_path / "MSRVTT_data.json").read_text())
     (tmp_path / "MSRVTT_data.json").unlink()
@@ -72,7 +72,7 @@ def test_msrvtt_in_the_two_files_of_its_first_release_says_the_same(tmp_path):
 
 
 def test_the_lists_of_clip_vip_say_the_same(tmp_path):
-    layouts.msrvtt(tmp_path)
+    benchmarks.msrvtt(tmp_path)
     expected = {name: (row["split"], row["texts"]) for name, row in read(f"msrvtt:{tmp_path}").items()}
     train = [{"clip_id": f"video{i}", "text": [f"caption {k} of {i}" for k in range(20)]} for i in range(3)]
     test = [{"clip_id": f"video{i}", "text": f"the one sentence, of {i}"} for i in (3, 4)]
@@ -84,13 +84,13 @@ def test_the_lists_of_clip_vip_say_the_same(tmp_path):
 
 
 def test_msvd_has_many_sentences_and_three_lists(tmp_path):
-    rows = read(f"msvd:{layouts.msvd(tmp_path)}")
+    rows = read(f"msvd:{benchmarks.msvd(tmp_path)}")
     assert splits(rows) == dict(zip(MSVD_VIDEOS, ("train", "val", "test"), strict=True))
     assert texts(rows[MSVD_VIDEOS[0]]) == ["a bird 0", "a bird 1", "a bird 2"]
 
 
 def test_msvd_as_text_and_as_collected_says_the_same(tmp_path):
-    layouts.msvd(tmp_path)
+    benchmarks.msvd(tmp_path)
     expected = read(f"msvd:{tmp_path}")
     (tmp_path / "raw-captions.pkl").unlink()
     lines = [f"{video} a bird {k}" for video in MSVD_VIDEOS for k in range(3)]
@@ -107,7 +107,7 @@ def test_msvd_as_text_and_as_collected_says_the_same(tmp_path):
 
 
 def test_lsmdc_clips_are_files_with_dots_in_their_names(tmp_path):
-    rows = read(f"lsmdc:{layouts.lsmdc(tmp_path)}")
+    rows = read(f"lsmdc:{benchmarks.lsmdc(tmp_path)}")
     assert splits(rows) == dict(zip(LSMDC_CLIPS, ("train", "train", "test"), strict=True))
     assert texts(rows[LSMDC_CLIPS[0]]) == ['SOMEONE says "no".', "He leaves."]
     ids = {row["video_id"] for row in rows.values()}
@@ -115,14 +115,14 @@ def test_lsmdc_clips_are_files_with_dots_in_their_names(tmp_path):
 
 
 def test_didemo_is_a_paragraph_about_what_annotators_saw(tmp_path):
-    rows = read(f"didemo:{layouts.didemo(tmp_path)}")
+    rows = read(f"didemo:{benchmarks.didemo(tmp_path)}")
     assert splits(rows) == dict(zip(DIDEMO_VIDEOS, ("train", "test"), strict=True))
     assert texts(rows[DIDEMO_VIDEOS[0]]) == ["someone kicks the bug. the camera pans"]
     assert {tuple(row["spans"][0].values()) for row in rows.values()} == {(0, 0.0, 31.0)}
 
 
 def test_didemo_s_lists_decide_where_they_are_there(tmp_path):
-    layouts.didemo(tmp_path)
+    benchmarks.didemo(tmp_path)
     put(tmp_path / "train_list.txt", f"{DIDEMO_VIDEOS[1]}\n")
     (tmp_path / "test_data.json").rename(tmp_path / "other.json")
     found = ingest([f"didemo:{tmp_path}"], IngestSettings(), NOTHING)
@@ -131,13 +131,13 @@ def test_didemo_s_lists_decide_where_they_are_there(tmp_path):
 
 
 def test_didemo_moments_are_clips_of_the_pieces_that_most_chose(tmp_path):
-    row = read(f"didemo-moments:{layouts.didemo(tmp_path)}")[DIDEMO_VIDEOS[0]]
+    row = read(f"didemo-moments:{benchmarks.didemo(tmp_path)}")[DIDEMO_VIDEOS[0]]
     assert row["spans"] == [{"n": 0, "start_s": 20.0, "end_s": 25.0}, {"n": 1, "start_s": 0.0, "end_s": 10.0}]
     assert row["texts"] == [{"n": 0, "text": "someone kicks the bug."}, {"n": 1, "text": "the camera pans"}]
 
 
 def test_activitynet_is_a_paragraph_and_val1_its_test(tmp_path):
-    rows = read(f"activitynet:{layouts.activitynet(tmp_path)}")
+    rows = read(f"activitynet:{benchmarks.activitynet(tmp_path)}")
     assert splits(rows) == {"v_QOlSCBRmfWY": "train", "v_uqiMw7tQ1Cc": "val1"}
     assert texts(rows["v_QOlSCBRmfWY"]) == ["A woman stands. She speaks."]
     assert texts(rows["v_uqiMw7tQ1Cc"]) == ["A weight lifting tutorial. He lifts."]
@@ -145,26 +145,26 @@ def test_activitynet_is_a_paragraph_and_val1_its_test(tmp_path):
 
 
 def test_activitynet_moments_are_clips_with_their_timestamps(tmp_path):
-    row = read(f"activitynet-moments:{layouts.activitynet(tmp_path)}")["v_QOlSCBRmfWY"]
+    row = read(f"activitynet-moments:{benchmarks.activitynet(tmp_path)}")["v_QOlSCBRmfWY"]
     assert row["spans"] == [{"n": 0, "start_s": 0.0, "end_s": 15.5}, {"n": 1, "start_s": 10.0, "end_s": 25.5}]
     assert row["texts"] == [{"n": 0, "text": "A woman stands."}, {"n": 1, "text": "She speaks."}]
 
 
 def test_vatex_has_ten_sentences_of_one_language(tmp_path):
-    rows = read(f"vatex:{layouts.vatex(tmp_path)}")
+    rows = read(f"vatex:{benchmarks.vatex(tmp_path)}")
     assert splits(rows) == dict(zip(VATEX_VIDEOS, ("train", "val"), strict=True))
     assert texts(rows[VATEX_VIDEOS[0]]) == [f"en {k}" for k in range(10)]
     assert texts(read(f"vatex-zh:{tmp_path}")[VATEX_VIDEOS[0]]) == [f"中 {k}" for k in range(10)]
 
 
 def test_vatex_s_split_can_be_given_by_lists(tmp_path):
-    layouts.vatex(tmp_path)
+    benchmarks.vatex(tmp_path)
     put(tmp_path / "test_list.txt", "\n".join(VATEX_VIDEOS))
     assert set(splits(read(f"vatex:{tmp_path}")).values()) == {"test"}
 
 
 def test_videos_may_lie_on_another_disk(tmp_path):
-    layouts.msrvtt(tmp_path / "here")
+    benchmarks.msrvtt(tmp_path / "here")
     expected = read(f"msrvtt:{tmp_path / 'here'}")
     (tmp_path / "here" / "videos").rename(tmp_path / "disk")
     (tmp_path / "here" / "videos").symlink_to(tmp_path / "disk")
@@ -174,7 +174,7 @@ def test_videos_may_lie_on_another_disk(tmp_path):
 
 
 def test_ids_do_not_depend_on_where_the_folder_lies(tmp_path):
-    layouts.lsmdc(tmp_path / "a")
+    benchmarks.lsmdc(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     ids = [{n: row["video_id"] for n, row in read(f"lsmdc:{tmp_path / name}").items()} for name in ("a", "b")]
     assert ids[0] == ids[1]

@@ -1,4 +1,4 @@
-"""A benchmark with something missing or torn: the user is told, or it is a counted row; nothing takes its place."""
+"""Benchmarks with missing or damaged parts give an error or a counted row, never a substitute."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 from clipmill.base.errors import UserError
 from pipeline.stages.ingest.ingest import IngestSettings, ingest
 from shards.corpus.schema import TABLES
-from tests.helpers import benchmarks as layouts
+from tests.helpers import benchmarks
 from tests.helpers.benchmarks import DIDEMO_VIDEOS, LSMDC_CLIPS, MSVD_VIDEOS, put
 
 NOTHING = TABLES["sources"].append(pa.field("unit", pa.string())).empty_table()
@@ -32,7 +32,7 @@ def change_json(path, change) -> None:
 
 
 def test_a_missing_video_is_one_row_with_its_place_and_the_others_stay(tmp_path):
-    layouts.msrvtt(tmp_path)
+    benchmarks.msrvtt(tmp_path)
     (tmp_path / "videos" / "video1.mp4").unlink()
     (tmp_path / "videos" / "video4.mp4").unlink()
     found = read(f"msrvtt:{tmp_path}")
@@ -47,7 +47,7 @@ def test_a_missing_video_is_one_row_with_its_place_and_the_others_stay(tmp_path)
 
 
 def test_no_video_at_all_is_the_users_mistake(tmp_path):
-    layouts.msrvtt(tmp_path)
+    benchmarks.msrvtt(tmp_path)
     (tmp_path / "videos").rename(tmp_path.parent / "elsewhere")
     with pytest.raises(UserError, match="none of its 5 videos is below .*video0"):
         read(f"msrvtt:{tmp_path}")
@@ -59,12 +59,12 @@ def test_a_folder_without_annotation_files_is_the_users_mistake(tmp_path):
             read(f"{name}:{tmp_path}")
     with pytest.raises(UserError, match="not a folder"):
         read(f"msrvtt:{tmp_path / 'nowhere'}")
-    with pytest.raises(UserError, match="msrvtt-7k"):  # what is allowed
+    with pytest.raises(UserError, match="msrvtt-7k"):  # an allowed value
         read(f"msrvt:{tmp_path}")
 
 
 def test_torn_json_names_file_and_line(tmp_path):
-    layouts.msrvtt(tmp_path)
+    benchmarks.msrvtt(tmp_path)
     path = tmp_path / "MSRVTT_data.json"
     data = json.dumps(json.loads(path.read_text()), indent=1)
     line = data[: len(data) // 2].count("\n") + 1
@@ -75,21 +75,21 @@ def test_torn_json_names_file_and_line(tmp_path):
 
 @pytest.mark.parametrize("content", ["[]", '{"videos": []}', '{"videos": {}, "sentences": []}', "[" * 100_000, "7"])
 def test_json_of_another_shape_is_named(tmp_path, content):
-    layouts.msrvtt(tmp_path)
+    benchmarks.msrvtt(tmp_path)
     put(tmp_path / "MSRVTT_data.json", content)
     with pytest.raises(UserError, match="MSRVTT_data.json"):
         read(f"msrvtt:{tmp_path}")
 
 
 def test_a_table_without_its_column_is_named_with_what_it_has(tmp_path):
-    layouts.msrvtt(tmp_path)
+    benchmarks.msrvtt(tmp_path)
     put(tmp_path / "MSRVTT_train.9k.csv", "id\nvideo0\n")
     with pytest.raises(UserError, match=r"MSRVTT_train\.9k\.csv:1: no column video_id.*there is id"):
         read(f"msrvtt:{tmp_path}")
 
 
 def test_files_that_name_no_video_are_the_users_mistake(tmp_path):
-    layouts.lsmdc(tmp_path)
+    benchmarks.lsmdc(tmp_path)
     (tmp_path / "LSMDC16_challenge_1000_publictect.csv").unlink()
     put(tmp_path / "LSMDC16_annos_training.csv", "columns,with,commas\n")
     with pytest.raises(UserError, match=r"name no video .*training\.csv:1: 1 columns instead of 6"):
@@ -97,7 +97,7 @@ def test_files_that_name_no_video_are_the_users_mistake(tmp_path):
 
 
 def test_unknown_ids_are_counted_once_each(tmp_path):
-    layouts.msrvtt(tmp_path)
+    benchmarks.msrvtt(tmp_path)
     stray = [{"caption": f"stray {k}", "video_id": "video99", "sen_id": 900 + k} for k in range(3)]
     change_json(tmp_path / "MSRVTT_data.json", lambda data: data["sentences"].extend(stray))
     put(tmp_path / "MSRVTT_train.9k.csv", "video_id\nvideo0\nvideo77\n")
@@ -108,7 +108,7 @@ def test_unknown_ids_are_counted_once_each(tmp_path):
 
 
 def test_empty_captions_are_dropped_and_counted(tmp_path):
-    layouts.msrvtt(tmp_path, num_captions=3)
+    benchmarks.msrvtt(tmp_path, num_captions=3)
 
     def spoil(data):
         data["sentences"][1]["caption"] = "  "
@@ -127,7 +127,7 @@ def test_empty_captions_are_dropped_and_counted(tmp_path):
 
 
 def test_duplicate_captions_are_kept_and_counted(tmp_path):
-    layouts.msrvtt(tmp_path, num_captions=3)
+    benchmarks.msrvtt(tmp_path, num_captions=3)
 
     def repeat(data):
         for n in (1, 2, 4):
@@ -141,7 +141,7 @@ def test_duplicate_captions_are_kept_and_counted(tmp_path):
 
 
 def test_a_video_in_two_splits_is_refused_with_both_places(tmp_path):
-    layouts.msrvtt(tmp_path)
+    benchmarks.msrvtt(tmp_path)
     with open(tmp_path / "MSRVTT_train.9k.csv", "a") as file:
         file.write("video3\n")
     with pytest.raises(UserError, match=r"JSFUSION_test\.csv:2: video3 is in split test, but in train at .*9k\.csv:5"):
@@ -149,7 +149,7 @@ def test_a_video_in_two_splits_is_refused_with_both_places(tmp_path):
 
 
 def test_another_protocol_over_the_same_videos_wants_its_own_corpus(tmp_path):
-    layouts.msrvtt(tmp_path)
+    benchmarks.msrvtt(tmp_path)
     first = read(f"msrvtt:{tmp_path}")
     assert read(f"msrvtt:{tmp_path}", known=first.table).num_duplicates == 5
     for arguments, known in (
@@ -159,28 +159,28 @@ def test_another_protocol_over_the_same_videos_wants_its_own_corpus(tmp_path):
     ):
         with pytest.raises(UserError, match="a corpus of its own"):
             read(*arguments, known=known)
-    assert read(f"msrvtt:{tmp_path}", tmp_path / "videos").num_duplicates == 5  # which says nothing of splits
+    assert read(f"msrvtt:{tmp_path}", tmp_path / "videos").num_duplicates == 5  # which has no splits
 
 
 def test_two_files_for_one_video_and_one_file_for_two_are_no_video(tmp_path):
-    layouts.msrvtt(tmp_path)
+    benchmarks.msrvtt(tmp_path)
     put(tmp_path / "small" / "video0.webm")
     assert problems(read(f"msrvtt:{tmp_path}")) == [("MSRVTT_train.9k.csv:2", "ambiguous-video")]
-    layouts.didemo(tmp_path / "didemo")
+    benchmarks.didemo(tmp_path / "didemo")
     other = DIDEMO_VIDEOS[1].replace(".mov", ".avi")
     change_json(tmp_path / "didemo" / "test_data.json", lambda rows: rows.append({**rows[0], "video": other}))
     assert problems(read(f"didemo:{tmp_path / 'didemo'}")) == [("1", "ambiguous-video")]
 
 
 def test_an_annotation_file_that_is_there_twice_is_the_users_mistake(tmp_path):
-    layouts.msrvtt(tmp_path)
+    benchmarks.msrvtt(tmp_path)
     put(tmp_path / "old" / "MSRVTT_data.json", "{}")
     with pytest.raises(UserError, match="exists twice"):
         read(f"msrvtt:{tmp_path}")
 
 
 def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
-    layouts.msrvtt(tmp_path / "here")
+    benchmarks.msrvtt(tmp_path / "here")
     video = tmp_path / "here" / "videos" / "video0.mp4"
     video.rename(tmp_path / "secret.mp4")
     video.symlink_to(tmp_path / "secret.mp4")
@@ -213,7 +213,7 @@ def pickles() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", pickles())
 def test_a_pickle_of_anything_but_plain_lists_is_refused_and_nothing_runs(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    layouts.msvd(tmp_path)
+    benchmarks.msvd(tmp_path)
     put(tmp_path / "raw-captions.pkl", pickles()[name])
     if name == "memo":  # well-formed otherwise: an empty list, where a dict is expected
         with pytest.raises(UserError, match="expected a dict"):
@@ -225,7 +225,7 @@ def test_a_pickle_of_anything_but_plain_lists_is_refused_and_nothing_runs(tmp_pa
 
 
 def test_captions_of_unlisted_videos_and_videos_without_captions(tmp_path):
-    layouts.msvd(tmp_path)
+    benchmarks.msvd(tmp_path)
     put(
         tmp_path / "raw-captions.pkl",
         pickle.dumps({MSVD_VIDEOS[0]: [["a"], []], "gone_1_2": [["b"]], MSVD_VIDEOS[1]: []}),
@@ -236,7 +236,7 @@ def test_captions_of_unlisted_videos_and_videos_without_captions(tmp_path):
 
 
 def test_bad_lines_of_lsmdc_are_rows(tmp_path):
-    layouts.lsmdc(tmp_path)
+    benchmarks.lsmdc(tmp_path)
     with open(tmp_path / "LSMDC16_annos_training.csv", "ab") as file:
         file.write(
             b"only one column\n\n" + f"{LSMDC_CLIPS[1]}\t1\t2\t3\t4\t\n".encode() + b"x\t1\t2\t3\t4\tA caf\xe9.\n"
@@ -252,7 +252,7 @@ def test_bad_lines_of_lsmdc_are_rows(tmp_path):
 
 
 def test_moments_without_usable_times_are_rows(tmp_path):
-    layouts.activitynet(tmp_path)
+    benchmarks.activitynet(tmp_path)
 
     def spoil(data):
         data["v_QOlSCBRmfWY"]["timestamps"] = [[5.0, 5.0], [1, 2]]
@@ -283,13 +283,13 @@ def test_texts_of_a_list_that_cannot_be_used_are_rows(tmp_path):
 
 STRANGE = [None, -2.5, True, "", " ", [], {}, [[]], {"a": 1}, float("nan"), "\ud83d", "a\nb", "../../x", "\0", 10**30]
 LAYOUTS = {
-    name: getattr(layouts, name.partition("-")[0])
+    name: getattr(benchmarks, name.partition("-")[0])
     for name in ("msrvtt", "msrvtt-full", "msvd", "lsmdc", "didemo", "didemo-moments", "activitynet-moments", "vatex")
 }
 
 
 def spoil(path, rng) -> None:
-    """One value of a JSON file becomes a strange one, a few bytes of any other file become others."""
+    """Replace one value of a JSON file, or a few bytes of any other file."""
     if path.suffix == ".json":
         data = {"all": json.loads(path.read_text())}
         holder, key = data, "all"
@@ -316,7 +316,7 @@ def test_whatever_the_files_hold_there_are_sources_with_texts_rows_or_an_error(t
         except UserError:
             continue
         places = [problem.location for problem in found.problems]
-        assert len(places) == len(set(places))  # or a row would hide another
+        assert len(places) == len(set(places))  # otherwise a row would hide another
         for row in found.table.to_pylist():
             assert row["split"] and row["texts"]
             assert {text["n"] for text in row["texts"]} <= {span["n"] for span in row["spans"]}

@@ -1,4 +1,4 @@
-"""`msrvtt:FOLDER` from files to shards on a local Ray: whole videos, a split, twenty texts a clip, asked by SQL."""
+"""`msrvtt:FOLDER` becomes shards on a local Ray: whole videos with a split and twenty texts each, selectable by SQL."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 
 from clipmill.base.errors import UserError
 from pipeline.engine.registry import stage_names
-from tests.helpers import benchmarks as layouts
+from tests.helpers import benchmarks
 from tests.helpers.builds import ask, build_here, clipmill, snapshot
 from tests.helpers.media import Shape, make_video, numbers_in
 
@@ -20,8 +20,8 @@ PLAIN = "caption.captioner=tests.helpers.plain_captioner:Plain"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """MSR-VTT in small: four videos to train on, two of 1k-A. Two are alike, one is not there, one is no video."""
-    folder = layouts.msrvtt(tmp_path_factory.mktemp("msrvtt"), num_train=4, num_test=2)
+    """Make a small MSR-VTT: four training videos and two of 1k-A; two are equal, one is missing, one is not a video."""
+    folder = benchmarks.msrvtt(tmp_path_factory.mktemp("msrvtt"), num_train=4, num_test=2)
     for i in (0, 3, 4):
         make_video(folder / "videos", Shape(f"video{i}.mp4", num_frames=60 + 15 * i, size=(160, 96)))
     shutil.copy(folder / "videos" / "video0.mp4", folder / "videos" / "video1.mp4")
@@ -58,7 +58,7 @@ def test_what_is_missing_or_broken_is_a_row(built):
 
 
 def test_sql_gives_training_its_clips_with_their_texts(built):
-    """The queries of docs/benchmarks.md."""
+    """These are the queries of docs/benchmarks.md."""
     corpus, _ = built
     rows = dict(ask(corpus, "SELECT clip_id, texts FROM catalog WHERE split = 'train' ORDER BY clip_id"))
     assert rows == {f"video{i}.0": [f"caption {k} of {i}" for k in range(20)] for i in (0, 1, 3)}

@@ -1,4 +1,4 @@
-"""Reference texts are served with the pieces of video they are about and no others; other corpora stay as they were."""
+"""Reference texts are served only with the clips they describe; corpora without them stay unchanged."""
 
 import duckdb
 import pyarrow as pa
@@ -17,7 +17,7 @@ from tests.helpers.shards import change_manifest, make_corpus, pack
 
 
 class Benchmark(FragmentCorpus):
-    """Videos with spans as their list gives them, unless `origin` says that they were made otherwise."""
+    """Make a corpus of videos with the spans of their list, or of another `origin`."""
 
     origin = "given"
 
@@ -97,7 +97,7 @@ def test_splits_are_counted(corpus):
     assert corpus.ask(f"SELECT {columns} FROM splits") == [("test", 2, 2, 1, 0), ("train", 1, 2, 3, 2)]
 
 
-def test_a_corpus_from_before_loads_and_its_manifest_is_published_anew(corpus):
+def test_a_corpus_of_an_earlier_version_loads_and_its_manifest_is_published_anew(corpus):
     corpus.add_sources("a")
     path = fragment_path(corpus.root, "sources", "ingest-u000000-0")
     pq.write_table(pq.read_table(path).drop_columns(["split", "texts"]), path)

@@ -1,4 +1,4 @@
-"""Ids are safe and stable, duplicates collapse, units are given once and never again."""
+"""Ids are safe and stable, duplicates collapse, and units are assigned once."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def test_all_forms_of_a_youtube_url_are_one_video(url):
         "https://www.youtube.com/@channel",
     ],
 )
-def test_what_is_no_youtube_video_gets_a_hash(url):
+def test_urls_of_other_sites_get_a_hash(url):
     assert re.fullmatch(r"v[0-9a-f]{20}", video_id_for(url))
 
 
@@ -90,7 +90,7 @@ def test_canonical_urls(url, canonical):
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://h:port/", "http://h:99999/", "http:///x", "http://:80/"])
-def test_what_is_no_url_is_said(url):
+def test_an_invalid_url_is_an_error(url):
     with pytest.raises(ValueError):
         canonical_url(url)
 
@@ -188,7 +188,7 @@ def test_units_are_consecutive_groups_and_never_refilled(tmp_path):
     assert (second.num_seen, second.num_duplicates) == (5, 2)
 
 
-def test_nothing_new_is_nothing(tmp_path):
+def test_a_list_without_new_sources_adds_none(tmp_path):
     first = make(tmp_path, "http://h/1.mp4")
     again = make(tmp_path, "http://h/1.mp4", known=first.table)
     assert again.table.num_rows == 0 and again.num_duplicates == 1

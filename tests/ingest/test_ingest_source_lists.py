@@ -1,4 +1,4 @@
-"""Every form of a source list gives the same sources; a bad line is one problem with its place."""
+"""Every format of a source list gives the same sources; a bad line is one problem with its line number."""
 
 import gzip
 import io
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from clipmill.base.errors import UserError
 from pipeline.stages.ingest.ingest import IngestSettings, read_sources
-from tests.helpers.work import count_calls
+from tests.helpers.call_count import count_calls
 
 SETTINGS = IngestSettings()
 ROWS = [
@@ -140,7 +140,7 @@ def test_bad_lines_are_problems_with_their_place_and_stop_nothing(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_list_in_another_encoding_is_read_and_said(tmp_path):
+def test_a_list_in_another_encoding_is_read_and_reported(tmp_path):
     listed = read(tmp_path, "a.csv", "url,title\nhttp://h/1.mp4,über\n".encode("latin-1"))
     assert listed.table["title"].to_pylist() == ["über"]
     assert [problem.error_class for problem in listed.problems] == ["bad-encoding"]
@@ -193,7 +193,7 @@ def test_hd_vila_lists_give_spans(tmp_path):
 @given(st.lists(st.tuples(st.integers(0, 359_999_999), st.integers(0, 3)), min_size=30, max_size=60))
 @settings(max_examples=5, deadline=None)
 def test_times_are_parsed_to_the_decimal(tmp_path_factory, times):
-    """With any number of decimals, or none, the value is the double nearest to what is written."""
+    """With any number of decimals, the value is the double nearest to the text."""
     clips, expected = [], []
     for n, (millis, dropped) in enumerate(times):
         whole, fraction = divmod(millis, 1000)
@@ -328,7 +328,7 @@ def test_json_nested_without_end_is_a_bad_line_or_a_row(tmp_path):
 
 
 def test_two_hundred_thousand_lines_take_seconds(tmp_path):
-    """No line is handled by Python, which would be a call for each at least; the bench measures."""
+    """Python handles no single line, which would cost at least a call each; the bench measures the time."""
     data = "\n".join(f"https://cdn{i % 10}.example.com:8443/v/{i}.mp4?token={i}" for i in range(200_000))
     listed, num_calls = count_calls(read, tmp_path, "a.txt", data)
     assert listed.table.num_rows == 200_000 and num_calls < 20_000

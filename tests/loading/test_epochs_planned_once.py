@@ -1,4 +1,4 @@
-"""An epoch is planned by one process of a host, when it is first needed, and is the same whoever asks."""
+"""An epoch is planned by one process of a host when first needed, and is the same for every process."""
 
 import multiprocessing
 import os
@@ -49,8 +49,8 @@ def test_no_batch_holds_two_clips_of_a_video(selection, tmp_path):
     assert epochs.describe(0)["num_conflicts"] == 0
 
 
-def test_what_cannot_be_parted_is_counted_or_an_error(selection, tmp_path):
-    """More slots than there are videos."""
+def test_inseparable_clips_are_counted_or_an_error(selection, tmp_path):
+    """The batch has more slots than there are videos."""
     kept = epochs_of(selection, tmp_path, batch_size=100, unmet="keep")
     num_videos = len(set(selection.column("video_id").to_pylist()))
     assert num_videos < 100
@@ -117,7 +117,7 @@ def test_of_many_processes_one_plans_and_all_read_the_same(selection, tmp_path):
     assert [path.suffix for path in (tmp_path / "plan").iterdir() if path.name != ".lock"] == [".npy"]
 
 
-def test_a_process_killed_while_planning_keeps_nobody_waiting(selection, tmp_path):
+def test_a_process_killed_while_planning_does_not_block_the_others(selection, tmp_path):
     epochs, context = epochs_of(selection, tmp_path), multiprocessing.get_context("fork")
     ready = context.Event()
 
@@ -150,7 +150,7 @@ def test_epochs_long_past_are_removed(selection, tmp_path):
         epochs.rows(epoch * per_epoch)
     assert epochs.tidy(before_epoch=2) == 2 and epochs.tidy(before_epoch=2) == 0
     assert [path.name for path in sorted(Path(tmp_path).glob("*.npy"))] == [plan_path(tmp_path, epochs.spec, 2).name]
-    assert np.array_equal(held[0], first)  # whoever still has it open reads on
+    assert np.array_equal(held[0], first)  # processes that have it open can still read it
     assert np.array_equal(epochs.rows(0), first)  # and it can be planned again
 
 

@@ -1,4 +1,4 @@
-"""Which frames, and which pixels: the reference tables, jitter's range, resizing."""
+"""Frame indices and resized pixels equal the reference tables; jitter stays in its range."""
 
 import numpy as np
 import pytest
@@ -84,7 +84,7 @@ def test_paced_indices_of_clips_at_the_rate_they_are_cut_at() -> None:
     assert paced_indices(2, 3.0, frames_per_s=6.0, most=12).tolist() == [0, 0, 1, 1]
 
 
-def test_however_seldom_a_frame_is_looked_at_the_first_one_is() -> None:
+def test_the_first_frame_is_always_sampled() -> None:
     assert paced_indices(30, 3.0, frames_per_s=1e-9, most=12).tolist() == [0]
 
 
@@ -111,7 +111,7 @@ def test_counts_below_one_are_refused() -> None:
 
 
 def picture(height: int, width: int) -> torch.Tensor:
-    """Ramps in three directions: any crop, flip or squash shows."""
+    """Return ramps in three directions, in which any crop, flip or squash is visible."""
     y = torch.linspace(0, 255, height)[:, None].expand(height, width)
     x = torch.linspace(0, 255, width)[None].expand(height, width)
     return torch.stack([y, x, (x + y) / 2]).round().to(torch.uint8)
@@ -130,7 +130,7 @@ def test_squashing_keeps_all_of_the_picture_and_cropping_its_middle() -> None:
 
 
 def test_squashed_pixels_equal_the_golden_ones() -> None:
-    """Bicubic with antialiasing, rounded to uint8; a change of either is a decision, not an accident."""
+    """The golden pixels fix bicubic resizing with antialiasing and rounding to uint8 against accidental changes."""
     pixels = resize(picture(30, 45), 6)
     assert pixels[0, :, 0].tolist() == [19, 61, 106, 149, 194, 236]
     assert pixels[1, 0].tolist() == [20, 61, 106, 149, 194, 235]

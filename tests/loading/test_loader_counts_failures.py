@@ -1,4 +1,4 @@
-"""Samples that cannot be read: masked holes and failures, nobody else's sample touched, a budget that ends the run."""
+"""Unreadable samples become masked holes and failures, leave other samples alone, and end a run over its budget."""
 
 import shutil
 import struct
@@ -24,7 +24,7 @@ def healthy(tmp_path_factory):
 
 @pytest.fixture
 def run(healthy, tmp_path):
-    """A copy of the corpus that may be broken."""
+    """Make a run on a copy of the corpus that the test may damage."""
     corpus = tmp_path / "corpus"
     shutil.copytree(healthy.corpus, corpus)
     return open_run(tmp_path, corpus, hashed=False)
@@ -49,7 +49,7 @@ def _read_all(run, num_processes: int = 0, **changes):
 
 
 def _assert_only(run, healthy, batches, broken: set[int]) -> None:
-    """Exactly the rows `broken` are holes, everything else is as it was."""
+    """Assert that exactly the rows `broken` are holes and all others are unchanged."""
     whole = healthy.batches(0, 5)
     for batch, good in zip(batches, whole, strict=True):
         assert torch.equal(batch.rows_B, good.rows_B)
@@ -95,7 +95,7 @@ def test_a_shard_cut_short_keeps_its_first_samples(run, healthy):
         (np.random.default_rng(0).bytes(100_000), "not-a-video"),
     ],
 )
-def test_what_is_no_video_is_a_failure(run, healthy, data, error_class):
+def test_a_file_that_is_not_a_video_is_a_failure(run, healthy, data, error_class):
     _overwrite(run, 17, data)
     batches, failures = _read_all(run, 2)
     _assert_only(run, healthy, batches, {17})
@@ -103,7 +103,7 @@ def test_what_is_no_video_is_a_failure(run, healthy, data, error_class):
 
 
 def test_damaged_pictures_are_a_failure(run, healthy):
-    """The container is whole, its pictures are zeros."""
+    """The container is intact and its pictures are zeros."""
     clip = run.selection.take([17]).to_pylist()[0]
     with open(run.corpus / clip["shard"], "rb") as file:
         file.seek(clip["mp4_offset"])
@@ -152,7 +152,7 @@ def test_too_many_failures_end_the_run_and_say_why(run):
     assert "data.max_failures = 0.2" in message and "shard-missing" in message and "not-a-video" in message
 
 
-def test_a_budget_that_holds_lets_the_run_go_on(run):
+def test_a_run_within_its_failure_budget_continues(run):
     (run.corpus / _shards(run)[0]).unlink()
     batches = run.batches(0, 50, max_failures=0.2)
     assert len(batches) == 50
@@ -166,20 +166,20 @@ def test_no_budget_at_all_ends_the_run_at_the_first_judgement(run):
             list(loader.batches(run.epochs, slice(0, 8), 0, 1000))
 
 
-def test_failures_are_told_before_their_batch(run):
+def test_failures_are_reported_before_their_batch(run):
     _overwrite(run, 17, bytes(100_000))
-    told = []
-    with run.loader(2, on_failures=told.extend) as loader:
+    reported = []
+    with run.loader(2, on_failures=reported.extend) as loader:
         for batch in loader.batches(run.epochs, slice(0, 8), 0, 5):
             hole = (batch.rows_B[~batch.video_mask_B]).tolist()
-            assert not hole or told[-1].row == hole[0]
-    assert len(told) == 1
+            assert not hole or reported[-1].row == hole[0]
+    assert len(reported) == 1
 
 
 def test_the_same_corpus_from_a_store_through_a_cache(healthy, tmp_path, monkeypatch):
-    """Byte for byte what local files give; in the end nothing is asked of the store any more."""
+    """Batches equal those of local files, and in the end no requests reach the store."""
     files = {path.relative_to(healthy.corpus).as_posix(): path.read_bytes() for path in healthy.corpus.glob("*/*.tar")}
-    monkeypatch.setattr(shard_cache, "MOST_SHARE", 0.1)  # so small are these clips beside the headers of their members
+    monkeypatch.setattr(shard_cache, "MOST_SHARE", 0.1)  # these clips are small compared with their members' headers
     expected = healthy.batches(0, 5)
     with serve_store(files) as store:
         remote = Selection(healthy.selection.path)

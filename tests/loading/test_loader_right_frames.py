@@ -1,4 +1,4 @@
-"""From a clip's bytes to the right pictures, upright, in the right colours, at the right size: whatever the file is."""
+"""The loader decodes the right frames of any clip: upright, with the right colours and size."""
 
 import io
 import struct
@@ -48,7 +48,7 @@ def _numbers(pictures: np.ndarray) -> list[int]:
 
 
 def _all_frames(data: bytes) -> list[np.ndarray]:
-    """RGB of every frame, as PyAV gives it."""
+    """Return the RGB of every frame as PyAV decodes it."""
     with av.open(io.BytesIO(data)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
@@ -71,7 +71,7 @@ def test_every_encoding_of_clips(folder, name):
 
 
 def _clip(folder, name: str, num_frames: int = 24) -> tuple[bytes, list[av.VideoFrame]]:
-    """As the cut stage writes them, and the pictures that went in."""
+    """Encode a clip as the cut stage does; return it with its source pictures."""
     maker, pictures = PictureMaker(Fraction(1), 256), []
     with av.open(str(folder / "long-gop.mp4") if _bytes(folder, Shape("long-gop.mp4")) else "") as container:
         for frame in container.decode(video=0):
@@ -110,8 +110,8 @@ def test_both_ways_give_the_same_pixels(folder, monkeypatch, name):
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("name", ["fastdecode", "small", "jpeg-frames"])
 def test_pixels_are_the_resize_of_the_decoded_rgb(folder, name, fit, antialias):
-    """Exactly: both are `frames.resize` of what the decoder gives, as RGB, in 8 bits. In floating point the same resize
-    is one level off, but where black meets white: in 8 bits overshoot is cut off after each direction.
+    """They are exactly `frames.resize` of the decoded 8-bit RGB. The same resize in floating point is one level off,
+    and more where black meets white, because 8 bits clip the overshoot after each direction.
     """
     data, pictures = _clip(folder, name)
     if name == "jpeg-frames":
@@ -249,7 +249,7 @@ def test_two_fields_in_two_packets_are_one_picture(folder):
 
 
 def test_a_picture_size_that_changes_in_the_middle(folder):
-    """Both halves are resized to the same square."""
+    """Both halves of the clip are resized to the same square."""
     small, large = (
         _bytes(folder, Shape(f"{width}.h264", num_frames=10, size=(width, 180), options={"bf": "0"}))
         for width in (320, 240)
@@ -314,7 +314,7 @@ def test_pictures_beyond_the_limit_are_not_decoded(folder, monkeypatch):
 
 
 def test_damage_never_crashes(folder):
-    """Bytes changed, cut out and cut off anywhere: pictures or an ItemError, nothing else."""
+    """Bytes changed, removed or truncated anywhere give pictures or an ItemError, nothing else."""
     random = np.random.default_rng(5)
     clips = [_clip(folder, name, 6)[0] for name in ("fastdecode", "small", "jpeg-frames")]
     clips += [_bytes(folder, replace(shape, num_frames=12, name=f"short-{shape.name}")) for shape in SHAPES[-8:-1:2]]

@@ -1,4 +1,4 @@
-"""The same batches whoever reads them: any number of processes, from any step, on any number of ranks."""
+"""Batches are the same for any number of processes and ranks, from any step."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(run):
-    """Batches of two epochs and a bit, read in this process."""
+    """Read batches of slightly more than two epochs in this process."""
     return run.batches(0, 12)
 
 
@@ -35,7 +35,7 @@ def test_number_of_processes_changes_nothing(run, expected, num_processes):
 
 @pytest.mark.parametrize("start", [0, 3, 5, 7])
 def test_reading_may_begin_anywhere(run, expected, start):
-    assert steps_in_epoch(run.epochs.spec, 0) == 5  # so 5 is an epoch's very beginning
+    assert steps_in_epoch(run.epochs.spec, 0) == 5  # so step 5 starts an epoch
     assert_all_equal(run.batches(start, 12, num_processes=2 * (start % 2)), expected[start:])
 
 
@@ -71,7 +71,7 @@ def test_resuming_late_costs_no_more_than_beginning(run, monkeypatch):
 
 
 def test_a_sample_is_what_the_settings_say(run):
-    """Against the pieces it is made of, by hand."""
+    """The expected sample is put together by hand."""
     (request,) = requests_of(run.epochs, slice(0, 8), 6, 7)
     (batch,) = run.batches(6, 7)
     clips = run.selection.take(request.rows).to_pylist()
@@ -168,11 +168,11 @@ def test_no_shard_stays_open_when_it_ends(run, num_processes):
 
 
 def open_shards() -> int:
-    """How many this process holds open, those of other tests included."""
+    """Return the number of shards that this process holds open, including those of other tests."""
     return sum(file.path.endswith(".tar") for file in Process().open_files())
 
 
-def test_the_waiting_time_is_told(run):
+def test_the_waiting_time_is_reported(run):
     with run.loader(2) as loader:
         list(loader.batches(run.epochs, slice(0, 8), 0, 5))
         assert loader.times.decode_s > 0 and loader.times.read_s > 0 and loader.times.wait_s > 0
@@ -180,7 +180,7 @@ def test_the_waiting_time_is_told(run):
 
 
 def test_pixels_lie_as_a_gpu_copies_them(run):
-    """Each array dense, so one copy; permuting back to channels last is a view."""
+    """Each array is dense, so that one copy suffices; permuting back to channels last is a view."""
     (batch,) = run.batches(0, 1)
     assert isinstance(batch, Batch)
     assert batch.video_BT3SS.permute(0, 1, 3, 4, 2).is_contiguous()
@@ -190,7 +190,7 @@ def test_pixels_lie_as_a_gpu_copies_them(run):
 
 @pytest.mark.parametrize("num_processes", [0, 2])
 def test_a_batch_that_is_kept_stays_as_it_is(run, expected, num_processes):
-    """Memory is used again only where nobody holds any part of a batch."""
+    """Memory is reused only when no part of its batch is referenced."""
     kept, copies = [], []
     with run.loader(num_processes) as loader:
         for step, batch in enumerate(loader.batches(run.epochs, slice(0, 8), 0, 12)):

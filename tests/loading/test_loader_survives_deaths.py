@@ -1,4 +1,4 @@
-"""Loader processes that die: the batches stay the same; a sample that kills twice becomes a failure."""
+"""Batches stay the same when loader processes die; a sample that kills two of them becomes a failure."""
 
 import itertools
 import os
@@ -14,15 +14,13 @@ import pytest
 
 from clipmill.base.errors import UserError
 from tests.helpers.loaders import (
-    BornDead,
     StuckReader,
+    UnstartableReader,
     assert_all_equal,
     deadly_reader,
-    descendants,
-    loader_processes,
     make_run,
-    wait_until_gone,
 )
+from tests.helpers.processes import descendants, loader_processes, wait_until_gone
 from training.data import reader_pool as loader_pool
 from training.data.loader import requests_of
 from training.data.reader_pool import Request
@@ -55,7 +53,7 @@ def test_killed_processes_change_nothing(run, expected):
 def test_a_sample_that_kills_once_is_read_again(run, expected, tmp_path):
     reader = deadly_reader(run, tmp_path, 5, 23, times=1)
     assert_all_equal(run.batches(0, 5, 2, reader=reader), expected[:5])
-    assert reader.num_deaths(5) == 2 and reader.num_deaths(23) == 2  # once it died, once it did not
+    assert reader.num_deaths(5) == 2 and reader.num_deaths(23) == 2  # it died once and survived once
 
 
 @pytest.mark.parametrize("num_processes", [1, 3])
@@ -76,11 +74,11 @@ def test_a_sample_that_kills_twice_is_a_failure(run, expected, tmp_path, num_pro
 
 def test_processes_that_cannot_start_end_the_run(run):
     with pytest.raises(UserError, match=r"exit code 3.*data\.loader_processes"):
-        run.batches(0, 5, 2, reader=run.reader(kind=BornDead))
+        run.batches(0, 5, 2, reader=run.reader(kind=UnstartableReader))
 
 
-def let_time_pass_for_the_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two looks at a process of a `StuckReader` that is stuck hours go by; for the others time stands still."""
+def advance_clock_of_stuck_readers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Advance the clock by hours between two checks of a stuck `StuckReader` process, and not for others."""
     now, hours, is_stuck = [0.0], itertools.count(1), loader_pool._Worker.is_stuck
 
     def look(worker) -> bool:
@@ -96,7 +94,7 @@ def let_time_pass_for_the_stuck(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow
 def test_a_sample_that_never_ends_is_a_failure(run, tmp_path, monkeypatch):
-    let_time_pass_for_the_stuck(tmp_path, monkeypatch)
+    advance_clock_of_stuck_readers(tmp_path, monkeypatch)
     failures = []
     reader = deadly_reader(run, tmp_path, 23, kind=StuckReader)
     batches = run.batches(0, 5, 2, reader=reader, on_failures=failures.extend)
@@ -113,7 +111,7 @@ def test_a_broken_invariant_is_no_failure_row(run):
 SCRIPT = """
 import sys
 sys.path[:0] = {path!r}
-if __name__ == "__main__":  # which loader processes, that import this file, are not
+if __name__ == "__main__":  # but not loader processes, which import this file
     from pathlib import Path
     from tests.helpers.loaders import open_run
     run = open_run(Path({folder!r}), Path({corpus!r}))
@@ -135,7 +133,7 @@ def _start(run, folder, then: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_processes_end_with_their_parent(run, tmp_path):
-    """Even when it is killed and cleans up nothing."""
+    """This holds even if the parent is killed and cannot clean up."""
     parent = _start(run, tmp_path, "import time; time.sleep(1000)")
     assert parent.stdout.readline() == "batch\n"
     family = descendants(parent.pid)
@@ -148,15 +146,15 @@ def test_processes_end_with_their_parent(run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("then", "said"), [("sys.exit(3)", ""), ("raise RuntimeError('enough')", "enough")])
 def test_ending_in_the_middle_of_reading_is_quiet(run, tmp_path, then, said):
-    """An exception, or an end, that leaves the loader open: nothing hangs, nothing is added to what is said."""
+    """An exception or an exit that leaves the loader open neither hangs nor prints anything more."""
     parent = _start(run, tmp_path, then)
     _, errors = parent.communicate(timeout=600)
     assert parent.returncode == (1 if said else 3)
     assert errors.count("Traceback") == bool(said) and said in errors
 
 
-def test_a_process_that_goes_elsewhere_still_reads(run, expected, tmp_path, monkeypatch):
-    """Relative paths mean what they meant when the selection was opened."""
+def test_a_process_that_changes_its_directory_still_reads(run, expected, tmp_path, monkeypatch):
+    """Relative paths are resolved when the selection is opened."""
     monkeypatch.chdir(run.selection.path.parent)
     reader = run.reader()
     reader.selection = Selection("selection.arrow")
@@ -167,7 +165,7 @@ def test_a_process_that_goes_elsewhere_still_reads(run, expected, tmp_path, monk
 
 
 def test_processes_that_read_import_no_pandas(run):
-    """pyarrow would, for an array of numpy's: a second of processor time each."""
+    """pyarrow would import it for a numpy array, which costs each process a second."""
     with run.loader(1) as loader:
         next(loader.batches(run.epochs, slice(0, 8), 0, 100))
         [process] = loader_processes()
@@ -182,7 +180,7 @@ def test_no_process_outlives_the_loader(run):
     assert wait_until_gone(during)
 
 
-def test_a_plan_that_fails_is_told_where_batches_are_asked_for(run):
+def test_a_failing_plan_raises_where_batches_are_requested(run):
     def requests():
         yield from requests_of(run.epochs, slice(0, 8), 0, 2)
         raise UserError("no further plan")
@@ -192,8 +190,8 @@ def test_a_plan_that_fails_is_told_where_batches_are_asked_for(run):
             list(loader.read(requests()))
 
 
-def test_a_slow_consumer_waits_for_nobody(run, expected):
-    """Processes read ahead as far as there is room, and stop there."""
+def test_reading_ahead_stops_when_there_is_no_room(run, expected):
+    """Processes read ahead until the queues are full."""
     with run.loader(1, prefetch=8) as loader:
         seen = []
         for batch in loader.batches(run.epochs, slice(0, 8), 0, 6):

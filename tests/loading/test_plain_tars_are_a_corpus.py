@@ -1,4 +1,4 @@
-"""Plain WebDataset tars train like a corpus: found by pattern, read by range, grouped as WebDataset groups them."""
+"""Plain WebDataset tars train like a corpus: found by pattern, read by range, grouped as in WebDataset."""
 
 import json
 from collections import Counter
@@ -72,7 +72,7 @@ def test_a_run_is_frozen_from_tars_and_held_out_clips_are_guarded(corpus, tmp_pa
         freeze_run(tmp_path, pattern, DataSettings(), EvalSettings(where=held_out))
 
 
-def test_a_condition_on_what_tars_do_not_say_names_what_they_do(corpus):
+def test_a_condition_on_an_unknown_column_lists_the_columns_of_tars(corpus):
     with pytest.raises(UserError, match="data.where.*motion(.|\n)*clip_id, video_id, shard"):
         select(f"{corpus}/shards/*.tar", "motion > 0.1")
 
@@ -128,7 +128,7 @@ def test_a_folder_is_a_corpus_and_a_tar_is_not(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["absent.tar", "absent-*.tar", "absent-{0..3}.tar", "memory://absent/*.tar"])
-def test_a_pattern_without_tars_is_told(tmp_path, monkeypatch, pattern):
+def test_a_pattern_without_tars_is_an_error(tmp_path, monkeypatch, pattern):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--corpus.*absent"):
         select(pattern)
@@ -193,7 +193,7 @@ def test_repeated_keys_become_different_clips(tmp_path):
     table = index_tars([str(tmp_path / "*/*.tar")]).samples
     ids = table["clip_id"].to_pylist()
     assert len(set(ids)) == 8 and {"owna0", "owna1", "ownb0", "ownb1"} <= set(ids)
-    assert table["video_id"].to_pylist() == ids  # different clips of one key are no clips of one video
+    assert table["video_id"].to_pylist() == ids  # different clips with one key do not belong to one video
     (tmp_path / "b").rename(tmp_path / "c")
     assert "0/k" in index_tars([str(tmp_path / "a/*.tar")]).samples["clip_id"].to_pylist()
 

@@ -1,4 +1,4 @@
-"""The plan's promises: every clip once, the same batches for any number of processes, resuming is arithmetic."""
+"""A plan gives every clip once and the same batches for any number of processes, and resumes by arithmetic."""
 
 import json
 import subprocess
@@ -153,7 +153,7 @@ def test_order_depends_on_selection_seed_and_epoch_and_on_nothing_else() -> None
 
 
 def test_first_rows_of_a_plan_are_golden() -> None:
-    """A change here changes the order of every run: raise the plan's version and say so."""
+    """A change here changes the order of every run: raise the plan's version and note it in the changelog."""
     assert epoch_rows(spec_of(), 0)[0, :8].tolist() == [816, 841, 868, 297, 18, 25, 130, 439]
     blocks = spec_of(num_clips=100_000, block_size=16, num_streams=8, window_steps=32, tail="carry")
     assert epoch_rows(blocks, 1)[0, :8].tolist() == [37686, 86718, 86717, 41268, 80144, 2896, 80037, 98567]
@@ -182,7 +182,7 @@ def test_blocks_keep_neighbours_together_and_windows_bound_what_is_open() -> Non
 
 
 def test_a_full_shuffle_looks_like_one() -> None:
-    """Neighbours in the list are as far apart as chance has it, and every step is spread over the selection."""
+    """Neighbours in the list end up as far apart as by chance, and every step covers the whole selection."""
     for num_clips in (4096, 2**21):  # sorted, and by the Feistel network
         spec = spec_of(num_clips=num_clips, batch_size=256)
         rows = epoch_rows(spec, 0).ravel().astype(np.float64) / num_clips
@@ -225,7 +225,7 @@ def assert_parted(rows: np.ndarray, *groups: np.ndarray) -> None:
 @settings(max_examples=60)
 @given(specs(), st.integers(0, 2), st.data())
 def test_no_batch_holds_two_clips_of_one_group_whenever_there_is_room(spec: PlanSpec, epoch: int, data: Any) -> None:
-    """One kind of group, none larger than the number of steps: always possible, so never an error."""
+    """With one kind of group, none larger than the number of steps, a solution always exists, so there is no error."""
     assume(spec.tail != "carry" or epoch == 0)
     num_steps = steps_in_epoch(spec, epoch)
     sizes = data.draw(st.lists(st.integers(1, num_steps), min_size=1, max_size=30))
@@ -241,7 +241,7 @@ def test_no_batch_holds_two_clips_of_one_group_whenever_there_is_room(spec: Plan
 
 
 def test_a_clip_that_a_swap_brings_in_is_parted_too() -> None:
-    """One case of the above: the only swap that leaves fewer pairs brings in a clip that shares a group itself."""
+    """A case of the test above: the only swap that reduces conflicts brings in a clip that shares a group itself."""
     spec = spec_of(199, 12, seed=1, tail="drop", num_streams=3, block_size=1, window_steps=5)
     sizes = [1, 9, 12, 12, 15, 11, 16, 16, 4, 1, 5, 4, 7, 12]
     codes = np.repeat(np.arange(len(sizes)), sizes)
@@ -264,7 +264,7 @@ def test_videos_and_near_duplicates_are_kept_apart_at_once(tail: str, block_size
         rows = epoch_rows(spec, epoch, groups)
         assert_parted(rows, *groups)
         assert np.array_equal(rows, epoch_rows(spec, epoch, groups))
-    # the check can fail: without asking, pairs meet
+    # prove that the check can fail: without exclusive groups, pairs meet
     unasked = epoch_rows(spec_of(num_clips, 128, tail=tail, block_size=block_size, num_streams=16), 0)
     assert num_conflicts(unasked, groups) > 100
 
@@ -278,7 +278,7 @@ def test_parting_groups_keeps_the_shuffle_local() -> None:
     assert np.mean(opened) < 12  # 9 without groups
 
 
-def test_what_cannot_be_parted_is_an_error_or_stays_and_is_counted() -> None:
+def test_inseparable_clips_are_an_error_or_stay_and_are_counted() -> None:
     videos = np.zeros(64, dtype=np.int64)
     videos[32:] = np.arange(1, 33)
     grouped = {"groups_hash": hash_groups([videos])}

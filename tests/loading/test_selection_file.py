@@ -1,4 +1,4 @@
-"""The frozen file: any rows of it quickly, in any process, whole or not there at all."""
+"""A selection file gives any of its rows in any process, and is either complete or absent."""
 
 import multiprocessing
 import pickle
@@ -25,7 +25,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def selection(corpus):
-    """In many small batches, so that everything crosses their borders."""
+    """Freeze the selection in many small batches, so that groups cross their borders."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.data.selection, "_SHARD_ROWS", 1000)
         patch.setattr(training.data.selection, "_BATCH_ROWS", 100)
@@ -104,7 +104,7 @@ def test_a_freeze_that_fails_leaves_what_was_there(corpus, selection, tmp_path, 
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_torn_or_foreign_file_is_told(selection, tmp_path):
+def test_a_torn_or_foreign_file_is_an_error(selection, tmp_path):
     path = tmp_path / "torn.arrow"
     path.write_bytes(selection.path.read_bytes()[:-100])
     with pytest.raises(UserError, match="torn.arrow"):

@@ -1,4 +1,4 @@
-"""The SQL decides what a run sees: which clips, in which order, with which texts; mistakes name their setting."""
+"""SQL selects the clips, order and texts of a run; mistakes name their setting."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def packed(tmp_path_factory):
 
 @pytest.fixture
 def corpus(packed, tmp_path):
-    """A copy that a test may change."""
+    """Copy the corpus for a test that changes it."""
     return shutil.copytree(packed, tmp_path / "corpus")
 
 
@@ -126,7 +126,7 @@ def test_clips_of_which_none_is_packed_say_how_to_pack_them(corpus, tmp_path):
     assert not (tmp_path / "s.arrow").exists()
 
 
-def test_a_folder_without_a_manifest_is_told(tmp_path):
+def test_a_folder_without_a_manifest_is_an_error(tmp_path):
     with pytest.raises(UserError, match="manifest.duckdb"):
         select(tmp_path)
 
@@ -176,7 +176,7 @@ def test_a_recaptioned_corpus_is_used_without_packing_again(corpus, tmp_path):
     after = frozen(tmp_path / "after.arrow", corpus)
     assert after.column("caption").to_pylist() == texts["caption"].to_pylist()
     assert Selection(tmp_path / "before.arrow").column("caption").to_pylist() != texts["caption"].to_pylist()
-    assert after.hash == before.hash  # the order of training does not hang on texts
+    assert after.hash == before.hash  # the order of training does not depend on texts
     assert tars == {path: path.read_bytes() for path in tars}
 
 

@@ -1,4 +1,4 @@
-"""Training never sees a held-out video unless it is told to: not its clips, not its copies, not near-duplicates."""
+"""Training excludes held-out videos, their copies and near-duplicates unless the settings allow them."""
 
 import shutil
 
@@ -29,7 +29,7 @@ def corpus(made, tmp_path):
 
 
 def videos(corpus):
-    """All, in the order of the list."""
+    """Return all videos in the order of the list."""
     from shards.query.sql import open_manifest, rows_of
 
     with open_manifest(corpus) as connection:
@@ -63,7 +63,7 @@ def test_a_shared_video_is_an_error_that_says_what_to_do(corpus):
     assert not (corpus.parent / "run" / SELECTION_FILE).exists()
 
 
-def test_excluded_clips_are_counted_and_gone(corpus):
+def test_excluded_clips_are_counted_and_removed(corpus):
     first, second, *others = videos(corpus)
     training, trained, held_out = run(corpus, "", f"video_id IN ('{first}', '{second}') AND n < 15", "exclude")
     assert ids(trained) == set(others) and ids(held_out) == {first, second}
@@ -89,11 +89,11 @@ def test_a_near_duplicate_in_another_video_counts(corpus):
     training, trained, _ = run(corpus, clean, f"video_id = '{first}'", "exclude")
     kept = ids(trained, "clip_id")
     assert training.num_excluded and not kept & {f"{second}.{n}" for n in (0, 1, 2)}
-    assert third in ids(trained)  # a group that evaluation has nothing of
+    assert third in ids(trained)  # a group without clips in the evaluation
 
 
 def test_a_copy_of_a_held_out_video_counts_as_the_video(corpus):
-    """A video that turned out to be another's copy after its clips were packed."""
+    """The video was recognised as a copy after its clips were packed."""
     first, second, third, *_ = videos(corpus)
     change_manifest(corpus, f"UPDATE videos SET duplicate_of = '{first}' WHERE video_id IN ('{second}', '{third}')")
     for held_out in (first, second):
@@ -101,7 +101,7 @@ def test_a_copy_of_a_held_out_video_counts_as_the_video(corpus):
         assert ids(evaluated) == {held_out} and not ids(trained) & {first, second, third}
 
 
-def test_nothing_left_to_train_on_is_told(corpus):
+def test_an_empty_training_selection_is_an_error(corpus):
     first = videos(corpus)[0]
     with pytest.raises(UserError, match="eval.overlap = exclude: all"):
         run(corpus, f"video_id = '{first}'", f"video_id = '{first}' AND n < 4", "exclude")

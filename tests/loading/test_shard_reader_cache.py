@@ -1,4 +1,4 @@
-"""The cache of remote shards: fetched once when most is wanted, never over its cap, never a torn copy served."""
+"""The cache of remote shards fetches a shard once, stays under its cap, and never serves a torn copy."""
 
 import fcntl
 import multiprocessing
@@ -25,7 +25,7 @@ def store():
 
 
 def _read(reader: ShardReader, names: list[str], offset: int = 100) -> None:
-    """Reads a member of each shard and checks it."""
+    """Read a member of each shard and check it."""
     answers = reader.read([Range(name, offset, 5000) for name in names])
     for name, answer in zip(names, answers, strict=True):
         assert bytes(answer) == SHARDS[name][offset : offset + 5000]
@@ -38,7 +38,7 @@ def _copies(folder: Path) -> list[Path]:
 def test_a_shard_is_fetched_once_and_read_locally_from_then_on(store, tmp_path):
     cache = ShardCache(tmp_path / "cache", 10 * SIZE)
     reader = ShardReader(store.url, cache)
-    _read(reader, NAMES[:2])  # from the store: nobody waits for a whole shard
+    _read(reader, NAMES[:2])  # from the store, without waiting for a whole shard
     cache.settle()
     assert [path.stat().st_size for path in _copies(tmp_path / "cache")] == [SIZE, SIZE]
     num_requests = len(store.requests)
@@ -99,7 +99,7 @@ def test_the_longest_unused_copies_make_room(store, tmp_path):
         cache.settle()
         (kept[name],) = set(_copies(tmp_path)) - set(kept.values())
         time.sleep(0.02)
-    _read(reader, NAMES[:1])  # the first is used once more, so the second goes
+    _read(reader, NAMES[:1])  # the first is used again, so the second is evicted
     time.sleep(0.02)
     _read(reader, NAMES[2:3])
     cache.settle()
@@ -179,7 +179,7 @@ def test_what_a_killed_process_left_half_is_cleared_away(store, tmp_path):
         _read(reader, NAMES[:2])
         cache.settle()
         assert not half.exists() and (tmp_path / "fetching-alive").exists()
-        assert len(_copies(tmp_path)) == 1  # the other half's room is taken by who is alive
+        assert len(_copies(tmp_path)) == 1  # the other half of the space is taken by live processes
 
 
 def _hammer(url: str, folder: str, max_bytes: int, seed: int, outcome) -> None:

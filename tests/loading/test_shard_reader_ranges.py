@@ -1,4 +1,4 @@
-"""Members by byte range: the right bytes from anywhere, few reads, and an error in the place of what is broken."""
+"""Members read by byte range: the right bytes from any store in few requests, and an error for each broken member."""
 
 import os
 
@@ -144,7 +144,7 @@ def test_a_store_that_stays_busy_is_an_error(store):
     assert _error_class(answer) == "shard-unreadable" and "503" in answer.message
 
 
-def test_a_server_without_ranges_is_told_apart(store):
+def test_a_server_without_ranges_is_recognised(store):
     store.ignores_ranges = True
     (answer,) = ShardReader(store.url).read([Range("shards/000000.tar", 0, 100)])
     assert _error_class(answer) == "shard-unreadable" and "ranges" in answer.message
@@ -167,6 +167,6 @@ def test_more_shards_than_may_be_open(folder, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_scheme_nobody_knows_is_the_users_mistake():
+def test_an_unknown_scheme_is_the_users_mistake():
     with pytest.raises(UserError, match="nowhere://"):
         ShardReader("nowhere://bucket").read([Range("shards/000000.tar", 0, 1)])

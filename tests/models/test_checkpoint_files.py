@@ -1,4 +1,4 @@
-"""Weights in and out: published names, HF folders, open_clip files, and what is refused."""
+"""Weights are read and written under published names, from Hugging Face folders and open_clip files, or refused."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import random_pixels, random_texts, reference, tiny_config, tiny_model
+from tests.helpers.pickles import HostilePickle
 from training.models.clip_vip import weights as checkpoint
 from training.models.clip_vip.config_formats import config_from_dict, config_to_dict
 from training.models.clip_vip.model import ClipVip, without_proxies
@@ -157,18 +158,10 @@ def test_log_scale_is_clamped_when_read_and_when_written(tmp_path: Path) -> None
     assert load_file(save(model, tmp_path / "out"))["logit_scale"].exp().item() == pytest.approx(200)
 
 
-class Mischief:
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self.trace),)
-
-
 def test_pickled_code_is_never_run(tmp_path: Path) -> None:
     trace = tmp_path / "ran"
-    torch.save({"logit_scale": Mischief(trace)}, tmp_path / "evil.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"logit_scale": Mischief(trace)}, protocol=2))
+    torch.save({"logit_scale": HostilePickle(trace)}, tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"logit_scale": HostilePickle(trace)}, protocol=2))
     for name in ("evil.pt", "plain.pt"):
         with pytest.raises(UserError, match="cannot be read as plain tensors"):
             load_clip_vip(tmp_path / name, config_to_dict(tiny_config()))

@@ -1,4 +1,4 @@
-"""CLIP4Clip's files: released names there and back, heads beside or inside, and what is refused."""
+"""CLIP4Clip files: released names are read and written, heads may be separate, and wrong files are refused."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ HEADS = ("meanP", "seqLSTM", "seqTransf", "tightTransf")
 
 
 def released_size(head: str = "meanP", stem: str = "2d") -> Clip4Clip:
-    """Small, but of the conventions that shapes alone tell: heads of 64 and features as wide as the text tower."""
+    """Make a small model whose shapes reveal its config: heads of 64, and features as wide as the text tower."""
     towers = {
         "vision": TowerConfig(width=64, num_layers=2, num_heads=1, mlp_width=256),
         "text": TowerConfig(width=64, num_layers=3, num_heads=1, mlp_width=256),
@@ -43,7 +43,7 @@ def scores(model: Clip4Clip) -> Tensor:
 
 
 def bare_file(model: Clip4Clip, path: Path) -> dict[str, Tensor]:
-    """The tensors alone, as a released file has them: no configuration."""
+    """Write only the tensors, without configuration, as in a released file."""
     tensors = load_file(save_clip4clip(model, path / "with_config.safetensors"))
     save_file(tensors, path / "bare.safetensors")
     return tensors
@@ -87,7 +87,7 @@ def test_files_carry_released_names_and_shapes(head: str, tmp_path: Path) -> Non
 
 
 def published_shapes(head: str, stem: str = "2d") -> dict[str, list[int]]:
-    """Of ViT-B/32, without its numbers."""
+    """Return the tensor shapes of ViT-B/32, without values."""
     vision = TowerConfig(width=768, num_layers=12, num_heads=12, mlp_width=3072)
     text = TowerConfig(width=512, num_layers=12, num_heads=8, mlp_width=2048)
     with torch.device("meta"):
@@ -97,7 +97,7 @@ def published_shapes(head: str, stem: str = "2d") -> dict[str, list[int]]:
 
 
 def test_published_sizes_have_the_published_shapes() -> None:
-    """docs/methods/clip4clip.md section 10."""
+    """The shapes are listed in docs/methods/clip4clip.md section 10."""
     plain = published_shapes("meanP", "3d")
     assert plain.pop("clip.visual.conv2.weight") == [768, 3, 3, 32, 32]
     assert plain["clip.visual.positional_embedding"] == [50, 768] and plain["clip.visual.proj"] == [768, 512]
@@ -174,7 +174,7 @@ def test_a_head_may_lie_beside_the_clip_and_a_trained_clip_may_get_another_head(
     assert all(name.startswith("head.") for name in other.new_tensors)
 
 
-def test_a_2d_model_may_go_on_with_a_3d_stem(tmp_path: Path) -> None:
+def test_a_2d_model_may_continue_with_a_3d_stem(tmp_path: Path) -> None:
     model = released_size("seqLSTM")
     bare_file(model, tmp_path)
     deep = load_clip4clip(tmp_path / "bare.safetensors", head="seqLSTM", stem="3d")

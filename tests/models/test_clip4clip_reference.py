@@ -1,10 +1,10 @@
-"""Every published CLIP4Clip number: features, similarities, losses, gradients, the update and its schedule."""
+"""CLIP4Clip equals the reference: features, similarities, losses, gradients, the update and its schedule."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.clip_vip import numbers, reference, tensors
+from tests.helpers.clip_vip import max_difference, numbers, reference, tensors
 from training.losses.pair_losses import cross_entropy, max_margin, mil_nce, symmetric_cross_entropy
 from training.models.clip4clip.model import Clip4Clip
 from training.models.clip4clip.weight_names import to_released
@@ -35,18 +35,13 @@ def features(case: str, precision: str) -> tuple[Tensor, Tensor]:
     return known[f"{precision}/sequence_output"], known[f"{precision}/visual_output"]
 
 
-def worst(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return (ours.double() - theirs.double()).abs().max().item()
-
-
 @pytest.mark.parametrize("precision, limit", [("f32", 1e-5), ("f64", 1e-13)])
 @pytest.mark.parametrize("case", ["meanP", "meanP_3d"])
 def test_features_equal_the_reference(case: str, precision: str, limit: float) -> None:
     model, given = load(case, precision), inputs()
     text, frames = features(case, precision)
-    assert worst(model.text_features(given["input_ids"]), text.squeeze(1)) <= limit
-    assert worst(model.frame_features(given["video"].to(DTYPES[precision])), frames) <= limit
+    assert max_difference(model.text_features(given["input_ids"]), text.squeeze(1)) <= limit
+    assert max_difference(model.frame_features(given["video"].to(DTYPES[precision])), frames) <= limit
 
 
 @pytest.mark.parametrize("precision, limit", [("f32", 1e-5), ("f64", 1e-12)])
@@ -57,11 +52,11 @@ def test_similarity_from_pixels_and_ids_equals_the_reference(case: str, precisio
     with torch.no_grad():
         ours = load(case, precision)(given["input_ids"], given["attention_mask"], video, given["video_mask"])
     assert ours.dtype == DTYPES[precision]
-    assert worst(ours, tensors("clip4clip", f"{case}.cases.safetensors")[f"{precision}/similarity"]) <= limit
+    assert max_difference(ours, tensors("clip4clip", f"{case}.cases.safetensors")[f"{precision}/similarity"]) <= limit
 
 
 def backward(case: str, precision: str) -> dict[str, Tensor]:
-    """What the reference tells of a case, by its names, from the reference's features."""
+    """Compute a case's results from the reference's features, under the reference's names."""
     model = load(case, precision)
     text, frames = (feature.clone().requires_grad_() for feature in features(case, precision))
     similarity = model.similarity(text, frames, inputs()["video_mask"])
@@ -79,17 +74,17 @@ def backward(case: str, precision: str) -> dict[str, Tensor]:
 def test_similarity_loss_and_gradients_equal_the_reference(case: str, precision: str, limit: float) -> None:
     ours, known = backward(case, precision), tensors("clip4clip", f"{case}.cases.safetensors")
     for name in ("similarity", "loss_symmetric", "grad_sequence_output", "grad_visual_output"):
-        assert worst(ours[name], known[f"{precision}/{name}"]) <= limit, name
+        assert max_difference(ours[name], known[f"{precision}/{name}"]) <= limit, name
 
 
 @pytest.mark.parametrize("case, count", [("seqLSTM", 2), ("seqTransf", 19), ("tightTransf", 25)])
 def test_gradients_of_the_heads_parameters_equal_the_reference(case: str, count: int) -> None:
-    """Stored as float32: 6e-8 of the largest. A gradient that is 0 in exact arithmetic is noise on both sides."""
+    """The stored float32 is off by 6e-8 of the largest value; gradients that should be 0 are noise on both sides."""
     ours, known = backward(case, "f64"), tensors("clip4clip", f"{case}.cases.safetensors")
     names = [key.removeprefix("f64/") for key in known if key.startswith("f64/grad/")]
     assert len(names) == count
     for name in names:
-        assert worst(ours[name], known[f"f64/{name}"]) <= 1e-7 * known[f"f64/{name}"].abs().max() + 1e-13, name
+        assert max_difference(ours[name], known[f"f64/{name}"]) <= 1e-7 * known[f"f64/{name}"].abs().max() + 1e-13, name
 
 
 def test_training_mode_loss_equals_the_reference() -> None:
@@ -105,7 +100,7 @@ def test_float64_pixels_are_computed_in_float64_whatever_the_weights(case: str) 
     arguments = given["input_ids"], given["attention_mask"], given["video"].double(), given["video_mask"]
     similarity = load(case, "f32")(*arguments)
     assert similarity.dtype == torch.float64
-    assert worst(similarity, load(case, "f64")(*arguments)) <= 1e-12
+    assert max_difference(similarity, load(case, "f64")(*arguments)) <= 1e-12
     video_only = load(case, "f32").frame_features(given["video"].double())
     assert video_only.dtype == torch.float64
 
@@ -144,8 +139,8 @@ def test_losses_equal_the_reference(videos: int, pairs: int, precision: str, lim
         similarity = known[f"in/sim_{case}"].to(DTYPES[precision], copy=True).requires_grad_()
         loss = function(similarity)
         loss.backward()
-        assert worst(loss, known[f"{name}_{case}/{precision}/loss"]) <= limit, name
-        assert worst(similarity.grad, known[f"{name}_{case}/{precision}/grad"]) <= limit, name
+        assert max_difference(loss, known[f"{name}_{case}/{precision}/loss"]) <= limit, name
+        assert max_difference(similarity.grad, known[f"{name}_{case}/{precision}/grad"]) <= limit, name
 
 
 @pytest.mark.parametrize("precision, limit", [("f32", 1e-6), ("f64", 1e-14)])
@@ -162,7 +157,7 @@ def test_the_update_equals_the_reference(precision: str, limit: float) -> None:
         set_learning_rate(optimiser, learning_rate(step + 1, settings["lr"], **shape))
         optimiser.step()
         for parameter, path in zip(parameters, expected, strict=True):
-            assert worst(parameter.detach(), path[step + 1]) <= limit
+            assert max_difference(parameter.detach(), path[step + 1]) <= limit
 
 
 def test_the_schedule_equals_the_reference() -> None:

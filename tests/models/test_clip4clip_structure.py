@@ -1,4 +1,4 @@
-"""What CLIP4Clip's heads and stems promise beside the published numbers."""
+"""Properties of CLIP4Clip's heads and stems beyond the published numbers."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
 
 
 def tiny(head: str = "meanP", embed_dim: int = 24, seed: int = 0, **settings) -> Clip4Clip:
-    """In float64, with random weights in the head, too."""
+    """Make a small model in float64, with random weights in the head too."""
     clip = tiny_model(embed_dim=embed_dim, num_added=0, num_times=0)
     model = Clip4Clip(clip, Clip4ClipSettings(head=head, num_layers=2, **settings)).double().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -70,7 +70,7 @@ def test_padding_a_video_changes_no_score(head: str, stem: str) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_video_without_any_frame_is_finite_in_scores_and_gradients(head: str) -> None:
-    """The published model gives NaN there (0/0), for the whole batch."""
+    """The published model gives NaN (0/0) for the whole batch."""
     model, (text, frames) = tiny(head), random_features()
     mask = MASK.clone()
     mask[2] = 0

@@ -1,4 +1,4 @@
-"""Every published number: embeddings, hidden states, loss and gradients of the reference cases."""
+"""CLIP-ViP equals the reference: embeddings, hidden states, loss and gradients."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.clip_vip import from_recipe, numbers, reference, tensors
+from tests.helpers.clip_vip import from_recipe, max_difference, numbers, reference, tensors
 from training.losses.omnisource import omnisource_loss
 from training.models.clip_vip.model import ClipVip
 from training.models.clip_vip.weight_names import to_published
@@ -34,11 +34,6 @@ def embed(model: ClipVip, case: dict[str, Tensor], frames: str) -> dict[str, Ten
     }
 
 
-def worst(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return (ours.double() - theirs.double()).abs().max().item()
-
-
 @pytest.mark.parametrize("precision, limit", [("f32", 2e-6), ("f64", 1e-12)])
 @pytest.mark.parametrize("name, frames", CASE_FRAMES)
 def test_embeddings_equal_the_reference(name: str, frames: str, precision: str, limit: float) -> None:
@@ -46,7 +41,7 @@ def test_embeddings_equal_the_reference(name: str, frames: str, precision: str, 
     embeds = embed(load(name, precision), case, frames)
     for key, value in embeds.items():
         assert value.dtype == DTYPES[precision]
-        assert worst(value, case[f"{frames}/{precision}/{key}"]) <= limit, key
+        assert max_difference(value, case[f"{frames}/{precision}/{key}"]) <= limit, key
 
 
 @pytest.mark.parametrize("precision, limit", [("f32", 2e-6), ("f64", 1e-12)])
@@ -56,8 +51,8 @@ def test_text_mask_with_holes_is_honoured(name: str, precision: str, limit: floa
     model = load(name, precision)
     for cut in (True, False):
         holes = model.encode_text(case["in/text_ids"], case["in/text_mask_holes"], cut=cut)
-        assert worst(holes, case[f"{precision}/text_embeds_mask_holes"]) <= limit
-    assert worst(holes, model.encode_text(case["in/text_ids"])) > 1e-3
+        assert max_difference(holes, case[f"{precision}/text_embeds_mask_holes"]) <= limit
+    assert max_difference(holes, model.encode_text(case["in/text_ids"])) > 1e-3
 
 
 @pytest.mark.parametrize("precision, limit", [("f32", 2e-6), ("f64", 1e-12)])
@@ -65,9 +60,9 @@ def test_mean_pooling_equals_the_reference(precision: str, limit: float) -> None
     case = tensors("clipvip", "p16_meanpool.cases.safetensors")
     model = load("p16_meanpool", precision)
     video = model.encode_video(case["in/video"].to(DTYPES[precision]))
-    assert worst(video, case[f"{precision}/video_embeds"]) <= limit
+    assert max_difference(video, case[f"{precision}/video_embeds"]) <= limit
     text = model.encode_text(case["in/text_ids"], case["in/text_mask"])
-    assert worst(text, case[f"{precision}/text_embeds"]) <= limit
+    assert max_difference(text, case[f"{precision}/text_embeds"]) <= limit
 
 
 @pytest.mark.parametrize("name, frames", [(name, f) for name, all_frames in CASES.items() for f in all_frames[:2]])
@@ -79,9 +74,9 @@ def test_vision_hidden_states_equal_the_reference(name: str, frames: str) -> Non
     assert len(states) == 1 + len(model.vision.blocks)
     for number, state in enumerate(states):
         known = case[f"{frames}/f32/vision_hidden/{number}"]  # of other than the first T, the first video's alone
-        assert worst(state[: len(known)], known) <= 3e-5
-    assert worst(pooled, case[f"{frames}/f32/vision_pooled"]) <= 3e-5
-    assert worst(pooled, model.vision(case[f"in/video_{frames}"])) <= 1e-5
+        assert max_difference(state[: len(known)], known) <= 3e-5
+    assert max_difference(pooled, case[f"{frames}/f32/vision_pooled"]) <= 3e-5
+    assert max_difference(pooled, model.vision(case[f"in/video_{frames}"])) <= 1e-5
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -90,11 +85,11 @@ def test_text_hidden_states_equal_the_reference(name: str) -> None:
     states: list[Tensor] = []
     load(name).text(case["in/text_ids"], case["in/text_mask"], states)
     for number, state in enumerate(states):
-        assert worst(state, case[f"{CASES[name][0]}/f32/text_hidden/{number}"]) <= 3e-5
+        assert max_difference(state, case[f"{CASES[name][0]}/f32/text_hidden/{number}"]) <= 3e-5
 
 
 def backward(name: str, frames: str, precision: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """The case's loss, and its gradients by published name."""
+    """Return the case's loss, and its gradients by published name."""
     case = tensors("clipvip", f"{name}.cases.safetensors")
     model = load(name, precision)
     variant = VARIANTS[numbers("clipvip", f"{name}.json")["cases"][frames]["loss"]]
@@ -119,7 +114,7 @@ def test_loss_and_gradients_equal_the_reference(
     assert len(keys) > 10
     for key in keys:
         largest = case[key].abs().max().item()
-        assert worst(gradients[key.removeprefix(prefix)], case[key]) <= limit * largest, key
+        assert max_difference(gradients[key.removeprefix(prefix)], case[key]) <= limit * largest, key
 
 
 @pytest.mark.parametrize("name, frames", CASE_FRAMES)
@@ -146,7 +141,7 @@ def mean_and_std(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 
 def real_model(name: str, tmp_path) -> ClipVip:
-    """The published sizes with the recipe's weights, through a file in published names."""
+    """Load a model of the published size with the recipe's weights from a file in published names."""
     from safetensors.torch import save_file
 
     from training.models.clip_vip.config_formats import config_from_dict
@@ -177,8 +172,8 @@ def test_published_sizes_equal_the_reference(name: str, tmp_path) -> None:
         key = f"input:video_T{num_frames}"
         pixels = from_recipe(f"{info['seed']}:{key}", (info["batch"], num_frames, 3, 224, 224), 0, 1)
         assert hashlib.sha256(pixels.numpy().tobytes()).hexdigest() == info["check"][key]["sha256"]
-        assert worst(model.encode_video(pixels), outputs[f"f32/video_embeds_T{num_frames}"]) <= 2e-6
-    assert worst(model.encode_video(pixels.double()), outputs[f"f64/video_embeds_T{num_frames}"]) <= 1e-12
+        assert max_difference(model.encode_video(pixels), outputs[f"f32/video_embeds_T{num_frames}"]) <= 2e-6
+    assert max_difference(model.encode_video(pixels.double()), outputs[f"f64/video_embeds_T{num_frames}"]) <= 1e-12
     ids, mask = outputs["in/text_ids"], outputs["in/text_mask"]
-    assert worst(model.encode_text(ids, mask), outputs["f32/text_embeds"]) <= 2e-6
-    assert worst(model.double().encode_text(ids, mask), outputs["f64/text_embeds"]) <= 1e-12
+    assert max_difference(model.encode_text(ids, mask), outputs["f32/text_embeds"]) <= 2e-6
+    assert max_difference(model.double().encode_text(ids, mask), outputs["f64/text_embeds"]) <= 1e-12

@@ -1,4 +1,4 @@
-"""What the architecture promises whatever its weights: attention pattern, time, plain CLIP inside, dtypes, FLOPs."""
+"""Properties of CLIP-ViP for any weights: attention pattern, time, the plain CLIP inside, dtypes, FLOPs."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from training.models.clip_vip.model import ModelConfig, TowerConfig, cut_texts, 
 
 
 def dense_attention(qkv: Tensor, num_proxies: int, num_frames: int) -> Tensor:
-    """The same pattern as one softmax over all tokens under a boolean mask (docs/methods/clip_vip.md section 2.2)."""
+    """Compute the pattern as one softmax under a boolean mask (docs/methods/clip_vip.md section 2.2)."""
     num_tokens = qkv.shape[1]
     frame = (torch.arange(num_tokens) - num_proxies).div(
         (num_tokens - num_proxies) // num_frames, rounding_mode="floor"

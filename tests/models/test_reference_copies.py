@@ -1,4 +1,4 @@
-"""Hold the reference numbers kept in the checkout against the whole set, where that stands beside it."""
+"""The reference numbers in the checkout equal those of the whole set, where that is available."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""UniPT trains its side networks alone, keeps nothing for a backward pass through the backbone, and still learns."""
+"""UniPT trains its side networks only, keeps nothing for a backward pass through the backbone, and learns."""
 
 import itertools
 from dataclasses import replace
@@ -78,7 +78,7 @@ def test_nothing_is_kept_for_a_backward_pass_through_the_backbone() -> None:
 
 
 def kept_by(config: ModelConfig, settings: UniPtSettings | None, num_frames: int) -> int:
-    """Bytes for a batch of two; None: all of the backbone trains."""
+    """Return the bytes kept for a batch of two; None trains the whole backbone."""
     model: nn.Module = ClipVip(config)
     if settings is None:
         assert isinstance(model, ClipVip)
@@ -123,7 +123,7 @@ def test_growth_per_frame_is_a_small_part_of_full_fine_tunings() -> None:
 
 @pytest.mark.parametrize("pooling, least", [("proxy", 15), ("mean", 12)])
 def test_at_the_published_size_full_fine_tuning_keeps_more_than_ten_times_as_much(pooling: str, least: int) -> None:
-    """ViT-B/32, two clips of 12 frames and two texts of 32 tokens, float32: shapes only, nothing is computed."""
+    """ViT-B/32, two clips of 12 frames and two texts of 32 tokens in float32, on fake tensors without data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config = ModelConfig(TowerConfig(768, 12, 12, 3072), TowerConfig(512, 12, 8, 2048), 512)
@@ -146,7 +146,7 @@ def test_at_the_published_size_full_fine_tuning_keeps_more_than_ten_times_as_muc
 
 
 def colour_world() -> tuple[Tensor, Tensor]:
-    """81 clips of four patches in one of three colours each, and the text that names the four."""
+    """Make 81 clips of four patches, each in one of three colours, and texts that name the four colours."""
     generator = torch.Generator().manual_seed(0)
     names = torch.tensor(list(itertools.product(range(3), repeat=4)))[torch.randperm(81, generator=generator)]
     patches = (3 * torch.eye(3) - 1)[names].view(81, 1, 2, 2, 3).permute(0, 1, 4, 2, 3)
@@ -165,7 +165,7 @@ def mean_rank(model: nn.Module, pixels: Tensor, ids: Tensor) -> float:
 
 @pytest.mark.slow
 def test_it_learns_what_the_frozen_backbone_cannot_tell() -> None:
-    """21 held-out clips: chance is a mean rank of 11. The last layer alone is reported beside all of them."""
+    """With 21 held-out clips, chance is a mean rank of 11; the result of the last layer alone is printed too."""
     (pixels, ids), ranks = colour_world(), {}
     for name, settings in {"all layers": UniPtSettings(), "last layer": UniPtSettings(every=100)}.items():
         model = UniPtClip(tiny_model(1), settings)

@@ -1,4 +1,4 @@
-"""Side networks in files of their own: published names, the backbone they belong to, and what is refused."""
+"""Files of UniPT's side networks: published names, the backbone they belong to, and files that are refused."""
 
 from dataclasses import replace
 from pathlib import Path

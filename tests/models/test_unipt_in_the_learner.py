@@ -1,4 +1,4 @@
-"""The trainer's update on UniPT's model: the same in one piece and in chunks, and the side networks' alone."""
+"""The trainer's update of a UniPT model is the same whole and in chunks, and changes the side networks only."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.clip_vip import tiny_model
-from tests.training.test_update_is_the_same_everywhere import settings, whole_batch
+from tests.helpers.updates import settings, whole_batch
 from training.learner import Learner
 from training.models.unipt.model import UniPtClip
 from training.models.unipt.settings import UniPtSettings
@@ -26,7 +26,7 @@ def test_chunks_change_no_weight(loss: str) -> None:
     (whole, losses), (chunked, other) = learn(settings(loss=loss)), learn(settings(loss=loss, chunk_size=3))
     assert other == pytest.approx(losses, rel=1e-9)
     for (name, one), two in zip(whole.named_parameters(), chunked.parameters(), strict=True):
-        if not name.endswith("gate_layer.bias"):  # its gradient is zero but for rounding, which Adam blows up
+        if not name.endswith("gate_layer.bias"):  # its gradient is rounding noise, which Adam amplifies
             torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-8, msg=name)
 
 
@@ -40,7 +40,7 @@ def test_an_update_leaves_the_backbone_as_it_was(changes: dict) -> None:
     assert all(math.isfinite(value) for value in losses)
 
 
-def test_an_update_tells_how_much_each_layer_counts() -> None:
+def test_an_update_reports_the_weight_of_each_layer() -> None:
     model = UniPtClip(tiny_model(), UniPtSettings(tokens="frames"))
     values = Learner(model, settings(loss="vs"), 10, Process(torch.device("cpu"))).train_step(whole_batch(0))
     for side, tower in (("image", model.config.vision), ("text", model.config.text)):

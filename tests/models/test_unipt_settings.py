@@ -1,4 +1,4 @@
-"""UniPT by settings: its recipes, the models they make, and what they refuse."""
+"""UniPT's settings: its recipes, the models they make, and the combinations they refuse."""
 
 from importlib import resources
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What UniPT's side networks compute and read, beyond the published numbers."""
+"""Properties of UniPT's side networks beyond the published numbers."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from training.models.unipt.settings import UniPtSettings
 
 
 def tiny_unipt(seed: int = 0, pooling: str = "proxy", **settings) -> UniPtClip:
-    """Float64, weights large enough to matter: the published start is a small correction."""
+    """Make a small model in float64 with larger weights than at the published start, so that they matter."""
     shape = {"pooling": "mean", "num_added": 0, "num_times": 0} if pooling == "mean" else {}
     model = UniPtClip(tiny_model(seed, **shape), UniPtSettings(**settings), seed)
     with torch.no_grad():
@@ -25,7 +25,7 @@ def tiny_unipt(seed: int = 0, pooling: str = "proxy", **settings) -> UniPtClip:
 
 
 def plain_loop(adapter: Adapter, states: list[Tensor], guide: Tensor, mask: Tensor, position: Tensor) -> Tensor:
-    """Steps 1 to 7 of docs/methods/unipt.md section 3, item by item and token by token."""
+    """Compute steps 1 to 7 of docs/methods/unipt.md section 3 item by item and token by token."""
     outputs = []
     for item in range(len(guide)):
         query = adapter.downsample_layer(guide[item])
@@ -71,19 +71,19 @@ def test_without_any_positive_similarity_only_the_anchors_own_token_remains() ->
     assert all(parameter.grad.isfinite().all() for parameter in adapter.parameters())
 
 
-def test_confidences_of_the_layers_sum_to_one_and_are_told() -> None:
+def test_confidences_of_the_layers_sum_to_one_and_are_reported() -> None:
     model = tiny_unipt()
     assert model.layer_confidence() == {}
     model.encode_video(random_pixels(3, 2).double())
     model.encode_text(random_texts(3))
-    told = model.layer_confidence()
-    assert set(told) == {"image", "text"}
-    for shares in told.values():
+    confidence = model.layer_confidence()
+    assert set(confidence) == {"image", "text"}
+    for shares in confidence.values():
         assert len(shares) == 3 and min(shares) > 0 and sum(shares) == pytest.approx(1)
 
 
 def formula(widths: list[int], embed_dim: int, reduction: int) -> int:
-    """The count in docs/methods/unipt.md section 3."""
+    """Return the parameter count of docs/methods/unipt.md section 3."""
     inner = embed_dim // reduction
     return sum((width + 1) * inner for width in widths) + (embed_dim + 1) * inner + (inner + 1) * embed_dim + inner + 1
 
@@ -147,7 +147,7 @@ def test_padding_behind_a_text_never_changes_it() -> None:
 
 
 def test_a_word_whose_id_is_0_is_read_like_any_other() -> None:
-    """It is "!" in CLIP's vocabulary; the published code takes it for padding."""
+    """Id 0 is "!" in CLIP's vocabulary; the published code treats it as padding."""
     model = tiny_unipt()
     ids = torch.tensor([[48, 5, 0, 6, 49]])
     states: list[Tensor] = []
@@ -178,7 +178,7 @@ def test_a_zero_start_is_the_frozen_backbone_exactly() -> None:
     backbone, pixels, ids = tiny_model(), random_pixels(3, 2), random_texts(3)
     model = UniPtClip(backbone, UniPtSettings(zero_start=True))
     with torch.no_grad():
-        whole = backbone.visual_projection(backbone.vision(pixels, []))  # as UniPT runs it: no block cut short
+        whole = backbone.visual_projection(backbone.vision(pixels, []))  # as UniPT runs it: no block shortened
         assert torch.equal(model.encode_video(pixels), F.normalize(whole, dim=-1))
         assert torch.equal(model.encode_text(ids), backbone.encode_text(ids))
         torch.testing.assert_close(model.encode_video(pixels), backbone.encode_video(pixels), rtol=0, atol=1e-6)

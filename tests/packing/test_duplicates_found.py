@@ -1,4 +1,4 @@
-"""Near-duplicate groups: exactly those of a brute-force search, whatever the order; flat frames make no group."""
+"""Near-duplicate groups equal those of a brute-force search in any order; flat frames form no group."""
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from tests.helpers.whole_corpus import CLIPS_PER_VIDEO, VIDEOS
 
 
 def brute_force(hashes, radius, frame_radius):
-    """[N] smallest row of each row's component, by comparing all pairs and spreading labels until nothing changes."""
+    """Return [N] the smallest row of each row's component, by comparing all pairs and spreading labels."""
     bits = np.bitwise_count(hashes[:, None] ^ hashes[None])  # [N, N, 3]
     near = (bits.sum(2, dtype=int) <= radius) & (bits.max(2, initial=0) <= frame_radius)
     labels = np.arange(len(hashes))
@@ -27,7 +27,7 @@ def brute_force(hashes, radius, frame_radius):
 
 
 def near_hashes(seed, count, num_families, max_flips):
-    """Random hashes and copies of them with up to `max_flips` bits flipped: distances on both sides of the radius."""
+    """Return random hashes and copies with up to `max_flips` flipped bits, at distances on both sides of the radius."""
     random = np.random.default_rng(seed)
     families = random.integers(0, 2**64, (num_families, 3), dtype=np.uint64)
     hashes = families[random.integers(0, num_families, count)]
@@ -96,7 +96,7 @@ def test_black_white_and_plain_clips_make_no_monster_group():
     clips = [[flat[n % 4], flat[n % 3], int(random.integers(0, 2**63))] for n in range(500)]
     assert duplicate_groups(table_of(np.array(clips, dtype=np.uint64))).num_rows == 0
     fade = random.integers(0, 2**64, 3, dtype=np.uint64)
-    fade[0] = 0  # a fade from black: two frames with a picture still tell copies from others
+    fade[0] = 0  # a fade from black: two frames with a picture still distinguish copies from other clips
     assert duplicate_groups(table_of([fade, fade])).num_rows == 2
 
 
@@ -110,7 +110,7 @@ def test_clips_without_three_hashes_are_left_out():
 
 
 def test_many_alike_clips_cost_little_memory_and_time():
-    """1,500 clips in one component: a million pairs, most never looked at again once they are joined."""
+    """1,500 clips in one component make a million pairs, most of which are skipped once joined."""
     random = np.random.default_rng(0)
     hashes = np.repeat(random.integers(0, 2**64, (1, 3), dtype=np.uint64), 1500, axis=0)
     for row in hashes:

@@ -1,4 +1,4 @@
-"""A corpus that a real build made forgets a video: gone after `compact`, and the same list does not bring it back."""
+"""A corpus of a real build forgets a video for good: `compact` removes it, and the same list does not add it again."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""What is forgotten is seen by nobody at once, gone to the last byte after `compact`, and never fetched again."""
+"""A forgotten video is hidden at once, removed to the last byte by `compact`, and never fetched again."""
 
 import hashlib
 import shutil
@@ -37,14 +37,14 @@ GONE = "video-b"  # in the group of video-e's first clip
 
 @pytest.fixture
 def corpus(whole, tmp_path):
-    """A copy of the session's corpus, whose build command named two URLs."""
+    """Copy the session's corpus, whose build command named two URLs."""
     shutil.copytree(whole, tmp_path / "corpus")
     return tmp_path / "corpus"
 
 
 @pytest.fixture(scope="module")
 def compacted(whole, tmp_path_factory):
-    """The corpus after video-b was forgotten and compacted; for tests that only look."""
+    """Forget video-b and compact, for tests that only read the corpus."""
     root = tmp_path_factory.mktemp("compacted") / "corpus"
     shutil.copytree(whole, root)
     kill_a_download(root, GONE)
@@ -54,7 +54,7 @@ def compacted(whole, tmp_path_factory):
 
 
 def kill_a_download(root: Path, video_id: str) -> None:
-    """What a worker leaves that was killed while it downloaded a video again."""
+    """Write the files left by a worker that was killed while it downloaded a video again."""
     folder = root / "sources" / "u000000"
     (folder / f"{video_id}.part").mkdir(parents=True)
     (folder / f"{video_id}.part" / "media").write_bytes(source_bytes(video_id)[:100])
@@ -70,7 +70,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def lasting(root: Path) -> dict[str, bytes]:
-    """Every file that does not hold times of its own making."""
+    """Return every file that contains no times of its creation."""
     return {
         name: data
         for name, data in files(root).items()
@@ -79,7 +79,7 @@ def lasting(root: Path) -> dict[str, bytes]:
 
 
 def clip_bytes(root: Path, video_id: str) -> list[bytes]:
-    """The mp4s and pictures of a video's clips."""
+    """Return the MP4s and pictures of a video's clips."""
     rows = ask(root, f"SELECT tar, mp4_offset, num_bytes, frames FROM clips WHERE video_id = '{video_id}'")
     pieces = [(tar, offset, size) for tar, offset, size, _ in rows]
     pieces += [(tar, frame["offset"], frame["num_bytes"]) for tar, _, _, frames in rows for frame in frames]
@@ -87,7 +87,7 @@ def clip_bytes(root: Path, video_id: str) -> list[bytes]:
 
 
 def own_bytes(root: Path, video_id: str) -> list[bytes]:
-    """Of each of them a piece that no other clip has."""
+    """Return a part of each medium that no other clip contains."""
     others = b"".join(piece for other in VIDEOS if other != video_id for piece in clip_bytes(root, other))
     pieces = []
     for data in clip_bytes(root, video_id):
@@ -97,34 +97,34 @@ def own_bytes(root: Path, video_id: str) -> list[bytes]:
 
 
 def traces(root: Path, video_id: str, media: list[bytes]) -> list[str]:
-    """Files in which anything of a video is: its id, its URL, its title, words said in it, its bytes."""
+    """Return the files that contain a video's id, URL, title, words or bytes."""
     words = [video_id, url_of(video_id), f"title of {video_id}", f"sesame{video_id}"]
     needles = [word.encode() for word in words] + [source_bytes(video_id)[:64], *media]
     found = {name for name in files(root) if video_id in name}
     for name, data in files(root).items():
-        content = data + told(root / name)
+        content = data + decoded_values(root / name)
         found |= {name for needle in needles if needle in content}
     return sorted(found)
 
 
-def told(path: Path) -> bytes:
-    """What a file says that packs its values, which a search of its bytes would not find."""
+def decoded_values(path: Path) -> bytes:
+    """Return the values of a Parquet or DuckDB file, whose compression hides them from a search of its bytes."""
     if path.suffix == ".parquet":
         table = pq.read_table(path)
         return f"{table.to_pylist()} {table.schema.metadata}".encode()
     if path.suffix == ".duckdb":
         with duckdb.connect() as connection:
-            connection.execute(f"ATTACH '{path}' AS told (READ_ONLY)")
+            connection.execute(f"ATTACH '{path}' AS file (READ_ONLY)")
             tables = [name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()]
             return b" ".join(
-                str(connection.sql(f'SELECT t::VARCHAR FROM told."{name}" t').fetchall()).encode() for name in tables
+                str(connection.sql(f'SELECT t::VARCHAR FROM file."{name}" t').fetchall()).encode() for name in tables
             )
     return b""
 
 
 def test_every_query_leaves_it_out_at_once(corpus):
     forget_video(corpus, GONE)
-    assert find(corpus, [GONE], [url_of(GONE)], None) == ForgetPlan(), "asking again finds nothing to do"
+    assert find(corpus, [GONE], [url_of(GONE)], None) == ForgetPlan(), "a second run finds nothing to do"
     for table in ("videos", "sentences", "spans", "clips", "samples", "catalog"):
         assert ask(corpus, f"SELECT count(*) FROM {table} WHERE video_id = '{GONE}'") == [(0,)], table
     for table in ("captions", "scores"):
@@ -214,7 +214,7 @@ def test_the_same_list_does_not_bring_it_back(compacted, tmp_path):
     assert traces(root, GONE, []) == []
 
 
-def test_a_url_is_kept_out_before_it_ever_was_in(corpus, tmp_path):
+def test_a_url_can_be_forgotten_before_it_is_listed(corpus, tmp_path):
     forget(corpus, find(corpus, [], [url_of("video-later").replace("http:", "HTTP:")], None), None)
     sources = write_sources(tmp_path / "list.jsonl", ["video-later"])
     with session(corpus, None, [], "test", create=False) as (current, _):
@@ -252,7 +252,7 @@ def test_a_damaged_tombstone_is_not_passed_over(tmp_path):
         read_tombstones(tmp_path)
 
 
-def test_what_names_nothing_is_an_error_that_helps(corpus):
+def test_an_unknown_name_is_an_error_with_suggestions(corpus):
     with pytest.raises(UserError, match="no such video. Similar: video-"):
         find(corpus, ["vide-b"], [], None)
     with pytest.raises(UserError, match="no video meets this condition"):
@@ -286,7 +286,7 @@ pipeline.maintenance.forget.compact(Path({root!r}))
 
 
 def commit_edits(root: Path) -> None:
-    """Edited clips of video-a and video-b, as `clipmill edit` leaves them: a commit with a tar of its own."""
+    """Commit edited clips of video-a and video-b with a tar of their own, as `clipmill edit` does."""
     [path] = (root / "fragments" / "clips").glob("*-u000000-*.parquet")
     rows = [row for row in pq.read_table(path).to_pylist() if row["clip_id"] in ("video-a.1", "video-b.1")]
     items = [{"item_id": row["video_id"], "key": "k", "attempts": 0, "cost": 1} for row in rows]
@@ -317,7 +317,7 @@ def test_edited_clips_go_too_and_others_are_found_where_they_moved(corpus):
 
 @pytest.mark.slow
 def test_killed_while_compacting_and_run_again_it_ends_in_the_same_bytes(corpus, compacted):
-    """Killed twice, each time before the so-many-th file is renamed or removed."""
+    """Compacting is killed twice, each time before the nth file is renamed or removed."""
     forget_video(corpus, GONE)
     for number in (8, 30):
         script = KILLED.format(paths=sys.path, calls=number, root=str(corpus))

@@ -1,4 +1,4 @@
-"""The shards as others read them: webdataset, open_clip, Hugging Face datasets and Energon, all unmodified."""
+"""Unmodified webdataset, open_clip, Hugging Face datasets and Energon read the shards."""
 
 import json
 import tarfile
@@ -18,7 +18,7 @@ NUM_CLIPS = 12
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """A packed corpus; the first samples lack a caption, others have one, a few say nothing."""
+    """Make a packed corpus whose first samples lack a caption and a few of whose others have no text."""
     root = make_corpus(tmp_path_factory.mktemp("readers") / "corpus", NUM_CLIPS)
     plans = pack(root)
     first = ", ".join(f"'{clip_id}'" for clip_id in plans[0].clip_ids.to_pylist())
@@ -61,7 +61,7 @@ def test_webdataset_groups_the_members_and_decodes_them(tars, clips):
 
 
 def open_clip_loader(tars, **options):
-    """open_clip's own loader, as `--dataset-type webdataset` builds it."""
+    """Return open_clip's own loader, as `--dataset-type webdataset` builds it."""
     data = pytest.importorskip("open_clip_train.data", reason="open_clip's training package is not installed")
     import torch
 
@@ -85,8 +85,8 @@ def test_open_clip_evaluates_on_pictures_and_texts(tars, clips):
 
 
 def test_open_clip_trains_on_pictures_and_texts(tars, clips, monkeypatch):
-    """From webdataset 0.2.96 on, open_clip's training loader fails on every tar there is, because webdataset marks the
-    end of one (webdataset issue 384). Where a plain tar fails in that way too, its published fix is applied first.
+    """From webdataset 0.2.96 on, open_clip's training loader fails on every tar because webdataset marks its end
+    (webdataset issue 384). If a plain tar fails in that way too, the published fix is applied first.
     """
     from open_clip_train import data
 
@@ -96,7 +96,7 @@ def test_open_clip_trains_on_pictures_and_texts(tars, clips, monkeypatch):
 
 
 def reads_plain_tar(tar) -> bool:
-    """Whether open_clip's training reader gets to the end of a tar that Python's own tarfile wrote."""
+    """Return whether open_clip's training reader reaches the end of a tar that Python's tarfile wrote."""
     from open_clip_train import data
 
     copy = str(tar) + ".plain"
@@ -113,7 +113,7 @@ def reads_plain_tar(tar) -> bool:
 
 
 def test_hugging_face_datasets_loads_them_though_the_first_samples_lack_columns(tars, clips, tmp_path):
-    """It infers types from the first five samples, which here have no caption at all."""
+    """It infers types from the first five samples, which have no caption here."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -127,7 +127,7 @@ def test_hugging_face_datasets_loads_them_though_the_first_samples_lack_columns(
 
 
 def test_energon_finds_the_samples_and_their_parts(tars, clips, tmp_path):
-    """`energon prepare` on the shards as they are, then the index it makes."""
+    """The test runs `energon prepare` on the unchanged shards and reads its index."""
     pytest.importorskip("megatron.energon", reason="megatron-energon is not installed")
     from megatron.energon.epathlib import EPath
     from megatron.energon.flavors import BaseWebdatasetFactory
@@ -145,7 +145,7 @@ def test_energon_finds_the_samples_and_their_parts(tars, clips, tmp_path):
 
 
 def test_the_layout_that_energon_asks_for(packed, tars):
-    """Members of a sample stand together, the key ends at the first dot, no key comes twice, all samples are alike."""
+    """Members of a sample are adjacent, keys end at the first dot and are unique, and all samples are alike."""
     keys = []
     for tar in tars:
         names = [member.name for member in list_members(tar)]

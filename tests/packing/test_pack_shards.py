@@ -1,4 +1,4 @@
-"""Packing: same clips and seed give the same bytes, whatever happened on the way; wrong media never become a sample."""
+"""Packing the same clips with a seed gives the same bytes after any history; wrong media never become a sample."""
 
 import json
 import os
@@ -168,7 +168,7 @@ def test_a_clip_whose_caption_had_failed_is_packed_anew_once_it_has_one(corpus, 
     without = shard_bytes(corpus)
     assert [name for name in without if without[name] != shard_bytes(quiet)[name]] == ["000000.parquet", "000000.tar"]
     pack(corpus)
-    assert shard_bytes(corpus) == without, "as long as it is awaited there is nothing to do"
+    assert shard_bytes(corpus) == without, "there is nothing to do while it is pending"
     _heal_caption(corpus, caption)
     assert [plan.name for plan in pending_shards(corpus, plans_of(corpus))] == ["000000.tar"]
     pack(corpus)
@@ -218,12 +218,12 @@ class Killed(BaseException):
 
 
 def test_killed_anywhere_the_next_run_ends_in_the_same_bytes(corpus, tmp_path, monkeypatch):
-    """A repacking with other settings dies before its first rename or removal, before its second, and so on."""
+    """Repacking with other settings is killed before its first rename or removal, before its second, and so on."""
     changed = PackSettings(shard_bytes=1_000_000, max_samples=7, seed=3)
     reference = shutil.copytree(corpus, tmp_path / "reference")
     pack(reference, changed)
     wanted = sorted(path.name for path in (reference / "shards").iterdir())
-    pack(corpus)  # what the repacking replaces: 3 shards by 2
+    pack(corpus)  # repacking replaces 3 shards by 2
     for step in range(100):
         copy = shutil.copytree(corpus, tmp_path / f"killed-{step}")
         if not _dies_at(step, lambda root=copy: pack(root, changed), monkeypatch):
@@ -235,7 +235,7 @@ def test_killed_anywhere_the_next_run_ends_in_the_same_bytes(corpus, tmp_path, m
 
 
 def _dies_at(step, work, monkeypatch) -> bool:
-    """Runs `work` until the step-th change of a name in the file system; False when it ends before."""
+    """Run `work` until the step-th rename or removal of a file; return False if it ends earlier."""
     count = iter(range(1000))
 
     def dying(real):

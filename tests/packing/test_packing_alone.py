@@ -1,4 +1,4 @@
-"""`clipmill run pack`: shards as the settings want them now, from what is cut already; no other stage is asked for."""
+"""`clipmill run pack` packs the existing clips with the current settings and runs no other stage."""
 
 import io
 
@@ -33,8 +33,8 @@ def test_shards_become_what_the_settings_want_now(corpus):
     assert packed(corpus) == {"video-b.0", "video-b.1", "video-b.2"}
 
 
-def test_what_packing_alone_will_not_see_is_told():
-    for stages, is_told in ((["pack"], True), (["score", "pack"], False), (["cut"], False)):
+def test_changes_that_packing_alone_ignores_are_reported():
+    for stages, is_reported in ((["pack"], True), (["score", "pack"], False), (["cut"], False)):
         console = Console(file=io.StringIO(), width=200)
         Terminal(console).plan({"score": {"done": 34, "pending": 8}}, stages)
-        assert ("pending in other stages: score 8" in console.file.getvalue()) == is_told
+        assert ("pending in other stages: score 8" in console.file.getvalue()) == is_reported

@@ -1,4 +1,4 @@
-"""Tar files: deterministic, readable by tarfile, exact offsets; and what the strict reader refuses."""
+"""Tars are deterministic and readable by tarfile, with exact offsets; the strict reader refuses all other forms."""
 
 import io
 import tarfile

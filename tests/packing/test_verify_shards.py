@@ -1,4 +1,4 @@
-"""`verify` says nothing of a sound corpus and finds every kind of damage, each under its name."""
+"""`verify` reports no problems in a sound corpus and finds every kind of damage under its name."""
 
 import io
 import shutil
@@ -39,7 +39,7 @@ def problems(root, **options):
 
 
 def rewritten(path, change):
-    """Passes every (name, bytes) of a tar through `change`, which gives the members to write instead."""
+    """Rewrite a tar: `change` gets every (name, bytes) and returns the members to write."""
     with tarfile.open(path) as tar:
         members = [(info.name, tar.extractfile(info).read()) for info in tar]
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -49,7 +49,7 @@ def rewritten(path, change):
             tar.addfile(info, io.BytesIO(data))
 
 
-def test_a_sound_corpus_has_no_problems_and_progress_is_told(corpus):
+def test_a_sound_corpus_has_no_problems_and_progress_is_reported(corpus):
     seen = []
     assert problems(corpus, decode_frames=decode_frames, workers=2, progress=lambda *step: seen.append(step)) == []
     assert seen == [(1, 3), (2, 3), (3, 3)]

@@ -1,4 +1,4 @@
-"""SQL on a corpus: read-only and shut in, four output formats, harmless to terminals and spreadsheets, fast enough."""
+"""SQL on a corpus: read-only, limited to the manifest, with four output formats that are safe to display."""
 
 import csv
 import io
@@ -109,7 +109,7 @@ def test_no_manifest_is_the_users_mistake(tmp_path):
 
 
 def test_a_manifest_published_meanwhile_is_seen_by_new_readers_only(tmp_path):
-    """In one process too, where DuckDB would hand out the file that is open already."""
+    """This holds in one process too, where DuckDB would return the file that is already open."""
     make_manifest(tmp_path / "manifest.duckdb", 30)
     with open_manifest(tmp_path) as before:
         make_manifest(tmp_path / "next.duckdb", 60)
@@ -189,7 +189,7 @@ def test_csv_and_json_keep_text_and_nested_values(connection):
     assert not set("\x1b\x9b\u202e") & set(nasty) and json.loads(nasty)[0]["title"] == "\x1b[2J\x9b31m"
 
 
-def test_json_is_an_array_even_of_nothing_and_equal_names_are_told_apart(connection):
+def test_json_is_an_array_even_if_empty_and_equal_names_stay_distinct(connection):
     assert json.loads(answer(connection, "SELECT 1 WHERE false", "json")[1]) == []
     assert json.loads(answer(connection, "SELECT 1 AS n, 2 AS n", "json")[1]) == [{"n": 1, "n_1": 2}]
     assert json.loads(answer(connection, "SELECT 'nan'::DOUBLE AS x", "json")[1]) == [{"x": None}]
@@ -235,7 +235,7 @@ def test_no_query_and_no_terminal_is_a_hint(connection):
 
 
 def test_the_prompt_answers_forgives_mistakes_and_ends(corpus, tmp_path):
-    """On a pseudo-terminal, as somebody would type."""
+    """The test types on a pseudo-terminal."""
     typed = (
         ".tables\nSELECT count(*) AS n\nFROM clips;\nSELEC 1;\n.schema totals\n.nonsense\nSELECT 6 * 7 AS m\n\n.quit\n"
     )
@@ -261,12 +261,12 @@ def test_the_prompt_answers_forgives_mistakes_and_ends(corpus, tmp_path):
 
 
 def read_terminal(master) -> str:
-    """All that a terminal's other end writes until it is closed."""
+    """Read the output of a terminal until it is closed."""
     chunks = []
     while True:
         try:
             chunk = os.read(master, 65536)
-        except OSError:  # EIO: nobody has the other end open
+        except OSError:  # EIO: the other end is closed
             chunk = b""
         if not chunk:
             os.close(master)

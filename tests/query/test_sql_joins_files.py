@@ -1,4 +1,4 @@
-"""`clipmill sql --table NAME=FILE`: what training wrote of each clip is asked together with the manifest."""
+"""`clipmill sql --table NAME=FILE` joins a file, such as training's feedback, with the manifest."""
 
 import subprocess
 import sys
@@ -47,11 +47,11 @@ def test_a_file_is_a_table_beside_the_manifests(corpus, feedback, tmp_path, suff
     sql = "SELECT f.loss FROM catalog JOIN feedback f USING (clip_id) WHERE f.loss < 5 ORDER BY 1"
     with open_manifest(corpus, {"feedback": path}) as connection:
         assert rows_of(connection, sql) == [0, 1, 2, 3, 4]
-        path.unlink()  # it was copied before the door was shut
+        path.unlink()  # it was copied before file access ended
         assert rows_of(connection, "SELECT count(*) FROM feedback") == [60]
 
 
-def test_the_door_is_shut_behind_the_tables(corpus, feedback, tmp_path):
+def test_queries_cannot_open_files_beside_the_tables(corpus, feedback, tmp_path):
     path = write(feedback, tmp_path / "feedback.parquet")
     with open_manifest(corpus, {"feedback": path}) as connection:
         for sql in (f"SELECT * FROM '{path}'", f"COPY feedback TO '{tmp_path}/x.csv'", "DROP TABLE feedback"):

@@ -26,7 +26,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def from_shards(corpus):
-    """What every KEY.json in the tars says, read with nothing of ours."""
+    """Read every KEY.json in the tars with the standard library only."""
     samples = []
     for path in sorted((corpus / "shards").glob("*.tar")):
         with tarfile.open(path) as tar:

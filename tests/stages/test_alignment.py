@@ -1,4 +1,4 @@
-"""Text is found again among timed words: exactly the cheapest way, near the diagonal, through drops and repeats."""
+"""Alignment of a text with timed words: the cheapest path within the band, despite omissions and repeats."""
 
 import random
 
@@ -19,7 +19,7 @@ from pipeline.stages.transcribe.alignment import (
     retime,
 )
 from pipeline.stages.transcribe.words import Word
-from tests.helpers.work import count_calls
+from tests.helpers.call_count import count_calls
 
 words_of_few_letters = st.text("ab", max_size=4)
 sequences = st.lists(
@@ -41,7 +41,7 @@ def cost(a: str, b: str) -> int:
 
 
 def cheapest_by_trying_all(u: list[str], w: list[str], band: int) -> int:
-    """The recurrence as the specification states it, cell by cell."""
+    """Compute the recurrence of the specification cell by cell."""
     known: dict[tuple[int, int], float] = {}
     for i in range(len(u)):
         centre = i * (len(w) - 1) // (len(u) - 1) if len(u) > 1 else 0
@@ -78,7 +78,7 @@ def test_alignment_equals_brute_force_where_the_band_binds(num_text, num_timed):
 
 def test_the_band_is_that_of_the_specification():
     assert band_of(100, 100) == 50 and band_of(4000, 4000) == 200
-    assert band_of(100_000, 100_000) == 1000  # memory is bounded
+    assert band_of(100_000, 100_000) == 1000  # memory is limited
     assert band_of(2, 500) == 250  # the ends can always be joined
 
 
@@ -114,7 +114,7 @@ def damaged(
 
 
 def rolled(words: list[Word]) -> list[Word]:
-    """Every line of six words a second time, as captions that roll up repeat it, at the time of the next line."""
+    """Repeat every line of six words at the time of the next line, as roll-up captions do."""
     result = []
     for first in range(0, len(words), 6):
         line = words[first : first + 6]
@@ -157,7 +157,7 @@ def test_words_that_were_not_heard_keep_their_own_time_between_those_that_were()
 
 @pytest.mark.slow
 def test_a_long_transcript_is_aligned_in_seconds(monkeypatch):
-    """A word is compared with those in the band alone, and by numpy: far fewer calls than pairs."""
+    """A word is compared only with those in the band, by numpy, so there are far fewer calls than pairs."""
     cells, step = [], alignment_module._step
     monkeypatch.setattr(
         alignment_module, "_step", lambda buffer, cost, *a: cells.append(len(cost)) or step(buffer, cost, *a)

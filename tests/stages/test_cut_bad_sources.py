@@ -1,4 +1,4 @@
-"""What cutting answers to damaged, hostile and odd sources: a class for each, and never a lost neighbour."""
+"""Damaged, hostile and odd sources fail with their class when cut, without losing other clips."""
 
 import struct
 from pathlib import Path
@@ -48,7 +48,7 @@ def error_class_of(path: Path, tmp_path: Path, **settings) -> str:
         (bytes(range(256)) * 40, "not-a-video"),
     ],
 )
-def test_what_is_no_video_is_said_to_be_none(tmp_path, content, error_class):
+def test_a_file_that_is_not_a_video_fails_as_such(tmp_path, content, error_class):
     (tmp_path / "it.mp4").write_bytes(content)
     assert error_class_of(tmp_path / "it.mp4", tmp_path) == error_class
 
@@ -111,14 +111,14 @@ def test_a_truncated_file_gives_what_it_has(tmp_path):
     assert [(clip_id, error.error_class) for clip_id, error in result.failures] == [("v.2", "span-past-end")]
 
 
-def test_an_index_that_never_came_is_no_video(tmp_path):
-    path = make_video(tmp_path, Shape("whole.mp4"))  # its index stands at the end
+def test_a_video_without_its_index_is_not_a_video(tmp_path):
+    path = make_video(tmp_path, Shape("whole.mp4"))  # its index is at the end
     path.write_bytes(path.read_bytes()[:-2000])
     assert error_class_of(path, tmp_path) == "not-a-video"
 
 
 def test_damage_in_the_middle_costs_only_what_it_touches(tmp_path):
-    """Every clip is either right, frame for frame of those that decode, or fails; the sound part is untouched."""
+    """Every clip either has exactly the frames that decode or fails; the undamaged part is not affected."""
     path = make_video(tmp_path, Shape("damaged.mp4", num_frames=120, options=SHORT_GOP, muxer=FASTSTART))
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
@@ -135,7 +135,7 @@ def test_damage_in_the_middle_costs_only_what_it_touches(tmp_path):
 
 
 def test_a_stream_that_joins_in_the_middle_starts_at_its_first_keyframe(tmp_path):
-    """A recording that begins between keyframes: time 0 is the first picture that can be shown."""
+    """In a recording that begins between keyframes, time 0 is the first picture that can be shown."""
     path = make_video(tmp_path, Shape("whole.ts", options=SHORT_GOP))
     data = path.read_bytes()
     head, packets = data[: 188 * 3], [data[i : i + 188] for i in range(188 * 3, len(data), 188)]

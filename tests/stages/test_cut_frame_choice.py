@@ -1,4 +1,4 @@
-"""Which source frames a clip is made of: properties of the rule on arbitrary frame times."""
+"""The choice of source frames for a clip: properties of the rule on arbitrary frame times."""
 
 from fractions import Fraction
 
@@ -12,7 +12,7 @@ from clipmill.media.frame_times import FrameTimes, caption_frames, choose_frames
 from tests.helpers.media import expected_numbers
 
 RATES = st.sampled_from([0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 12.5, 24.0, 30.0, 60.0])
-# Frame distances in milliseconds: constant rates, variable ones, holes.
+# Frame distances in milliseconds: constant rates, variable rates, gaps.
 DISTANCES = st.one_of(
     st.tuples(st.sampled_from([17, 20, 33, 40, 100, 500]), st.integers(1, 150)).map(lambda c: [c[0]] * c[1]),
     st.lists(st.integers(1, 3000), min_size=1, max_size=60),
@@ -21,7 +21,7 @@ SPANS = st.tuples(st.integers(0, 9000), st.integers(1, 9000)).map(lambda span: (
 
 
 def timeline(distances: list[int]) -> tuple[FrameTimes, list[Fraction], Fraction]:
-    """Distances in milliseconds, the last one being how long the last frame lasts."""
+    """Return frame times from distances in milliseconds; the last is the duration of the last frame."""
     ticks = np.cumsum([0, *distances[:-1]])
     exact = [Fraction(int(tick), 1000) for tick in ticks]
     return frame_times(ticks, 0.001, distances[-1]), exact, exact[-1] + Fraction(distances[-1], 1000)

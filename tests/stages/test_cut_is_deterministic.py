@@ -1,4 +1,4 @@
-"""The same source and settings give the same bytes: in this process again, and in others."""
+"""Cutting the same source with the same settings gives the same bytes in every process."""
 
 import io
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_bytes_and_rows_are_the_same_in_every_process(video, tmp_path, encoding)
 @pytest.mark.skipif("avx512f" not in cpu_flags(), reason="this processor has no AVX-512 to be kept from")
 @pytest.mark.parametrize("encoding", [name for name, encoding in ENCODINGS.items() if encoding.codec == "libx264"])
 def test_x264_is_kept_from_avx512(encoding):
-    """Its AVX-512 code gives other bytes once in 500 clips (`bench.clip_bytes`): seldom enough to escape a test."""
+    """Its AVX-512 code gives different bytes for one clip in 500 (`bench.clip_bytes`), too seldom to test."""
     names = dict([ENCODINGS[encoding].options["x264-params"].split("=")])["asm"].split(",")
     assert "AVX2" in names and "AVX512" not in names
 
@@ -61,13 +61,13 @@ def shown_by_jpegs(data: bytes) -> list[int]:
     from bench.frame_code import read_number
 
     images = [cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_GRAYSCALE) for file in jpeg_frames(data)]
-    with av.open(io.BytesIO(data), format="mjpeg") as stream:  # as it stands, also a stream that players know
+    with av.open(io.BytesIO(data), format="mjpeg") as stream:  # an unchanged stream, which players know too
         assert sum(1 for _ in stream.decode(video=0)) == len(images)
     return [read_number(image) for image in images]
 
 
 @pytest.mark.parametrize("data", [b"", b"JPGS", b"\xff\xff\xff\xffJPGS", b"x" * 40 + b"\1\0\0\0\1\0\0\0JPGS"])
-def test_what_is_no_jpeg_sequence_is_refused(data):
+def test_data_other_than_a_jpeg_sequence_is_refused(data):
     with pytest.raises(ItemError, match="not-jpeg-frames"):
         jpeg_frames(data)
 
@@ -103,7 +103,7 @@ def test_offsets_follow_each_other_and_hashes_match(video, tmp_path):
 
 
 def test_rows_fit_the_table(video, tmp_path):
-    """Every column of the `clips` table that cutting can know is there, with the table's types, and no other."""
+    """Rows have exactly the columns of the `clips` table that cutting knows, with the table's types."""
     import pyarrow as pa
 
     from shards.corpus.schema import TABLES

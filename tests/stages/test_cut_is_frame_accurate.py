@@ -1,4 +1,4 @@
-"""Clips hold exactly the frames that the rule names, whatever the source looks like: read from the pictures."""
+"""Clips contain exactly the frames that the rule selects, for sources of every format."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -60,11 +60,11 @@ SHAPES = [
     Shape("raw.h264", fps=25, options=SHORT_GOP),
     Shape("fields.ts", fps=25, options={**FAST, "flags": "+ildct+ilme", "x264-params": "interlaced=1"}),
 ]
-# Whose packets do not say when their frames are shown: a decode to learn that, one to cut (and one that stops
-# at the first frame, where only that frame tells).
+# Sources whose packets have no presentation times: one decode to learn them, one to cut, and one that stops at the
+# first frame where only that frame shows the format.
 LISTED_BY_DECODING = {"raw.h264": 2, "fields.ts": 3}
 RATES = [3.0, 10.0, "source"]
-# In thirds of the video: contiguous, overlapping, after a gap, and over the end.
+# Spans in thirds of the video: contiguous, overlapping, after a gap, and beyond the end.
 SPANS = [(0.0, 0.31), (0.31, 0.52), (0.4, 0.6), (0.45, 0.5), (0.8, 0.9), (0.9, 1.2)]
 
 
@@ -124,7 +124,7 @@ def _pixels(path, source, indices) -> dict[int, bytes]:
 
 
 def test_one_pass_and_no_more_work_than_needed(folder, tmp_path):
-    """Overlapping spans share frames, unreferenced frames are skipped, groups nobody wants are not touched."""
+    """Overlapping spans share frames, unreferenced frames are skipped, and unneeded groups are not read."""
     shape = Shape("economy.mp4", num_frames=240, options=SHORT_GOP)
     path = made(folder, shape)
     overlapping = [SpanRequest(f"v.{n}", n, 0.1 * n, 8.0) for n in range(5)]
@@ -188,7 +188,7 @@ def test_an_edit_list_moves_the_start(folder, tmp_path):
 
 
 def test_hidden_reference_frames_of_vp8_are_no_frames(folder, tmp_path):
-    """Two-pass VP8 keeps pictures that are never shown as packets of their own, here with times of their own, too."""
+    """Two-pass VP8 stores pictures that are never shown as separate packets, here with times of their own."""
     import av
     import ffmpeg
     import imageio_ffmpeg

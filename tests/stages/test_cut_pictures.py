@@ -1,4 +1,4 @@
-"""What a clip's pictures look like: sizes, orientation, colours; and the measures taken from them."""
+"""Pictures of clips: sizes, orientation, colours and frame statistics."""
 
 from fractions import Fraction
 
@@ -31,7 +31,7 @@ def cut_one(path, tmp_path, **settings):
         ((720, 576), Fraction(64, 45), 256, (456, 256)),
         ((320, 180), 1, 256, (320, 180)),
         ((1, 1), 1, 256, (2, 2)),
-        ((320, 180), Fraction(1, 1000), 256, (320, 180)),  # nonsense is not followed
+        ((320, 180), Fraction(1, 1000), 256, (320, 180)),  # invalid tags are ignored
     ],
 )
 def test_sizes(size, aspect, short_side, expected):
@@ -102,7 +102,7 @@ def test_full_range_becomes_limited(tmp_path):
 
 
 def flat(level: float, curve: int) -> av.VideoFrame:
-    """A grey 10-bit BT.2020 frame of one signal level in 0..1."""
+    """Return a grey 10-bit BT.2020 frame of one signal level in 0..1."""
     luma = np.full((32, 64), round(64 + 876 * level), np.uint16)
     frame = av.VideoFrame.from_ndarray(
         np.concatenate([luma.reshape(-1), np.full(32 * 32, 512, np.uint16)]).reshape(48, 64), format="yuv420p10le"
@@ -112,7 +112,7 @@ def flat(level: float, curve: int) -> av.VideoFrame:
 
 
 def pq_level(nits: float) -> float:
-    """SMPTE ST 2084."""
+    """Return the PQ signal level of a luminance (SMPTE ST 2084)."""
     y = (nits / 10000) ** (2610 / 16384)
     return ((3424 / 4096 + 2413 / 128 * y) / (1 + 2392 / 128 * y)) ** (2523 / 32)
 
@@ -175,7 +175,7 @@ def test_motion_grows_with_movement_and_is_zero_in_a_still():
 
 
 def test_the_shot_score_is_the_content_detectors(tmp_path):
-    """PySceneDetect's own score of the same thumbnails; a cut stands far above its threshold, movement far below."""
+    """The score equals PySceneDetect's: far above its threshold at a cut, far below it for movement."""
     from scenedetect import FrameTimecode
     from scenedetect.detectors import ContentDetector
 

@@ -1,4 +1,4 @@
-"""Sound stays with the picture: in clips that keep it, and in what a recogniser is given."""
+"""Sound stays in sync with the picture in clips and in the samples for speech recognition."""
 
 import io
 import subprocess
@@ -73,8 +73,8 @@ def pitch_hz(samples: np.ndarray, rate: int, start_s: float, end_s: float) -> fl
 
 
 @pytest.mark.parametrize("makes", [((2, 48000), (1, 44100), (2, 32000)), ((1, 44100), (2, 48000), (1, 16000))])
-def test_sound_that_changes_its_rate_and_channels_midway_goes_on(tmp_path, makes):
-    """As where a broadcast turns to a programme of another make."""
+def test_sound_that_changes_its_rate_and_channels_midway_is_read_to_its_end(tmp_path, makes):
+    """A broadcast does this when it switches to a programme from another source."""
     parts = []
     for start_s, (channels, rate) in zip((0, 2, 4), makes, strict=True):
         part = tmp_path / f"{start_s}.ts"
@@ -89,14 +89,14 @@ def test_sound_that_changes_its_rate_and_channels_midway_goes_on(tmp_path, makes
     (row,) = cut_video(path, [SpanRequest("v.0", 0, 0.5, 5.5)], CutSettings(audio=True), tmp_path / "out").rows
     sound = sound_of(piece(tmp_path / "out", row["mp4_offset"], row["num_bytes"]))
     assert len(sound) / 48000 == pytest.approx(5.0, abs=0.05)
-    for start_s in (0.2, 1.7, 3.7):  # but for a moment at each change
+    for start_s in (0.2, 1.7, 3.7):  # except for a moment at each change
         assert loud(sound, 48000, start_s, start_s + 1.1), start_s
         assert pitch_hz(sound, 48000, start_s, start_s + 1.1) == pytest.approx(440, abs=4)
 
 
 @pytest.mark.parametrize("delay", [Fraction(1), Fraction(-1)])
 def test_sound_that_starts_late_or_early_is_moved_to_the_picture(tmp_path, delay):
-    """The picture is moved against the sound by a second: the tone moves with it."""
+    """The picture is shifted against the sound by a second, and the tone shifts with it."""
     original = make_video(tmp_path, SHAPES[0])
     shifted = tmp_path / "shifted.mkv"
     with av.open(str(original)) as source, av.open(str(shifted), "w") as target:
@@ -125,7 +125,7 @@ def test_no_audio_is_an_error_of_its_own(tmp_path):
 
 
 def test_a_time_limit_holds(tmp_path, monkeypatch):
-    """Against an FFmpeg that never ends: a real one may be quicker than the limit."""
+    """The test uses an FFmpeg that never ends, since a real one may finish before the limit."""
     video, hangs = make_video(tmp_path, SHAPES[0]), tmp_path / "hangs"
     hangs.write_text("#!/bin/sh\nexec sleep 1000\n")
     hangs.chmod(0o755)

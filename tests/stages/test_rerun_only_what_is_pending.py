@@ -1,4 +1,4 @@
-"""The ledger decides what is to be done: nothing twice, nothing forgotten, only what a change touches."""
+"""A rerun does pending work only: nothing twice, nothing omitted, and only what a change affects."""
 
 import pytest
 
@@ -85,7 +85,7 @@ def test_moved_spans_cut_only_that_video_again(corpus):
     clips = corpus.ledger.connection.execute(
         "SELECT span_start_s FROM current_clips WHERE video_id = 'b' ORDER BY 1"
     ).fetchall()
-    assert clips == [(0.0,), (12.0,)], "the clip of the old span is gone"
+    assert clips == [(0.0,), (12.0,)], "the clip of the old span is removed"
 
 
 def test_a_deleted_fragment_is_made_again(corpus):
@@ -135,7 +135,7 @@ def test_the_working_database_is_only_a_cache(corpus):
     assert corpus.work_off() == {} and corpus.served_captions() == before
 
 
-def test_a_permanent_failure_is_not_tried_again_and_blocks_nobody(corpus):
+def test_a_permanent_failure_is_not_tried_again_and_blocks_no_other_item(corpus):
     corpus.fail["download:b"] = ItemError("not-found", "404")
     done = corpus.work_off()
     assert done["download"] == 3 and done["cut"] == 2
@@ -163,13 +163,13 @@ def test_a_failure_may_be_given_one_more_attempt_in_its_run_and_no_more_than_the
     corpus.ledger.try_again([("download", "b", 1)])
     assert corpus.refresh_state()["download"] == {"done": 2, "retry": 1}
     corpus._do("download", corpus.ledger.work("download"))
-    assert corpus.refresh_state()["download"] == {"done": 2, "failed": 1}, "it has had its attempt"
+    assert corpus.refresh_state()["download"] == {"done": 2, "failed": 1}, "its attempt is used up"
     corpus.work_off()
     corpus.ledger.try_again([("download", "b", 3)])
     assert corpus.refresh_state()["download"] == {"done": 2, "quarantined": 1}
 
 
-def test_a_healed_failure_is_no_failure_any_more(corpus):
+def test_a_later_success_removes_the_failure(corpus):
     corpus.fail["download:b"] = ItemError("timeout", "slow", transient=True)
     corpus.work_off()
     corpus.fail.clear()

@@ -1,4 +1,4 @@
-"""From what is really said, through subtitle files as they are found, back to sentences and spans at their times."""
+"""Sentences and spans recovered from typical subtitle files match the words that were spoken, and their times."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from pipeline.stages.transcribe.words import Word
 
 
 def narration(seed: int, num_scenes: int = 30) -> tuple[list[Sentence], float]:
-    """Talk over scenes, and the end of the last one."""
+    """Return a narration of scenes, and the end of the last one."""
     rng, at, scenes = np.random.default_rng(seed), 0.0, []
     for _ in range(num_scenes):
         scene = sample_scene(rng, float(rng.uniform(6, 15)))

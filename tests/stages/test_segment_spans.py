@@ -1,4 +1,4 @@
-"""Spans of speech: whole sentences in a length range, no word lost or twice, each spoken in the time of its span."""
+"""Spans of speech hold whole sentences in a length range, with each word once and at its time."""
 
 import math
 import random
@@ -16,7 +16,7 @@ from shards.corpus.schema import TABLES
 
 
 def speech(seed: int, num_sentences: int = 60, punctuation: bool = True, words_per_s: float = 2.4) -> list[Word]:
-    """Somebody talking: sentences of 8 to 40 words, commas, short pauses between sentences, now and then a long one."""
+    """Simulate speech: sentences of 8 to 40 words with commas, short pauses between them, and some long ones."""
     rng, words = random.Random(seed), []
     at = rng.uniform(0, 5)
     for _ in range(num_sentences):
@@ -206,9 +206,9 @@ def test_given_spans_are_kept_as_they_are_with_what_is_said_in_them():
     result = segmented(words, 10.0, given_spans)
     assert [(s["clip_id"], s["start_s"], s["end_s"], s["text"], s["origin"]) for s in result.spans] == [
         ("vid.7", 0.0, 2.4, "w0 w1", "given"),
-        ("vid.3", 2.6, 5.0, "w3 w4", "given"),  # w2 is said across the border of the spans, half outside both
+        ("vid.3", 2.6, 5.0, "w3 w4", "given"),  # w2 is spoken across the border of the spans, half outside both
         ("vid.9", 4.0, 6.0, "w4 w5", "given"),  # given spans may overlap
-        ("vid.12", 500.0, 510.25, "", "given"),  # past the end: kept, and the cutter says so
+        ("vid.12", 500.0, 510.25, "", "given"),  # past the end: kept, and reported by the cutter
     ]
     assert result.dropped == {"outside-given-spans": 5}
     assert segmented(words, 10.0, given_spans, mode="sentences").spans[0]["origin"] == "sentences"
@@ -241,7 +241,7 @@ def test_a_video_without_words_follows_the_setting():
     assert segmented([], 60.0, wordless="skip").spans == []
     by_shot = segmented([], 60.0, shots=[(0.0, 9.0), (9.0, 60.0)], wordless="shots")
     assert by_shot.spans[0]["end_s"] == 9.0 and {s["origin"] for s in by_shot.spans} == {"shots"}
-    assert segmented([], 0.0).spans == []  # nothing is known to be there
+    assert segmented([], 0.0).spans == []  # no words are known there
 
 
 def test_shots_are_spans_with_what_is_said_in_them():

@@ -1,4 +1,4 @@
-"""Words become sentences at punctuation, else at pauses, and every word is in exactly one."""
+"""Words are split into sentences at punctuation, else at pauses, and each word is in exactly one sentence."""
 
 import random
 
@@ -87,7 +87,7 @@ def test_every_word_is_in_exactly_one_sentence(spoken, max_words):
 
 
 def capitalise(words: list[str]) -> str:
-    """A restorer: a stop after every fourth word, and numbers written out differently."""
+    """Restore punctuation: a stop after every fourth word, and numbers written differently."""
     return " ".join(("7" if word == "seven" else word) + ("." if k % 4 == 3 else "") for k, word in enumerate(words))
 
 

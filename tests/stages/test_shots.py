@@ -1,4 +1,4 @@
-"""Shots are found where the picture changes at once, at the real time of that frame."""
+"""Shot detection finds abrupt changes of picture, at the real time of the frame."""
 
 import struct
 from fractions import Fraction
@@ -17,7 +17,7 @@ COLOURS = [(200, 40, 40), (40, 180, 60), (40, 60, 200), (220, 200, 50), (120, 30
 
 
 def picture(shot: int, k: int, size: tuple[int, int]) -> np.ndarray:
-    """A square moving over a patterned ground: motion within a shot, another ground in the next."""
+    """Draw a square moving over a patterned background, which differs between shots."""
     width, height = size
     y, x = np.mgrid[0:height, 0:width]
     stripes = ((x * (shot + 1) + y * (4 - shot % 4)) // 16 % 2)[..., None]
@@ -36,7 +36,7 @@ def video(
     steps: tuple[int, ...] = (40,),
     size: tuple[int, int] = (320, 180),
 ) -> list[float]:
-    """Writes shots of so many frames each, `steps` ms apart in turn. Returns the times of the cuts, and of the end."""
+    """Write shots of the given lengths, frames `steps` ms apart in turn; return the times of the cuts and the end."""
     cuts, pts, number = [], first_pts, 0
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25)
@@ -87,7 +87,7 @@ def test_a_header_whose_frame_rate_cannot_be_moves_no_cut(tmp_path, rate):
     path = tmp_path / "a.flv"
     truth = video(path, [40, 50, 45])
     data = path.read_bytes()
-    at = data.index(b"framerate\0") + len(b"framerate\0")  # a number as AMF0 has them: a type and eight bytes
+    at = data.index(b"framerate\0") + len(b"framerate\0")  # a number in AMF0: a type and eight bytes
     path.write_bytes(data[:at] + struct.pack(">d", rate) + data[at + 8 :])
     with av.open(str(path)) as container:
         assert container.streams.video[0].average_rate != 25
@@ -133,7 +133,7 @@ def test_a_file_that_breaks_off_has_the_shots_that_are_there(tmp_path):
     assert found[0] == pytest.approx(truth[0], abs=0.002) and found[-1] < truth[-1]
 
 
-def test_what_is_no_video_fails_with_its_class(tmp_path):
+def test_a_file_that_is_not_a_video_fails_with_its_class(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"<html>404</html>" * 50)
     with pytest.raises(ItemError, match="not-a-video"):
         detect_shots(tmp_path / "a.mp4")
@@ -154,7 +154,7 @@ def test_shots_become_spans(tmp_path):
 
 
 def test_a_film_trailer(footage):
-    """Cuts that can be seen in the film, frame by frame; the fades between titles are not asked for."""
+    """The expected cuts were read from the film frame by frame; fades between titles are not included."""
     shots = detect_shots(footage / "cosmos_test_video_30s.mp4")
     found = cuts_of(shots)
     assert found[-1] == pytest.approx(30.0, abs=0.05)

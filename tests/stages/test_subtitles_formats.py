@@ -1,4 +1,4 @@
-"""Subtitle files of every format, in any encoding and any state of repair, become words in time order."""
+"""Subtitle files of every format and encoding, damaged ones included, become words in time order."""
 
 import codecs
 import json
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from clipmill.base.errors import ItemError
 from pipeline.stages.transcribe.subtitles import SubtitleSettings, read_subtitles, words_of
 from pipeline.stages.transcribe.words import join_words
-from tests.helpers.work import count_calls
+from tests.helpers.call_count import count_calls
 
 FILES = Path(__file__).parents[1] / "data" / "subtitles"
 
@@ -134,7 +134,7 @@ def test_content_decides_the_format_whatever_the_name_says():
         b'<!DOCTYPE x [<!ENTITY a "aa">]><x xmlns="http://www.w3.org/ns/ttml"><p begin="1s" end="2s">&a;</p></x>',
     ],
 )
-def test_what_is_no_subtitle_fails_as_unreadable(data):
+def test_a_file_that_is_not_a_subtitle_fails_as_unreadable(data):
     with pytest.raises(ItemError) as failure:
         read_subtitles(data)
     assert failure.value.error_class == "subtitle-unreadable"
@@ -226,7 +226,7 @@ def test_numbers_and_depths_beyond_reason_do_not_crash_the_reader(data):
     "unit", ["[", "(", "<", "<a ", "{\\", "A", "A B ", ">> ", "<rt>", "\n \n", "- ", "♪", "00:00:01.000 --> "]
 )
 def test_long_nonsense_takes_no_long_time(unit, ordinary_s):
-    """In proportion to its length: against ordinary words on the same machine, and in calls, the same on any."""
+    """The cost is proportional to the length, in time against ordinary words and in number of calls."""
 
     def read(num_units: int) -> None:
         words_of(read_subtitles(b"1\n00:00:01,000 --> 00:00:02,000\n" + (unit * num_units).encode() + b" word\n"))
@@ -262,7 +262,7 @@ def test_no_json_crashes_the_reader(events):
         assert error.error_class == "subtitle-unreadable"
 
 
-# --- what is not spoken --------------------------------------------------------------------------------------------
+# --- text that is not spoken ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Captions that roll up, as automatic ones do, give every word once, whatever repeats on the screen."""
+"""Roll-up captions, as automatic ones are, give every word once despite repeated lines."""
 
 import random
 
@@ -17,7 +17,7 @@ def clock(seconds: float) -> str:
 
 
 def spoken(seed: int, num_lines: int, pauses: tuple[float, ...] = (0.05, 0.05, 3.0)) -> list[list[tuple[str, float]]]:
-    """Lines of (word, start) as somebody says them, with pauses between some lines."""
+    """Return lines of (word, start) as spoken, with pauses between some lines."""
     rng, at, lines = random.Random(seed), 1.0, []
     for _ in range(num_lines):
         line = []
@@ -30,7 +30,7 @@ def spoken(seed: int, num_lines: int, pauses: tuple[float, ...] = (0.05, 0.05, 3
 
 
 def rolling_vtt(lines: list[list[tuple[str, float]]], tags: bool = True, twins: bool = True) -> str:
-    """The lines as YouTube writes them: each cue shows the line before, and a 10 ms cue stands between."""
+    """Write the lines as YouTube does: each cue repeats the line before, with a 10 ms cue in between."""
     cues, shown = [], " "
     for k, line in enumerate(lines):
         start = line[0][1]
@@ -60,7 +60,7 @@ def test_every_word_of_rolling_captions_comes_once_at_its_time(seed, num_lines):
 def test_rolling_captions_without_tags_collapse_too(seed, twins):
     lines = spoken(seed, 8, pauses=(0.05,))
     words, word_times = words_of(read_subtitles(rolling_vtt(lines, tags=False, twins=twins).encode()))
-    if twins:  # without twins a line that is said again right away looks as if it stood there still
+    if twins:  # without pairs, a line repeated at once looks like one that is still shown
         assert [word.text for word in words] == [word for line in lines for word, _ in line]
     assert word_times == "cues" and len(words) <= sum(map(len, lines))
 

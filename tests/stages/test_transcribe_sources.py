@@ -1,4 +1,4 @@
-"""A video's words come from its best usable subtitle, whatever else lies beside it."""
+"""A video's words come from the best of its usable subtitles."""
 
 import math
 from pathlib import Path
@@ -27,7 +27,7 @@ def srt(text: str, start_s: int = 1, end_s: int = 4) -> str:
 
 
 def never(*_):
-    raise AssertionError("nobody may listen to the video")
+    raise AssertionError("the video must not be transcribed")
 
 
 def transcribe(files: list[dict], problems: list | None = None, **settings) -> dict:
@@ -89,7 +89,7 @@ def test_what_the_user_gave_comes_first_then_language_then_kind(tmp_path, files,
     assert row["origin"] == chosen.split()[0]
 
 
-def test_the_file_s_own_header_gives_the_language_nobody_told():
+def test_the_file_s_own_header_gives_a_missing_language():
     assert transcribe([subtitle(FILES / "automatic.vtt", "sidecar", None)])["language"] == "en"
 
 
@@ -108,7 +108,7 @@ def test_a_video_whose_only_subtitle_is_unusable_fails(tmp_path):
         transcribe([subtitle(write(tmp_path, "bad.vtt", b"<html>404</html>"))])
 
 
-def test_a_subtitle_with_too_few_words_is_none(tmp_path):
+def test_a_subtitle_with_too_few_words_is_ignored(tmp_path):
     music = write(tmp_path, "music.srt", srt("[Music] Hello"))
     assert transcribe([subtitle(music)])["num_words"] == 1
     assert transcribe([subtitle(music)], min_words=2)["origin"] == "none"

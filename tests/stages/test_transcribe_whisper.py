@@ -1,4 +1,4 @@
-"""Whisper is heard where no subtitle is usable: here with tiny weights that know nothing but their shape."""
+"""Whisper transcribes videos without a usable subtitle, here with tiny random weights."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ TONE = (0.3 * np.sin(2 * np.pi * 440 * np.arange(16_000 * 2) / 16_000)).astype(n
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """A Whisper checkpoint with random weights: the multilingual vocabulary, everything else as small as can be."""
+    """Make a Whisper checkpoint with random weights: the multilingual vocabulary and minimal sizes."""
     from whisper.model import ModelDimensions, Whisper
 
     dims = ModelDimensions(
@@ -54,7 +54,7 @@ def check(row: dict, duration_s: float) -> None:
 def test_words_with_times_come_out_of_samples(weights):
     row = hear(weights)
     check(row, 2.0)
-    assert row["words"], "random weights say something"
+    assert row["words"], "random weights give a text"
 
 
 def test_the_same_sound_gives_the_same_words_even_where_they_are_sampled(weights):
@@ -62,10 +62,10 @@ def test_the_same_sound_gives_the_same_words_even_where_they_are_sampled(weights
     torch.rand(7)
     state = torch.random.get_rng_state()
     assert hear(weights, whisper_temperatures=[0.0, 0.8]) == first
-    assert torch.equal(torch.random.get_rng_state(), state)  # nobody else's randomness is touched
+    assert torch.equal(torch.random.get_rng_state(), state)  # the global random state is unchanged
 
 
-def test_beam_search_runs_and_a_language_can_be_told(weights):
+def test_beam_search_runs_and_a_language_can_be_set(weights):
     row = hear(weights, whisper_beam_size=2, whisper_language="de")
     check(row, 2.0)
     assert row["language"] == "de"

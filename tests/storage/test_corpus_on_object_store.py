@@ -1,4 +1,4 @@
-"""A corpus in an S3 store: the same as in a folder, from any machine, for everybody who reads it."""
+"""A corpus in an S3 store equals one in a folder, from any machine and for every reader."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ from shards.storage.mirror import for_reading, mirror  # noqa: E402
 from shards.storage.s3 import Store  # noqa: E402
 from tests.helpers.builds import tables  # noqa: E402
 from tests.helpers.loaders import MAX_TOKENS, SIZE  # noqa: E402
-from tests.helpers.stores import build_in, content, keys, keys_of, serving  # noqa: E402
+from tests.helpers.stores import build_in, content, keys, keys_of  # noqa: E402
 from tests.helpers.whole_corpus import pack_here  # noqa: E402
 from tests.training.test_training_forgets import WORDS, read_all  # noqa: E402
 from training.data.sample_reader import SampleReader  # noqa: E402
@@ -33,29 +33,12 @@ from training.data.selection import Selection, freeze  # noqa: E402
 from training.data.tokenizer import TextEncoder  # noqa: E402
 from training.settings import DataSettings  # noqa: E402
 
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def machine(server, tmp_path, monkeypatch):
-    """Makes this process a machine that has nothing yet; every test begins on one."""
-
-    def begin(name: str) -> Path:
-        monkeypatch.setenv("CLIPMILL_MIRROR", str(tmp_path / name))
-        return tmp_path / name
-
-    begin("first machine")
-    yield begin
-    server.spoil = lambda method, path: None
+pytestmark = pytest.mark.usefixtures("machine")
 
 
 @pytest.fixture(scope="module")
 def stored(server, tmp_path_factory):
-    """The URL of a whole corpus, for tests that only look."""
+    """Return the URL of a complete corpus, for tests that only read it."""
     folder, url = tmp_path_factory.mktemp("stored"), "s3://corpora/whole"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLIPMILL_MIRROR", str(folder / "builder"))
@@ -82,21 +65,19 @@ def test_another_machine_has_nothing_to_do(stored, server):
     assert status(stored, []).pack == {"packed": 24, "to_pack": 0}
     server.requests.clear()
     assert not build(stored, [], stages=stage_names(), recipe=None, assignments=[], command="test").did_something
-    assert len(server.requests) <= 20, "what is here already is not fetched again"
+    assert len(server.requests) <= 20, "existing files are not fetched again"
 
 
-def test_everybody_reads_it(stored, whole):
+def test_every_reader_opens_it(stored, whole):
     with open_manifest(stored) as connection:
         assert connection.execute("SELECT count(*) FROM samples").fetchall() == [(24,)]
     story, expected = explain(stored, "video-b.1"), explain(whole, "video-b.1")
-    places = [
-        place for place in expected.places if place["what"] != "source"
-    ]  # which `whole_corpus_support` keeps here
+    places = [place for place in expected.places if place["what"] != "source"]  # sources are kept on this machine
     assert story.places == places and len(story.attempts) == len(expected.attempts)
 
 
 def test_a_corpus_is_copied_into_a_store_and_out_of_one(whole, stored, tmp_path):
-    """Objects have the names of files, so any tool that copies will do."""
+    """Objects have the names of files, so any copying tool works."""
     copied, folder = Store.of("s3://corpora/copied"), tmp_path / "folder"
     for name in {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}:
         if not name.startswith(".clipmill/"):
@@ -155,7 +136,7 @@ def test_training_finds_what_moved_when_the_corpus_was_packed_anew(machine, tmp_
 
 
 def test_a_node_that_has_nothing_fetches_what_it_packs(stored, whole, tmp_path):
-    """What a Ray task does on a node of its own."""
+    """A Ray task on another node does this."""
     with session(stored, None, [], "test", create=False) as (current, _), open_manifest(stored) as connection:
         plan = planned(connection, current.settings.pack)[0]
         rows = shard_rows(connection, plan)
@@ -165,7 +146,7 @@ def test_a_node_that_has_nothing_fetches_what_it_packs(stored, whole, tmp_path):
         current.corpus.files.remove_folder("shards/.next")
 
 
-def test_what_is_forgotten_is_so_for_everybody(server, machine, tmp_path, monkeypatch):
+def test_a_forgotten_video_is_hidden_on_every_machine(server, machine, tmp_path, monkeypatch):
     monkeypatch.setattr(shards.corpus.tombstones, "LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(shards.corpus.tombstones, "STORE_EVERY_S", 0.0)
     url = "s3://corpora/forgets"
@@ -186,8 +167,8 @@ def test_what_is_forgotten_is_so_for_everybody(server, machine, tmp_path, monkey
     assert [path for path in left if b"video-b" in path.read_bytes()] == []
 
 
-def test_what_fails_in_passing_is_asked_for_again(stored, server, monkeypatch):
-    """Every request fails once."""
+def test_transient_failures_are_retried(stored, server, monkeypatch):
+    """In this test every request fails once."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
     stores._make_client.cache_clear()
     seen: set[tuple[str, str]] = set()
@@ -221,7 +202,7 @@ def test_a_store_that_does_not_answer_is_a_clear_message(stored, server):
         ("s3://corpora/nothing-here", "is not a corpus"),
     ],
 )
-def test_mistakes_are_told(corpus, said):
+def test_mistakes_are_errors_with_a_fix(corpus, said):
     with pytest.raises(UserError, match=said):
         build(corpus, [], stages=["cut"], recipe=None, assignments=[], command="test")
     with pytest.raises(UserError):

@@ -1,4 +1,4 @@
-"""A whole build into an S3 store, by Ray, begun on one machine and gone on with on another."""
+"""A whole Ray build into an S3 store starts on one machine and continues on another."""
 
 import pytest
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_build_that_changes_machines_is_the_build_of_a_folder(built, world, local_ray, tmp_path, monkeypatch):
-    """The second machine has nothing: its workers fetch the videos to cut, and the clips to caption and to pack."""
+    """The second machine starts empty: its workers fetch videos to cut, and clips to caption and pack."""
     url, (folder, _) = "s3://corpora/built", built
     with serving():
         monkeypatch.setenv("CLIPMILL_MIRROR", str(tmp_path / "first"))

@@ -1,4 +1,4 @@
-"""A corpus in a store outlives its builder: killed anywhere, gone on with elsewhere, written by one at a time."""
+"""A corpus in a store survives its builder: killed at any write, resumed elsewhere, with one writer at a time."""
 
 import json
 import os
@@ -25,39 +25,22 @@ from shards.storage.lease import KEY, StoreLock, is_held  # noqa: E402
 from shards.storage.mirror import for_reading  # noqa: E402
 from shards.storage.s3 import Changed, Store  # noqa: E402
 from tests.helpers.builds import tables  # noqa: E402
-from tests.helpers.stores import build_in, content, keys, keys_of, serving  # noqa: E402
+from tests.helpers.stores import build_in, content, keys, keys_of  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("machine")
 
 NUM_VIDEOS = 2
 
 
-@pytest.fixture(scope="module")
-def server():
-    with serving() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def machine(server, tmp_path, monkeypatch):
-    """Makes this process a machine that has nothing yet; every test begins on one."""
-
-    def begin(name: str) -> Path:
-        monkeypatch.setenv("CLIPMILL_MIRROR", str(tmp_path / name))
-        return tmp_path / name
-
-    begin("first machine")
-    yield begin
-    server.spoil = lambda method, path: None
-
-
 @pytest.fixture
-def dead_at_once(monkeypatch):
-    """The lock of who has just fallen silent is stale."""
+def stale_at_once(monkeypatch):
+    """Treat a lock that is not renewed as stale at once."""
     monkeypatch.setattr(store_lock, "STALE_S", 0.0)
 
 
 @pytest.fixture(scope="module")
 def quiet(server, tmp_path_factory):
-    """What nobody disturbed: (the store's content, its keys, tables), and the writes that it took."""
+    """Build without interruption; return (the store's content, its keys, tables) and the number of writes."""
     folder, url = tmp_path_factory.mktemp("quiet"), "s3://corpora/quiet"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLIPMILL_MIRROR", str(folder / "mirror"))
@@ -72,7 +55,7 @@ def outcome(url: str):
 
 
 class Death:
-    """From a certain write on the store hears nothing more from the builder."""
+    """Answer every request with 503 from a chosen write on, as if the builder had died."""
 
     def __init__(self, comes):
         self.comes, self.num_writes, self.has_come = comes, 0, False
@@ -83,7 +66,7 @@ class Death:
         return 503 if self.has_come else None
 
 
-def die_and_go_on_elsewhere(url: str, comes, server, machine, folder: Path) -> None:
+def die_and_resume_elsewhere(url: str, comes, server, machine, folder: Path) -> None:
     server.spoil = death = Death(comes)
     with pytest.raises(UserError):
         build_in(url, folder, NUM_VIDEOS)
@@ -97,24 +80,24 @@ def die_and_go_on_elsewhere(url: str, comes, server, machine, folder: Path) -> N
     "lost",
     ["clips/cut-", "manifest.duckdb", "shards/000001.tar"],
 )
-def test_dead_before_this_object_is_there_it_ends_the_same(lost, quiet, server, machine, dead_at_once, tmp_path):
+def test_dead_before_this_object_is_there_it_ends_the_same(lost, quiet, server, machine, stale_at_once, tmp_path):
     url = f"s3://corpora/dead-{lost.replace('/', '-')}"
-    die_and_go_on_elsewhere(url, lambda number, path: lost in path, server, machine, tmp_path)
+    die_and_resume_elsewhere(url, lambda number, path: lost in path, server, machine, tmp_path)
     assert outcome(url) == quiet[0]
 
 
 @pytest.mark.slow
-def test_dead_at_any_write_it_ends_the_same(quiet, server, machine, dead_at_once, tmp_path):
+def test_dead_at_any_write_it_ends_the_same(quiet, server, machine, stale_at_once, tmp_path):
     for number in random.Random(7).sample(range(2, quiet[1] - 2), 2):
         machine("first machine")
         url = f"s3://corpora/dead-at-{number}"
-        die_and_go_on_elsewhere(url, lambda count, path, at=number: count == at, server, machine, tmp_path)
+        die_and_resume_elsewhere(url, lambda count, path, at=number: count == at, server, machine, tmp_path)
         assert outcome(url) == quiet[0], f"dead at write {number} of {quiet[1]}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["shards/000000.parquet", "fragments/ledger/cut-"])
-def test_dead_while_compacting_it_ends_the_same(lost, server, machine, dead_at_once, tmp_path):
+def test_dead_while_compacting_it_ends_the_same(lost, server, machine, stale_at_once, tmp_path):
     folder, url = tmp_path / "folder", f"s3://corpora/compacted-{lost[:6]}"
     for corpus in (folder, url):
         build_in(corpus, tmp_path, 3)
@@ -145,13 +128,13 @@ def test_a_tombstone_that_was_not_sent_goes_up_with_the_next_build(server, tmp_p
         assert Store.of(url).list("fragments/forgotten/")
 
 
-def test_a_commit_whose_ledger_did_not_arrive_never_happened(server, machine, dead_at_once, tmp_path):
+def test_a_commit_whose_ledger_did_not_arrive_never_happened(server, machine, stale_at_once, tmp_path):
     url = "s3://corpora/half"
     server.spoil = Death(lambda number, path: "fragments/ledger/cut-" in path)
     with pytest.raises(UserError):
         build_in(url, tmp_path, NUM_VIDEOS)
     server.spoil = lambda method, path: None
-    assert [key for key in keys(url) if key.startswith("clips/")], "its media had arrived"
+    assert [key for key in keys(url) if key.startswith("clips/")], "its media were uploaded"
     machine("another machine")
     with session(url, None, [], "test", create=False) as (current, _):
         current.refresh_state()
@@ -193,14 +176,14 @@ def test_killed_with_sigkill_and_begun_again_at_once_from_an_empty_mirror(quiet,
 
 
 def hold(url: str, **changes) -> None:
-    """As a process of another machine does."""
+    """Hold the lock as a process of another machine does."""
     lock = StoreLock(Store.of(url))
     lock._write(0.0)
     said = json.loads(lock.store.read(KEY).data) | {"machine": "elsewhere", "host": "elsewhere", "pid": 7} | changes
     lock.store.write(KEY, json.dumps(said).encode())
 
 
-def test_a_second_writer_is_refused_and_told_who_writes(machine, tmp_path):
+def test_a_second_writer_is_refused_and_learns_who_writes(machine, tmp_path):
     url = "s3://corpora/two"
     with Corpus(url).writer():
         machine("another machine")
@@ -213,7 +196,7 @@ def test_a_second_writer_is_refused_and_told_who_writes(machine, tmp_path):
         pass
 
 
-def test_of_many_who_try_at_once_one_has_it():
+def test_one_of_many_simultaneous_writers_gets_the_lock():
     store, taken, refused = Store.of("s3://corpora/many"), [], []
 
     def attempt() -> None:
@@ -233,7 +216,7 @@ def test_of_many_who_try_at_once_one_has_it():
     taken[0].release()
 
 
-def test_only_time_tells_that_a_writer_of_another_machine_is_dead(monkeypatch):
+def test_the_lock_of_a_writer_on_another_machine_ends_only_by_time(monkeypatch):
     url = "s3://corpora/elsewhere"
     hold(url)
     with pytest.raises(UserError, match=r"process 7 on elsewhere .* it counts as dead after 120 s"):
@@ -265,7 +248,7 @@ def test_a_writer_that_lost_its_lock_writes_nothing_more(machine, tmp_path):
         before = Store.of(url).list()
         corpus.save_settings({"whose": "late"})
     assert {**Store.of(url).list()} == before
-    assert is_held(Store.of(url)), "the other one's lock is left alone"
+    assert is_held(Store.of(url)), "the other process's lock is kept"
 
 
 def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes():
@@ -286,7 +269,7 @@ def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes():
     assert list(Store.of(url).list("fragments/")) == [f"fragments/ledger/{first.name}.parquet"]
 
 
-def test_a_writer_that_the_store_does_not_hear_of_stops_before_others_may_begin(server, monkeypatch):
+def test_a_writer_cut_off_from_the_store_stops_before_others_may_begin(server, monkeypatch):
     monkeypatch.setattr(store_lock, "FENCED_S", 0.0)
     lock = StoreLock(Store.of("s3://corpora/silent"))
     lock.take()
@@ -298,7 +281,7 @@ def test_a_writer_that_the_store_does_not_hear_of_stops_before_others_may_begin(
 
 
 def test_a_late_manifest_does_not_replace_a_newer_one(machine, tmp_path):
-    """Though the one who sends it does not know yet that it lost the lock."""
+    """This holds although the sender does not know yet that it lost the lock."""
     url = "s3://corpora/late"
     build_in(url, tmp_path, NUM_VIDEOS)
     with pytest.raises(UserError, match="the lock was lost"):
@@ -318,7 +301,7 @@ def test_a_store_that_ignores_conditions_is_refused(monkeypatch):
 
 
 def test_conditional_writes_are_refused_by_the_store_that_tests_use():
-    """What everything above rests on."""
+    """All tests above depend on this."""
     store = Store.of("s3://corpora/conditions")
     first = store.write("key", b"1", if_none_match=True)
     with pytest.raises(Changed):

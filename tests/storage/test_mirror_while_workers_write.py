@@ -1,4 +1,4 @@
-"""The mirror of a corpus in a store while workers of this machine write to it: who only looks takes nothing of it."""
+"""The local mirror of a store stays intact while workers write to it and other commands read it."""
 
 import pytest
 
@@ -6,15 +6,8 @@ pytest.importorskip("moto", reason="no S3 server: moto is not installed")
 
 from shards.storage.mirror import Mirror  # noqa: E402
 from shards.storage.s3 import Object, Store  # noqa: E402
-from tests.helpers.stores import serving  # noqa: E402
 
 SENT, LOST, ON_ITS_WAY = "sources/u000000/sent.mp4", "sources/u000000/lost.mp4", "fragments/clips/on-its-way.parquet"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as running:
-        yield running
 
 
 def write(mirror: Mirror, relative: str, data: bytes = b"bytes") -> None:
@@ -23,7 +16,7 @@ def write(mirror: Mirror, relative: str, data: bytes = b"bytes") -> None:
     path.write_bytes(data)
 
 
-def test_whoever_only_looks_leaves_what_workers_are_about_to_send(server, tmp_path):
+def test_readers_keep_the_files_that_workers_are_about_to_upload(server, tmp_path):
     store = Store.of("s3://corpora/looked-at")
     worker, looker = Mirror(tmp_path, store), Mirror(tmp_path, store)
     for relative in (SENT, LOST):
@@ -35,10 +28,10 @@ def test_whoever_only_looks_leaves_what_workers_are_about_to_send(server, tmp_pa
         looker.pull()
     worker.upload(ON_ITS_WAY)
     assert {*store.list()} == {SENT, ON_ITS_WAY}
-    assert not (tmp_path / LOST).exists()  # nobody is about to send that
+    assert not (tmp_path / LOST).exists()  # no worker is about to upload it
 
 
-def test_whoever_only_looks_leaves_the_notes_that_workers_read_on(server, tmp_path):
+def test_readers_keep_the_notes_that_workers_rely_on(server, tmp_path):
     store = Store.of("s3://corpora/noted")
     worker, looker = Mirror(tmp_path, store), Mirror(tmp_path, store)
     write(worker, LOST)
@@ -52,7 +45,7 @@ def test_whoever_only_looks_leaves_the_notes_that_workers_read_on(server, tmp_pa
     assert SENT in worker._read_notes()
 
 
-def test_a_manifest_that_was_made_here_for_looking_goes_for_the_one_of_the_store(server, tmp_path):
+def test_a_manifest_made_locally_for_reading_gives_way_to_the_stores(server, tmp_path):
     store = Store.of("s3://corpora/published")
     looker = Mirror(tmp_path, store)
     store.write("manifest.duckdb", b"theirs")
@@ -62,7 +55,7 @@ def test_a_manifest_that_was_made_here_for_looking_goes_for_the_one_of_the_store
     assert (tmp_path / "manifest.duckdb").read_bytes() == b"theirs"
 
 
-def test_the_writer_drops_what_the_store_has_not(server, tmp_path):
+def test_the_writer_removes_files_that_the_store_lacks(server, tmp_path):
     store = Store.of("s3://corpora/written")
     writer = Mirror(tmp_path, store)
     write(writer, ON_ITS_WAY)
@@ -71,7 +64,7 @@ def test_the_writer_drops_what_the_store_has_not(server, tmp_path):
 
 
 class Listed(dict):
-    """A list of a store's objects that counts how often somebody goes through it."""
+    """List a store's objects and count the iterations."""
 
     num_times = 0
 
@@ -80,7 +73,7 @@ class Listed(dict):
         return super().__iter__()
 
 
-def test_bringing_it_up_to_date_takes_as_long_as_its_list(tmp_path):
+def test_a_refresh_costs_one_listing(tmp_path):
     mirror = Mirror(tmp_path, Store("bucket", "prefix/"))
     there = Listed()
     for number in range(100):

@@ -1,4 +1,4 @@
-"""What the study of editing measures: boundaries by arm, clips as means of frames, rounds that all train alike."""
+"""The editing study: boundaries of each arm, clips as means of frames, rounds with equal training."""
 
 from pathlib import Path
 

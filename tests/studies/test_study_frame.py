@@ -1,4 +1,4 @@
-"""A study keeps what it has, goes on where it stopped, and reports what came out, whatever that is."""
+"""A study keeps finished runs, resumes where it stopped, and reports any outcome."""
 
 import csv
 import json
@@ -59,7 +59,7 @@ STUDY = Study(
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Runs the toy study in this process and returns how many runs that took."""
+    """Run the toy study in this process; return the number of runs it made."""
     monkeypatch.setattr(runner, "load", lambda name: STUDY)
     cache = tmp_path / "cache"
     cache.mkdir()
@@ -80,7 +80,7 @@ def test_a_study_is_not_run_twice(toy, tmp_path: Path) -> None:
     assert toy(num_seeds=4) == 2
 
 
-def test_an_interrupted_study_goes_on(toy, tmp_path: Path) -> None:
+def test_an_interrupted_study_resumes(toy, tmp_path: Path) -> None:
     (tmp_path / "cache" / "stop").touch()
     with pytest.raises(KeyboardInterrupt):
         toy()
@@ -160,7 +160,7 @@ def test_every_study_describes_itself(name: str) -> None:
     assert study.name == name and study.num_seeds >= 3 and len(study.arms) > 1 and study.claims
 
 
-def test_the_command_lists_what_there_is(capsys) -> None:
+def test_the_command_lists_the_studies(capsys) -> None:
     main([])
     shown = capsys.readouterr().out
     assert all(name in shown for name in STUDIES)

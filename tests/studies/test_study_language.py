@@ -1,4 +1,4 @@
-"""How far two sources of texts are apart: 0 where nobody could tell them apart, 1 where everything does."""
+"""The distance of two sources of texts is 0 if they are indistinguishable and 1 if they are separate."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from bench.studies.language import SOURCES, STUDY, Size, nmi, probe, texts_of, t
 
 
 def clouds(distance: float, num: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Features of two sources, their middles so far apart, and whose they are."""
+    """Return features of two sources whose means have the given distance, and their labels."""
     draw = np.random.default_rng(3)
     features = draw.normal(size=(2 * num, 8))
     sources = np.repeat([0, 1], num)

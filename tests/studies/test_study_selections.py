@@ -1,4 +1,4 @@
-"""The selections that the study of selections compares: what each leaves, drawn alike for a seed, described truly."""
+"""The selections study: each arm excludes the right clips, is drawn by its seed, and is described correctly."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the study of UniPT trains in each arm, and what it says that a step keeps in memory."""
+"""The tuning study: the parameters that each arm trains, and the memory that a step is said to keep."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the studies' clips and texts are: twins of the same frames, noise that grows, blind models that are blind."""
+"""The studies' world: clips with the same frames in other orders, noise by levels, models blind to order."""
 
 from pathlib import Path
 from xml.etree import ElementTree
@@ -43,7 +43,7 @@ def test_mean_pooling_cannot_tell_twins_apart(clips: proxies.Clips) -> None:
     assert np.allclose(own, twins, atol=1e-6)
 
 
-def test_what_grows_does_not_begin_anew() -> None:
+def test_a_growing_object_never_shrinks() -> None:
     from pipeline.demo.render import locate
 
     for scene in growing_scenes(20, [5], seconds=2.4):
@@ -121,5 +121,5 @@ def test_a_plot_has_every_arm(name: str, tmp_path: Path) -> None:
     cells = [Cell(arm, seed) for arm in study.arms for seed in range(3)]
     table = Table({cell: dict.fromkeys(study.metrics, 0.1 * cell.seed) for cell in cells})
     drawn = "".join(ElementTree.fromstring(save(study.draw(table), tmp_path / "plot.svg").read_text()).itertext())
-    told = {part for arm in study.arms for part in (arm.name, arm.condition)}
-    assert study.title in drawn and (name == "corpus-size" or all(part in drawn for part in told))
+    named = {part for arm in study.arms for part in (arm.name, arm.condition)}
+    assert study.title in drawn and (name == "corpus-size" or all(part in drawn for part in named))

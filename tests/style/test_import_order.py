@@ -1,4 +1,4 @@
-"""Packages and rooms import only what stands below them; pyproject.toml has the order."""
+"""Packages and rooms import only from below; pyproject.toml has the order."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The checkpoint that validation likes best stays, is named, and is what others take; a test split never chooses it."""
+"""The best checkpoint by validation is kept, named and used by other commands; a test split never selects it."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def train_here(corpus: Path, run: Path, *settings: str) -> None:
 
 
 def script(monkeypatch, recalls: dict[int, float], at_step: list[int]) -> None:
-    """Evaluations say what the table says of their step, and note it."""
+    """Replace evaluations by values from a table of steps, and record them."""
     real_step = trainer.Trainer._evaluate_if_due
 
     def noting(self) -> None:
@@ -54,7 +54,7 @@ def script(monkeypatch, recalls: dict[int, float], at_step: list[int]) -> None:
 
 @pytest.fixture(scope="module")
 def validated(corpus: Path, tmp_path_factory) -> RunFolder:
-    """A run whose best step is 4 and whose last is 8."""
+    """Make a run whose best step is 4 and whose last is 8."""
     run = tmp_path_factory.mktemp("validated") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
         script(monkeypatch, RECALLS, [])
@@ -62,7 +62,7 @@ def validated(corpus: Path, tmp_path_factory) -> RunFolder:
     return RunFolder(run)
 
 
-def test_of_equals_the_earlier_is_the_best_and_the_untrained_model_is_none() -> None:
+def test_the_earlier_of_equals_is_the_best_and_the_untrained_model_never_is() -> None:
     def row(step: int, r1: float, r5: float) -> dict:
         return {"step": step, "t2v": {"r1": r1}, "v2t": {"r5": r5}}
 
@@ -114,7 +114,7 @@ def test_the_same_command_takes_the_best_the_last_or_any_step(corpus: Path, vali
         run_eval(model="demo", corpus=corpus, checkpoint="best")
 
 
-def test_a_damaged_best_is_told_and_not_replaced(validated: RunFolder, tmp_path: Path) -> None:
+def test_a_damaged_best_checkpoint_is_reported_and_not_replaced(validated: RunFolder, tmp_path: Path) -> None:
     copy = RunFolder(shutil.copytree(validated.root, tmp_path / "run"))
     (copy.checkpoints.path(4) / "training.pt").write_text("torn")
     with pytest.raises(UserError, match="training.pt"):
@@ -133,7 +133,7 @@ def test_without_validation_the_last_is_taken(corpus: Path, tmp_path: Path, monk
 
 @pytest.mark.slow
 def test_what_is_on_record_is_what_the_best_checkpoint_gives(corpus: Path, tmp_path: Path) -> None:
-    """Evaluated in earnest, after every second epoch of five steps."""
+    """The run is really evaluated, after every second epoch of five steps."""
     train_here(corpus, tmp_path / "run", "train.batch_size=24", "eval.every=2 epochs", "train.max_steps=12")
     run = RunFolder(tmp_path / "run")
     assert [row["step"] for row in lines(run.root, "eval.jsonl")] == [0, 10, 12]

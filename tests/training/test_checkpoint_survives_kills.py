@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there: kills at any moment, full disks, damaged files; the latest few are kept."""
+"""A checkpoint is complete or absent after kills, full disks and damage, and the latest few are kept."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from torch import Tensor
 from clipmill.base.errors import UserError
 from clipmill.base.settings import digest
 from tests.helpers.clip_vip import tiny_config, tiny_model
+from tests.helpers.pickles import HostilePickle
 from training.models.clip_vip.weights import load_clip_vip, load_model
 from training.models.registry import writer
 from training.run import checkpoints as run_checkpoints
@@ -22,7 +23,7 @@ from training.run.checkpoints import Checkpoint, Checkpoints
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:
-    """Weights that say which step they are of."""
+    """Return weights derived from their step."""
     state = {name: torch.full_like(tensor, step / 7) for name, tensor in tiny_model().state_dict().items()}
     return state | {"logit_scale": torch.tensor(2.0)}
 
@@ -124,7 +125,7 @@ def flip_a_bit(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "state.json", "ema.safetensors", "config.json"])
-def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(name: str, damage: Any, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(name: str, damage: Any, tmp_path: Path) -> None:
     said: list[str] = []
     checkpoints = Checkpoints(tmp_path, said.append)
     save(checkpoints, 10)
@@ -169,17 +170,9 @@ def test_a_newer_format_is_refused_and_not_taken_for_damage(tmp_path: Path) -> N
         Checkpoints(tmp_path).find_latest()
 
 
-class Mischief:
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self.trace),)
-
-
 def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "run")
-    evil = {"a": {"exp_avg": Mischief(tmp_path / "ran")}}
+    evil = {"a": {"exp_avg": HostilePickle(tmp_path / "ran")}}
     checkpoints.save(1, writer(tiny_model()), tensors_of(1), state={}, optimiser=evil, random={})
     with pytest.raises(UserError, match="cannot be read"):
         checkpoints.load(1)
@@ -204,13 +197,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_litter(
     assert os.listdir(tmp_path) == ["step-00000001"] and checkpoints.find_latest() == 1
 
 
-# What a save does to the folder goes through Python's own functions, which are audited. The two that write large files
-# in native code are met by a limit of their size.
+# A save changes the folder through Python's own functions, which an audit hook sees. The two large files that native
+# code writes are interrupted by a limit of the file size.
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.fsync")
 
 
 def save_and_die(folder: Path, step: int, at_change: int | None, at_bytes: int | None) -> None:
-    """Saves in this process, which is killed before that change of the folder, or when a file has so many bytes."""
+    """Save in this process, which is killed before the nth change of the folder or at a number of written bytes."""
     num_changes = 0
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
@@ -231,12 +224,12 @@ def save_and_die(folder: Path, step: int, at_change: int | None, at_bytes: int |
 
 
 def killed(*arguments: Any) -> bool:
-    """Whether `save_and_die` was killed: in a process that is forked, so that a kill costs no start-up."""
+    """Run `save_and_die` in a forked process, which starts fast; return whether it was killed."""
     child = os.fork()
     if child == 0:
         try:
             save_and_die(*arguments)
-        finally:  # nothing of pytest's runs here
+        finally:  # skip pytest's exit handlers
             os._exit(sys.exception() is not None)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code in (0, -signal.SIGKILL, -signal.SIGXFSZ)
@@ -245,9 +238,9 @@ def killed(*arguments: Any) -> bool:
 
 @pytest.mark.slow
 def test_kills_at_any_moment_always_leave_a_whole_checkpoint(tmp_path: Path) -> None:
-    """A process is killed before each change that a save makes, and within each file: the last save or this is whole.
+    """After a kill before each change of the folder and within each file, the previous or this checkpoint is complete.
 
-    Where it is killed does not depend on how fast the machine is.
+    The places of the kills do not depend on the machine's speed.
     """
     torch.set_num_threads(1)
     folder, interrupted, last = tmp_path / "run", 0, 2

@@ -1,4 +1,4 @@
-"""CLIP4Clip in the trainer's update: the published settings, whatever is encoded at a time."""
+"""CLIP4Clip trains with the published settings, in chunks of any size."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The demo's second half on a small corpus: searched, trained, searched again; and with too few clips."""
+"""The demo evaluates, trains and evaluates again on a small corpus, and reports too few clips."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Averaged weights: the arithmetic, evaluation with them, and that they survive a checkpoint."""
+"""Averaged weights follow their formula, are evaluated, and survive a checkpoint."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from training.optim.ema import Ema
 
 
 def moved(model: ClipVip, seed: int) -> None:
-    """Stands for an update."""
+    """Change the weights as an update does."""
     with torch.no_grad():
         for parameter, other in zip(model.parameters(), tiny_model(seed).parameters(), strict=True):
             parameter.copy_(other)
@@ -50,7 +50,7 @@ def test_evaluation_sees_the_average_and_training_its_own_weights_again() -> Non
     torch.testing.assert_close(dict(model.state_dict()), own, rtol=0, atol=0)
 
 
-def test_a_restored_average_goes_on() -> None:
+def test_a_restored_average_continues() -> None:
     first, model = Ema(tiny_model(0), decay=0.9), tiny_model(0)
     second = Ema(model, decay=0.9)
     moved(model, 1)

@@ -1,4 +1,4 @@
-"""What training notes about each clip: the numbers, once per time seen, the same on many processes, joined by SQL."""
+"""Training feedback per clip: correct numbers, one count per visit, the same on many processes, joinable by SQL."""
 
 import os
 from pathlib import Path
@@ -30,7 +30,7 @@ def features(step: int, source: int) -> Tensor:
 
 
 def batch_of(step: int) -> Batch:
-    """Six of the ten clips, in an order of their own; slot 1 could not be read, slot 2 was left empty by the plan."""
+    """Make a batch of six of the ten clips in any order; slot 1 is unreadable and slot 2 empty by plan."""
     rows = torch.randperm(NUM_CLIPS, generator=torch.Generator().manual_seed(step))[:BATCH]
     rows[2] = -1
     nothing = torch.zeros(BATCH, 1)
@@ -53,7 +53,7 @@ def table(feedback: Feedback, selection: Selection, path: Path) -> dict[str, dic
 
 
 def expected(steps: list[int], ids: list[str]) -> dict[str, dict[str, Any]]:
-    """The same table, clip by clip with plain loops."""
+    """Compute the table clip by clip with plain loops."""
     rows: dict[str, dict[str, Any]] = {}
     losses: dict[str, list[float]] = {}
     for step in steps:
@@ -110,7 +110,7 @@ def test_the_table_is_what_plain_loops_give(selection: Selection, ids: list[str]
 
 
 def test_many_steps_between_two_checkpoints(selection: Selection, ids: list[str], tmp_path: Path) -> None:
-    """More than stay on the device."""
+    """There are more steps than are kept on the device."""
     feedback = Feedback(NUM_CLIPS)
     for step in range(300):
         add(feedback, step)
@@ -127,7 +127,7 @@ def test_steps_taken_again_after_a_resume_are_not_counted_twice(
     first.collect()
     first.save(tmp_path / "feedback.npz")
     add(first, 2)
-    first.collect()  # what comes after the checkpoint is lost with the process
+    first.collect()  # steps after the checkpoint are lost with the process
     second = Feedback(NUM_CLIPS)
     second.load(tmp_path / "feedback.npz")
     for step in (2, 3):

@@ -1,8 +1,8 @@
-"""Twenty steps of the demo recipe on a fixed corpus: a change of a loss or of an order is a decision, not an accident.
+"""Twenty steps of the demo recipe on a fixed corpus, so that no loss or order changes by accident.
 
     python -m tests.training.test_golden_run     writes tests/data/golden_demo_run.json anew
 
-Losses are fp32 on a CPU; other processors and thread counts round otherwise, which grows a little from step to step.
+Losses are fp32 on a CPU; other processors and thread counts round differently, and the difference grows with steps.
 """
 
 import json

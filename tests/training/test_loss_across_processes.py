@@ -1,4 +1,4 @@
-"""W processes, chunks and accumulation: always the loss and the gradient of one process on the whole batch."""
+"""Any number of processes, chunks and accumulation gives the loss and gradient of one process on the whole batch."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +50,7 @@ def masks(batch: Batch) -> Batch:
 
 
 class Step(torch.nn.Module):
-    """The whole step as one forward, as a wrapper such as DDP wants it."""
+    """Run the whole step as one forward pass, as wrappers such as DDP require."""
 
     def __init__(self, model: ClipVip, variant: str, group: dist.ProcessGroup | None):
         super().__init__()
@@ -142,7 +142,7 @@ def test_gradient_caching_gives_the_gradient_of_the_whole_batch(size: int) -> No
 
 
 def test_gradient_caching_repeats_the_dropout_of_its_first_pass() -> None:
-    """With dropout, both passes must draw the same masks; and the generator then stands where one pass leaves it."""
+    """With dropout, both passes must draw the same masks and leave the generator in the state of one pass."""
     model, batch = tiny_model().double(), whole_batch()
     drop = torch.nn.Dropout(0.5)
 

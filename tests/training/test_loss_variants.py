@@ -1,4 +1,4 @@
-"""Values and gradients of every omnisource variant: the reference's, brute force, missing rows."""
+"""Values and gradients of every omnisource variant equal the reference and brute force, with missing rows too."""
 
 import itertools
 import math
@@ -38,7 +38,7 @@ def test_values_and_gradients_equal_the_reference(file: str, key: str, precision
     total = omnisource_loss(*inputs.values(), variant=(PUBLISHED | MANY)[key]).total
     assert total.dtype == dtype
     total.backward()
-    # float32 too is held against the float64 value: near 68, two right answers differ by one step of 7.6e-6
+    # float32 is also compared with the float64 value: near 68, correct results differ by one step of 7.6e-6
     assert abs(total.item() - case[f"{key}/f64/loss"].item()) <= (6e-6 if precision == "f32" else 1e-12)
     for name, value in inputs.items():
         expected = case.get(f"{key}/{precision}/grad_{name}")
@@ -56,7 +56,7 @@ def unit_rows(count: int, seed: int) -> dict[str, Tensor]:
 
 
 def brute_force(rows: dict[str, Tensor], masks: dict[str, list[bool]], scale: float, variant: str) -> dict[str, float]:
-    """The definition, one row and one exponential at a time."""
+    """Compute the definition one row and one exponential at a time."""
 
     def e(a: str, i: int, b: str, j: int) -> float:
         return math.exp(scale * (rows[a][i] @ rows[b][j]).item())
@@ -116,7 +116,7 @@ def test_each_variant_equals_a_loop_over_its_definition(variant: str, masks: dic
 
 
 def test_each_video_to_text_softmax_has_one_positive_and_all_others_of_both_texts() -> None:
-    """With equal features everywhere, a softmax over k entries costs ln k: 2B-1 of them in V to (S, C)."""
+    """With equal features, a softmax over k entries costs ln k; V to (S, C) has 2B-1 entries."""
     same = F.normalize(torch.ones(4, 3, dtype=torch.float64), dim=1)
     terms = omnisource_loss(same, same, same, same, torch.tensor(4.6, dtype=torch.float64), "vsc_fc").terms
     sizes = {name: round(math.exp(value.item())) for name, value in terms.items()}

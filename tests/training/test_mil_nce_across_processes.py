@@ -1,4 +1,4 @@
-"""MIL-NCE: the published loss with one video for several texts, the same in chunks and on any number of processes."""
+"""MIL-NCE with one video for several texts equals the published loss, in chunks and on any number of processes."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.helpers.clip_vip import random_texts
-from tests.training.test_update_is_the_same_everywhere import BATCH, alone, assert_same, settings, together, whole_batch
+from tests.helpers.updates import BATCH, alone, assert_same, settings, together, whole_batch
 from training.data.batch import Batch
 from training.losses.mil_nce import mil_nce_loss
 from training.losses.pair_losses import mil_nce
@@ -34,7 +34,7 @@ def loss_of(
 
 
 def as_published(video: Tensor, subtitle: Tensor, near: Tensor, scale: Tensor) -> Tensor:
-    """On the matrix of pairs: the own text in the middle of its block, the video beside it and nowhere else."""
+    """Compute the loss on the matrix of pairs, with a video's own text in the middle of its block."""
     half = near.shape[1] // 2
     texts = torch.cat([near[:, :half], subtitle[:, None], near[:, half:]], dim=1).flatten(0, 1)
     num_pairs = near.shape[1] + 1
@@ -45,7 +45,7 @@ def as_published(video: Tensor, subtitle: Tensor, near: Tensor, scale: Tensor) -
 
 @pytest.mark.parametrize("num_neighbours", [0, 2, 4])
 def test_it_is_the_published_loss_with_its_gradients(num_neighbours: int) -> None:
-    """`pair_losses.mil_nce` equals the reference's numbers: tests/models/test_clip4clip_reference.py."""
+    """tests/models/test_clip4clip_reference.py compares `pair_losses.mil_nce` with the reference's numbers."""
     scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     inputs = (*vectors(num_neighbours), scale)
     ours, theirs = loss_of(*inputs), as_published(*inputs)
@@ -55,8 +55,8 @@ def test_it_is_the_published_loss_with_its_gradients(num_neighbours: int) -> Non
         torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_what_does_not_exist_is_no_positive_and_no_negative() -> None:
-    """A text that is missing may hold anything; a clip without a text asks nothing and stays a rival of others."""
+def test_missing_items_are_neither_positives_nor_negatives() -> None:
+    """A missing text may have any values; a clip without text makes no query and remains a negative of others."""
     video, subtitle, near = vectors(2)
     scale = torch.tensor(1.0, dtype=torch.float64)
     whole = loss_of(video, subtitle, near, scale)
@@ -78,7 +78,7 @@ def masks_of(num: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def with_neighbours(step: int) -> Batch:
-    """`whole_batch` with three texts a clip, some of them missing."""
+    """Return `whole_batch` with three texts per clip, some of them missing."""
     batch, generator = whole_batch(step), torch.Generator().manual_seed(50 + step)
     batch.neighbour_BNL = random_texts(2 * BATCH, seed=30 + step).unflatten(0, (BATCH, 2))
     batch.neighbour_mask_BN = (torch.rand(BATCH, 2, generator=generator) < 0.7) & batch.video_mask_B[:, None]

@@ -1,4 +1,4 @@
-"""CLIP4Clip's tightTransf in training: the published symmetric loss, over all processes' pairs, each scored once."""
+"""Training with CLIP4Clip's tightTransf: the published symmetric loss over all processes' pairs, scored once each."""
 
 from functools import partial
 from typing import Any
@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipmill.base.errors import UserError
-from tests.helpers.clip_vip import random_texts, tensors, tiny_model
-from tests.models.test_clip4clip_reference import features, inputs, load, worst
-from tests.training.test_update_is_the_same_everywhere import BATCH, alone, assert_same, settings, together, whole_batch
+from tests.helpers.clip_vip import max_difference, random_texts, tensors, tiny_model
+from tests.helpers.updates import BATCH, alone, assert_same, settings, together, whole_batch
+from tests.models.test_clip4clip_reference import features, inputs, load
 from training.data.batch import Batch
 from training.learner import Learner
 from training.losses.pair_matching import matching_loss
@@ -24,7 +24,7 @@ SETTINGS = Clip4ClipSettings(head="tightTransf", num_layers=2)
 
 def small(dropout: float = 0.0) -> Clip4Clip:
     model = Clip4Clip(tiny_model(embed_dim=24, num_added=0, num_times=0), SETTINGS)
-    model.head.dropout.p = dropout  # else each process draws for other pairs than one alone
+    model.head.dropout.p = dropout  # otherwise the processes draw masks for other pairs than a single process
     model.pairs_at_a_time = 10
     return model
 
@@ -36,13 +36,13 @@ def test_twice_the_published_loss_with_its_gradients() -> None:
     score = partial(model.similarity, video_mask=inputs()["video_mask"])
     loss = matching_loss(score, text.squeeze(1), frames, there, there).total / 2
     loss.backward()
-    assert worst(loss, case["f64/loss_symmetric"]) <= 1e-12
-    assert worst(text.grad, case["f64/grad_sequence_output"]) <= 1e-7
-    assert worst(frames.grad, case["f64/grad_visual_output"]) <= 1e-7
+    assert max_difference(loss, case["f64/loss_symmetric"]) <= 1e-12
+    assert max_difference(text.grad, case["f64/grad_sequence_output"]) <= 1e-7
+    assert max_difference(frames.grad, case["f64/grad_visual_output"]) <= 1e-7
 
 
-def test_what_does_not_exist_is_nobodys_pair() -> None:
-    """As if the unreadable clip were not in the batch; a clip without a text only is a negative of others."""
+def test_missing_items_form_no_pair() -> None:
+    """The result is that of a batch without the unreadable clip; a clip without text is only a negative of others."""
 
     def score(text_BC: Tensor, frames_KFC: Tensor) -> Tensor:
         return text_BC @ frames_KFC.mean(dim=1).T
@@ -97,7 +97,7 @@ def test_what_needs_a_vector_per_video_is_refused_by_name(changes: dict[str, Any
 
 
 def test_flops_of_a_pair_are_those_of_its_blocks() -> None:
-    """The counter sees the head's three small layers, too, which the estimate leaves out."""
+    """The counter includes the head's three small layers, which the estimate leaves out."""
     model = small().eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         model.similarity(torch.randn(BATCH, 24), torch.randn(BATCH, 3, 24))

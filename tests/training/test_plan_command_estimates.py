@@ -1,4 +1,4 @@
-"""`clipmill plan` says what a run will be: the clips and steps of the run itself, costs that measurement confirms."""
+"""`clipmill plan` estimates a run: clips and steps equal the run's, and costs match measurements."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def found(corpus, settings):
     return estimate(corpus, settings, gpus=["H100"])
 
 
-def test_it_counts_what_the_run_then_has(corpus, settings, found, tmp_path):
+def test_its_counts_are_those_of_the_run(corpus, settings, found, tmp_path):
     training, held_out = freeze_run(tmp_path, corpus, settings.data, settings.eval)
     selection = Selection(tmp_path / SELECTION_FILE)
     assert found.data.num_clips == selection.num_clips == training.num_clips
@@ -77,7 +77,7 @@ def test_captioned_stills_are_read_with_their_clip(corpus, settings):
     still = settings.model_copy(update={"data": settings.data.model_copy(update={"still": "captioned"})})
     with_stills, without = estimate(corpus, still, gpus=[]).data, estimate(corpus, settings, gpus=[]).data
     assert with_stills.read_bytes > without.read_bytes
-    assert with_stills.num_reads == without.num_reads  # the picture lies just before the clip
+    assert with_stills.num_reads == without.num_reads  # the picture is stored just before the clip
 
 
 def test_parameters_and_flops_are_the_models(settings, found):
@@ -89,7 +89,7 @@ def test_parameters_and_flops_are_the_models(settings, found):
 
 
 def test_a_published_model_is_sized_without_its_weights(corpus):
-    """374 GFLOP a sample; 11,520 parameters more than the CLIP that the proxies were added to."""
+    """It has 374 GFLOP per sample and 11,520 more parameters than the CLIP without proxies."""
     settings = resolve(None, "clip_vip_b32", ["train.batch_size=8"])
     step = estimate(corpus, settings, gpus=["H200"]).step
     assert step.num_parameters == 151_277_313 + 3 * 768 + 12 * 768
@@ -100,7 +100,7 @@ def test_a_published_model_is_sized_without_its_weights(corpus):
 
 
 def kept_by_autograd(model, encode, precision):
-    """Bytes of the storages that a forward pass leaves for its backward pass, weights left out."""
+    """Return the bytes that a forward pass keeps for its backward pass, without weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages = {}
 
@@ -120,14 +120,14 @@ def kept_by_autograd(model, encode, precision):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("num_layers", [6, pytest.param(9, marks=pytest.mark.slow)])
 def test_activations_are_as_many_as_autograd_keeps(precision, num_layers):
-    """With checkpointing, what is kept and one block's share, which is there while it is computed again."""
+    """With checkpointing, this adds one block's activations, which exist while it is recomputed."""
     vision, text = TowerConfig(256, num_layers, 4, 1024), TowerConfig(128, num_layers, 2, 512)
     config = ModelConfig(vision, text, embed_dim=64, image_size=96, patch_size=16, vocab_size=100)
     model, data = ClipVip(config), DataSettings(num_frames=12, max_text_tokens=70)
     model.initialise()
     pixels, still, ids = torch.rand(1, 12, 3, 96, 96), torch.rand(1, 1, 3, 96, 96), torch.full((2, 70), 5)
     ids[:, -1] = 99
-    # counted apart: pixels, and the bf16 copies of the blocks' matrices
+    # counted separately: pixels, and the bf16 copies of the blocks' matrices
     inputs = (pixels.numel() + still.numel()) * (4 if precision == "fp32" else 2)
     casts = sum(2 * p.numel() for name, p in model.named_parameters() if "blocks" in name and p.ndim == 2)
 
@@ -204,7 +204,7 @@ def test_plain_tars_are_estimated_like_a_corpus(corpus):
         ({"recipe": "no_such"}, "no_such"),
     ],
 )
-def test_a_mistake_is_told_here_and_not_by_the_run(corpus, options, message):
+def test_a_mistake_is_reported_before_the_run(corpus, options, message):
     options = {"recipe": "demo"} | options
     with pytest.raises(UserError, match=message):
         run_plan(corpus, **(options | {"assignments": [*ASSIGNMENTS, *options.get("assignments", [])]}))

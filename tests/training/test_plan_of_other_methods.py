@@ -1,4 +1,4 @@
-"""What `clipmill plan` says of CLIP4Clip and UniPT is what their models are, train and keep."""
+"""`clipmill plan` estimates CLIP4Clip and UniPT as measured: parameters, trained parts and memory."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_parameters_are_those_of_the_model_that_is_loaded(name):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_is_kept_is_what_autograd_keeps(name):
-    """Two batches of different size, so that what a batch keeps whatever its size (copies of weights) is no matter."""
+    """Two batch sizes are compared, so that memory independent of the size (copies of weights) cancels."""
     found = footprint_of(name)
     model = models.skeleton(found.config, found.settings.model)
     growth = kept_by(model, 6) - kept_by(model, 2)
@@ -85,7 +85,7 @@ def kept_by(model, num_clips: int) -> int:
 
 
 def is_kept(model) -> bool:
-    """The pixels, where the patches' weights train."""
+    """Return whether a model keeps its pixels, which it does if the patches' weights train."""
     return model.vision.patch_embedding.weight.requires_grad if hasattr(model, "vision") else False
 
 

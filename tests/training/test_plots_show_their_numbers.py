@@ -1,4 +1,4 @@
-"""Plots: bars as high as their numbers, lines through their points, text inside the picture, the same bytes each time."""
+"""Plots have bars as high as their numbers, lines through their points, text in the picture, and stable bytes."""
 
 import xml.etree.ElementTree as ET
 from pathlib import Path

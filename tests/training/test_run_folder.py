@@ -1,4 +1,4 @@
-"""A run folder: what it remembers, what may change when a run goes on, and that only one training writes it."""
+"""A run folder records its settings, refuses changes that make another run, and has one writer at a time."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def test_a_run_remembers_how_it_was_begun(tmp_path: Path) -> None:
     assert folder.changes(resolve(record.settings, None, [])) == []
 
 
-def test_where_no_run_is_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run"):
         RunFolder(tmp_path).require()
 
@@ -65,14 +65,14 @@ def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("content", ["", "[]", "format: 1\n", ": :", "format: 2\nsettings: {}\n"])
-def test_a_broken_or_newer_record_is_told(content: str, tmp_path: Path) -> None:
+def test_a_broken_or_newer_record_is_an_error(content: str, tmp_path: Path) -> None:
     folder = begin(tmp_path)
     folder.record_path.write_text(content)
     with pytest.raises(UserError, match=r"run\.yaml cannot be read|run format 2"):
         folder.load()
 
 
-# -- what may change ---------------------------------------------------------------------------------------------------
+# -- changes of settings -----------------------------------------------------------------------------------------------
 
 
 def test_settings_that_make_another_run_are_refused_with_old_and_new_values(tmp_path: Path) -> None:

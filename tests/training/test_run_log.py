@@ -1,4 +1,4 @@
-"""The log of a run: what a line says, a curve without seams after a resume, losses that are not finite, TensorBoard."""
+"""The log of a run: content of its lines, a continuous curve after a resume, non-finite losses, TensorBoard."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def curve(path: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in lines(path)]
 
 
-def test_the_first_step_the_last_and_every_so_many_have_a_line(tmp_path: Path) -> None:
+def test_the_first_the_last_and_every_nth_step_have_a_line(tmp_path: Path) -> None:
     with open_log(tmp_path, total_steps=12) as log:
         take_steps(log, 1, 12)
     assert [row["step"] for row in lines(tmp_path / "log.jsonl")] == [1, 5, 10, 12]
@@ -71,7 +71,7 @@ def test_a_line_says_the_step_its_losses_and_how_fast_it_went(tmp_path: Path) ->
 
 
 def test_nothing_is_read_from_the_device_between_lines(tmp_path: Path) -> None:
-    """What becomes of a tensor later is seen: so it was not read when it came."""
+    """A later change of the tensor shows in the log, so it was not read at its step."""
     loss = torch.tensor(1.0)
     with open_log(tmp_path) as log:
         log.step(1, values(1), num_samples=4)
@@ -98,7 +98,7 @@ def test_the_curve_of_a_resumed_run_is_that_of_one_that_never_stopped(
     assert curve(tmp_path / "resumed" / "log.jsonl") == curve(tmp_path / "whole" / "log.jsonl")
 
 
-def test_wall_time_goes_on_where_the_kept_lines_end(tmp_path: Path) -> None:
+def test_wall_time_continues_from_the_kept_lines(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 5, "wall_s": 1000.0}\n{"step": 10, "wall_s": 2000.0}\n')
     with open_log(tmp_path, start_step=7) as log:
         take_steps(log, 8, 10)
@@ -113,7 +113,7 @@ def test_a_torn_last_line_is_cut_off(torn: str, tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 5}\n{"step": 10}\n'
 
 
-def test_a_broken_line_in_the_middle_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_a_broken_line_in_the_middle_is_reported_and_nothing_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 5}\nhello\n{"step": 10}\n')
     with pytest.raises(UserError, match="line 2"):
@@ -183,19 +183,19 @@ def test_looking_early_does_not_change_the_next_line(tmp_path: Path) -> None:
     assert curve(tmp_path / "a" / "log.jsonl") == curve(tmp_path / "b" / "log.jsonl")
 
 
-# -- what people see ---------------------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------------------------------
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
-    monkeypatch.setattr(run_log, "time", SimpleNamespace(monotonic=lambda: 1000.0))  # all of it takes no time
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(monotonic=lambda: 1000.0))  # no time passes
     with open_log(tmp_path, console=Console(file=out, width=200)) as log:
         take_steps(log, 1, TOTAL)
         log.say("something happened")
     said = out.getvalue().splitlines()
     assert said[0].startswith("step 1/20 · loss 1.0000 · ") and "data wait" in said[0] and "MFU" in said[0]
     assert said[-2].startswith("step 20/20") and "0:00:00 left" in said[-2]
-    assert said[-1] == "something happened" and len(said) == 3, "lines that follow within seconds are not said"
+    assert said[-1] == "something happened" and len(said) == 3, "lines that follow within seconds are not logged"
 
 
 def test_a_bar_in_a_terminal(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How fast a run goes: samples per second, the share that waits for data, MFU; and what a device could do at best."""
+"""Speed of a run: samples per second, share of time waiting for data, MFU, and peak rates of devices."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from training.run.throughput import Throughput
 
 
 class Clock:
-    """Time that only the test moves."""
+    """Give a time that only the test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 100.0
@@ -105,7 +105,7 @@ def test_a_cpu_is_measured_by_real_products(unmeasured: None) -> None:
 def test_a_cpu_is_measured_once_and_quickly(
     product_s: float, num_products: int, unmeasured: None, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For half a second, however many of its products that takes."""
+    """It multiplies for half a second, at any speed."""
     sizes: list[int] = []
 
     def multiply(one: torch.Tensor, other: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What one process saved, many go on with, and the other way round: plain, compiled, DDP and FSDP2 models alike."""
+"""A state saved by one process is resumed by many and vice versa, with plain, compiled, DDP and FSDP2 models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ def copied(model: ClipVip) -> nn.Module:
 
 
 def sharded(model: ClipVip) -> nn.Module:
-    """As training does it: block by block, the temperature whole on every process."""
+    """Shard as training does: block by block, with the temperature replicated on every process."""
     for block in [*model.vision.blocks, *model.text.blocks]:
         fully_shard(block)
         register_fsdp_forward_method(block, "first_token")
@@ -44,9 +44,9 @@ def sharded(model: ClipVip) -> nn.Module:
 
 
 class Training:
-    """A model that learns one fixed batch, which all processes share, so that their number changes nothing.
+    """Train a model on one fixed batch shared by all processes, so that their number has no effect.
 
-    In double precision: the gradients of the keys' biases are zero but for rounding, which Adam would make steps of.
+    Double precision is needed because the gradients of the keys' biases are rounding noise, which Adam would amplify.
     """
 
     def __init__(self, wrap: Callable[[ClipVip], nn.Module], published_update: bool, seed: int = 0):
@@ -92,7 +92,7 @@ def after_steps(num_steps: int, published_update: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("published_update", [False, True])
 @pytest.mark.parametrize("wrap", [plain, compiled])
-def test_a_restored_training_goes_on_bit_for_bit(wrap: Any, published_update: bool) -> None:
+def test_a_restored_training_continues_bit_for_bit(wrap: Any, published_update: bool) -> None:
     first = Training(wrap, published_update)
     for _ in range(2):
         first.step()
@@ -130,7 +130,7 @@ def test_a_state_of_another_model_is_refused() -> None:
         restore(tiny_model(num_added=0), None, *full_state(tiny_model()))
 
 
-def test_random_numbers_go_on_where_they_were() -> None:
+def test_a_restored_random_state_draws_the_same_numbers() -> None:
     state = random_state()
     drawn = torch.rand(3)
     set_random_state(state)
@@ -154,7 +154,7 @@ def run_rank(rank: int, folder: Path) -> None:
 
 @torch.no_grad()
 def check_evaluation_between_steps(training: Training) -> None:
-    """Averages while they are applied, the own weights before and after, whatever a forward pass has gathered."""
+    """Check that a forward pass sees averages while they are applied, and the model's own weights before and after."""
     before = training.forward()
     with training.ema.apply(training.module):
         averaged = training.forward()
@@ -169,7 +169,7 @@ def check_evaluation_between_steps(training: Training) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what two processes made of a state that one process had saved after two steps."""
+    """Return a folder with the results of two processes that resumed one process's state after two steps."""
     folder = tmp_path_factory.mktemp("two")
     for published_update in (False, True):
         torch.save(after_steps(2, published_update), folder / f"saved.{published_update}.pt")
@@ -180,7 +180,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("published_update", [False, True])
 @pytest.mark.parametrize("wrap", ["copied", "sharded"])
-def test_two_processes_go_on_from_one_and_one_from_two(wrap: str, published_update: bool, two_processes: Path) -> None:
+def test_two_processes_resume_from_one_and_one_from_two(wrap: str, published_update: bool, two_processes: Path) -> None:
     state = torch.load(two_processes / f"{wrap}.{published_update}.0.pt", weights_only=True)
     assert_same_state(state, after_steps(3, published_update))
     others = torch.load(two_processes / f"{wrap}.{published_update}.1.pt", weights_only=True)

@@ -1,4 +1,4 @@
-"""Learning rates, decay groups and updates against the reference."""
+"""Learning rates, decay groups and updates equal the reference."""
 
 import pytest
 import torch
@@ -103,7 +103,7 @@ def test_published_update_equals_the_reference(precision: str, dtype: torch.dtyp
 
 
 def test_fused_adamw_is_the_published_update_but_for_epsilon_and_order() -> None:
-    """With gradients far above epsilon the two agree, as decay before or after differs in second order only."""
+    """They agree for gradients far above epsilon, since the order of decay differs in second order only."""
     results = []
     for published in (True, False):
         model = tiny_model(seed=5)

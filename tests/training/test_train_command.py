@@ -1,4 +1,4 @@
-"""What a user of `clipmill train` meets: odd data, other ways to run, mistakes."""
+"""`clipmill train` with odd data, several ways of running, and mistakes."""
 
 import json
 import signal
@@ -45,7 +45,7 @@ def six_steps(corpus, run, *settings: str) -> Report:
 
 
 @pytest.mark.slow
-def test_every_line_says_how_it_goes(plain_run):
+def test_every_log_line_shows_the_progress(plain_run):
     (line, *_), terms = lines(plain_run), ("subtitle_to_video", "video_to_caption", "frame_to_caption")
     wanted = {"step", "epoch", "loss", "lr", "logit_scale", "grad_norm", "samples_per_s", "data_wait", "mfu", "eta_s"}
     assert wanted | set(terms) <= line.keys()
@@ -54,7 +54,7 @@ def test_every_line_says_how_it_goes(plain_run):
 
 @pytest.mark.slow
 def test_sharded_averaged_recomputed_and_observed_it_is_the_same_run(corpus, plain_run, tmp_path):
-    """Two processes with FSDP2, activation checkpointing, gradient caching, EMA and feedback."""
+    """The run has two processes with FSDP2, activation checkpointing, gradient caching, EMA and feedback."""
     options = ("train.parallel=fsdp", "train.activation_checkpointing=true", "train.chunk_size=2", "train.ema=0.9")
     run_ranks(2, _rank, corpus, tmp_path / "run", ("train.feedback=true", *options))
     assert_same_run(tmp_path / "run", plain_run)
@@ -83,7 +83,7 @@ def test_unreadable_samples_are_holes_and_rows(corpus, plain_run, tmp_path):
     failures = lines(tmp_path / "run", "failures.jsonl")
     assert len({row["item_id"] for row in failures}) == 12
     assert {row["stage"] for row in failures} == {"train"} and all(row["message"] for row in failures)
-    assert curve(tmp_path / "run")[:6] == curve(plain_run), "holes move nobody else"
+    assert curve(tmp_path / "run")[:6] == curve(plain_run), "holes do not move other samples"
     with pytest.raises(UserError, match=r"data\.max_failures"):
         six_steps(broken, tmp_path / "strict", "data.max_failures=0.01", "train.max_steps=15")
 
@@ -112,7 +112,7 @@ def test_settings_that_make_it_another_run_are_refused_by_name(plain_run):
 
 
 @pytest.mark.slow
-def test_held_out_clips_in_training_are_an_error_unless_told_otherwise(corpus, tmp_path):
+def test_held_out_clips_in_training_are_an_error_unless_allowed(corpus, tmp_path):
     held_out = "eval.where=clip_id IN (SELECT clip_id FROM clips ORDER BY clip_id LIMIT 10)"
     with pytest.raises(UserError, match=r"eval\.overlap"):
         six_steps(corpus, tmp_path / "run", held_out, "eval.overlap=error")
@@ -137,19 +137,19 @@ def test_two_trainings_never_write_one_run(corpus, tmp_path):
         first.wait()
 
 
-def test_mistakes_are_told_in_a_line(tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_an_error_of_one_line(tmp_path, monkeypatch, capsys):
     command = [sys.executable, "-m", "clipmill", "train", "--run", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, env=quiet())
     assert done.returncode == 2 and "Traceback" not in done.stderr and "--corpus is missing" in done.stderr
 
-    def told(*arguments: str) -> str:
+    def error_of(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["clipmill", *command[3:], *arguments])
         assert clipmill.cli.app._run() == 2
         return capsys.readouterr().err
 
-    assert "no manifest.duckdb" in told("--corpus", str(tmp_path))
-    assert "train.batch_sizes: there is no such setting" in told("--corpus", "x", "--set", "train.batch_sizes=1")
-    assert "--select or --where" in told("--corpus", "x", "--select", "SELECT 1", "--where", "true")
+    assert "no manifest.duckdb" in error_of("--corpus", str(tmp_path))
+    assert "train.batch_sizes: there is no such setting" in error_of("--corpus", "x", "--set", "train.batch_sizes=1")
+    assert "--select or --where" in error_of("--corpus", "x", "--select", "SELECT 1", "--where", "true")
 
 
 @pytest.mark.slow

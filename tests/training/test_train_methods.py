@@ -1,4 +1,4 @@
-"""The related methods go through the same trainer: trained, resumed from a checkpoint, evaluated."""
+"""Related methods use the same trainer: they train, resume from a checkpoint and are evaluated."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_a_method_trains_resumes_and_is_searched(corpus, tmp_path, method):
 
 @pytest.mark.slow
 def test_fine_tuning_draws_one_of_a_clips_texts_at_every_visit_and_is_searched_by_all(corpus, tmp_path):
-    """A corpus with reference texts, as a benchmark's: one run post-pretrained, another fine-tuned from it."""
+    """One run is post-pretrained on a corpus with reference texts like a benchmark's, another fine-tuned from it."""
     change_manifest(
         corpus,
         """

@@ -1,6 +1,6 @@
-"""A run that is killed, stopped or resumed elsewhere ends as one that was left alone: same batches, same losses.
+"""A run that is killed, stopped or resumed elsewhere has the same batches and losses as an uninterrupted one.
 
-What is killed or stopped is the real command in a process of its own; what is left alone runs here.
+Interrupted runs are the real command in a process of its own; uninterrupted ones run in this process.
 """
 
 import signal
@@ -38,7 +38,7 @@ def undisturbed(corpus, tmp_path_factory):
 
 @pytest.mark.slow
 def test_killed_and_resumed_with_other_loader_processes(corpus, undisturbed, tmp_path):
-    """Within an epoch, at its end, and right after the next one's beginning."""
+    """The kills are within an epoch, at its end, and right after the start of the next."""
     run = tmp_path / "run"
     for step, loaders in ((3, 0), (EPOCH, 2), (EPOCH + 1, 0)):
         command = train_command(corpus, run, NUM_STEPS, f"data.loader_processes={loaders}")
@@ -69,7 +69,7 @@ def test_exactly_at_the_epochs_end_the_next_epoch_follows(corpus, undisturbed, t
 
 
 @pytest.mark.slow
-def test_two_processes_of_torchrun_go_on_with_what_one_began(corpus, undisturbed, tmp_path):
+def test_two_torchrun_processes_resume_a_run_of_one(corpus, undisturbed, tmp_path):
     run = tmp_path / "run"
     kill_at_step(train_command(corpus, run, NUM_STEPS, "data.loader_processes=0"), run, 7)
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -1,6 +1,6 @@
-"""Training under Ray Train on a cluster of several nodes goes on when one of them is gone, as if nothing had been.
+"""Training under Ray Train on several nodes continues when a node is lost, with the same result.
 
-The long run, with kills of every kind, is `python -m bench.train_chaos`.
+`python -m bench.train_chaos` is the long version, with kills of every kind.
 """
 
 import os
@@ -18,8 +18,8 @@ from training.run.setup import Request
 
 SETTINGS = ("train.max_steps=12", "train.checkpoint_every=2", "data.loader_processes=0")
 
-# What every Python of the cluster runs at its start: whoever is about to put the checkpoint of step 6 in place waits
-# until the file GO is there, so that the run is no further when its node goes, however fast it is.
+# Every Python of the cluster runs this at its start: a process about to publish the checkpoint of step 6 waits until
+# the file GO exists, so that the run has not passed that step when its node is lost, at any speed.
 WAITS = """
 import os, sys, time
 def wait(event, arguments):
@@ -33,9 +33,9 @@ sys.addaudithook(wait)
 
 @pytest.fixture
 def watchful(monkeypatch):
-    """A node that answers nobody is soon called dead. One that is slow has the usual 10 s for each of its answers.
+    """Let Ray declare a silent node dead quickly, while a slow one keeps the usual 10 s for each answer.
 
-    And nobody waits for nodes that announce their end: none does here.
+    The watcher for announced node shutdowns is off, since no node announces one here.
     """
     monkeypatch.setenv("RAY_health_check_initial_delay_ms", "500")
     monkeypatch.setenv("RAY_health_check_period_ms", "500")
@@ -45,7 +45,7 @@ def watchful(monkeypatch):
 
 @pytest.fixture
 def waiting_at_step_6(monkeypatch, tmp_path) -> tuple[Path, Path]:
-    """(a file that is there when the run waits, a file that lets it go on), for clusters that are started later."""
+    """Return (a file that exists while the run waits, a file that lets it continue), for clusters started later."""
     waiting, go, folder = tmp_path / "waiting", tmp_path / "go", tmp_path / "at start"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(WAITS.format(waiting=str(waiting), go=str(go)))
@@ -55,7 +55,7 @@ def waiting_at_step_6(monkeypatch, tmp_path) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_a_node_that_is_gone_costs_the_steps_since_the_last_checkpoint(tmp_path, watchful, waiting_at_step_6):
+def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(tmp_path, watchful, waiting_at_step_6):
     corpus, undisturbed, run = small_corpus(tmp_path / "corpus", 64), tmp_path / "undisturbed", tmp_path / "run"
     train_here(corpus, undisturbed, *SETTINGS)
     with local_cluster(num_nodes=1) as cluster:  # and the head

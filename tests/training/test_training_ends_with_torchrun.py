@@ -1,4 +1,4 @@
-"""A training process whose torchrun was killed is told to stop: it would go on with nobody to stop it."""
+"""A training process whose torchrun was killed ends."""
 
 import os
 import signal
@@ -9,9 +9,9 @@ import time
 import psutil
 import pytest
 
-# The first of two ranks, which waits for the other in `join` for as long as it is let.
+# The first of two ranks, which waits for the other in `join` until its time limit.
 RANK = "import training.parallel.distributed as d; print('joins', flush=True); d.join('cpu').__enter__()"
-# As torchrun: starts the rank, says its number, and looks after it.
+# Acts as torchrun: starts the rank, prints its process id and waits for it.
 PARENT = (
     "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', sys.argv[1]]); "
     "print(child.pid, flush=True); child.wait()"

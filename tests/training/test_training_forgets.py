@@ -1,4 +1,4 @@
-"""A training run reads what it selected, wherever that lies by now, and nothing that was forgotten since."""
+"""A training run finds its selected samples after they move, and skips those that were forgotten since."""
 
 import shutil
 
@@ -24,8 +24,8 @@ WORDS = ("password", "video", "part", "picture")
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    """Nobody waits for a second to be over."""
+def no_interval_between_checks(monkeypatch):
+    """Look for tombstones and moved files at every access instead of once a second."""
     monkeypatch.setattr(shards.corpus.tombstones, "LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(training.data.relocation, "LOOK_EVERY_S", 0.0)
 
@@ -110,13 +110,13 @@ def test_other_bytes_are_a_failure_and_never_a_sample(corpus):
     assert (failure.row, failure.error.error_class) == (0, "hash-mismatch")
 
 
-def test_the_forgotten_are_no_reason_to_end_a_run(corpus):
+def test_forgotten_clips_do_not_end_a_run(corpus):
     forget(corpus, find(corpus, VIDEOS[:6], [], None), None)
-    reader, told = open_reader(corpus), []
+    reader, reported = open_reader(corpus), []
     requests = [Request(np.arange(reader.selection.num_clips, dtype=np.uint32), epoch) for epoch in range(6)]
-    with Loader(reader, num_processes=0, max_failures=0.0, on_failures=told.extend) as loader:
+    with Loader(reader, num_processes=0, max_failures=0.0, on_failures=reported.extend) as loader:
         batches = list(loader.read(requests))
-    assert len(batches) == 6 and loader.num_failed == 0 and loader.reasons["forgotten"] == len(told) == 6 * 18
+    assert len(batches) == 6 and loader.num_failed == 0 and loader.reasons["forgotten"] == len(reported) == 6 * 18
     assert all((batch.rows_B != HOLE).sum() == 24 for batch in batches)
 
 
@@ -126,7 +126,7 @@ def test_a_new_selection_is_without_it(corpus, tmp_path):
     assert "video-b" not in Selection(tmp_path / "new.arrow").column("video_id").to_pylist()
 
 
-def test_selections_of_before_there_were_hashes_are_read(corpus, tmp_path):
+def test_selections_without_hashes_are_read(corpus, tmp_path):
     remove_hashes(tmp_path / "selection.arrow")
     selection = Selection(tmp_path / "selection.arrow")
     assert selection.take([3]).schema.equals(SELECTION) and selection.take([3])["mp4_sha256"].null_count == 1

@@ -1,4 +1,4 @@
-"""No caption, score or text stands beside a clip that it was not made from without `verify` saying so."""
+"""`verify` finds every caption, score or text that was made from another clip."""
 
 import shutil
 
@@ -66,7 +66,7 @@ def test_a_reference_text_of_another_clip_is_found(corpus):
 
 
 def test_swapped_pictures_in_a_shard_are_found(corpus):
-    """The caption's row and the manifest agree; the bytes in the shard are another clip's."""
+    """The caption's row and the manifest agree, but the bytes in the shard are another clip's."""
     shard = sorted((corpus / "shards").glob("*.tar"))[0]
     one, other = [member for member in list_members(shard) if member.name.endswith(".jpg")][:2]
     data = bytearray(shard.read_bytes())
@@ -77,7 +77,7 @@ def test_swapped_pictures_in_a_shard_are_found(corpus):
     assert sorted(found(corpus)) == sorted([("hash-mismatch", one.name), ("hash-mismatch", other.name)])
 
 
-def test_rows_of_before_there_were_hashes_are_counted_not_accused(corpus):
+def test_rows_without_hashes_are_counted_not_reported_as_wrong(corpus):
     change_manifest(corpus, "UPDATE spans SET source_sha256 = NULL")
     assert found(corpus) == [("unknown-origin", "")]
     change_manifest(corpus, "ALTER TABLE spans DROP COLUMN source_sha256")
@@ -88,7 +88,7 @@ def test_rows_of_before_there_were_hashes_are_counted_not_accused(corpus):
 
 
 def test_a_caption_of_a_frame_that_the_clip_has_elsewhere_is_not_served(tmp_path):
-    """Fragments in which two clips' captions were exchanged: both are left out, neither is served for the other."""
+    """Two clips' captions are exchanged in the fragments: both are left out, and neither is served for the other."""
     corpus = FragmentCorpus(tmp_path)
     corpus.add_sources("a", "b")
     corpus.work_off()

@@ -1,4 +1,4 @@
-"""All is done and committed, and the build is killed before it publishes: the next one publishes, and packs."""
+"""A build killed after its last commit and before it publishes: the next build publishes and packs."""
 
 import shutil
 
@@ -14,7 +14,7 @@ from tests.helpers.whole_corpus import SETTINGS, VIDEOS, write_sources
 
 @pytest.fixture(scope="module")
 def early_manifest(tmp_path_factory):
-    """What a build publishes first: the sources."""
+    """Return the first manifest that a build publishes: the sources only."""
     folder = tmp_path_factory.mktemp("early")
     with session(folder / "corpus", None, SETTINGS, "test", create=True) as (current, _):
         ingest_sources(current, [str(write_sources(folder / "list.jsonl", VIDEOS))])
@@ -27,7 +27,7 @@ def build_again(corpus):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_what_nobody_published_is_published_by_the_next_build(whole, early_manifest, packed, tmp_path, monkeypatch):
+def test_the_next_build_publishes_unpublished_commits(whole, early_manifest, packed, tmp_path, monkeypatch):
     monkeypatch.setattr(pack_stage, "FEW_SHARDS", 1000)  # written in this process
     corpus = shutil.copytree(whole, tmp_path / "corpus")
     shutil.copy(early_manifest, corpus / "manifest.duckdb")

@@ -1,4 +1,4 @@
-"""One writer at a time, told apart from a dead one; readers see whole snapshots while a build publishes."""
+"""A corpus has one writer at a time, whose death is recognised, and its readers see complete snapshots."""
 
 import os
 import re
@@ -59,7 +59,7 @@ while True:
 
 @contextmanager
 def process(script: str, **values):
-    """A real process, killed with SIGKILL at the end."""
+    """Start a real process; kill it with SIGKILL at the end."""
     code = script.format(paths=sys.path, **values)
     running = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
@@ -78,7 +78,7 @@ def corpus(tmp_path) -> Corpus:
     return made
 
 
-def test_a_second_writer_is_told_who_where_and_since_when(corpus):
+def test_a_second_writer_learns_who_writes_where_and_since_when(corpus):
     with process(HOLDS, root=str(corpus.root), forks=False) as holder:
         holder.stdout.readline()
         with pytest.raises(UserError, match="is being written by") as refused:
@@ -112,7 +112,7 @@ def test_a_lock_that_only_a_dead_holders_child_keeps_is_taken_over(corpus):
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_lock_file_is_one_threads_at_a_time_and_then_gone(tmp_path):
+def test_a_lock_file_belongs_to_one_thread_at_a_time_and_is_then_removed(tmp_path):
     inside, most = [], []
 
     def enter(number: int) -> None:
@@ -135,10 +135,10 @@ def failing(corpus: Corpus, video_id: str, holder: str) -> tuple[Task, list[Outc
 
 
 def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes(corpus):
-    """What it could not do, since the other has swept up, would else be a failure, or undo what the other has done."""
+    """Its failures, caused by the other's clean-up, would otherwise be recorded or undo the other's work."""
     with corpus.writer():
         before = corpus.lock_owner
-    first = commit(*failing(corpus, "a", before), [])  # the build is dead, but nobody else writes
+    first = commit(*failing(corpus, "a", before), [])  # the build is dead, but there is no other writer
     with process(HOLDS, root=str(corpus.root), forks=False) as holder:
         holder.stdout.readline()
         for _ in ("while the other lives", "and when it is dead, too"):
@@ -149,8 +149,8 @@ def test_a_worker_that_outlived_its_build_commits_nothing_once_another_writes(co
     assert [path.stem for path in (corpus.root / "fragments" / "ledger").iterdir()] == [first.name]
 
 
-def test_a_download_of_a_build_before_puts_nothing_in_place(corpus, tmp_path, monkeypatch):
-    """Nor does it begin one; what it had of it is there for the next."""
+def test_a_download_of_an_earlier_build_publishes_nothing(corpus, tmp_path, monkeypatch):
+    """It does not start one either, and its partial file is left for the next build."""
     film, folder = tmp_path / "film.mp4", corpus.root / "sources" / "u000000"
     film.write_bytes(mp4_bytes(1, 3, 0))
     source = {"video_id": "a", "url": str(film), "kind": "file", "subtitle": None, "language": None}
@@ -183,7 +183,7 @@ def test_a_download_of_a_build_before_puts_nothing_in_place(corpus, tmp_path, mo
 
 @pytest.mark.slow
 def test_a_build_whose_corpus_another_process_has_taken_over_ends(local_ray, tmp_path):
-    """Its workers know for whom they work: the engine tells them."""
+    """The engine passes its lock's owner to the workers."""
 
     class TakesOver(Silent):
         def plan(self, counts, stages) -> None:
@@ -198,9 +198,9 @@ def test_a_build_whose_corpus_another_process_has_taken_over_ends(local_ray, tmp
 
 @pytest.mark.slow
 def test_readers_see_whole_snapshots_while_a_build_publishes(tmp_path):
-    """Every video of a snapshot is downloaded and transcribed, and videos come in pairs; a kill changes nothing.
+    """Every video of a snapshot is downloaded and transcribed, and videos come in pairs, even after a kill.
 
-    A tombstone needs no lock: the process that publishes takes note of it, though nobody told it.
+    A tombstone needs no lock: the publishing process finds it without being notified.
     """
     facts = (
         "SELECT count(*), count(path), count(transcript_origin), count(DISTINCT unit) * 2, max(ordinal) + 1 FROM videos"
@@ -216,7 +216,7 @@ def test_readers_see_whole_snapshots_while_a_build_publishes(tmp_path):
             assert first.execute(facts).fetchall()[0] == seen[0], "an open reader keeps its snapshot"
         write_tombstones(tmp_path, [{"video_hash": hash_of("v0a"), "url_hash": "", "places": []}])
         while "v0a" in ids_in(tmp_path):
-            assert writer.stdout.readline(), "it has ended"
+            assert writer.stdout.readline(), "the process has ended"
     assert all(len(set(counts)) == 1 for counts in seen), set(seen)
     assert "v0a" not in ids_in(tmp_path) and "v0b" in ids_in(tmp_path)
 

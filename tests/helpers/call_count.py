@@ -1,4 +1,4 @@
-"""How much work something is, counted: the same number on every machine, however fast or busy it is."""
+"""Measure work by counting calls, which gives the same number on any machine under any load."""
 
 import sys
 import threading
@@ -8,7 +8,7 @@ from typing import Any
 
 def count_calls(function: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
     """Return a function's result and how many functions it called, Python's and C's, in threads that it started too."""
-    calls: list[None] = []  # appending is atomic: threads lose no count
+    calls: list[None] = []  # appending is atomic, so threads lose no count
 
     def count(frame: Any, event: str, argument: Any) -> None:
         if event in ("call", "c_call"):

@@ -1,4 +1,4 @@
-"""A method that is in no folder of ours: `model.method=MODULE:ATTRIBUTE`, trained, resumed, evaluated and estimated."""
+"""A method from another package, `model.method=MODULE:ATTRIBUTE`, is trained, resumed, evaluated and estimated."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ class TurnedSettings(Settings):
 
 
 class Turned(VideoTextModel):
-    """A frozen CLIP, and a linear map of its texts that trains."""
+    """Combine a frozen CLIP with a trainable linear map of its text features."""
 
     method = NAME
     saves_only_trained = True
@@ -123,7 +123,7 @@ def test_its_settings_are_checked_and_kept():
         (f"{__name__}:load", "it is a function, not a training.models.method.Method"),
     ],
 )
-def test_what_is_no_method_is_refused_by_name(method, said):
+def test_an_invalid_method_is_refused_by_name(method, said):
     with pytest.raises(UserError, match=said):
         resolve(None, None, [f"model.method={method}"])
 
@@ -135,7 +135,7 @@ def test_settings_of_another_method_are_refused():
 
 
 @pytest.mark.parametrize("name", models.METHODS)
-def test_every_method_of_ours_is_where_the_registry_says(name):
+def test_every_built_in_method_is_where_the_registry_says(name):
     method = models.load_method(name)
     assert method.name == name
     for function in ("load", "read", "file_header", "file_tensors", "config_of", "skeleton"):

@@ -1,4 +1,4 @@
-"""Frames at so many a second, as CLIP4Clip takes them: what a short clip has not is empty, and no model looks at it."""
+"""Frames sampled at a rate, as in CLIP4Clip: frames that a short clip lacks are masked and ignored by models."""
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ CLIP4CLIP = ["model.init=demo", "model.method=clip4clip"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Clips of 2 to 5 frames."""
+    """Make a run on clips of 2 to 5 frames."""
     return make_run(tmp_path_factory.mktemp("run"), jitter=False, frames_per_s=2.0)
 
 
@@ -41,14 +41,14 @@ def test_a_sample_has_the_frames_shown_at_those_times_and_nothing_behind(run):
             assert np.array_equal(taken[: len(expected)], pictures) and not taken[len(expected) :].any()
             assert batch.frame_mask_BT[slot].tolist() == [k < len(expected) for k in range(4)]
             seen.add(len(expected))
-    assert seen == {2, 3, 4}, "short and long clips are among them"
+    assert seen == {2, 3, 4}, "short and long clips are both covered"
 
 
-def test_whoever_reads_gets_the_same_masks(run):
+def test_every_number_of_processes_gives_the_same_masks(run):
     assert_all_equal(run.batches(0, 3), run.batches(0, 3, num_processes=2))
 
 
-def test_a_clip_whose_rate_nobody_knows_is_a_failure(run):
+def test_a_clip_of_unknown_frame_rate_is_a_failure(run):
     reader = run.reader()
     reader.selection = _WithoutRates(run.selection.path)
     part = reader.read([0, 1], epoch=0)
@@ -74,7 +74,7 @@ class _WithoutRates(Selection):
     ],
     ids=["meanP", "seqLSTM", "seqTransf", "3d", "unipt"],
 )
-def test_what_is_not_there_changes_nothing(model):
+def test_missing_frames_change_nothing(model):
     settings = resolve(None, None, model)
     model = load(settings.model).eval()
     size = model.config.image_size
@@ -98,14 +98,14 @@ def test_what_is_not_there_changes_nothing(model):
         ([*CLIP4CLIP, "data.jitter=true"], "data.jitter = false"),
     ],
 )
-def test_who_cannot_be_told_is_refused(settings, named):
+def test_a_model_without_frame_masks_is_refused(settings, named):
     with pytest.raises(UserError, match=named):
         resolve(None, None, ["data.frames_per_s=1", "data.jitter=false", *settings])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["meanP", "tightTransf"])
-def test_a_run_trains_and_is_searched_so(tmp_path, head):
+def test_a_run_trains_and_evaluates_at_a_frame_rate(tmp_path, head):
     corpus = small_corpus(tmp_path / "corpus", num_clips=40)
     settings = (*SMALL, *CLIP4CLIP, *PACED, f"model.clip4clip.head={head}", "train.loss=vs", "data.num_frames=4")
     train(Request(str(tmp_path / "run"), str(corpus), "demo", (*settings, "train.max_steps=2")))

@@ -1,6 +1,6 @@
-"""Work whose worker dies is given again, and once more when all else is done; what kills every worker is given up.
+"""Work whose worker dies is retried, at last after all other work; an item that kills every worker fails.
 
-The engine with workers that are functions here: no Ray, no media.
+The engine runs with functions as workers, without Ray or media.
 """
 
 from collections import Counter
@@ -18,10 +18,10 @@ from tests.helpers.ledgers import STAGES, FragmentCorpus
 
 
 class Workers:
-    """One piece at a time.
+    """Run one task at a time.
 
-    deaths  how many workers an item will kill before one lives through it
-    lost    how often this process's node is gone when an item's piece was sent
+    deaths  number of workers that an item kills before one survives it
+    lost    number of times that this process's node is lost after an item's task was sent
     """
 
     active_units = 8
@@ -70,7 +70,7 @@ def corpus(tmp_path, monkeypatch):
 
 
 def run(corpus: FragmentCorpus, monkeypatch, name: str = "run", lost: dict[str, int] | None = None, **deaths: int):
-    """One run of every stage; returns (the engine's report, its workers)."""
+    """Run every stage once; return (the engine's report, its workers)."""
     workers = Workers(corpus, Counter({item.replace("_", ":", 1): count for item, count in deaths.items()}))
     workers.lost.update(lost or {})
     monkeypatch.setattr(engines, "Pools", lambda settings: workers)
@@ -88,10 +88,10 @@ def test_an_item_whose_workers_died_too_often_is_done_in_the_last_round(corpus, 
     assert report.num_failed == 0 and report.by_stage["caption"].failed == 0
 
 
-def test_an_item_that_kills_every_worker_is_given_up_and_costs_itself(corpus, monkeypatch):
+def test_an_item_that_kills_every_worker_fails_alone(corpus, monkeypatch):
     _, workers = run(corpus, monkeypatch, **{"caption_a.0": 1000})
     assert corpus.ledger.counts()["caption"] == {"done": 3, "failed": 1}
-    assert workers.tried["a.0"] <= 2 * MAX_WORKER_FAILURES + 2  # … and its score, with nothing for a caption
+    assert workers.tried["a.0"] <= 2 * MAX_WORKER_FAILURES + 2  # … and its score, without a caption
     assert [row[:3] for row in corpus.ledger.standing_failures()] == [("caption", "worker-died", 1)]
     run(corpus, monkeypatch, name="next", **{"caption_a.0": 1000})
     assert corpus.ledger.counts()["caption"] == {"done": 3, "quarantined": 1}
@@ -107,7 +107,7 @@ def test_other_failures_are_not_tried_again_in_their_run(corpus, monkeypatch):
     assert corpus.ledger.counts()["caption"] == {"done": 2}
 
 
-def test_what_was_lost_with_this_processs_own_node_is_sent_again_by_another(corpus, monkeypatch):
+def test_work_lost_with_the_drivers_own_node_is_sent_again_from_another(corpus, monkeypatch):
     report, workers = run(corpus, monkeypatch, lost={"a": MAX_LOST - 1, "b.1": MAX_WORKER_FAILURES})
     assert workers.tried["a"] == 4 and report.num_failed == 0  # once in each stage of videos
     assert all(stage.in_flight == 0 for stage in report.by_stage.values())

@@ -1,4 +1,4 @@
-"""What is said just before and behind a clip: frozen with the selection, read with the clip by whatever process."""
+"""Texts of neighbouring clips are frozen with the selection and read with the clip by any process."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from training.settings import DataSettings, EvalSettings
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Two videos of 30 clips, the second told from its end; clip 7 of each says nothing, 11 is in no shard."""
+    """Make two videos of 30 clips, the second in reverse order; clip 7 of each has no text, 11 is in no shard."""
     root = make_corpus(tmp_path_factory.mktemp("neighbours") / "corpus", 60)
     text = "concat(if(n % 2 = 0, 'red', 'blue'), ' circle ', n, ' ', video_id)"
     change_manifest(root, f"UPDATE clips SET text = if(n = 7, '', {text})")
@@ -34,7 +34,7 @@ def freeze(folder, corpus, num: int, where: str = "") -> Selection:
 
 
 def expected(corpus, num: int) -> dict[str, list[str | None]]:
-    """By plain loops over the clips of each video in time."""
+    """Find the neighbours by plain loops over the clips of each video in time order."""
     from shards.query.sql import open_manifest
 
     sql = (
@@ -71,7 +71,7 @@ def test_plain_tars_have_them_by_the_numbers_of_their_clips(corpus, tmp_path) ->
     assert texts[f"{first}.0"] == [None, f"blue circle 1 {first}"]
 
 
-def test_a_batch_has_their_ids_whoever_reads_it(corpus, tmp_path) -> None:
+def test_a_batch_has_their_ids_in_every_process(corpus, tmp_path) -> None:
     selection, texts = freeze(tmp_path, corpus, 1), TextEncoder(WORDS, MAX_TOKENS)
     data = DataSettings(num_frames=2, neighbours=1)
     rows = np.append(np.arange(20), PAD).astype(np.uint32)

@@ -1,4 +1,4 @@
-"""`explain` finds a source, a clip or a sample by any of its names, and says what was done to it and where it lies."""
+"""`explain` finds a source, clip or sample by any of its names, and shows its history and its place."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def test_every_name_of_a_thing_leads_to_it(whole):
     assert explain(whole, "video-c.1").id == explain(whole, "video-c_0001").id == "video-c.1"
 
 
-def test_a_clip_is_told_from_its_url_to_its_last_byte(whole):
+def test_a_clip_is_explained_from_its_url_to_its_last_byte(whole):
     story = explain(whole, "video-c.1")
     assert story.source["url"] == url_of("video-c")
     assert [row["stage"] for row in story.attempts] == STAGES
@@ -61,7 +61,7 @@ def test_a_source_lists_its_clips(whole):
     assert all(clip["shard"] and clip["num_captions"] == 1 for clip in story.clips)
 
 
-def test_an_unknown_name_is_told_what_is_near(whole):
+def test_an_unknown_name_gets_suggestions(whole):
     with pytest.raises(UserError, match=r"nothing of this name. Similar: .*video-c\.1"):
         explain(whole, "vide-c.1")
     with pytest.raises(UserError, match="Give a video_id, a clip_id, a sample's key or a URL"):

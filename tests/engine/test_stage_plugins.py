@@ -1,4 +1,4 @@
-"""A stage from another package is an entry point: everything that lists stages knows it, and its table and column."""
+"""A stage from another package, given as an entry point, gets settings, a table and a column like a built-in one."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ MODULE = "tests.helpers.toy_stage"
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """The entry point of an installed package; afterwards the stage and its table are unknown again."""
+    """Register the toy stage as the entry point of an installed package, and unregister it after the test."""
     installed = tmp_path / "site" / "toy-1.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1\n")

@@ -1,4 +1,4 @@
-"""Settings that are right by themselves and wrong together: the message names them and what is allowed, no more."""
+"""Settings that are valid alone and conflict together: the message names them, the allowed values and nothing else."""
 
 import pytest
 

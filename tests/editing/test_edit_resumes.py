@@ -1,4 +1,4 @@
-"""The rounds of an editing on a corpus: the same rows however they come about; what is kept and what is taken back."""
+"""`clipmill edit` gives the same rows when it is interrupted and resumed, and rolls back rounds that do not help."""
 
 import shutil
 import signal
@@ -24,7 +24,7 @@ SMALL += ("data.loader_processes=0", "edit.holdout=0.55")
 
 @pytest.fixture(scope="module")
 def whole(numbered, tmp_path_factory):
-    """What two rounds write when nothing happens to them."""
+    """Run two rounds without interruption; return the rows and tars they write."""
     folder = tmp_path_factory.mktemp("whole")
     corpus = copy_of(numbered, folder)
     edit(corpus, folder / "edit", rounds=2, trains=False)
@@ -37,7 +37,7 @@ def tars_of(corpus: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_the_same_rows_and_bytes_on_two_workers(numbered, whole, local_ray, tmp_path):
-    """And on none, which goes on from them: what starts a worker is an import of seconds in each round."""
+    """The second round runs without workers: starting them costs seconds of imports in each round."""
     corpus = copy_of(numbered, tmp_path)
     edit(corpus, tmp_path / "edit", rounds=1, trains=False, workers=2)
     edit(None, tmp_path / "edit", rounds=2, trains=False, model=None)
@@ -59,14 +59,14 @@ def test_an_editing_interrupted_anywhere_ends_in_the_same_rows_and_bytes(numbere
         with pytest.raises(KeyboardInterrupt):
             edit(corpus, out, rounds=2, trains=False)
     edit(corpus, out, rounds=2, trains=False)
-    assert len(calls) == 2 * 2 + 2  # of 2 units in 2 rounds only the interrupted are done again
+    assert len(calls) == 2 * 2 + 2  # only the interrupted ones of 2 units in 2 rounds are done again
     assert (edit_tables(corpus), tars_of(corpus)) == whole
     edit(corpus, out, rounds=2, trains=False)
     assert edit_tables(corpus) == whole[0]
 
 
 @pytest.mark.slow
-def test_an_editing_killed_goes_on_to_the_same_rows(numbered, whole, tmp_path):
+def test_a_killed_edit_resumes_to_the_same_rows(numbered, whole, tmp_path):
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
     settings = [part for setting in EAGER for part in ("--set", setting)]
     command = edit_command("--corpus", corpus, "--model", "demo", "--out", out, "--no-train", "--rounds", 2, *settings)
@@ -77,7 +77,7 @@ def test_an_editing_killed_goes_on_to_the_same_rows(numbered, whole, tmp_path):
     assert (edit_tables(corpus), tars_of(corpus)) == whole
 
 
-def test_more_rounds_go_on_from_those_that_were(numbered, whole, tmp_path):
+def test_more_rounds_continue_from_the_recorded_ones(numbered, whole, tmp_path):
     corpus = copy_of(numbered, tmp_path)
     assert len(edit(corpus, tmp_path / "edit", rounds=1, trains=False)) == 2
     assert len(edit(None, tmp_path / "edit", rounds=2, trains=False, model=None)) == 3
@@ -104,12 +104,12 @@ def test_another_command_on_the_same_folder_is_refused(numbered, tmp_path):
     assert edit_tables(corpus) == before
 
 
-# -- with students: their runs are tested as runs; here what they report is written down beforehand --------------------
+# -- with students, whose runs are replaced by listed reports ----------------------------------------------------------
 
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Students whose weights are the teacher's, a byte longer each round, and whose validation is a list."""
+    """Replace students by copies of the teacher, one byte longer each round, with listed validation results."""
     scores: list[float] = []
 
     def weights(self: Students, round_number: int) -> list[Path]:
@@ -126,7 +126,7 @@ def scripted(monkeypatch):
 
 
 def change(path: Path, seed: int) -> None:
-    """Other weights of the same shapes, in the same file."""
+    """Overwrite the file with other weights of the same shapes."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -137,17 +137,17 @@ def change(path: Path, seed: int) -> None:
     save_file(noisy, path, metadata)
 
 
-def test_a_round_without_improvement_is_taken_back_exactly(numbered, tmp_path, scripted):
+def test_a_round_without_improvement_is_rolled_back_exactly(numbered, tmp_path, scripted):
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
     scripted += [0.1, 0.2, 0.15, 0.3]
     played = edit(corpus, out, "edit.holdout=0.55", rounds=3, trains=True)
     assert [row["outcome"] for row in played] == ["warm-up", "kept", "rolled-back", "kept"]
     assert [row["validation"] for row in played] == [0.1, 0.2, 0.15, 0.3]
     teachers = [row["teacher"] for row in played]
-    assert teachers[0] == teachers[1] != teachers[2] == teachers[3]  # it takes over after an improvement alone
+    assert teachers[0] == teachers[1] != teachers[2] == teachers[3]  # it takes over only after an improvement
     assert [row["step_scale"] for row in played[1:]] == [1, 1, 0.5]
     by_round = {n: {r["clip_id"]: r for r in edits(corpus) if r["round"] == n} for n in (1, 2, 3)}
-    for clip_id, row in by_round[3].items():  # the third round goes on from the first, whatever the second did
+    for clip_id, row in by_round[3].items():  # the third round continues from the first, whatever the second did
         start_s, end_s = by_round[1][clip_id]["start_s"], by_round[1][clip_id]["end_s"]
         step = 0.5 * max(0.5, 0.1 * (end_s - start_s))
         assert max(abs(row["start_s"] - start_s), abs(row["end_s"] - end_s)) <= step + 1e-9
@@ -157,7 +157,7 @@ def test_a_round_without_improvement_is_taken_back_exactly(numbered, tmp_path, s
 
 
 def read_as(corpus: Path, folder: Path, which: str | int) -> dict[str, tuple[float, float]]:
-    """The boundaries that training reads, of clips that were edited."""
+    """Return the boundaries that training reads for edited clips."""
     freeze_run(folder, corpus, DataSettings(edits=which), EvalSettings())
     selection = Selection(folder / "selection.arrow")
     sql = "SELECT tar, mp4_offset, span_start_s, span_end_s FROM {} "
@@ -175,7 +175,7 @@ def read_as(corpus: Path, folder: Path, which: str | int) -> dict[str, tuple[flo
     return read
 
 
-def test_a_teacher_that_took_over_is_found_again(numbered, tmp_path, scripted):
+def test_a_student_that_became_the_teacher_is_restored(numbered, tmp_path, scripted):
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
     scripted += [0.1, 0.2, 0.3]
     edit(corpus, out, "edit.holdout=0.55", rounds=1, trains=True)
@@ -186,7 +186,7 @@ def test_a_teacher_that_took_over_is_found_again(numbered, tmp_path, scripted):
     assert edit_tables(again) == edit_tables(corpus)
 
 
-def test_an_editing_whose_students_are_elsewhere_says_so(numbered, tmp_path, scripted, monkeypatch):
+def test_missing_student_weights_are_an_error(numbered, tmp_path, scripted, monkeypatch):
     corpus = copy_of(numbered, tmp_path)
     scripted += [0.1, 0.2]
     edit(corpus, tmp_path / "edit", "edit.holdout=0.55", rounds=1, trains=True)
@@ -216,7 +216,7 @@ def test_a_round_that_collapses_is_recorded_untrained_and_is_the_last(numbered, 
         freeze_run(tmp_path, corpus, DataSettings(edits="accepted"), EvalSettings())
 
 
-def test_of_two_folds_each_is_edited_by_the_teacher_of_the_other(numbered, tmp_path, monkeypatch):
+def test_each_fold_is_edited_by_the_teacher_of_the_other(numbered, tmp_path, monkeypatch):
     def begin(self: Students) -> list[Path]:
         paths = [self.asked.out / f"fold-{fold}.safetensors" for fold in self.folds]
         for fold, path in enumerate(paths):
@@ -239,8 +239,8 @@ def test_the_command_edits_trains_a_student_and_its_clips_train_a_run(numbered, 
     settings = [part for setting in (*EAGER, *SMALL) for part in ("--set", setting)]
     options = ["--corpus", corpus, "--model", "demo", "--recipe", "demo", "--out", out, "--rounds", 1, *settings]
     assert Forked(edit_command(*options), tmp_path / "output").wait(timeout=ENOUGH_S) == 0
-    told = (tmp_path / "output").read_text()
-    assert "round 1, " in told and "student validation R@1" in told
+    output = (tmp_path / "output").read_text()
+    assert "round 1, " in output and "student validation R@1" in output
     [warm_up, played] = rows(corpus, "SELECT * FROM edit_rounds ORDER BY round")
     assert played["outcome"] == ("kept" if played["validation"] > warm_up["validation"] else "rolled-back")
     student = Selection(out / "round-01" / "selection.arrow")

@@ -1,4 +1,4 @@
-"""What hangs or kills its worker is ended, recorded, counted over runs and at last left alone; the rest is finished."""
+"""Work that hangs or kills its worker is stopped, recorded, counted over runs and finally quarantined."""
 
 import faulthandler
 import subprocess
@@ -11,23 +11,15 @@ from pipeline.runtime.watchdog import FOLDER, reporting, sweep_reports, take_rep
 from pipeline.stages.download.fetch import DownloadSettings
 from tests.helpers.builds import ask, build_here
 from tests.helpers.http import media_server
+from tests.helpers.media import flat_video
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("ingest", "download", "transcribe", "segment", "cut", "caption")
 
 
-def flat_video(path: Path, luma: int) -> Path:
-    import imageio_ffmpeg
-
-    colour = f"color=0x{luma:02x}{luma:02x}{luma:02x}:s=64x48:r=5:d=3"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "lavfi", "-i", colour]
-    subprocess.run([*command, "-c:v", "libx264", "-preset", "ultrafast", "-threads", "1", str(path)], check=True)
-    return path
-
-
 @pytest.mark.slow
 def test_poisonous_videos_cost_themselves_and_are_quarantined(tmp_path, local_ray):
-    """One clip hangs the captioner, one kills its process, every time; they share a unit with one that is sound."""
+    """One clip always hangs the captioner, one always kills its process; both share a unit with a sound clip."""
     folder, corpus, antidote = tmp_path / "videos", tmp_path / "corpus", tmp_path / "antidote"
     folder.mkdir()
     for name, luma in (("hangs", 0x10), ("kills", 0xF0), ("sound", 0x80)):
@@ -43,7 +35,7 @@ def test_poisonous_videos_cost_themselves_and_are_quarantined(tmp_path, local_ra
     failures = "SELECT split_part(item_id, '-', 1), error_class, attempts, quarantined FROM failures ORDER BY 1"
     assert ask(corpus, failures) == [("hangs", "timeout", 1, True), ("kills", "worker-died", 1, True)]
     ((message,),) = ask(corpus, "SELECT message FROM failures WHERE error_class = 'timeout'")
-    assert "captioning 1 images took more than 1,000 s" in message and "poison.py" in message, "it says where it hung"
+    assert "captioning 1 images took more than 1,000 s" in message and "poison.py" in message, "where it hung"
 
     antidote.touch()
     report = build_here(corpus, [], recipe=None, stages=["caption"], where="quarantined")
@@ -78,7 +70,7 @@ def test_a_worker_that_hangs_ends_whatever_it_hangs_in(tmp_path, way, code):
 
 
 def test_a_limit_is_armed_until_its_block_ends(tmp_path, monkeypatch):
-    """Of several the one that is over first; after the last none, or it would end what comes next."""
+    """The earliest of several limits applies; after the last block no limit remains that could stop later work."""
     armed: list[float] = []
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda after_s, **options: armed.append(after_s))
     monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", armed.clear)
@@ -121,7 +113,7 @@ with reporting(Path(sys.argv[1]), "download-u1"):
 
 
 def test_a_download_that_computes_for_ever_is_ended(tmp_path):
-    """Connections end at download.timeout_s by themselves; code that hangs over them is ended a little later."""
+    """Connections end at download.timeout_s by themselves; a computation that hangs is stopped shortly after."""
     with media_server() as server:
         url = server.add("/a.mp4", b"x")
         run = subprocess.run(

@@ -1,4 +1,4 @@
-"""A loss that is in no file of ours: `train.loss=MODULE:ATTRIBUTE`, and the ordinary trainer minimises it."""
+"""A loss from another package, `train.loss=MODULE:ATTRIBUTE`, is minimised by the ordinary trainer."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_what_it_does_not_compare_is_not_encoded_and_costs_nothing(tmp_path):
         (f"{__name__}:pull", "it is a function, not a training.losses.Loss"),
     ],
 )
-def test_what_is_no_loss_is_refused_by_name(loss, said):
+def test_an_invalid_loss_is_refused_by_name(loss, said):
     with pytest.raises(UserError, match=said):
         load_loss(resolve(None, None, [f"train.loss={loss}"]).train.loss)
 
@@ -67,5 +67,5 @@ def test_neighbours_are_for_a_loss_that_takes_them():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_of_ours_is_where_the_registry_says(name):
+def test_every_built_in_loss_is_where_the_registry_says(name):
     assert isinstance(load_loss(name), Loss)
