@@ -43,7 +43,6 @@ class CocaCaptioner:
         self.fingerprint = fingerprint_of(settings)
 
     def caption(self, images: Sequence[Image.Image | bytes]) -> list[Caption | ItemError]:
-        """Return an answer per image, in order."""
         return caption_in_batches(images, self.settings.batch_size, self._caption_batch)
 
     @torch.inference_mode()
@@ -54,9 +53,8 @@ class CocaCaptioner:
         scored_BL = ids_BL[:, : self.loaded.model.context_length]
         logits_BLV = self.loaded.model(None, scored_BL, image_latent=latent_BD, image_embs=tokens_BPD)["logits"]
         log_probs_BL = logits_BLV.float().log_softmax(-1).gather(-1, scored_BL[:, 1:, None])[..., 0]
-        return [
-            self._as_caption(ids, scores) for ids, scores in zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
-        ]
+        answers = zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
+        return [self._as_caption(ids, scores) for ids, scores in answers]
 
     def _generate(self, pictures: list[Image.Image], latent_BD: torch.Tensor, tokens_BPD: torch.Tensor) -> torch.Tensor:
         """Generate ids [B, L], padded to the longest; when sampling, one by one, each with the seed of its frame."""
@@ -101,7 +99,7 @@ class CocaCaptioner:
 
 @contextmanager
 def _encoded_once(model: open_clip.CoCa, latent_BD: torch.Tensor, tokens_BPD: torch.Tensor, repeats: int) -> Iterator:
-    """Make the model use pictures that are encoded already, inside the `with` block.
+    """Make the model use already encoded pictures inside the `with` block.
 
     `generate` would run the vision tower on every beam's copy of a picture, which is half of all work with ViT-L.
     """

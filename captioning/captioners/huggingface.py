@@ -1,6 +1,6 @@
 """Caption frames by a Hugging Face image-to-text model that takes the picture alone: BLIP, GIT, ViT-GPT2 and others.
 
-Models are named (with a revision) or lie in a local folder. Code in a model's repository is never run.
+A model is named (with a revision) or stored in a local folder. Code in a model's repository is never run.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from clipmill.base.settings import digest
 
 
 def load(settings: CaptionSettings) -> "HuggingFaceCaptioner":
-    """Load the model that `caption.model` names. Raises UserError where that fails or it cannot caption pictures."""
+    """Load the model that `caption.model` names. Raises UserError if that fails or it cannot caption pictures."""
     device, dtype = use_device(settings, "caption"), DTYPES[settings.precision]
     folder = Path(settings.model).expanduser()
     where = str(folder) if folder.is_dir() else settings.model
@@ -50,7 +50,6 @@ class HuggingFaceCaptioner:
         self.end_id = eos if sep is None else sep  # BERT's vocabularies end a text with [SEP]
 
     def caption(self, images: Sequence[Image.Image | bytes]) -> list[Caption | ItemError]:
-        """Return an answer per image, in order."""
         return caption_in_batches(images, self.settings.batch_size, self._caption_batch)
 
     @torch.inference_mode()
@@ -74,12 +73,10 @@ class HuggingFaceCaptioner:
         logits = self.model(pixel_values=pixels_BCHW, **{given: ids_BL[:, :-1]}).logits
         logits_BLV = logits[:, 1 - ids_BL.shape[1] :]  # some models put the picture's tokens before the text's
         log_probs_BL = logits_BLV.float().log_softmax(-1).gather(-1, ids_BL[:, 1:, None])[..., 0]
-        return [
-            self._as_caption(ids, scores) for ids, scores in zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
-        ]
+        answers = zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
+        return [self._as_caption(ids, scores) for ids, scores in answers]
 
     def _decoding(self) -> dict[str, Any]:
-        """Return the arguments of transformers' `generate`."""
         chosen = self.settings
         common = {
             "min_length": chosen.min_tokens,

@@ -1,4 +1,4 @@
-"""Lists a video's frames from its packets, without decoding (milliseconds per minute of video).
+"""List a video's frames from its packets, without decoding (milliseconds per minute of video).
 
 `SourceFrames` has the time of each frame and the packet it comes from. Where the packets are not reliable
 (`Untrusted`), `clipmill.media.decode.list_by_decoding` makes the same object by decoding the video once.

@@ -6,7 +6,7 @@ the first frame. Imports are light; `frames_of` draws pixels on demand.
 """
 
 from bisect import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import accumulate
@@ -121,8 +121,8 @@ class WorldSettings(Settings):
     # Subtitles and their noise
     missing_fraction: float = Field(0.1, ge=0, le=1)  # videos without subtitles
     manual_fraction: float = Field(0.4, ge=0, le=1)  # of the subtitles: written by people, punctuated; else automatic
-    shifted_fraction: float = Field(0.15, ge=0, le=1)  # of the subtitles: late or early …
-    max_shift_s: float = Field(2.0, ge=1.0)  # … by one second to this many
+    shifted_fraction: float = Field(0.15, ge=0, le=1)  # subtitles that are late or early
+    max_shift_s: float = Field(2.0, ge=1.0)  # most seconds by which they are; the least is one
     filler_fraction: float = Field(0.15, ge=0, le=1)  # scenes with unrelated speech
 
     # Sources that never work, or fail at first, and one that is a copy of another
@@ -237,16 +237,15 @@ class _Chooser:
         return list(weights)[bisect(bounds[:-1], self.share(attribute) * bounds[-1])]
 
 
-def _allowed(settings: WorldSettings) -> Callable[[Combination], bool] | None:
-    """Return the predicate for combinations that scenes may show, None if they may show any."""
-    if settings.combinations == "all":
-        return None
-    wanted = settings.combinations == "held-out"
-    return lambda c: grammar.held_out(c, settings.held_out_fraction, settings.held_out_seed) == wanted
-
-
 def _plan_scenes(settings: WorldSettings, rng: np.random.Generator) -> list[Scene]:
     """Sample scenes that together last between `min_video_s` and `max_video_s`."""
+
+    def allowed(combination: Combination) -> bool:
+        if settings.combinations == "all":
+            return True
+        is_held_out = grammar.held_out(combination, settings.held_out_fraction, settings.held_out_seed)
+        return is_held_out == (settings.combinations == "held-out")
+
     low, high = settings.min_scene_s, settings.max_scene_s
     left_s = max(low, float(rng.uniform(settings.min_video_s, settings.max_video_s)))
     scenes: list[Scene] = []
@@ -254,16 +253,13 @@ def _plan_scenes(settings: WorldSettings, rng: np.random.Generator) -> list[Scen
         duration_s = float(rng.triangular(low, low + 0.35 * (high - low), high)) if high > low else low
         if left_s - duration_s < low:  # the rest would be too short for a scene
             duration_s = left_s if left_s <= high or left_s < 2 * low else left_s / 2
-        scenes.append(grammar.sample_scene(rng, duration_s, _allowed(settings), settings.pair_fraction))
+        scenes.append(grammar.sample_scene(rng, duration_s, allowed, settings.pair_fraction))
         left_s -= duration_s
     return scenes
 
 
 def _frame_times(duration_s: float, rate: Fraction | None, rng: np.random.Generator) -> tuple[Fraction, ...]:
-    """Return the times of all frames.
-
-    A variable rate has 8 to 30 frames per second, at whole milliseconds.
-    """
+    """Return the times of all frames. A variable rate has 8 to 30 frames per second, at whole milliseconds."""
     if rate:
         return tuple(k / rate for k in range(round(duration_s * rate)))
     steps_ms = rng.integers(33, 125, int(duration_s * 31))
@@ -272,10 +268,7 @@ def _frame_times(duration_s: float, rate: Fraction | None, rng: np.random.Genera
 
 
 def _snap(scenes: list[Scene], times: tuple[Fraction, ...]) -> tuple[tuple[float, Scene], ...]:
-    """Return (start, scene) with starts moved to frame times.
-
-    A cut is at the time of the first frame after it.
-    """
+    """Return (start, scene) with starts moved to frame times. A cut is at the time of the first frame after it."""
     grid = np.array([float(t) for t in times])
     ends = np.cumsum([scene.duration_s for scene in scenes])
     inner = [float(grid[np.searchsorted(grid, end - 1e-9)]) for end in ends[:-1]]

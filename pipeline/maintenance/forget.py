@@ -1,4 +1,4 @@
-"""`forget` and `compact`: remove videos from a corpus, first from the view of every reader and then to the last byte.
+"""`forget` and `compact`: remove videos from a corpus, first for every reader and then all of their bytes.
 
 forget    finds videos by id, URL or SQL, and all copies of their files, and writes a tombstone for each
 compact   removes everything with a tombstone from shards, clips, sources and fragments
@@ -66,17 +66,21 @@ def find(root: str | Path, ids: Sequence[str], urls: Sequence[str], where: str |
         named = [_known_id(connection, video_id) for video_id in ids if hash_of(video_id) not in forgotten]
         by_url = {url: _id_of_url(connection, url) for url in urls}
         named += [video_id for video_id in by_url.values() if video_id]
-        named += rows_of(connection, _videos_where(where)) if where else []
+        if where:
+            where = where.strip().rstrip(";")
+            if where.lower().startswith(("select", "with", "from")):
+                where = f"video_id IN (SELECT picked.video_id FROM (\n{where}\n) picked)"
+            named += rows_of(connection, f"SELECT video_id FROM videos WHERE (\n{where}\n)")
         if where and not named:
             raise UserError(f"--where {where}: no video meets this condition.")
         unknown = [url for url, video_id in by_url.items() if video_id is None]
-        videos = connection.sql(_DOOMED, params={"ids": sorted(set(named))}).to_arrow_table().to_pylist()
+        videos = connection.sql(_NAMED_AND_COPIES, params={"ids": sorted(set(named))}).to_arrow_table().to_pylist()
     return ForgetPlan(videos, [url for url in unknown if hash_of(canonical_url(url)) not in forgotten])
 
 
-_DOOMED = """
+_NAMED_AND_COPIES = """
 WITH named AS (SELECT unnest($ids::VARCHAR[]) AS video_id),
-doomed AS (
+found AS (
     SELECT v.*, v.video_id NOT IN (SELECT video_id FROM named) AS is_copy FROM videos v
     WHERE v.video_id IN (SELECT video_id FROM named)
        OR v.sha256 IN (SELECT sha256 FROM videos SEMI JOIN named USING (video_id))
@@ -86,7 +90,7 @@ SELECT d.video_id, d.url, d.kind, d.title, d.path, d.num_bytes, d.sha256, d.is_c
        (SELECT count(*) FROM samples s WHERE s.video_id = d.video_id) AS num_samples,
        (SELECT count(*) FROM captions t WHERE split_part(t.clip_id, '.', 1) = d.video_id) AS num_captions,
        (SELECT count(*) FROM sentences s WHERE s.video_id = d.video_id) AS num_sentences
-FROM doomed d ORDER BY d.is_copy, d.video_id
+FROM found d ORDER BY d.is_copy, d.video_id
 """
 
 
@@ -100,7 +104,7 @@ def _known_id(connection, video_id: str) -> str:
 
 
 def _id_of_url(connection, url: str) -> str | None:
-    """Return the id of the video of a URL in any spelling, or of a file's path; None where the corpus has none."""
+    """Return the id of the video of a URL in any spelling, or of a file's path; None if the corpus lacks it."""
     try:
         canonical = canonical_url(url if "://" in url else str(Path(url).absolute()))
     except ValueError as error:
@@ -110,17 +114,10 @@ def _id_of_url(connection, url: str) -> str | None:
     return videos["video_id"][row].as_py() if row >= 0 else None
 
 
-def _videos_where(where: str) -> str:
-    where = where.strip().rstrip(";")
-    if where.lower().startswith(("select", "with", "from")):
-        return f"SELECT video_id FROM videos WHERE video_id IN (SELECT picked.video_id FROM (\n{where}\n) picked)"
-    return f"SELECT video_id FROM videos WHERE (\n{where}\n)"
-
-
 def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:
-    """Write the tombstones; from then on nothing reads these videos.
+    """Write the tombstones, after which all readers leave these videos out.
 
-    Returns whether the manifest is published without them already; else a running build will do it.
+    Returns True if the manifest is published without them, False if a running build will publish it.
     """
     corpus, at = Corpus(root).require(), datetime.now(UTC)
     slots = _slots_of(corpus, plan)
@@ -149,15 +146,15 @@ def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:
 
 
 def _slots_of(corpus: Corpus, plan: ForgetPlan) -> dict[str, list[dict]]:
-    """Return video → reserved slots of its clips in the order of packing; {} where nothing is packed yet."""
+    """Return video → reserved slots of its clips in the order of packing; {} before the first packing."""
     settings, found = resolve(corpus.load_settings(), None, []).pack, {}
     with open_manifest(for_reading(corpus.name, MANIFEST_NAME)) as connection:
         if not rows_of(connection, "SELECT 1 FROM samples LIMIT 1"):
             return {}
         samples = select_samples(connection, settings)
-    gone = set(plan.video_ids)
+    planned_ids = set(plan.video_ids)
     for clip_id, slot in slots_of(samples, settings.seed):
-        if (video_id := clip_id.rpartition(".")[0]) in gone:
+        if (video_id := clip_id.rpartition(".")[0]) in planned_ids:
             found.setdefault(video_id, []).append(slot)
     return found
 

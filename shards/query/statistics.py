@@ -45,7 +45,7 @@ HD_VILA_CATEGORIES = {
 }
 PERCENTILES = (5, 25, 50, 75, 95)
 MAX_LINES = 20  # of a table whose length depends on the data
-BLOCKS = " ▏▎▍▌▋▊▉█"
+BLOCKS = " ▏▎▍▌▋▊▉█"  # eighths of a character
 
 Row = dict[str, Any]
 
@@ -91,13 +91,17 @@ def report(connection: duckdb.DuckDBPyConnection) -> Statistics:
 def render(stats: Statistics, console: Console) -> None:
     """Print the report; the histograms are as wide as `console.width` allows."""
     if not stats.totals["num_clips"]:
-        console.print("[yellow]No clips yet:[/] the report has only what exists so far.")
+        console.print("[yellow]No clips yet:[/] the report covers the steps done so far.")
+    lengths = {int(row["from_s"]): row["num_clips"] for row in stats.clip_lengths}
+    length_bins = _bins(lengths, 2, lambda at: f"{at}–{at + 2} s", lambda at: f"≥ {at} s")
+    words = {row["from_words"]: row["num_sentences"] for row in stats.words_per_sentence}
+    word_bins = _bins(words, 5, lambda at: f"{at}–{at + 4}", lambda at: f"≥ {at}")
     parts = [
         ("Corpus", _overview(stats)),
         ("Yield", _funnel(stats.funnel)),
         ("Percentiles", _percentile_table(stats.percentiles)),
-        ("Clip length", _histogram(_length_bins(stats.clip_lengths), console.width)),
-        ("Words per sentence", _histogram(_word_bins(stats.words_per_sentence), console.width)),
+        ("Clip length", _histogram(length_bins, console.width)),
+        ("Words per sentence", _histogram(word_bins, console.width)),
         ("Categories (HD-VILA-100M's published shares beside)", _category_table(stats.categories)),
         ("Source sizes", _resolution_table(stats.resolutions)),
         ("Languages", _language_table(stats.languages)),
@@ -170,16 +174,6 @@ def _percentile_table(percentiles: dict[str, list[float]]) -> Table | None:
     for name, values in percentiles.items():
         table.add_row(name, *(f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" for value in values))
     return table
-
-
-def _length_bins(rows: list[Row]) -> list[tuple[str, int]]:
-    counts = {int(row["from_s"]): row["num_clips"] for row in rows}
-    return _bins(counts, 2, lambda at: f"{at}–{at + 2} s", lambda at: f"≥ {at} s")
-
-
-def _word_bins(rows: list[Row]) -> list[tuple[str, int]]:
-    counts = {row["from_words"]: row["num_sentences"] for row in rows}
-    return _bins(counts, 5, lambda at: f"{at}–{at + 4}", lambda at: f"≥ {at}")
 
 
 def _bins(
@@ -267,11 +261,11 @@ def _captioner_table(rows: list[Row]) -> Table | None:
 def _failure_table(stats: Statistics) -> Table | Text:
     if not stats.failures and not stats.dropped_sentences:
         return Text("none", style="green")
-    table = _table("stage", "reason", "items", "may heal")
+    table = _table("stage", "reason", "items", "retryable")
     table.columns[1].justify = "left"
     for row in stats.failures[:MAX_LINES]:
-        healing = f"{row['num_transient']:,}" if row["num_transient"] else ""
-        table.add_row(_name(row["stage"]), _name(row["error_class"]), f"{row['num_items']:,}", healing)
+        retryable = f"{row['num_transient']:,}" if row["num_transient"] else ""
+        table.add_row(_name(row["stage"]), _name(row["error_class"]), f"{row['num_items']:,}", retryable)
     if stats.dropped_sentences:
         table.add_row("segment", "sentences in no span", f"{stats.dropped_sentences:,}", "")
     return _with_rest(table, stats.failures)

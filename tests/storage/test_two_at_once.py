@@ -130,7 +130,7 @@ def test_a_lock_file_is_one_threads_at_a_time_and_then_gone(tmp_path):
 
 def failing(corpus: Corpus, video_id: str, holder: str) -> tuple[Task, list[Outcome]]:
     item = {"item_id": video_id, "key": "k", "attempts": 0, "cost": 1}
-    work = Task("segment", "u000000", [item], Settings(), "f", str(corpus.root), "run", holder=holder)
+    work = Task("segment", "u000000", [item], Settings(), "f", str(corpus.root), "run", lock_owner=holder)
     return work, [Outcome(video_id, failure=ItemError("internal-error", "its files were swept"))]
 
 
@@ -159,7 +159,7 @@ def test_a_download_of_a_build_before_puts_nothing_in_place(corpus, tmp_path, mo
 
     def download_as(holder: str) -> list[str]:
         outcomes, _ = run_download(
-            Task("download", "u000000", [item], settings, "f", str(corpus.root), "run", holder=holder)
+            Task("download", "u000000", [item], settings, "f", str(corpus.root), "run", lock_owner=holder)
         )
         assert outcomes[0].failure is None
         return [path.name for path in folder.iterdir()]

@@ -98,10 +98,7 @@ class PictureMaker:
 
 @functools.cache
 def _mapper() -> VideoReformatter:
-    """Return the process's colour mapper.
-
-    Its table takes seconds to build and serves all sources of a kind.
-    """
+    """Return the process's colour mapper. Its table takes seconds to build and serves all sources of a kind."""
     return VideoReformatter()
 
 
