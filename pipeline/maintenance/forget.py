@@ -11,15 +11,12 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from clipmill.base.errors import UserError
 from pipeline.engine.build import session
 from pipeline.engine.settings import resolve
 from pipeline.stages.pack import planned
 from shards.corpus.folder import Corpus
-from shards.corpus.source_ids import canonical_url, canonical_urls, video_id_for
+from shards.corpus.source_ids import canonical_url, video_id_for
 from shards.corpus.tombstones import hash_of, read_tombstones, write_tombstones
 from shards.packing.compact import (
     CompactReport,
@@ -30,7 +27,7 @@ from shards.packing.compact import (
     remove_sources,
 )
 from shards.packing.pack import select_samples, slots_of
-from shards.query.sql import open_manifest, rows_of
+from shards.query.sql import open_manifest, rows_of, selection, video_of_url
 from shards.storage.local import MANIFEST_NAME, UNFINISHED
 from shards.storage.mirror import for_reading, mirror_folder
 
@@ -64,13 +61,16 @@ def find(root: str | Path, ids: Sequence[str], urls: Sequence[str], where: str |
         )
     with open_manifest(here) as connection:
         named = [_known_id(connection, video_id) for video_id in ids if hash_of(video_id) not in forgotten]
-        by_url = {url: _id_of_url(connection, url) for url in urls}
+        by_url = {}
+        for url in urls:
+            try:
+                canonical = canonical_url(url if "://" in url else str(Path(url).absolute()))
+            except ValueError as error:
+                raise UserError(f"--url {url}: {error}; give a whole URL or a file's path.") from error
+            by_url[url] = video_of_url(connection, canonical)
         named += [video_id for video_id in by_url.values() if video_id]
         if where:
-            where = where.strip().rstrip(";")
-            if where.lower().startswith(("select", "with", "from")):
-                where = f"video_id IN (SELECT picked.video_id FROM (\n{where}\n) picked)"
-            named += rows_of(connection, f"SELECT video_id FROM videos WHERE (\n{where}\n)")
+            named += rows_of(connection, f"SELECT video_id FROM ({selection(where, 'videos', 'video_id')})")
         if where and not named:
             raise UserError(f"--where {where}: no video meets this condition.")
         unknown = [url for url, video_id in by_url.items() if video_id is None]
@@ -101,17 +101,6 @@ def _known_id(connection, video_id: str) -> str:
             f"--video {video_id}: the corpus has no such video." + (f" Similar: {', '.join(near)}." if near else "")
         )
     return video_id
-
-
-def _id_of_url(connection, url: str) -> str | None:
-    """Return the id of the video of a URL in any spelling, or of a file's path; None if the corpus lacks it."""
-    try:
-        canonical = canonical_url(url if "://" in url else str(Path(url).absolute()))
-    except ValueError as error:
-        raise UserError(f"--url {url}: {error}") from error
-    videos = connection.sql("SELECT video_id, url FROM videos").to_arrow_table().combine_chunks()
-    row = pc.index(canonical_urls(pa.array(videos["url"].to_pylist(), pa.string())), canonical).as_py()
-    return videos["video_id"][row].as_py() if row >= 0 else None
 
 
 def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:

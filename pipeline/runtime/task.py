@@ -185,9 +185,9 @@ def load_model(load: Callable[[Settings], object], settings: Settings, fingerpri
     return _unavailable[fingerprint]
 
 
-def limit_threads(num_threads: int = 1) -> None:
-    """Set how many threads native libraries of this process use: work is parallel over items, not inside them."""
+def limit_threads() -> None:
+    """Limit native libraries of this process to one thread: work is parallel over items, not inside them."""
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[variable] = str(num_threads)
-    pa.set_cpu_count(num_threads)
-    pa.set_io_thread_count(max(2, num_threads))
+        os.environ[variable] = "1"
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(2)

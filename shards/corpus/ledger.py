@@ -36,12 +36,12 @@ class FragmentFile:
 class Ledger:
     """The connection to the working database. `memory_limit` bounds DuckDB; no rows are kept in Python."""
 
-    def __init__(self, root: Path, stages: Sequence[StageQuery], *, memory_limit: str = "1GB", threads: int = 1):
+    def __init__(self, root: Path, stages: Sequence[StageQuery], *, memory_limit: str = "1GB"):
         self.root, self.files = root, files_of(root)
         self.stages = {stage.name: stage for stage in stages}
         self.path = root / ".clipmill" / "ledger.duckdb"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.connection = _connect(self.path, memory_limit, threads)
+        self.connection = _connect(self.path, memory_limit)
         self.tombstones: tuple[str, ...] = ()  # names of the tombstone files applied to the tables
         self.fingerprints: dict[str, str | None] = {}  # of the stages, at the last `refresh_state`
         self._create_tables()
@@ -415,8 +415,8 @@ def _layout() -> str:
     return digest([columns, _FRAGMENTS])
 
 
-def _connect(path: Path, memory_limit: str, threads: int) -> duckdb.DuckDBPyConnection:
-    config = {"memory_limit": memory_limit, "threads": threads, "preserve_insertion_order": False}
+def _connect(path: Path, memory_limit: str) -> duckdb.DuckDBPyConnection:
+    config = {"memory_limit": memory_limit, "threads": 1, "preserve_insertion_order": False}
     for attempt in (1, 2):
         try:
             connection = duckdb.connect(str(path), config=config)

@@ -91,17 +91,13 @@ def write_tar(path: str | Path, samples: Iterable[Sample], *, fsync: bool = Fals
     return members
 
 
-def write_clips_tar(path: str | Path, blobs: Iterable[Blob], *, fsync: bool = False) -> list[Member]:
+def write_clips_tar(path: str | Path, blobs: Iterable[Blob]) -> list[Member]:
     """Copy ranges of files into one tar, in the given order, a megabyte at a time; return the place of each member.
 
     Raises ItemError "truncated-blob" when a source ends before its range does; then nothing is left under `path`.
     """
-    members: list[Member] = []
-    with atomic_file(path, fsync=fsync) as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for blob in blobs:
-                members.append(_copy(blob, tar))
-    return members
+    with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        return [_copy(blob, tar) for blob in blobs]
 
 
 def write_clips(path: Path, rows: list[dict[str, Any]], source_of: Callable[[dict[str, Any]], Path]) -> None:

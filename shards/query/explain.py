@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import duckdb
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipmill.base.errors import UserError
 from shards.corpus.fragments import fragment_path
 from shards.corpus.schema import LEDGER
-from shards.corpus.source_ids import canonical_url, canonical_urls
+from shards.corpus.source_ids import canonical_url
 from shards.corpus.tombstones import hash_of, read_tombstones
-from shards.query.sql import open_manifest
+from shards.query.sql import open_manifest, video_of_url
 from shards.storage.local import MANIFEST_NAME
 from shards.storage.mirror import files_of, for_reading
 
@@ -90,9 +89,7 @@ def _resolve(connection: duckdb.DuckDBPyConnection, name: str) -> tuple[str | No
             return found[0]
     if found := connection.execute("SELECT video_id FROM videos WHERE source_id = ?", [name]).fetchall():
         return found[0][0], None
-    videos = connection.sql("SELECT video_id, url FROM videos").to_arrow_table().combine_chunks()
-    row = pc.index(canonical_urls(pa.array(videos["url"].to_pylist(), pa.string())), _canonical(name)).as_py()
-    return (videos["video_id"][row].as_py() if row >= 0 else None), None
+    return video_of_url(connection, _canonical(name)), None
 
 
 def _canonical(name: str) -> str:

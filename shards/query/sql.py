@@ -12,9 +12,11 @@ from typing import Any, TextIO
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipmill.base.errors import UserError
 from clipmill.base.text import sql_identifier, sql_literal
+from shards.corpus.source_ids import canonical_urls
 from shards.query.output import FORMATS, Format, write_answer
 from shards.storage.local import MANIFEST_NAME
 from shards.storage.mirror import for_reading
@@ -136,14 +138,21 @@ def rows_of(connection: duckdb.DuckDBPyConnection, sql: str) -> list[Any]:
         raise UserError(str(error)) from error
 
 
-def selection(where: str) -> str:
-    """Return SQL for the rows of `catalog` that a condition, or a SELECT with a clip_id column, picks."""
+def selection(where: str, table: str = "catalog", key: str = "clip_id") -> str:
+    """Return SQL for the rows of a table that a condition, or a SELECT with the column `key`, picks."""
     where = where.strip().rstrip(";").strip()
     if not where:
-        return "SELECT * FROM catalog"
+        return f"SELECT * FROM {table}"
     if re.match(r"(select|with|from)\b", where, re.IGNORECASE):
-        return f"SELECT * FROM catalog WHERE clip_id IN (SELECT picked.clip_id FROM (\n{where}\n) picked)"
-    return f"SELECT * FROM catalog WHERE (\n{where}\n)"
+        return f"SELECT * FROM {table} WHERE {key} IN (SELECT picked.{key} FROM (\n{where}\n) picked)"
+    return f"SELECT * FROM {table} WHERE (\n{where}\n)"
+
+
+def video_of_url(connection: duckdb.DuckDBPyConnection, canonical: str) -> str | None:
+    """Return the id of the video whose canonical URL or absolute path this is; None if the corpus lacks it."""
+    videos = connection.sql("SELECT video_id, url FROM videos").to_arrow_table().combine_chunks()
+    row = pc.index(canonical_urls(pa.array(videos["url"].to_pylist(), pa.string())), canonical).as_py()
+    return videos["video_id"][row].as_py() if row >= 0 else None
 
 
 def check_selection(connection: duckdb.DuckDBPyConnection, where: str, setting: str) -> None:

@@ -93,7 +93,11 @@ class Store:
                 page = client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix + prefix, **more)
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/"):  # empty objects that web consoles create for folders
-                    found[self._checked(entry["Key"])] = Object(entry["Size"], entry["ETag"])
+                    name = entry["Key"].removeprefix(self.prefix)
+                    # As a path, such a name would lead out of the mirror.
+                    if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
+                        raise UserError(f"{self.url}: the object {name!r} does not belong to a corpus: remove it.")
+                    found[name] = Object(entry["Size"], entry["ETag"])
             if not page.get("IsTruncated"):
                 return found
             more = {"ContinuationToken": page["NextContinuationToken"]}
@@ -176,13 +180,6 @@ class Store:
     def delete(self, key: str) -> None:
         with self._asking("written") as client:
             client.delete_object(**self._at(key))
-
-    def _checked(self, key: str) -> str:
-        """Return the key relative to the prefix. Raises UserError if that would lead out of the mirror as a path."""
-        name = key.removeprefix(self.prefix)
-        if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
-            raise UserError(f"{self.url}: the object {name!r} does not belong to a corpus: remove it.")
-        return name
 
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self.prefix + key}

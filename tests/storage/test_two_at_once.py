@@ -164,13 +164,13 @@ def test_a_download_of_a_build_before_puts_nothing_in_place(corpus, tmp_path, mo
         assert outcomes[0].failure is None
         return [path.name for path in folder.iterdir()]
 
-    def probe_while_another_begins(timeout_s, path):
+    def probe_while_another_begins(sandbox, probe, path, timeout_s):
         (corpus.private / "lock").write_text("process 1 on another machine since then")
 
     with corpus.writer():
         holder = corpus.lock_owner
         with monkeypatch.context() as patch, pytest.raises(UserError, match="another process is writing"):
-            patch.setattr("pipeline.stages.download.stage._probe_in_sandbox", probe_while_another_begins)
+            patch.setattr("clipmill.media.sandbox.Sandbox.call", probe_while_another_begins)
             download_as(holder)
         assert [path.name for path in folder.rglob("*")] == ["a.part", "media"]
         shutil.rmtree(folder / "a.part")
