@@ -137,6 +137,13 @@ def caption_in_batches(
     return answers
 
 
+def caption_of(ids: list[int], log_probs: list[float], end: int, decode: Callable[[list[int]], str]) -> Caption:
+    """Make a caption of `ids` (start, text, id `end`, padding); `log_probs[i]` belongs to `ids[i + 1]`."""
+    stop = ids.index(end, 1) if end in ids[1:] else len(ids)
+    scored = log_probs[:stop]
+    return Caption(" ".join(decode(ids[1:stop]).split()), round(sum(scored) / len(scored), SCORE_DECIMALS), stop - 1)
+
+
 def frame_seed(picture: "Image.Image", seed: int) -> int:
     """Return the random seed of a picture, which depends on its pixels and `seed` only, not on its batch."""
     pixels = hashlib.sha256(picture.tobytes()).digest()

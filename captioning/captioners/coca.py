@@ -10,7 +10,7 @@ import open_clip
 import torch
 from PIL import Image
 
-from captioning.captioner import SCORE_DECIMALS, Caption, caption_in_batches, fingerprint_of, frame_seed
+from captioning.captioner import Caption, caption_in_batches, caption_of, fingerprint_of, frame_seed
 from captioning.model_identity import open_clip_name
 from captioning.open_clip_loader import LoadedModel, load_open_clip
 from captioning.settings import CaptionSettings
@@ -54,7 +54,8 @@ class CocaCaptioner:
         logits_BLV = self.loaded.model(None, scored_BL, image_latent=latent_BD, image_embs=tokens_BPD)["logits"]
         log_probs_BL = logits_BLV.float().log_softmax(-1).gather(-1, scored_BL[:, 1:, None])[..., 0]
         answers = zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
-        return [self._as_caption(ids, scores) for ids, scores in answers]
+        tokenizer = self.loaded.tokenizer
+        return [caption_of(ids, scores, tokenizer.eot_token_id, tokenizer.decode) for ids, scores in answers]
 
     def _generate(self, pictures: list[Image.Image], latent_BD: torch.Tensor, tokens_BPD: torch.Tensor) -> torch.Tensor:
         """Generate ids [B, L], padded to the longest; when sampling, one by one, each with the seed of its frame."""
@@ -87,14 +88,6 @@ class CocaCaptioner:
                 sot_token_id=tokenizer.sot_token_id,
                 eos_token_id=tokenizer.eot_token_id,
             )
-
-    def _as_caption(self, ids: list[int], log_probs: list[float]) -> Caption:
-        """Make a caption of `ids` (start, text, end, padding); `log_probs[i]` belongs to `ids[i + 1]`."""
-        end = self.loaded.tokenizer.eot_token_id
-        stop = ids.index(end) if end in ids else len(ids)
-        scored = log_probs[:stop]
-        text = " ".join(self.loaded.tokenizer.decode(ids[1:stop]).split())
-        return Caption(text, round(sum(scored) / len(scored), SCORE_DECIMALS), stop - 1)
 
 
 @contextmanager

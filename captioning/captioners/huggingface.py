@@ -4,6 +4,7 @@ A model is named (with a revision) or stored in a local folder. Code in a model'
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from captioning.captioner import SCORE_DECIMALS, Caption, caption_in_batches, fingerprint_of, frame_seed
+from captioning.captioner import Caption, caption_in_batches, caption_of, fingerprint_of, frame_seed
 from captioning.model_identity import folder_identity
 from captioning.open_clip_loader import DTYPES, use_device
 from captioning.settings import CaptionSettings
@@ -74,7 +75,8 @@ class HuggingFaceCaptioner:
         logits_BLV = logits[:, 1 - ids_BL.shape[1] :]  # some models put the picture's tokens before the text's
         log_probs_BL = logits_BLV.float().log_softmax(-1).gather(-1, ids_BL[:, 1:, None])[..., 0]
         answers = zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
-        return [self._as_caption(ids, scores) for ids, scores in answers]
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        return [caption_of(ids, scores, self.end_id, decode) for ids, scores in answers]
 
     def _decoding(self) -> dict[str, Any]:
         chosen = self.settings
@@ -89,10 +91,3 @@ class HuggingFaceCaptioner:
             return common
         limit = {"top_k": chosen.top_k} if chosen.generation == "top_k" else {"top_k": 0, "top_p": chosen.top_p}
         return {**common, **limit, "temperature": chosen.temperature}
-
-    def _as_caption(self, ids: list[int], log_probs: list[float]) -> Caption:
-        """Make a caption of `ids` (start, text, end, padding); `log_probs[i]` belongs to `ids[i + 1]`."""
-        stop = ids.index(self.end_id, 1) if self.end_id in ids[1:] else len(ids)
-        scored = log_probs[:stop]
-        text = " ".join(self.tokenizer.decode(ids[1:stop], skip_special_tokens=True).split())
-        return Caption(text, round(sum(scored) / len(scored), SCORE_DECIMALS), stop - 1)

@@ -39,7 +39,7 @@ SIGNS_OF_MEMORY = ("MemoryError", "Memory allocation", "Cannot allocate memory",
 
 
 class Sandbox:
-    """Runs functions in a child process under limits. Thread-safe: calls wait for one another. A context manager."""
+    """Run functions in a child process under limits. Thread-safe: calls wait for one another. A context manager."""
 
     def __init__(self, memory_bytes: int = 3 * 2**30, file_bytes: int = 20 * 2**30, calls_per_child: int = 200):
         """Set the limits; the child is started by the first call.

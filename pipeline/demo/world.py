@@ -76,7 +76,12 @@ def make_world(folder: str | Path, settings: WorldSettings, progress: Progress |
         if progress:
             progress(len(rows), len(jobs))
     rows.sort(key=lambda row: row["index"])
-    rows += [_duplicate(folder, rows[0], len(rows))] if "duplicate" in settings.broken else []
+    if "duplicate" in settings.broken:  # a copy of the first video under another name and URL
+        video_id = f"{rows[0]['video_id']}copy"
+        file = f"videos/{video_id}{Path(rows[0]['file']).suffix}"
+        shutil.copyfile(folder / rows[0]["file"], folder / file)
+        changed = {"index": len(rows), "video_id": video_id, "file": file, "url_path": f"/{file}"}
+        rows.append(rows[0] | changed | {"broken": "duplicate", "duplicate_of": rows[0]["video_id"]})
     return _finish(folder, settings, fingerprint, rows)
 
 
@@ -223,15 +228,6 @@ def _write_media(path: Path, plan: VideoPlan, broken: str | None, rng: np.random
     if broken == "cut-off":
         return {"cut_after_bytes": path.stat().st_size // 2, "times": 1}
     return {"status": 503, "times": 1} if broken == "unavailable-once" else None
-
-
-def _duplicate(folder: Path, original: dict[str, Any], index: int) -> dict[str, Any]:
-    """Copy a video to another name and URL; return its row of the truth."""
-    video_id = f"{original['video_id']}copy"
-    file = f"videos/{video_id}{Path(original['file']).suffix}"
-    shutil.copyfile(folder / original["file"], folder / file)
-    changed = {"index": index, "video_id": video_id, "file": file, "url_path": f"/{file}", "broken": "duplicate"}
-    return original | changed | {"duplicate_of": original["video_id"]}
 
 
 def _file_facts(path: Path, plan: VideoPlan) -> dict[str, Any]:

@@ -248,7 +248,7 @@ def _pax_records(data: bytes) -> dict[str, Any]:
 
 
 class _Piece:
-    """Reads at most `num_bytes` of a file and hashes them; `ended_early` when the file has fewer."""
+    """Read at most `num_bytes` of a file and hash them; `ended_early` when the file has fewer."""
 
     def __init__(self, source: IO[bytes], num_bytes: int):
         self.source, self.left, self.ended_early = source, num_bytes, False

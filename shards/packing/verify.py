@@ -346,7 +346,7 @@ def _differences(where: str, name: str, rows: pa.Table, wanted: Any, kind: str, 
 
 
 class _TarReader:
-    """Compares one tar with its samples' rows while it is read; at most one member is in memory."""
+    """Compare one tar with its samples' rows while reading it; at most one member is in memory."""
 
     def __init__(self, shard: _Shard, decode_frames: Callable[[bytes], int] | None, forgotten: set[str]):
         self.shard, self.forgotten = shard, forgotten

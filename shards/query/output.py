@@ -179,7 +179,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """Number repeated column names: n, n_1, n_2."""
+    """Make repeated column names distinct: n, n_1, n_2."""
     distinct: dict[str, None] = {}
     for name in names:
         candidate, count = name, 0

@@ -3,6 +3,7 @@
 Everything is counted by SQL over the manifest's views; `render` draws it for a terminal of 80 columns or more.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +153,11 @@ def _overview(stats: Statistics) -> Table:
     ):
         table.add_row(label, _number(totals[name], shape), _number(HD_VILA[name], shape))
     table.add_row("hours of clips", _hours(totals["clip_hours"]), _hours(HD_VILA["clip_hours"]))
-    table.add_row("resolution of most videos", _usual_resolution(stats.resolutions), HD_VILA["resolution"])
+    by_height: Counter[int] = Counter()
+    for row in stats.resolutions:
+        by_height[min(row["width"], row["height"])] += row["num_videos"]
+    usual = max(by_height, key=lambda height: (by_height[height], height), default=None)
+    table.add_row("resolution of most videos", f"{usual}p" if usual else "–", HD_VILA["resolution"])
     table.add_row("samples in shards", f"{totals['num_samples']:,} in {totals['num_shards']:,}", "")
     table.add_row("size of the clips", _size(totals["clip_bytes"]), "")
     return table
@@ -283,14 +288,6 @@ def _with_rest(table: Table, rows: list[Row]) -> Table:
     if len(rows) > MAX_LINES:
         table.caption, table.caption_justify = f"and {len(rows) - MAX_LINES:,} more", "left"
     return table
-
-
-def _usual_resolution(rows: list[Row]) -> str:
-    by_height: dict[int, int] = {}
-    for row in rows:
-        lines = min(row["width"], row["height"])
-        by_height[lines] = by_height.get(lines, 0) + row["num_videos"]
-    return f"{max(by_height, key=lambda lines: (by_height[lines], lines))}p" if by_height else "–"
 
 
 def _name(value: str | None) -> Text:
