@@ -70,22 +70,13 @@ class Statistics:
 
 def report(connection: duckdb.DuckDBPyConnection) -> Statistics:
     """Count everything, in one or two seconds for a million clips."""
-    rows = {
-        name: _rows(connection, f"SELECT * FROM {name}")
-        for name in ("totals", "funnel", "categories", "resolutions", "clip_lengths", "words_per_sentence", "languages")
-    }
+    views = ("funnel", "categories", "resolutions", "clip_lengths", "words_per_sentence", "languages", "captioners")
     return Statistics(
-        totals=rows["totals"][0],
+        totals=_rows(connection, "SELECT * FROM totals")[0],
         percentiles=_percentiles(connection),
-        funnel=rows["funnel"],
-        categories=rows["categories"],
         failures=_rows(connection, "SELECT * FROM failures_by_reason"),
         dropped_sentences=_rows(connection, "SELECT count(*) AS n FROM sentences WHERE clip_id IS NULL")[0]["n"],
-        resolutions=rows["resolutions"],
-        clip_lengths=rows["clip_lengths"],
-        words_per_sentence=rows["words_per_sentence"],
-        languages=rows["languages"],
-        captioners=_rows(connection, "SELECT * FROM captioners"),
+        **{view: _rows(connection, f"SELECT * FROM {view}") for view in views},
     )
 
 
@@ -217,50 +208,38 @@ def _bar(share: float, width: int) -> str:
 
 
 def _category_table(rows: list[Row]) -> Table | None:
-    if not rows:
-        return None
-    table = _table("category", "videos", "share", "HD-VILA", "clips", "share", "HD-VILA")
-    for row in rows[:MAX_LINES]:
+    def cells(row: Row) -> list[Text | str]:
         of_videos, of_clips = HD_VILA_CATEGORIES.get(row["category"], (None, None))
-        table.add_row(
-            _name(row["category"]),
-            f"{row['num_videos']:,}",
-            _percent(row["video_share"]),
-            _number(of_videos, ".1f", "%"),
-            f"{row['num_clips']:,}",
-            _percent(row["clip_share"]),
-            _number(of_clips, ".1f", "%"),
-        )
-    return _with_rest(table, rows)
+        videos = [f"{row['num_videos']:,}", _percent(row["video_share"]), _number(of_videos, ".1f", "%")]
+        clips = [f"{row['num_clips']:,}", _percent(row["clip_share"]), _number(of_clips, ".1f", "%")]
+        return [_name(row["category"]), *videos, *clips]
+
+    columns = ("category", "videos", "share", "HD-VILA", "clips", "share", "HD-VILA")
+    return _data_table(columns, rows, cells)
 
 
 def _resolution_table(rows: list[Row]) -> Table | None:
-    if not rows:
-        return None
-    table = _table("size", "videos", "clips", "hours")
-    for row in rows[:MAX_LINES]:
-        size = f"{row['width']}×{row['height']}"
-        table.add_row(size, f"{row['num_videos']:,}", f"{row['num_clips']:,}", _hours(row["hours"]))
-    return _with_rest(table, rows)
+    def cells(row: Row) -> list[str]:
+        counts = [f"{row['num_videos']:,}", f"{row['num_clips']:,}"]
+        return [f"{row['width']}×{row['height']}", *counts, _hours(row["hours"])]
+
+    return _data_table(("size", "videos", "clips", "hours"), rows, cells)
 
 
 def _language_table(rows: list[Row]) -> Table | None:
-    if not rows:
-        return None
-    table = _table("language", "clips", "hours")
-    for row in rows[:MAX_LINES]:
-        table.add_row(_name(row["language"]), f"{row['num_clips']:,}", _hours(row["hours"]))
-    return _with_rest(table, rows)
+    return _data_table(
+        ("language", "clips", "hours"),
+        rows,
+        lambda row: [_name(row["language"]), f"{row['num_clips']:,}", _hours(row["hours"])],
+    )
 
 
 def _captioner_table(rows: list[Row]) -> Table | None:
-    if not rows:
-        return None
-    table = _table("captioner", "captions", "served", "empty", "mean score")
-    for row in rows[:MAX_LINES]:
-        counts = (f"{row[name]:,}" for name in ("num_captions", "num_served", "num_empty"))
-        table.add_row(_name(row["captioner"]), *counts, _number(row["mean_score"], ".3f"))
-    return _with_rest(table, rows)
+    def cells(row: Row) -> list[Text | str]:
+        counts = [f"{row[name]:,}" for name in ("num_captions", "num_served", "num_empty")]
+        return [_name(row["captioner"]), *counts, _number(row["mean_score"], ".3f")]
+
+    return _data_table(("captioner", "captions", "served", "empty", "mean score"), rows, cells)
 
 
 def _failure_table(stats: Statistics) -> Table | Text:
@@ -282,6 +261,16 @@ def _table(first: str, *others: str) -> Table:
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def _data_table(columns: tuple[str, ...], rows: list[Row], cells: Callable[[Row], list[Any]]) -> Table | None:
+    """Return a table of the first MAX_LINES rows; None without rows."""
+    if not rows:
+        return None
+    table = _table(*columns)
+    for row in rows[:MAX_LINES]:
+        table.add_row(*cells(row))
+    return _with_rest(table, rows)
 
 
 def _with_rest(table: Table, rows: list[Row]) -> Table:
