@@ -96,39 +96,57 @@ ROTATED_INDEX, ROTATED_EVERY = 3, 40  # the index is among the first four, so th
 class WorldSettings(Settings):
     """Size, looks, files, subtitles and broken sources of a demo world."""
 
-    # Size
-    num_videos: int = Field(24, ge=1)  # working videos; about 9 scenes each
-    seed: int = Field(0, ge=0)  # of all random choices
-    min_video_s: float = Field(30.0, ge=1.0)  # durations are uniform between these two
+    # Working videos, of about 9 scenes each.
+    num_videos: int = Field(24, ge=1)
+    # Seed of all random choices.
+    seed: int = Field(0, ge=0)
+    # Least seconds of a video; lengths are uniform between this and max_video_s.
+    min_video_s: float = Field(30.0, ge=1.0)
+    # Most seconds of a video.
     max_video_s: float = Field(120.0, ge=1.0)
-    min_scene_s: float = Field(3.0, ge=1.0)  # a shorter scene leaves no time for a sentence
-    max_scene_s: float = Field(15.0, ge=1.0)  # HD-VILA's mean clip is 13.4 s
+    # Least seconds of a scene: a shorter one leaves no time for a sentence.
+    min_scene_s: float = Field(3.0, ge=1.0)
+    # Most seconds of a scene. HD-VILA's mean clip is 13.4 s.
+    max_scene_s: float = Field(15.0, ge=1.0)
 
-    # Pictures
-    pair_fraction: float = Field(0.3, ge=0, le=1)  # scenes with two objects, among those long enough to describe both
-    fade_fraction: float = Field(0.1, ge=0, le=1)  # cuts that are cross-fades of half a second
-    combinations: Literal["all", "seen", "held-out"] = "all"  # of colour, shape and motion, for tests on unseen ones
-    held_out_fraction: float = Field(0.15, gt=0, lt=1)  # share of the combinations that are "held-out", not "seen"
-    held_out_seed: int = Field(0, ge=0)  # decides which ones; keep it the same in both worlds
+    # Share of scenes with two objects, among those long enough to describe both.
+    pair_fraction: float = Field(0.3, ge=0, le=1)
+    # Share of cuts that are cross-fades of half a second.
+    fade_fraction: float = Field(0.1, ge=0, le=1)
+    # Combinations of colour, shape and motion that scenes show, for tests on unseen ones.
+    combinations: Literal["all", "seen", "held-out"] = "all"
+    # Share of the combinations that are "held-out", not "seen".
+    held_out_fraction: float = Field(0.15, gt=0, lt=1)
+    # Seed that decides which combinations are held out; keep it the same in both worlds.
+    held_out_seed: int = Field(0, ge=0)
 
-    # Files: weighted choice among these
+    # Picture sizes, of which each video gets one by a weighted choice.
     sizes: tuple[SizeName, ...] = Field(tuple(SIZES), min_length=1)
+    # Frame rates, of which each video gets one by a weighted choice.
     rates: tuple[RateName, ...] = Field(tuple(RATES), min_length=1)
+    # Containers and codecs, of which each video gets one by a weighted choice.
     formats: tuple[FormatName, ...] = Field(FormatName.__args__, min_length=1)
-    rotation: bool = True  # one MP4 in forty (and among the first four) is rotated by metadata, as on phones
-    audio_fraction: float = Field(0.4, ge=0, le=1)  # videos with a quiet audio track without speech
+    # Rotate one MP4 in forty, and one of the first four, by metadata, as phones do.
+    rotation: bool = True
+    # Share of videos with a quiet audio track without speech.
+    audio_fraction: float = Field(0.4, ge=0, le=1)
 
-    # Subtitles and their noise
-    missing_fraction: float = Field(0.1, ge=0, le=1)  # videos without subtitles
-    manual_fraction: float = Field(0.4, ge=0, le=1)  # of the subtitles: written by people, punctuated; else automatic
-    shifted_fraction: float = Field(0.15, ge=0, le=1)  # subtitles that are late or early
-    max_shift_s: float = Field(2.0, ge=1.0)  # most seconds by which they are; the least is one
-    filler_fraction: float = Field(0.15, ge=0, le=1)  # scenes with unrelated speech
+    # Share of videos without subtitles.
+    missing_fraction: float = Field(0.1, ge=0, le=1)
+    # Share of the subtitles that are written by people, with punctuation; the others are automatic.
+    manual_fraction: float = Field(0.4, ge=0, le=1)
+    # Share of the subtitles that are late or early.
+    shifted_fraction: float = Field(0.15, ge=0, le=1)
+    # Most seconds by which these are late or early; the least is one.
+    max_shift_s: float = Field(2.0, ge=1.0)
+    # Share of scenes with unrelated speech.
+    filler_fraction: float = Field(0.15, ge=0, le=1)
 
-    # Sources that never work, or fail at first, and one that is a copy of another
+    # Kinds of broken sources: some never work, some fail at first, and one is a copy of another.
     broken: tuple[BrokenKind, ...] = ()
 
-    workers: int = operational(0, ge=0)  # processes; 0: one per core
+    # Processes that write the world; 0: one per core.
+    workers: int = operational(0, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> "WorldSettings":
