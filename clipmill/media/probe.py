@@ -73,7 +73,7 @@ def video_stream(container):
 
 
 def rotation_of(stream_frame) -> int:
-    """Return the clockwise display rotation of a decoded PyAV frame in degrees, 0 where none is signalled."""
+    """Return the clockwise display rotation of a decoded PyAV frame in degrees, 0 if none is signalled."""
     return round(-stream_frame.rotation) % 360
 
 

@@ -272,7 +272,7 @@ _FRAGMENTS: dict[str, Columns] = {
         settings=STRING,  # of the editing, as JSON
     ),
 }
-# edit, too: clips cut again where the boundaries moved; span_start_s and span_end_s are those of the edit
+# edit, too: clips cut again because their boundaries moved; span_start_s and span_end_s are those of the edit
 _FRAGMENTS["edited_clips"] = _columns(
     editing=STRING, round=INT32, **{name: each.type for name, each in _FRAGMENTS["clips"].items()}
 )

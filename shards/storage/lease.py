@@ -167,5 +167,5 @@ def _machine() -> str:
 
 
 def _now() -> float:
-    """Return seconds of a clock that continues while the machine sleeps, where the system has one."""
+    """Return seconds of a clock that continues while the machine sleeps, if the system has one."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -28,7 +28,7 @@ class Files:
         self.root = root
 
     def local(self, relative: str) -> Path:
-        """Return the path where a file can be read. Absolute paths (sources used where they lie) stay as they are."""
+        """Return the path to read a file from. Absolute paths (sources used in place) do not change."""
         return self.root / relative
 
     def has(self, relative: str) -> bool:
