@@ -1,4 +1,4 @@
-"""The captioner interface, the registry of built-in captioners, and what all of them share.
+"""The captioner interface, the registry of built-in captioners, and their shared functions.
 
 A captioner gets frames and returns a `Caption` or an `ItemError` for each of them, in order. An empty answer of the
 model stays the text "". Import no model library at the top of this module: commands that run no model import it, too.
@@ -22,7 +22,7 @@ from clipmill.base.settings import digest
 if TYPE_CHECKING:
     from PIL import Image
 
-CODE_VERSION = 1  # raise it when captioners write something else for the same settings: all captions become pending
+CODE_VERSION = 1  # raise it when captions change for the same settings: all captions become pending
 SCORE_DECIMALS = 4  # float32 sums differ in the sixth decimal between batch sizes and processors
 
 
@@ -30,7 +30,7 @@ SCORE_DECIMALS = 4  # float32 sums differ in the sixth decimal between batch siz
 class Caption:
     """The caption of one frame."""
 
-    text: str  # "" where the model gives none
+    text: str  # "" for an empty answer
     score: float | None  # mean natural log-probability of the text's tokens and the end token; None: unknown
     num_tokens: int  # of the text, without start and end
 
@@ -50,14 +50,13 @@ class Captioner(Protocol):
 def load_captioner(settings: CaptionSettings) -> Captioner:
     """Load the captioner of these settings with its model; the same settings give the same object.
 
-    Raises UserError where the settings name no captioner, or a model that cannot be loaded.
+    Raises UserError for an unknown captioner, or a model that cannot be loaded.
     """
     return _load(settings.model_dump_json(), fingerprint_of(settings))
 
 
 @lru_cache(maxsize=2)  # the fingerprint is part of the key, so that weights changed on disk are loaded again
 def _load(settings_json: str, fingerprint: str) -> Captioner:
-    """Load a captioner, cached by its settings and fingerprint."""
     settings = CaptionSettings.model_validate_json(settings_json)
     factory = load_attribute("caption.captioner", settings.captioner, _BUILT_IN.get(settings.captioner))
     captioner = factory(settings)
@@ -72,14 +71,14 @@ def _load(settings_json: str, fingerprint: str) -> Captioner:
 def fingerprint_of(settings: CaptionSettings) -> str:
     """Hash everything but the frame that a caption depends on. Reads local weights once; loads no model.
 
-    Raises UserError where a file, folder or module that the settings name is missing.
+    Raises UserError for a missing file, folder or module.
     """
     chosen = settings.model_dump(mode="json", exclude=settings._operational() | {"model", "pretrained", "revision"})
     return digest([CODE_VERSION, chosen, _model_identity(settings)])
 
 
 def _model_identity(settings: CaptionSettings) -> list:
-    """Return what identifies the model: names of published models, hashes of local files."""
+    """Return the identity of the model: the name of a published one, hashes of local files."""
     if settings.captioner == "coca":
         return open_clip_identity(settings.model, settings.pretrained, "caption")
     if settings.captioner == "huggingface":
@@ -136,6 +135,13 @@ def caption_in_batches(
         captions = iter(caption_batch(pictures) if pictures else [])
         answers += [frame if isinstance(frame, ItemError) else next(captions) for frame in frames]
     return answers
+
+
+def caption_of(ids: list[int], log_probs: list[float], end: int, decode: Callable[[list[int]], str]) -> Caption:
+    """Make a caption of `ids` (start, text, id `end`, padding); `log_probs[i]` belongs to `ids[i + 1]`."""
+    stop = ids.index(end, 1) if end in ids[1:] else len(ids)
+    scored = log_probs[:stop]
+    return Caption(" ".join(decode(ids[1:stop]).split()), round(sum(scored) / len(scored), SCORE_DECIMALS), stop - 1)
 
 
 def frame_seed(picture: "Image.Image", seed: int) -> int:

@@ -23,14 +23,14 @@ CLASSES = {"demo_captioner": open_clip.CoCa, "demo_clip": open_clip.CLIP}
 
 
 def load_captioner(settings: CaptionSettings) -> CocaCaptioner:
-    """Load the captioner of `captioner: demo`."""
+    """Load the demo captioner, as the plug-in `captioner: demo`."""
     return CocaCaptioner(load_model("demo_captioner", settings, "caption"), settings, "demo")
 
 
 def load_model(name: str, settings: CaptionSettings | ScoreSettings, section: str) -> LoadedModel:
     """Load a shipped model with its weights, on the device and in the precision of the settings.
 
-    `section` names the settings' section in messages. Raises UserError where the device is missing.
+    `section` names the settings' section in messages. Raises UserError if the device is missing.
     """
     config = json.loads((DEMO_WEIGHTS / f"{name}.json").read_text())
     device, dtype = use_device(settings, section), DTYPES[settings.precision]

@@ -39,7 +39,7 @@ def demo_identity(name: str) -> list[str]:
 
 
 def weights_file(pretrained: str, setting: str) -> Path | None:
-    """Return the local file that `pretrained` names, None for a tag. Raises UserError where a file is missing."""
+    """Return the local file that `pretrained` names, None for a tag. Raises UserError for a missing file."""
     path = Path(pretrained).expanduser()
     if path.suffix not in WEIGHT_SUFFIXES and not path.is_file():
         return None
@@ -53,7 +53,7 @@ def weights_file(pretrained: str, setting: str) -> Path | None:
 
 
 def model_folder(model: str, setting: str) -> Path:
-    """Return the folder that open_clip's `local-dir:` names. Raises UserError where it is not a model's folder."""
+    """Return the folder that open_clip's `local-dir:` names. Raises UserError for any other folder."""
     folder = Path(model.removeprefix(LOCAL_DIR)).expanduser()
     if not (folder / "open_clip_config.json").is_file():
         raise UserError(
@@ -64,7 +64,7 @@ def model_folder(model: str, setting: str) -> Path:
 
 
 def open_clip_identity(model: str, pretrained: str, section: str) -> list:
-    """Return what identifies an open_clip model: names of a published one, hashes of local files."""
+    """Return the identity of an open_clip model: the name of a published one, hashes of local files."""
     if model.startswith(LOCAL_DIR):
         return ["local-dir", folder_identity(model_folder(model, f"{section}.model"))]
     file = weights_file(pretrained, f"{section}.pretrained")

@@ -1,7 +1,7 @@
 """Load published or local open_clip models without unpickling code, and choose their device.
 
 Importing this module takes seconds, because open_clip imports torch, torchvision, timm and transformers. Import it
-where a model is loaded, not at the top of modules that every command reads.
+late, when a model is loaded, not at the top of modules that every command reads.
 """
 
 import pickle
@@ -38,9 +38,9 @@ class LoadedModel:
 
 
 def use_device(settings: CaptionSettings | ScoreSettings, section: str) -> torch.device:
-    """Return the device of the settings, and set torch's number of threads where they give one.
+    """Return the device of the settings, and set torch's number of threads if they give one.
 
-    Raises UserError where the settings ask for a GPU and there is none.
+    Raises UserError if the settings ask for a GPU that torch does not find.
     """
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)

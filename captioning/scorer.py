@@ -45,7 +45,6 @@ def load_scorer(settings: ScoreSettings) -> "Scorer":
 
 @lru_cache(maxsize=2)  # the fingerprint is part of the key, so that weights changed on disk are loaded again
 def _load(settings_json: str, fingerprint: str) -> "Scorer":
-    """Load a scorer, cached by its settings and fingerprint."""
     settings = ScoreSettings.model_validate_json(settings_json)
     if settings.model == "demo":
         from captioning.demo_models import load_model
@@ -76,11 +75,13 @@ class Scorer:
         """Return a row of `scores` per clip, in order, or the ItemError "undecodable-frame"."""
         frames = {row.jpeg: None for row in rows if row.jpeg is not None}
         images = self._image_features(frames)
-        texts = self._text_features(dict.fromkeys(t for row in rows for t in (row.subtitle, row.caption) if t))
+        texts: dict[str, torch.Tensor] = {}
+        for batch in _batched(dict.fromkeys(t for r in rows for t in (r.subtitle, r.caption) if t), self.batch_size):
+            ids = self.loaded.tokenizer(batch).to(self.loaded.device)  # cuts texts at the model's context length
+            texts |= zip(batch, self._encode(self.loaded.model.encode_text, ids), strict=True)
         return [self._row(row, images.get(row.jpeg), texts) for row in rows]
 
     def _row(self, row: ScoreInput, image: Any, texts: dict[str, "torch.Tensor"]) -> dict[str, Any] | ItemError:
-        """Make the row of a clip from the features of its frame and of all texts."""
         if isinstance(image, ItemError):
             return image
         subtitle, caption = texts.get(row.subtitle), texts.get(row.caption)
@@ -107,14 +108,6 @@ class Scorer:
                 features |= zip(pictures, self._encode(self.loaded.model.encode_image, pixels), strict=True)
         return features
 
-    def _text_features(self, texts: Iterable[str]) -> dict[str, "torch.Tensor"]:
-        """Return the unit vector [D] of every text; the tokenizer cuts long ones at the model's context length."""
-        features: dict[str, torch.Tensor] = {}
-        for batch in _batched(texts, self.batch_size):
-            ids = self.loaded.tokenizer(batch).to(self.loaded.device)
-            features |= zip(batch, self._encode(self.loaded.model.encode_text, ids), strict=True)
-        return features
-
     def _encode(self, tower: Callable, inputs: "torch.Tensor") -> "torch.Tensor":
         """Encode a batch to unit vectors, float32 [B, D] on the CPU."""
         import torch
@@ -133,11 +126,10 @@ def speech_columns(subtitle: str | None, duration_s: float | None) -> dict[str, 
 
 
 def _cosine(first: "torch.Tensor | None", second: "torch.Tensor | None") -> float | None:
-    """Return the cosine of two unit vectors, rounded; None where one is missing."""
+    """Return the cosine of two unit vectors, rounded; None if one is missing."""
     return None if first is None or second is None else round(float(first @ second), DECIMALS)
 
 
 def _batched(items: Iterable, size: int) -> Iterable[list]:
-    """Divide items into lists of at most `size`."""
     items = list(items)
     return (items[start : start + size] for start in range(0, len(items), size))

@@ -15,7 +15,7 @@ CaptionerName = Annotated[str, Field(pattern=r"^(coca|huggingface|demo|[A-Za-z_]
 class ModelSettings(Settings):
     """Settings that the caption and score stages share: how to run a model, which does not change its results."""
 
-    # Device of the model. auto: a GPU where there is one.
+    # Device of the model. auto: a GPU if torch finds one.
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
     # Images per forward pass: 32 frames of ViT-L fit in 8 GB.
     batch_size: int = operational(32, ge=1, le=4096)
@@ -46,7 +46,7 @@ class CaptionSettings(ModelSettings):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     # Decoding; the defaults of this and the following settings are those of CoCa's authors. top_k with top_k = 1 is
-    # greedy, and fastest.
+    # greedy and fastest.
     generation: Literal["beam_search", "top_k", "top_p"] = "beam_search"
     # beam_search: number of hypotheses kept.
     num_beams: int = Field(6, ge=1, le=64)
@@ -72,7 +72,6 @@ class CaptionSettings(ModelSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        """Check settings that depend on each other."""
         if self.min_tokens >= self.max_tokens:
             raise ValueError(f"min_tokens = {self.min_tokens} must be below max_tokens = {self.max_tokens}")
         if self.captioner == "coca" and self.generation == "beam_search" and self.num_beams % self.num_beam_groups:
@@ -102,7 +101,6 @@ class ScoreSettings(ModelSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        """Check settings that depend on each other."""
         if self.model == "demo" and self.pretrained != CLIP_PRETRAINED:
             raise ValueError("model = demo has its own weights: leave out pretrained, or set model")
         return self

@@ -10,7 +10,7 @@ import open_clip
 import torch
 from PIL import Image
 
-from captioning.captioner import SCORE_DECIMALS, Caption, caption_in_batches, fingerprint_of, frame_seed
+from captioning.captioner import Caption, caption_in_batches, caption_of, fingerprint_of, frame_seed
 from captioning.model_identity import open_clip_name
 from captioning.open_clip_loader import LoadedModel, load_open_clip
 from captioning.settings import CaptionSettings
@@ -43,7 +43,6 @@ class CocaCaptioner:
         self.fingerprint = fingerprint_of(settings)
 
     def caption(self, images: Sequence[Image.Image | bytes]) -> list[Caption | ItemError]:
-        """Return an answer per image, in order."""
         return caption_in_batches(images, self.settings.batch_size, self._caption_batch)
 
     @torch.inference_mode()
@@ -54,9 +53,9 @@ class CocaCaptioner:
         scored_BL = ids_BL[:, : self.loaded.model.context_length]
         logits_BLV = self.loaded.model(None, scored_BL, image_latent=latent_BD, image_embs=tokens_BPD)["logits"]
         log_probs_BL = logits_BLV.float().log_softmax(-1).gather(-1, scored_BL[:, 1:, None])[..., 0]
-        return [
-            self._as_caption(ids, scores) for ids, scores in zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
-        ]
+        answers = zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
+        tokenizer = self.loaded.tokenizer
+        return [caption_of(ids, scores, tokenizer.eot_token_id, tokenizer.decode) for ids, scores in answers]
 
     def _generate(self, pictures: list[Image.Image], latent_BD: torch.Tensor, tokens_BPD: torch.Tensor) -> torch.Tensor:
         """Generate ids [B, L], padded to the longest; when sampling, one by one, each with the seed of its frame."""
@@ -90,18 +89,10 @@ class CocaCaptioner:
                 eos_token_id=tokenizer.eot_token_id,
             )
 
-    def _as_caption(self, ids: list[int], log_probs: list[float]) -> Caption:
-        """Make a caption of `ids` (start, text, end, padding); `log_probs[i]` belongs to `ids[i + 1]`."""
-        end = self.loaded.tokenizer.eot_token_id
-        stop = ids.index(end) if end in ids else len(ids)
-        scored = log_probs[:stop]
-        text = " ".join(self.loaded.tokenizer.decode(ids[1:stop]).split())
-        return Caption(text, round(sum(scored) / len(scored), SCORE_DECIMALS), stop - 1)
-
 
 @contextmanager
 def _encoded_once(model: open_clip.CoCa, latent_BD: torch.Tensor, tokens_BPD: torch.Tensor, repeats: int) -> Iterator:
-    """Make the model use pictures that are encoded already, inside the `with` block.
+    """Make the model use already encoded pictures inside the `with` block.
 
     `generate` would run the vision tower on every beam's copy of a picture, which is half of all work with ViT-L.
     """

@@ -1,9 +1,10 @@
 """Caption frames by a Hugging Face image-to-text model that takes the picture alone: BLIP, GIT, ViT-GPT2 and others.
 
-Models are named (with a revision) or lie in a local folder. Code in a model's repository is never run.
+A model is named (with a revision) or stored in a local folder. Code in a model's repository is never run.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from captioning.captioner import SCORE_DECIMALS, Caption, caption_in_batches, fingerprint_of, frame_seed
+from captioning.captioner import Caption, caption_in_batches, caption_of, fingerprint_of, frame_seed
 from captioning.model_identity import folder_identity
 from captioning.open_clip_loader import DTYPES, use_device
 from captioning.settings import CaptionSettings
@@ -20,7 +21,7 @@ from clipmill.base.settings import digest
 
 
 def load(settings: CaptionSettings) -> "HuggingFaceCaptioner":
-    """Load the model that `caption.model` names. Raises UserError where that fails or it cannot caption pictures."""
+    """Load the model that `caption.model` names. Raises UserError if that fails or it cannot caption pictures."""
     device, dtype = use_device(settings, "caption"), DTYPES[settings.precision]
     folder = Path(settings.model).expanduser()
     where = str(folder) if folder.is_dir() else settings.model
@@ -50,7 +51,6 @@ class HuggingFaceCaptioner:
         self.end_id = eos if sep is None else sep  # BERT's vocabularies end a text with [SEP]
 
     def caption(self, images: Sequence[Image.Image | bytes]) -> list[Caption | ItemError]:
-        """Return an answer per image, in order."""
         return caption_in_batches(images, self.settings.batch_size, self._caption_batch)
 
     @torch.inference_mode()
@@ -74,12 +74,11 @@ class HuggingFaceCaptioner:
         logits = self.model(pixel_values=pixels_BCHW, **{given: ids_BL[:, :-1]}).logits
         logits_BLV = logits[:, 1 - ids_BL.shape[1] :]  # some models put the picture's tokens before the text's
         log_probs_BL = logits_BLV.float().log_softmax(-1).gather(-1, ids_BL[:, 1:, None])[..., 0]
-        return [
-            self._as_caption(ids, scores) for ids, scores in zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
-        ]
+        answers = zip(ids_BL.tolist(), log_probs_BL.tolist(), strict=True)
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        return [caption_of(ids, scores, self.end_id, decode) for ids, scores in answers]
 
     def _decoding(self) -> dict[str, Any]:
-        """Return the arguments of transformers' `generate`."""
         chosen = self.settings
         common = {
             "min_length": chosen.min_tokens,
@@ -92,10 +91,3 @@ class HuggingFaceCaptioner:
             return common
         limit = {"top_k": chosen.top_k} if chosen.generation == "top_k" else {"top_k": 0, "top_p": chosen.top_p}
         return {**common, **limit, "temperature": chosen.temperature}
-
-    def _as_caption(self, ids: list[int], log_probs: list[float]) -> Caption:
-        """Make a caption of `ids` (start, text, end, padding); `log_probs[i]` belongs to `ids[i + 1]`."""
-        stop = ids.index(self.end_id, 1) if self.end_id in ids[1:] else len(ids)
-        scored = log_probs[:stop]
-        text = " ".join(self.tokenizer.decode(ids[1:stop], skip_special_tokens=True).split())
-        return Caption(text, round(sum(scored) / len(scored), SCORE_DECIMALS), stop - 1)

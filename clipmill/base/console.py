@@ -5,7 +5,7 @@ from rich.markup import escape
 
 
 def plain_console() -> Console:
-    """Return a console that does not cut lines where output goes to a file or a pipe."""
+    """Return a console that does not cut lines when output goes to a file or a pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=200)
 

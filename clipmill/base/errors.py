@@ -3,13 +3,15 @@
 Broken invariants are asserts.
 """
 
+from functools import partial
+
 
 class UserError(Exception):
-    """A mistake of the user (exit code 2). The message names the setting or argument and what is allowed."""
+    """A mistake of the user (exit code 2). The message names the setting or argument and its allowed values."""
 
 
 class ItemError(Exception):
-    """One item (video, clip) cannot be processed: it becomes a `failures` row and nothing else is touched.
+    """One item (video, clip) cannot be processed: it becomes a row of `failures`, and other items continue.
 
     error_class  one short kebab-case word for `GROUP BY`, e.g. "not-found", "timeout", "not-a-video"
     message      the original message of the failure (cut to 2,000 characters)
@@ -26,8 +28,4 @@ class ItemError(Exception):
         return f"{self.error_class}: {self.message}"
 
     def __reduce__(self):  # keyword-only arguments do not survive the default pickling
-        return _rebuild, (self.error_class, self.message, self.transient)
-
-
-def _rebuild(error_class: str, message: str, transient: bool) -> ItemError:
-    return ItemError(error_class, message, transient=transient)
+        return partial(ItemError, transient=self.transient), (self.error_class, self.message)

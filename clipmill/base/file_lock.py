@@ -45,8 +45,8 @@ def is_locked(path: str | Path) -> bool:
 def lock_file(path: Path, patience_s: float = math.inf, *, remove: bool = False) -> Iterator[None]:
     """Let one process, and one thread of it, at a time run the block.
 
-    remove  delete the lock file at the end of the block; it stays where its holder was killed, which does no harm
-    Raises TimeoutError when another holder does not release the lock within `patience_s`.
+    remove  delete the lock file at the end of the block; it stays if the owner was killed, which does no harm
+    Raises TimeoutError when another owner does not release the lock within `patience_s`.
     """
     while True:
         with open(path, "w") as file:
@@ -78,9 +78,15 @@ def take_named_lock(path: Path, name: str) -> IO[str] | None:
             os.fsync(file.fileno())  # hosts that share the folder read it
             if _is_at(path, file):
                 return file
-        elif not _remove_dead(path):
-            file.close()
-            return None
+        else:
+            # A new owner writes its name at once, and has had a second for it.
+            with lock_file(path.with_name("lock.takeover")):
+                owner_is_dead = owner_has_died(path)
+                if owner_is_dead:
+                    path.unlink()
+            if not owner_is_dead:
+                file.close()
+                return None
         file.close()
 
 
@@ -92,17 +98,8 @@ def _is_at(path: Path, file: IO[str]) -> bool:
         return False
 
 
-def _remove_dead(lock: Path) -> bool:
-    """Remove a lock file whose owner has died. A new owner writes its name at once, and has had a second for it."""
-    with lock_file(lock.with_name("lock.takeover")):
-        dead = owner_has_died(lock)
-        if dead:
-            lock.unlink()
-        return dead
-
-
 def owner_of(lock: Path) -> str:
-    """Return the name that the owner of a lock wrote into it, "" when the file is gone by now."""
+    """Return the name that the owner of a lock wrote into it, "" if the file does not exist any more."""
     try:
         return lock.read_text().strip()
     except OSError:

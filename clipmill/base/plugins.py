@@ -1,4 +1,4 @@
-"""Load what a setting names as MODULE:ATTRIBUTE: captioners, losses and methods, ours or from outside."""
+"""Load plug-ins that a setting names as MODULE:ATTRIBUTE: captioners, losses and methods, built in or external."""
 
 import importlib
 from typing import Any
@@ -12,7 +12,7 @@ def load_attribute(setting: str, value: str, place: str | None = None) -> Any:
     """Import the object that `setting` = `value` stands for.
 
     place  MODULE:ATTRIBUTE of a value that is a short name; None: the value is one itself
-    Raises UserError where there is no such module or attribute.
+    Raises UserError for a module or attribute that does not exist.
     """
     module, _, attribute = (place or value).partition(":")
     if not module or not attribute:

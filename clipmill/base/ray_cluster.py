@@ -20,7 +20,7 @@ def start_ray(
         address: cluster to join ("auto", "ray://HOST:PORT"); None: the one in RAY_ADDRESS, else start Ray here
         cpus: CPUs that Ray may use when it starts here; None: all
         setting: name of the setting that gave the address, for the error message
-        show_output: print here what workers print
+        show_output: print the workers' output here
 
     Raises:
         UserError: the cluster does not answer. The first node asked may just have died, so joining is tried again.

@@ -20,7 +20,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     def fingerprint(self) -> str:
-        """Return a hash of all settings that can change what the stage writes, without operational ones."""
+        """Return a hash of all settings that can change the stage's output, without operational ones."""
         return digest(self.model_dump(mode="json", exclude=self._operational()))
 
     @classmethod
@@ -139,7 +139,7 @@ def _assign(data: dict[str, Any], assignment: str) -> None:
 
 
 def _explain(model: type[Settings], problems: list[Any]) -> str:
-    """Return one line per wrong setting, with its name and what is allowed."""
+    """Return one line per wrong setting, with its name and allowed values."""
     messages: dict[str, list[str]] = {}
     for problem in problems:
         where, section = _locate(model, problem["loc"])
@@ -149,20 +149,12 @@ def _explain(model: type[Settings], problems: list[Any]) -> str:
         else:
             text = problem["msg"].removeprefix("Value error, ")
             text = text if text != problem["msg"] else text[0].lower() + text[1:]
-            messages.setdefault(_named(where, problem["input"]), []).append(text)
+            named = f"setting {where}" if where else "settings"
+            if not isinstance(problem["input"], dict):  # a contradiction within a section: the text names its settings
+                value = repr(problem["input"])
+                named += f" = {value if len(value) <= 200 else value[:199] + '…'}"
+            messages.setdefault(named, []).append(text)
     return "\n".join(f"{where}: {' or '.join(texts)}." for where, texts in messages.items())
-
-
-def _named(where: str, value: Any) -> str:
-    """Return a setting and its value; of contradicting settings their section: the message names them."""
-    if isinstance(value, dict):
-        return f"setting {where}" if where else "settings"
-    return f"setting {where} = {_short(value)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def _locate(model: type[Settings], location: tuple[Any, ...]) -> tuple[str, type[Settings]]:

@@ -26,9 +26,9 @@ class SettingInfo:
     """One setting, ready to print.
 
     name         dotted below its section, e.g. "clip4clip.head"
-    values       what it accepts, in words
+    values       accepted values, in words
     default      as JSON-able data
-    comment      one paragraph, empty where the source has none
+    comment      one paragraph, empty if the source has none
     operational  True: it changes speed or safety, never the result
     """
 

@@ -1,4 +1,4 @@
-"""Decodes only the wanted frames of a video, in one pass over its packets.
+"""Decode only the wanted frames of a video, in one pass over its packets.
 
 Packets that no wanted frame depends on never reach the decoder; packets of wanted frames are decoded in full; for the
 others the decoder skips frames that no other frame refers to (about half of the frames of a stream with B-frames, 40 %
@@ -37,8 +37,8 @@ def wanted_frames(
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """Yield (index, frame) for the wanted indices into `source.times`, both ascending, in one pass.
 
-    Frames that the decoder does not give are left out: the caller has to count. Raises Untrusted as soon as the decoder
-    contradicts the timestamps.
+    Frames that the decoder does not return are left out: the caller has to count. Raises Untrusted as soon as the
+    decoder contradicts the timestamps.
     """
     if source.match == "order":
         yield from _by_order(path, wanted, limits, counts)
@@ -47,7 +47,7 @@ def wanted_frames(
 
 
 def list_by_decoding(path: str | Path, limits: Limits, counts: DecodeCounts) -> SourceFrames:
-    """List the frames that the decoder really gives, by decoding all. Times are theirs, else the nominal rate's."""
+    """List the frames of a video by decoding all of it; times are the frames' own, else follow the nominal rate."""
     with open_media(path) as container:
         stream = video_stream(container)
         rate = float(stream.guessed_rate or 25)
@@ -132,7 +132,7 @@ def _last_needed(source: SourceFrames, hit: np.ndarray) -> np.ndarray:
 
 
 def _decode(container, stream, actions, limits: Limits, counts: DecodeCounts) -> Iterator[av.VideoFrame]:
-    """Yield all frames that the decoder gives when packets are treated as `actions` say (None: all in full)."""
+    """Yield all frames that the decoder returns for packets treated by `actions` (None: all in full)."""
     check_size(stream.codec_context, limits)
     decoder = stream.codec_context
     decoder.thread_count = 1  # a skip level applies to one packet: nothing may be decoded later or in parallel

@@ -1,4 +1,4 @@
-"""Chooses the source frames of a clip: pure arithmetic on frame times, without media.
+"""Choose the source frames of a clip: pure arithmetic on frame times, without media.
 
 Times are seconds from the first displayed frame. The rule, for a span [start_s, end_s) and an output rate:
 - output frame k is the source frame nearest to start_s + k / rate (of two equally near ones the earlier), for every k

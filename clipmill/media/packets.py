@@ -1,4 +1,4 @@
-"""Lists a video's frames from its packets, without decoding (milliseconds per minute of video).
+"""List a video's frames from its packets, without decoding (milliseconds per minute of video).
 
 `SourceFrames` has the time of each frame and the packet it comes from. Where the packets are not reliable
 (`Untrusted`), `clipmill.media.decode.list_by_decoding` makes the same object by decoding the video once.
@@ -41,7 +41,7 @@ class SourceFrames:
     times: FrameTimes
     origin_s: float  # time of the first displayed frame on the container's clock, which its audio shares
     match: Literal["pts", "order"]  # decoded frames are recognised by their timestamps, or by their order
-    ticks: np.ndarray  # int64 [frames], ascending: timestamp of each frame; empty where match is "order"
+    ticks: np.ndarray  # int64 [frames], ascending: timestamp of each frame; empty if match is "order"
     packet_ticks: np.ndarray  # int64 [packets]: timestamp of the frame that it shows, or NEVER
     packet_keys: np.ndarray  # bool [packets]
     may_drop: bool  # decoding may start at any keyframe, so packets between can be left out

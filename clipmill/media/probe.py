@@ -1,4 +1,4 @@
-"""Opens untrusted media: the one place that says which containers may be opened and what they may reach.
+"""Open untrusted media: the one place that limits which containers are opened and which files they reach.
 
 Call these inside a sandbox (`clipmill.media.sandbox`): a hostile file can crash or hang the decoder.
 """
@@ -55,7 +55,7 @@ def open_media(path: str | Path):
 
 
 def video_stream(container):
-    """Return the video stream that is meant to be watched, and disable all others. Raises ItemError "no-video-stream".
+    """Return the main video stream, and disable all other streams. Raises ItemError "no-video-stream".
 
     It is the first one that is neither a cover picture (attached to audio files) nor a set of thumbnails.
     """
@@ -73,7 +73,7 @@ def video_stream(container):
 
 
 def rotation_of(stream_frame) -> int:
-    """Return the clockwise display rotation of a decoded PyAV frame in degrees, 0 where none is signalled."""
+    """Return the clockwise display rotation of a decoded PyAV frame in degrees, 0 if none is signalled."""
     return round(-stream_frame.rotation) % 360
 
 

@@ -1,4 +1,4 @@
-"""Decodes untrusted media in a child process: a crash, a hang or a memory bomb fails one call, never the worker.
+"""Decode untrusted media in a child process: a crash, a hang or a memory bomb fails one call, never the worker.
 
 The child is started when it is first needed, serves many calls, and is killed with all its own children when a call
 exceeds a limit; the next call gets a new child. It is started by exec, never forked from a process with threads, so it
@@ -39,7 +39,7 @@ SIGNS_OF_MEMORY = ("MemoryError", "Memory allocation", "Cannot allocate memory",
 
 
 class Sandbox:
-    """Runs functions in a child process under limits. Thread-safe: calls wait for one another. A context manager."""
+    """Run functions in a child process under limits. Thread-safe: calls wait for one another. A context manager."""
 
     def __init__(self, memory_bytes: int = 3 * 2**30, file_bytes: int = 20 * 2**30, calls_per_child: int = 200):
         """Set the limits; the child is started by the first call.
@@ -135,7 +135,7 @@ class _Child:
         return self.pid == os.getpid() and self.num_calls < most_calls and self.process.poll() is None
 
     def ask(self, request: bytes, timeout_s: float) -> list[bytearray]:
-        """Send a request; return the answer's pickle and its buffers. Raises ItemError when there is no answer."""
+        """Send a request; return the answer's pickle and its buffers. Raises ItemError without an answer."""
         self.num_calls += 1
         deadline = time.monotonic() + timeout_s
         self.stderr.seek(0)  # the child writes through the same file position
@@ -171,7 +171,7 @@ class _Child:
     def _post_mortem(self) -> ItemError:
         """Return the cause of the child's death, guessed from its exit status and the end of its stderr.
 
-        Its peak memory is of no use, since the kernel includes that of the parent before the exec.
+        Its peak memory does not help, since the kernel includes that of the parent before the exec.
         """
         self._end(patience_s=5.0)
         code = self.process.wait()
@@ -266,14 +266,9 @@ def _answer(request: bytes) -> list[bytes | memoryview]:
 
 
 def _limit(memory_bytes: int, file_bytes: int) -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (_within(memory_bytes, most), most))
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (_within(file_bytes, most), most))
-
-
-def _within(limit: int, most: int) -> int:
-    return limit if most == resource.RLIM_INFINITY else min(limit, most)
+    for kind, limit in ((resource.RLIMIT_DATA, memory_bytes), (resource.RLIMIT_FSIZE, file_bytes)):
+        _, most = resource.getrlimit(kind)
+        resource.setrlimit(kind, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
 
 
 def _item_error(error: Exception) -> ItemError:

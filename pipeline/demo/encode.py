@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.demo.plan import FORMATS, Format
 
-os.environ.setdefault("SVT_LOG", "1")  # errors only: the AV1 encoder logs much and has no other switch
+os.environ.setdefault("SVT_LOG", "1")  # errors only: the AV1 encoder has no other switch for its log
 
 AUDIO_RATE = 16_000  # a rate that AAC, MP3 and Opus all accept
 TS_START_S = 10  # transport streams are parts of a broadcast and do not begin at zero
@@ -121,10 +121,7 @@ _MATRICES = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
 
 
 def _set_rotation(path: Path, rotation: int) -> None:
-    """Write a display rotation into the first track header of an MP4, where phones put it.
-
-    PyAV cannot do this.
-    """
+    """Write a display rotation into the first track header of an MP4, where phones put it. PyAV cannot do this."""
     data = bytearray(path.read_bytes())
     header = data.rindex(b"tkhd", 0, data.index(b"mdhd")) + 4
     matrix = header + 4 + (32 if data[header] == 1 else 20) + 16  # version and flags, times and id, layer to reserved

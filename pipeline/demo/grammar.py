@@ -3,7 +3,7 @@
 A scene is one or two coloured shapes on a textured background. Colour, shape, size, texture and background are visible
 in any single frame. Motion is not: an object's position (or size) at a random moment has the same distribution for left
 and right, up and down, growing and shrinking, since every object repeats its path with a random phase. So only the
-order of several frames tells if a text about motion is true, while any one frame tells it for a text about looks.
+order of several frames confirms a text about motion, while any single frame confirms a text about looks.
 
 `VOCABULARY` has all words of all texts here.
 """
@@ -97,9 +97,7 @@ def sample_scene(
     allowed: Allowed | None = None,
     pair_fraction: float = 0.3,
 ) -> Scene:
-    """Sample a scene of 3–15 s (or of `duration_s`).
-
-    All its objects' combinations are `allowed` (default: any).
+    """Sample a scene of 3–15 s (or of `duration_s`) whose objects' combinations are all `allowed` (default: any).
 
     `pair_fraction` of the scenes that are long enough to describe it have two objects.
     """
@@ -166,9 +164,7 @@ def _sample_pair(rng: np.random.Generator) -> tuple[Thing, Thing]:
         cells = cells[::-1]
     first = _sample_thing(rng, first_motion, cells[0], PAIR_RADII)
     second = _sample_thing(rng, second_motion, cells[1], PAIR_RADII, without=(first.shape, first.colour))
-    if (
-        OPPOSITES.get(first.motion) == second.motion
-    ):  # with the same pace and phase they meet in the middle of each pass
+    if OPPOSITES.get(first.motion) == second.motion:  # so that they meet in the middle of each pass
         second = replace(second, phase=first.phase, period_s=first.period_s)
     return first, second
 
@@ -228,10 +224,7 @@ FILLER = (
 
 
 def still_text(scene: Scene, index: int = 0, with_size: bool = True, with_texture: bool = True) -> str:
-    """Return a true caption that any one frame can confirm.
-
-    `index` chooses the wording, modulo their number.
-    """
+    """Return a true caption that any one frame can confirm. `index` chooses the wording, modulo their number."""
     template = STILL_TEMPLATES[index % len(STILL_TEMPLATES)]
     looks = " and ".join(_looks(thing, with_size, with_texture) for thing in scene.objects)
     return template.format(a=looks, b=background_words(scene))
@@ -250,8 +243,8 @@ def motion_text(scene: Scene, index: int = 0, named: bool = True) -> str:
 def spoken_sentences(scene: Scene, rng: np.random.Generator, num_words: int = 20) -> list[str]:
     """Return a narrator's punctuated sentences about the scene, at most `num_words` words in all.
 
-    The first one or two sentences tell looks and motion, or the motion alone if there is no room for both; further ones
-    repeat the motion in other words until no more fits. The list is empty if not even the motion fits.
+    The first one or two sentences describe looks and motion, or the motion alone if both do not fit; further ones
+    repeat the motion in other words while they fit. The list is empty if not even the motion fits.
     """
     openings = [
         [_spoken(scene, rng, SPOKEN_STILL), _spoken(scene, rng, SPOKEN_MOTION)],
@@ -294,12 +287,6 @@ def facts(scene: Scene) -> dict:
     }
 
 
-def scene_from_dict(data: dict) -> Scene:
-    """Restore a scene from `dataclasses.asdict`, also after a round trip through JSON."""
-    objects = tuple(Thing(**{**thing, "cell": tuple(thing["cell"])}) for thing in data["objects"])
-    return Scene(data["duration_s"], Background(**data["background"]), objects)
-
-
 def words_of(text: str) -> list[str]:
     """Return lower-case words without punctuation, as YouTube's speech recogniser writes them."""
     return re.findall(r"[a-z']+", text.lower())
@@ -331,14 +318,14 @@ def _words_in(*texts: str) -> set[str]:
     return {word for text in texts for word in words_of(re.sub(r"{.}", "", text))}
 
 
-# Words that a captioner of single frames needs …
+# Words that a captioner of single frames needs.
 STILL_VOCABULARY: tuple[str, ...] = tuple(
     sorted(
         _words_in(*STILL_TEMPLATES, "a an and", *COLOURS, *SHAPES, *SIZES, *TEXTURES)
         | _words_in(*BACKGROUND_COLOURS, *BACKGROUND_TEXTURES)
     )
 )
-# … and all words of the world, including filler.
+# All words of the world, including filler.
 VOCABULARY: tuple[str, ...] = tuple(
     sorted(
         set(STILL_VOCABULARY)

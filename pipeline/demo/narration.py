@@ -15,8 +15,8 @@ import numpy as np
 from pipeline.demo.grammar import Scene, filler_sentence, num_words_in, spoken_sentences, words_of
 
 LEAD_S = 0.25  # silence at both ends of a scene
-AUTO_LINE_CHARS = 36  # an automatic caption line is full at about this length …
-AUTO_PAUSE_S = 1.5  # … or ends at a pause
+AUTO_LINE_CHARS = 36  # an automatic caption line is full at about this length
+AUTO_PAUSE_S = 1.5  # and ends earlier at a pause of this length
 MUSIC_GAP_S = 2.0  # a silence of at least this length may be captioned as [Music]
 MANUAL_CUE_CHARS = 80
 
@@ -32,7 +32,7 @@ class Word:
 class Sentence:
     words: tuple[Word, ...]
     scene: int
-    filler: bool  # True if it says nothing about the picture
+    filler: bool  # True if it does not describe the picture
 
     @property
     def text(self) -> str:
@@ -47,7 +47,7 @@ class Sentence:
         return self.words[-1].end_s
 
 
-# ---------------------------------------------------------------- what is said
+# ---------------------------------------------------------------- sentences and words
 
 
 def narrate(

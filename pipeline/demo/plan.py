@@ -6,7 +6,7 @@ the first frame. Imports are light; `frames_of` draws pixels on demand.
 """
 
 from bisect import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import accumulate
@@ -96,39 +96,57 @@ ROTATED_INDEX, ROTATED_EVERY = 3, 40  # the index is among the first four, so th
 class WorldSettings(Settings):
     """Size, looks, files, subtitles and broken sources of a demo world."""
 
-    # Size
-    num_videos: int = Field(24, ge=1)  # working videos; about 9 scenes each
-    seed: int = Field(0, ge=0)  # of all random choices
-    min_video_s: float = Field(30.0, ge=1.0)  # durations are uniform between these two
+    # Working videos, of about 9 scenes each.
+    num_videos: int = Field(24, ge=1)
+    # Seed of all random choices.
+    seed: int = Field(0, ge=0)
+    # Least seconds of a video; lengths are uniform between this and max_video_s.
+    min_video_s: float = Field(30.0, ge=1.0)
+    # Most seconds of a video.
     max_video_s: float = Field(120.0, ge=1.0)
-    min_scene_s: float = Field(3.0, ge=1.0)  # a shorter scene leaves no time for a sentence
-    max_scene_s: float = Field(15.0, ge=1.0)  # HD-VILA's mean clip is 13.4 s
+    # Least seconds of a scene: a shorter one leaves no time for a sentence.
+    min_scene_s: float = Field(3.0, ge=1.0)
+    # Most seconds of a scene. HD-VILA's mean clip is 13.4 s.
+    max_scene_s: float = Field(15.0, ge=1.0)
 
-    # Pictures
-    pair_fraction: float = Field(0.3, ge=0, le=1)  # scenes with two objects, among those long enough to describe both
-    fade_fraction: float = Field(0.1, ge=0, le=1)  # cuts that are cross-fades of half a second
-    combinations: Literal["all", "seen", "held-out"] = "all"  # of colour, shape and motion, for tests on unseen ones
-    held_out_fraction: float = Field(0.15, gt=0, lt=1)  # share of the combinations that are "held-out", not "seen"
-    held_out_seed: int = Field(0, ge=0)  # decides which ones; keep it the same in both worlds
+    # Share of scenes with two objects, among those long enough to describe both.
+    pair_fraction: float = Field(0.3, ge=0, le=1)
+    # Share of cuts that are cross-fades of half a second.
+    fade_fraction: float = Field(0.1, ge=0, le=1)
+    # Combinations of colour, shape and motion that scenes show, for tests on unseen ones.
+    combinations: Literal["all", "seen", "held-out"] = "all"
+    # Share of the combinations that are "held-out", not "seen".
+    held_out_fraction: float = Field(0.15, gt=0, lt=1)
+    # Seed that decides which combinations are held out; keep it the same in both worlds.
+    held_out_seed: int = Field(0, ge=0)
 
-    # Files: weighted choice among these
+    # Picture sizes, of which each video gets one by a weighted choice.
     sizes: tuple[SizeName, ...] = Field(tuple(SIZES), min_length=1)
+    # Frame rates, of which each video gets one by a weighted choice.
     rates: tuple[RateName, ...] = Field(tuple(RATES), min_length=1)
+    # Containers and codecs, of which each video gets one by a weighted choice.
     formats: tuple[FormatName, ...] = Field(FormatName.__args__, min_length=1)
-    rotation: bool = True  # one MP4 in forty (and among the first four) is rotated by metadata, as on phones
-    audio_fraction: float = Field(0.4, ge=0, le=1)  # videos with a quiet audio track without speech
+    # Rotate one MP4 in forty, and one of the first four, by metadata, as phones do.
+    rotation: bool = True
+    # Share of videos with a quiet audio track without speech.
+    audio_fraction: float = Field(0.4, ge=0, le=1)
 
-    # Subtitles and their noise
-    missing_fraction: float = Field(0.1, ge=0, le=1)  # videos without subtitles
-    manual_fraction: float = Field(0.4, ge=0, le=1)  # of the subtitles: written by people, punctuated; else automatic
-    shifted_fraction: float = Field(0.15, ge=0, le=1)  # of the subtitles: late or early …
-    max_shift_s: float = Field(2.0, ge=1.0)  # … by one second to this many
-    filler_fraction: float = Field(0.15, ge=0, le=1)  # scenes with unrelated speech
+    # Share of videos without subtitles.
+    missing_fraction: float = Field(0.1, ge=0, le=1)
+    # Share of the subtitles that are written by people, with punctuation; the others are automatic.
+    manual_fraction: float = Field(0.4, ge=0, le=1)
+    # Share of the subtitles that are late or early.
+    shifted_fraction: float = Field(0.15, ge=0, le=1)
+    # Most seconds by which these are late or early; the least is one.
+    max_shift_s: float = Field(2.0, ge=1.0)
+    # Share of scenes with unrelated speech.
+    filler_fraction: float = Field(0.15, ge=0, le=1)
 
-    # Sources that never work, or fail at first, and one that is a copy of another
+    # Kinds of broken sources: some never work, some fail at first, and one is a copy of another.
     broken: tuple[BrokenKind, ...] = ()
 
-    workers: int = operational(0, ge=0)  # processes; 0: one per core
+    # Processes that write the world; 0: one per core.
+    workers: int = operational(0, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> "WorldSettings":
@@ -237,16 +255,15 @@ class _Chooser:
         return list(weights)[bisect(bounds[:-1], self.share(attribute) * bounds[-1])]
 
 
-def _allowed(settings: WorldSettings) -> Callable[[Combination], bool] | None:
-    """Return the predicate for combinations that scenes may show, None if they may show any."""
-    if settings.combinations == "all":
-        return None
-    wanted = settings.combinations == "held-out"
-    return lambda c: grammar.held_out(c, settings.held_out_fraction, settings.held_out_seed) == wanted
-
-
 def _plan_scenes(settings: WorldSettings, rng: np.random.Generator) -> list[Scene]:
     """Sample scenes that together last between `min_video_s` and `max_video_s`."""
+
+    def allowed(combination: Combination) -> bool:
+        if settings.combinations == "all":
+            return True
+        is_held_out = grammar.held_out(combination, settings.held_out_fraction, settings.held_out_seed)
+        return is_held_out == (settings.combinations == "held-out")
+
     low, high = settings.min_scene_s, settings.max_scene_s
     left_s = max(low, float(rng.uniform(settings.min_video_s, settings.max_video_s)))
     scenes: list[Scene] = []
@@ -254,16 +271,13 @@ def _plan_scenes(settings: WorldSettings, rng: np.random.Generator) -> list[Scen
         duration_s = float(rng.triangular(low, low + 0.35 * (high - low), high)) if high > low else low
         if left_s - duration_s < low:  # the rest would be too short for a scene
             duration_s = left_s if left_s <= high or left_s < 2 * low else left_s / 2
-        scenes.append(grammar.sample_scene(rng, duration_s, _allowed(settings), settings.pair_fraction))
+        scenes.append(grammar.sample_scene(rng, duration_s, allowed, settings.pair_fraction))
         left_s -= duration_s
     return scenes
 
 
 def _frame_times(duration_s: float, rate: Fraction | None, rng: np.random.Generator) -> tuple[Fraction, ...]:
-    """Return the times of all frames.
-
-    A variable rate has 8 to 30 frames per second, at whole milliseconds.
-    """
+    """Return the times of all frames. A variable rate has 8 to 30 frames per second, at whole milliseconds."""
     if rate:
         return tuple(k / rate for k in range(round(duration_s * rate)))
     steps_ms = rng.integers(33, 125, int(duration_s * 31))
@@ -272,10 +286,7 @@ def _frame_times(duration_s: float, rate: Fraction | None, rng: np.random.Genera
 
 
 def _snap(scenes: list[Scene], times: tuple[Fraction, ...]) -> tuple[tuple[float, Scene], ...]:
-    """Return (start, scene) with starts moved to frame times.
-
-    A cut is at the time of the first frame after it.
-    """
+    """Return (start, scene) with starts moved to frame times. A cut is at the time of the first frame after it."""
     grid = np.array([float(t) for t in times])
     ends = np.cumsum([scene.duration_s for scene in scenes])
     inner = [float(grid[np.searchsorted(grid, end - 1e-9)]) for end in ends[:-1]]

@@ -42,8 +42,8 @@ MARGIN = 0.03  # of the short side: an object keeps this distance from the edges
 def locate(thing: Thing, t_s: float, width: int, height: int) -> tuple[float, float, float]:
     """Return (centre x, centre y, radius) in pixels at `t_s`; the object is entirely inside its cell.
 
-    Motions repeat: an object that arrives starts again from the other end, so that its position in a single frame tells
-    nothing about its direction.
+    Motions repeat: an object that arrives starts again from the other end, so that its position in a single frame does
+    not reveal its direction.
     """
     short = min(width, height)
     u = (thing.phase + t_s / thing.period_s) % 1.0

@@ -5,7 +5,7 @@ defines faults by path relative to the folder:
 
   "status": 503            return this status instead of the file
   "cut_after_bytes": n     close the connection after n bytes of the body, although the header announced more
-  "extra_bytes": n         announce n bytes more than there are; for n < 0, announce and send n fewer
+  "extra_bytes": n         announce n bytes more than the file has; for n < 0, announce and send n fewer
   "delay_s": x             wait before responding
   "content_type": "…"      send this content type
   "times": n               only for the first n requests of the path (GET and HEAD alike); by default for all
@@ -45,10 +45,7 @@ CHUNK_BYTES = 1 << 16
 
 @contextmanager
 def serve(folder: str | Path, port: int = 0, faults: Faults | None = None) -> Iterator[str]:
-    """Serve `folder` on 127.0.0.1 from a thread until the block ends.
-
-    Yields the base URL without a trailing slash.
-    """
+    """Serve `folder` on 127.0.0.1 from a thread until the block ends. Yields the base URL without a trailing slash."""
     folder = Path(folder).resolve()
     if faults is None:
         listed = folder / "faults.json"

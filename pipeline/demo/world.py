@@ -53,7 +53,7 @@ class WorldSummary:
 
 
 def make_world(folder: str | Path, settings: WorldSettings, progress: Progress | None = None) -> WorldSummary:
-    """Write the world of these settings into `folder`, unless it is there already.
+    """Write the world of these settings into `folder`, unless it exists.
 
     Raises UserError if the folder has any other content.
     """
@@ -64,22 +64,29 @@ def make_world(folder: str | Path, settings: WorldSettings, progress: Progress |
         return finished
     (folder / "videos").mkdir(exist_ok=True)
     (folder / "subtitles").mkdir(exist_ok=True)
-    jobs = _jobs(settings)
+    # A broken source with a file of its own gets a small plain video.
+    plain = dict(formats=("h264-mp4",), sizes=("320x240",), rates=("12.5",), rotation=False, missing_fraction=0.0)
+    short = settings.model_copy(update=plain | {"min_video_s": 12.0, "max_video_s": 15.0})
+    broken = [kind for kind in dict.fromkeys(settings.broken) if kind != "duplicate"]
+    jobs = [Job(settings, index) for index in range(settings.num_videos)]
+    jobs += [Job(short, settings.num_videos + n, kind) for n, kind in enumerate(broken)]
     rows = []
     for row in _run(folder, jobs, settings.workers):
         rows.append(row)
         if progress:
             progress(len(rows), len(jobs))
     rows.sort(key=lambda row: row["index"])
-    rows += [_duplicate(folder, rows[0], len(rows))] if "duplicate" in settings.broken else []
+    if "duplicate" in settings.broken:  # a copy of the first video under another name and URL
+        video_id = f"{rows[0]['video_id']}copy"
+        file = f"videos/{video_id}{Path(rows[0]['file']).suffix}"
+        shutil.copyfile(folder / rows[0]["file"], folder / file)
+        changed = {"index": len(rows), "video_id": video_id, "file": file, "url_path": f"/{file}"}
+        rows.append(rows[0] | changed | {"broken": "duplicate", "duplicate_of": rows[0]["video_id"]})
     return _finish(folder, settings, fingerprint, rows)
 
 
 def read_truth(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of truth.jsonl.
-
-    `grammar.scene_from_dict(row["scenes"][n]["scene"])` restores a Scene.
-    """
+    """Return the rows of truth.jsonl."""
     return [json.loads(line) for line in (Path(folder) / "truth.jsonl").read_text().splitlines()]
 
 
@@ -118,7 +125,7 @@ def _claim(folder: Path, fingerprint: str) -> WorldSummary | None:
         if known.get("fingerprint") == fingerprint:
             return WorldSummary(**known["summary"]) if known["summary"] else None
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"demo world: {folder} is not empty and has no world of these settings; name another folder")
+        raise UserError(f"demo world: {folder} is not empty and holds no world of these settings; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(json.dumps({"fingerprint": fingerprint, "summary": None}))
     return None
@@ -155,18 +162,6 @@ class Job:
     broken: str | None = None
 
 
-def _jobs(settings: WorldSettings) -> list[Job]:
-    """Return jobs for the videos asked for and for broken sources.
-
-    A broken source with a file of its own gets a small plain video.
-    """
-    plain = dict(formats=("h264-mp4",), sizes=("320x240",), rates=("12.5",), rotation=False, missing_fraction=0.0)
-    short = settings.model_copy(update=plain | {"min_video_s": 12.0, "max_video_s": 15.0})
-    broken = [kind for kind in dict.fromkeys(settings.broken) if kind != "duplicate"]
-    jobs = [Job(settings, index) for index in range(settings.num_videos)]
-    return jobs + [Job(short, settings.num_videos + n, kind) for n, kind in enumerate(broken)]
-
-
 def _run(folder: Path, jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     if workers == 1:
@@ -194,7 +189,11 @@ def _make_video(folder: Path, job: Job) -> dict[str, Any]:
     fault = _write_media(folder / plan.file, plan, job.broken, rng)
     subtitle = None
     if plan.subtitle_file and job.broken not in NEVER_WORK:
-        subtitle = _write_subtitle(folder, plan, sentences, rng)
+        _, write = SUBTITLE_WRITERS[plan.subtitle_kind]
+        text = write(shifted(sentences, plan.subtitle_offset_s), bool(rng.random() < 0.5))
+        (folder / plan.subtitle_file).write_bytes(text.encode())
+        subtitle = {"file": plan.subtitle_file, "url_path": f"/{plan.subtitle_file}"}
+        subtitle |= {"kind": plan.subtitle_kind, "offset_s": plan.subtitle_offset_s}
     title = f"The {plan.scenes[0][1].objects[0].name} and {len(plan.scenes) - 1} more scenes"
     row = {"index": job.index, "video_id": plan.video_id, "title": title, "category": plan.category}
     row |= {"file": plan.file, "url_path": f"/{plan.file}", "broken": job.broken, "works": job.broken not in NEVER_WORK}
@@ -231,30 +230,8 @@ def _write_media(path: Path, plan: VideoPlan, broken: str | None, rng: np.random
     return {"status": 503, "times": 1} if broken == "unavailable-once" else None
 
 
-def _write_subtitle(
-    folder: Path, plan: VideoPlan, sentences: list[Sentence], rng: np.random.Generator
-) -> dict[str, Any]:
-    _, write = SUBTITLE_WRITERS[plan.subtitle_kind]
-    text = write(shifted(sentences, plan.subtitle_offset_s), bool(rng.random() < 0.5))
-    (folder / plan.subtitle_file).write_bytes(text.encode())
-    where = {"file": plan.subtitle_file, "url_path": f"/{plan.subtitle_file}"}
-    return where | {"kind": plan.subtitle_kind, "offset_s": plan.subtitle_offset_s}
-
-
-def _duplicate(folder: Path, original: dict[str, Any], index: int) -> dict[str, Any]:
-    """Copy a video to another name and URL; return its row of the truth."""
-    video_id = f"{original['video_id']}copy"
-    file = f"videos/{video_id}{Path(original['file']).suffix}"
-    shutil.copyfile(folder / original["file"], folder / file)
-    changed = {"index": index, "video_id": video_id, "file": file, "url_path": f"/{file}", "broken": "duplicate"}
-    return original | changed | {"duplicate_of": original["video_id"]}
-
-
 def _file_facts(path: Path, plan: VideoPlan) -> dict[str, Any]:
-    """Return a video file's columns of the truth.
-
-    `fps` is null if it varies; `width` and `height` are as displayed.
-    """
+    """Return a video file's columns of the truth. `fps` is null if it varies; `width` and `height` are as displayed."""
     data = path.read_bytes() if path.exists() else b""
     return {
         "num_bytes": len(data),

@@ -79,7 +79,7 @@ def work_of(plan: Plan, job: Job) -> Task:
     """Describe the commit that a job makes."""
     ids = [video.video_id for video in job.videos] + list(job.clips_without_text)
     items = [{"item_id": name, "key": plan.key(name, job.round_number), "attempts": 0, "cost": 1.0} for name in ids]
-    return Task("edit", job.unit, items, plan.settings, plan.editing, plan.root, plan.run_id, holder=plan.holder)
+    return Task("edit", job.unit, items, plan.settings, plan.editing, plan.root, plan.run_id, lock_owner=plan.holder)
 
 
 class Editor:

@@ -1,6 +1,6 @@
 """The commands `build`, `run` and `status`: a session that owns the corpus, and the steps of a build.
 
-build = ingest + every stage + pack          run STAGE = one of them
+`build` runs ingest, every stage and pack; `run STAGE` runs one of them.
 """
 
 import json
@@ -80,7 +80,10 @@ class Session:
             "started_at": self.started_at,
             "ended_at": datetime.now(UTC) if ended else None,
             "settings": json.dumps(self.settings.model_dump(mode="json"), sort_keys=True),
-            "versions": json.dumps({**versions(), "driver_peak_mb": _peak_mb()}, sort_keys=True),
+            "versions": json.dumps(
+                {**versions(), "driver_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024},
+                sort_keys=True,
+            ),
         }
         path = fragment_path(self.corpus.root, "runs", self.run_id)
         write_fragment(path, pa.Table.from_pylist([row], MANIFEST["runs"]))
@@ -98,18 +101,22 @@ class Session:
 def session(
     root: str | Path, recipe: str | None, assignments: list[str], command: str, *, create: bool, fresh: bool = False
 ) -> Iterator[tuple[Session, list[str]]]:
-    """Open a corpus for writing; yields it with the settings that changed. Raises UserError.
+    """Open a corpus for writing; yield it with the settings that changed. Raises UserError.
 
     Args:
-        fresh: make the working database anew, because rows deleted from it leave their bytes in the file.
+        fresh: rebuild the working database, because rows deleted from it leave their bytes in the file.
     """
     corpus = Corpus(root)
     if not create:
         corpus.require()
     saved = corpus.load_settings() if corpus.exists else None
     settings = resolve(saved, recipe, assignments)
-    _check_store(corpus, settings)
-    registry.fingerprints(settings)  # raises for a model's file that is not there, before anything is saved
+    if corpus.store and settings.pack.shard_bytes > MOST_COPIED_BYTES:
+        raise UserError(
+            f"pack.shard_bytes = {settings.pack.shard_bytes}: at most {MOST_COPIED_BYTES} for a corpus in a store, "
+            "which puts a shard in place by copying it."
+        )
+    registry.fingerprints(settings)  # raises for a missing model file before settings are saved
     resolved = settings.model_dump(mode="json")
     corpus.create()
     with corpus.writer():
@@ -128,14 +135,6 @@ def session(
             ledger.close()
 
 
-def _check_store(corpus: Corpus, settings: CorpusSettings) -> None:
-    if corpus.store and settings.pack.shard_bytes > MOST_COPIED_BYTES:
-        raise UserError(
-            f"pack.shard_bytes = {settings.pack.shard_bytes}: at most {MOST_COPIED_BYTES} for a corpus in a store, "
-            "which puts a shard in place by copying it."
-        )
-
-
 def build(
     root: str | Path,
     sources: list[str],
@@ -148,18 +147,22 @@ def build(
     where: str | None = None,
     display=None,
 ) -> BuildReport:
-    """Ingest `sources` if there are any, run the named stages, pack if "pack" is among them, publish."""
+    """Ingest `sources` if any, run the named stages, pack if "pack" is among them, publish."""
     display = display or Silent()
     report = BuildReport()
     with session(root, recipe, assignments, command, create="ingest" in stages) as (current, report.changed):
-        _require_on(current.settings, stages)
+        for stage in registry.stages():
+            if list(stages) == [stage.name] and stage.is_off(getattr(current.settings, stage.name)):
+                raise UserError(f"{stage.name}.{stage.switch} is null, so the stage is off; --set it to turn it on.")
         display.settings_changed(report.changed)
         if "ingest" in stages and sources:
             report.ingest = ingest_sources(current, sources)
             display.ingested(report.ingest)
         current.refresh_state()
         if redo or where:
-            _mark_pending(current, stages, where)
+            for stage in (stage for stage in registry.stages() if stage.name in stages):
+                named = _items_named(current.corpus, stage, where) if where else current.ledger.items_of(stage.name)
+                current.ledger.mark_pending(stage.name, named)
             current.refresh_state()
         report.pending_before = current.ledger.counts()
         display.plan(report.pending_before, stages)
@@ -180,13 +183,6 @@ def build(
     return report
 
 
-def _require_on(settings: CorpusSettings, stages: Sequence[str]) -> None:
-    """Raise UserError if the only stage asked for is off."""
-    for stage in registry.stages():
-        if list(stages) == [stage.name] and stage.is_off(getattr(settings, stage.name)):
-            raise UserError(f"{stage.name}.{stage.switch} is null, so the stage is off; --set it to turn it on.")
-
-
 def _run_stages(current: Session, stages: Sequence[str], report: BuildReport, display) -> None:
     names = [stage.name for stage in registry.stages() if stage.name in stages]
     if not current.ledger.units_with_work(names):
@@ -195,14 +191,6 @@ def _run_stages(current: Session, stages: Sequence[str], report: BuildReport, di
     engine = current.engine(names)
     with display.progress(engine, report.pending_before):
         report.engine = engine.run(lambda engine: display.tick(engine))
-
-
-def _mark_pending(current: Session, stages: Sequence[str], where: str | None) -> None:
-    """Make the items that `--redo` or `--where` names pending again."""
-    for stage in registry.stages():
-        if stage.name in stages:
-            named = _items_named(current.corpus, stage, where) if where else current.ledger.items_of(stage.name)
-            current.ledger.mark_pending(stage.name, named)
 
 
 def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
@@ -222,7 +210,7 @@ def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
 
 
 def difference(before: dict, after: dict, prefix: str = "") -> list[str]:
-    """ "cut.fps: 3.0 → 2.0" for every setting that differs."""
+    """Return a line such as "cut.fps: 3.0 → 2.0" for every setting that differs."""
     lines = []
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
@@ -255,16 +243,12 @@ def status(root: str | Path, assignments: list[str]) -> Status:
             current = Session(corpus, settings, ledger, "status")
             current.refresh_state()
             if (corpus.root / MANIFEST_NAME).exists() and not is_current(corpus.root):
-                publish(ledger)  # another version wrote it: packing would look for columns that it lacks
+                publish(ledger)  # another version wrote it, so it may lack columns that packing reads
             changed = difference(saved, settings.model_dump(mode="json"))
             off = [stage.name for stage in registry.stages() if stage.is_off(getattr(settings, stage.name))]
             return Status(ledger.counts(), off, current.failures(), pack_state(current), changed)
         finally:
             ledger.close()
-
-
-def _peak_mb() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def versions() -> dict[str, str]:
@@ -290,4 +274,4 @@ def require_stage(name: str) -> None:
     """Raise UserError unless `clipmill run` knows the stage."""
     known = registry.stage_names()[1:]
     if name not in known:
-        raise UserError(f"there is no stage {name!r}; the stages are {', '.join(known)}.")
+        raise UserError(f"unknown stage {name!r}; the stages are {', '.join(known)}.")

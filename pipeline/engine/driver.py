@@ -1,12 +1,12 @@
-"""The driver: asks the ledger what is pending, submits it to Ray as tasks, loads the commits, publishes.
+"""Drive a build: find pending items in the ledger, submit them to Ray as tasks, load the commits, publish.
 
 One loop, one thread, one writer. Units move through the stages independently: when no task of a unit is in flight, the
-ledger is asked again what the unit lacks. So downloads, cutting and captioning of different units overlap, and only the
-names of units are kept in memory.
+ledger is asked for the unit's next pending items. So downloads, cutting and captioning of different units overlap, and
+only the names of units are kept in memory.
 
 Ray's own retries are off. A task whose worker dies is submitted again here, item by item if its workers die again, and
-then becomes a failure of the item. When all else is done, such items get one last round: workers that died in a row,
-for lack of memory say, prove little about the item, and packing waits for its rows. If the node that connects this
+then becomes a failure of the item. At the end such items get one last round: workers that died in a row, perhaps for
+lack of memory, prove little about the item, and packing waits for its rows. If the node that connects this
 process to the cluster dies, every task ends in an error: the driver then joins the cluster again through another node.
 """
 
@@ -30,7 +30,7 @@ from shards.corpus.ledger import Ledger
 from shards.corpus.manifest import publish
 
 MAX_LOST = 12  # times that a task may be lost with this process's node before that counts as a worker failure
-MAX_WORKER_FAILURES = 3  # after so many a task is split into its items, and a task of one item fails
+MAX_WORKER_FAILURES = 3  # before the last of them a task is split into items; a task of one item then fails
 
 
 @dataclass
@@ -48,11 +48,11 @@ class EngineReport:
     num_done: int = 0
     num_failed: int = 0
     by_stage: dict[str, StageProgress] = field(default_factory=dict)
-    loop_s: float = 0.0  # time in the driver's own work: ledger, publishing
+    loop_s: float = 0.0  # time of the driver's own work: ledger, publishing
 
 
 class Engine:
-    """Runs stages over a corpus whose lock the caller holds."""
+    """Run stages over a corpus whose lock the caller holds."""
 
     def __init__(self, corpus: Corpus, settings: CorpusSettings, ledger: Ledger, run_id: str, names: Sequence[str]):
         self.corpus, self.settings, self.ledger, self.run_id = corpus, settings, ledger, run_id
@@ -81,7 +81,7 @@ class Engine:
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def run(self, on_tick: Callable[["Engine"], None]) -> EngineReport:
-        """Run tasks until nothing is pending. The ledger must have been derived for all units just before."""
+        """Run tasks until nothing is pending. Call `refresh_state` for all units just before."""
         waiting = deque(self.ledger.units_with_work(stage.name for stage in self.stages))
         if not waiting:
             return self.report
@@ -122,7 +122,11 @@ class Engine:
             room = self.pools.active_units - len(self.busy) - len(examine)
             examine += [waiting.popleft() for _ in range(min(max(room, 0), len(waiting)))]
             self._examine(examine)
-            self._submit()
+            for pool, queue in self.queues.items():
+                while queue and self.pools.has_room(pool):
+                    flight = heapq.heappop(queue)[-1]
+                    self.in_flight[self.pools.start(flight)] = flight
+                    self.report.by_stage[flight.task.stage].in_flight += len(flight.task.items)
             examine = self._collect()
             self._publish_when_due()
             on_tick(self)
@@ -139,7 +143,7 @@ class Engine:
         return deque(self.ledger.units_with_work(stage.name for stage in self.stages))
 
     def _examine(self, units: list[str]) -> None:
-        """Ask what is pending in these units; queue tasks of the first stage of each that has something."""
+        """Find the pending items of these units; queue tasks of the first stage with any, for each unit."""
         if not units:
             return
         started = time.perf_counter()
@@ -194,7 +198,7 @@ class Engine:
             root=str(self.corpus.root),
             run_id=self.run_id,
             store=self.corpus.store,
-            holder=self.corpus.lock_owner,
+            lock_owner=self.corpus.lock_owner,
         )
 
     def _enqueue(self, stage: Stage, task: Task, num_failures: int = 0, num_lost: int = 0) -> None:
@@ -204,15 +208,8 @@ class Engine:
         heapq.heappush(self.queues[stage.pool], entry)
         self.busy[task.unit] = self.busy.get(task.unit, 0) + 1
 
-    def _submit(self) -> None:
-        for pool, queue in self.queues.items():
-            while queue and self.pools.has_room(pool):
-                flight = heapq.heappop(queue)[-1]
-                self.in_flight[self.pools.start(flight)] = flight
-                self.report.by_stage[flight.task.stage].in_flight += len(flight.task.items)
-
     def _collect(self) -> list[str]:
-        """Wait for tasks to finish, load their commits, return the units that have no task left."""
+        """Wait for tasks to finish, load their commits, return the units without further tasks."""
         commits, free = [], []
         for reference in self.pools.wait(list(self.in_flight)):
             flight = self.in_flight.pop(reference)
@@ -233,10 +230,10 @@ class Engine:
         return free
 
     def _after_worker_failure(self, flight: InFlightTask, failure: WorkerFailure) -> list[Commit]:
-        """Submit the task again, then item by item, and in the end commit a failure of the item.
+        """Submit the task again, then item by item, and finally commit a failure of the item.
 
-        A task that hung would hang again, so it is split at once. A task that only waited for the worker does not count
-        the failure.
+        A task that hung would hang again, so it is split at once. The failure does not count for a task that only
+        waited for the worker.
         """
         lost = failure.lost and flight.num_lost < MAX_LOST
         stage, task = flight.stage, flight.task

@@ -1,4 +1,4 @@
-"""Where tasks run: Ray's pools of small tasks and the actors that hold models."""
+"""Run tasks with Ray: two pools of small tasks, and actors that hold models."""
 
 import time
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class Pools:
         self.running = {"io": 0, "cpu": 0}
         self._check_cluster()
         self.actors: dict[object, list[InFlightTask]] = {}  # actor → its tasks, of which the first is running
-        self.dead: dict[object, list[InFlightTask]] = {}  # the same of actors that died
+        self.dead: dict[object, list[InFlightTask]] = {}  # actor that died → its tasks
         self.host_limiter = None
         self.remote_run = ray.remote(max_retries=0)(_run)
 
@@ -75,14 +75,14 @@ class Pools:
     def warm_up(self, models: list[tuple[Callable, Any, str]]) -> None:
         """Start all actors now and let them load these models (load, settings, fingerprint of a stage).
 
-        Importing and loading takes them about as long as the first clips take to be cut.
+        Importing and loading takes about as long as cutting the first clips.
         """
         self._start_actors()
         for actor in self.actors:
             actor.warm_up.remote(models)
 
     def start(self, flight: InFlightTask):
-        """Submit a task; returns Ray's reference to its result."""
+        """Submit a task; return Ray's reference to its result."""
         pool, task = flight.stage.pool, flight.task
         if pool == "model":
             actor = min(self.actors, key=lambda actor: len(self.actors[actor]))
@@ -91,12 +91,15 @@ class Pools:
             return actor.run.remote(flight.stage.run, task)
         self.running[pool] += 1
         if pool == "io" and self.host_limiter is None and any(item.get("kind") == "url" for item in task.items):
-            self._start_host_limiter(task.settings)
+            limits, actor = task.settings, self.ray.remote(num_cpus=0)(HostRateLimiter)
+            actor = actor.options(name=HOST_LIMITER, max_restarts=-1, max_task_retries=-1)
+            patience_s = limits.lockout_patience_s
+            self.host_limiter = actor.remote(limits.per_host, limits.min_interval_s, patience_s=patience_s)
         options = {"num_cpus": 1} if pool == "cpu" else {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
         return self.remote_run.options(**options, name=f"{task.stage} {task.unit}").remote(flight.stage.run, task)
 
     def wait(self, references: list) -> list:
-        """Wait up to half a second for one of the tasks to finish; returns all that have finished."""
+        """Wait up to half a second for one of the tasks to finish; return all that have finished."""
         if time.monotonic() - self.checked_at > CHECK_CLUSTER_EVERY_S:
             self._check_cluster()
         if not references:
@@ -108,7 +111,7 @@ class Pools:
         return ready
 
     def result(self, reference, flight: InFlightTask) -> Commit | WorkerFailure:
-        """Return a finished task's commit, or why its worker died.
+        """Return a finished task's commit, or the failure of its worker.
 
         Raises UserError or OSError of the worker: a setting that only it could check, a disk that is full.
         """
@@ -134,12 +137,6 @@ class Pools:
     def _remove_from_actor(self, flight: InFlightTask) -> None:
         if flight.actor is not None:
             (self.actors.get(flight.actor) or self.dead[flight.actor]).remove(flight)
-
-    def _start_host_limiter(self, settings) -> None:
-        actor = self.ray.remote(num_cpus=0)(HostRateLimiter)
-        actor = actor.options(name=HOST_LIMITER, max_restarts=-1, max_task_retries=-1)
-        limits = {"patience_s": settings.lockout_patience_s}
-        self.host_limiter = actor.remote(settings.per_host, settings.min_interval_s, **limits)
 
     def _start_actors(self) -> None:
         options = {"num_cpus": self.settings.model_cpus, "num_gpus": 1 if self.gpus else 0, "max_restarts": 0}

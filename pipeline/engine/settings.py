@@ -11,25 +11,32 @@ from pipeline.engine.registry import STAGES, all_stages
 
 
 class EngineSettings(Settings):
-    """How tasks are spread over a cluster. None of these settings changes what a corpus holds."""
+    """Settings of spreading tasks over a cluster. None of them changes the content of a corpus."""
 
-    address: str | None = None  # Ray cluster to join ("auto", "ray://…"); None: the surrounding one, or this machine
-    cpus: int | None = Field(None, ge=1)  # CPUs Ray may use when it starts on this machine; None: all
-    downloads_per_node: int = Field(4, ge=1)  # download tasks at a time on a node, each one unit; hosts have own caps
-    model_workers: int | None = Field(
-        None, ge=1
-    )  # actors that hold models; None: what GPUs or model_resources allow, else one per 8 CPUs
-    model_cpus: float = Field(0, ge=0)  # CPUs reserved per such actor; 0 lets it share with cutting
-    # Custom resources that each such actor takes: {"captioner": 1} places them on the nodes that were started with it.
+    # Ray cluster to join ("auto", "ray://HOST:PORT"). null: the one in RAY_ADDRESS, else Ray starts on this machine.
+    address: str | None = None
+    # CPUs that Ray may use when it starts on this machine; null: all.
+    cpus: int | None = Field(None, ge=1)
+    # Download tasks on a node at a time, each with the videos of one unit; download.per_host limits each host.
+    downloads_per_node: int = Field(4, ge=1)
+    # Actors that hold models. null: as many as GPUs or model_resources allow, else one per 8 CPUs.
+    model_workers: int | None = Field(None, ge=1)
+    # CPUs reserved for each model actor; 0 lets it share CPUs with cutting.
+    model_cpus: float = Field(0, ge=0)
+    # Custom Ray resources that each model actor takes: {"captioner": 1} places actors on nodes that have it.
     model_resources: dict[str, PositiveFloat] = {}
-    batch_video_s: float = Field(300, gt=0)  # seconds of video per cutting task: bounds what a lost task costs
-    batch_clips: int = Field(512, ge=1)  # clips per caption or score task
-    active_units: int | None = Field(None, ge=1)  # units in flight; None: four per CPU
-    max_attempts: int = Field(3, ge=1)  # over all runs, for failures that trying again may heal
-    publish_every_s: float = Field(
-        10, gt=0
-    )  # the manifest is published at most this often, and takes at most 5 % of time
-    driver_memory: str = Field("1GB", pattern=r"^\d+(MB|GB)$")  # DuckDB's limit in the driver
+    # Seconds of video in a task of transcribe, segment or cut: bounds the work that a lost task repeats.
+    batch_video_s: float = Field(300, gt=0)
+    # Clips in a caption or score task.
+    batch_clips: int = Field(512, ge=1)
+    # Units in flight; null: four per CPU, and one per download task.
+    active_units: int | None = Field(None, ge=1)
+    # Attempts at an item over all runs, for retryable failures.
+    max_attempts: int = Field(3, ge=1)
+    # Least seconds between two publications of the manifest, which take at most 5 % of the time.
+    publish_every_s: float = Field(10, gt=0)
+    # DuckDB's memory limit in the driver.
+    driver_memory: str = Field("1GB", pattern=r"^\d+(MB|GB)$")
 
 
 @cache

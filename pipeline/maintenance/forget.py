@@ -1,4 +1,4 @@
-"""`forget` and `compact`: remove videos from a corpus, first from the view of every reader and then to the last byte.
+"""`forget` and `compact`: remove videos from a corpus, first for every reader and then all of their bytes.
 
 forget    finds videos by id, URL or SQL, and all copies of their files, and writes a tombstone for each
 compact   removes everything with a tombstone from shards, clips, sources and fragments
@@ -11,15 +11,12 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from clipmill.base.errors import UserError
 from pipeline.engine.build import session
 from pipeline.engine.settings import resolve
 from pipeline.stages.pack import planned
 from shards.corpus.folder import Corpus
-from shards.corpus.source_ids import canonical_url, canonical_urls, video_id_for
+from shards.corpus.source_ids import canonical_url, video_id_for
 from shards.corpus.tombstones import hash_of, read_tombstones, write_tombstones
 from shards.packing.compact import (
     CompactReport,
@@ -30,7 +27,7 @@ from shards.packing.compact import (
     remove_sources,
 )
 from shards.packing.pack import select_samples, slots_of
-from shards.query.sql import open_manifest, rows_of
+from shards.query.sql import open_manifest, rows_of, selection, video_of_url
 from shards.storage.local import MANIFEST_NAME, UNFINISHED
 from shards.storage.mirror import for_reading, mirror_folder
 
@@ -64,19 +61,26 @@ def find(root: str | Path, ids: Sequence[str], urls: Sequence[str], where: str |
         )
     with open_manifest(here) as connection:
         named = [_known_id(connection, video_id) for video_id in ids if hash_of(video_id) not in forgotten]
-        by_url = {url: _id_of_url(connection, url) for url in urls}
+        by_url = {}
+        for url in urls:
+            try:
+                canonical = canonical_url(url if "://" in url else str(Path(url).absolute()))
+            except ValueError as error:
+                raise UserError(f"--url {url}: {error}; give a whole URL or a file's path.") from error
+            by_url[url] = video_of_url(connection, canonical)
         named += [video_id for video_id in by_url.values() if video_id]
-        named += rows_of(connection, _videos_where(where)) if where else []
+        if where:
+            named += rows_of(connection, f"SELECT video_id FROM ({selection(where, 'videos', 'video_id')})")
         if where and not named:
             raise UserError(f"--where {where}: no video meets this condition.")
         unknown = [url for url, video_id in by_url.items() if video_id is None]
-        videos = connection.sql(_DOOMED, params={"ids": sorted(set(named))}).to_arrow_table().to_pylist()
+        videos = connection.sql(_NAMED_AND_COPIES, params={"ids": sorted(set(named))}).to_arrow_table().to_pylist()
     return ForgetPlan(videos, [url for url in unknown if hash_of(canonical_url(url)) not in forgotten])
 
 
-_DOOMED = """
+_NAMED_AND_COPIES = """
 WITH named AS (SELECT unnest($ids::VARCHAR[]) AS video_id),
-doomed AS (
+found AS (
     SELECT v.*, v.video_id NOT IN (SELECT video_id FROM named) AS is_copy FROM videos v
     WHERE v.video_id IN (SELECT video_id FROM named)
        OR v.sha256 IN (SELECT sha256 FROM videos SEMI JOIN named USING (video_id))
@@ -86,7 +90,7 @@ SELECT d.video_id, d.url, d.kind, d.title, d.path, d.num_bytes, d.sha256, d.is_c
        (SELECT count(*) FROM samples s WHERE s.video_id = d.video_id) AS num_samples,
        (SELECT count(*) FROM captions t WHERE split_part(t.clip_id, '.', 1) = d.video_id) AS num_captions,
        (SELECT count(*) FROM sentences s WHERE s.video_id = d.video_id) AS num_sentences
-FROM doomed d ORDER BY d.is_copy, d.video_id
+FROM found d ORDER BY d.is_copy, d.video_id
 """
 
 
@@ -99,28 +103,10 @@ def _known_id(connection, video_id: str) -> str:
     return video_id
 
 
-def _id_of_url(connection, url: str) -> str | None:
-    """Return the id of the video of a URL in any spelling, or of a file's path; None where the corpus has none."""
-    try:
-        canonical = canonical_url(url if "://" in url else str(Path(url).absolute()))
-    except ValueError as error:
-        raise UserError(f"--url {url}: {error}") from error
-    videos = connection.sql("SELECT video_id, url FROM videos").to_arrow_table().combine_chunks()
-    row = pc.index(canonical_urls(pa.array(videos["url"].to_pylist(), pa.string())), canonical).as_py()
-    return videos["video_id"][row].as_py() if row >= 0 else None
-
-
-def _videos_where(where: str) -> str:
-    where = where.strip().rstrip(";")
-    if where.lower().startswith(("select", "with", "from")):
-        return f"SELECT video_id FROM videos WHERE video_id IN (SELECT picked.video_id FROM (\n{where}\n) picked)"
-    return f"SELECT video_id FROM videos WHERE (\n{where}\n)"
-
-
 def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:
-    """Write the tombstones; from then on nothing reads these videos.
+    """Write the tombstones, after which all readers leave these videos out.
 
-    Returns whether the manifest is published without them already; else a running build will do it.
+    Returns True if the manifest is published without them, False if a running build will publish it.
     """
     corpus, at = Corpus(root).require(), datetime.now(UTC)
     slots = _slots_of(corpus, plan)
@@ -149,15 +135,15 @@ def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:
 
 
 def _slots_of(corpus: Corpus, plan: ForgetPlan) -> dict[str, list[dict]]:
-    """Return video → reserved slots of its clips in the order of packing; {} where nothing is packed yet."""
+    """Return video → reserved slots of its clips in the order of packing; {} before the first packing."""
     settings, found = resolve(corpus.load_settings(), None, []).pack, {}
     with open_manifest(for_reading(corpus.name, MANIFEST_NAME)) as connection:
         if not rows_of(connection, "SELECT 1 FROM samples LIMIT 1"):
             return {}
         samples = select_samples(connection, settings)
-    gone = set(plan.video_ids)
+    planned_ids = set(plan.video_ids)
     for clip_id, slot in slots_of(samples, settings.seed):
-        if (video_id := clip_id.rpartition(".")[0]) in gone:
+        if (video_id := clip_id.rpartition(".")[0]) in planned_ids:
             found.setdefault(video_id, []).append(slot)
     return found
 

@@ -1,4 +1,4 @@
-"""`verify` with a decoder: clips are decoded in sandboxes, one per checking thread."""
+"""Verify shards with a decoder: clips are decoded in sandboxes, one per checking thread."""
 
 import io
 import os
@@ -22,13 +22,12 @@ CLIP_TIMEOUT_S = 120.0
 
 
 def verify_with_sandbox(root: str | Path, decode: bool, console: Console) -> tuple[list[Problem], str]:
-    """Return the problems of a corpus's shards, and a description of what was checked."""
+    """Return the problems of a corpus's shards, and a description of the check."""
     here = for_reading(root, SETTINGS, MANIFEST_NAME, "fragments/forgotten/", "shards/")
     Corpus(here).require()
     with open_manifest(here) as connection, Progress(console=console, transient=True) as progress:
-        num_shards, num_samples = connection.execute("SELECT count(DISTINCT shard), count(*) FROM samples").fetchall()[
-            0
-        ]
+        counts = connection.execute("SELECT count(DISTINCT shard), count(*) FROM samples")
+        ((num_shards, num_samples),) = counts.fetchall()
         task = progress.add_task("verify", total=num_shards)
         problems = verify(
             here,

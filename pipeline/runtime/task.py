@@ -25,7 +25,7 @@ from shards.corpus.schema import LEDGER
 from shards.storage.mirror import mirror
 from shards.storage.s3 import Store
 
-HOST_LIMITER = "clipmill-governor"  # name of the Ray actor that limits how many requests a host gets
+HOST_LIMITER = "clipmill-host-limiter"  # name of the Ray actor that limits downloads per host
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Task:
     root: str
     run_id: str
     store: Store | None = None  # the corpus's store, if it is not a folder: `root` is then each node's mirror of it
-    holder: str = ""  # owner of the corpus's lock when the task was submitted
+    lock_owner: str = ""  # owner of the corpus lock when the task was submitted
 
     @property
     def cost(self) -> float:
@@ -66,14 +66,16 @@ class Outcome:
 Result = tuple[list[Outcome], list[str]]  # an outcome per item, and the media files written, relative to the corpus
 
 
-def require_holder(task: Task) -> None:
+def require_lock(task: Task) -> None:
     """Raise UserError if another process has become the writer of the corpus since the task was submitted.
 
-    A worker may outlive its build by a while. The next build has deleted its temporary files by then and does the same
-    work: the worker's failures say nothing about the items, and its files must not replace those of the other.
+    A worker may outlive its build. The next build deletes its temporary files and does the same work, so the old
+    worker's failures are not the items', and its files must not replace those of the new build.
     """
-    if task.holder and lock_owner(Path(task.root), task.store) != task.holder:
-        raise UserError("another process is writing the corpus now; its workers do this task.")
+    if task.lock_owner and lock_owner(Path(task.root), task.store) != task.lock_owner:
+        raise UserError(
+            "another process is writing the corpus now and does this task; this worker belongs to an earlier build."
+        )
 
 
 def execute(run: Callable[[Task], Result], task: Task) -> Commit:
@@ -87,7 +89,7 @@ def execute(run: Callable[[Task], Result], task: Task) -> Commit:
 
 
 def commit(task: Task, outcomes: list[Outcome], media: list[str], wall_s: float = 0.0) -> Commit:
-    """Write the outcomes of all items as one commit named after the task. Raises UserError as `require_holder` does."""
+    """Write the outcomes of all items as one commit named after the task. Raises UserError as `require_lock` does."""
     items = {item["item_id"]: item for item in task.items}
     assert set(items) == {outcome.item_id for outcome in outcomes}, f"stage {task.stage}: not one outcome per item"
     outcomes = sorted(outcomes, key=lambda outcome: outcome.item_id)
@@ -106,7 +108,7 @@ def commit(task: Task, outcomes: list[Outcome], media: list[str], wall_s: float 
         for item_id, error in failures:
             ledger.append(ledger_row(task.stage, item_id, item["key"], error=error, **common))
     data = {name: pa.Table.from_pylist(rows, table_schema(name)) for name, rows in tables.items() if rows}
-    require_holder(task)
+    require_lock(task)
     write_commit(Path(task.root), task.name, data, pa.Table.from_pylist(ledger, LEDGER), media)
     return Commit(
         name=task.name,
@@ -124,7 +126,7 @@ def commit(task: Task, outcomes: list[Outcome], media: list[str], wall_s: float 
 
 
 class Stopwatch:
-    """Measure one item and turn what it raises into its failure: `with Stopwatch(item_id) as outcome: …`."""
+    """Measure one item and convert its exception to a failure: `with Stopwatch(item_id) as outcome: …`."""
 
     def __init__(self, item_id: str):
         self.outcome = Outcome(item_id)
@@ -163,7 +165,7 @@ def _cpu_s() -> float:
 
 @lru_cache(maxsize=1)
 def sandbox() -> Sandbox:
-    """Return this process's one sandbox: its child is started once and used for every video after."""
+    """Return this process's one sandbox, whose child is started once and serves all videos."""
     return Sandbox()
 
 
@@ -171,7 +173,7 @@ _unavailable: dict[str, ItemError] = {}  # stage fingerprint → why its model c
 
 
 def load_model(load: Callable[[Settings], object], settings: Settings, fingerprint: str) -> object | ItemError:
-    """Return the model of a stage, or the ItemError "model-unavailable" of the first time that loading it failed.
+    """Return the model of a stage, or the ItemError "model-unavailable" of the first failed attempt to load it.
 
     So a model that cannot be loaded fails its stage's items and not the build, and is not tried again for each task.
     """
@@ -183,9 +185,9 @@ def load_model(load: Callable[[Settings], object], settings: Settings, fingerpri
     return _unavailable[fingerprint]
 
 
-def limit_threads(num_threads: int = 1) -> None:
-    """Set how many threads native libraries of this process use: work is parallel over items, not inside them."""
+def limit_threads() -> None:
+    """Limit native libraries of this process to one thread: work is parallel over items, not inside them."""
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[variable] = str(num_threads)
-    pa.set_cpu_count(num_threads)
-    pa.set_io_thread_count(max(2, num_threads))
+        os.environ[variable] = "1"
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(2)

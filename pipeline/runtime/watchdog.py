@@ -1,11 +1,11 @@
 """End a worker that hangs, and report where it hung.
 
 Decoders run in sandboxes, which have limits of their own. Code that runs in the worker itself (a site's extractor,
-speech recognition, a captioner) runs under `time_limit`. When the time is over, a thread of faulthandler ends the
-process: it is written in C and needs no interpreter lock, so it also ends a library that never releases the lock. It
-writes the stack of every thread into the task's report, which the driver turns into the item's failure.
+speech recognition, a captioner) runs under `time_limit`. At the end of the time, a thread of faulthandler ends
+the process: it is written in C and does not need the interpreter lock, so it also ends a library that never releases
+it. It writes the stack of every thread into the task's report, which the driver turns into the item's failure.
 
-Outside a worker there is no report, and a limit does nothing: it would end the caller.
+Outside a worker a limit has no effect, because it would end the caller.
 """
 
 import faulthandler
@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FOLDER = ".clipmill/hung"
-GRACE_S = 60.0  # added to limits of code that has the same limit itself, a download for one
-_EXPIRED = "Timeout ("  # begins what faulthandler writes
+GRACE_S = 60.0  # added to limits of code that has the same limit itself, such as a download
+_EXPIRED = "Timeout ("  # start of faulthandler's report
 
 
 class _Limits:
@@ -83,7 +83,7 @@ def time_limit(limit_s: float, what: str) -> Iterator[None]:
 
 
 def take_report(root: Path, name: str) -> str | None:
-    """Return and delete the report of a task whose worker hung; None if it died of something else."""
+    """Return and delete the report of a task whose worker hung; None for any other cause of death."""
     path = Path(root) / FOLDER / f"{name}.txt"
     try:
         text = path.read_text(errors="replace")

@@ -34,7 +34,7 @@ from shards.storage.mirror import files_of, mirror
 from shards.storage.s3 import Store
 
 PACK = DriverStage("pack", help="clips → shards", settings=PackSettings)
-FEW_SHARDS = 2  # at most so many are written in this process: starting Ray for them would take longer
+FEW_SHARDS = 2  # written in this process, because starting Ray would take longer
 FAILURES = "pack"  # name of the one commit that holds the clips that the last packing left out
 
 
@@ -92,7 +92,7 @@ def pack_state(session) -> dict[str, int]:
 
 
 def _write_all(session, connection, plans: list[ShardPlan], display) -> list[tuple[str, ItemError]]:
-    """Write the shards, with Ray if there are many. Rows are sent to the tasks, media are not."""
+    """Write the shards, with Ray if they are many. Rows are sent to the tasks, media are not."""
     root, fsync = session.corpus.root, session.settings.pack.fsync
     failures: list[tuple[str, ItemError]] = []
     few = len(plans) <= FEW_SHARDS

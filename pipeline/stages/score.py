@@ -49,7 +49,7 @@ def run_score(task: Task) -> Result:
     return outcomes, []
 
 
-# `table` alone: a score of other texts than the present ones would be a wrong pair, so only up-to-date rows count.
+# `table` alone, so that only up-to-date rows count: an older score may be of other texts.
 SCORE = Stage(
     "score",
     help="frames and texts → similarities",

@@ -1,7 +1,7 @@
-"""What a stage is: one object with its settings, the SQL of what is pending, and the function that does it.
+"""The type of a stage: one object with its settings, the SQL of its pending items, and its function.
 
 A stage lives in one file, in that reading order. `pipeline.engine.registry` lists all of them; the tree of settings,
-what `clipmill run` offers, `status`, the ledger's keys and the warm-up of models follow from that list.
+the choices of `clipmill run`, `status`, the ledger's keys and the warm-up of models follow from that list.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class DriverStage:
 
     name: str
     _: KW_ONLY
-    help: str  # what goes in → what comes out, as `status` shows it
+    help: str  # input → output, as `status` shows it
     settings: type[Settings]
 
 
@@ -28,15 +28,15 @@ class Stage(StageQuery):
     """A stage that workers run task by task, for the items that the ledger finds pending.
 
     Attributes:
-        help: what goes in → what comes out, as `status` shows it.
+        help: input → output, as `status` shows it.
         settings: the class of the stage's section of settings.
-        run: does a task: returns an `Outcome` per item and the media files it wrote.
-        item: what an item is; its item_id is a video_id or a clip_id.
-        pool: where tasks run. io: many at a time, mostly waiting · cpu: one per core · model: actors that keep models.
-        version: raised when `run` writes something else for the same input and settings.
-        identity: hash of what else shapes the rows, such as a model's weights; by default of the settings alone.
+        run: function of a task; returns an `Outcome` per item and the media files that it wrote.
+        item: kind of item, whose item_id is a video_id or a clip_id.
+        pool: place of the tasks. io: many at a time, mostly waiting · cpu: one per core · model: actors with models.
+        version: raised when `run` changes its output for the same input and settings.
+        identity: hash of the settings and other inputs, such as weights; None: of the settings.
         switch: the setting that is null when the stage is off.
-        load: loads the stage's model; the actors of pool "model" call it before there is work.
+        load: loads the stage's model; the actors of pool "model" call it before the first task.
         reads_source: `run` reads the video's file, which is downloaded again if it was deleted after cutting.
     """
 

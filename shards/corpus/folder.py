@@ -51,7 +51,7 @@ class Corpus:
         self.name = self.store.url if self.store else str(self.root)
         self.settings_path = self.root / SETTINGS
         self.private = self.root / PRIVATE  # lock, progress and caches: never part of the corpus
-        self.lock_owner = ""  # name of this process as owner of the lock, while it is: `lock_owner` shows it to workers
+        self.lock_owner = ""  # this process's name as owner of the lock; workers compare it with `lock_owner`
 
     @property
     def exists(self) -> bool:
@@ -60,7 +60,7 @@ class Corpus:
         return self.settings_path.is_file()
 
     def require(self) -> "Corpus":
-        """Return the corpus itself. Raises UserError when there is none in this folder."""
+        """Return the corpus itself. Raises UserError if the folder is not a corpus."""
         if not self.exists:
             raise UserError(
                 f"{self.name} is not a corpus (no corpus.yaml). Make one with `clipmill build SOURCES --corpus DIR`."
@@ -135,12 +135,11 @@ class Corpus:
 
     @contextmanager
     def alone_here(self) -> Iterator[str]:
-        """Hold the lock of the folder, or of the mirror alone of a corpus in a store; yield the owner's name in it.
+        """Hold the lock of the folder or, for a corpus in a store, of the mirror alone; yield the owner's name in it.
 
         Raises UserError when another process has the lock.
         """
-        if self.store:
-            self.private.mkdir(parents=True, exist_ok=True)
+        self.private.mkdir(parents=True, exist_ok=True)  # a cache, which may have been deleted
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         name = f"process {os.getpid()} on {socket.gethostname()} since {since}"
         file = take_named_lock(self._lock, name)
@@ -155,11 +154,7 @@ class Corpus:
         return self.private / LOCK
 
     def is_being_written(self) -> bool:
-        if self._is_held_here():
-            return True
-        if self.store is None:
-            return False
-        return is_held(self.store)
+        return self._is_held_here() or (self.store is not None and is_held(self.store))
 
     def _is_held_here(self) -> bool:
         return self._lock.exists() and is_locked(self._lock) and not owner_has_died(self._lock)

@@ -1,7 +1,7 @@
 """Fragments: the immutable Parquet files that workers write and from which everything else can be rebuilt.
 
 A task makes one *commit*: a fragment per table it wrote, media files if any, and last a ledger fragment that names
-them. A commit without its ledger fragment counts as never made; its files are overwritten or deleted. Names come from
+them. A commit without its ledger fragment does not count; its files are overwritten or deleted. Names come from
 the task (stage, unit, items and their keys), so a task that runs twice writes the same files.
 """
 
@@ -30,7 +30,7 @@ PARQUET_END = b"PAR1"
 
 @dataclass(frozen=True)
 class Commit:
-    """Result of a task: enough for the driver to load the fragments, and nothing that grows with the media."""
+    """Result of a task: enough for the driver to load the fragments; its size does not grow with the media."""
 
     name: str
     stage: str
@@ -62,7 +62,7 @@ def ledger_row(
     wall_s: float = 0.0,
     cpu_s: float = 0.0,
 ) -> dict[str, Any]:
-    """Return the row of `LEDGER` of an item that is done now, or that failed with `error`."""
+    """Return the row of `LEDGER` for an item that was completed now, or that failed with `error`."""
     row = {
         "stage": stage,
         "item_id": item_id,
@@ -98,7 +98,7 @@ def write_fragment(path: Path, table: pa.Table) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Return whether a Parquet file has its end, which one that was cut short lacks."""
+    """Return whether a Parquet file is complete, judged by its last four bytes."""
     with path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - len(PARQUET_END)))
         return file.read() == PARQUET_END
@@ -148,17 +148,13 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        _remove_folder(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep_temporaries(root: Path) -> int:
-    """Delete the temporary files of killed writers; only for the owner of the corpus lock. Returns how many."""
+    """Delete the temporary files of killed writers, as owner of the corpus lock; return how many."""
     leftovers = [p for folder in ("fragments", "clips", "shards") for p in (root / folder).glob(f"**/{TEMPORARY}*")]
     leftovers += [*root.glob(f"{TEMPORARY}*"), *(root / ".clipmill").glob(f"{TEMPORARY}*")]
     for path in leftovers:
-        path.unlink() if path.is_file() else _remove_folder(path)
+        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
     return len(leftovers)
-
-
-def _remove_folder(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)

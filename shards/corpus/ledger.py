@@ -1,11 +1,11 @@
-"""The working database: it holds the rows of all fragments, and finds by SQL what is current, pending and failed.
+"""The working database: it holds the rows of all fragments, and derives from them current, pending and failed items.
 
 It is private to the process that holds the corpus lock (`.clipmill/ledger.duckdb`), a cache of the fragments that can
 be deleted at any time. Readers get the published `manifest.duckdb` instead (`shards.corpus.manifest`).
 
-A stage is described to the ledger by its `StageQuery`: an SQL statement giving the items that ought to exist, each with
-a key that hashes the stage's fingerprint and the item's inputs. Done is the row whose key is the item's present key. So
-a changed setting, a changed input, a lost fragment and a new source are one thing: a key without a row.
+A stage describes itself to the ledger by its `StageQuery`: SQL for the items that ought to exist, each with a key that
+hashes the stage's fingerprint and the item's inputs. An item is done when a row has its present key. So a changed
+setting, a changed input, a lost fragment and a new source are one case: a key without a row.
 """
 
 import os
@@ -36,13 +36,13 @@ class FragmentFile:
 class Ledger:
     """The connection to the working database. `memory_limit` bounds DuckDB; no rows are kept in Python."""
 
-    def __init__(self, root: Path, stages: Sequence[StageQuery], *, memory_limit: str = "1GB", threads: int = 1):
+    def __init__(self, root: Path, stages: Sequence[StageQuery], *, memory_limit: str = "1GB"):
         self.root, self.files = root, files_of(root)
         self.stages = {stage.name: stage for stage in stages}
         self.path = root / ".clipmill" / "ledger.duckdb"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.connection = _connect(self.path, memory_limit, threads)
-        self.tombstones: tuple[str, ...] = ()  # names of the tombstone files that the tables take account of
+        self.connection = _connect(self.path, memory_limit)
+        self.tombstones: tuple[str, ...] = ()  # names of the tombstone files applied to the tables
         self.fingerprints: dict[str, str | None] = {}  # of the stages, at the last `refresh_state`
         self._create_tables()
 
@@ -52,7 +52,7 @@ class Ledger:
     # -- fragments ------------------------------------------------------------------------------------------------
 
     def sync(self) -> tuple[int, int]:
-        """Load new fragments, forget those that are deleted or lack an output. Returns (loaded, forgotten)."""
+        """Load new fragments, and forget those that are deleted or lack an output; return (loaded, forgotten)."""
         present = {file.name: file for file in _scan(self.root / "fragments" / "ledger")}
         known = {
             name: (size, mtime) for name, size, mtime in self._rows("SELECT name, num_bytes, mtime_ns FROM fragments")
@@ -64,25 +64,21 @@ class Ledger:
             named = outputs[name] if unchanged else _outputs_or_none(self.root, name)
             if named is not None and listing.has_all(named):
                 whole[name] = (file, named, unchanged)
-        gone = [name for name in known if name not in whole]
+        deleted = [name for name in known if name not in whole]
         new = [name for name, (_, _, unchanged) in whole.items() if not unchanged]
         lost = set(present) - set(whole)  # a commit that lacks one of its files counts as never made
         self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(lost)))
-        replaced = self._remove_replaced(new, whole)
-        self.forget([*gone, *replaced])
+        # A writer that was killed before it cleaned up leaves the commits that it superseded.
+        replaced = {old for name in new for old in replaced_by(fragment_path(self.root, "ledger", name))} & set(whole)
+        self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(replaced)))
+        self.forget([*deleted, *replaced])
         self.load([name for name in new if name not in replaced])
-        return len(new), len(gone)
-
-    def _remove_replaced(self, new: Iterable[str], whole: Iterable[str]) -> set[str]:
-        """Delete commits superseded by a writer that was killed before it cleaned up; return their names."""
-        names = {old for name in new for old in replaced_by(fragment_path(self.root, "ledger", name))} & set(whole)
-        self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(names)))
-        return names
+        return len(new), len(deleted)
 
     def remove_orphans(self) -> int:
-        """Delete files that no commit names, written by workers that were killed before they could commit.
+        """Delete files that no commit names, left by workers that were killed; return how many.
 
-        Returns how many. Only right after `sync`, while no worker is writing.
+        Call it right after `sync`, while no worker is writing.
         """
         owned = {relative for _, outputs in self._rows("SELECT name, outputs FROM fragments") for relative in outputs}
         folders = [*(f"fragments/{table}" for table in TABLES), "clips"]
@@ -92,9 +88,9 @@ class Ledger:
         return len(orphans)
 
     def drop_superseded(self, stage: str) -> int:
-        """Delete the commits of a stage of which no row counts any more. Returns how many.
+        """Delete a stage's commits without a row that still counts; return how many.
 
-        Only after `refresh_state` for all units. The ledger fragment is deleted first, so that a kill leaves orphans
+        Call it after `refresh_state` for all units. The ledger fragment is deleted first, so that a kill leaves orphans
         and never half a commit.
         """
         names = [
@@ -115,14 +111,14 @@ class Ledger:
     def forget(self, names: Sequence[str]) -> None:
         if not names:
             return
-        self.connection.register("gone", pa.table({"name": list(names)}))
+        self.connection.register("removed", pa.table({"name": list(names)}))
         for table in ["ledger", *TABLES]:
-            self.connection.execute(f"DELETE FROM {table} WHERE fragment IN (SELECT name FROM gone)")
-        self.connection.execute("DELETE FROM fragments WHERE name IN (SELECT name FROM gone)")
-        self.connection.unregister("gone")
+            self.connection.execute(f"DELETE FROM {table} WHERE fragment IN (SELECT name FROM removed)")
+        self.connection.execute("DELETE FROM fragments WHERE name IN (SELECT name FROM removed)")
+        self.connection.unregister("removed")
 
     def load(self, names: Sequence[str]) -> None:
-        """Load the rows of whole commits; of those loaded before, again."""
+        """Load the rows of whole commits, replacing those loaded before."""
         if not names:
             return
         self.forget(names)
@@ -190,9 +186,9 @@ class Ledger:
                 self.connection.execute(statement)
 
     def leave_out_forgotten(self) -> None:
-        """Delete the sources that have a tombstone: everything but the failures of lists is selected through them.
+        """Delete the sources that have a tombstone; every query but that for failures of lists starts from sources.
 
-        Their other rows stay in this cache until `shards.packing.compact` makes it anew.
+        Their other rows stay in this cache until `clipmill compact` rebuilds it.
         """
         files = tombstone_files(self.root)
         if files == self.tombstones:
@@ -207,7 +203,7 @@ class Ledger:
         self.tombstones = files
 
     def mark_pending(self, stage: str, item_ids: Sequence[str]) -> None:
-        """Make items pending once in this run although they are done or failed."""
+        """Make done or failed items pending once in this run."""
         self.connection.register("named", pa.table({"item_id": pa.array(list(item_ids), pa.string())}))
         self.connection.execute(f"INSERT INTO forced SELECT '{stage}', item_id FROM named")
         self.connection.unregister("named")
@@ -215,7 +211,7 @@ class Ledger:
     def try_again(self, tried: Sequence[tuple[str, str, int]]) -> None:
         """Give retryable failures one more attempt in the run in which they failed.
 
-        tried: (stage, item_id, attempts so far). It has no effect once an item has more attempts than that.
+        tried: (stage, item_id, attempts so far); without effect for an item that has more attempts by then.
         """
         self.connection.execute("DELETE FROM once_more")
         if tried:
@@ -233,23 +229,16 @@ class Ledger:
         wanted = " UNION ".join(
             f"SELECT item_id FROM state_{stage} WHERE status IN ('pending', 'retry')" for stage in stages
         )
-        return (
-            self._rows(
-                f"SELECT video_id, path FROM current_videos WHERE extractor <> 'file' AND video_id IN ({wanted})"
-            )
-            if stages
-            else []
-        )
+        sql = f"SELECT video_id, path FROM current_videos WHERE extractor <> 'file' AND video_id IN ({wanted})"
+        return self._rows(sql) if stages else []
 
     def sources_cut(self) -> list[str]:
         """Return the paths of the videos that were copied into the corpus and whose clips are all cut."""
-        return [
-            path
-            for (path,) in self._rows(
-                "SELECT path FROM current_videos WHERE path NOT LIKE '/%' AND video_id IN "
-                "(SELECT item_id FROM state_cut WHERE status = 'done') ORDER BY path"
-            )
-        ]
+        sql = (
+            "SELECT path FROM current_videos WHERE path NOT LIKE '/%' AND video_id IN "
+            "(SELECT item_id FROM state_cut WHERE status = 'done') ORDER BY path"
+        )
+        return [path for (path,) in self._rows(sql)]
 
     def items_of(self, stage: str) -> list[str]:
         return [item_id for (item_id,) in self._rows(f"SELECT item_id FROM state_{stage} ORDER BY 1")]
@@ -314,7 +303,7 @@ class Ledger:
         return sorted({*direct, *(a for name in direct for a in self._ancestors(name))})
 
     def units_with_work(self, stages: Iterable[str]) -> list[str]:
-        """Return the units with pending items in these stages; none without stages, as when only packing is left."""
+        """Return the units with pending items in these stages; [] without stages, as when only packing is left."""
         union = " UNION ALL ".join(
             ["SELECT '' AS unit WHERE false"]
             + [f"SELECT unit FROM state_{stage} WHERE status IN ('pending', 'retry')" for stage in stages]
@@ -426,8 +415,8 @@ def _layout() -> str:
     return digest([columns, _FRAGMENTS])
 
 
-def _connect(path: Path, memory_limit: str, threads: int) -> duckdb.DuckDBPyConnection:
-    config = {"memory_limit": memory_limit, "threads": threads, "preserve_insertion_order": False}
+def _connect(path: Path, memory_limit: str) -> duckdb.DuckDBPyConnection:
+    config = {"memory_limit": memory_limit, "threads": 1, "preserve_insertion_order": False}
     for attempt in (1, 2):
         try:
             connection = duckdb.connect(str(path), config=config)

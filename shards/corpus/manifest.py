@@ -1,7 +1,7 @@
-"""Publishing `manifest.duckdb`: the snapshot that all other commands read.
+"""Publish `manifest.duckdb`, the snapshot that all other commands read.
 
-The file is written beside the old one and renamed over it. So a reader always opens a whole, consistent manifest, keeps
-the one it opened for as long as it likes, and never waits for a lock. It holds the tables of
+The file is written beside the old one and renamed over it. So a reader always opens a whole, consistent manifest, can
+keep it open for any time, and never waits for a lock. It holds the tables of
 `shards.corpus.schema.MANIFEST` and the views of `views.sql` beside this file.
 """
 
@@ -48,10 +48,10 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
 
 
 def is_current(root: Path, ledger: Ledger | None = None) -> bool:
-    """Return whether there is a manifest with this version's tables and views that leaves out all that is forgotten.
+    """Return whether the manifest has this version's tables and views, and leaves out all forgotten videos.
 
-    ledger: after `refresh_state` for all units, also whether the manifest is what would be published now. A build may
-    have been killed after it loaded the last commits or put the last shards in place, and before it published them.
+    ledger: after `refresh_state` for all units; also compare the manifest's content with the ledger, because a build
+    may have been killed after it loaded the last commits or put the last shards in place, and before it published them.
     """
     path = root / MANIFEST_NAME
     if not path.is_file() or (root / UNFINISHED).exists():
@@ -64,8 +64,8 @@ def is_current(root: Path, ledger: Ledger | None = None) -> bool:
         sql = "SELECT comment FROM duckdb_tables() WHERE database_name = 'manifest' AND table_name = 'videos'"
         if ledger and connection.execute(sql).fetchall() != [(_made_from(ledger),)]:
             return False
-        num_obeyed = connection.execute("SELECT count(*) FROM manifest.forgotten").fetchall()[0][0]
-    return num_obeyed == read_tombstones(root).num_rows
+        num_applied = connection.execute("SELECT count(*) FROM manifest.forgotten").fetchall()[0][0]
+    return num_applied == read_tombstones(root).num_rows
 
 
 def view_statements() -> str:
@@ -86,7 +86,7 @@ def _layout() -> str:
 
 
 def _made_from(ledger: Ledger) -> str:
-    """Hash what decides a manifest's content: the settings, every row of the ledger, the shards that are in place."""
+    """Hash the inputs of a manifest: the settings, every row of the ledger, the shards that are in place."""
     rows = 'count(*), bit_xor(hash(fragment, item_id, key, status, attempts, epoch_us("at")))'
     ((num_rows, rows_hash),) = ledger.connection.execute(f"SELECT {rows} FROM ledger").fetchall()
     shards = sorted(item for item in ledger.files.sizes("shards").items() if item[0].endswith(".parquet"))
@@ -125,7 +125,7 @@ def _columns(schema: pa.Schema) -> str:
     return ", ".join(sql_identifier(name) for name in schema.names)  # `at` is a reserved word
 
 
-# The table of a stage that is not named below: `current_TABLE` is what the ledger makes of it.
+# For tables without an entry below: `current_TABLE` holds the rows that count.
 _SELECT_STAGE = "SELECT $columns FROM current_$table ORDER BY clip_id"
 
 _SELECT = {

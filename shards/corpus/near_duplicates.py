@@ -6,7 +6,7 @@ are cut into `radius // 2 + 1` bands, so two clips within the radius differ in a
 for each band every pair with at most one differing bit is looked up and then checked in full. Groups are the connected
 components of these pairs, so two members of a group may be further apart than the radius.
 
-Flat frames (black, white, one colour, a plain gradient) look alike whatever the clip is about. A hash is called flat
+Flat frames (black, white, one colour, a plain gradient) look alike in unrelated clips. A hash is called flat
 when fewer than `MIN_BITS` of its bits are set, or fewer are unset; a clip with two flat hashes or three is in no group.
 """
 
@@ -20,7 +20,7 @@ from clipmill.base.settings import Settings
 
 NUM_HASHES, HASH_BITS = 3, 64
 MIN_BITS = 8  # a hash of a structured picture has about 32 bits set
-PAIRS_AT_ONCE = 1 << 21  # candidate pairs held at a time: bounds memory, however alike the clips are
+PAIRS_AT_ONCE = 1 << 21  # candidate pairs held at a time: bounds memory for any number of similar clips
 MIN_BANDS = 4  # no band is wider than 48 bits
 
 

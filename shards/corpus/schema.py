@@ -1,8 +1,8 @@
 """The tables of a corpus, column by column. Everything else is derived from these.
 
-A column says here whether it is also in the view `catalog` and in the samples of shards; the view, the late columns of
-KEY.json and the layout of the ledger follow. Every fragment table also carries `LEDGER_COLUMNS`, which name the task
-that wrote the row. Times are seconds from the first frame of the video as doubles. Ids: `video_id` is
+A column's declaration decides if it is also in the view `catalog` and in the samples of shards; the view, the late
+columns of KEY.json and the layout of the ledger follow. Every fragment table also carries `LEDGER_COLUMNS`, which name
+the task that wrote the row. Times are seconds from the first frame of the video as doubles. Ids: `video_id` is
 [A-Za-z0-9_-]{1,64}; `clip_id` is VIDEO_ID.N; the key of a sample inside a tar is VIDEO_ID_NNNN, because WebDataset cuts
 a member's name at its first dot.
 """
@@ -24,17 +24,17 @@ SUBTITLE_FILE = pa.struct(
 FRAME = pa.struct(
     [("time_s", DOUBLE), ("sha256", STRING), ("offset", INT64), ("num_bytes", INT64)]
 )  # a caption frame: a JPEG member of the clips tar
-# Room that a forgotten clip leaves in the order of packing, so that the other clips stay in the shards they are in.
-PLACE = pa.struct(
+# Slot that stays reserved for a forgotten clip in the order of packing, so that no other clip changes its shard.
+RESERVED_SLOT = pa.struct(
     [("seed", INT64), ("rank", pa.uint64()), ("mp4_bytes", INT64), ("jpg_bytes", INT64), ("txt_bytes", INT64)]
 )
-BIN = pa.struct([("from", DOUBLE), ("num_clips", INT64)])  # of a histogram; the first bin reaches down without end
+BIN = pa.struct([("from", DOUBLE), ("num_clips", INT64)])  # of a histogram; the first bin has no lower bound
 REASON = pa.struct([("reason", STRING), ("num_clips", INT64)])
 
 
 @dataclass(frozen=True)
 class Column:
-    """The type of a column, and where its values stand besides its own table."""
+    """The type of a column, and the other places that show its values."""
 
     type: pa.DataType
     in_catalog: bool | str = False
@@ -55,7 +55,7 @@ def column(
         in_catalog: True, or the name that the column has in the view `catalog`.
         in_shard: KEY.json holds its value as of packing. A new value does not make the shard pending.
         made_from: the column is the SHA-256 of the caption frame, source video or mp4 that its row was made from;
-            `verify` compares it with what the clip has now.
+            `verify` compares it with the clip's present one.
     """
     assert in_catalog or not in_shard, "samples are made from rows of `catalog`"
     return Column(type, in_catalog, in_shard, made_from)
@@ -78,7 +78,7 @@ LEDGER = _arrow(
         stage=STRING,
         item_id=STRING,
         unit=STRING,
-        key=STRING,  # hash of (stage fingerprint, the item's inputs): what makes a row current
+        key=STRING,  # hash of (stage fingerprint, the item's inputs), which decides if a row is current
         fingerprint=STRING,
         status=STRING,  # done | failed
         error_class=STRING,
@@ -95,14 +95,14 @@ LEDGER = _arrow(
 
 LEDGER_COLUMNS = [("item_id", STRING), ("unit", STRING), ("key", STRING)]
 
-# What fragments hold, by table.
+# Columns of fragments, by table.
 _FRAGMENTS: dict[str, Columns] = {
     # ingest: one row per distinct source
     "sources": _columns(
         video_id=STRING,
         url=STRING,  # http(s)/s3/… URL, or the absolute path of a local file
         kind=STRING,  # "url" | "file"
-        source_id=STRING,  # the id as the list gave it, whatever it was
+        source_id=STRING,  # the id as the list gave it, unchanged
         title=STRING,
         category=STRING,
         language=STRING,
@@ -114,7 +114,7 @@ _FRAGMENTS: dict[str, Columns] = {
         extra=STRING,  # the list's other columns as a JSON object, or null
         ordinal=INT64,  # position in order of first sight, over the life of the corpus
     ),
-    # download: one row per video that is here
+    # download: one row per downloaded video
     "downloads": _columns(
         video_id=STRING,
         path=STRING,  # relative to the corpus, or absolute for local files by reference
@@ -143,11 +143,11 @@ _FRAGMENTS: dict[str, Columns] = {
         video_id=STRING,
         language=STRING,
         origin=STRING,  # manual | auto | given | sidecar | whisper | none
-        word_times=STRING,  # tags | cues | asr | none: where the words' times come from
-        source_sha256=STRING,  # of the video file; null in rows of before there was this column
+        word_times=STRING,  # tags | cues | asr | none: source of the words' times
+        source_sha256=STRING,  # of the video file; null in rows older than this column
         words=pa.list_(WORD),  # de-overlapped, in time order
         num_words=INT32,
-        digest=STRING,  # of language and words: segmenting again is needed only when this changes
+        digest=STRING,  # of language and words: a video is segmented again only when this changes
     ),
     # segment: the sentences …
     "sentences": _columns(
@@ -159,7 +159,7 @@ _FRAGMENTS: dict[str, Columns] = {
         num_words=INT32,
         align_cost=DOUBLE,  # mean DTW cost, 0 = every word found as it is
         clip_id=STRING,  # the span that holds it, null if it was dropped
-        # of the video file that the words were heard in; null: unknown
+        # of the video file that the words come from; null: unknown
         source_sha256=column(STRING, made_from="video"),
     ),
     # … and the spans chosen to become clips
@@ -170,7 +170,7 @@ _FRAGMENTS: dict[str, Columns] = {
         start_s=DOUBLE,
         end_s=DOUBLE,
         origin=STRING,  # sentences | given | shots | fixed
-        text=STRING,  # "" where nothing is said
+        text=STRING,  # "" without speech
         num_words=INT32,
         num_sentences=INT32,
         align_cost=DOUBLE,
@@ -181,11 +181,11 @@ _FRAGMENTS: dict[str, Columns] = {
         video_id=STRING,
         clip_id=STRING,
         n=INT32,
-        span_start_s=DOUBLE,  # as asked
+        span_start_s=DOUBLE,  # as requested
         span_end_s=DOUBLE,
         start_s=DOUBLE,  # time of the first source frame taken
         end_s=DOUBLE,  # end of the last source frame taken
-        duration_s=DOUBLE,  # num_frames / fps: how long the clip plays
+        duration_s=DOUBLE,  # playing time: num_frames / fps
         num_frames=INT32,
         fps=DOUBLE,
         width=INT32,
@@ -194,8 +194,8 @@ _FRAGMENTS: dict[str, Columns] = {
         has_audio=BOOL,
         num_bytes=INT64,
         sha256=STRING,  # of the mp4
-        frames=pa.list_(FRAME),  # caption frames, the first is the one that becomes KEY.jpg
-        frame_time_s=DOUBLE,  # of that one
+        frames=pa.list_(FRAME),  # caption frames, of which the first becomes KEY.jpg
+        frame_time_s=DOUBLE,  # of the first caption frame
         frame_sha256=STRING,
         motion=DOUBLE,  # mean absolute luma change between neighbouring output frames, 0..1
         brightness=DOUBLE,  # mean luma, 0..1
@@ -208,13 +208,13 @@ _FRAGMENTS: dict[str, Columns] = {
     # caption: one row per clip, frame and captioner
     "captions": _columns(
         clip_id=STRING,
-        frame_index=INT32,  # which of the clip's caption frames
+        frame_index=INT32,  # position among the clip's caption frames
         frame_sha256=column(STRING, made_from="frame"),
         frame_time_s=DOUBLE,
         captioner=column(STRING, in_catalog=True, in_shard=True),
         fingerprint=STRING,
-        text=column(STRING, in_catalog="caption", in_shard=True),  # "" when the captioner really said nothing
-        # mean log-probability per token under the captioner, null where it gives none
+        text=column(STRING, in_catalog="caption", in_shard=True),  # "" for an empty answer of the captioner
+        # mean log-probability per token under the captioner, null if it gives none
         score=column(DOUBLE, in_catalog="caption_score", in_shard=True),
         num_tokens=INT32,
     ),
@@ -228,15 +228,15 @@ _FRAGMENTS: dict[str, Columns] = {
         subtitle_similarity=column(DOUBLE, in_catalog=True, in_shard=True),
         # cosine of frame and caption; null without a caption
         caption_similarity=column(DOUBLE, in_catalog=True, in_shard=True),
-        # cosine of subtitle and caption; null unless both are there
+        # cosine of subtitle and caption; null unless both exist
         text_similarity=column(DOUBLE, in_catalog=True, in_shard=True),
         words_per_s=column(DOUBLE, in_catalog=True, in_shard=True),
         repeated_word_ratio=column(DOUBLE, in_catalog=True, in_shard=True),  # 1 - distinct words / words
     ),
-    # edit: boundaries that a teacher moved. One row per clip and round, whether it moved or not: those of one round
-    # are the boundaries after it. Spans, texts and clips stay as they are.
+    # edit: the boundaries of every clip after each round, moved by a teacher or not. Spans, texts and clips do not
+    # change.
     "clip_edits": _columns(
-        editing=STRING,  # which `clipmill edit`: a hash of its first teacher, its settings and its clips
+        editing=STRING,  # id of a `clipmill edit`: hash of its first teacher, settings and clips
         clip_id=STRING,
         video_id=STRING,
         round=INT32,
@@ -246,19 +246,19 @@ _FRAGMENTS: dict[str, Columns] = {
         base_end_s=DOUBLE,
         teacher=STRING,  # hash of the weights that scored
         score_before=DOUBLE,  # of the boundaries before the round
-        score_after=DOUBLE,  # of those after it; equal where nothing was accepted
+        score_after=DOUBLE,  # of the boundaries after it; equal to score_before unless accepted
         accepted=BOOL,
-        reason=STRING,  # better | no-better | no-candidate | not-lowest | not-cut, with -without-source behind it
-        text_md5=STRING,  # of the text that the clip was held against
+        reason=STRING,  # better | no-better | no-candidate | not-lowest | not-cut; may end in -without-source
+        text_md5=STRING,  # of the text that the clip was compared with
     ),
     "edit_rounds": _columns(
         editing=STRING,
-        round=INT32,  # 0: the warm-up, from 1 on the edits
-        teacher=STRING,  # that edited; after the warm-up: the teacher it gave. Two of them are joined by "+"
+        round=INT32,  # 0: the warm-up; 1 and above: edits
+        teacher=STRING,  # that edited; in the warm-up's row the one that it trained; two are joined by "+"
         validation=DOUBLE,  # R@1 of the student after the round; null: none was trained
-        best_before=DOUBLE,  # what it had to exceed; null for the warm-up
+        best_before=DOUBLE,  # best `validation` of earlier rounds, to be exceeded; null for the warm-up
         outcome=STRING,  # warm-up | kept | rolled-back | collapsed | untrained
-        step_scale=DOUBLE,  # of the steps of settings, in this round
+        step_scale=DOUBLE,  # factor of the settings' steps in this round
         threshold=DOUBLE,  # clips that scored more than this were left alone; null: none
         num_clips=INT64,
         num_accepted=INT64,
@@ -267,12 +267,12 @@ _FRAGMENTS: dict[str, Columns] = {
         median_change=DOUBLE,  # of the clips' length, against the first boundaries
         share_at_limit=DOUBLE,
         reasons=pa.list_(REASON),
-        length_changes=pa.list_(BIN),  # of e-folds of change from the first length
-        shifts=pa.list_(BIN),  # of the middle, in seconds from the first boundaries'
+        length_changes=pa.list_(BIN),  # natural logarithms of length / first length
+        shifts=pa.list_(BIN),  # distances of the middle from that of the first boundaries, in seconds
         settings=STRING,  # of the editing, as JSON
     ),
 }
-# edit, too: clips cut again where the boundaries moved; span_start_s and span_end_s are those of the edit
+# edit, too: clips cut again because their boundaries moved; span_start_s and span_end_s are those of the edit
 _FRAGMENTS["edited_clips"] = _columns(
     editing=STRING, round=INT32, **{name: each.type for name, each in _FRAGMENTS["clips"].items()}
 )
@@ -287,7 +287,7 @@ _INDEX = _columns(
     mp4_offset=INT64,  # of the member's data, not of its header
     mp4_bytes=INT64,
     mp4_sha256=STRING,
-    jpg_offset=INT64,  # null where the clip has no caption frame
+    jpg_offset=INT64,  # null if the clip has no caption frame
     jpg_bytes=INT64,
     jpg_sha256=STRING,
     txt_offset=INT64,
@@ -307,9 +307,9 @@ _INDEX = _columns(
     language=STRING,
 )
 
-# The published manifest: what people query. `videos` joins sources, downloads and transcripts; `clips` takes its text
+# The published manifest, which users query. `videos` joins sources, downloads and transcripts; `clips` takes its text
 # from the current spans, or from `texts` where a clip has reference texts; `captions` keeps every captioner's rows and
-# marks the one that is served; `scores` adds the near-duplicate group.
+# marks the ones that are served; `scores` adds the near-duplicate group.
 _PUBLISHED: dict[str, Columns] = {
     "videos": _columns(
         video_id=STRING,
@@ -347,7 +347,7 @@ _PUBLISHED: dict[str, Columns] = {
     "spans": _FRAGMENTS["spans"],
     "clips": _columns(
         **_FRAGMENTS["clips"],
-        text=STRING,  # the subtitle, "" where nothing is said; of a clip with reference texts the first of them
+        text=STRING,  # the first reference text of a clip that has any, else the subtitle; "" without speech
         num_words=INT32,
         num_sentences=INT32,
         align_cost=DOUBLE,
@@ -355,13 +355,13 @@ _PUBLISHED: dict[str, Columns] = {
         language=STRING,
         unit=STRING,
     ),
-    # Reference texts of the clips that were cut from given spans: what a benchmark's videos are searched by.
+    # Reference texts of the clips cut from given spans: the queries of a retrieval benchmark.
     "texts": _columns(
         clip_id=STRING,
         n=INT32,  # from 0, in the order of the source list
         text=column(STRING, in_catalog="texts"),
         video_id=STRING,
-        clip_sha256=column(STRING, made_from="clip"),  # of the mp4 that it is about
+        clip_sha256=column(STRING, made_from="clip"),  # of the mp4 that the text describes
     ),
     "captions": _columns(**_FRAGMENTS["captions"], current=BOOL),
     "scores": _columns(
@@ -382,16 +382,16 @@ _PUBLISHED: dict[str, Columns] = {
         attempts=INT32,
         at=pa.timestamp("us", tz="UTC"),
         unit=STRING,
-        quarantined=BOOL,  # engine.max_attempts are used up, over all runs: only `run --where` tries again
+        quarantined=BOOL,  # all engine.max_attempts are used up: only `run --where` tries again
     ),
-    # What the corpus was told to forget. It holds hashes alone: enough to know the video again, not to name it.
+    # Forgotten videos, as hashes alone: enough to recognise a video, not to name it.
     "forgotten": _columns(
         video_hash=STRING,  # SHA-256 of the video_id
         url_hash=STRING,  # SHA-256 of the canonical URL
-        sha256=STRING,  # of the video file; null: there was none
+        sha256=STRING,  # of the video file; null: never downloaded
         reason=STRING,  # as --reason gave it, or null
         at=pa.timestamp("us", tz="UTC"),
-        places=pa.list_(PLACE),  # of its clips in the order of packing
+        places=pa.list_(RESERVED_SLOT),  # of its clips in the order of packing
     ),
     "runs": _columns(
         run_id=STRING,
@@ -399,11 +399,11 @@ _PUBLISHED: dict[str, Columns] = {
         started_at=pa.timestamp("us", tz="UTC"),
         ended_at=pa.timestamp("us", tz="UTC"),  # null: still running or killed
         settings=STRING,  # the resolved settings as JSON
-        versions=STRING,  # of clipmill and what shapes its output, and the driver's peak memory in MB, as JSON
+        versions=STRING,  # JSON: of clipmill and packages that shape its output; the driver's peak memory in MB
     ),
 }
 
-# Readers may query a stage's table of clips as it is, unless it is published with other columns above.
+# A stage's table of clips is published unchanged, unless it has other columns above.
 _PUBLISHED |= {table: each for table, each in _FRAGMENTS.items() if "clip_id" in each and table not in _PUBLISHED}
 
 TABLES: dict[str, pa.Schema] = {table: _arrow(columns) for table, columns in _FRAGMENTS.items()}
@@ -412,7 +412,7 @@ INDEX = _arrow(_INDEX)
 
 
 def add_table(table: str, **columns: pa.DataType | Column) -> None:
-    """Declare the table of a stage from another package: one row per clip, with a column `clip_id`.
+    """Declare the table of a stage from another package, with one row per clip and a column `clip_id`.
 
     Call it at the top of the module that holds the stage, so that every process that loads the stage knows the table.
     """
@@ -421,7 +421,7 @@ def add_table(table: str, **columns: pa.DataType | Column) -> None:
     MANIFEST[table] = TABLES[table] = _arrow(_columns(**columns))
 
 
-# `catalog` shows all columns of clips, then these in the order that users know, then those that were declared later.
+# `catalog` shows all columns of clips, then these in this fixed order, then all other declared ones.
 _CATALOG_ORDER = (
     "caption", "captioner", "caption_score", "subtitle_similarity", "caption_similarity", "text_similarity",
     "words_per_s", "repeated_word_ratio", "duplicate_group", "title", "category", "channel", "licence", "url", "kind",
@@ -430,7 +430,7 @@ _CATALOG_ORDER = (
 
 
 def catalog_columns() -> list[tuple[str, str, str]]:
-    """(table, its column, the name in the view) of the columns that `catalog` shows besides those of clips."""
+    """Return (table, column, name in the view) of the columns that `catalog` shows besides those of clips."""
     shown = [
         (table, name, name if each.in_catalog is True else each.in_catalog)
         for table, columns in _PUBLISHED.items()
@@ -442,7 +442,7 @@ def catalog_columns() -> list[tuple[str, str, str]]:
 
 
 def late_columns() -> list[str]:
-    """Names in `catalog` of the columns that KEY.json holds as of packing and that are no part of a shard's key."""
+    """Return the names in `catalog` of columns that KEY.json holds as of packing and a shard's key leaves out."""
     return [
         name if each.in_catalog is True else each.in_catalog
         for columns in _PUBLISHED.values()
@@ -452,7 +452,7 @@ def late_columns() -> list[str]:
 
 
 def origins() -> Iterator[tuple[str, str, str]]:
-    """(table, column, what the column is the hash of: frame, video or clip) of all tables."""
+    """Yield (table, column, frame | video | clip) of the columns that are hashes of their row's input."""
     for table, columns in _PUBLISHED.items():
         for name, each in columns.items():
             if each.made_from:
@@ -460,6 +460,6 @@ def origins() -> Iterator[tuple[str, str, str]]:
 
 
 def sample_key(clip_id: str) -> str:
-    """ "VIDEO_ID.3" → "VIDEO_ID_0003": the name of the sample's members inside a tar."""
+    """Return the name of a clip's members inside a tar: "VIDEO_ID.3" → "VIDEO_ID_0003"."""
     video_id, n = clip_id.rsplit(".", 1)
     return f"{video_id}_{int(n):04d}"

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 ID_PATTERN = r"[A-Za-z0-9_-]{1,64}"
 SCHEME_PATTERN = r"[A-Za-z][A-Za-z0-9+.-]*://"
 
-# Valid for Python's re and for RE2. NOT_YOUTUBE_IDS are words of eleven letters in the place of an id.
+# Valid in Python's re and in RE2. NOT_YOUTUBE_IDS are words of eleven letters in the place of an id.
 YOUTUBE_PATTERN = (
     r"(?i:https?://(?:(?:www|m|music|gaming)\.)?(?:youtube(?:-nocookie)?\.com/"
     r"(?:watch/?\?(?:[^#]*?&)?v=|watch/|shorts/|embed/|live/|v/|e/)|youtu\.be/))"
@@ -96,7 +96,7 @@ def _hash_id(canonical: str) -> str:
 
 
 def canonical_urls(urls: pa.Array) -> pa.Array:
-    """Apply `canonical_url` to every element; null where it raises and for null."""
+    """Apply `canonical_url` to every element; null for an invalid URL and for null."""
     youtube = _youtube_ids(urls)
     plain = pc.and_not(
         pc.match_substring_regex(urls, _PLAIN_PATTERN), pc.match_substring_regex(urls, _TRACKING_PATTERN)

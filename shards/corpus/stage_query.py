@@ -1,13 +1,13 @@
-"""How a stage is described to the ledger. Workers import this with their stage, so it does not import DuckDB."""
+"""Describe a stage to the ledger. Workers import this module with their stage, so it does not import DuckDB."""
 
 from dataclasses import KW_ONLY, dataclass
 
 
 @dataclass(frozen=True)
 class StageQuery:
-    """The SQL by which the ledger knows what a stage has to do and what it has done.
+    """The SQL by which the ledger finds a stage's pending and current items.
 
-    It may use the temporary tables that the stages before it make.
+    It may use the temporary tables that earlier stages make.
 
     Attributes:
         name: also the name of the stage's section of settings.
@@ -16,8 +16,7 @@ class StageQuery:
             The key hashes the fingerprint and the item's inputs: an item whose key has no row is pending.
         table: the stage's table, if one is enough. The rows made with the present keys become `current_TABLE`.
         current: statements that make other `current_…` tables of the rows that `chosen_rows` gives.
-        payload: SELECT item_id, key, attempts, cost, … of the rows of `work`: the items as the stage's function
-            gets them.
+        payload: SELECT item_id, key, attempts, cost, … of the rows of `work`: the items that the stage's function gets.
     """
 
     name: str
@@ -32,7 +31,7 @@ class StageQuery:
 def chosen_rows(stage: str, table: str) -> str:
     """Return a SELECT of the rows of `table` that count for the items of `stage`.
 
-    A row made with an older key counts, with `up_to_date` false, until there is one with the present key.
+    A row made with an older key counts, with `up_to_date` false, until a row with the present key replaces it.
     """
     return (
         f"SELECT r.*, c.up_to_date FROM {table} r JOIN chosen_{stage} c ON r.item_id = c.item_id AND r.key = c.key "

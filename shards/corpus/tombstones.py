@@ -1,8 +1,8 @@
-"""Tombstones: hashes of forgotten videos, by which these are recognised and which reveal nothing else of them.
+"""Tombstones: hashes of forgotten videos, which recognise a video and reveal nothing else about it.
 
 They are the files `fragments/forgotten/*.parquet`, written whole and never changed. Writing one takes no lock: a
-running build, the loaders of a training run and every later build look into the folder, and leave out what has a
-tombstone from then on, long before its bytes are removed (`shards.packing.compact`).
+running build, the loaders of a training run and every later build read the folder, and leave out videos with a
+tombstone long before their bytes are removed (`shards.packing.compact`).
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from shards.storage.mirror import REFRESH_EVERY_S as STORE_EVERY_S
 from shards.storage.mirror import files_of, for_reading
 
 TOMBSTONE = MANIFEST["forgotten"]
-FORGOTTEN = "forgotten"  # error class of items that are kept out
-LOOK_EVERY_S = 1.0  # at a folder, and in a store only every STORE_EVERY_S
+FORGOTTEN = "forgotten"  # error class of items left out because of a tombstone
+LOOK_EVERY_S = 1.0  # for a folder; a store is asked only every STORE_EVERY_S
 
 
 def hash_of(text: str) -> str:

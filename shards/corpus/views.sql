@@ -1,7 +1,7 @@
 -- The views of a manifest, made over the tables of `MANIFEST` in shards/corpus/schema.py. One row of `catalog` is one
--- clip with everything known of it: `pack.where` and training's selections are conditions on it.
+-- clip with all its facts; `pack.where` and training's selections are conditions on it.
 
--- One row per clip: the clip, its text (what is said in it, or its first reference text), its served caption, its
+-- One row per clip: the clip, its text (subtitle, or first reference text), its served caption, its
 -- scores, its video, its reference texts, its shard. `is_duplicate` is true for all clips of a near-duplicate group but
 -- the first, so that `WHERE NOT is_duplicate` keeps one of each. `$columns` are those that schema.py declares with
 -- in_catalog, `$joins` the tables of further stages that have such a column.
@@ -20,7 +20,7 @@ LEFT JOIN (SELECT clip_id, list(text ORDER BY n) AS text FROM texts GROUP BY cli
 LEFT JOIN samples ON samples.clip_id = clips.clip_id
 $joins;
 
--- One row: the sums that a corpus is described by. A sentence counts when a clip holds it.
+-- Totals of the corpus, in one row. Only sentences inside clips count.
 CREATE OR REPLACE VIEW totals AS
 SELECT
     (SELECT count(*) FROM videos) AS num_sources,
@@ -45,7 +45,7 @@ FROM
             coalesce(sum(mp4_bytes + coalesce(jpg_bytes, 0) + coalesce(txt_bytes, 0) + coalesce(json_bytes, 0)), 0)::BIGINT
                 AS sample_bytes FROM samples) p;
 
--- The yield, step by step. `kept` is the share of the step before: of its items, but for spans of the videos' time.
+-- The yield, step by step. `kept` is the share of the step before, by number of items; for spans, by duration.
 CREATE OR REPLACE VIEW funnel AS
 WITH steps(step, ordinal, num_items, hours) AS (
     SELECT 'source', 1, count(*), NULL::DOUBLE FROM videos
@@ -74,14 +74,14 @@ FROM (SELECT floor(duration_s / 2)::INT AS bin, duration_s FROM clips)
 GROUP BY bin
 ORDER BY bin;
 
--- Histogram of the words said in a clip, five a bin; a bin of its own where nothing is said.
+-- Histogram of the words per clip, five a bin; clips without speech have their own bin.
 CREATE OR REPLACE VIEW words_per_clip AS
 SELECT from_words, from_words + CASE WHEN from_words = 0 THEN 0 ELSE 4 END AS to_words, count(*) AS num_clips
 FROM (SELECT CASE WHEN num_words = 0 THEN 0 ELSE (num_words - 1) // 5 * 5 + 1 END AS from_words FROM clips)
 GROUP BY from_words
 ORDER BY from_words;
 
--- The same of sentences.
+-- Histogram of the words per sentence, five a bin.
 CREATE OR REPLACE VIEW words_per_sentence AS
 SELECT from_words, from_words + 4 AS to_words, count(*) AS num_sentences
 FROM (SELECT (num_words - 1) // 5 * 5 + 1 AS from_words FROM sentences WHERE clip_id IS NOT NULL AND num_words > 0)
@@ -108,8 +108,8 @@ SELECT
 FROM v FULL JOIN c ON v.category IS NOT DISTINCT FROM c.category
 ORDER BY num_clips DESC, category;
 
--- What a benchmark consists of, by split. A video without a clip is one that failed. Repeated texts are those that
--- another text of the split equals: as queries they cannot be told apart.
+-- Contents of a benchmark, by split. A video without a clip has failed. Repeated texts equal another text of the split,
+-- so as queries they are ambiguous.
 CREATE OR REPLACE VIEW splits AS
 WITH t AS (
     SELECT split, sum(times)::BIGINT AS num_texts,
@@ -132,7 +132,7 @@ LEFT JOIN c USING (split)
 LEFT JOIN t USING (split)
 ORDER BY v.split;
 
--- Why things are not there: failures counted by stage and class, the most frequent first.
+-- Failures counted by stage and class, the most frequent first.
 CREATE OR REPLACE VIEW failures_by_reason AS
 SELECT stage, error_class, count(*) AS num_items, count(*) FILTER (transient) AS num_transient,
        count(*) FILTER (quarantined) AS num_quarantined,
@@ -141,7 +141,7 @@ FROM failures
 GROUP BY stage, error_class
 ORDER BY num_items DESC, stage, error_class;
 
--- Sizes of the downloaded videos and what became of them.
+-- Picture sizes of the downloaded videos, with the number of their clips.
 CREATE OR REPLACE VIEW resolutions AS
 SELECT v.width, v.height, count(*) AS num_videos, coalesce(sum(c.num_clips), 0)::BIGINT AS num_clips,
        sum(v.duration_s) / 3600 AS hours
@@ -154,7 +154,7 @@ CREATE OR REPLACE VIEW languages AS
 SELECT language, count(*) AS num_clips, sum(duration_s) / 3600 AS hours FROM clips GROUP BY language
 ORDER BY num_clips DESC, language;
 
--- Who wrote captions, with which settings, and how many of theirs are served.
+-- Captioners by settings (fingerprint), and how many of their captions are served.
 CREATE OR REPLACE VIEW captioners AS
 SELECT captioner, fingerprint, count(*) AS num_captions, count(*) FILTER (current) AS num_served,
        count(*) FILTER (text = '') AS num_empty, avg(score) AS mean_score
@@ -162,7 +162,7 @@ FROM captions
 GROUP BY captioner, fingerprint
 ORDER BY num_served DESC, captioner, fingerprint;
 
--- Groups of clips that look alike, the largest first.
+-- Groups of near-duplicate clips, the largest first.
 CREATE OR REPLACE VIEW duplicates AS
 SELECT s.duplicate_group, count(*) AS num_clips, count(DISTINCT c.video_id) AS num_videos,
        list(c.clip_id ORDER BY c.clip_id)[:20] AS first_clips
@@ -171,7 +171,7 @@ JOIN clips c USING (clip_id)
 GROUP BY s.duplicate_group
 ORDER BY num_clips DESC, s.duplicate_group;
 
--- What teachers did with clips' boundaries, by round and reason. Growth and shift are against the first boundaries.
+-- Edits of clips' boundaries, by round and reason. Growth and shift are relative to the first boundaries.
 CREATE OR REPLACE VIEW edits_by_reason AS
 SELECT editing, round, reason, count(*) AS num_clips, avg(score_before) AS mean_score,
        avg(score_after - score_before) AS mean_gain,

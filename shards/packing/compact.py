@@ -1,11 +1,11 @@
-"""Compacting: removes videos with a tombstone from the files that contain any of them, and changes no other file.
+"""Remove videos with a tombstone from the files that contain any of them; other files do not change.
 
 1. Shards: tar and index are written again without the forgotten samples, by the same two steps as in packing. A
    KEY.json whose near-duplicate group is named after a forgotten clip loses that name.
 2. Commits: written again without the forgotten rows and clips, under the name of the rest, with the name of the commit
    that they replace; then the old one is removed, its ledger fragment first. So a kill leaves the old commit, the new
    one, or both, and a ledger that finds both takes the new one.
-3. The fragments of `sources` come last, because they alone tell in which units and under which names to search.
+3. The fragments of `sources` come last, because only they name the units and the names to search for.
 
 Nothing here depends on the time or on earlier runs, so a second run after a kill ends in the same bytes.
 """
@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,7 @@ from shards.packing.pack import (
     rows_by_shard,
     sample_json,
 )
-from shards.packing.tar import Member, Sample, read_member, write_clips, write_tar
+from shards.packing.tar import Sample, read_member, write_clips, write_tar
 from shards.storage.mirror import files_of
 
 REDACTED = "[forgotten]"
@@ -63,7 +63,7 @@ class CompactReport:
 
 @dataclass(frozen=True)
 class ForgottenIndex:
-    """Finds what is left of forgotten videos: by hashes of ids, and by their names in fragments of `sources`."""
+    """Find remains of forgotten videos: by hashes of ids, and by their names in fragments of `sources`."""
 
     hashes: frozenset[str]
     names: tuple[str, ...] = ()  # ids and URLs
@@ -126,7 +126,7 @@ def compact_shards(
 
 
 def _settle(root: Path) -> None:
-    """Complete shards that a kill left half in place (see `shards.packing.pack.place`); delete the rest of `.next`."""
+    """Complete shards that a kill left half in place (see `shards.packing.pack.place`); clear `.next`."""
     files = files_of(root)
     files.refresh("shards")
     for path in sorted((root / "shards" / NEXT).glob("*.parquet")):
@@ -148,7 +148,7 @@ class _Shard:
         self.root, self.files, self.name = root, files_of(root), f"{index.stem}.tar"
         self.index, self.stamp = read_index(index), read_stamp(index)
         if self.stamp is None:
-            raise ItemError("bad-index", "it does not name the plan that it was written for")
+            raise ItemError("bad-index", "its metadata do not name the plan that it was written for")
 
     @cached_property
     def tar(self) -> Path:
@@ -162,15 +162,13 @@ class _Shard:
     def is_touched(self, forgotten: ForgottenIndex) -> bool:
         if any(forgotten.mask(self.index["video_id"]).to_pylist()):
             return True
-        return any(_group_is_forgotten(data, forgotten) for data in self._json_members())
-
-    def _json_members(self) -> Iterator[bytes]:
-        """Read every KEY.json by its byte range."""
-        places = zip(self.index["json_offset"].to_pylist(), self.index["json_bytes"].to_pylist(), strict=True)
+        ranges = zip(self.index["json_offset"].to_pylist(), self.index["json_bytes"].to_pylist(), strict=True)
         with open(self.tar, "rb") as file:
-            for offset, num_bytes in places:
-                if offset is not None:
-                    yield os.pread(file.fileno(), num_bytes, offset)
+            return any(
+                _group_is_forgotten(os.pread(file.fileno(), num_bytes, offset), forgotten)
+                for offset, num_bytes in ranges
+                if offset is not None
+            )
 
     def rewrite(
         self,
@@ -196,7 +194,12 @@ class _Shard:
         tar, index = next_paths(plan)
         members = {m.name: m for m in write_tar(self.root / tar, (self._sample(row, forgotten) for row in rows))}
         self.files.upload(tar)
-        lines = [_moved(row, position, members) for position, row in enumerate(rows)]
+        lines = []
+        for position, row in enumerate(rows):
+            lines.append(row | {"position": position})
+            for extension in _extensions(row):
+                member = members[f"{row['key']}.{extension}"]
+                lines[-1] |= {f"{extension}_offset": member.offset, f"{extension}_bytes": member.num_bytes}
         stamp = Stamp(plan.key, (self.root / tar).stat().st_size, missing)
         write_index(self.root / index, pa.Table.from_pylist(lines, INDEX), stamp)
         self.files.upload(index)
@@ -225,7 +228,7 @@ class _Shard:
         return all(
             set(_extensions(row)) == {e for e in plan.members if e != "jpg" or want["frames"]}
             and "json" in plan.members
-            and _says_the_same(self._member(row, "json"), sample_json(want))
+            and _has_same_facts(self._member(row, "json"), sample_json(want))
             for row, want in zip(rows, wanted, strict=True)
         )
 
@@ -234,28 +237,17 @@ def _extensions(row: dict[str, Any]) -> list[Extension]:
     return [extension for extension in EXTENSIONS if row[f"{extension}_offset"] is not None]
 
 
-def _says_the_same(packed: bytes, wanted: bytes) -> bool:
-    """Return whether a KEY.json has all that belongs to a plan's key, and every caption and score that exists now."""
-    there, now = json.loads(packed), json.loads(wanted)
-    is_complete = now.keys() - {"duplicate_group"} <= there.keys()
-    return is_complete and _fixed(there) == _fixed(now)
-
-
-def _fixed(values: dict[str, Any]) -> dict[str, Any]:
-    late = late_columns()
-    return {name: value for name, value in values.items() if name not in late}
+def _has_same_facts(packed: bytes, wanted: bytes) -> bool:
+    """Return whether a KEY.json equals the wanted one but for late columns, and lacks none of those but the group."""
+    old, new, late = json.loads(packed), json.loads(wanted), set(late_columns())
+    fixed = (old.keys() | new.keys()) - late
+    return new.keys() - {"duplicate_group"} <= old.keys() and all(
+        name in old and name in new and old[name] == new[name] for name in fixed
+    )
 
 
 def _group_is_forgotten(data: bytes, forgotten: ForgottenIndex) -> bool:
     return b'"duplicate_group"' in data and forgotten.covers(json.loads(data)["duplicate_group"])
-
-
-def _moved(row: dict[str, Any], position: int, members: dict[str, Member]) -> dict[str, Any]:
-    line = row | {"position": position}
-    for extension in _extensions(row):
-        member = members[f"{row['key']}.{extension}"]
-        line |= {f"{extension}_offset": member.offset, f"{extension}_bytes": member.num_bytes}
-    return line
 
 
 # -- sources and words ----------------------------------------------------------------------------------------------
@@ -287,17 +279,17 @@ def redact(root: Path, forgotten: ForgottenIndex, report: CompactReport) -> None
     ]:
         if path.is_file():
             table = pq.read_table(path)
-            kept = [row for row in table.to_pylist() if not _mentions(row, forgotten)]
+            kept = [
+                row
+                for row in table.to_pylist()
+                if not (row["stage"] == "pack" and forgotten.covers(row["item_id"]))
+                and not forgotten.pattern.search(f"{row['item_id']} {row['message'] or ''}")
+            ]
             _replace(root, path, table, pa.Table.from_pylist(kept, table.schema), report)
 
 
-def _mentions(row: dict[str, Any], forgotten: ForgottenIndex) -> bool:
-    text = f"{row['item_id']} {row['message'] or ''}"
-    return (row["stage"] == "pack" and forgotten.covers(row["item_id"])) or bool(forgotten.pattern.search(text))
-
-
 def _replace(root: Path, path: Path, before: pa.Table, after: pa.Table, report: CompactReport) -> None:
-    """Replace a fragment that refers to no other file, or remove it when no rows are left."""
+    """Replace a fragment that refers to no other file, or remove it if no rows remain."""
     if after.equals(before):
         return
     report.num_commits += 1
@@ -344,7 +336,7 @@ def _without(table: pa.Table, forgotten: ForgottenIndex) -> pa.Table:
 
 
 def _write_in_place_of(root: Path, old: str, tables: dict[str, pa.Table], ledger: pa.Table) -> None:
-    """Write the commit of the rows that are left, if there are any."""
+    """Write a commit of the remaining rows, if any."""
     stage, unit = old.split("-")[:2]
     if stage == "ingest":
         if not tables:

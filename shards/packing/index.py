@@ -1,7 +1,7 @@
 """A shard's index: the Parquet file beside the tar, one row per sample, columns `INDEX` of `shards.corpus.schema`.
 
-It has the place of every member, and the text columns as they are now: a new caption rewrites this small file, not the
-tar. Its metadata have the key of the plan that made the tar, so that an unchanged shard is recognised by them alone.
+It has the place of every member and the present text columns: a new caption rewrites this small file, not the tar. Its
+metadata hold the key of the plan that made the tar, so that they alone identify an unchanged shard.
 """
 
 import json
@@ -42,7 +42,7 @@ def read_index(path: Path) -> pa.Table:
 
 
 def read_stamp(path: Path) -> Stamp | None:
-    """Read the stamp; None for no index, another format or a torn file: then the shard is written again."""
+    """Read the stamp; None if the index is missing, torn or of another format: the shard is then written again."""
     try:
         metadata = pq.read_schema(path).metadata or {}
         values = json.loads(metadata[b"clipmill.shard"])
@@ -54,7 +54,7 @@ def read_stamp(path: Path) -> Stamp | None:
 
 
 def refresh_index(path: Path, texts: pa.Table) -> bool:
-    """Bring the text columns of an index up to date; return whether anything has changed.
+    """Bring the text columns of an index up to date; return whether the index has changed.
 
     `texts`: clip_id and any of TEXT_COLUMNS; rows of other shards are ignored, clips that it lacks keep their text.
     """

@@ -1,11 +1,11 @@
-"""Packing: writes a selection of clips as WebDataset shards that any reader of the format can read.
+"""Write a selection of clips as WebDataset shards that any reader of the format can read.
 
 1. `select_samples` asks the manifest for the clips, their sizes, and a digest of the content of their members.
 2. `plan_shards` orders them by a hash of (seed, clip_id) and fills shards up to a size. It is a pure function: the same
-   clips and seed give the same shards whatever was packed before. A plan's key covers every byte of the tar except for
+   clips and seed always give the same shards. A plan's key covers every byte of the tar except for
    the late columns (captions, scores, groups), which KEY.json has as of packing and the index as they are now: new
-   captions never make a shard pending. But when a caption or a score has failed, the key says that it is awaited: the
-   clip is packed without it, and its shard is packed again when it exists.
+   captions never make a shard pending. But a failed caption or score marks the key as awaiting it: the clip is
+   packed without it, and its shard is packed again when it exists.
 3. `write_shard`, one task per pending shard, writes tar and index under `shards/.next/` with the plan's key as a name.
 4. `commit_shards` runs when all are complete: it renames them into place and removes files that belong to no plan.
    After a kill, the next run reuses what is complete and ends in the same bytes.
@@ -40,7 +40,7 @@ Extension = Literal["mp4", "jpg", "txt", "json"]
 EXTENSIONS: tuple[Extension, ...] = ("mp4", "jpg", "txt", "json")
 NEXT = ".next"  # folder inside shards/ for shards that are complete but not yet in place
 SHARDS_AT_ONCE = 16  # shards whose rows are in memory together
-JSON_BYTES = 1500  # size of a KEY.json that is assumed when shards are planned
+JSON_BYTES = 1500  # assumed size of a KEY.json when shards are planned
 
 # Columns of `catalog` that KEY.json holds besides the clip's hashes. Their order is part of every plan's key. The late
 # columns (`shards.corpus.schema.late_columns`) are in KEY.json, too, but not in the key.
@@ -98,7 +98,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Written:
-    """Result of `write_shard`: the rows of the index, and the clips that are not in the shard, with the reason."""
+    """Result of `write_shard`: the rows of the index, and the clips that were left out, with the reason."""
 
     index: pa.Table
     failures: list[tuple[str, ItemError]] = field(default_factory=list)
@@ -125,13 +125,11 @@ def select_samples(connection: duckdb.DuckDBPyConnection, settings: PackSettings
     """
     try:
         return connection.sql(sql).to_arrow_table()
-    except (
-        duckdb.Error
-    ) as error:  # for example a value that cannot be converted, which is found while rows are computed
+    except duckdb.Error as error:  # for example a value that cannot be converted, found while rows are computed
         raise UserError(f"pack.where: {error}") from error
 
 
-# Clips whose first caption or whose scores have failed so far.
+# Clips without a first caption or scores because these failed.
 _AWAITED = """
     SELECT item_id FROM failures WHERE stage = 'score'
     UNION ALL SELECT item_id FROM failures WHERE stage = 'caption'
@@ -144,8 +142,10 @@ def plan_shards(samples: pa.Table, settings: PackSettings, slots: pa.Table | Non
 
     slots  see `reserved_slots`: counted like clips; a shard of reserved slots alone is not planned
     """
-    samples = samples.take(pc.sort_indices(samples["clip_id"]))
-    ranks, sizes = _ranks(samples["clip_id"], settings.seed), _tar_bytes(samples, settings.members)
+    samples = samples.take(pc.sort_indices(samples["clip_id"]))  # the id decides between equal ranks
+    clip_ids = samples["clip_id"].to_pylist()
+    ranks = np.fromiter((_rank(settings.seed, clip_id) for clip_id in clip_ids), np.uint64, count=len(clip_ids))
+    sizes = _tar_bytes(samples, settings.members)
     if slots is not None:
         slots = slots.filter(pc.field("seed") == settings.seed)
         ranks = np.concatenate([ranks, slots["rank"].to_numpy()])
@@ -156,10 +156,12 @@ def plan_shards(samples: pa.Table, settings: PackSettings, slots: pa.Table | Non
     for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         rows = order[start:end]
         piece = samples.take(rows[rows < samples.num_rows])
-        name = f"{number:06d}.tar"
-        clip_ids = piece["clip_id"].combine_chunks()
-        if len(clip_ids):
-            plans.append(ShardPlan(name, clip_ids, settings.members, _plan_key(name, piece, settings.members)))
+        if not piece.num_rows:
+            continue
+        name, clip_ids = f"{number:06d}.tar", piece["clip_id"].combine_chunks()
+        content = list(zip(clip_ids.to_pylist(), piece["content"].to_pylist(), strict=True))
+        key = digest({"format": FORMAT, "name": name, "members": settings.members, "samples": content})
+        plans.append(ShardPlan(name, clip_ids, settings.members, key))
     return plans
 
 
@@ -175,12 +177,8 @@ def slots_of(samples: pa.Table, seed: int) -> Iterator[tuple[str, dict[str, int]
         yield clip_id, {"seed": seed, "rank": _rank(seed, clip_id), **row}
 
 
-def _ranks(clip_ids: pa.ChunkedArray, seed: int) -> np.ndarray:
-    """Return [N] hashes of (seed, clip_id), by which clips are ordered; the id decides between equal ones."""
-    return np.fromiter((_rank(seed, clip_id) for clip_id in clip_ids.to_pylist()), np.uint64, count=len(clip_ids))
-
-
 def _rank(seed: int, clip_id: str) -> int:
+    """Return the hash of (seed, clip_id) by which clips are ordered."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {clip_id}".encode(), digest_size=8).digest(), "big")
 
 
@@ -205,22 +203,17 @@ def _bounds(sizes: np.ndarray, settings: PackSettings) -> list[int]:
     return bounds
 
 
-def _plan_key(name: str, samples: pa.Table, members: tuple[Extension, ...]) -> str:
-    rows = list(zip(samples["clip_id"].to_pylist(), samples["content"].to_pylist(), strict=True))
-    return digest({"format": FORMAT, "name": name, "members": members, "samples": rows})
-
-
 def pending_shards(root: Path, plans: Iterable[ShardPlan], *, retry_missing: bool = False) -> list[ShardPlan]:
     """Return the plans whose shards have to be written: neither in place nor complete under `.next`.
 
-    retry_missing  also those that were written without some of their clips, which may have become readable
+    retry_missing  also those written without some of their clips, which may be readable now
     """
     stamps = ((plan, _stamp_of(root, plan)) for plan in plans)
     return [plan for plan, stamp in stamps if stamp is None or (retry_missing and stamp.missing)]
 
 
 def _stamp_of(root: Path, plan: ShardPlan) -> Stamp | None:
-    """Return the stamp of a complete shard of this plan, in place, under `.next` or between; None if there is none.
+    """Return the stamp of a complete shard of this plan, in place, under `.next` or between; else None.
 
     Under `.next` the index is written after the tar, and `place` removes the old pair before it moves the new tar and
     then its index. So a pair in place always belongs together, and an index that waits under `.next` without its tar
@@ -249,17 +242,12 @@ def next_paths(plan: ShardPlan) -> tuple[str, str]:
 # -- writing --------------------------------------------------------------------------------------------------------
 
 
-def shard_rows(connection: duckdb.DuckDBPyConnection, plan: ShardPlan) -> pa.Table:
-    """Return the rows of `catalog` that a plan's samples are made from, in the tar's order."""
-    return next(rows for _, rows in rows_by_shard(connection, [plan]))
-
-
 def rows_by_shard(
     connection: duckdb.DuckDBPyConnection, plans: Sequence[ShardPlan]
 ) -> Iterator[tuple[ShardPlan, pa.Table]]:
-    """Yield (plan, its `shard_rows`) for each plan.
+    """Yield (plan, rows of `catalog` that its samples are made from, in the tar's order) for each plan.
 
-    One query is for several shards, because finding the rows of one costs as much as a scan of the whole catalog.
+    One query serves several shards, because finding the rows of one costs as much as a scan of the whole catalog.
     """
     columns = ", ".join(f"c.{name}" for name in (*FIXED, *late_columns(), *REFERENCES, *MEDIA))
     for start in range(0, len(plans), SHARDS_AT_ONCE):
@@ -277,7 +265,7 @@ def rows_by_shard(
 
 
 def write_shard(plan: ShardPlan, rows: pa.Table, root: Path, *, fsync: bool = False) -> Written:
-    """Write one planned shard under `shards/.next`; `rows` are those of `shard_rows`.
+    """Write one planned shard under `shards/.next`; `rows` are those of `rows_by_shard`.
 
     Clips whose media differ from the manifest (missing, truncated, another hash) are left out and reported.
     """
@@ -286,7 +274,7 @@ def write_shard(plan: ShardPlan, rows: pa.Table, root: Path, *, fsync: bool = Fa
     failures: list[tuple[str, ItemError]] = []
 
     def samples() -> Iterator[Sample]:
-        for row in _pylist(rows):
+        for row in (row for batch in rows.to_batches(max_chunksize=256) for row in batch.to_pylist()):
             try:
                 sample = _sample(row, plan.members, root)
             except ItemError as error:
@@ -296,7 +284,7 @@ def write_shard(plan: ShardPlan, rows: pa.Table, root: Path, *, fsync: bool = Fa
             yield sample
 
     files, (tar, index) = files_of(root), next_paths(plan)
-    files.remove(index)  # an index under `.next` says that its tar is complete
+    files.remove(index)  # an index under `.next` marks its tar as complete
     members = {member.name: member for member in write_tar(root / tar, samples(), fsync=fsync)}
     lines = [_index_line(row, plan, position, members) for position, row in enumerate(packed)]
     table = pa.Table.from_pylist(lines, INDEX)
@@ -308,7 +296,7 @@ def write_shard(plan: ShardPlan, rows: pa.Table, root: Path, *, fsync: bool = Fa
 
 
 def commit_shards(root: Path, plans: list[ShardPlan], *, fsync: bool = False) -> tuple[int, int]:
-    """Put all shards in place, then remove files that belong to no plan; return the numbers (placed, removed).
+    """Put all shards in place, then remove files without a plan; return the numbers (placed, removed).
 
     All plans must be complete (see `pending_shards`). After a kill, calling it again continues.
     """
@@ -339,11 +327,6 @@ def place(root: Path, plan: ShardPlan) -> bool:
         files.move(next_tar, tar)
     files.move(next_index, index)
     return True
-
-
-def _pylist(rows: pa.Table) -> Iterator[dict[str, Any]]:
-    for batch in rows.to_batches(max_chunksize=256):
-        yield from batch.to_pylist()
 
 
 # -- one sample -----------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""Tar files: writing them with known byte offsets, walking through them without trusting them, reading one member.
+"""Tar files: write them with known byte offsets, walk through untrusted ones, read one member.
 
-What is written here is plain USTAR: names of at most 100 ASCII characters and members under 8 GiB need no extension
+Written tars are plain USTAR: names of at most 100 ASCII characters and members under 8 GiB need no extension
 header, so a member's data starts 512 bytes after its header does. The same samples give the same bytes: times are 0;
-owner, group and mode are fixed. What is read here may come from anywhere: nothing is extracted, no link is followed, no
-size is believed that goes past the end of the file. This module knows nothing of Parquet.
+owner, group and mode are fixed. Tars that are read are untrusted: files are not extracted, links are not followed, and
+sizes are checked against the end of the file. This module does not depend on Parquet.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ class Blob:
 
 
 def member_bytes(num_bytes: int) -> int:
-    """Return how many bytes a member adds to a tar: its header, and its data in whole blocks."""
+    """Return the bytes that a member adds to a tar: its header, and its data in whole blocks."""
     return BLOCK + padded(num_bytes)
 
 
@@ -91,17 +91,13 @@ def write_tar(path: str | Path, samples: Iterable[Sample], *, fsync: bool = Fals
     return members
 
 
-def write_clips_tar(path: str | Path, blobs: Iterable[Blob], *, fsync: bool = False) -> list[Member]:
+def write_clips_tar(path: str | Path, blobs: Iterable[Blob]) -> list[Member]:
     """Copy ranges of files into one tar, in the given order, a megabyte at a time; return the place of each member.
 
     Raises ItemError "truncated-blob" when a source ends before its range does; then nothing is left under `path`.
     """
-    members: list[Member] = []
-    with atomic_file(path, fsync=fsync) as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for blob in blobs:
-                members.append(_copy(blob, tar))
-    return members
+    with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        return [_copy(blob, tar) for blob in blobs]
 
 
 def write_clips(path: Path, rows: list[dict[str, Any]], source_of: Callable[[dict[str, Any]], Path]) -> None:
@@ -136,17 +132,12 @@ def read_member(path: str | Path, offset: int, num_bytes: int) -> bytes:
     return data
 
 
-def list_members(path: str | Path) -> list[Member]:
-    """Return every member of a tar of ours in file order, reading headers only. Raises ItemError as `scan` does."""
-    return [member for member, _ in scan(path, lambda member: None)]
-
-
 def scan(
     path: str | Path, open_member: Callable[[Member], Callable[[bytes], None] | None]
 ) -> Iterator[tuple[Member, str]]:
-    """Read a tar of ours once, in order; `open_member` returns for each member the function that takes its chunks.
+    """Read a tar of ours once, in order; `open_member` returns for each member a consumer of its chunks.
 
-    Yields (member, sha256 of its data); where `open_member` returns None no data is read and the hash is "".
+    Yields (member, sha256 of its data); if `open_member` returns None, no data is read and the hash is "".
     Raises ItemError "bad-tar" for everything that `write_tar` does not write: links, folders, devices, extension
     headers, names with a path in them or used twice, bad checksums, sizes past the end of the file, no end mark.
     """
@@ -210,8 +201,11 @@ def walk(file: IO[bytes]) -> Iterator[Entry]:
             offset += padded(info.size)
             continue
         kind = "sparse file" if "sparse" in extension else _KINDS.get(info.type, "unknown")
-        if info.type == tarfile.GNUTYPE_SPARSE:
-            offset = _end_of_sparse_map(file, block, offset)
+        if info.type == tarfile.GNUTYPE_SPARSE:  # blocks that continue the map in the header precede the data
+            more = block[482]
+            while more:
+                more = _block(file, offset, "the map of a sparse file has no end")[504]
+                offset += BLOCK
         num_bytes = 0 if kind in ("folder", "link", "device") else extension.get("size", info.size)
         yield Entry(extension.get("path", info.name), info.type, kind, offset, num_bytes)
         offset, extension = offset + padded(num_bytes), {}
@@ -225,17 +219,8 @@ def _block(file: IO[bytes], offset: int, otherwise: str) -> bytes:
     return block
 
 
-def _end_of_sparse_map(file: IO[bytes], header: bytes, offset: int) -> int:
-    """Return where the data of a GNU sparse file begin: after the blocks that continue the map in its header."""
-    more = header[482]
-    while more:
-        more = _block(file, offset, "the map of a sparse file has no end")[504]
-        offset += BLOCK
-    return offset
-
-
 def _read_extension(file: IO[bytes], info: tarfile.TarInfo) -> dict[str, Any]:
-    """Return what an extension header says of the member after it: "path", "size", "sparse"."""
+    """Return the values that an extension header gives the next member: "path", "size", "sparse"."""
     if info.size > MAX_EXTENSION_BYTES:
         raise tarfile.ReadError(f"an extension header has {info.size} bytes, more than {MAX_EXTENSION_BYTES}")
     data = file.read(info.size)
@@ -263,7 +248,7 @@ def _pax_records(data: bytes) -> dict[str, Any]:
 
 
 class _Piece:
-    """Reads at most `num_bytes` of a file and hashes them; `ended_early` when the file has fewer."""
+    """Read at most `num_bytes` of a file and hash them; `ended_early` when the file has fewer."""
 
     def __init__(self, source: IO[bytes], num_bytes: int):
         self.source, self.left, self.ended_early = source, num_bytes, False

@@ -1,13 +1,13 @@
-"""Verifying: compares every shard with its index, and both with the manifest. Nothing is repaired here.
+"""Compare every shard with its index, and both with the manifest; repair nothing.
 
 Each tar is read once, from front to back, while structure, names, offsets, sizes, hashes and texts are compared; so
 without decoding this runs at the speed of the disk or of SHA-256. The caller passes the function that decodes, because
-clips are untrusted media and this package has no decoder.
+clips are untrusted media and this package does not decode.
 """
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ from shards.packing.pack import EXTENSIONS, NEXT, SHARDS_AT_ONCE
 from shards.packing.tar import Member, scan
 from shards.storage.mirror import files_of
 
-MAX_TEXT_BYTES = 16_000_000  # a KEY.txt or KEY.json beyond this is reported, not read
+MAX_TEXT_BYTES = 16_000_000  # a larger KEY.txt or KEY.json is reported, not read
 
-# A caption that so many unlike clips have in common is a fault of the captioner.
+# A caption that this many unlike clips share is a fault of the captioner.
 SAME_CAPTION_MIN = 100
 SAME_CAPTION_SHARE = 0.001
 
@@ -51,7 +51,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Problem:
-    """One difference that was found. `item` is a clip_id or a member's name, "" for a whole file.
+    """One difference. `item` is a clip_id or a member's name, "" for a whole file.
 
     kinds: missing-file, orphan-file, bad-index, bad-tar, missing-member, extra-member, misplaced-member, hash-mismatch,
     text-mismatch, bad-json, sample-mismatch, clip-mismatch, unknown-clip, stale-text, undecodable, frame-count,
@@ -142,7 +142,7 @@ def _expected_shards(
 
 
 def _files(root: Path, connection: duckdb.DuckDBPyConnection, forgotten: Tombstones) -> list[Problem]:
-    """Find files in shards/ without samples of the manifest, and what a killed packing left."""
+    """Find files in shards/ without samples of the manifest, and leftovers of a killed packing."""
     wanted = {name for shard in _shard_names(connection) for name in (shard, str(Path(shard).with_suffix(".parquet")))}
     problems, files = [], files_of(root)
     there = [root / "shards" / name for name in files.sizes("shards")] if files.store else (root / "shards").glob("*")
@@ -150,9 +150,23 @@ def _files(root: Path, connection: duckdb.DuckDBPyConnection, forgotten: Tombsto
         if path.name == NEXT:
             problems.append(Problem(f"shards/{NEXT}", "", "orphan-file", "shards of an unfinished packing"))
         elif path.name not in wanted and _keys_of_forgotten(path.with_suffix(".parquet"), forgotten):
-            problems.append(Problem(f"shards/{path.name}", "", "forgotten", "`clipmill compact` removes it"))
+            problems.append(
+                Problem(
+                    f"shards/{path.name}",
+                    "",
+                    "forgotten",
+                    "a shard of a forgotten video: `clipmill compact` removes it",
+                )
+            )
         elif path.name not in wanted:
-            problems.append(Problem(f"shards/{path.name}", "", "orphan-file", "no sample of the manifest is in it"))
+            problems.append(
+                Problem(
+                    f"shards/{path.name}",
+                    "",
+                    "orphan-file",
+                    "the manifest has no sample in it; `clipmill run pack` removes it",
+                )
+            )
     return problems
 
 
@@ -178,7 +192,7 @@ def _keys_of_forgotten(index: Path, forgotten: Tombstones) -> set[str]:
     return set(pc.filter(rows["key"], pa.array(forgotten.cover(rows["video_id"].to_pylist()))).to_pylist())
 
 
-# What a column with `made_from` is compared with: (table, its column, its name in a message).
+# Columns that a column with `made_from` is compared with: (table, column, name in a message).
 _PRESENT = {
     "frame": (("clips", "frame_sha256", "the clip's frame"), ("samples", "jpg_sha256", "the shard's frame")),
     "video": (("clips", "source_sha256", "the clip's video"),),
@@ -188,7 +202,7 @@ _SERVED = {"captions": "t.current AND t.frame_index = 0 AND"}
 
 
 def wrong_pairs(connection: duckdb.DuckDBPyConnection) -> list[Problem]:
-    """Find rows that were made from other bytes than the clip beside them has now, a caption of another frame say.
+    """Find rows made from other bytes than their clip has now, for example a caption of another frame.
 
     Rows older than the column that holds the hash are counted in a warning.
     """
@@ -267,17 +281,13 @@ class _Shard:
         problems = list(self._index_problems(root / "shards" / self.index_name))
         problems += self._clip_problems()
         if waiting:
-            problems.append(
-                self._problem("", "forgotten", f"`clipmill compact` will remove {len(waiting)} of its samples")
-            )
+            message = f"{len(waiting)} of its samples are forgotten: `clipmill compact` removes them"
+            problems.append(self._problem("", "forgotten", message))
         with _read_here(root, f"shards/{self.name}") as path:
             if path is None:
-                return [
-                    *problems,
-                    self._problem("", "missing-file", "the manifest has samples in it, but it does not exist"),
-                ]
-            reader = _TarReader(self, decode_frames, waiting)
-            return problems + reader.read(path)
+                message = "the manifest has samples in it, but it does not exist"
+                return [*problems, self._problem("", "missing-file", message)]
+            return problems + _TarReader(self, decode_frames, waiting).read(path)
 
     def _problem(self, item: str, kind: str, message: str) -> Problem:
         return Problem(f"shards/{self.name}", item, kind, message)
@@ -316,9 +326,7 @@ class _Shard:
         ]
         rows, clips = rows.filter(pa.array(known)), self.clips.filter(pa.array(known))
         for name, column in CLIP_FACTS.items():
-            packed = pa.array(
-                [value is not None for value in rows[name].to_pylist()]
-            )  # null: member left out by setting
+            packed = rows[name].is_valid()  # null: a member that pack.members leaves out
             problems += _differences(
                 where, name, rows.filter(packed), clips[column].filter(packed), "clip-mismatch", "the manifest's clip"
             )
@@ -338,20 +346,24 @@ def _differences(where: str, name: str, rows: pa.Table, wanted: Any, kind: str, 
 
 
 class _TarReader:
-    """Compares one tar with its samples' rows while it is read; at most one member is in memory."""
+    """Compare one tar with its samples' rows while reading it; at most one member is in memory."""
 
     def __init__(self, shard: _Shard, decode_frames: Callable[[bytes], int] | None, forgotten: set[str]):
         self.shard, self.forgotten = shard, forgotten
         self.decode_frames = decode_frames
-        self.rows = {row["key"]: row for row in shard.samples.to_pylist()}
-        self.expected = dict(_expected_members(self.rows.values()))
+        self.expected: dict[str, tuple[Row, str]] = {}  # member's name → (row, extension)
+        for row in shard.samples.to_pylist():
+            assert row["key"] == sample_key(row["clip_id"]), f"{row['clip_id']} has key {row['key']}"
+            for extension in EXTENSIONS:
+                if row[f"{extension}_offset"] is not None:
+                    self.expected[f"{row['key']}.{extension}"] = (row, extension)
         self.problems: list[Problem] = []
         self.content = bytearray()
 
     def read(self, path: Path) -> list[Problem]:
         found: set[str] = set()
         try:
-            for member, digest in scan(path, self._open):
+            for member, digest in scan(path, self._consumer):
                 found.add(member.name)
                 if member.name in self.expected:
                     self._check(member, digest)
@@ -364,7 +376,8 @@ class _TarReader:
             self._note(name, "missing-member", "it is not in the tar")
         return sorted(self.problems, key=lambda problem: problem.item)
 
-    def _open(self, member: Member) -> Callable[[bytes], Any] | None:
+    def _consumer(self, member: Member) -> Callable[[bytes], Any] | None:
+        """Return the function that takes the member's chunks, None for a member that is not expected."""
         self.content = bytearray()
         if member.name not in self.expected:
             return None
@@ -380,16 +393,13 @@ class _TarReader:
         row, extension = self.expected[member.name]
         where = (row[f"{extension}_offset"], row[f"{extension}_bytes"])
         if (member.offset, member.num_bytes) != where:
-            message = f"{member.num_bytes} bytes at {member.offset}; the manifest says {where[1]} at {where[0]}"
+            message = f"{member.num_bytes} bytes at {member.offset}; the manifest has {where[1]} at {where[0]}"
             self._note(member.name, "misplaced-member", message)
         if extension in ("mp4", "jpg") and digest != row[f"{extension}_sha256"]:
             self._note(member.name, "hash-mismatch", f"its SHA-256 is {digest}")
         elif extension == "txt" and digest != sha256((row["subtitle"] or "").encode()).hexdigest():
-            self._note(
-                member.name,
-                "text-mismatch",
-                f"{_short(self.content.decode(errors='replace'))} is not the clip's subtitle",
-            )
+            text = _short(self.content.decode(errors="replace"))
+            self._note(member.name, "text-mismatch", f"{text} is not the clip's subtitle")
         elif extension == "json" and self._keeps(member):
             self._check_json(member.name, row)
         elif extension == "mp4" and self._keeps(member):
@@ -414,19 +424,10 @@ class _TarReader:
             self._note(name, "undecodable", str(error))
             return
         if num_frames != row["num_frames"]:
-            self._note(name, "frame-count", f"{num_frames} frames decode; the manifest says {row['num_frames']}")
+            self._note(name, "frame-count", f"{num_frames} frames decode; the manifest has {row['num_frames']}")
 
     def _note(self, item: str, kind: str, message: str) -> None:
         self.problems.append(self.shard._problem(item, kind, message))
-
-
-def _expected_members(rows: Iterable[Row]) -> Iterator[tuple[str, tuple[Row, str]]]:
-    """Yield (member's name, (row, extension)) for every member that the tar should have."""
-    for row in rows:
-        assert row["key"] == sample_key(row["clip_id"]), f"{row['clip_id']} has key {row['key']}"
-        for extension in EXTENSIONS:
-            if row[f"{extension}_offset"] is not None:
-                yield f"{row['key']}.{extension}", (row, extension)
 
 
 def _short(value: Any) -> str:

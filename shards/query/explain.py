@@ -7,19 +7,18 @@ import json
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import duckdb
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipmill.base.errors import UserError
 from shards.corpus.fragments import fragment_path
 from shards.corpus.schema import LEDGER
-from shards.corpus.source_ids import canonical_url, canonical_urls
+from shards.corpus.source_ids import canonical_url
 from shards.corpus.tombstones import hash_of, read_tombstones
-from shards.query.sql import open_manifest
+from shards.query.sql import open_manifest, video_of_url
 from shards.storage.local import MANIFEST_NAME
 from shards.storage.mirror import files_of, for_reading
 
@@ -29,7 +28,7 @@ MEMBERS = ("mp4", "jpg", "txt", "json")
 
 @dataclass
 class Story:
-    """All that is known; empty where nothing is. Times are ISO 8601 in UTC."""
+    """The history of one item; unknown parts are empty. Times are ISO 8601 in UTC."""
 
     kind: str  # source | clip | forgotten
     id: str
@@ -40,26 +39,27 @@ class Story:
     failures: list[Row] = field(default_factory=list)
     captions: list[Row] = field(default_factory=list)
     scores: Row = field(default_factory=dict)
-    stages: dict[str, list[Row]] = field(default_factory=dict)  # rows of a clip by table, of the tables of other stages
+    stages: dict[str, list[Row]] = field(
+        default_factory=dict
+    )  # rows of a clip by table, of stages without a field here
     texts: list[str] = field(default_factory=list)
     places: list[Row] = field(default_factory=list)  # what, file, offset, num_bytes, sha256
-    runs: list[Row] = field(default_factory=list)  # that did something about it
+    runs: list[Row] = field(default_factory=list)  # of the attempts
     tombstone: Row = field(default_factory=dict)
 
 
 def explain(root: str | Path, name: str) -> Story:
-    """Tell the history of a video_id, clip_id, sample key, URL or path. Raises UserError for other names."""
+    """Return the history of a video_id, clip_id, sample key, URL or path. Raises UserError for other names."""
     root = for_reading(root, *_READ)
     with open_manifest(root) as connection:
         video_id, clip_id = _resolve(connection, name)
         if video_id is None:
-            return _forgotten(root, name) or _unknown(connection, name)
+            if story := _forgotten(root, name):
+                return story
+            _raise_unknown(connection, name)
         story = _story_of_clip(connection, clip_id) if clip_id else _story_of_source(connection, video_id)
         story.source = _one(connection, "SELECT * FROM videos WHERE video_id = ?", video_id)
-        story.attempts = [
-            *_ingested(root, video_id),
-            *_attempts(root, story.source["unit"], clip_id or video_id),
-        ]
+        story.attempts = _ingested(root, video_id) + _attempts(root, story.source["unit"], clip_id or video_id)
         story.failures = _rows(connection, _FAILURES, clip_id or video_id, video_id, f"{clip_id or video_id}.")
         run_ids = sorted({row["run_id"] for row in story.attempts})
         runs = "SELECT run_id, command, started_at, ended_at FROM runs WHERE run_id IN (SELECT unnest(?)) ORDER BY 3"
@@ -76,11 +76,11 @@ _FAILURES = """
 """
 
 
-# -- who is meant ---------------------------------------------------------------------------------------------------
+# -- from a name to an id -------------------------------------------------------------------------------------------
 
 
 def _resolve(connection: duckdb.DuckDBPyConnection, name: str) -> tuple[str | None, str | None]:
-    """Return (video_id, clip_id or None) of a name; (None, None) where nothing has it."""
+    """Return (video_id, clip_id or None) of a name; (None, None) for an unknown one."""
     if found := connection.execute("SELECT video_id FROM videos WHERE video_id = ?", [name]).fetchall():
         return found[0][0], None
     for table, column in (("clips", "clip_id"), ("spans", "clip_id"), ("samples", "key")):
@@ -89,13 +89,7 @@ def _resolve(connection: duckdb.DuckDBPyConnection, name: str) -> tuple[str | No
             return found[0]
     if found := connection.execute("SELECT video_id FROM videos WHERE source_id = ?", [name]).fetchall():
         return found[0][0], None
-    return _by_url(connection, name), None
-
-
-def _by_url(connection: duckdb.DuckDBPyConnection, name: str) -> str | None:
-    videos = connection.sql("SELECT video_id, url FROM videos").to_arrow_table().combine_chunks()
-    row = pc.index(canonical_urls(pa.array(videos["url"].to_pylist(), pa.string())), _canonical(name)).as_py()
-    return videos["video_id"][row].as_py() if row >= 0 else None
+    return video_of_url(connection, _canonical(name)), None
 
 
 def _canonical(name: str) -> str:
@@ -114,13 +108,13 @@ def _forgotten(root: Path, name: str) -> Story | None:
     return None
 
 
-def _unknown(connection: duckdb.DuckDBPyConnection, name: str) -> Story:
+def _raise_unknown(connection: duckdb.DuckDBPyConnection, name: str) -> NoReturn:
     """Raise UserError with ids that begin like the name or are spelt like it."""
     sql = "SELECT video_id FROM videos UNION ALL SELECT clip_id FROM clips UNION ALL SELECT url FROM videos"
     known = [row[0] for row in connection.execute(f"SELECT * FROM ({sql}) LIMIT 200000").fetchall()]
     near = get_close_matches(name, known, n=3) or [other for other in known if name and name in other][:3]
     hint = f" Similar: {', '.join(near)}." if near else " Give a video_id, a clip_id, a sample's key or a URL."
-    raise UserError(f"ID {name}: the corpus has nothing of this name.{hint}")
+    raise UserError(f"ID {name}: the corpus has no such video, clip, sample or URL.{hint}")
 
 
 # -- facts ----------------------------------------------------------------------------------------------------------
@@ -147,26 +141,23 @@ def _story_of_clip(connection: duckdb.DuckDBPyConnection, clip_id: str) -> Story
     ]
     tables = "SELECT DISTINCT table_name AS name FROM duckdb_columns() SEMI JOIN duckdb_tables() USING (table_name) "
     for table in _rows(connection, tables + "WHERE column_name = 'clip_id' ORDER BY 1"):
-        if table["name"] not in _TOLD:
+        if table["name"] not in _SHOWN_APART:
             rows = _rows(connection, f"SELECT * EXCLUDE (clip_id) FROM {table['name']} WHERE clip_id = ?", clip_id)
             story.stages |= {table["name"]: rows} if rows else {}
-    if story.clip.get("tar"):
-        story.places = list(_clip_places(story.clip))
+    if tar := story.clip.get("tar"):
+        clip = story.clip
+        story.places = [_place("clip", tar, clip["mp4_offset"], clip["num_bytes"], clip["sha256"])]
+        for n, frame in enumerate(clip["frames"] or ()):
+            story.places.append(_place(f"frame {n}", tar, frame["offset"], frame["num_bytes"], frame["sha256"]))
     for sample in _rows(connection, "SELECT * FROM samples WHERE clip_id = ?", clip_id):
         story.places += _sample_places(sample)
     return story
 
 
-# Tables of clips whose rows a story shows in a form of their own, or not at all.
-_TOLD = {
+# Tables of clips that a story shows in their own form, or leaves out.
+_SHOWN_APART = {
     "spans", "sentences", "clips", "texts", "captions", "scores", "samples", "clip_edits", "edited_clips",
 }  # fmt: skip
-
-
-def _clip_places(clip: Row) -> list[Row]:
-    first = [_place("clip", clip["tar"], clip["mp4_offset"], clip["num_bytes"], clip["sha256"])]
-    frames = enumerate(clip["frames"] or ())
-    return first + [_place(f"frame {n}", clip["tar"], f["offset"], f["num_bytes"], f["sha256"]) for n, f in frames]
 
 
 def _sample_places(sample: Row) -> list[Row]:
@@ -198,7 +189,7 @@ def _source_files(root: Path, source: Row) -> list[Row]:
 
 
 def _ingested(root: Path, video_id: str) -> list[Row]:
-    """When the source was first seen."""
+    """Return the attempt in which the source was first seen, as a list of at most one."""
     for path in sorted((root / "fragments" / "sources").glob("[!.]*.parquet")):
         if pc.index(pq.read_table(path, columns=["video_id"])["video_id"], video_id).as_py() >= 0:
             [row] = pq.read_table(fragment_path(root, "ledger", path.stem), columns=LEDGER.names).to_pylist()
@@ -228,7 +219,7 @@ def _rows(connection: duckdb.DuckDBPyConnection, sql: str, *parameters: Any) -> 
 
 
 def _plain(row: Row) -> Row:
-    """With times as text, so that it is JSON."""
+    """Convert times to text, so that the row is JSON-able."""
     return {
         name: value.isoformat(timespec="seconds") if hasattr(value, "isoformat") else value
         for name, value in row.items()

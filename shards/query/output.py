@@ -20,14 +20,13 @@ Format = Literal["table", "csv", "json", "parquet"]
 FORMATS = ("table", "csv", "json", "parquet")
 MAX_TABLE_ROWS = 50  # rows that a table shows; the other formats have all
 WRAPPED = 16  # characters to which a text column of a table may shrink before each value gets its own line
-_FORMULA = ("=", "+", "-", "@", "\t")  # beginnings of what spreadsheets take for formulas
+_FORMULA = ("=", "+", "-", "@", "\t")  # first characters of formulas in spreadsheets
 
 
 def write_answer(reader: pa.RecordBatchReader, format: Format, out: TextIO) -> int:
     """Write the rows of an answer in one of FORMATS; return their number."""
-    return {"table": _write_table, "csv": _write_csv, "json": _write_json, "parquet": _write_parquet}[format](
-        reader, out
-    )
+    writers = {"table": _write_table, "csv": _write_csv, "json": _write_json, "parquet": _write_parquet}
+    return writers[format](reader, out)
 
 
 def _write_table(reader: pa.RecordBatchReader, out: TextIO) -> int:
@@ -40,9 +39,11 @@ def _write_table(reader: pa.RecordBatchReader, out: TextIO) -> int:
     cells = [[_cell(value) for value in row] for row in rows]
     names = [visible(name) for name in reader.schema.names]
     console = Console(file=out, highlight=False)
+    columns = zip(*([names, *cells]), strict=True)  # long texts may wrap, to no less than WRAPPED characters
+    width = sum(min(max(map(len, column)), max(WRAPPED, len(column[0]))) + 3 for column in columns)
     if names == ["explain_key", "explain_value"]:
         table = Text("\n".join(row[1].replace("\\x0a", "\n") for row in cells))
-    elif _needed_width(names, cells) > console.width:
+    elif width > console.width:
         table = _records(names, cells)
     else:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -52,21 +53,9 @@ def _write_table(reader: pa.RecordBatchReader, out: TextIO) -> int:
         for row in cells:
             table.add_row(*(Text(cell) for cell in row))
     console.print(table)
-    shown = (
-        f"first {len(rows):,} of {num_rows:,} rows"
-        if num_rows > len(rows)
-        else "1 row"
-        if num_rows == 1
-        else f"{num_rows:,} rows"
-    )
-    console.print(Text(shown, style="dim"))
+    shown = f"first {len(rows):,} of " if num_rows > len(rows) else ""
+    console.print(Text(f"{shown}{num_rows:,} row{'' if num_rows == 1 else 's'}", style="dim"))
     return num_rows
-
-
-def _needed_width(names: list[str], cells: list[list[str]]) -> int:
-    """Return the characters that all columns need side by side, with long texts wrapped to WRAPPED characters."""
-    columns = zip(*([names, *cells]), strict=True)
-    return sum(min(max(map(len, column)), max(WRAPPED, len(column[0]))) + 3 for column in columns)
 
 
 def _records(names: list[str], cells: list[list[str]]):
@@ -85,7 +74,7 @@ def _records(names: list[str], cells: list[list[str]]):
 
 
 def _first_rows(reader: pa.RecordBatchReader) -> tuple[list[tuple], int]:
-    """Return the rows that a table shows, and how many rows there are in all."""
+    """Return the rows that a table shows, and the number of all rows."""
     rows: list[tuple] = []
     num_rows = 0
     for batch in reader:
@@ -100,7 +89,8 @@ def _write_csv(reader: pa.RecordBatchReader, out: TextIO) -> int:
     writer.writerow([_csv_text(name) for name in reader.schema.names])
     num_rows = 0
     for row in _rows(reader):
-        writer.writerow([_csv_field(value) for value in row])
+        plain = [value is None or isinstance(value, bool | int | float | Decimal) for value in row]
+        writer.writerow([value if p else _csv_text(_text(value)) for value, p in zip(row, plain, strict=True)])
         num_rows += 1
     return num_rows
 
@@ -119,9 +109,8 @@ def _write_json(reader: pa.RecordBatchReader, out: TextIO) -> int:
 def _write_parquet(reader: pa.RecordBatchReader, out: TextIO) -> int:
     import pyarrow.parquet as pq
 
-    schema = pa.schema(
-        [field.with_name(name) for field, name in zip(reader.schema, _distinct(reader.schema.names), strict=True)]
-    )
+    names = _distinct(reader.schema.names)
+    schema = pa.schema([field.with_name(name) for field, name in zip(reader.schema, names, strict=True)])
     num_rows = 0
     with pq.ParquetWriter(out.buffer, schema, compression="zstd") as writer:
         for batch in reader:
@@ -146,13 +135,11 @@ def _cell(value: Any) -> str:
     if isinstance(value, float | Decimal):
         value = float(value)
         return f"{value:,.1f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
-    return visible(value if isinstance(value, str) else _json_text(value, plain=True))
+    return visible(_text(value))
 
 
-def _csv_field(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | Decimal):
-        return value
-    return _csv_text(value if isinstance(value, str) else _json_text(value, plain=True))
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else _json_text(value, plain=True)
 
 
 def _csv_text(value: str) -> str:
@@ -192,7 +179,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """Number repeated column names: n, n_1, n_2."""
+    """Make repeated column names distinct: n, n_1, n_2."""
     distinct: dict[str, None] = {}
     for name in names:
         candidate, count = name, 0

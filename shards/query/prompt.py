@@ -88,4 +88,4 @@ def _command(connection: duckdb.DuckDBPyConnection, line: str) -> None:
     elif name == ".help":
         print(".tables        the tables and views\n.schema NAME   columns of one\n.quit          leave (or Ctrl-D)")
     else:
-        raise UserError(f"{name} is not a command; there are .tables, .schema [NAME], .help and .quit.")
+        raise UserError(f"{name} is not a command; known are .tables, .schema [NAME], .help and .quit.")

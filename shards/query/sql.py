@@ -1,6 +1,6 @@
-"""Queries of a corpus: the manifest opened read-only and isolated, and one statement run.
+"""Query a corpus: open its manifest read-only and isolated, and run one statement.
 
-The SQL may come from anybody: a statement can neither read another file nor write one, load code or change a setting.
+The SQL is untrusted: a statement can neither read another file nor write one, load code or change a setting.
 """
 
 import os
@@ -12,9 +12,11 @@ from typing import Any, TextIO
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipmill.base.errors import UserError
 from clipmill.base.text import sql_identifier, sql_literal
+from shards.corpus.source_ids import canonical_urls
 from shards.query.output import FORMATS, Format, write_answer
 from shards.storage.local import MANIFEST_NAME
 from shards.storage.mirror import for_reading
@@ -25,11 +27,11 @@ _ALLOWED = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.St
 
 
 def open_manifest(corpus: str | Path, tables: Mapping[str, str | Path] | None = None) -> duckdb.DuckDBPyConnection:
-    """Open the manifest for reading, as it is now: a newer one that a build publishes meanwhile is not seen.
+    """Open the present manifest for reading; one that a build publishes later is not seen.
 
     corpus  the corpus's folder or URL, or the manifest itself
     tables  additional tables by name: Parquet, JSON lines, CSV or Arrow files, which are copied into memory
-    Raises UserError when there is no manifest or a table cannot be read.
+    Raises UserError if the manifest does not exist or a table cannot be read.
     """
     path = for_reading(corpus, MANIFEST_NAME) if is_url(corpus) else Path(corpus)
     path = path / MANIFEST_NAME if path.is_dir() else path
@@ -37,7 +39,7 @@ def open_manifest(corpus: str | Path, tables: Mapping[str, str | Path] | None = 
         raise UserError(f"{corpus} has no manifest.duckdb: it is not a corpus, or its build has not published one yet.")
     connection = private_connection()
     try:
-        # Attached, not opened: opening a path twice in one process gives the file that was there the first time.
+        # Attached, not opened: a second opening of a path in one process gives the file of the first.
         connection.execute(f"ATTACH {sql_literal(str(path))} AS manifest (READ_ONLY)")
         connection.execute("USE manifest")
         add_tables(connection, tables or {})
@@ -79,7 +81,7 @@ def add_tables(connection: duckdb.DuckDBPyConnection, tables: Mapping[str, str |
                 f"{given}: write it as NAME=FILE, where NAME is a letter followed by letters, digits, underscores."
             )
         if name.lower() in taken:
-            raise UserError(f"{given}: there is a table {name} already; choose another name.")
+            raise UserError(f"{given}: the corpus has a table {name} already; choose another name.")
         if not Path(path).is_file():
             raise UserError(f"{given}: no such file.")
         taken.add(name.lower())
@@ -107,7 +109,7 @@ def run_query(
 ) -> int:
     """Run one statement and write its answer; return its number of rows.
 
-    table    for people: at most MAX_TABLE_ROWS rows, then how many there are; control characters made visible
+    table    for people: at most MAX_TABLE_ROWS rows, then their number; control characters made visible
     csv      for spreadsheets: text that begins like a formula gets a ' before it; NULL is an empty field
     json     an array with one object per row, exact
     parquet  exact, with types; not written to a terminal
@@ -136,14 +138,21 @@ def rows_of(connection: duckdb.DuckDBPyConnection, sql: str) -> list[Any]:
         raise UserError(str(error)) from error
 
 
-def selection(where: str) -> str:
-    """Return SQL for the rows of `catalog` that a condition, or a SELECT with a clip_id column, picks."""
+def selection(where: str, table: str = "catalog", key: str = "clip_id") -> str:
+    """Return SQL for the rows of a table that a condition, or a SELECT with the column `key`, picks."""
     where = where.strip().rstrip(";").strip()
     if not where:
-        return "SELECT * FROM catalog"
+        return f"SELECT * FROM {table}"
     if re.match(r"(select|with|from)\b", where, re.IGNORECASE):
-        return f"SELECT * FROM catalog WHERE clip_id IN (SELECT picked.clip_id FROM (\n{where}\n) picked)"
-    return f"SELECT * FROM catalog WHERE (\n{where}\n)"
+        return f"SELECT * FROM {table} WHERE {key} IN (SELECT picked.{key} FROM (\n{where}\n) picked)"
+    return f"SELECT * FROM {table} WHERE (\n{where}\n)"
+
+
+def video_of_url(connection: duckdb.DuckDBPyConnection, canonical: str) -> str | None:
+    """Return the id of the video whose canonical URL or absolute path this is; None if the corpus lacks it."""
+    videos = connection.sql("SELECT video_id, url FROM videos").to_arrow_table().combine_chunks()
+    row = pc.index(canonical_urls(pa.array(videos["url"].to_pylist(), pa.string())), canonical).as_py()
+    return videos["video_id"][row].as_py() if row >= 0 else None
 
 
 def check_selection(connection: duckdb.DuckDBPyConnection, where: str, setting: str) -> None:
@@ -175,7 +184,7 @@ def _single_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb
 
 
 def _add_table(connection: duckdb.DuckDBPyConnection, name: str, path: Path) -> None:
-    """Load a file as a temporary table: those are found without a database name, whichever database is in use."""
+    """Load a file as a temporary table, which needs no database name in queries."""
     readers = {
         ".parquet": "read_parquet",
         ".jsonl": "read_ndjson",

@@ -3,6 +3,7 @@
 Everything is counted by SQL over the manifest's views; `render` draws it for a terminal of 80 columns or more.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ HD_VILA_CATEGORIES = {
 }
 PERCENTILES = (5, 25, 50, 75, 95)
 MAX_LINES = 20  # of a table whose length depends on the data
-BLOCKS = " ▏▎▍▌▋▊▉█"
+BLOCKS = " ▏▎▍▌▋▊▉█"  # eighths of a character
 
 Row = dict[str, Any]
 
@@ -69,35 +70,30 @@ class Statistics:
 
 def report(connection: duckdb.DuckDBPyConnection) -> Statistics:
     """Count everything, in one or two seconds for a million clips."""
-    rows = {
-        name: _rows(connection, f"SELECT * FROM {name}")
-        for name in ("totals", "funnel", "categories", "resolutions", "clip_lengths", "words_per_sentence", "languages")
-    }
+    views = ("funnel", "categories", "resolutions", "clip_lengths", "words_per_sentence", "languages", "captioners")
     return Statistics(
-        totals=rows["totals"][0],
+        totals=_rows(connection, "SELECT * FROM totals")[0],
         percentiles=_percentiles(connection),
-        funnel=rows["funnel"],
-        categories=rows["categories"],
         failures=_rows(connection, "SELECT * FROM failures_by_reason"),
         dropped_sentences=_rows(connection, "SELECT count(*) AS n FROM sentences WHERE clip_id IS NULL")[0]["n"],
-        resolutions=rows["resolutions"],
-        clip_lengths=rows["clip_lengths"],
-        words_per_sentence=rows["words_per_sentence"],
-        languages=rows["languages"],
-        captioners=_rows(connection, "SELECT * FROM captioners"),
+        **{view: _rows(connection, f"SELECT * FROM {view}") for view in views},
     )
 
 
 def render(stats: Statistics, console: Console) -> None:
     """Print the report; the histograms are as wide as `console.width` allows."""
     if not stats.totals["num_clips"]:
-        console.print("[yellow]No clips yet:[/] the report has only what exists so far.")
+        console.print("[yellow]No clips yet:[/] the report covers the steps done so far.")
+    lengths = {int(row["from_s"]): row["num_clips"] for row in stats.clip_lengths}
+    length_bins = _bins(lengths, 2, lambda at: f"{at}–{at + 2} s", lambda at: f"≥ {at} s")
+    words = {row["from_words"]: row["num_sentences"] for row in stats.words_per_sentence}
+    word_bins = _bins(words, 5, lambda at: f"{at}–{at + 4}", lambda at: f"≥ {at}")
     parts = [
         ("Corpus", _overview(stats)),
         ("Yield", _funnel(stats.funnel)),
         ("Percentiles", _percentile_table(stats.percentiles)),
-        ("Clip length", _histogram(_length_bins(stats.clip_lengths), console.width)),
-        ("Words per sentence", _histogram(_word_bins(stats.words_per_sentence), console.width)),
+        ("Clip length", _histogram(length_bins, console.width)),
+        ("Words per sentence", _histogram(word_bins, console.width)),
         ("Categories (HD-VILA-100M's published shares beside)", _category_table(stats.categories)),
         ("Source sizes", _resolution_table(stats.resolutions)),
         ("Languages", _language_table(stats.languages)),
@@ -148,7 +144,11 @@ def _overview(stats: Statistics) -> Table:
     ):
         table.add_row(label, _number(totals[name], shape), _number(HD_VILA[name], shape))
     table.add_row("hours of clips", _hours(totals["clip_hours"]), _hours(HD_VILA["clip_hours"]))
-    table.add_row("resolution of most videos", _usual_resolution(stats.resolutions), HD_VILA["resolution"])
+    by_height: Counter[int] = Counter()
+    for row in stats.resolutions:
+        by_height[min(row["width"], row["height"])] += row["num_videos"]
+    usual = max(by_height, key=lambda height: (by_height[height], height), default=None)
+    table.add_row("resolution of most videos", f"{usual}p" if usual else "–", HD_VILA["resolution"])
     table.add_row("samples in shards", f"{totals['num_samples']:,} in {totals['num_shards']:,}", "")
     table.add_row("size of the clips", _size(totals["clip_bytes"]), "")
     return table
@@ -170,16 +170,6 @@ def _percentile_table(percentiles: dict[str, list[float]]) -> Table | None:
     for name, values in percentiles.items():
         table.add_row(name, *(f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" for value in values))
     return table
-
-
-def _length_bins(rows: list[Row]) -> list[tuple[str, int]]:
-    counts = {int(row["from_s"]): row["num_clips"] for row in rows}
-    return _bins(counts, 2, lambda at: f"{at}–{at + 2} s", lambda at: f"≥ {at} s")
-
-
-def _word_bins(rows: list[Row]) -> list[tuple[str, int]]:
-    counts = {row["from_words"]: row["num_sentences"] for row in rows}
-    return _bins(counts, 5, lambda at: f"{at}–{at + 4}", lambda at: f"≥ {at}")
 
 
 def _bins(
@@ -218,60 +208,48 @@ def _bar(share: float, width: int) -> str:
 
 
 def _category_table(rows: list[Row]) -> Table | None:
-    if not rows:
-        return None
-    table = _table("category", "videos", "share", "HD-VILA", "clips", "share", "HD-VILA")
-    for row in rows[:MAX_LINES]:
+    def cells(row: Row) -> list[Text | str]:
         of_videos, of_clips = HD_VILA_CATEGORIES.get(row["category"], (None, None))
-        table.add_row(
-            _name(row["category"]),
-            f"{row['num_videos']:,}",
-            _percent(row["video_share"]),
-            _number(of_videos, ".1f", "%"),
-            f"{row['num_clips']:,}",
-            _percent(row["clip_share"]),
-            _number(of_clips, ".1f", "%"),
-        )
-    return _with_rest(table, rows)
+        videos = [f"{row['num_videos']:,}", _percent(row["video_share"]), _number(of_videos, ".1f", "%")]
+        clips = [f"{row['num_clips']:,}", _percent(row["clip_share"]), _number(of_clips, ".1f", "%")]
+        return [_name(row["category"]), *videos, *clips]
+
+    columns = ("category", "videos", "share", "HD-VILA", "clips", "share", "HD-VILA")
+    return _data_table(columns, rows, cells)
 
 
 def _resolution_table(rows: list[Row]) -> Table | None:
-    if not rows:
-        return None
-    table = _table("size", "videos", "clips", "hours")
-    for row in rows[:MAX_LINES]:
-        size = f"{row['width']}×{row['height']}"
-        table.add_row(size, f"{row['num_videos']:,}", f"{row['num_clips']:,}", _hours(row["hours"]))
-    return _with_rest(table, rows)
+    def cells(row: Row) -> list[str]:
+        counts = [f"{row['num_videos']:,}", f"{row['num_clips']:,}"]
+        return [f"{row['width']}×{row['height']}", *counts, _hours(row["hours"])]
+
+    return _data_table(("size", "videos", "clips", "hours"), rows, cells)
 
 
 def _language_table(rows: list[Row]) -> Table | None:
-    if not rows:
-        return None
-    table = _table("language", "clips", "hours")
-    for row in rows[:MAX_LINES]:
-        table.add_row(_name(row["language"]), f"{row['num_clips']:,}", _hours(row["hours"]))
-    return _with_rest(table, rows)
+    return _data_table(
+        ("language", "clips", "hours"),
+        rows,
+        lambda row: [_name(row["language"]), f"{row['num_clips']:,}", _hours(row["hours"])],
+    )
 
 
 def _captioner_table(rows: list[Row]) -> Table | None:
-    if not rows:
-        return None
-    table = _table("captioner", "captions", "served", "empty", "mean score")
-    for row in rows[:MAX_LINES]:
-        counts = (f"{row[name]:,}" for name in ("num_captions", "num_served", "num_empty"))
-        table.add_row(_name(row["captioner"]), *counts, _number(row["mean_score"], ".3f"))
-    return _with_rest(table, rows)
+    def cells(row: Row) -> list[Text | str]:
+        counts = [f"{row[name]:,}" for name in ("num_captions", "num_served", "num_empty")]
+        return [_name(row["captioner"]), *counts, _number(row["mean_score"], ".3f")]
+
+    return _data_table(("captioner", "captions", "served", "empty", "mean score"), rows, cells)
 
 
 def _failure_table(stats: Statistics) -> Table | Text:
     if not stats.failures and not stats.dropped_sentences:
         return Text("none", style="green")
-    table = _table("stage", "reason", "items", "may heal")
+    table = _table("stage", "reason", "items", "retryable")
     table.columns[1].justify = "left"
     for row in stats.failures[:MAX_LINES]:
-        healing = f"{row['num_transient']:,}" if row["num_transient"] else ""
-        table.add_row(_name(row["stage"]), _name(row["error_class"]), f"{row['num_items']:,}", healing)
+        retryable = f"{row['num_transient']:,}" if row["num_transient"] else ""
+        table.add_row(_name(row["stage"]), _name(row["error_class"]), f"{row['num_items']:,}", retryable)
     if stats.dropped_sentences:
         table.add_row("segment", "sentences in no span", f"{stats.dropped_sentences:,}", "")
     return _with_rest(table, stats.failures)
@@ -285,18 +263,20 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
+def _data_table(columns: tuple[str, ...], rows: list[Row], cells: Callable[[Row], list[Any]]) -> Table | None:
+    """Return a table of the first MAX_LINES rows; None without rows."""
+    if not rows:
+        return None
+    table = _table(*columns)
+    for row in rows[:MAX_LINES]:
+        table.add_row(*cells(row))
+    return _with_rest(table, rows)
+
+
 def _with_rest(table: Table, rows: list[Row]) -> Table:
     if len(rows) > MAX_LINES:
         table.caption, table.caption_justify = f"and {len(rows) - MAX_LINES:,} more", "left"
     return table
-
-
-def _usual_resolution(rows: list[Row]) -> str:
-    by_height: dict[int, int] = {}
-    for row in rows:
-        lines = min(row["width"], row["height"])
-        by_height[lines] = by_height.get(lines, 0) + row["num_videos"]
-    return f"{max(by_height, key=lambda lines: (by_height[lines], lines))}p" if by_height else "–"
 
 
 def _name(value: str | None) -> Text:

@@ -2,15 +2,15 @@
 
 1. The lock is taken by a PUT that fails if the object exists. It is taken over from an owner that released it, or that
    has not renewed it for STALE_S, by a PUT that fails if the object has changed since it was read. So of two processes
-   that try, one gets it.
+   that try, only one succeeds.
 2. The owner renews it every BEAT_S by a PUT that replaces its own last one. The age of a lock is computed by the
    store's clock, from the time of writing and the time of the answer, so clocks that differ do no harm.
 3. An owner that could not renew it for FENCED_S, or that finds another owner in it, writes nothing more: it checks the
    lock before everything it writes or removes. One request that was sent at the last moment may still arrive late; it
-   does no harm: commits of workers (who check the owner, too) have the same rows under the same names, a manifest
+   does no harm: commits of workers (which check the owner, too) have the same rows under the same names, a manifest
    replaces only the one that its writer knew, and a shard that is put in place twice is the same shard, since shards
    follow from what is committed.
-4. The lock is released by a PUT, too, and not by a DELETE, for which stores offer no conditions.
+4. The lock is released by a PUT, too, because stores offer no conditions for a DELETE.
 """
 
 import json
@@ -47,7 +47,7 @@ class StoreLock:
         self._thread: threading.Thread | None = None
 
     def take(self) -> None:
-        """Take the lock and begin to renew it. Raises UserError that names the owner when there is one."""
+        """Take the lock and begin to renew it. Raises UserError that names the owner if another process has it."""
         while self._thread is None:
             began_at, found = _now(), self.store.read(KEY)
             owner = _owner_in(found)
@@ -56,7 +56,7 @@ class StoreLock:
                     f"{self.store.url} is being written by {_describe(owner)}. Wait for it or stop it; reading is "
                     f"possible. It was last seen {found.age_s:,.0f} s ago; it counts as dead after {STALE_S:,.0f} s."
                 )
-            with suppress(Changed):  # another process was quicker: look again
+            with suppress(Changed):  # another process was quicker: try again
                 self._write(began_at, if_none_match=found is None, if_match=found.etag if found else None)
                 self._require_conditional_writes()
                 self._thread = threading.Thread(target=self._keep_renewing, name="clipmill-lock", daemon=True)
@@ -68,14 +68,14 @@ class StoreLock:
             self._renew()
         if self._lost or _now() - self._beaten_at > FENCED_S:
             raise UserError(
-                f"{self.store.url}: the lock was lost ({self._lost or 'the store did not answer in time'}), so nothing "
-                "more is written. What is committed is safe; run the same command again to continue."
+                f"{self.store.url}: the lock was lost ({self._lost or 'the store did not answer in time'}), so this "
+                "command stops writing. Committed work is safe; run the same command again to continue."
             )
 
     def release(self) -> None:
         self._ended.set()
         self._thread.join()
-        with self._beating, suppress(Changed, UserError):  # another process's by now, or stale soon
+        with self._beating, suppress(Changed, UserError):  # another process has it already, or it is soon stale
             if not self._lost:
                 self._write(_now(), if_match=self._etag, free=True)
 
@@ -101,12 +101,12 @@ class StoreLock:
             try:
                 self._write(began_at, if_match=self._etag)
             except Changed:
-                self._find_out_who_changed_it(began_at)
+                self._accept_own_write(began_at)
             except UserError:
-                return  # unreachable for now: `check` watches the time
+                return  # the store may answer later: `check` watches the time
 
-    def _find_out_who_changed_it(self, began_at: float) -> None:
-        """Accept our own write, which is there when the answer to a PUT was lost and the client tried again."""
+    def _accept_own_write(self, began_at: float) -> None:
+        """Keep the lock if this process changed it: a client whose PUT got no answer sends it again."""
         try:
             found = self.store.read(KEY)
         except UserError:
@@ -139,7 +139,7 @@ def is_held(store: Store) -> bool:
 
 
 def _owner_in(found: SmallObject | None) -> dict[str, Any]:
-    """Return what the lock says of its owner; {} for no lock and for an unreadable one, which only its age ends."""
+    """Return the owner's entry in the lock; {} without a lock, and for an unreadable one, which ends by age alone."""
     with suppress(ValueError):
         content = json.loads(found.data) if found else {}
         return content if isinstance(content, dict) else {}
@@ -167,5 +167,5 @@ def _machine() -> str:
 
 
 def _now() -> float:
-    """Return seconds of a clock that continues while the machine sleeps, where the system has one."""
+    """Return seconds of a clock that continues while the machine sleeps, if the system has one."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -1,7 +1,7 @@
 """Files of a corpus that lies in a folder, and the interface that `shards.storage.mirror` has in common with it.
 
 All other code works on a folder through this interface: it reads and writes files in the folder itself and reports here
-what it has written. In a plain folder nothing more is to be done with a written file.
+what it has written. In a plain folder a written file needs nothing more.
 """
 
 import os
@@ -14,7 +14,9 @@ from shards.storage.s3 import Store
 
 MANIFEST_NAME = "manifest.duckdb"
 PRIVATE = ".clipmill"  # files of this machine alone; in a store it holds the lock
-UNFINISHED = f"{PRIVATE}/compact.unfinished"  # exists while `compact` runs: members move before the manifest says so
+UNFINISHED = (
+    f"{PRIVATE}/compact.unfinished"  # exists while `compact` runs: members move before the manifest is published
+)
 
 
 class Files:
@@ -26,14 +28,14 @@ class Files:
         self.root = root
 
     def local(self, relative: str) -> Path:
-        """Return the path where a file can be read. Absolute paths (sources used where they lie) stay as they are."""
+        """Return the path to read a file from. Absolute paths (sources used in place) do not change."""
         return self.root / relative
 
     def has(self, relative: str) -> bool:
         return (self.root / relative).exists()
 
     def size(self, relative: str) -> int | None:
-        """Return a file's size in bytes, None where there is no such file."""
+        """Return a file's size in bytes, None if it does not exist."""
         path = self.root / relative
         return path.stat().st_size if path.is_file() else None
 
@@ -82,7 +84,7 @@ class Files:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Return name → bytes of the files in a folder, in order of names, without hidden ones; {} for no folder."""
+    """Return name → bytes of a folder's files in order of names, without hidden ones; {} if it does not exist."""
     if not folder.is_dir():
         return {}
     with os.scandir(folder) as entries:

@@ -2,7 +2,7 @@
 
 All other code works on the folder; the store has the valid state:
 
-1. What is written here is uploaded at once, and counts when the store has it. A store cannot rename files, so the file
+1. Written files are uploaded at once, and count when the store has them. A store cannot rename files, so the file
    that makes others count is uploaded after them: a commit's ledger fragment after its media and fragments, a shard's
    index after its tar, the manifest after everything. Each upload is one PUT, which readers see whole or not at all.
 2. Files are removed in the reverse order, first from the store and then from the mirror.
@@ -18,7 +18,7 @@ A mirror may be deleted while nothing uses it. `files_of` knows the mirrors of t
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ REFRESH_EVERY_S = 10.0  # for files that other machines write without taking the
 _SMALL = (MANIFEST_NAME, "corpus.yaml", UNFINISHED)
 _WRITTEN_WITHOUT_LOCK = "fragments/forgotten/"
 _WITH_PARQUET = ("fragments/", "shards/")
-Guard = Callable[..., None]  # guard(True) asks the store even if the answer was known a moment ago
+Guard = Callable[..., None]  # guard(True) asks the store even right after another check
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Mirror(Files):
         self._uploads = True
         self._notes: dict[str, _Note] = {}
         self._notes_read = 0  # bytes of the log that `_notes` is made from
-        self._shards: dict[str, int] | None = None  # path → bytes of what the store has under shards/
+        self._shards: dict[str, int] | None = None  # path → bytes of the store's files under shards/
         self._refreshed_at: dict[str, float] = {}
 
     # --- Reading
@@ -73,24 +73,18 @@ class Mirror(Files):
             name = hashlib.sha256(relative.encode()).hexdigest()[:2]
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with lock_file(self._log.with_name(f"fetch-{name}.lock")):  # one worker fetches, the others find the file
-                if not self._is_valid_here(relative):
+                remote = self.store.head(relative) if path.exists() and _may_change(relative) else None
+                if not path.exists() or (remote and not self._is_current(relative, remote)):
                     self._fetch(relative)
         except FileNotFoundError as error:
             raise ItemError("input-missing", f"{self.store.url}/{relative} does not exist", transient=True) from error
         return path
 
-    def _is_valid_here(self, relative: str) -> bool:
-        """Return whether the file here is what the store has."""
-        if not (self.root / relative).exists():
-            return False
-        remote = self.store.head(relative) if _may_change(relative) else None
-        return remote is None or self._is_current(relative, remote)
-
     def has(self, relative: str) -> bool:
         return (self.root / relative).exists() or (not os.path.isabs(relative) and bool(self.store.head(relative)))
 
     def size(self, relative: str) -> int | None:
-        """Return the size in bytes of a file under shards/ in the store, None where there is no such file."""
+        """Return the size in bytes of a file under shards/ in the store, None if it does not exist."""
         assert relative.startswith("shards/"), relative
         if self._shards is None:
             self.refresh("shards")
@@ -144,9 +138,9 @@ class Mirror(Files):
         self._note_shard(relative, before.st_size)
 
     def _upload_manifest(self, path: Path) -> str:
-        """Replace the manifest that this machine knows, and no other; return the new ETag.
+        """Replace the version of the manifest that this machine knows, and no other; return the new ETag.
 
-        So a process that has lost its lock without knowing it cannot replace a newer manifest.
+        So a process that has lost its lock and does not know it cannot replace a newer manifest.
         """
         known = self._read_notes().get(MANIFEST_NAME)
         try:
@@ -191,20 +185,23 @@ class Mirror(Files):
     # --- Bringing the mirror up to date
 
     def pull(self) -> None:
-        known = dict(self._read_notes())  # before the list is made: it lacks what is uploaded meanwhile
+        known = dict(self._read_notes())  # before the list is made, which lacks later uploads
         remote, not_uploaded = self.store.list(), []
         for path in self._files_here():
             relative = str(path.relative_to(self.root))
             if relative.startswith(_WRITTEN_WITHOUT_LOCK) and relative not in self._read_notes():
-                not_uploaded.append(relative)  # its writer is about to upload it, or was killed before
+                not_uploaded.append(relative)  # its writer will upload it, or was killed before
             elif relative not in remote or not self._is_current(relative, remote[relative]):
                 if self._uploads or relative in _SMALL or self._is_as_noted(relative, known.get(relative)):
-                    path.unlink(missing_ok=True)  # else a worker of this machine may be about to upload it
+                    path.unlink(missing_ok=True)  # else a worker of this machine may still upload it
         self.upload(*not_uploaded)
         _in_parallel(self._fetch, [key for key in remote if _is_small(key) and not (self.root / key).exists()])
         self._shards = {key: found.num_bytes for key, found in remote.items() if key.startswith("shards/")}
-        if self._uploads:
-            self._rewrite_notes(set(remote))
+        if self._uploads:  # this process is the one writer of the corpus: others continue to read from an offset
+            notes = {key: note for key, note in self._read_notes().items() if key in remote}
+            text = "".join(f"{key}\t{note.num_bytes}\t{note.mtime_ns}\t{note.etag}\n" for key, note in notes.items())
+            write_text(self._log, text)
+            self._notes, self._notes_read = notes, len(text.encode())
 
     def refresh(self, folder: str, every_s: float = 0.0) -> None:
         now = time.monotonic()
@@ -215,7 +212,7 @@ class Mirror(Files):
         _in_parallel(self._fetch, missing)
         for path in (self.root / folder).rglob("*.parquet"):
             relative = str(path.relative_to(self.root))
-            if relative not in remote and relative in self._read_notes():  # else it is about to be uploaded
+            if relative not in remote and relative in self._read_notes():  # else its upload has not begun
                 path.unlink(missing_ok=True)
         if folder == "shards":
             self._shards = {key: found.num_bytes for key, found in remote.items()}
@@ -245,7 +242,7 @@ class Mirror(Files):
         ours = [path for path in files if not any(".part" in Path(name).suffixes for name in path.parts)]
         return [path for path in ours if path.is_file()]
 
-    # --- Notes: which object of the store a file here is
+    # --- Notes: the object of the store that each file here is a copy of
 
     def _is_current(self, relative: str, remote: Object) -> bool:
         note = self._read_notes().get(relative)
@@ -273,7 +270,7 @@ class Mirror(Files):
             os.close(descriptor)
 
     def _read_notes(self) -> dict[str, _Note]:
-        """Return all notes, after reading what other processes have appended since the last call."""
+        """Return all notes, with those that other processes have appended since the last call."""
         with suppress(FileNotFoundError), open(self._log, "rb") as file:
             if os.fstat(file.fileno()).st_size < self._notes_read:
                 self._notes_read, self._notes = 0, {}  # the log was rewritten
@@ -286,15 +283,8 @@ class Mirror(Files):
                 self._notes[relative] = _Note(int(num_bytes), int(mtime_ns), etag)
         return self._notes
 
-    def _rewrite_notes(self, keys: Set[str]) -> None:
-        """Rewrite the log with the notes of `keys` only. For the corpus's one writer: others read on from an offset."""
-        notes = {key: note for key, note in self._read_notes().items() if key in keys}
-        text = "".join(f"{key}\t{note.num_bytes}\t{note.mtime_ns}\t{note.etag}\n" for key, note in notes.items())
-        write_text(self._log, text)
-        self._notes, self._notes_read = notes, len(text.encode())
-
     def _note_shard(self, relative: str, num_bytes: int | None) -> None:
-        """Remember what the store has under shards/ without listing it again; None: the file was removed."""
+        """Record a change to shards/ without listing the store again; None: the file was removed."""
         if self._shards is None:
             return
         self._shards.pop(relative, None)
@@ -303,7 +293,7 @@ class Mirror(Files):
 
 
 def _no_guard(at_once: bool = False) -> None:
-    """Guard of processes without the lock: workers, who compare lock owners themselves, and tombstones."""
+    """Guard of processes without the lock: workers, which compare lock owners themselves, and tombstones."""
 
 
 def _in_place_of(known: Object | _Note | None) -> dict[str, str | bool]:

@@ -1,8 +1,8 @@
 """Objects of an S3-compatible store under one prefix: whole reads, whole writes, conditional writes, lists.
 
-A corpus needs of a store: readers see a PUT whole or not at all, a list or read that begins after a PUT sees it, and a
-PUT can be made to fail if the object exists (If-None-Match) or has changed (If-Match). Endpoint, region, credentials
-and proxies are found as every AWS client finds them (environment, ~/.aws/config).
+A corpus requires a store in which readers see a PUT whole or not at all, a list or read that begins after a PUT sees
+it, and a PUT can be made to fail if the object exists (If-None-Match) or has changed (If-Match). Endpoint, region,
+credentials and proxies are found as by every AWS client (environment, ~/.aws/config).
 
 The client is botocore: obstore (tried at 0.12) does not show the Date header, by which the lock is aged by the store's
 own clock, reads no AWS profile, has no conditions for multipart uploads, and lists only whole path segments.
@@ -29,8 +29,9 @@ ATTEMPTS = 8  # per request, with pauses that double up to 20 s; AWS_MAX_ATTEMPT
 READ_PAUSES_S = (0.5, 2.0, 8.0)  # before a read that broke off in the middle is started again
 PART_BYTES = 64_000_000
 MOST_BYTES_AT_ONCE = 1_000_000_000  # larger files are uploaded in parts; they appear whole all the same
-MOST_COPIED_BYTES = 4_000_000_000  # S3 copies at most 5 GB, and a shard may be a little larger than asked for
+MOST_COPIED_BYTES = 4_000_000_000  # S3 copies at most 5 GB, and a shard may exceed its setting a little
 CONNECTIONS = 16
+_CONTINUE = "Committed work is safe; run the same command again to continue."
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
@@ -64,7 +65,7 @@ class Store:
 
     Every method raises UserError when the store refuses a request or stays unreachable.
 
-    endpoint  the server's URL; None: what each process finds in its environment
+    endpoint  the server's URL; None: the one that each process finds in its environment
     """
 
     bucket: str
@@ -92,13 +93,17 @@ class Store:
                 page = client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix + prefix, **more)
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/"):  # empty objects that web consoles create for folders
-                    found[self._checked(entry["Key"])] = Object(entry["Size"], entry["ETag"])
+                    name = entry["Key"].removeprefix(self.prefix)
+                    # As a path, such a name would lead out of the mirror.
+                    if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
+                        raise UserError(f"{self.url}: the object {name!r} does not belong to a corpus: remove it.")
+                    found[name] = Object(entry["Size"], entry["ETag"])
             if not page.get("IsTruncated"):
                 return found
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def head(self, key: str) -> Object | None:
-        """Return an object's size and ETag, None where there is none."""
+        """Return an object's size and ETag, None if it does not exist."""
         try:
             with self._asking("read") as client:
                 answer = client.head_object(**self._at(key))
@@ -107,7 +112,7 @@ class Store:
         return Object(answer["ContentLength"], answer["ETag"])
 
     def read(self, key: str) -> SmallObject | None:
-        """Read a small object; None where there is none."""
+        """Read a small object whole; None if it does not exist."""
 
         def whole() -> tuple[dict[str, Any], bytes]:
             with self._asking("read") as client:
@@ -115,7 +120,7 @@ class Store:
                 return answer, answer["Body"].read()
 
         try:
-            answer, data = _till_whole(whole)
+            answer, data = _retry_broken(whole)
         except FileNotFoundError:
             return None
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
@@ -132,12 +137,12 @@ class Store:
                     file.write(chunk)
             return answer["ETag"]
 
-        return _till_whole(whole)
+        return _retry_broken(whole)
 
     def write(self, key: str, data: bytes, *, if_none_match: bool = False, if_match: str | None = None) -> str:
         """Write an object and return its new ETag.
 
-        if_none_match  only if there is no such object
+        if_none_match  only if the object does not exist
         if_match       only if the object still has this ETag
         Raises Changed when the condition does not hold.
         """
@@ -176,20 +181,13 @@ class Store:
         with self._asking("written") as client:
             client.delete_object(**self._at(key))
 
-    def _checked(self, key: str) -> str:
-        """Return the key relative to the prefix. Raises UserError if that would lead out of the mirror as a path."""
-        name = key.removeprefix(self.prefix)
-        if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
-            raise UserError(f"{self.url}: the object {name!r} does not belong to a corpus: remove it.")
-        return name
-
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self.prefix + key}
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[Any]:
-        """Yield the client; turn what it raises after its own attempts into our errors. `what`: a participle."""
-        client = _client(self.endpoint)
+        """Yield the client; convert errors that remain after its own retries. `what` completes "cannot be …"."""
+        client = _make_client(self.endpoint, os.getpid())  # connections do not survive a fork
         from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 
         try:
@@ -197,7 +195,7 @@ class Store:
         except ClientError as error:
             raise self._as_ours(error, what) from error
         except (BotoCoreError, HTTPClientError) as error:
-            hint = "What is committed is safe; run the same command again to continue."
+            hint = _CONTINUE
             if "Credentials" in type(error).__name__:
                 hint = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, here and on every node."
             raise UserError(f"{self.url} cannot be {what}: {error}. {hint}") from error
@@ -206,18 +204,16 @@ class Store:
         code = error.response.get("Error", {}).get("Code", "")
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         if code == "NoSuchBucket":
-            return UserError(f"{self.url}: there is no bucket {self.bucket!r}; create it first.")
+            return UserError(f"{self.url}: the bucket {self.bucket!r} does not exist; create it first.")
         if status == 404:
-            return FileNotFoundError(f"{self.url} has no such object")
+            return FileNotFoundError(f"{self.url}: the object does not exist")
         if status == 412 or code == "ConditionalRequestConflict":
             return Changed(str(error))
-        return UserError(
-            f"{self.url} cannot be {what}: {error}. What is committed is safe; run the same command again to continue."
-        )
+        return UserError(f"{self.url} cannot be {what}: {error}. {_CONTINUE}")
 
 
-def _till_whole(read: Callable[[], Answer]) -> Answer:
-    """Call `read`, and again after a pause when an answer broke off, which the client does not retry."""
+def _retry_broken(read: Callable[[], Answer]) -> Answer:
+    """Call `read`; repeat it after a pause if the answer breaks off, which the client does not retry."""
     from botocore.exceptions import HTTPClientError, IncompleteReadError
 
     for pause_s in READ_PAUSES_S:
@@ -234,13 +230,9 @@ def _condition(if_none_match: bool, if_match: str | None) -> dict[str, str]:
     return {"IfNoneMatch": "*"} if if_none_match else {"IfMatch": if_match} if if_match else {}
 
 
-def _client(endpoint: str | None) -> Any:
-    """Return this process's client, since connections do not survive a fork. Threads may share it."""
-    return _make_client(endpoint, os.getpid())
-
-
 @functools.lru_cache(maxsize=4)
 def _make_client(endpoint: str | None, pid: int) -> Any:
+    """Return the client of the process `pid`; threads may share it."""
     try:
         import botocore.config
         import botocore.session

@@ -26,6 +26,7 @@ from pipeline.demo.grammar import (
     words_of,
 )
 from pipeline.demo.render import locate, render_frame
+from tests.helpers.worlds import scene_from_dict
 
 ALL_COMBINATIONS = set(itertools.product(COLOURS, SHAPES, MOTIONS))
 FRAMES = st.sampled_from([(320, 240), (426, 240), (240, 320), (640, 360), (64, 64)])
@@ -166,7 +167,7 @@ def test_passing_objects_are_level_in_the_middle_of_each_pass():
 
 def test_a_scene_survives_json():
     for scene in scenes(20):
-        assert grammar.scene_from_dict(json.loads(json.dumps(dataclasses.asdict(scene)))) == scene
+        assert scene_from_dict(json.loads(json.dumps(dataclasses.asdict(scene)))) == scene
 
 
 def test_a_frame_is_a_function_of_the_scene():

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from clipmill.media.probe import probe
-from pipeline.demo.grammar import scene_from_dict
 from pipeline.demo.render import locate
 from pipeline.demo.world import WorldSettings, make_world, read_truth, scene_at
-from tests.helpers.worlds import box, decode, main_colour, mask_of
+from tests.helpers.worlds import box, decode, main_colour, mask_of, scene_from_dict
 
 FORMATS = WorldSettings().formats
 SHORT = dict(num_videos=1, min_video_s=9.0, max_video_s=10.0, fade_fraction=0.0, workers=1)

@@ -39,6 +39,7 @@ REWRITTEN = ("manifest.duckdb", "README.txt", "corpus.yaml")  # which a later ve
 
 # The parts of a corpus that a user may keep: everything, everything but the cache, or only what cannot be rebuilt.
 AS_IT_WAS, NO_CACHE, NO_MANIFEST = "as it was", "with an empty cache", "without cache and manifest"
+NO_FOLDER = "without the cache's folder"
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_it_is_the_corpus_that_was_recorded(unpacked):
     assert any(name.startswith("sources/") for name in RECORDED["files"]), "sources should be kept"
 
 
-@pytest.mark.parametrize("kind", [AS_IT_WAS, NO_CACHE])
+@pytest.mark.parametrize("kind", [AS_IT_WAS, NO_CACHE, NO_FOLDER])
 def test_status_finds_nothing_to_do(unpacked, tmp_path, kind):
     corpus = copy_of_corpus(unpacked, tmp_path, kind)
     rows = status_of(corpus)

@@ -14,12 +14,12 @@ from pipeline.engine import registry
 from pipeline.engine.build import build, status
 from pipeline.engine.settings import resolve
 from shards.corpus import schema
-from shards.packing.tar import list_members, read_member
+from shards.packing.tar import read_member
 from shards.packing.verify import verify
 from shards.query.explain import explain
 from shards.query.sql import open_manifest
 from tests.helpers.builds import ask
-from tests.helpers.shards import change_manifest
+from tests.helpers.shards import change_manifest, list_members
 from tests.helpers.whole_corpus import CLIPS_PER_VIDEO, VIDEOS
 
 NUM_CLIPS = len(VIDEOS) * CLIPS_PER_VIDEO

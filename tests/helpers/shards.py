@@ -14,14 +14,15 @@ from shards.corpus.manifest import view_statements
 from shards.packing.index import read_index
 from shards.packing.pack import (
     PackSettings,
+    ShardPlan,
     commit_shards,
     pending_shards,
     plan_shards,
+    rows_by_shard,
     select_samples,
-    shard_rows,
     write_shard,
 )
-from shards.packing.tar import Blob, write_clips_tar
+from shards.packing.tar import Blob, Member, scan, write_clips_tar
 from shards.query.sql import open_manifest
 from tests.helpers.manifests import make_manifest
 
@@ -52,6 +53,16 @@ def pack(root: Path, settings: PackSettings | None = None) -> list:
     commit_shards(root, plans)
     publish_samples(root)
     return plans
+
+
+def shard_rows(connection: duckdb.DuckDBPyConnection, plan: ShardPlan) -> pa.Table:
+    """Return the rows of `catalog` that a plan's samples are made from, in the tar's order."""
+    return next(rows for _, rows in rows_by_shard(connection, [plan]))
+
+
+def list_members(path: str | Path) -> list[Member]:
+    """Return every member of a tar of ours in file order, reading headers only. Raises ItemError as `scan` does."""
+    return [member for member, _ in scan(path, lambda member: None)]
 
 
 def publish_samples(root: Path) -> None:

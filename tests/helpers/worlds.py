@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from clipmill.media.probe import open_media, rotation_of
+from pipeline.demo.grammar import Background, Scene, Thing
 from pipeline.demo.render import COLOUR_RGB
 
 NEAR = 48.0  # RGB distance within which a decoded pixel counts as a palette colour
@@ -37,3 +38,9 @@ def box(picture: np.ndarray, x: float, y: float, radius: float) -> np.ndarray:
 def main_colour(part: np.ndarray) -> str:
     """Return the palette colour of most pixels of the picture part."""
     return max(COLOUR_RGB, key=lambda colour: int(mask_of(part, colour).sum()))
+
+
+def scene_from_dict(data: dict) -> Scene:
+    """Restore a scene from `dataclasses.asdict`, also after a round trip through JSON."""
+    objects = tuple(Thing(**{**thing, "cell": tuple(thing["cell"])}) for thing in data["objects"])
+    return Scene(data["duration_s"], Background(**data["background"]), objects)

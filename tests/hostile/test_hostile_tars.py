@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from shards.packing.tar import list_members
 from shards.packing.verify import verify
 from shards.query.sql import open_manifest
 from tests.helpers.call_count import count_calls
-from tests.helpers.shards import make_corpus, pack
+from tests.helpers.shards import list_members, make_corpus, pack
 from training.data.plain_tars import MAX_VIDEO_BYTES, index_tars
 
 BLOCK = 512

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from shards.packing.index import read_index
-from shards.packing.tar import list_members
 from shards.query.sql import open_manifest
-from tests.helpers.shards import change_manifest, decode_frames, digest, make_corpus, pack
+from tests.helpers.shards import change_manifest, decode_frames, digest, list_members, make_corpus, pack
 
 NUM_CLIPS = 12
 

@@ -21,12 +21,19 @@ from shards.packing.pack import (
     pending_shards,
     plan_shards,
     select_samples,
-    shard_rows,
     write_shard,
 )
-from shards.packing.tar import list_members, read_member
+from shards.packing.tar import read_member
 from shards.query.sql import open_manifest
-from tests.helpers.shards import change_manifest, make_corpus, pack, publish_samples, shard_bytes
+from tests.helpers.shards import (
+    change_manifest,
+    list_members,
+    make_corpus,
+    pack,
+    publish_samples,
+    shard_bytes,
+    shard_rows,
+)
 
 SETTINGS = PackSettings(shard_bytes=1_000_000, max_samples=5)
 

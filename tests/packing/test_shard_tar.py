@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipmill.base.errors import ItemError
-from shards.packing.tar import Blob, Sample, list_members, read_member, scan, write_clips_tar, write_tar
+from shards.packing.tar import Blob, Sample, read_member, scan, write_clips_tar, write_tar
+from tests.helpers.shards import list_members
 
 KEYS = st.text("abcdefghijklmnopqrstuvwxyz0123456789_-", min_size=1, max_size=60)
 MEMBERS = st.dictionaries(st.sampled_from(["mp4", "jpg", "txt", "json"]), st.binary(max_size=2000), min_size=1)

@@ -62,7 +62,7 @@ def test_a_source_lists_its_clips(whole):
 
 
 def test_an_unknown_name_gets_suggestions(whole):
-    with pytest.raises(UserError, match=r"nothing of this name. Similar: .*video-c\.1"):
+    with pytest.raises(UserError, match=r"no such video, clip, sample or URL. Similar: .*video-c\.1"):
         explain(whole, "vide-c.1")
     with pytest.raises(UserError, match="Give a video_id, a clip_id, a sample's key or a URL"):
         explain(whole, "zzz")

@@ -130,7 +130,7 @@ def test_a_lock_file_belongs_to_one_thread_at_a_time_and_is_then_removed(tmp_pat
 
 def failing(corpus: Corpus, video_id: str, holder: str) -> tuple[Task, list[Outcome]]:
     item = {"item_id": video_id, "key": "k", "attempts": 0, "cost": 1}
-    work = Task("segment", "u000000", [item], Settings(), "f", str(corpus.root), "run", holder=holder)
+    work = Task("segment", "u000000", [item], Settings(), "f", str(corpus.root), "run", lock_owner=holder)
     return work, [Outcome(video_id, failure=ItemError("internal-error", "its files were swept"))]
 
 
@@ -159,18 +159,18 @@ def test_a_download_of_an_earlier_build_publishes_nothing(corpus, tmp_path, monk
 
     def download_as(holder: str) -> list[str]:
         outcomes, _ = run_download(
-            Task("download", "u000000", [item], settings, "f", str(corpus.root), "run", holder=holder)
+            Task("download", "u000000", [item], settings, "f", str(corpus.root), "run", lock_owner=holder)
         )
         assert outcomes[0].failure is None
         return [path.name for path in folder.iterdir()]
 
-    def probe_while_another_begins(timeout_s, path):
+    def probe_while_another_begins(sandbox, probe, path, timeout_s):
         (corpus.private / "lock").write_text("process 1 on another machine since then")
 
     with corpus.writer():
         holder = corpus.lock_owner
         with monkeypatch.context() as patch, pytest.raises(UserError, match="another process is writing"):
-            patch.setattr("pipeline.stages.download.stage._probe_in_sandbox", probe_while_another_begins)
+            patch.setattr("clipmill.media.sandbox.Sandbox.call", probe_while_another_begins)
             download_as(holder)
         assert [path.name for path in folder.rglob("*")] == ["a.part", "media"]
         shutil.rmtree(folder / "a.part")

@@ -17,7 +17,7 @@ from pipeline.engine.registry import stage_names  # noqa: E402
 from pipeline.maintenance.forget import compact, find, forget  # noqa: E402
 from pipeline.maintenance.verify import verify_with_sandbox  # noqa: E402
 from pipeline.stages.pack import planned  # noqa: E402
-from shards.packing.pack import next_paths, shard_rows, write_shard  # noqa: E402
+from shards.packing.pack import next_paths, write_shard  # noqa: E402
 from shards.query.explain import explain  # noqa: E402
 from shards.query.sql import open_manifest  # noqa: E402
 from shards.storage import s3 as stores  # noqa: E402
@@ -25,6 +25,7 @@ from shards.storage.mirror import for_reading, mirror  # noqa: E402
 from shards.storage.s3 import Store  # noqa: E402
 from tests.helpers.builds import tables  # noqa: E402
 from tests.helpers.loaders import MAX_TOKENS, SIZE  # noqa: E402
+from tests.helpers.shards import shard_rows  # noqa: E402
 from tests.helpers.stores import build_in, content, keys, keys_of  # noqa: E402
 from tests.helpers.whole_corpus import pack_here  # noqa: E402
 from tests.training.test_training_forgets import WORDS, read_all  # noqa: E402

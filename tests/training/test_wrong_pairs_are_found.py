@@ -6,12 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards.packing.tar import list_members
 from shards.packing.verify import verify
 from shards.query.sql import open_manifest
 from tests.helpers.builds import ask
 from tests.helpers.ledgers import FragmentCorpus
-from tests.helpers.shards import change_manifest, make_corpus, pack
+from tests.helpers.shards import change_manifest, list_members, make_corpus, pack
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,11 @@ class AudioTrack:
                 self.num_errors += 1
                 continue
             for frame in frames:
-                at = self._position(frame, expected)
+                at = expected or 0
+                if frame.pts is not None:
+                    stamped = round((frame.pts * float(frame.time_base) - self.origin_s) * AUDIO_RATE)
+                    if expected is None or abs(stamped - expected) > SLACK_SAMPLES:
+                        at = stamped
                 frame.pts = None  # otherwise the resampler fills gaps itself
                 if (frame.format.name, frame.layout.name, frame.sample_rate) != make:
                     # A broadcast may change its format midway; the old resampler still holds less than a millisecond.
@@ -87,13 +91,3 @@ class AudioTrack:
                     yield at, block
                     at += block.shape[1]
                 expected = at
-
-    def _position(self, frame: av.AudioFrame, expected: int | None) -> int:
-        """Return the frame's first sample.
-
-        It is the expected one unless the frame's timestamp differs by more than SLACK_SAMPLES.
-        """
-        if frame.pts is None:
-            return expected or 0
-        stamped = round((frame.pts * float(frame.time_base) - self.origin_s) * AUDIO_RATE)
-        return stamped if expected is None or abs(stamped - expected) > SLACK_SAMPLES else expected

@@ -120,7 +120,7 @@ class Clip:
 
 
 class Cutter:
-    """Cuts one video; `counts` tells what decoding did."""
+    """Cut one video; `counts` holds the counts of decoding."""
 
     def __init__(self, path: str | Path, settings: CutSettings):
         self.path, self.settings = path, settings

@@ -42,7 +42,7 @@ def _even(length: Fraction) -> int:
 
 
 class PictureMaker:
-    """Converts the frames of one video to clip pictures of one size, which the first frame decides."""
+    """Convert the frames of one video to clip pictures of one size, which the first frame decides."""
 
     def __init__(self, pixel_aspect: Fraction | None, short_side: int | None):
         self.pixel_aspect = pixel_aspect or Fraction(1)
@@ -98,10 +98,7 @@ class PictureMaker:
 
 @functools.cache
 def _mapper() -> VideoReformatter:
-    """Return the process's colour mapper.
-
-    Its table takes seconds to build and serves all sources of a kind.
-    """
+    """Return the process's colour mapper. Its table takes seconds to build and serves all sources of a kind."""
     return VideoReformatter()
 
 

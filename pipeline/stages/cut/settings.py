@@ -10,35 +10,37 @@ from clipmill.base.settings import Settings, operational
 
 
 class CutSettings(Settings):
-    """What clips look like, and what a source may cost."""
+    """Settings of clips: their pictures and encoding, and limits on the cost of a source."""
 
     # Pixels of the shorter side; never enlarged. 256 leaves room to crop or resize to the 224 of CLIP models.
     short_side: Annotated[int, Field(ge=16, le=4320, multiple_of=2)] | Literal["source"] = 256
     # Frames per second of the clip. CLIP-ViP trains on 3 fps copies; "source" keeps every frame and its time.
     fps: Annotated[float, Field(gt=0, le=240)] | Literal["source"] = 3.0
-    # Sound of the same interval as AAC (48 kHz stereo). CLIP-ViP does not listen, so it would only cost bytes.
+    # Sound of the same interval as AAC (48 kHz stereo). Off, because CLIP-ViP does not use it and it costs bytes.
     audio: bool = False
-    # How clips are written: docs/clip_encoding.md has the sizes and reading costs that made this the default.
+    # Encoding of the clips. docs/clip_encoding.md compares sizes and reading costs, which made fastdecode the default.
     encoding: Literal["fastdecode", "intra", "small", "ultrafast", "av1", "mjpeg", "jpeg-frames"] = "fastdecode"
     # Stills kept for captioning. The first is frame floor(N/2) of the clip, which CLIP-ViP pairs with the caption.
     caption_frames: int = Field(1, ge=1, le=64)
     # JPEG quality of stills and of the "jpeg-frames" encoding: at 90 a captioner sees no difference.
     jpeg_quality: int = Field(90, ge=1, le=100)
-    # A span of which the video holds fewer frames than this becomes a failure instead of a clip.
+    # Least frames of a clip; a span with fewer becomes a failure.
     min_frames: int = Field(1, ge=1)
 
-    # Largest picture that is decoded, width x height: 8K passes, pictures made to exhaust memory do not.
+    # Most pixels of a decoded picture, width x height: allows 8K, and refuses pictures made to exhaust memory.
     max_pixels: int = operational(8192 * 4352, ge=1)
     # Most frames a source may have: 46 hours at 60 fps.
     max_frames: int = operational(10_000_000, ge=1)
-    # A video may take this long before it counts as hung: a start, plus so much for each second that it lasts.
+    # Seconds that cutting a video may take, besides those per second of video, before it counts as hung. A minute is
+    # far more than a start needs.
     timeout_base_s: float = operational(60.0, gt=0)
+    # More seconds for cutting, per second of video. 5 allows for a slow core and large pictures.
     timeout_per_second: float = operational(5.0, gt=0)
-    # … and never longer than this, whatever a header says.
+    # The longest limit for one video, because the length in a header may be wrong.
     timeout_most_s: float = operational(4 * 3600.0, gt=0)
-    # Memory of the process that decodes; 720p needs 0.3 GB, 8K HEVC 2 GB.
+    # Megabytes of memory of the process that decodes; 720p needs 300, 8K HEVC 2,000.
     memory_mb: int = operational(3072, ge=256)
-    # Most bytes the clips of one video may have together.
+    # Most megabytes of all clips of one video.
     max_output_mb: int = operational(20_000, ge=1)
 
 
@@ -57,7 +59,7 @@ class CutResult:
     """Rows in the order of the spans: all columns of the `clips` table but video_id, tar and source_sha256.
 
     `mp4_offset` and the stills' offsets point into the file that was written. Every span is either in `rows` or in
-    `failures`. `duration_s` is when the last frame ends, whatever the header says; `counts` is what decoding did.
+    `failures`. `duration_s` is the end of the last frame, not the header's value; `counts` are those of decoding.
     """
 
     rows: list[dict]

@@ -19,7 +19,7 @@ WANTED = """
     GROUP BY p.video_id, p.unit
 """
 
-# The clips whose spans are where they were cut, with the text of the span or its first reference text.
+# Clips whose spans have not moved since cutting, with the span's text or first reference text.
 CURRENT_CLIPS = f"""
     CREATE OR REPLACE TEMP TABLE current_clips AS
     SELECT r.*, coalesce(x.text, p.text) AS text,

@@ -1,4 +1,4 @@
-"""Error classes of downloads: the meaning of each, and whether a later try can succeed."""
+"""Error classes of downloads: the meaning of each, and if a later attempt can succeed."""
 
 import errno
 

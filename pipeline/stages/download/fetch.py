@@ -46,7 +46,7 @@ MEDIA_EXTENSIONS = frozenset(
 )
 PLAYLIST_EXTENSIONS = frozenset("m3u8 mpd ism f4m".split())  # only an extractor can turn these into a file
 MAX_SUBTITLE_BYTES = 50_000_000
-WORKER_ENDS_WITHIN_S = 120.0  # after its build was killed; Ray takes a minute to notice that a node has failed
+WORKER_ENDS_WITHIN_S = 120.0  # after its build was killed: Ray notices a failed node within a minute
 
 
 @dataclass
@@ -59,7 +59,7 @@ class _Fetched:
     extractor: str
     in_place: bool = False
     subtitles: list[tuple[Path, str | None, str]] = field(default_factory=list)  # (file in work, language, kind)
-    columns: dict[str, Any] = field(default_factory=dict)  # title, categories, … as far as the source tells them
+    columns: dict[str, Any] = field(default_factory=dict)  # title, categories, … if the source has them
     meta: dict[str, Any] = field(default_factory=dict)
 
 
@@ -104,7 +104,7 @@ def fetch(
 
 
 class _Job:
-    """Download of one source: its paths, its place in the host's queue, the time it has used."""
+    """Download of one source: its paths, its id in the host's queue, the time it has used."""
 
     def __init__(self, source: dict[str, Any], folder: Path, settings: DownloadSettings, rate_limiter):
         self.source = source
@@ -115,7 +115,7 @@ class _Job:
         self.rate_limiter = rate_limiter
         self.work = folder / f"{self.video_id}.part"
         self.lock = folder / f"{self.video_id}.part.lock"
-        self.holder = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}:{self.video_id}"
+        self.client = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}:{self.video_id}"
         self.used_s = 0.0
         self.truncated_sha256 = ""  # of the last file that ended too early
         self.notes: list[dict[str, str]] = []  # subtitle files that could not be read
@@ -159,7 +159,7 @@ class _Job:
         raise DownloadError("unsupported-url", message)
 
     def _web(self) -> _Fetched:
-        """Download through the site's extractor if there is one, else directly.
+        """Download through the site's extractor if yt-dlp has one, else directly.
 
         A page that a direct download meets goes to the generic extractor.
         """
@@ -173,13 +173,14 @@ class _Job:
         if extension in PLAYLIST_EXTENSIONS and self.settings.generic_pages:
             return self._attempts(self.url, lambda guard: self._site(guard, generic=True))
         try:
-            return self._attempts(self.url, self._direct)
+            return self._attempts(self.url, self._link)
         except DownloadError as error:  # a media link that returns a page is broken, not a page with a video
             if not (error.is_page and self.settings.generic_pages) or extension in MEDIA_EXTENSIONS:
                 raise
         return self._attempts(self.url, lambda guard: self._site(guard, generic=True))
 
-    def _direct(self, guard) -> _Fetched:
+    def _link(self, guard) -> _Fetched:
+        """Download a direct link."""
         file = download_http(self.url, self.work, self.settings, guard, max_bytes=self.settings.max_bytes)
         self._retry_if_truncated(file)
         meta = {"content_type": file.content_type} if file.content_type else {}
@@ -187,11 +188,9 @@ class _Job:
         return _Fetched(file.path, file.num_bytes, file.sha256, "http", meta=meta)
 
     def _retry_if_truncated(self, file: HttpFile) -> None:
-        """Raise a retryable "truncated" the first time that a file is incomplete.
+        """Raise a retryable "truncated" the first time that a file is incomplete: a server may announce too few bytes.
 
-        A server may have announced too few bytes.
-
-        The same bytes a second time pass here and become a permanent failure later, in `_checked`.
+        The same bytes pass a second time, and become a permanent failure later, in `_checked`.
         """
         try:
             check_whole(file.path)
@@ -241,7 +240,7 @@ class _Job:
         settings, num_failures, num_lockouts = self.settings, 0, 0
         while True:
             left_s = max(0.001, settings.timeout_s - self.used_s)
-            with hold(self.rate_limiter, host_of(url), self.holder) as slot:
+            with hold(self.rate_limiter, host_of(url), self.client) as slot:
                 started = time.monotonic()
                 try:
                     limit = time_limit(left_s + GRACE_S, f"downloading {url}")

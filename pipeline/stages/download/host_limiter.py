@@ -1,9 +1,9 @@
 """Per-host download limiter: concurrency cap, delay between starts, cool-down after HTTP 429.
 
 `HostRateLimiter` is a plain object: the threads of one process use it directly, a cluster uses it as a named Ray actor.
-A download calls `acquire(host, holder)` until it returns 0, keeps its lease alive with `renew` and returns it with
-`release`; a holder that dies stops renewing and loses its lease. Waiters are served in order of arrival. After a
-lockout (a release with a penalty) no download gets the host until the cool-down is over; then a single holder tries,
+A download calls `acquire(host, client)` until it returns 0, keeps its lease alive with `renew` and returns it with
+`release`; a client that dies stops renewing and loses its lease. Waiters are served in order of arrival. After a
+lockout (a release with a penalty) no download gets the host until the cool-down is over; then a single client tries,
 and the others follow only when it has succeeded. For a host that stays locked for `patience_s`, `acquire` returns
 `LOCKED_OUT` at once.
 """
@@ -18,14 +18,14 @@ from urllib.parse import urlsplit
 
 from pipeline.stages.download.errors import DownloadError
 
-LOCKED_OUT = -1.0  # returned by `acquire` when waiting is pointless
+LOCKED_OUT = -1.0  # returned by `acquire` for a host locked for too long
 GRACE_S = 5.0  # a waiter this late counts as dead
 
 
 @dataclass
 class _Host:
-    leases: dict[str, tuple[float, float]] = field(default_factory=dict)  # holder → (renewed at, granted at)
-    waiting: OrderedDict[str, float] = field(default_factory=OrderedDict)  # holder → due to call again, as they arrived
+    leases: dict[str, tuple[float, float]] = field(default_factory=dict)  # client → (renewed at, granted at)
+    waiting: OrderedDict[str, float] = field(default_factory=OrderedDict)  # client → due to call again, as they arrived
     started_at: float = float("-inf")
     open_at: float = float("-inf")  # end of the cool-down
     locked_since: float | None = None  # first strike without a success since
@@ -57,48 +57,48 @@ class HostRateLimiter:
         self._hosts: dict[str, _Host] = {}
         self._lock = threading.Lock()
 
-    def acquire(self, host: str, holder: str) -> float:
+    def acquire(self, host: str, client: str) -> float:
         """Return 0.0 if the lease is granted, else the seconds after which to call again, or LOCKED_OUT.
 
-        A waiter that calls again more than GRACE_S late loses its place in the queue.
+        A waiter that calls again more than GRACE_S late loses its position in the queue.
         """
         with self._lock:
             now, state = self._clock(), self._hosts.setdefault(host, _Host())
             self._expire(state, now)
-            if holder in state.leases:
+            if client in state.leases:
                 return 0.0
             if state.locked_since is not None and now < state.open_at and now - state.locked_since >= self.patience_s:
-                state.waiting.pop(holder, None)
+                state.waiting.pop(client, None)
                 return LOCKED_OUT
-            state.waiting.setdefault(holder, now)
-            wait = self._wait(state, holder, now)
+            state.waiting.setdefault(client, now)
+            wait = self._wait(state, client, now)
             if wait > 0:
-                state.waiting[holder] = now + wait
+                state.waiting[client] = now + wait
                 return wait
-            del state.waiting[holder]
-            state.leases[holder] = (now, now)
+            del state.waiting[client]
+            state.leases[client] = (now, now)
             state.started_at = now
             return 0.0
 
-    def renew(self, host: str, holder: str) -> bool:
+    def renew(self, host: str, client: str) -> bool:
         """Keep a lease alive; return False if it has expired already."""
         with self._lock:
             now, state = self._clock(), self._hosts.setdefault(host, _Host())
             self._expire(state, now)
-            if holder not in state.leases:
+            if client not in state.leases:
                 return False
-            state.leases[holder] = (now, state.leases[holder][1])
+            state.leases[client] = (now, state.leases[client][1])
             return True
 
     def renew_every_s(self) -> float:
         return self.lease_s / 3
 
-    def release(self, host: str, holder: str, penalty_s: float = 0.0) -> None:
+    def release(self, host: str, client: str, penalty_s: float = 0.0) -> None:
         """Return a lease. A penalty starts a cool-down of `penalty_s`, doubled with every strike in a row."""
         with self._lock:
             now, state = self._clock(), self._hosts.setdefault(host, _Host())
-            _renewed, granted_at = state.leases.pop(holder, (now, float("-inf")))
-            state.waiting.pop(holder, None)
+            _renewed, granted_at = state.leases.pop(client, (now, float("-inf")))
+            state.waiting.pop(client, None)
             if penalty_s > 0:
                 self._strike(state, now, granted_at, penalty_s)
             elif granted_at > state.struck_at:  # a success that began after the last strike: the host serves again
@@ -119,23 +119,24 @@ class HostRateLimiter:
             }
 
     def _expire(self, state: _Host, now: float) -> None:
-        for holder in [name for name, (renewed, _) in state.leases.items() if now - renewed > self.lease_s]:
-            del state.leases[holder]
-        for holder in [name for name, due in state.waiting.items() if now - due > GRACE_S]:
-            del state.waiting[holder]
+        """Drop the leases and waiting entries of clients that died."""
+        for client in [name for name, (renewed, _) in state.leases.items() if now - renewed > self.lease_s]:
+            del state.leases[client]
+        for client in [name for name, due in state.waiting.items() if now - due > GRACE_S]:
+            del state.waiting[client]
 
-    def _wait(self, state: _Host, holder: str, now: float) -> float:
-        """Return the seconds until `holder` should call again, 0.0 if it is its turn now."""
+    def _wait(self, state: _Host, client: str, now: float) -> float:
+        """Return the seconds until `client` should call again, 0.0 if it is its turn now."""
         if now < state.open_at:
             return min(state.open_at - now, self.lease_s / 2)
         cap = 1 if state.strikes else self.per_host
-        place = list(state.waiting).index(holder)
-        if place >= cap - len(state.leases):
+        position = list(state.waiting).index(client)
+        if position >= cap - len(state.leases):
             return self.poll_s
         opens = state.started_at + self.min_interval_s
         if now < opens:
             return min(opens - now, self.lease_s / 2)
-        return self.poll_s if place and self.min_interval_s else 0.0
+        return self.poll_s if position and self.min_interval_s else 0.0
 
     def _strike(self, state: _Host, now: float, granted_at: float, penalty_s: float) -> None:
         if granted_at <= state.struck_at:  # several downloads that meet the same lockout count as one strike
@@ -167,13 +168,13 @@ class Slot:
 
 
 @contextlib.contextmanager
-def hold(limiter, host: str, holder: str) -> Iterator[Slot]:
+def hold(limiter, host: str, client: str) -> Iterator[Slot]:
     """Wait for a lease on the host, renew it while the block runs, then return it.
 
     `limiter` is a HostRateLimiter or a Ray actor of one. Raises DownloadError "rate-limited" when the host has been
     locked for longer than the limiter's patience.
     """
-    while wait := _call(limiter, "acquire", host, holder):
+    while wait := _call(limiter, "acquire", host, client):
         if wait == LOCKED_OUT:
             message = f"{host} has refused downloads for longer than download.lockout_patience_s; a later build retries"
             raise DownloadError("rate-limited", message)
@@ -182,7 +183,7 @@ def hold(limiter, host: str, holder: str) -> Iterator[Slot]:
 
     def keep_alive() -> None:
         while not done.wait(_call(limiter, "renew_every_s")):
-            _call(limiter, "renew", host, holder)
+            _call(limiter, "renew", host, client)
 
     keeper = threading.Thread(target=keep_alive, daemon=True)
     keeper.start()
@@ -191,7 +192,7 @@ def hold(limiter, host: str, holder: str) -> Iterator[Slot]:
     finally:
         done.set()
         keeper.join()
-        _call(limiter, "release", host, holder, slot.penalty_s)
+        _call(limiter, "release", host, client, slot.penalty_s)
 
 
 def _call(limiter, method: str, *arguments):

@@ -61,14 +61,15 @@ class _State:
 def download_http(
     url: str, work: Path, settings: DownloadSettings, guard: EgressGuard, *, max_bytes: int, media: bool = True
 ) -> HttpFile:
-    """Make one attempt at a URL, resuming the partial file in `work` if there is one.
-
-    It resumes only if the server's validators prove that it is the same file.
+    """Make one attempt at a URL, resuming the partial file in `work` if the server's validators match.
 
     `media` refuses a response as soon as it turns out to be text. Raises DownloadError of nearly every class.
     """
     part, state_path = work / "media", work / "media.json"
-    state = _read_state(state_path)
+    try:
+        state = _State(**json.loads(state_path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):  # absent, or damaged by a crash: start over
+        state = _State("")
     have = part.stat().st_size if state.url == url and state.validator and part.exists() else 0
     try:
         with _Exchange(url, settings, guard) as exchange:
@@ -84,7 +85,7 @@ def download_http(
                 plain = headers.get("Content-Encoding", "identity").lower() == "identity"
                 validators = [headers.get(name, "") if plain else "" for name in ("ETag", "Last-Modified")]
                 state = _State(url, *validators, headers.get("Content-Type", ""))
-                _write_state(state_path, state)
+                write_text(state_path, json.dumps(asdict(state)))
             digest, num_bytes = _save(response, part, start, _Limits(max_bytes, media, guard, url))
             return HttpFile(part, num_bytes, digest, exchange.url, state.content_type)
     except OSError as error:
@@ -103,10 +104,7 @@ def _start_of_body(response, have: int) -> int | None:
 
 
 class _Exchange:
-    """One GET request with its redirects, all of them through the guard.
-
-    Every failure becomes a DownloadError.
-    """
+    """One GET request with its redirects, all of them through the guard. Every failure becomes a DownloadError."""
 
     def __init__(self, url: str, settings: DownloadSettings, guard: EgressGuard):
         self.url = url
@@ -314,17 +312,3 @@ def _refuse_page(head: bytes, response, url: str) -> None:
         kind = response.headers.get("Content-Type", "no content type")
         message = f"{url} is {text} ({kind}), not a video: {head[:200].decode('utf-8', 'replace')!r}"
         raise DownloadError("not-a-video", message, is_page=text != "JSON")
-
-
-# --- the state of a partial file ------------------------------------------------------------------------------------
-
-
-def _read_state(path: Path) -> _State:
-    try:
-        return _State(**json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):  # absent, or damaged by a crash: start over
-        return _State("")
-
-
-def _write_state(path: Path, state: _State) -> None:
-    write_text(path, json.dumps(asdict(state)))

@@ -33,24 +33,10 @@ from pipeline.stages.download.settings import DownloadSettings
 # Downloaders that fetch through yt-dlp's request director only.
 GUARDED_DOWNLOADERS = {"HttpFD", "HlsFD", "DashSegmentsFD", "IsmFD", "F4mFD"}
 # Options that would change where files are written or hide errors, or that a setting of clipmill sets.
-RESERVED_OPTIONS = {
-    "outtmpl",
-    "paths",
-    "simulate",
-    "skip_download",
-    "ignoreerrors",
-    "noplaylist",
-    "cookiefile",
-    "proxy",
-}
-RESERVED_OPTIONS |= {
-    "cookiesfrombrowser",
-    "ratelimit",
-    "socket_timeout",
-    "format_sort",
-    "writesubtitles",
-    "enable_file_urls",
-}
+RESERVED_OPTIONS = frozenset(
+    "outtmpl paths simulate skip_download ignoreerrors noplaylist cookiefile proxy cookiesfrombrowser ratelimit "
+    "socket_timeout format_sort writesubtitles enable_file_urls".split()
+)
 MAX_PAGE_BYTES = 1 << 26  # for a page, a playlist or a site's data
 _FFMPEG_STEPS = "merger fixupm3u8 fixupm4a fixupstretched fixupduplicatemoov fixuptimestamp fixupduration".split()
 
@@ -271,10 +257,7 @@ class _SilentLogger:
 
 
 def _parameters(work: Path, settings: DownloadSettings, guard: EgressGuard) -> dict:
-    """Return the parameters of YoutubeDL.
-
-    Raises UserError for options and cookie files that cannot be used.
-    """
+    """Return the parameters of YoutubeDL. Raises UserError for options and cookie files that cannot be used."""
     import imageio_ffmpeg
 
     only_files = ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS]

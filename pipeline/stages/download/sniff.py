@@ -144,10 +144,7 @@ _MAGIC = [
 
 
 def container_extension(path: Path, container: str) -> str:
-    """Return a file extension from the file's own bytes, never from its URL.
-
-    The default is the demuxer's name.
-    """
+    """Return a file extension from the file's own bytes, never from its URL. The default is the demuxer's name."""
     with open(path, "rb") as file:
         head = file.read(256)
     found = next((extension for pattern, extension in _MAGIC if pattern.match(head)), None)

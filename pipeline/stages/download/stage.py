@@ -1,15 +1,14 @@
-"""The download stage: a URL, path or page → the video's file, its subtitle files and what is known about it."""
+"""The download stage: a URL, path or page → the video's file, its subtitle files and its metadata."""
 
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from clipmill.base.errors import ItemError
 from clipmill.media.probe import probe
-from pipeline.runtime.task import HOST_LIMITER, Outcome, Result, Stopwatch, Task, require_holder, sandbox
+from pipeline.runtime.task import HOST_LIMITER, Outcome, Result, Stopwatch, Task, require_lock, sandbox
 from pipeline.stages.download.fetch import fetch, new_rate_limiter
 from pipeline.stages.download.settings import DownloadSettings
 from pipeline.stages.stage import Stage
@@ -17,7 +16,7 @@ from shards.corpus.stage_query import chosen_rows
 from shards.corpus.tombstones import FORGOTTEN, read_tombstones
 from shards.storage.mirror import files_of
 
-# Of all units, whichever are in scope: a video may be a copy of any other video.
+# Of all units, not only those in scope, because a video may be a copy of any other video.
 WANTED = """
     SELECT video_id AS item_id, unit, 1.0::DOUBLE AS cost,
            md5(concat_ws('|', $fingerprint, url, coalesce(subtitle, ''))) AS key
@@ -26,8 +25,8 @@ WANTED = """
 """
 
 CURRENT_VIDEOS = """
-    -- Only the first of several videos with the same bytes is cut. A video with reference texts is no copy of another:
-    -- its texts would be lost with it.
+    -- Only the first of several videos with the same bytes is cut. A video with reference texts never counts as a
+    -- copy, because its texts would be lost with it.
     CREATE OR REPLACE TEMP TABLE current_videos AS
     WITH contents AS (
         SELECT v.video_id, min(s.ordinal) AS ordinal,
@@ -49,10 +48,15 @@ PAYLOAD = """
 
 
 def run_download(task: Task) -> Result:
-    """Download the unit's sources side by side: they wait for the network, and each host has its own limit."""
+    """Download the unit's sources in parallel: they wait for the network, and each host has its own limit."""
     root = Path(task.root)
     folder = root / "sources" / task.unit
-    limiter = _host_limiter(task)
+    limiter = None
+    if any(item["kind"] != "file" for item in task.items):
+        import ray
+
+        # The driver starts the cluster's one limiter of requests per host with the first URL.
+        limiter = ray.get_actor(HOST_LIMITER) if ray.is_initialized() else new_rate_limiter(task.settings)
     forgotten = set(read_tombstones(root)["sha256"].to_pylist())
 
     def download(item: dict) -> Outcome:
@@ -63,41 +67,26 @@ def run_download(task: Task) -> Result:
                 task.settings,
                 corpus_root=root,
                 rate_limiter=limiter,
-                probe=partial(_probe_in_sandbox, task.settings.probe_timeout_s),
-                require_lock=partial(require_holder, task),
+                probe=partial(sandbox().call, probe, timeout_s=task.settings.probe_timeout_s),
+                require_lock=partial(require_lock, task),
             )
             if row["sha256"] in forgotten:
                 for path in folder.glob(f"{item['video_id']}.*"):
                     path.unlink()
-                raise ItemError(FORGOTTEN, "these are the bytes of a video that the corpus was told to forget")
+                raise ItemError(
+                    FORGOTTEN, "the file has the bytes of a video that was forgotten with `clipmill forget`"
+                )
             if not os.path.isabs(row["path"]):
                 files_of(root).upload(*(str(p.relative_to(root)) for p in folder.glob(f"{item['video_id']}.*")))
             outcome.rows["downloads"] = [row]
-            outcome.parts = list(_subtitle_failures(row))
+            # An unreadable subtitle is a failure of its own; the video is kept.
+            for number, problem in enumerate(json.loads(row["meta"] or "{}").get("subtitle_errors", [])):
+                error = ItemError(problem["error_class"], f"{problem['subtitle']}: {problem['message']}")
+                outcome.parts.append((f"{row['video_id']}.subtitle{number}", error))
         return outcome
 
     with ThreadPoolExecutor(max_workers=len(task.items), thread_name_prefix="download") as pool:
         return list(pool.map(download, task.items)), []
-
-
-def _host_limiter(task: Task):
-    """Return the cluster's one limiter of requests per host, which the driver starts with the first URL."""
-    if all(item["kind"] == "file" for item in task.items):
-        return None
-    import ray
-
-    return ray.get_actor(HOST_LIMITER) if ray.is_initialized() else new_rate_limiter(task.settings)
-
-
-def _probe_in_sandbox(timeout_s: float, path: Path):
-    return sandbox().call(probe, path, timeout_s=timeout_s)
-
-
-def _subtitle_failures(row: dict) -> Iterator[tuple[str, ItemError]]:
-    """Yield a failure for each subtitle that the source names and that could not be read; the video is kept."""
-    for number, problem in enumerate(json.loads(row["meta"] or "{}").get("subtitle_errors", [])):
-        message = f"{problem['subtitle']}: {problem['message']}"
-        yield f"{row['video_id']}.subtitle{number}", ItemError(problem["error_class"], message)
 
 
 DOWNLOAD = Stage(

@@ -22,10 +22,7 @@ UNIT = pa.string()
 
 @dataclass(frozen=True)
 class Ingested:
-    """New sources of the lists, in the order of first occurrence.
-
-    `table` has the columns of `sources` and `unit`.
-    """
+    """New sources of the lists, in the order of first occurrence. `table` has the columns of `sources` and `unit`."""
 
     table: pa.Table
     problems: list[Problem]
@@ -113,19 +110,16 @@ def _new_rows(canonical: list[str], ids: list[str], known: pa.Table) -> tuple[li
 
 
 def _require_same_references(canonical: list[str], table: pa.Table, known: pa.Table) -> None:
-    """Raise UserError for a row that gives a known source another split or other texts.
-
-    A row may leave both out.
-    """
+    """Raise UserError for a row that gives a known source another split or other texts. A row may leave both out."""
     if table["split"].null_count == table["texts"].null_count == table.num_rows:
         return
-    said: dict[str, tuple] = {}
+    references: dict[str, tuple] = {}
     if known.num_rows:
-        references = zip(known["split"].to_pylist(), known["texts"].to_pylist(), strict=True)
-        said = dict(zip(canonical_urls(_array(known, "url")).to_pylist(), references, strict=True))
+        given = zip(known["split"].to_pylist(), known["texts"].to_pylist(), strict=True)
+        references = dict(zip(canonical_urls(_array(known, "url")).to_pylist(), given, strict=True))
     rows = zip(canonical, table["split"].to_pylist(), table["texts"].to_pylist(), table["location"], strict=True)
     for url, split, texts, location in rows:
-        before = said.setdefault(url, (split, texts))
+        before = references.setdefault(url, (split, texts))
         if (split, texts) not in ((None, None), before):
             raise UserError(
                 f"SOURCES: {location}: {url} has "

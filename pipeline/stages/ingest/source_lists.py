@@ -2,7 +2,7 @@
 
 Kinds: txt, csv/tsv, json/jsonl, Parquet, HD-VILA jsonl, folders, globs, single files, URLs, "-", and the folders of
 published benchmarks (msrvtt:FOLDER, read by `pipeline.stages.ingest.benchmarks`). Lists are read column-wise by pyarrow
-and DuckDB. An invalid line becomes a `Problem` with its location and stops nothing else. Input is untrusted text; no
+and DuckDB. An invalid line becomes a `Problem` with its location, and other lines are read. Input is untrusted text; no
 URL and no video is opened here.
 """
 
@@ -68,10 +68,7 @@ class SourceList:
 
 @dataclass
 class _Rows:
-    """One list file as read.
-
-    `table` has `line` (int64) and any of the fields as strings (JSON_FIELDS as JSON text).
-    """
+    """One list file as read. `table` has `line` (int64) and any of the fields as strings (JSON_FIELDS as JSON text)."""
 
     name: str  # for locations
     folder: Path  # base of the relative paths in the list
@@ -146,7 +143,12 @@ def _read_list(path: Path, settings: IngestSettings) -> Iterator[_Rows]:
         )
     try:
         if extension == ".parquet":
-            yield _read_parquet(path, settings)
+            import pyarrow.parquet as pq
+
+            table = pq.read_table(path)
+            line = pa.array(range(1, table.num_rows + 1), pa.int64())
+            fields = _fields_of_table(path, table, line, settings)
+            yield _Rows(str(path), path.parent.absolute(), fields)
             return
         data = _unpacked(path, settings) if packed else path.read_bytes()
     except (OSError, EOFError, pa.ArrowInvalid) as error:
@@ -172,14 +174,6 @@ def _unpacked(path: Path, settings: IngestSettings) -> bytes:
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
-
-
-def _read_parquet(path: Path, settings: IngestSettings) -> _Rows:
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path)
-    line = pa.array(range(1, table.num_rows + 1), pa.int64())
-    return _Rows(str(path), path.parent.absolute(), _fields_of_table(path, table, line, settings))
 
 
 def _read_csv(path: Path, data: bytes, delimiter: str | None, settings: IngestSettings) -> _Rows:
@@ -296,10 +290,7 @@ def _read_lines(name: str, folder: Path, data: bytes, settings: IngestSettings) 
 
 
 def _read_json(path: Path, data: bytes, settings: IngestSettings) -> Iterator[_Rows]:
-    """Yield the sources of a JSON array of objects or URLs.
-
-    JSON lines with this extension are accepted, too.
-    """
+    """Yield the sources of a JSON array of objects or URLs. JSON lines with this extension are accepted, too."""
     text, problems = decode(str(path), data)
     try:
         values = json.loads(text)
@@ -315,10 +306,7 @@ def _read_json(path: Path, data: bytes, settings: IngestSettings) -> Iterator[_R
 
 
 def _read_json_lines(rows: _Rows, settings: IngestSettings) -> _Rows:
-    """Convert JSON values, one per row of `text`, to fields.
-
-    Values other than objects and strings become problems.
-    """
+    """Convert JSON values, one per row of `text`, to fields. Values other than objects and strings become problems."""
     import duckdb
 
     with duckdb.connect() as connection:
@@ -339,13 +327,11 @@ def _read_json_lines(rows: _Rows, settings: IngestSettings) -> _Rows:
 
 
 def _json_picks(names: list[str], columns: dict[str, list[str]]) -> str:
-    """Return the SELECT list that takes the fields out of the JSON column `text`.
-
-    Other keys become `extra`.
-    """
+    """Return the SELECT list that takes the fields out of the JSON column `text`. Other keys become `extra`."""
 
     def pick(name: str) -> str:
-        values = [f"text->>{sql_literal(_pointer(key))}" for key in columns.get(name, [])]
+        pointers = ["/" + key.replace("~", "~0").replace("/", "~1") for key in columns.get(name, [])]
+        values = [f"text->>{sql_literal(pointer)}" for pointer in pointers]
         if name == "url":
             values.append("CASE WHEN type = 'VARCHAR' THEN text->>'$' END")
         return f"coalesce({', '.join(values)}, NULL) AS {name}"
@@ -357,11 +343,6 @@ def _json_picks(names: list[str], columns: dict[str, list[str]]) -> str:
         rest = f"json_merge_patch('{{}}', json_merge_patch(text, {nothing}))"
         picks.append(f"CASE WHEN type = 'OBJECT' THEN nullif({rest}, '{{}}') END AS extra")
     return ", ".join(picks)
-
-
-def _pointer(key: str) -> str:
-    """Return an object's key as a JSON pointer."""
-    return "/" + key.replace("~", "~0").replace("/", "~1")
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
@@ -447,7 +428,7 @@ def _listed(rows: _Rows) -> pa.Table:
 
 
 def _text(table: pa.Table, name: str) -> pa.Array:
-    """Return a column as trimmed strings, null where it is empty or the table lacks it."""
+    """Return a column as trimmed strings, null if it is empty or the table lacks it."""
     if name not in table.column_names:
         return pa.nulls(table.num_rows, pa.string())
     values = pc.utf8_trim_whitespace(pc.cast(table[name].combine_chunks(), pa.string()))
@@ -477,7 +458,7 @@ def _addresses(values: pa.Array, folder: Path) -> tuple[pa.Array, pa.Array, dict
 
 
 def _local_path(value: str | None, folder: Path) -> tuple[str, tuple[str, str] | None]:
-    """Return (absolute path, None) for what is not a valid URL, or ("", (error class, message))."""
+    """Return (absolute path, None) for an existing local file, or ("", (error class, message))."""
     if value is None:
         return "", ("missing-url", "this row has no URL")
     if value.lower().startswith("file://"):

@@ -66,7 +66,7 @@ def _commit_sources(session, found: Ingested) -> str:
 
 
 def _commit_problems(session, arguments: list[str], problems: list[Problem]) -> list[str]:
-    """Commit the problems of these arguments in place of those that the same arguments had before."""
+    """Commit the problems of these arguments, replacing earlier ones of the same arguments."""
     name = f"ingest-problems-{digest([_absolute(argument) for argument in arguments])}"
     rows = []
     for problem in problems:

@@ -39,8 +39,8 @@ from pipeline.stages.transcribe.words import Word, join_words
 class SegmentSettings(SentenceSettings):
     """Settings of the stage `segment`: how spans are chosen, and their lengths."""
 
-    # Source of the spans. given-else-sentences uses the spans of the source list where there are any, which HD-VILA's
-    # own lists need, and sentences elsewhere.
+    # Source of the spans. given-else-sentences uses the spans of the source list for videos that have any, as HD-VILA's
+    # own lists do, and sentences for the others.
     mode: Literal["given-else-sentences", "sentences", "shots"] = "given-else-sentences"
 
     # Seconds that finding shots, or making spans of words, may take before it counts as hung. Ten minutes are far more
@@ -57,14 +57,14 @@ class SegmentSettings(SentenceSettings):
     min_s: float = Field(2.0, gt=0)
     # Longest span in seconds, at least 2 × min_s: a caption and 12 frames do not cover more.
     max_s: float = Field(30.0, gt=0)
-    # Seconds of silence to include on both sides of speech, as far as there is silence. 0: clips of speech only.
+    # Seconds of silence to include on both sides of speech, if the speech around allows it. 0: clips of speech only.
     pad_s: float = Field(0.0, ge=0)
     # Speech shorter than min_s: extend it by the silence around it, or drop it.
     short: Literal["extend", "drop"] = "extend"
     # Spans with fewer words are left out. 1 keeps all: a query can be stricter later, but cannot bring spans back.
     min_words: int = Field(1, ge=0)
 
-    # Detection of shots, where mode or wordless asks for them.
+    # Detection of shots, if mode or wordless asks for them.
     shots: ShotSettings = ShotSettings()
 
     # Videos without words: even spans of about target_s, shots, or no spans. HD-VILA keeps subtitled videos only; but
@@ -104,7 +104,6 @@ class _Span:
 
     @property
     def length_s(self) -> float:
-        """Length in seconds."""
         return self.end_s - self.start_s
 
 
@@ -126,9 +125,9 @@ def segment_video(
     """Return the sentences and spans of one video.
 
     `words` are as `in_order` leaves them. A duration of None or 0 is unknown. `given_spans` are dicts with n (or None),
-    start_s and end_s (None: the end of the video). `shots` are (start_s, end_s), needed where `needs_shots` says so.
-    Raises ItemError "duplicate-clip-id" where two given spans have one n, "unknown-duration", "punctuation-failed";
-    UserError where `punctuate` does not name a function.
+    start_s and end_s (None: the end of the video). `shots` are (start_s, end_s), needed if `needs_shots`.
+    Raises ItemError "duplicate-clip-id" if two given spans have one n, "unknown-duration", "punctuation-failed";
+    UserError if `punctuate` does not name a function.
     """
     assert all(a.start_s <= b.start_s for a, b in pairwise(words)), "words out of order"
     words, costs = restore_punctuation(_not_overlapping(words), settings)
@@ -197,7 +196,7 @@ def _made_here(
     settings: SegmentSettings,
     dropped: Counter,
 ) -> tuple[str, list[_Span], list[Sentence]]:
-    """Return origin, spans and sentences in every mode but given spans; count what is left out in `dropped`."""
+    """Return origin, spans and sentences in every mode but given spans; count left-out words and shots in `dropped`."""
     sentences = split_sentences(words, settings)
     assert shots is not None or settings.mode != "shots", "mode shots needs shots"
     if shots is not None and (settings.mode == "shots" or not words):
@@ -251,7 +250,7 @@ def _merged(words: list[Word], island: list[Sentence], settings: SegmentSettings
     """Group the sentences of an island into spans.
 
     A group that stays too short, because its neighbours are too long to join, is merged with the shorter neighbour and
-    the result is cut again between words, once per group: without silence there is no other way to lengthen it.
+    the result is cut again between words, once per group: without silence nothing else lengthens it.
     """
     starts = [words[sentence.first_word].start_s for sentence in island]
     ends = [words[sentence.last_word].end_s for sentence in island]
@@ -364,7 +363,7 @@ def _extended(span: _Span, before: float, after: float, length_s: float) -> _Spa
 
 
 def _even(start_s: float, end_s: float, settings: SegmentSettings) -> list[_Span]:
-    """Divide an interval into spans of equal length near the target; return none where it is shorter than min_s."""
+    """Divide an interval into spans of equal length near the target; return none if it is shorter than min_s."""
     length = end_s - start_s
     if length < settings.min_s:
         return []
@@ -379,7 +378,7 @@ def _spans_of_shots(
 ) -> list[_Span]:
     """Make a span of each shot: long shots are divided evenly, short ones left out, as joining them would cross a cut.
 
-    A shot without words is kept, whatever min_words is; a shot with too few words is left out.
+    A shot without words is kept; one with fewer than min_words words is left out.
     """
     spans = []
     for start_s, end_s in shots:
@@ -427,7 +426,7 @@ def _rows(
     sentence_rows = []
     for n, sentence in enumerate(sentences):
         first, stop = sentence.first_word, sentence.last_word + 1
-        holders = Counter(k for k in held_by[first:stop] if k is not None).most_common(1)
+        by_span = Counter(k for k in held_by[first:stop] if k is not None).most_common(1)
         sentence_rows.append(
             {
                 "video_id": video_id,
@@ -437,7 +436,7 @@ def _rows(
                 "text": sentence.text,
                 "num_words": stop - first,
                 "align_cost": _mean(costs[first:stop]),
-                "clip_id": clip_ids[holders[0][0]] if holders else None,
+                "clip_id": clip_ids[by_span[0][0]] if by_span else None,
             }
         )
     sentence_of_word = [
@@ -462,5 +461,4 @@ def _rows(
 
 
 def _mean(costs: Sequence[float]) -> float | None:
-    """Return the mean, None of nothing."""
     return sum(costs) / len(costs) if len(costs) else None

@@ -1,4 +1,4 @@
-"""Split words into sentences: at punctuation where the transcript has it, else at pauses, none longer than a limit.
+"""Split words into sentences: at punctuation if the transcript has any, else at pauses, none longer than a limit.
 
 Automatic captions often have no punctuation. The setting `punctuate` plugs in a function that restores it: it gets all
 words of a transcript as a list of strings and returns the punctuated text as one string. It may change words, because
@@ -23,7 +23,7 @@ from pipeline.stages.transcribe.words import Word, join_words, tokens
 class SentenceSettings(Settings):
     """Settings of finding sentences in words."""
 
-    # Seconds of silence that end a sentence where the transcript has no punctuation. Breathing takes less than 0.6 s.
+    # Seconds of silence that end a sentence in a transcript without punctuation. Breathing takes less than 0.6 s.
     pause_s: float = Field(0.6, gt=0)
     # Seconds of silence that always end a sentence, and that no span crosses. 3 s is longer than pauses in a sentence.
     max_gap_s: float = Field(3.0, gt=0)
@@ -136,8 +136,8 @@ def split_long(words: Sequence[Word], first: int, last: int, max_words: int) -> 
 def restore_punctuation(words: Sequence[Word], settings: SentenceSettings) -> tuple[list[Word], list[float]]:
     """Restore punctuation by the plugged-in function; return the words with their times, and their alignment costs.
 
-    Without such a function the words are returned as they are, at cost 0. Raises UserError where the setting does not
-    name a function, ItemError "punctuation-failed" where the function fails or returns no words.
+    Without such a function the words are returned as they are, at cost 0. Raises UserError if the setting does not
+    name a function, ItemError "punctuation-failed" if the function fails or returns no words.
     """
     if settings.punctuate is None or not words:
         return list(words), [0.0] * len(words)

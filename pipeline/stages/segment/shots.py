@@ -2,7 +2,7 @@
 
 `precision: exact` decodes every frame, which costs as much as playing the whole video once; a cut is placed on the
 first frame of the new shot. `precision: fast` decodes only the frames that others refer to, which saves at least half
-of the decoding where there are B-frames (and nothing where there are none). A cut is then placed on the first decoded
+of the decoding in videos with B-frames (and nothing in others). A cut is then placed on the first decoded
 frame of the new shot, less than one distance of reference frames (usually 2 to 4 frames) late. Both detectors look for
 hard cuts; they miss most slow fades and dissolves, as in the literature.
 
@@ -29,9 +29,9 @@ FRAME_WIDTH = 256
 
 
 class ShotSettings(Settings):
-    """Settings of detecting shots, where `mode` or `wordless` asks for them."""
+    """Settings of detecting shots, if `mode` or `wordless` asks for them."""
 
-    # exact decodes every frame. fast is cheaper where there are B-frames, and places cuts a few frames late at worst.
+    # exact decodes every frame. fast is cheaper in videos with B-frames, and places cuts a few frames late at worst.
     precision: Literal["exact", "fast"] = "exact"
     # adaptive compares a frame's change with that of its neighbours, so that fast motion is not taken for a cut (the
     # best detector on PySceneDetect's own benchmark). content compares it with a fixed threshold.
@@ -71,7 +71,7 @@ def _is_change(cut: Any, recent: Sequence[tuple[Any, Any]], settings: ShotSettin
     """
     times = [timecode.seconds for timecode, _ in recent]
     if cut.seconds not in times[1:]:
-        return True  # its frame is no longer among the recent ones
+        return True  # its frame is not among the recent ones any more
     index = times.index(cut.seconds)
     return _change(recent[index - 1][1], recent[index][1]) >= settings.min_change
 
@@ -87,7 +87,6 @@ def _change(before: Any, after: Any) -> float:
 
 
 def _detector(settings: ShotSettings) -> Any:
-    """Make PySceneDetect's detector of the settings."""
     from scenedetect.detectors import AdaptiveDetector, ContentDetector
 
     if settings.detector == "content":

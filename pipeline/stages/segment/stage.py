@@ -15,7 +15,7 @@ WANTED = """
     FROM current_transcripts t JOIN current_videos v USING (video_id) JOIN sources s USING (video_id)
 """
 
-# The reference texts of given spans. They describe those pieces of the video and no others.
+# The reference texts of given spans; they describe only those parts of the video.
 CURRENT_TEXTS = """
     CREATE OR REPLACE TEMP TABLE current_texts AS
     WITH given AS (SELECT clip_id, video_id, n FROM current_spans WHERE origin = 'given'),
@@ -38,27 +38,24 @@ PAYLOAD = """
 
 
 def run_segment(task: Task) -> Result:
-    """Choose the spans of each video; its pictures are decoded only where the settings ask for shots."""
-    outcomes = []
+    """Choose the spans of each video; its pictures are decoded only if the settings ask for shots."""
+    outcomes, settings = [], task.settings
     for item in task.items:
         with Stopwatch(item["item_id"]) as outcome:
             words, given = [Word(**word) for word in item["words"]], item["given_spans"]
-            shots = _shots(task, item) if needs_shots(words, given, task.settings) else None
-            with time_limit(task.settings.timeout_base_s, f"segmenting {len(words):,} words"):
-                segmented = segment_video(item["video_id"], words, item["duration_s"], given, shots, task.settings)
+            shots = None
+            if needs_shots(words, given, settings):
+                limit_s = settings.timeout_base_s + settings.timeout_per_second * (item["duration_s"] or 0)
+                limit_s = min(limit_s, settings.timeout_most_s)
+                path = files_of(task.root).local(item["path"])
+                shots = sandbox().call(detect_shots, path, settings.shots, timeout_s=limit_s)
+            with time_limit(settings.timeout_base_s, f"segmenting {len(words):,} words"):
+                segmented = segment_video(item["video_id"], words, item["duration_s"], given, shots, settings)
             stamp = {"source_sha256": item["sha256"]}
             outcome.rows["sentences"] = [{**row, **stamp} for row in segmented.sentences]
             outcome.rows["spans"] = [{**row, **stamp} for row in segmented.spans]
         outcomes.append(outcome)
     return outcomes, []
-
-
-def _shots(task: Task, item: dict) -> list[tuple[float, float]]:
-    settings = task.settings
-    limit_s = settings.timeout_base_s + settings.timeout_per_second * (item["duration_s"] or 0)
-    limit_s = min(limit_s, settings.timeout_most_s)
-    path = files_of(task.root).local(item["path"])
-    return sandbox().call(detect_shots, path, settings.shots, timeout_s=limit_s)
 
 
 SEGMENT = Stage(

@@ -38,7 +38,7 @@ class Alignment:
 
     @property
     def total(self) -> float:
-        """Sum of the costs of all pairs."""
+        """Return the sum of the costs of all pairs."""
         return float(self.costs.sum())
 
     def word_costs(self, num_words: int) -> np.ndarray:

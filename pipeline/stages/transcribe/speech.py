@@ -14,7 +14,7 @@ import numpy as np
 from clipmill.base.errors import ItemError
 from clipmill.media.probe import SHUT_IN, open_media
 
-SPEECH_RATE = 16_000  # Hz, what Whisper takes
+SPEECH_RATE = 16_000  # Hz, Whisper's input
 CHUNK_BYTES = 1 << 20
 
 

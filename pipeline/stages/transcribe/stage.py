@@ -42,7 +42,7 @@ def identity(settings: TranscribeSettings) -> str:
     if not settings.whisper or not (path.suffix or path.is_file()):
         return settings.fingerprint()
     if not path.is_file():
-        raise UserError(f"setting transcribe.whisper = {settings.whisper}: there is no such file.")
+        raise UserError(f"setting transcribe.whisper = {settings.whisper}: this file does not exist.")
     return digest([settings.fingerprint(), file_sha256(path)])
 
 
@@ -82,7 +82,7 @@ def run_transcribe(task: Task) -> Result:
 
 
 def _whisper(settings: TranscribeSettings):
-    """Return the model, or raise the ItemError of the first time that it could not be loaded in this process."""
+    """Return the model, or raise the ItemError of the first failed attempt to load it in this process."""
     model = _whisper_or_error(settings.model_dump_json())
     if isinstance(model, ItemError):
         raise model

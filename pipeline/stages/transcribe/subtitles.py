@@ -45,13 +45,12 @@ class SubtitleSettings(Settings):
     markup: Literal["remove", "keep"] = "remove"
     # Cues that repeat the line before them, as automatic captions do. auto: collapse files in which most cues do so.
     roll_up: Literal["auto", "collapse", "keep"] = "auto"
-    # A Python codec name, where you know it (gbk, cp1251 …). auto: byte order mark, then UTF-8, UTF-16, cp1252.
+    # A Python codec name, if the encoding is known (gbk, cp1251 …). auto: byte order mark, then UTF-8, UTF-16, cp1252.
     encoding: str = "auto"
 
     @field_validator("encoding")
     @classmethod
     def _known_codec(cls, name: str) -> str:
-        """Refuse names of codecs that Python does not have."""
         if name != "auto":
             try:
                 codecs.lookup(name)
@@ -62,7 +61,7 @@ class SubtitleSettings(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A word time: the text from character `offset` on is spoken from `start_s` (to `end_s` where that is known)."""
+    """A word time: the text from character `offset` on is spoken from `start_s` (to `end_s` if that is known)."""
 
     offset: int
     start_s: float
@@ -76,7 +75,7 @@ class Cue:
     start_s: float
     end_s: float
     text: str  # lines separated by \n
-    marks: tuple[Mark, ...] = ()  # in order of offset; empty where the file has no word times
+    marks: tuple[Mark, ...] = ()  # in order of offset; empty if the file has no word times
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def read_subtitles(
 ) -> Cues:
     """Read a subtitle file (a path, or its bytes) into cues, cleaned by `settings` and repaired.
 
-    The content decides the format; `format` is used only where the content is not recognised. A valid file without
+    The content decides the format; `format` is used only if the content is not recognised. A valid file without
     speech gives no cues. Raises ItemError "subtitle-unreadable".
     """
     settings = settings or SubtitleSettings()
@@ -169,7 +168,7 @@ def unreadable(why: str) -> ItemError:
 
 
 def sniff(text: str) -> str | None:
-    """Recognise the format of a subtitle text by its content; return None where that fails."""
+    """Recognise the format of a subtitle text by its content; return None if that fails."""
     head = text[:4000].lstrip("\ufeff \t\n")
     if head.startswith("WEBVTT"):
         return "vtt"
@@ -191,7 +190,6 @@ _TIME_TAG = re.compile(rf"<{_CLOCK}>")
 
 
 def _seconds(sign: str, hours: str | None, minutes: str, seconds: str, fraction: str | None) -> float:
-    """Convert the groups of `_CLOCK` to seconds."""
     value = int(hours or 0) * 3600 + int(minutes) * 60 + int(seconds) + float(f"0.{fraction or 0}")
     return -value if sign else value
 
@@ -271,7 +269,7 @@ def _read_json3(text: str, settings: SubtitleSettings) -> tuple[str | None, list
 
 
 def _json3_cue(event: dict) -> Cue:
-    """Make a cue of an event; it has word times where any segment has an offset."""
+    """Make a cue of an event; it has word times if any segment has an offset."""
     start_ms = float(event.get("tStartMs", 0))
     end_ms = start_ms + float(event.get("dDurationMs", 0))
     timed = any("tOffsetMs" in segment for segment in event["segs"])
@@ -342,7 +340,7 @@ def _ttml_time(expression: str, rates: dict[str, float]) -> float:
 
 
 def _read_other(text: str, settings: SubtitleSettings) -> tuple[str | None, list[Cue]]:
-    """Read ASS/SSA, SAMI, MicroDVD and whatever else pysubs2 reads."""
+    """Read ASS/SSA, SAMI, MicroDVD and the other formats of pysubs2."""
     import pysubs2
 
     if "<!ENTITY" in text:
@@ -360,7 +358,7 @@ _LIBRARY_ERRORS = (ValueError, LookupError, TypeError, AttributeError, Arithmeti
 _READERS = {"vtt": _read_blocks, "srt": _read_blocks, "json3": _read_json3, "ttml": _read_ttml}
 
 
-# --- what is not spoken --------------------------------------------------------------------------------------------
+# --- unspoken text -------------------------------------------------------------------------------------------------
 
 _BRACKETED = re.compile(r"\[[^\[\]]{0,80}\]|［[^［］]{0,80}］|【[^【】]{0,80}】")
 _NOTES = re.compile("[♩♪♫♬🎵🎶]+")
@@ -380,7 +378,7 @@ _NAME = re.compile(  # in text that is all capitals a colon proves nothing, so a
 
 
 def clean(text: str, settings: SubtitleSettings) -> str:
-    """Replace what the settings remove by spaces, character by character, so that offsets into the text stay valid."""
+    """Replace text that the settings remove by spaces, character by character, so that offsets stay valid."""
     if settings.sounds == "remove":
         text = _NOTES.sub(_blank, _BRACKETED.sub(_blank, text))
         text = _PARENTHESIS.sub(lambda match: _blank(match) if _is_sound(match, text) else match[0], text)
@@ -424,7 +422,7 @@ def _repaired(cues: Iterable[Cue], repairs: Counter) -> list[Cue]:
 
 
 def _placed(cue: Cue, repairs: Counter) -> Cue | None:
-    """Clip a cue to start at 0 or later; None where its time is impossible. An impossible end becomes the start."""
+    """Clip a cue to start at 0 or later; None if its time is impossible. An impossible end becomes the start."""
     start_s, end_s = cue.start_s, cue.end_s
     if not 0 <= start_s < MAX_TIME_S:  # also NaN
         absurd = not start_s < MAX_TIME_S
@@ -459,11 +457,11 @@ MAX_SHOWN = 200  # words compared: no caption carries over more
 
 
 def _collapse_roll_up(cues: list[Cue], repairs: Counter, always: bool) -> list[Cue]:
-    """Reduce each cue to what it adds to the cue before it (docs/methods/hd_vila.md section 2.1 step 1).
+    """Reduce each cue to the words that it adds to the cue before (docs/methods/hd_vila.md section 2.1 step 1).
 
     Automatic captions show the previous line above the new one, often with a 10 ms cue of the new line alone between.
     Text is carried over when the previous cue ends with the words that this one begins with, up to the end of a line or
-    the whole previous cue. Where most cues do not do that, the file does not roll up, and repeated words were said
+    the whole previous cue. If most cues do not do that, the file does not roll up, and repeated words were spoken
     twice; `always` collapses such a file, too.
     """
     touching = [b.start_s - a.end_s <= TOUCHING_S for a, b in pairwise(cues)]
@@ -473,7 +471,7 @@ def _collapse_roll_up(cues: list[Cue], repairs: Counter, always: bool) -> list[C
     if not always and rolled < max(least, sum(touching) / 2):
         return cues
     repairs["rolled-up"] += rolled
-    rests = (_tail(cue, count) if count else cue for cue, count in zip(cues, carried, strict=True))
+    rests = (_without_start(cue, count) if count else cue for cue, count in zip(cues, carried, strict=True))
     return [cue for cue in rests if says_something(cue.text)]
 
 
@@ -492,7 +490,7 @@ def _carried_chars(before: Cue, cue: Cue) -> int:
     return 0
 
 
-def _tail(cue: Cue, offset: int) -> Cue:
+def _without_start(cue: Cue, offset: int) -> Cue:
     """Return the cue without the text before `offset`, and without the marks of that text."""
     if not cue.marks:
         return replace(cue, text=cue.text[offset:])

@@ -1,6 +1,6 @@
 """Transcribe a video: from its best usable subtitle file, else by Whisper, else not at all.
 
-Subtitle files may hold anything; one that cannot be used is reported, and the next one is tried. A manual transcript,
+Subtitle files are untrusted; an unusable one is reported, and the next one is tried. A manual transcript,
 whose cues give only rough times, takes word times from the automatic captions of the same video. Import nothing heavy
 at the top of this module: torch and Whisper come in when a model is needed.
 """
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16_000  # Hz, Whisper's input
-START_S = 300.0  # allowed for starting recognition, whatever the length of the sound
+START_S = 300.0  # allowed for starting recognition of a sound of any length
 
 
 class TranscribeSettings(SubtitleSettings):
-    """Settings of the stage `transcribe`: choice of subtitles, and Whisper where there are none."""
+    """Settings of the stage `transcribe`: choice of subtitles, and Whisper for videos without them."""
 
     # Subtitle languages, best first; "en" also takes en-US and en-orig. English, because CLIP's text tower reads it.
     languages: list[str] = ["en"]
-    # Use another language where none of these is available, so that the video keeps a transcript with its language.
+    # Use another language if none of these is available, so that the video keeps a transcript with its language.
     other_languages: bool = True
     # The track to prefer within one language. People punctuate; automatic captions have better word times.
     prefer: Literal["manual", "auto"] = "manual"
@@ -51,8 +51,8 @@ class TranscribeSettings(SubtitleSettings):
     # Take word times for a manual transcript from automatic captions, because manual cues are coarsely timed.
     align_manual_to_auto: bool = True
 
-    # Speech recognition where no subtitle is usable: a model's name (tiny, base, small, turbo …), a path of weights, or
-    # null for no transcript. base understands clear English and keeps up with speech on one core.
+    # Speech recognition for videos without a usable subtitle: a model's name (tiny, base, small, turbo …), a path of
+    # weights, or null for no transcript. base understands clear English and keeps up with speech on one core.
     whisper: str | None = "base"
     # The spoken language as Whisper's code (en, de …); null: recognised from the first 30 s.
     whisper_language: str | None = None
@@ -66,7 +66,7 @@ class TranscribeSettings(SubtitleSettings):
     # Seconds that recognition may take per second of sound, plus five minutes, before it counts as hung. 60 leaves room
     # for a large model on one slow core.
     whisper_timeout_per_second: float = operational(60.0, gt=0)
-    # "cuda" or "cpu"; null: a GPU where there is one.
+    # "cuda" or "cpu"; null: a GPU if torch finds one.
     whisper_device: str | None = operational(None)
     # Folder of downloaded models; null: Whisper's own cache.
     whisper_folder: str | None = operational(None)
@@ -84,7 +84,6 @@ class TranscribeSettings(SubtitleSettings):
     @field_validator("whisper", mode="before")
     @classmethod
     def _off_is_none(cls, value: Any) -> Any:
-        """Read a bare `off`, which YAML turns into false, as null."""
         return None if value in (False, "", "off", "none") else value  # YAML reads a bare off as false
 
 
@@ -117,15 +116,14 @@ class Transcript:
 def load_whisper(settings: TranscribeSettings) -> Any:
     """Load the Whisper model of the settings, once per process.
 
-    Raises UserError where the setting names no model or the device does not exist, and ItemError "model-unavailable"
-    (transient) where it cannot be downloaded.
+    Raises UserError for an unknown model or a missing device, and ItemError "model-unavailable" (transient) if the
+    download fails.
     """
     return _load_whisper(settings.whisper, settings.whisper_device, settings.whisper_folder)
 
 
 @lru_cache(maxsize=1)
 def _load_whisper(name: str, device: str | None, folder: str | None) -> Any:
-    """Load a Whisper model; see `load_whisper` for errors."""
     import torch
     import whisper
 
@@ -158,11 +156,11 @@ def transcribe_video(
     `subtitle_files` are dicts with path, language (or None), kind (manual, auto, given, sidecar) and format (or None).
     `read` reads subtitles, by default `transcript_of_subtitles`; `extract` decodes speech, by default `extract_speech`.
     Both open hostile files, so callers pass ones that run in a sandbox. A video without sound or speech is not a
-    failure: its origin is "none", or it has no words. Subtitle files that could not be used while the words come from
-    elsewhere are appended to `problems`, or logged where that is None.
+    failure: its origin is "none", or it has no words. Unusable subtitle files are appended to `problems`, or logged if
+    that is None, when the words come from another source.
 
-    Raises ItemError: subtitle-unreadable where no file can be read and Whisper is off, model-unavailable, asr-failed,
-    and whatever `extract` raises; UserError as `load_model` does.
+    Raises ItemError: subtitle-unreadable if all files are unreadable and Whisper is off, model-unavailable, asr-failed,
+    and those of `extract`; UserError as `load_model` does.
     """
     transcript, found = _read_safely(_ranked(subtitle_files, settings), settings, read or transcript_of_subtitles)
     if transcript is None and settings.whisper is not None:
@@ -207,14 +205,13 @@ def _language_rank(language: str | None, preferred: Sequence[str]) -> float:
 
 
 def _code(language: str) -> str:
-    """Normalise a language code: lower case, hyphens."""
     return language.casefold().replace("_", "-")
 
 
 def _read_safely(
     files: Sequence[dict], settings: TranscribeSettings, read: Read
 ) -> tuple[Transcript | None, list[ItemError]]:
-    """Read all files at once; where one of them breaks `read`, read each of them alone."""
+    """Read all files at once; if one of them breaks `read`, read each of them alone."""
     problems: list[ItemError] = []
     for some in [files, *([file] for file in files if len(files) > 1)] if files else []:
         try:
@@ -234,25 +231,18 @@ def transcript_of_subtitles(
 ) -> tuple[Transcript | None, list[ItemError]]:
     """Return the transcript of the first file with enough words (None without one), and the problems of the files."""
     problems: list[ItemError] = []
-    return _from_subtitles(files, settings, problems), problems
-
-
-def _from_subtitles(
-    files: Sequence[dict], settings: TranscribeSettings, problems: list[ItemError]
-) -> Transcript | None:
-    """Return the transcript of the first file with enough words; append problems."""
     for file in files:
         transcript = _read(file, settings, problems)
         if transcript is None or len(transcript.words) < settings.min_words:
             continue
         if settings.align_manual_to_auto and file["kind"] != "auto" and transcript.word_times == "cues":
             transcript = _on_automatic_times(transcript, files, settings, problems)
-        return transcript
-    return None
+        return transcript, problems
+    return None, problems
 
 
 def _read(file: dict, settings: TranscribeSettings, problems: list[ItemError]) -> Transcript | None:
-    """Read one file; append its problem, once, and return None where it cannot be used."""
+    """Read one file; append its problem, once, and return None if it is unusable."""
     try:
         cues = read_subtitles(file["path"], file.get("format"), settings)
         words, word_times = words_of(cues)
@@ -274,7 +264,7 @@ MAX_MISMATCH = 0.4  # mean cost above which two transcripts differ in their word
 def _on_automatic_times(
     transcript: Transcript, files: Sequence[dict], settings: TranscribeSettings, problems: list[ItemError]
 ) -> Transcript:
-    """Take word times from automatic captions of the same language, where there are any and their words agree."""
+    """Take word times from automatic captions of the same language, if any exist and their words agree."""
     from pipeline.stages.transcribe.alignment import retime
 
     for file in files:
@@ -337,7 +327,7 @@ def recognise(samples: "np.ndarray", model: Any, settings: TranscribeSettings) -
                 word_timestamps=True,
                 **options,
             )
-    except Exception as error:  # whatever the model raises is the failure of this video alone
+    except Exception as error:  # any exception of the model is the failure of this video alone
         raise ItemError("asr-failed", f"Whisper: {type(error).__name__}: {error}") from error
     cues = [cue for segment in result["segments"] if (cue := _segment_cue(segment, duration_s, settings))]
     return result["language"], words_of(cues)[0]

@@ -1,4 +1,4 @@
-"""Words with times, and the operations that every user of words shares: tokenising, joining, ordering.
+"""Words with times, and the shared operations on them: tokenising, joining, ordering.
 
 Words come from subtitles, from speech recognition and from the corpus. After `in_order` they never overlap. Keep this
 module free of file formats and of imports beyond the standard library.

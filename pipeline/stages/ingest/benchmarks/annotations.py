@@ -1,6 +1,4 @@
-"""Contents of a benchmark's annotation files, by video.
-
-A reader fills `Annotations`, which are converted to sources afterwards.
+"""Contents of a benchmark's annotation files, by video: a reader fills `Annotations`, which then become sources.
 
 Values come from untrusted files: `Annotations` checks names and texts and collects the bad ones as problems.
 """
@@ -62,10 +60,7 @@ class Annotations:
         return entry
 
     def add_text(self, video: Any, text: Any, place: str, clip: int = 0) -> None:
-        """Add a reference text to a known video.
-
-        An invalid or empty text, or an unknown video, becomes a problem.
-        """
+        """Add a reference text to a known video. An invalid or empty text, or an unknown video, becomes a problem."""
         if video not in self:
             self.unknown(video, place)
         elif not isinstance(text, str) or not is_unicode(text):
@@ -79,7 +74,7 @@ class Annotations:
         """Record texts of a video that no list of videos names, as one problem for all of its texts."""
         if str(video) not in self._unknown:
             self._unknown.add(str(video))
-            self.problem(place, "unknown-id", f"there are texts of {video!r}, but no list of videos names it")
+            self.problem(place, "unknown-id", f"the files have texts of {video!r}, but no list of videos names it")
 
     def problem(self, place: str, error_class: str, message: str) -> None:
         self.problems.append(Problem(place, error_class, message[:500]))

@@ -1,7 +1,7 @@
 """A benchmark's folder: find annotation files and videos by name, and read the files safely.
 
-Annotation files are untrusted text and pickles. A file of another format than its name says is a UserError with file
-and line; a single bad line or entry becomes a `Problem`.
+Annotation files are untrusted text and pickles. A file whose format differs from its name is a UserError with file and
+line; a single bad line or entry becomes a `Problem`.
 """
 
 import csv
@@ -53,10 +53,7 @@ class Folder:
                     self._stems.setdefault(stem, []).append(path)
 
     def file(self, *names: str) -> Path | None:
-        """Return the first of these annotation files that exists, or None.
-
-        Raises UserError if it exists twice.
-        """
+        """Return the first of these annotation files that exists, or None. Raises UserError if it exists twice."""
         for name in names:
             paths = self._files.get(name, [])
             if len(paths) > 1:
@@ -68,7 +65,7 @@ class Folder:
     def video(self, name: str) -> Path:
         """Find the video file of this name, given with or without extension.
 
-        Names may contain dots (LSMDC's times), and a file may have another extension than its annotation says (DiDeMo).
+        Names may contain dots (LSMDC's times), and a file's extension may differ from its annotation (DiDeMo).
         Raises ItemError: missing-video, ambiguous-video.
         """
         stem, extension = os.path.splitext(name)
@@ -86,10 +83,7 @@ class Folder:
 
 
 def text_of(path: Path, problems: list[Problem]) -> str:
-    """Read a text file; append decoding problems to `problems`.
-
-    Raises UserError for a file that cannot be read.
-    """
+    """Read a text file; append decoding problems to `problems`. Raises UserError for a file that cannot be read."""
     try:
         text, found = decode(str(path), path.read_bytes())
     except OSError as error:
@@ -109,17 +103,14 @@ def read_json(path: Path, problems: list[Problem]) -> Any:
 
 
 def of_type(value: Any, kind: type, path: Path, what: str) -> Any:
-    """Return the value. Raises UserError for another type than `kind`, which `what` describes."""
+    """Return the value. Raises UserError for another type than `kind`, described by `what`."""
     if not isinstance(value, kind):
         raise UserError(f"SOURCES: {path}: expected {what}, found {type(value).__name__}")
     return value
 
 
 def read_json_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict]]:
-    """Yield (FILE:LINE, object) per line; other lines become problems.
-
-    Raises UserError if no line is an object.
-    """
+    """Yield (FILE:LINE, object) per line; other lines become problems. Raises UserError if no line is an object."""
     bad: list[Problem] = []
     num_good = 0
     for place, line in read_lines(path, problems):
@@ -167,9 +158,7 @@ def read_csv(path: Path, columns: tuple[str, ...], problems: list[Problem]) -> I
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """Unpickler for containers, strings and numbers only.
-
-    It refuses classes and functions, without which no code can run.
+    """Unpickler for containers, strings and numbers only; without classes and functions a pickle cannot run code.
 
     It derives from Python's pure-Python unpickler: the one in C allocates as many entries as a pickle claims to have.
     """

@@ -1,7 +1,7 @@
 """Readers of the retrieval benchmarks' published annotation files; each fills an `Annotations`.
 
 A reader selects the videos and texts that the benchmark's protocol uses: every text it adds is a reference text of its
-video, and `split` says for which purpose. If the original files are missing, the lists that CLIP-ViP's configurations
+video, and `split` is its purpose. If the original files are missing, the lists that CLIP-ViP's configurations
 name (JSON lines of clip_id and text) are read instead. Files are untrusted. Layouts and protocols: docs/benchmarks.md.
 """
 
@@ -125,43 +125,30 @@ def msvd(folder: Folder, found: Annotations) -> None:
     if path is None:
         needed = f"one of {', '.join(names)}"
         raise UserError(f"SOURCES: {folder.argument}: no annotation file found; it needs {needed}")
-    {".pkl": _read_msvd_pickle, ".txt": _read_msvd_text, ".csv": _read_msvd_csv}[path.suffix](path, found)
-
-
-def _read_msvd_pickle(path: Path, found: Annotations) -> None:
-    """Read {video: [[word, …], …]}; a sentence may also be a string."""
+    if path.suffix == ".txt":  # a video's name, a space and a sentence; lines that start with # are comments
+        for place, line in read_lines(path, found.problems):
+            if not line.startswith("#"):
+                video, _, sentence = line.partition(" ")
+                found.add_text(video, sentence, place)
+        return
+    if path.suffix == ".csv":  # sentences in many languages; videos are named VideoID_Start_End
+        for place, row in read_csv(path, ("VideoID", "Start", "End", "Language", "Description"), found.problems):
+            if row["Language"] == "English":
+                video = f"{row['VideoID']}_{row['Start']}_{row['End']}"
+                found.add_text(video, row["Description"], f"{place}#Description")
+        return
+    # {video: [[word, …], …]}; a sentence may also be a string.
     for video, sentences in of_type(read_pickle(path), dict, path, "a dict of video to sentences").items():
         for n, sentence in enumerate(of_type(sentences, list, path, f"a list of sentences for {video!r}")):
             words = isinstance(sentence, list | tuple) and all(isinstance(word, str) for word in sentence)
             found.add_text(video, " ".join(sentence) if words else sentence, f"{path}#/{video}/{n}")
 
 
-def _read_msvd_text(path: Path, found: Annotations) -> None:
-    """Read lines of a video's name, a space and a sentence; lines that start with # are comments."""
-    for place, line in read_lines(path, found.problems):
-        if not line.startswith("#"):
-            video, _, sentence = line.partition(" ")
-            found.add_text(video, sentence, place)
-
-
-def _read_msvd_csv(path: Path, found: Annotations) -> None:
-    """Read the English rows of the corpus as collected, in many languages.
-
-    Videos are named VideoID_Start_End.
-    """
-    for place, row in read_csv(path, ("VideoID", "Start", "End", "Language", "Description"), found.problems):
-        if row["Language"] == "English":
-            found.add_text(f"{row['VideoID']}_{row['Start']}_{row['End']}", row["Description"], f"{place}#Description")
-
-
 # --- LSMDC ----------------------------------------------------------------------------------------------------------
 
 
 def lsmdc(folder: Folder, found: Annotations) -> None:
-    """Read one line per sentence and clip; a clip may have several.
-
-    The test split is the challenge's 1,000 clips.
-    """
+    """Read one line per sentence and clip; a clip may have several. The test split is the challenge's 1,000 clips."""
     names: Names = {
         "train": ("LSMDC16_annos_training.csv", "train_101k_frame.jsonl"),
         "val": ("LSMDC16_annos_val.csv",),
@@ -320,7 +307,7 @@ def vatex(captions: str) -> Reader:
 
 
 def _files(folder: Folder, names: Names, needed: bool = True) -> dict[str, Path]:
-    """Return the existing files by split. Raises UserError if `needed` and there is none."""
+    """Return the existing files by split. Raises UserError if files are `needed` and none exists."""
     paths = {split: path for split, wanted in names.items() if (path := folder.file(*wanted))}
     if needed and not paths:
         allowed = ", ".join(" or ".join(wanted) for wanted in names.values())
@@ -371,10 +358,7 @@ def _add_paragraph(entry: Entry, pieces: list[tuple[Any, str]], found: Annotatio
 
 
 def _add_moment(entry: Entry, n: int, span: tuple[float, float], text: Any, place: str, found: Annotations) -> None:
-    """Add a clip with one sentence.
-
-    `n` is the sentence's position in the file, which bad sentences do not shift.
-    """
+    """Add a clip with one sentence. `n` is the sentence's position in the file, which bad sentences do not shift."""
     if not 0 <= span[0] < span[1]:
         found.problem(place, "bad-span", f"{entry.video}: the span from {span[0]} to {span[1]} s is not valid")
         return

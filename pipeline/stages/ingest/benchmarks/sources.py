@@ -2,7 +2,7 @@
 
 Folder and files are untrusted.
 
-1. A reader (`readers` beside this file) takes from the published annotation files what the protocol uses.
+1. A reader (`readers` beside this file) takes the protocol's videos and texts from the published annotation files.
 2. Every video that they name is looked up in the folder. A video that is missing or has no text is recorded as a
    problem and not replaced.
 3. The others are rows of a source list like any other: file, id, split, given spans, reference texts.
@@ -95,26 +95,19 @@ def _video_of(name: str, folder: Folder, video: str) -> Path:
 
 def _row(name: str, path: Path, entry: Entry) -> dict[str, str | None]:
     spans = [{"n": n, "start_s": start_s, "end_s": end_s} for n, (start_s, end_s) in sorted(entry.spans.items())]
+    # The benchmark's own name, made safe: a source's usual id depends on the folder's path, so results could not be
+    # compared by id.
+    video_id = entry.video
+    if not re.fullmatch(ID_PATTERN, video_id):
+        digits = hashlib.sha256(video_id.encode()).hexdigest()[:10]
+        video_id = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', video_id)[:53]}-{digits}"
     return {
         "location": entry.place,
         "url": str(path),
         "source_id": entry.video,
-        "video_id": _safe_id(entry.video),
+        "video_id": video_id,
         "split": entry.split,
         "texts": json.dumps([{"n": n, "text": text} for n, text in entry.texts]),
         "spans": json.dumps(spans) if spans else None,
         "extra": json.dumps({"benchmark": name, **entry.extra}, sort_keys=True),
     }
-
-
-def _safe_id(video: str) -> str:
-    """Return the benchmark's own name if it is a valid id.
-
-    Otherwise return its safe characters and 10 hex digits of its hash.
-
-    A source's usual id depends on the folder's path, so that results could not be compared by id.
-    """
-    if re.fullmatch(ID_PATTERN, video):
-        return video
-    digits = hashlib.sha256(video.encode()).hexdigest()[:10]
-    return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', video)[:53]}-{digits}"
