@@ -46,4 +46,3 @@ def test_an_update_tells_how_much_each_layer_counts() -> None:
     for side, tower in (("image", model.config.vision), ("text", model.config.text)):
         shares = [float(values[f"{side}_layer_{n}"]) for n in range(1 + tower.num_layers)]
         assert sum(shares) == pytest.approx(1) and min(shares) > 0
-        assert shares == model.layer_confidence()[side]
