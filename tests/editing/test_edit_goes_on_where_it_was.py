@@ -212,7 +212,7 @@ def test_a_round_that_collapses_is_recorded_untrained_and_is_the_last(numbered, 
         corpus, tmp_path / "edit", "edit.holdout=0.55", "edit.max_median_change=0.0001", rounds=3, trains=True
     )
     assert [row["outcome"] for row in played] == ["warm-up", "collapsed"] and not scripted
-    with pytest.raises(UserError, match="no round of editing .* held"):
+    with pytest.raises(UserError, match="editing .* kept no round"):
         freeze_run(tmp_path, corpus, DataSettings(edits="accepted"), EvalSettings())
 
 

@@ -16,6 +16,7 @@ from training.data.batch import Batch
 from training.data.epoch_files import Epochs, plan_spec
 from training.data.loader import Loader, SampleReader
 from training.data.selection import Selection, freeze
+from training.data.shard_cache import ShardCache
 from training.data.tokenizer import TextEncoder
 from training.settings import DataSettings
 
@@ -175,3 +176,8 @@ def _runs(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def settle(cache: ShardCache) -> None:
+    """Wait until every shard that was requested is fetched or given up."""
+    cache._asked.join()

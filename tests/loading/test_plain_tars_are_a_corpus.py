@@ -264,7 +264,7 @@ def test_a_file_that_is_no_tar_is_a_row_where_others_are(tmp_path):
         str(tmp_path / "bad.tar"),
         str(tmp_path / "empty.tar"),
     ]
-    with pytest.raises(UserError, match="no clip at all"):
+    with pytest.raises(UserError, match="it picks no clip"):
         select(str(tmp_path / "bad.tar"))
 
 

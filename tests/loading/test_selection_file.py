@@ -111,7 +111,7 @@ def test_a_torn_or_foreign_file_is_told(selection, tmp_path):
         Selection(path)
     with pa.ipc.new_file(path, pa.schema([("x", pa.int64())])):
         pass
-    with pytest.raises(UserError, match="no selection"):
+    with pytest.raises(UserError, match="not a selection"):
         Selection(path)
     with pytest.raises(UserError, match="absent.arrow"):
         Selection(tmp_path / "absent.arrow")
