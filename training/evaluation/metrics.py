@@ -89,10 +89,15 @@ def _text_to_video(matrix: NDArray[Any], owner: NDArray[np.int64], ties: Ties) -
 
 def _video_to_text(matrix: NDArray[Any], owner: NDArray[np.int64], ties: Ties) -> Metrics:
     videos, group = np.unique(owner, return_inverse=True)
+    nearest = _nearest_of_group(matrix[:, videos], group)
+    return summarise(ranks_of(nearest.T, np.arange(len(videos)), ties))
+
+
+def _nearest_of_group(matrix: NDArray[Any], group: NDArray[np.int64]) -> NDArray[Any]:
+    """Take the largest similarity of each group of texts to each video: [groups, videos]."""
     order = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
-    nearest = np.maximum.reduceat(matrix[:, videos][order], starts, axis=0)  # [groups, videos], of the nearest text
-    return summarise(ranks_of(nearest.T, np.arange(len(videos)), ties))
+    return np.maximum.reduceat(matrix[order], starts, axis=0)
 
 
 def _checked(similarity: Any, text_to_video: Any, ties: str, dsl: str | None) -> tuple[NDArray[Any], NDArray[np.int64]]:
