@@ -1,8 +1,8 @@
-"""The students of an editing: ordinary training runs on clips as edited, one a round, or one a round and fold.
+"""Train the students of an editing: ordinary training runs on edited clips, one per round, or per round and fold.
 
-Each begins with the weights of the one before, whether its round was kept or not, and has an optimiser and a schedule
-of its own. It is a run like any other: killed and called again, it goes on where it stood. Of two folds, each half of
-the videos has a student that is trained on it and a teacher, the other half's, that edits it.
+Each starts from the weights of the previous one, even if its round was reverted, with a new optimiser and schedule. A
+killed student resumes like any other run. With two folds, each half of the videos has a student that is trained on it,
+and is edited by the other half's teacher.
 """
 
 import json
@@ -31,12 +31,12 @@ from training.run.settings import RunSettings
 from training.run.setup import Request
 from training.trainer import train
 
-VALIDATION, TRAINING = "edit_validation", "edit_clips"  # tables of clip ids, for conditions of students' settings
+VALIDATION, TRAINING = "edit_validation", "edit_clips"  # tables of clip ids in the conditions of students' settings
 
 
 @dataclass(frozen=True)
 class Editing:
-    """An editing as asked for. `settings` are its own and the students'; `editing` is its name in the rows."""
+    """An editing and its options. `settings` include the students'; `editing` is its name in the rows."""
 
     editing: str
     corpus: Path
@@ -61,14 +61,14 @@ class Editing:
 
 
 class Students:
-    """The students of an editing, and where their runs are."""
+    """The students of an editing and their runs."""
 
     def __init__(self, asked: Editing):
         self.asked = asked
 
     @property
     def folds(self) -> list[int | None]:
-        """Half of the videos that each student is trained on; None: all."""
+        """Return the fold of videos of each student; None: all videos."""
         return [0, 1] if self.asked.settings.edit.folds == 2 else [None]
 
     def weights(self, round_number: int) -> list[Path]:
@@ -76,7 +76,7 @@ class Students:
         return [self._weights(round_number, fold) for fold in self.folds]
 
     def begin(self) -> list[Path]:
-        """Return the teachers: the one that was given, or two trained like it on half of the videos each."""
+        """Return the teachers: the given one, or two trained like it on half of the videos each."""
         for fold in self.folds:
             if fold is not None:
                 self._run(0, fold, {})
@@ -110,8 +110,8 @@ class Students:
         run = RunFolder(self._folder(round_number, fold))
         if not run.exists:
             raise UserError(
-                f"{run.root} is not there, but the corpus has that round of editing {self.asked.editing}: give --out "
-                "the folder that it was begun in."
+                f"{run.root} does not exist, but the corpus has that round of editing {self.asked.editing}: give --out "
+                "the folder that it was started in."
             )
         return run.checkpoints.path(chosen_checkpoint(run).step) / "model.safetensors"
 
@@ -134,7 +134,7 @@ class Students:
         files = tuple((name, str(path)) for name, path in tables.items())
         report = train(Request(str(folder), str(self.asked.corpus), str(recipe), (), files, self.asked.command))
         if report.reason != "done":
-            raise KeyboardInterrupt  # it was asked to stop, and so are the rounds
+            raise KeyboardInterrupt  # a signal stopped the run, so the editing stops, too
         if not held_out:
             return 0.0
         return float(json.loads((folder / "eval.jsonl").read_text().splitlines()[-1])["t2v"]["r1"])

@@ -89,7 +89,7 @@ def test_another_command_on_the_same_folder_is_refused(numbered, tmp_path):
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
     edit(corpus, out)
     before = edit_tables(corpus)
-    with pytest.raises(UserError, match=r"begun with other options:\n  edit.rings: 1 → 2"):
+    with pytest.raises(UserError, match=r"started with other options:\n  edit.rings: 1 → 2"):
         edit(corpus, out, "edit.rings=2")
     with pytest.raises(UserError, match="where:  → n = 0"):
         edit(corpus, out, where="n = 0")
@@ -191,7 +191,7 @@ def test_an_editing_whose_students_are_elsewhere_says_so(numbered, tmp_path, scr
     scripted += [0.1, 0.2]
     edit(corpus, tmp_path / "edit", "edit.holdout=0.55", rounds=1, trains=True)
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"round-01 is not there, but the corpus has that round .* begun in"):
+    with pytest.raises(UserError, match=r"round-01 does not exist, but the corpus has that round .* started in"):
         edit(corpus, tmp_path / "other", "edit.holdout=0.55", rounds=1, trains=True)
 
 
@@ -201,7 +201,7 @@ def test_videos_held_out_for_the_student_are_not_edited(numbered, tmp_path, scri
     edit(corpus, out, "edit.holdout=0.55", rounds=1, trains=True)
     items = Items(out / "clips.arrow")
     assert items.held_out_videos and not items.held_out_videos & {row["video_id"] for row in edits(corpus)}
-    with pytest.raises(UserError, match="edit.holdout = 0.001: of these .* none is left to validate"):
+    with pytest.raises(UserError, match="edit.holdout = 0.001: none of the .* is held out to validate"):
         edit(corpus, tmp_path / "other", "edit.holdout=0.001", rounds=1, trains=True)
 
 
