@@ -47,10 +47,10 @@ RoundDone = Callable[[Mapping[str, Any]], None]
 class CorpusBackend:
     """An `EditBackend` whose teachers and students are weights files; with two folds each has half of the videos."""
 
-    def __init__(self, asked: Editing):
-        self.asked, self.settings, self.items = asked, asked.settings, asked.items
-        self.editing = asked.editing
-        self.students = Students(asked)
+    def __init__(self, options: Editing):
+        self.options, self.settings, self.items = options, options.settings, options.items
+        self.editing = options.editing
+        self.students = Students(options)
         self.weights: list[Path] = []
         self.threshold: float | None = None
         self.round_number = 0
@@ -64,7 +64,7 @@ class CorpusBackend:
         raise AssertionError("units are edited by `edit`")
 
     def train(self, spans: Mapping[str, Floats]) -> float | None:
-        return self.students.train(self.round_number) if self.asked.trains else None
+        return self.students.train(self.round_number) if self.options.trains else None
 
     def promote(self) -> None:
         self.weights = self.students.weights(self.round_number)
@@ -74,14 +74,14 @@ class CorpusBackend:
 
     # -- the editing --------------------------------------------------------------------------------------------------
 
-    def play(self, on_round: RoundDone) -> list[dict[str, Any]]:
+    def run(self, on_round: RoundDone) -> list[dict[str, Any]]:
         """Run all remaining rounds; call `on_round` with the row of each, recorded ones too; return all rows."""
         videos = self._video_clips()
         rows, state = self._recorded(videos) or self._warm_up(videos)
         for row in rows:
             on_round(row)
-        for played in rounds(videos, self, self.settings.edit, state, self.items.held_out_videos, self.edit):
-            rows.append(self._record(videos, played))
+        for result in rounds(videos, self, self.settings.edit, state, self.items.held_out_videos, self.edit):
+            rows.append(self._record(videos, result))
             on_round(rows[-1])
         return rows
 
@@ -110,7 +110,7 @@ class CorpusBackend:
 
     def _warm_up(self, videos: Sequence[VideoClips]) -> tuple[list[dict[str, Any]], State]:
         self.weights = self.students.begin()
-        validation = self.students.validate(self.weights) if self.asked.trains else None
+        validation = self.students.validate(self.weights) if self.options.trains else None
         row = {"round": 0, "teacher": self.teacher(), "validation": validation, "outcome": "warm-up"}
         row |= {"step_scale": 1.0, "num_clips": sum(map(len, videos)), "num_accepted": 0, "num_failed": 0}
         row |= {"median_change": 0.0, "share_at_limit": 0.0}
@@ -126,7 +126,7 @@ class CorpusBackend:
         with self._session() as current:
             root, lock_owner = str(current.corpus.root), current.corpus.lock_owner
             plan = Plan(root, self.editing, self.settings, current.settings.cut, current.run_id, lock_owner)
-            with pool(plan, self.asked.workers, self.settings.train.device) as editors:
+            with pool(plan, self.options.workers, self.settings.train.device) as editors:
                 jobs = self._jobs(state, editors)
                 pending = [
                     job for job in jobs if not fragment_path(Path(root), "ledger", work_of(plan, job).name).exists()
@@ -173,16 +173,16 @@ class CorpusBackend:
         rows = current.ledger.connection.execute(sql + " ORDER BY item_id").fetchall()
         return [(item, ItemError(name, message)) for key, item, name, message in rows if keys.get(key) == item]
 
-    def _record(self, videos: Sequence[VideoClips], played: Round) -> dict[str, Any]:
-        [row] = played.row.to_pylist()
-        spans = _spans(videos, played.edits)
+    def _record(self, videos: Sequence[VideoClips], result: Round) -> dict[str, Any]:
+        [row] = result.row.to_pylist()
+        spans = _spans(videos, result.edits)
         edited = [video for video in videos if video.video_id in spans]
-        return self._write_round(row | {"threshold": self.threshold} | measures(played.edits, edited, spans))
+        return self._write_round(row | {"threshold": self.threshold} | measures(result.edits, edited, spans))
 
     def _write_round(self, row: dict[str, Any]) -> dict[str, Any]:
         edit = self.settings.edit
-        settings = {"edit": edit.model_dump(mode="json", exclude=edit._operational()), "where": self.asked.where}
-        settings |= {"model": self.settings.model.model_dump(mode="json"), "trains": self.asked.trains}
+        settings = {"edit": edit.model_dump(mode="json", exclude=edit._operational()), "where": self.options.where}
+        settings |= {"model": self.settings.model.model_dump(mode="json"), "trains": self.options.trains}
         row = {"best_before": None, "threshold": None} | row
         row |= {"editing": self.editing, "settings": json.dumps(settings, sort_keys=True)}
         name = f"{self.editing}.{row['round']}"
@@ -198,7 +198,7 @@ class CorpusBackend:
     @contextmanager
     def _session(self) -> Iterator[Session]:
         """Open the corpus for writing; it stays closed while a student trains, so that a build can run."""
-        with session(self.asked.corpus, None, [], self.asked.command, create=False) as (current, _):
+        with session(self.options.corpus, None, [], self.options.command, create=False) as (current, _):
             yield current
 
 

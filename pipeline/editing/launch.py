@@ -90,7 +90,7 @@ def launch_edit(
         saved = _load(out)
         editing = _start(out, request) if saved is None else _resume(out, saved, request)
         on_start(editing)
-        return editing, CorpusBackend(editing).play(on_round)
+        return editing, CorpusBackend(editing).run(on_round)
 
 
 # --- Starting

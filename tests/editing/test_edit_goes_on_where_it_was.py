@@ -113,9 +113,9 @@ def scripted(monkeypatch):
     scores: list[float] = []
 
     def weights(self: Students, round_number: int) -> list[Path]:
-        path = self.asked.out / f"student-{round_number}.safetensors" if round_number else self.asked.teacher_path
+        path = self.options.out / f"student-{round_number}.safetensors" if round_number else self.options.teacher_path
         if not path.exists():
-            shutil.copyfile(self.asked.teacher_path, path)
+            shutil.copyfile(self.options.teacher_path, path)
             change(path, round_number)
         return [path]
 
@@ -218,9 +218,9 @@ def test_a_round_that_collapses_is_recorded_untrained_and_is_the_last(numbered, 
 
 def test_of_two_folds_each_is_edited_by_the_teacher_of_the_other(numbered, tmp_path, monkeypatch):
     def begin(self: Students) -> list[Path]:
-        paths = [self.asked.out / f"fold-{fold}.safetensors" for fold in self.folds]
+        paths = [self.options.out / f"fold-{fold}.safetensors" for fold in self.folds]
         for fold, path in enumerate(paths):
-            shutil.copyfile(self.asked.teacher_path, path)
+            shutil.copyfile(self.options.teacher_path, path)
             change(path, fold)
         return paths
 

@@ -38,7 +38,7 @@ def with_edits(samples: Samples, clips: ClipQuery, edits: str | int, exclusive_g
         sql = "SELECT 1 FROM clip_edits WHERE editing = ? AND round = ? LIMIT 1"
         if not samples.arrow(sql, [editing, number]).num_rows:
             raise UserError(f"data.edits = {edits!r}: editing {editing} has no round {number}.")
-    counted = [played for played in held if number is None or played < number] + [number] * (number is not None)
+    counted = [kept for kept in held if number is None or kept < number] + [number] * (number is not None)
     edited = np.zeros_like(clips.mask)
     edited[_make_table(samples, editing, counted)] = True
     return replace(clips, edited=edited & clips.mask, editing=f"{editing}, round {counted[-1]}")

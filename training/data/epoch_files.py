@@ -119,11 +119,11 @@ class Epochs:
 
     def tidy(self, before_epoch: int) -> int:
         """Remove the files of epochs before this one; return their number. Processes keep the files they have open."""
-        stale = [plan_path(self.folder, self.spec, epoch) for epoch in range(before_epoch)]
-        present = [path for path in stale if path.exists()]
-        for path in present:
+        paths = [plan_path(self.folder, self.spec, epoch) for epoch in range(before_epoch)]
+        stale = [path for path in paths if path.exists()]
+        for path in stale:
             path.unlink(missing_ok=True)
-        return len(present)
+        return len(stale)
 
     def _groups(self) -> list[NDArray[np.int32]]:
         selection = Selection(self.selection_path)

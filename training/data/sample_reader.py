@@ -189,7 +189,11 @@ class SampleReader:
         pixels = self.pixel_buffer(len(rows)) if pixels is None else pixels
         slots = np.flatnonzero(rows != PAD)
         clips = self.selection.take(rows[slots]).to_pylist()
-        lost = {**(lost or {}), **self._forgotten(slots.tolist(), clips)}
+        lost = dict(lost or {})
+        if self.tombstones is not None:  # videos may have been forgotten since they were selected
+            forgotten = self.tombstones.cover([clip["video_id"] for clip in clips])
+            error = ItemError(FORGOTTEN, "its video was forgotten (`clipmill forget`)")
+            lost |= {slot: error for slot, covered in zip(slots.tolist(), forgotten, strict=True) if covered}
         began = time.perf_counter()
         wanted = [slot not in lost for slot in slots.tolist()]
         found = iter(self._bytes([clip for clip, reads in zip(clips, wanted, strict=True) if reads]))
@@ -218,14 +222,6 @@ class SampleReader:
         rows_B = np.where(rows == PAD, HOLE, rows)
         arrays = (rows_B, subtitle_BL, caption_BL, readable_B, subtitle_mask_B, caption_mask_B, frame_mask_BT)
         return PartialBatch(pixels, *arrays, *self._neighbours(clips_B, readable_B), failures, read_s, decode_s)
-
-    def _forgotten(self, slots: list[int], clips: list[dict[str, Any]]) -> dict[int, ItemError]:
-        """Find samples whose video was forgotten since they were selected."""
-        if self.tombstones is None:
-            return {}
-        forgotten = self.tombstones.cover([clip["video_id"] for clip in clips])
-        error = ItemError(FORGOTTEN, "its video was forgotten (`clipmill forget`)")
-        return {slot: error for slot, is_forgotten in zip(slots, forgotten, strict=True) if is_forgotten}
 
     def _bytes(self, clips: list[dict[str, Any]]) -> list["_Source"]:
         """Read the bytes of all clips together, so that neighbours in a shard are one read."""

@@ -239,13 +239,13 @@ def edit_video(
     """
     offered = [candidates(video, spans_N2, number, settings, step_scale) for number in range(len(video))]
     scores = scores_of(video, offered, score, settings)
-    present, rows = spans_N2.copy(), []
+    current_N2, rows = spans_N2.copy(), []
     for number, (spans_K2, scores_K) in enumerate(zip(offered, scores, strict=True)):
         choice, reason = 0, "not-lowest"
         if scores_K[0] <= threshold:
-            choice, reason = _choose(spans_K2, scores_K, present, number, settings)
+            choice, reason = _choose(spans_K2, scores_K, current_N2, number, settings)
         rows.append(_row(video, number, spans_K2[choice], scores_K[0], scores_K[choice], reason))
-        present[number] = spans_K2[choice]
+        current_N2[number] = spans_K2[choice]
     return rows
 
 
@@ -269,14 +269,14 @@ def lowest_threshold(
     """Return the quantile `lowest_share` of the current scores, up to which clips are edited; skip failed videos."""
     if settings.lowest_share == 1:
         return np.inf
-    present: list[float] = []
+    current: list[float] = []
     for video in videos:
         try:
             kept = scores_of(video, list(spans[video.video_id][:, None]), score, settings)
         except ItemError:
             continue  # `edit_videos` reports it
-        present += [scores_K[0] for scores_K in kept]
-    return float(np.quantile(present, settings.lowest_share, method="lower")) if present else np.inf
+        current += [scores_K[0] for scores_K in kept]
+    return float(np.quantile(current, settings.lowest_share, method="lower")) if current else np.inf
 
 
 def _choose(

@@ -147,9 +147,9 @@ def rounds(
             f"{len(shared)} videos to edit are held out for evaluation, {min(shared)} among them: leave them out"
         )
     while not is_done(state, settings):
-        played = play_round(videos, backend, settings, state, edit)
-        state = played.state
-        yield played
+        result = run_round(videos, backend, settings, state, edit)
+        state = result.state
+        yield result
 
 
 def is_done(state: State, settings: EditSettings) -> bool:
@@ -161,7 +161,7 @@ def is_done(state: State, settings: EditSettings) -> bool:
     )
 
 
-def play_round(
+def run_round(
     videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings, state: State, edit: Edit = edit_here
 ) -> Round:
     """Run one round. If its boundaries collapse, it is reverted without training and is the last."""

@@ -39,7 +39,7 @@ class LossInputs:
     subtitle: "Tensor | None"  # [B, D], like all texts and the still frame; None: not among `Loss.sources`
     frame: "Tensor | None"
     caption: "Tensor | None"
-    neighbours: "Tensor | None"  # [B, N, D], texts of the clips before and behind; None: N = 0
+    neighbours: "Tensor | None"  # [B, N, D], texts of the clips before and after; None: N = 0
 
     video_mask: "Tensor"  # bool [B]: the clip could be read; false means that it has no frame either
     subtitle_mask: "Tensor"

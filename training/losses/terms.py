@@ -31,6 +31,6 @@ def gather_equal(rows_B: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def own_rows(rows_B: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Number this process's rows [B] among those that `gather_equal` returns."""
+    """Return the indices [B] of this process's rows in the result of `gather_equal`."""
     start = 0 if group is None else len(rows_B) * dist.get_rank(group)
     return start + torch.arange(len(rows_B), device=rows_B.device)

@@ -1,5 +1,7 @@
 """The interface of every method's model, for the trainer, the evaluation and the estimate of costs."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from clipmill.base.errors import UserError
@@ -27,6 +29,12 @@ class VideoTextModel(nn.Module):
         cut  False: the caller has already dropped the positions after the batch's last end of text
         """
         raise NotImplementedError
+
+    def forward(self, pixels: Tensor | None = None, ids: Tensor | None = None, mask: Tensor | None = None) -> Any:
+        """Run the encoders that have an input; return a pair if both have. For wrappers that only call `forward`."""
+        video = None if pixels is None else self.encode_video(pixels)
+        text = None if ids is None else self.encode_text(ids, mask)
+        return (video, text) if video is not None and text is not None else video if text is None else text
 
     def encode_frames(self, pixels_F3HW: Tensor) -> Tensor:
         """Encode each frame alone, [F, embed_dim], for editing."""

@@ -220,7 +220,12 @@ def cut_after(path: Path, step: int) -> list[dict[str, Any]]:
     lines = path.read_text(errors="replace").splitlines(keepends=True)
     kept = []
     for number, line in enumerate(lines):
-        row = _row(line)
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not line.endswith("\n") or not isinstance(row, dict) or "step" not in row:
+            row = None  # torn, or not a log line
         if row is None and number < len(lines) - 1:
             raise UserError(f"{path}, line {number + 1} is not a log line: repair it or move the file away.")
         if row is not None and row["step"] <= step:
@@ -228,15 +233,6 @@ def cut_after(path: Path, step: int) -> list[dict[str, Any]]:
     if len(kept) < len(lines):
         write_text(path, "".join(line for line, _ in kept))
     return [row for _, row in kept]
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    """Parse a whole line that is an object with a step; return None for anything else."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if line.endswith("\n") and isinstance(row, dict) and "step" in row else None
 
 
 def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -31,7 +31,7 @@ from training.models.model import VideoTextModel
 
 MAX_LOG_SCALE = math.log(100)
 INIT_STD = 0.02
-# CLIP's last layers, which train whatever is frozen
+# CLIP's last layers, which always train
 _ALWAYS_TRAINED = ("logit_scale", "text.final_norm.", "text_projection.", "vision.post_norm.", "visual_projection.")
 
 
@@ -192,7 +192,7 @@ class Clip4Clip(VideoTextModel):
             parameter.requires_grad_(num_layers is None or always or layer >= num_layers)
 
     def is_added(self, name: str) -> bool:
-        """Tell whether a tensor is CLIP4Clip's rather than CLIP's."""
+        """Return True if a tensor is part of CLIP4Clip but not of CLIP."""
         stem = self.settings.stem == "3d" and name == "clip.vision.patch_embedding.weight"
         return stem or name.startswith("head.")
 

@@ -18,7 +18,7 @@ def proxy_attention(qkv_BS3HE: Tensor, num_proxies: int, num_frames: int) -> Ten
     of full size.
     """
     if num_frames == 1:
-        return full_attention(qkv_BS3HE)
+        return _attend(*qkv_BS3HE.unbind(2))
     parts = [num_proxies, qkv_BS3HE.shape[1] - num_proxies]
     q, k, v = qkv_BS3HE.unbind(2)
     q_proxies, q_patches = q.split(parts, dim=1)
@@ -26,11 +26,6 @@ def proxy_attention(qkv_BS3HE: Tensor, num_proxies: int, num_frames: int) -> Ten
     q_frames = q_patches.unflatten(1, (num_frames, -1)).flatten(0, 1)
     frames = _attend(q_frames, _keys_by_frame(k, parts, num_frames), _keys_by_frame(v, parts, num_frames))
     return torch.cat([proxies_BMD, frames.reshape(len(proxies_BMD), parts[1], -1)], dim=1)
-
-
-def full_attention(qkv_BS3HE: Tensor) -> Tensor:
-    """Attend from every token to every token: [B, S, D]."""
-    return _attend(*qkv_BS3HE.unbind(2))
 
 
 def first_token_attention(q_B1HE: Tensor, kv_BS2HE: Tensor) -> Tensor:

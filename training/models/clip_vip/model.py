@@ -255,12 +255,6 @@ class ClipVip(VideoTextModel):
         """Normalise in the weights' dtype, because in autocast's bf16 lengths are up to 0.4 % off."""
         return F.normalize(features.to(self.logit_scale.dtype), dim=-1)
 
-    def forward(self, pixels: Tensor | None = None, ids: Tensor | None = None, mask: Tensor | None = None) -> Any:
-        """Run the encoders that have an input; return a pair if both have. For wrappers that only call `forward`."""
-        video = None if pixels is None else self.encode_video(pixels)
-        text = None if ids is None else self.encode_text(ids, mask)
-        return (video, text) if video is not None and text is not None else video if text is None else text
-
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
         self.vision.activation_checkpointing = self.text.activation_checkpointing = enabled
 

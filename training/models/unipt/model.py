@@ -8,7 +8,7 @@ sums instead of the tokens: the same numbers without an [N, S, I] tensor and wit
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -197,12 +197,6 @@ class UniPtClip(VideoTextModel):
             read_BL = read_BL & mask.bool()
         guide_BC, states = self._text_states(ids, mask)
         return self.text_adapter(states, guide_BC, read_BL, ends_B).features_NC
-
-    def forward(self, pixels: Tensor | None = None, ids: Tensor | None = None, mask: Tensor | None = None) -> Any:
-        """Run the encoders that have an input, as `ClipVip.forward`."""
-        video = None if pixels is None else self.encode_video(pixels)
-        text = None if ids is None else self.encode_text(ids, mask)
-        return (video, text) if video is not None and text is not None else video if text is None else text
 
     def log_values(self) -> dict[str, Tensor]:
         """Return each network's mean share of every layer it reads, in the last forward pass, still on the device."""
