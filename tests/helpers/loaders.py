@@ -13,9 +13,11 @@ import torch
 
 from tests.helpers.shards import make_corpus, pack
 from training.data.batch import Batch
+from training.data.clip_query import Tables, open_samples, select_clips
 from training.data.epoch_files import Epochs, plan_spec
 from training.data.loader import Loader, SampleReader
-from training.data.selection import Selection, freeze
+from training.data.selection import Selection, freeze, selected_rows
+from training.data.selection_schema import SELECTION
 from training.data.shard_cache import ShardCache
 from training.data.tokenizer import TextEncoder
 from training.settings import DataSettings
@@ -176,6 +178,15 @@ def _runs(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def select(
+    corpus: str | Path, where: str = "", *, setting: str = "data.where", tables: Tables | None = None
+) -> pa.Table:
+    """Select clips into memory, with the columns and order of a selection file."""
+    with open_samples(corpus, tables) as samples:
+        clips = select_clips(samples, where, setting)
+        return pa.Table.from_batches(selected_rows(samples, clips), SELECTION)
 
 
 def settle(cache: ShardCache) -> None:

@@ -11,10 +11,11 @@ import webdataset as wds
 
 from clipmill.base.errors import UserError
 from shards.packing.tar import read_member
+from tests.helpers.loaders import select
 from tests.helpers.shards import make_corpus, pack
 from tests.helpers.tars import write_members
 from training.data.plain_tars import expand_braces, index_tars, is_tars
-from training.data.selection import Selection, freeze, freeze_run, select
+from training.data.selection import Selection, freeze, freeze_run
 from training.data.selection_schema import SELECTION
 from training.settings import DataSettings, EvalSettings
 

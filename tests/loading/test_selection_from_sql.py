@@ -12,9 +12,10 @@ from clipmill.base.errors import UserError
 from shards.packing.index import refresh_index
 from shards.packing.tar import read_member
 from shards.query.sql import open_manifest
+from tests.helpers.loaders import select
 from tests.helpers.shards import change_manifest, make_corpus, pack, publish_samples
 from training.data.epoch_plan import hash_selection
-from training.data.selection import Selection, freeze, select
+from training.data.selection import Selection, freeze
 from training.data.selection_schema import SELECTION
 
 NUM_CLIPS = 40

@@ -45,9 +45,6 @@ class Batch:
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
         return Batch(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
-    def pin_memory(self) -> "Batch":
-        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
-
     def split(self, size: int) -> list["Batch"]:
         """Split into chunks of at most `size` slots, as views."""
         columns = [getattr(self, f.name).split(size) for f in fields(self)]

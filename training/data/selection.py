@@ -37,15 +37,6 @@ _BATCH_ROWS = 65_536  # of the file
 # --- Freezing
 
 
-def select(
-    corpus: str | Path, where: str = "", *, setting: str = "data.where", tables: Tables | None = None
-) -> pa.Table:
-    """Select clips into memory, with the columns and order of the file. Raises UserError."""
-    with open_samples(corpus, tables) as samples:
-        clips = select_clips(samples, where, setting)
-        return pa.Table.from_batches(selected_rows(samples, clips), SELECTION)
-
-
 def freeze(
     path: str | Path, corpus: str | Path, where: str = "", *, setting: str = "data.where", tables: Tables | None = None
 ) -> ClipQuery:
@@ -181,9 +172,6 @@ class Selection:
     @property
     def num_clips(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __len__(self) -> int:
-        return self.num_clips
 
     def take(self, rows: Sequence[int] | NDArray[np.integer]) -> pa.Table:
         """Return rows in the given order, repeats included; the cost depends on their number, not on the file."""

@@ -16,7 +16,7 @@ RUN/
 import os
 import socket
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
 from clipmill.base.file_lock import take_lock
 from clipmill.base.settings import Settings, read_yaml, validate_settings
-from training.run.checkpoints import Checkpoints, warn
+from training.run.checkpoints import Checkpoints
 from training.run.settings import RunSettings
 
 FORMAT = 1  # of the folder; a run of another format is refused
@@ -54,14 +54,14 @@ class RunFolder:
     Example: `RunFolder("run").require().load().settings`
     """
 
-    def __init__(self, root: str | Path, warn: Callable[[str], None] = warn):
+    def __init__(self, root: str | Path):
         self.root = Path(root).expanduser().absolute()
         self.record_path = self.root / "run.yaml"
         self.selection_path = self.root / "selection.arrow"
         self.plan_path = self.root / "plan"
         self.failures_path = self.root / "failures.jsonl"
         self.feedback_path = self.root / "feedback.parquet"
-        self.checkpoints = Checkpoints(self.root / "checkpoints", warn)
+        self.checkpoints = Checkpoints(self.root / "checkpoints")
         self._lock_path = self.root / ".lock"
         self._loaded: tuple[Any, RunRecord] | None = None  # run.yaml as last read, and which version of the file it was
 
