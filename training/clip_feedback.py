@@ -1,17 +1,17 @@
-"""Record what training learns about each clip, for curating the corpus: a Parquet table that SQL joins by clip_id.
+"""Record similarities and losses of each clip, for curating the corpus: a Parquet table that SQL joins by clip_id.
 
     clip_id              of the selection; only clips that were seen have a row
-    times_seen           how often the clip was in a batch and could be read
+    times_seen           number of batches in which the clip could be read
     subtitle_similarity  cosine of video and subtitle when the clip was last seen; null without a subtitle
     caption_similarity   likewise with the caption
-    loss                 mean over the times seen of -log p(own text | video) among the batch's texts: the mean of the
-                         subtitle's and the caption's where it has both, whatever terms the run trains on
+    loss                 mean over the times seen of -log p(own text | video) among the batch's texts, independent of
+                         the run's loss: the mean of subtitle and caption if the clip has both
 
-1. Each step `add` leaves a few numbers per row on the device; nothing waits for them.
+1. Each step `add` leaves a few numbers per row on the device, without waiting for them.
 2. At a checkpoint `collect` brings the rows of all processes to the first one, which merges them in the order of the
-   steps: so the table does not depend on how many processes there were.
-3. What was merged so far is saved beside the checkpoint (`save`) and read back on resume (`load`): steps that are taken
-   again are not counted twice. The Parquet file is written from the same arrays (`write`).
+   steps, so the table does not depend on the number of processes.
+3. The merged arrays are saved beside the checkpoint (`save`) and read back on resume (`load`), so repeated steps are
+   not counted twice. The Parquet file is written from the same arrays (`write`).
 
 Shape letters: N rows of this process, K rows of all, D the features' size, C clips of the selection.
 """
@@ -80,7 +80,7 @@ def _against(
     video_ND: Tensor, text_ND: Tensor, exists_N: Tensor, log_scale: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """Compute the cosine with the own text, and the cross entropy of picking it among all texts that exist."""
-    text_ND = torch.where(exists_N[:, None], text_ND, 0)  # what does not exist may be NaN
+    text_ND = torch.where(exists_N[:, None], text_ND, 0)  # an absent row may be NaN
     similarity_N = (video_ND * text_ND).sum(dim=1)
     text_KD, exists_K = text_ND, exists_N
     if group is not None:
@@ -92,10 +92,10 @@ def _against(
 
 
 class Feedback:
-    """Arrays by row of the selection, on the first process; the others hold what they have not handed over yet.
+    """Arrays by row of the selection, on the first process; other processes hold rows until `collect`.
 
     group    the processes that share a batch, for the loss among all its texts
-    control  the group that `collect` uses, where another than `group`
+    control  the group for `collect`; None: `group`
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Feedback:
     def add(
         self, batch: Batch, video_ND: Tensor, subtitle_ND: Tensor | None, caption_ND: Tensor | None, log_scale: Tensor
     ) -> None:
-        """Add a step's rows. Waits for the device in one step of 256 only."""
+        """Add a step's rows; wait for the device only every 256 steps."""
         masks = (batch.video_mask_B, batch.subtitle_mask_B, batch.caption_mask_B)
         values = row_feedback(video_ND, subtitle_ND, caption_ND, *masks, log_scale, self.group)
         rows_N = torch.where(batch.video_mask_B, batch.rows_B, -1)
@@ -122,12 +122,12 @@ class Feedback:
         """Bring everything added so far to the first process; every process calls this together."""
         self._move()
         mine, self._moved = self._moved, []
-        everyone = [mine]
+        gathered = [mine]
         if self.group is not None:
-            everyone = [None] * dist.get_world_size(self.group) if self.is_first else None
-            dist.gather_object(mine, everyone, dst=0, group=self.control)
+            gathered = [None] * dist.get_world_size(self.group) if self.is_first else None
+            dist.gather_object(mine, gathered, dst=0, group=self.control)
         if self.is_first:
-            for steps in zip(*everyone, strict=True):  # one step's rows of each process
+            for steps in zip(*gathered, strict=True):  # one step's rows of each process
                 _merge(self._arrays, *(np.concatenate(parts) for parts in zip(*steps, strict=True)))
 
     def _move(self) -> None:
@@ -148,7 +148,7 @@ class Feedback:
         """Continue from a saved state."""
         with np.load(path) as saved:
             arrays = {name: saved[name] for name in self._arrays}
-        assert all(len(arrays[name]) == len(array) for name, array in self._arrays.items()), "another selection's"
+        assert all(len(arrays[name]) == len(array) for name, array in self._arrays.items()), "of another selection"
         self._arrays = arrays
 
     def write(self, path: Path, selection: Selection) -> None:
@@ -167,7 +167,8 @@ class Feedback:
         part = {name: array[start : start + len(ids)] for name, array in self._arrays.items()}
         seen = np.flatnonzero(part["times_seen"])
         part = {name: array[seen] for name, array in part.items()}
-        part["loss"] = _mean(part.pop("loss_sum"), part.pop("num_losses"))
+        total, count = part.pop("loss_sum"), part.pop("num_losses")
+        part["loss"] = np.divide(total, count, out=np.full(len(total), np.nan, np.float32), where=count > 0)
         columns = {"clip_id": ids.take(pa.array(seen))}
         columns |= {name: pa.array(array, from_pandas=True) for name, array in part.items()}  # NaN is null
         return pa.table(columns).select(FEEDBACK.names).cast(FEEDBACK)
@@ -184,7 +185,7 @@ def _empty(num_clips: int) -> dict[str, NDArray]:
 
 
 def _merge(arrays: dict[str, NDArray], rows_N: NDArray[np.int64], values_N3: NDArray[np.float32]) -> None:
-    """Merge one step's rows into the arrays. If a batch holds a clip twice, its last slot counts as the later time."""
+    """Merge one step's rows into the arrays. If a batch holds a clip twice, its last slot counts as the last time."""
     present = rows_N >= 0
     rows_N, (subtitle_N, caption_N, loss_N) = rows_N[present], values_N3[present].T
     np.add.at(arrays["times_seen"], rows_N, 1)
@@ -194,7 +195,3 @@ def _merge(arrays: dict[str, NDArray], rows_N: NDArray[np.int64], values_N3: NDA
     known = ~np.isnan(loss_N)
     np.add.at(arrays["loss_sum"], rows_N[known], loss_N[known])
     np.add.at(arrays["num_losses"], rows_N[known], 1)
-
-
-def _mean(total: NDArray[np.float32], count: NDArray[np.uint32]) -> NDArray[np.float32]:
-    return np.divide(total, count, out=np.full(len(total), np.nan, np.float32), where=count > 0)

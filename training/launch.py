@@ -1,4 +1,4 @@
-"""Train, evaluate or estimate as a command or the API asks for it: options in, results out, nothing printed.
+"""Train, evaluate or estimate for a command or the API: options in, results out, without printing.
 
 `launch_training` turns options into a `Request` and runs it in this process or under Ray Train. `launch_evaluation`
 opens a checkpoint or any other model and ranks the clips of a selection. `launch_estimate` reads a corpus and computes
@@ -86,14 +86,14 @@ def initial_weights(init: str) -> str:
 
 
 def one_condition(select: str | None, where: str | None) -> str | None:
-    """Return the one of `--select` and `--where` that was given, None for neither. Raises UserError for both."""
+    """Return the given one of `--select` and `--where`, None if neither is. Raises UserError for both."""
     if select and where:
         raise UserError("give --select or --where, not both: each of them selects clips.")
     return select or where
 
 
 def yaml_string(text: str) -> str:
-    """Quote any text as a YAML string, which is how `--set` reads values."""
+    """Quote any text as a YAML string, because `--set` reads values as YAML."""
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -102,7 +102,7 @@ def yaml_string(text: str) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to evaluate, and the settings to do it with."""
+    """A model to evaluate, and the settings of its evaluation."""
 
     name: str
     model: VideoTextModel
@@ -147,7 +147,7 @@ def launch_evaluation(
     settings, corpus = subject.settings, corpus or subject.corpus
     condition = one_condition(select, where) or settings.eval.where
     if corpus is None:
-        raise UserError("--corpus is missing: give the corpus whose clips are to be searched.")
+        raise UserError("--corpus is missing: give the corpus of the clips to search.")
     with join(settings.train.device) as process, _selected(process, corpus, condition) as selection:
         metrics = evaluate(
             subject.model.to(process.device),
@@ -191,7 +191,7 @@ def open_subject(
     base: dict[str, Any] = {"train": {"precision": "fp32"}}
     settings = resolve(base, recipe, assignments)
     loaded = models.load(settings.model)
-    if not recipe:  # texts are then cut at the model's limit, unless the assignments set another
+    if not recipe:  # by default texts are cut at the model's limit
         limit = min(settings.data.max_text_tokens, loaded.config.context_length)
         settings = resolve(base | {"data": {"max_text_tokens": limit}}, None, assignments)
     return Subject(model, loaded, settings, None, None)

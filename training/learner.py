@@ -1,7 +1,7 @@
-"""One optimiser step. Knows no files and no loader.
+"""Make one optimiser step; this module does not use files or the loader.
 
-Read `Learner.train_step` first. Whatever the number of processes, wrappers or chunks, it is the update that one process
-would make on the whole batch (tests/training/test_update_is_the_same_everywhere.py).
+Read `Learner.train_step` first. With any number of processes, wrappers or chunks it makes the update that one process
+makes on the whole batch (tests/training/test_update_is_the_same_everywhere.py).
 """
 
 from torch import Tensor
@@ -25,7 +25,7 @@ Values = dict[str, Tensor | float]
 
 
 class Learner:
-    """A model, its loss and its optimiser, and how many updates it has had: `step`."""
+    """A model, its loss and its optimiser, and the number of updates done: `step`."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Learner:
         self.step = 0
 
     def train_step(self, batch: Batch) -> Values:
-        """Make one update; return the values that its line of the log has. Nothing here waits for the device."""
+        """Make one update without waiting for the device; return the values for its line of the log."""
         if self.settings.augment:
             batch = augment(batch, self.settings.augment, seed=self.seed, step=self.step)
         rate = learning_rate(
@@ -76,7 +76,7 @@ class Learner:
         return values | self.model.log_values()
 
     def whole_model(self) -> VideoTextModel:
-        """Return the model for other uses than training it, whole on every process; all of them call this together."""
+        """Return the model, whole on every process, for other uses than training; all processes call this together."""
         if not self.wrapped.is_sharded:
             return self.model
         model = self.model.without_weights()
@@ -86,7 +86,7 @@ class Learner:
         return model
 
     def _backward(self, batch: Batch) -> LossValue:
-        """Leave in the parameters the gradient of the whole batch's loss, over all processes."""
+        """Compute the gradient of the whole batch's loss, over all processes, into the parameters."""
         chunk_size = self.settings.chunk_size
         if chunk_size is None or chunk_size >= len(batch):
             loss = self._loss(batch, self.wrapped.encode(batch), self.model.logit_scale)

@@ -1,4 +1,4 @@
-"""The model behind one `forward`, as wrappers want it: copied (DDP), sharded (FSDP2) or compiled, from settings."""
+"""Wrap the model for the settings: one `forward` for all sources, copied (DDP), sharded (FSDP2) or compiled."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -21,9 +21,9 @@ from training.settings import TrainSettings
 
 
 class FeatureSets(NamedTuple):
-    """A batch, encoded: unit vectors [B, D], of neighbours [B, N, D]; None for what the loss does not compare.
+    """An encoded batch: unit vectors [B, D], of neighbours [B, N, D]; None for sources that the loss does not compare.
 
-    Of a model that scores pairs the video is frames [B, F, D] and texts are [B, D], of any length.
+    For a model that scores pairs, the video is frames [B, F, D] and texts are [B, D], both not normalised.
     """
 
     video: Tensor
@@ -34,7 +34,7 @@ class FeatureSets(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Encode of a batch the sources that a loss compares."""
+    """Encoder of the sources of a batch that a loss compares."""
 
     def __init__(self, model: VideoTextModel, sources: frozenset[str]):
         super().__init__()
@@ -45,10 +45,13 @@ class Encoder(nn.Module):
         still_mask_B1 = torch.ones_like(batch.frame_mask_BT[:, :1])
         frame = encode_clips(self.model, batch.frame_B13SS, still_mask_B1) if "frame" in self.sources else None
         subtitle, caption = self._encode_texts(batch)
-        return FeatureSets(video, subtitle, frame, caption, self._encode_neighbours(batch))
+        neighbours, ids_BNL = None, batch.neighbour_BNL
+        if ids_BNL.shape[1]:
+            neighbours = self.model.encode_text(ids_BNL.flatten(0, 1), cut=False).unflatten(0, ids_BNL.shape[:2])
+        return FeatureSets(video, subtitle, frame, caption, neighbours)
 
     def _encode_texts(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """Encode both texts in one pass of the tower; the loader has cut them already."""
+        """Encode both texts in one pass of the tower; the loader has already cut them."""
         ids = {"subtitle": batch.subtitle_BL, "caption": batch.caption_BL}
         wanted = [name for name in ids if name in self.sources]
         if not wanted:
@@ -59,29 +62,23 @@ class Encoder(nn.Module):
         by_name = dict(zip(wanted, features, strict=True))
         return by_name.get("subtitle"), by_name.get("caption")
 
-    def _encode_neighbours(self, batch: Batch) -> Tensor | None:
-        ids_BNL = batch.neighbour_BNL
-        if not ids_BNL.shape[1]:
-            return None
-        return self.model.encode_text(ids_BNL.flatten(0, 1), cut=False).unflatten(0, ids_BNL.shape[:2])
-
 
 class Wrapped:
-    """An encoder as the settings want it run. `model` is the bare model inside, whatever surrounds it."""
+    """An encoder, wrapped as the settings say. `model` is the model inside, without wrappers."""
 
     def __init__(self, model: VideoTextModel, settings: TrainSettings, process: Process):
         self.settings, self.process = settings, process
         check_settings(model, settings)
         if needs_pairs(model):
             model.train()  # its head has dropout
-            model.logit_scale.requires_grad_(False)  # in no score, so it stays what it is, as in the published runs
+            model.logit_scale.requires_grad_(False)  # not part of the scores; constant, as in the published runs
         model.set_activation_checkpointing(settings.activation_checkpointing)
         self.model = model.to(process.device)
         encoder: nn.Module = Encoder(self.model, load_loss(settings.loss).sources)
         self.is_sharded = process.group is not None and settings.parallel == "fsdp"
         if self.is_sharded:
             self.model.shard()
-            # the temperature is a single number and stays whole on every process
+            # the temperature is a single number, which cannot be sharded
             fully_shard(encoder, ignored_params={self.model.logit_scale})
         self.module = encoder
         if settings.compile:
@@ -91,14 +88,14 @@ class Wrapped:
         self._run = encoder
 
     def encode(self, batch: Batch) -> FeatureSets:
-        """Encode under autocast where the settings say bf16; features are of the weights' dtype."""
+        """Encode in the settings' precision; return features in the weights' dtype."""
         with self._autocast():
             features = self._run(batch)
         dtype = self.model.logit_scale.dtype
         return FeatureSets(*(None if feature is None else feature.to(dtype) for feature in features))
 
     def score(self, text_BC: Tensor, frames_KFC: Tensor) -> Tensor:
-        """Score pairs, [B, K]. Outside of what DDP runs, which averages its gradients all the same."""
+        """Score pairs, [B, K]. DDP averages the gradients although this runs outside of its `forward`."""
         with self._autocast():
             return score_pairs(self.model, text_BC, frames_KFC)
 
@@ -106,19 +103,19 @@ class Wrapped:
         return torch.autocast(self.process.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Keep gradients with this process until a backward pass outside."""
+        """Keep gradients in this process until a backward pass outside of the context."""
         if isinstance(self._run, DistributedDataParallel):
             return self._run.no_sync()
         return nullcontext()
 
     def reduce_loose_gradients(self) -> None:
-        """Average over processes what FSDP does not hold: the gradient of the temperature."""
+        """Average the gradient of the temperature over processes, which FSDP does not manage."""
         if self.is_sharded:
             torch.distributed.all_reduce(self.model.logit_scale.grad, group=self.process.group)
             self.model.logit_scale.grad /= self.process.world_size
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
-        """Scale all gradients so that their common norm is at most `max_norm`; return the norm as it was."""
+        """Scale all gradients so that their common norm is at most `max_norm`; return the norm before."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         sharded = [p for p in parameters if isinstance(p.grad, DTensor)]
         whole = [p for p in parameters if not isinstance(p.grad, DTensor)]
@@ -132,7 +129,7 @@ class Wrapped:
 
 
 def check_settings(model: VideoTextModel, settings: TrainSettings) -> Loss:
-    """Return the loss of the settings. Raises UserError for settings that this model cannot be trained with."""
+    """Return the loss of the settings. Raises UserError for settings that this model does not support."""
     loss = load_loss(settings.loss)
     if settings.parallel == "fsdp" and not model.can_be_sharded:
         raise UserError(f"train.parallel = 'fsdp': {model.called} cannot be sharded; allowed here: ddp.")

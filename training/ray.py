@@ -1,4 +1,4 @@
-"""Train under Ray Train: as many processes as asked for, on this machine or on a cluster.
+"""Train under Ray Train, with any number of processes, on this machine or on a cluster.
 
 Ray places the processes, joins them, and restarts them when one dies; each calls `training.trainer.train`, which
 resumes from the run's last checkpoint. Every node must see the run folder and the corpus under the same path.
@@ -16,7 +16,7 @@ from training.run.folder import RunFolder
 from training.run.setup import Request, requested_settings
 from training.trainer import Report, train
 
-MAX_RESTARTS = 3  # after workers or nodes died; a run that kills its workers must end at some point
+MAX_RESTARTS = 3  # after deaths of workers or nodes; limited, because a run may be what kills its workers
 
 
 def train_on_ray(request: Request, num_workers: int, address: str | None = None) -> Report:
@@ -30,8 +30,8 @@ def train_on_ray(request: Request, num_workers: int, address: str | None = None)
 
     folder = RunFolder(request.run)
     device = requested_settings(request, folder).train.device
-    folder.create()  # before Ray writes there: a folder that holds only Ray's files would be refused as not a run
-    cpus = max(num_workers + 1, os.cpu_count() or 1)  # as many workers as asked for, whatever this machine has
+    folder.create()  # before Ray writes there, because a folder with only Ray's files is refused as not a run
+    cpus = max(num_workers + 1, os.cpu_count() or 1)  # allows more workers than this machine has cores
     with ray_cluster(address, cpus, setting="--address", show_output=True):
         use_gpu = device != "cpu" and ray.cluster_resources().get("GPU", 0) >= num_workers
         trainer = TorchTrainer(
@@ -55,7 +55,7 @@ def train_on_ray(request: Request, num_workers: int, address: str | None = None)
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Run one training process; return its report as plain values, or the mistake that all of them have met."""
+    """Run one training process; return its report as plain values, or the user's mistake that all processes report."""
     import ray.train
 
     os.environ["LOCAL_WORLD_SIZE"] = str(ray.train.get_context().get_local_world_size())
@@ -66,6 +66,6 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         report = train(Request(**request))
         return asdict(report) | {"run": str(report.run)}
     except LoaderError:
-        raise  # only this process has met it: Ray has to end the others, which wait for this one
+        raise  # an error of this process alone: Ray must end the others, which wait for it
     except UserError as error:
         return {"mistake": str(error)}

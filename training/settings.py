@@ -1,6 +1,6 @@
-"""Sections of a training run's settings that need no model: data, train, eval. `training.run.settings` joins all.
+"""Sections data, train and eval of a training run's settings; `training.run.settings` joins all sections.
 
-Nothing heavy is imported here, so that the command line can name every setting quickly.
+Nothing heavy is imported here, so that the command line starts quickly.
 """
 
 from typing import Annotated, Literal
@@ -20,19 +20,19 @@ LossName = Annotated[str, Field(pattern=rf"^\w+$|{PLUGIN}")]  # `training.losses
 
 
 class DataSettings(Settings):
-    """Which clips a run sees, and what it sees of each."""
+    """Clips of a run, and the frames and texts of each."""
 
     # Clips to train on: an SQL condition on `catalog`, or a SELECT with a clip_id column. Empty: every sample.
     where: str = ""
-    # Boundaries from `clipmill edit`: "none", "accepted" (the last round that was kept) or a round's number. The newest
-    # editing counts; name another one as "EDITING:accepted" or "EDITING:3".
+    # Boundaries from `clipmill edit`: "none", "accepted" (the last round that was kept) or a round's number, of the
+    # newest editing; "EDITING:accepted" or "EDITING:3" name another one.
     edits: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^(none|(e[0-9a-f]+:)?(accepted|\d+))$")] = (
         "none"
     )
     # Clips that must not be in one batch, because they would be false negatives: those of one video, and those of one
     # near-duplicate group.
     apart: tuple[Group, ...] = ("video", "duplicate")
-    # If no order can keep such clips apart: stop with an error, or keep them together and count them.
+    # If no order can separate such clips: stop with an error, or keep them in one batch and count them.
     unmet: Literal["error", "keep"] = "keep"
     # Clips at the end of an epoch that do not fill a batch: drop them, pad the batch, or carry them to the next epoch.
     tail: Literal["drop", "pad", "carry"] = "drop"
@@ -45,8 +45,8 @@ class DataSettings(Settings):
 
     # Frames of a clip that the model sees.
     num_frames: int = Field(12, ge=1)
-    # Frames per second to take from the start of the clip (CLIP4Clip): of more than num_frames, num_frames evenly; of
-    # fewer, the rest is empty and masked. None: num_frames spread evenly over the clip.
+    # Frames per second to take from the start of the clip (CLIP4Clip). If they are more than num_frames, num_frames of
+    # them evenly; if fewer, the rest is empty and masked. None: num_frames spread evenly over the clip.
     frames_per_s: float | None = Field(None, gt=0)
     # Draw the first and the last frame near the ends of the clip; false: the same frames at every visit.
     jitter: bool = True
@@ -77,7 +77,7 @@ class DataSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """The optimisation."""
+    """Loss, optimiser and hardware of a run."""
 
     # Clips per update, over all processes.
     batch_size: int = Field(1024, ge=1)
@@ -146,11 +146,11 @@ class EvalSettings(Settings):
 
     # Clips to evaluate on, as in `data.where`. Empty: no evaluation during training.
     where: str = ""
-    # Steps between evaluations, "epoch", or "5 epochs". None: only before the first and after the last step, which are
-    # evaluated in any case.
+    # Steps between evaluations, "epoch", or "5 epochs", besides those before the first and after the last step. None:
+    # only these two.
     every: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^(epoch|[1-9]\d* epochs)$")] | None = None
-    # Recall that chooses the best checkpoint, if `every` is given; of equal values the earlier step wins. A benchmark's
-    # split "test" is refused. None: evaluations choose nothing.
+    # Recall that chooses the best checkpoint if `every` is given; the earlier of equal steps wins. Clips of a split
+    # "test" are refused. None: evaluations choose nothing.
     select: Metric | None = "t2v_r1"
     # Text that retrieves a clip; "texts": each reference text is a query.
     text: TextColumn = "subtitle"
@@ -161,10 +161,10 @@ class EvalSettings(Settings):
 
     @property
     def selects(self) -> bool:
-        """Tell whether evaluations decide which checkpoint is the best."""
+        """Return True if evaluations choose the best checkpoint."""
         return bool(self.where.strip()) and self.every is not None and self.select is not None
 
     @property
     def every_epochs(self) -> int | None:
-        """Return the number of epochs where `every` counts them, else None."""
+        """Return the number of epochs between evaluations, None if `every` counts steps."""
         return int(self.every.split()[0].replace("epoch", "1")) if isinstance(self.every, str) else None

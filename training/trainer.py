@@ -1,9 +1,9 @@
-"""Train a run from where it stands to its end, on one process or many.
+"""Train a run from its current step to its end, on one process or many.
 
-`train` prepares the run on its first process. `Trainer.fit` then feeds batches to the learner (`training.learner`,
-where the update is) and after each step decides whether to log, evaluate, save or stop.
+`train` prepares the run on its first process. `Trainer.fit` then feeds batches to the learner, which makes the updates
+(`training.learner`), and after each step logs, evaluates, saves or stops if due.
 
-The state of a run is one number, `step`: updates done. Everything else follows from it and the plan.
+The position of a run is one number, `step`, the updates done; the rest follows from it and the plan.
 """
 
 import json
@@ -50,7 +50,7 @@ from training.run.log import RunLog, cut_after
 from training.run.setup import Prepared, Request, prepare, requested_settings
 from training.run.throughput import Throughput
 
-FEEDBACK_FILE = "feedback.npz"  # beside a checkpoint: what was counted up to its step
+FEEDBACK_FILE = "feedback.npz"  # in a checkpoint: the clips' feedback up to its step
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Report:
 
 
 def train(request: Request) -> Report:
-    """Run this process's part of a training, from where the run stands to its end. Raises UserError.
+    """Run this process's part of a training, from the run's current step to its end. Raises UserError.
 
-    Under torchrun or Ray Train every process calls this with the same request; alone it is the whole run.
+    Under torchrun or Ray Train every process calls this with the same request; without them one process does all.
     """
     folder = RunFolder(request.run)
     device = requested_settings(request, folder).train.device
@@ -91,7 +91,7 @@ class Trainer:
         checkpoint = None if step is None else self.folder.checkpoints.load(step)
         if checkpoint is None:
             self.spec = process.first(lambda: plan_spec(prepared.selection, data, train.batch_size))
-        else:  # hashing the groups of 100 million clips again takes seconds, and the selection is the same
+        else:  # saves seconds of hashing the groups of 100 million clips, because the selection is the same
             self.spec = PlanSpec(**checkpoint.state["plan"]["spec"])
         self.epochs = Epochs(self.folder.plan_path, self.spec, prepared.selection.path, data.apart)
         self.slots = rank_slots(self.spec, process.rank, process.world_size)
@@ -105,7 +105,7 @@ class Trainer:
         self.start_step = self.learner.step
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint whose weights the model has. Raises UserError if its plan has another version."""
+        """Restore all but the weights from a checkpoint. Raises UserError if its plan has another version."""
         learner = self.learner
         restore_optimiser(learner.model, learner.optimiser, checkpoint.optimiser)
         learner.step = num_steps_done(self.spec, checkpoint.state["plan"])
@@ -119,7 +119,7 @@ class Trainer:
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def fit(self) -> Report:
-        """Train to the end, or until a signal asks for a stop; save in either case."""
+        """Train to the end or until a stop signal; save in either case."""
         train, process = self.settings.train, self.process
         peak = train.peak_tflops * 1e12 if train.peak_tflops else peak_flops(process.device, train.precision)
         throughput = Throughput(process.device, None if peak is None else peak * process.world_size)
@@ -137,7 +137,7 @@ class Trainer:
                 )
             )
             if process.is_first:
-                cut_after(self.folder.failures_path, self.step)  # failures of steps that are taken again
+                cut_after(self.folder.failures_path, self.step)  # failures of steps that are repeated
             self.loader = stack.enter_context(self._open_loader())
             self._announce()
             self._write_best()
@@ -145,7 +145,10 @@ class Trainer:
             batches = self.loader.batches(self.epochs, self.slots, self.start_step, self.total_steps)
             for batch in throughput.waiting(batches):
                 values = self.learner.train_step(batch.to(process.device))
-                num_stops, digest = process.sum(int(stop.name is not None), self._digest(batch))
+                slots = np.arange(self.slots.start, self.slots.stop, dtype=np.uint64) << np.uint64(32)
+                hashes = mix(slots + batch.rows_B.numpy().astype(np.uint32), key=0)
+                # the sum of all processes' row hashes identifies the batch
+                num_stops, digest = process.sum(int(stop.name is not None), int(hashes.sum().astype(np.int64)))
                 self._log_step(values, batch, digest)
                 if num_stops:
                     break
@@ -155,12 +158,6 @@ class Trainer:
             self._save()
         stopped_by = stop.name if self.step < self.total_steps else None
         return Report(self.folder.root, self.step, self.total_steps, stopped_by or "done")
-
-    def _digest(self, batch: Batch) -> int:
-        """Hash this process's rows of a step; the sum over all processes identifies the batch."""
-        slots = np.arange(self.slots.start, self.slots.stop, dtype=np.uint64) << np.uint64(32)
-        hashes = mix(slots + batch.rows_B.numpy().astype(np.uint32), key=0)
-        return int(hashes.sum().astype(np.int64))
 
     def _log_step(self, values: Values, batch: Batch, digest: int) -> None:
         epoch = locate(self.spec, self.step - 1)[0]
@@ -177,7 +174,7 @@ class Trainer:
         return self.learner.step
 
     def _save(self) -> None:
-        """Write a checkpoint of this step on the first process, with the parts of it that other processes hold."""
+        """Gather the state of all processes and write a checkpoint of this step on the first one."""
         learner = self.learner
         with self.log.paused():
             self.log.check()
@@ -206,9 +203,10 @@ class Trainer:
         self.epochs.tidy(locate(self.spec, self.step)[0])
 
     def _evaluate_if_due(self) -> None:
-        """Evaluate before the first step, after the last, and every `eval.every` in between; never twice at one step.
+        """Evaluate before the first step, after the last, and every `eval.every` in between, once per step.
 
-        A new best checkpoint is saved before its line is written, so that the best of eval.jsonl always exists.
+        A new best checkpoint is saved before its line is written, so that the best step in eval.jsonl always has a
+        checkpoint.
         """
         if self.prepared.held_out is None or not self._evaluation_is_due():
             return
@@ -278,15 +276,15 @@ class Trainer:
         epoch, step = locate(self.spec, self.step)
         facts = self.epochs.describe(epoch)
         left = f", {facts['num_left']:,} left out" if facts["num_left"] else ""
-        met = f", {facts['num_conflicts']:,} share a batch with a clip of their group" if facts["num_conflicts"] else ""
-        where = f"resuming after step {self.step:,}" if self.step else "from the start"
+        shared = f", {facts['num_conflicts']:,} in a batch with a clip of their group" if facts["num_conflicts"] else ""
+        start = f"resuming after step {self.step:,}" if self.step else "from the start"
         self.log.say(
             f"{self.spec.num_clips:,} clips in batches of {self.spec.batch_size:,}: {facts['num_steps']:,} steps an "
-            f"epoch{left}{met}; {self.total_steps:,} steps in all, {where} (epoch {epoch}, step {step})."
+            f"epoch{left}{shared}; {self.total_steps:,} steps in all, {start} (epoch {epoch}, step {step})."
         )
 
     def _step_flops(self, batch: Batch) -> float:
-        """Count the FLOPs of the global batch by the published arithmetic; text lengths are this process's."""
+        """Count the FLOPs of the global batch by the published arithmetic, with this process's text lengths."""
         sources = load_loss(self.settings.train.loss).sources
         lengths = [batch.subtitle_BL.shape[1]] * ("subtitle" in sources)
         lengths += [batch.caption_BL.shape[1]] * ("caption" in sources)
@@ -297,28 +295,28 @@ class Trainer:
 
 
 def _evaluation_line(step: int, metrics: dict[str, Any]) -> str:
-    ways = (
+    directions = (
         f"{name} R@1 {100 * metrics[key]['r1']:.1f} %, R@10 {100 * metrics[key]['r10']:.1f} %, median rank "
         f"{metrics[key]['medr']:,.1f}"
         for key, name in (("t2v", "text → video"), ("v2t", "video → text"))
     )
-    return f"evaluation at step {step:,}, {metrics['num_videos']:,} clips: {'; '.join(ways)}"
+    return f"evaluation at step {step:,}, {metrics['num_videos']:,} clips: {'; '.join(directions)}"
 
 
 @dataclass
 class Stop:
-    name: str | None = None  # of the signal that asked for it
+    name: str | None = None  # of the signal; None: no stop
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Turn SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C into a stop after the running step; a second Ctrl-C raises.
+    """Record SIGTERM, SIGUSR1, SIGUSR2 or the first Ctrl-C as a stop after the current step; a second Ctrl-C raises.
 
     Does nothing in a thread other than the main one (Ray Train's workers), where signals cannot be caught.
     """
     stop = Stop()
 
-    def ask(number: int, frame: Any) -> None:
+    def record(number: int, frame: Any) -> None:
         if number == signal.SIGINT and stop.name is not None:
             raise KeyboardInterrupt
         stop.name = signal.Signals(number).name
@@ -327,7 +325,7 @@ def stop_on_signals() -> Iterator[Stop]:
         yield stop
         return
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-    before = {number: signal.signal(number, ask) for number in numbers}
+    before = {number: signal.signal(number, record) for number in numbers}
     try:
         yield stop
     finally:

@@ -1,9 +1,9 @@
-"""The clips of an editing, frozen into one Arrow file, so that it resumes with the same ones as the corpus grows.
+"""Freeze the clips of an editing into one Arrow file, so that it resumes with the same clips as the corpus grows.
 
-Clips to edit are packed, were picked by the condition, and are of no video that is kept for measuring: those of splits
-other than "train", those that the teacher's run was evaluated on, and, where a student is to be trained and no split
-says which, a share of the videos by the hash of their ids. What is said in a clip scores it, never its caption: that
-was written for its present middle frame and would hold it there.
+Clips to edit are packed and meet the condition. Videos for measuring are left out: those of splits other than "train",
+those of the teacher's evaluation, and, if a student is trained and no split is for validation, a share of the videos by
+the hash of their ids. Clips are scored by their subtitles, not by captions: a caption describes the current middle
+frame and would keep the clip there.
 """
 
 import hashlib
@@ -38,11 +38,11 @@ ITEMS = pa.schema(
         ("start_s", pa.float64()),  # of the frames that the clip has
         ("end_s", pa.float64()),
         ("fps", pa.float64()),
-        ("text", pa.string()),  # null: none
+        ("text", pa.string()),  # subtitle; null: none
         ("duration_s", pa.float64()),  # of the video
         ("source", pa.string()),  # a file, relative to the corpus or absolute; null: not kept
         ("source_sha256", pa.string()),
-        ("tar", pa.string()),  # where the clip is, relative to the corpus
+        ("tar", pa.string()),  # of the clip, relative to the corpus
         ("mp4_offset", pa.int64()),
         ("mp4_bytes", pa.int64()),
     ]
@@ -61,7 +61,7 @@ _SQL = """
 
 @dataclass(frozen=True)
 class Video:
-    """One video's clips that are edited: rows of `ITEMS` that have a text, in their order."""
+    """One video's clips to edit: rows of `ITEMS` with a text, in their order."""
 
     unit: str
     items: list[dict[str, Any]]
@@ -86,7 +86,7 @@ class Video:
 
 
 class Items:
-    """The frozen file."""
+    """The frozen clips of an editing."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -95,11 +95,12 @@ class Items:
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path} cannot be read as the clips of an editing: {error}") from error
         if not self.table.schema.equals(ITEMS):
-            raise UserError(f"{path} is of another clipmill: its columns are {', '.join(self.table.schema.names)}")
+            columns = ", ".join(self.table.schema.names)
+            raise UserError(f"{path} is from another version of clipmill: its columns are {columns}. Use a new --out.")
 
     @cached_property
     def hash(self) -> str:
-        """Hash of everything that scores depend on; independent of where the corpus lies."""
+        """Return the hash of all inputs of scores; it does not depend on the corpus's path."""
         return digest(self.table.drop_columns(["tar", "mp4_offset", "source"]).to_pylist())
 
     def ids(self, use: str, fold: int | None = None) -> list[str]:
@@ -121,7 +122,7 @@ class Items:
 
     @cached_property
     def clips_without_text(self) -> dict[str, list[str]]:
-        """Clips to edit that have no text to be scored by, by unit."""
+        """Return the ids of clips to edit without a text, by unit."""
         found: dict[str, list[str]] = {}
         for row in self._to_edit:
             if row["text"] is None:
@@ -146,7 +147,7 @@ def freeze_items(
     """Write the clips of an editing, whole or not at all.
 
     never  videos that the teacher's run was evaluated on
-    Raises UserError for SQL that picks nothing, and for a corpus in which nothing is left to edit or to validate on.
+    Raises UserError if no clip meets the condition, or none remains to edit or to validate on.
     """
     from shards.query.sql import check_selection, open_manifest, selection
 
@@ -161,11 +162,13 @@ def freeze_items(
     items = [_item(row, use.of(row), Path(corpus)) for row in rows]
     counts = {name: sum(item["use"] == name for item in items) for name in ("edit", "validation")}
     if not counts["edit"]:
-        raise UserError(f"--where {where!r}: all {len(items):,} clips are of videos that are kept for measuring.")
+        raise UserError(
+            f"--where {where!r}: all {len(items):,} clips are of videos that are kept for measuring. Pick other videos."
+        )
     if trains and not counts["validation"]:
         raise UserError(
-            f"edit.holdout = {settings.holdout:g}: of these {len(items):,} clips none is left to validate a student "
-            "on. Allowed: a larger share, more videos, or --no-train."
+            f"edit.holdout = {settings.holdout:g}: none of the {len(items):,} clips is held out to validate a student. "
+            "Allowed: a larger share, more videos, or --no-train."
         )
     table = pa.Table.from_pylist([item for item in items if item["use"] in counts], ITEMS)
     with atomic_file(path, fsync=True) as file, pa.ipc.new_file(file, ITEMS) as writer:
@@ -173,7 +176,7 @@ def freeze_items(
 
 
 class _Use:
-    """Assignment of a clip to editing, validation or measuring."""
+    """Rule that assigns clips to editing, validation or measuring."""
 
     def __init__(self, splits: set[str | None], settings: EditSettings, trains: bool, never: frozenset[str]):
         self.has_validation = any(_is_validation(split) for split in splits)
@@ -186,16 +189,13 @@ class _Use:
         if row["split"] not in (None, "train") or row["video_id"] in self.never:
             return "measuring"
         by_hash = self.trains and not self.has_validation
-        return "validation" if by_hash and _share_of(row["video_id"]) < self.settings.holdout else "edit"
+        digest_of_id = hashlib.sha256(f"held out {row['video_id']}".encode()).digest()  # independent of the fold
+        share = int.from_bytes(digest_of_id[:8]) / 2**64  # in [0, 1)
+        return "validation" if by_hash and share < self.settings.holdout else "edit"
 
 
 def _is_validation(split: str | None) -> bool:
     return split is not None and split.startswith("val")
-
-
-def _share_of(video_id: str) -> float:
-    """Hash an id to [0, 1), independently of its fold."""
-    return int.from_bytes(hashlib.sha256(f"held out {video_id}".encode()).digest()[:8]) / 2**64
 
 
 def _item(row: dict[str, Any], use: str, corpus: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The frames around a video's clips, a few a second, as the model takes them; and clips cut again as edits want them.
+"""Read the frames around a video's clips, a few a second, and cut edited clips.
 
-Both by the cutter of the corpus, in its sandbox: what is around a clip comes out as a small clip itself, so its
-pictures are what training would see. Where the source video is not kept, the clips' own frames are all there is.
+Both use the corpus's cutter in its sandbox: the video around a clip is cut as a small clip itself, so that its pictures
+equal those of training. If the source video is not kept, only the clips' own frames are read.
 """
 
 import tempfile
@@ -29,14 +29,19 @@ FrameTimes = NDArray[np.float64]
 def read_frames(
     root: Path, video: Video, clips: VideoClips, settings: EditSettings, cut: CutSettings, picture: Picture
 ) -> tuple[FrameTimes, Pixels]:
-    """Read every frame that the video's clips may reach: times [F], ascending, and uint8 pixels [F, S, S, 3].
+    """Read all frames within the rooms of the video's clips: times [F], ascending, and uint8 pixels [F, S, S, 3].
 
-    Raises ItemError for a video of which anything cannot be read.
+    Raises ItemError if a part of the video cannot be read.
     """
+    times, pixels = [], []
     if clips.has_source:
-        times, pixels = zip(*_of_source(root, video, clips, settings, cut, picture), strict=True)
+        for times_of_stretch, pixels_of_stretch in _of_source(root, video, clips, settings, cut, picture):
+            times.append(times_of_stretch)
+            pixels.append(pixels_of_stretch)
     else:
-        times, pixels = zip(*_of_clips(root, video, picture), strict=True)
+        for item in video.items:
+            pixels.append(_all_frames(read_member(root / item["tar"], item["mp4_offset"], item["mp4_bytes"]), picture))
+            times.append(item["start_s"] + np.arange(len(pixels[-1])) / item["fps"])
     times_F, pixels_F = np.concatenate(times), np.concatenate(pixels)
     order = np.argsort(times_F, kind="stable")
     return times_F[order], pixels_F[order]
@@ -45,7 +50,7 @@ def read_frames(
 def _of_source(
     root: Path, video: Video, clips: VideoClips, settings: EditSettings, cut: CutSettings, picture: Picture
 ) -> Iterator[tuple[FrameTimes, Pixels]]:
-    """Yield each stretch of the video that clips may reach, cut as a clip of `frames_per_s`."""
+    """Yield the frames of each stretch of the video within clips' rooms, cut as a clip of `frames_per_s`."""
     fewer = cut.model_copy(update={"fps": settings.frames_per_s, "audio": False, "caption_frames": 1, "min_frames": 1})
     stretches = [SpanRequest(str(n), n, start, end) for n, (start, end) in enumerate(stretches_of(clips.room_N2))]
     with _scratch() as path:
@@ -57,14 +62,8 @@ def _of_source(
             yield row["span_start_s"] + np.arange(len(pixels)) / settings.frames_per_s, pixels
 
 
-def _of_clips(root: Path, video: Video, picture: Picture) -> Iterator[tuple[FrameTimes, Pixels]]:
-    for item in video.items:
-        pixels = _all_frames(read_member(root / item["tar"], item["mp4_offset"], item["mp4_bytes"]), picture)
-        yield item["start_s"] + np.arange(len(pixels)) / item["fps"], pixels
-
-
 def stretches_of(room_N2: Floats) -> list[tuple[float, float]]:
-    """Merge the rooms into pieces that do not touch."""
+    """Merge overlapping and touching rooms."""
     stretches: list[tuple[float, float]] = []
     for start, end in sorted(map(tuple, room_N2.tolist())):
         if stretches and start <= stretches[-1][1]:
@@ -83,7 +82,7 @@ def cut_again(
 ) -> tuple[list[dict[str, Any]], list[tuple[str, ItemError]]]:
     """Cut clips of these spans; return rows of `clips`, with offsets in FOLDER/VIDEO_ID, and the failures.
 
-    Raises ItemError where nothing of the video can be cut.
+    Raises ItemError if the video cannot be cut at all.
     """
     if not spans:
         return [], []
@@ -97,7 +96,7 @@ def cut_again(
 def _cut_clips(
     root: Path, video: Video, spans: Sequence[SpanRequest], cut: CutSettings, folder: Path
 ) -> tuple[list[dict[str, Any]], list[tuple[str, ItemError]]]:
-    """Cut from the clips themselves, one after the other; times in the rows are the video's."""
+    """Cut each span from its clip; times in the rows are the video's."""
     items = {item["clip_id"]: item for item in video.items}
     rows: list[dict[str, Any]] = []
     failures: list[tuple[str, ItemError]] = []
@@ -113,7 +112,7 @@ def _cut_clips(
 
 
 def _cut_clip(root: Path, item: dict[str, Any], span: SpanRequest, cut: CutSettings, out: Any) -> dict[str, Any]:
-    """Cut one clip and append it to `out`, which the row's offsets point into. Raises ItemError."""
+    """Cut one clip and append it to `out`; offsets in the row are those in `out`. Raises ItemError."""
     with _scratch() as whole, _scratch() as piece:
         whole.write_bytes(read_member(root / item["tar"], item["mp4_offset"], item["mp4_bytes"]))
         shift_s, at = item["start_s"], out.tell()

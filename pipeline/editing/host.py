@@ -1,14 +1,13 @@
-"""The rounds of teacher and student on a corpus: a `EditBackend` around real models, real runs and the corpus's ledger.
+"""Run the rounds of teacher and student on a corpus: an `EditBackend` of models, training runs and the corpus's ledger.
 
-A round's edits are commits of units of videos, its student is an ordinary training run on the clips as edited, and its
-result is one more row. So an editing that was killed finds its commits, its half-trained run and its rows, and resumes
-there; nothing else is kept.
+A round's edits are commits of units of videos, its student is an ordinary training run on the edited clips, and its
+result is a row. These are the whole state: a killed editing resumes from its commits, its unfinished run and its rows.
 
 OUT/
-  edit.yaml          corpus, condition, settings: what `clipmill edit --out OUT` goes on with
-  clips.arrow        the clips it is of (pipeline/editing/clips.py)
-  teacher/           the weights it began with
-  *.parquet          the clips that students train and are validated on, as tables for their settings
+  edit.yaml          corpus, condition and settings, for resuming with `clipmill edit --out OUT`
+  clips.arrow        the clips of the editing (pipeline/editing/clips.py)
+  teacher/           the initial weights
+  *.parquet          ids of the clips that students train and are validated on, as tables for their settings
   round-01/ …        the student's run of each round, its settings in round-01.yaml
   warm-up-fold-1/ …  with edit.folds = 2: runs that trained a teacher on half of the videos each
 """
@@ -40,18 +39,18 @@ from training.editing.boundaries import EDITS, Edited, Floats, Spans, VideoClips
 from training.editing.rounds import ROUNDS, EditBackend, Round, State, base_spans, rounds, state_after
 from training.editing.settings import EditSettings
 
-UNIT = "rounds"  # of the commits that tell of whole rounds
+UNIT = "rounds"  # unit of the commits with rows of rounds
 
 RoundDone = Callable[[Mapping[str, Any]], None]
 
 
 class CorpusBackend:
-    """An `EditBackend` whose teachers and students are weights files. Of two, each edits and learns half the videos."""
+    """An `EditBackend` whose teachers and students are weights files; with two folds each has half of the videos."""
 
-    def __init__(self, asked: Editing):
-        self.asked, self.settings, self.items = asked, asked.settings, asked.items
-        self.editing = asked.editing
-        self.students = Students(asked)
+    def __init__(self, options: Editing):
+        self.options, self.settings, self.items = options, options.settings, options.items
+        self.editing = options.editing
+        self.students = Students(options)
         self.weights: list[Path] = []
         self.threshold: float | None = None
         self.round_number = 0
@@ -65,29 +64,29 @@ class CorpusBackend:
         raise AssertionError("units are edited by `edit`")
 
     def train(self, spans: Mapping[str, Floats]) -> float | None:
-        return self.students.train(self.round_number) if self.asked.trains else None
+        return self.students.train(self.round_number) if self.options.trains else None
 
     def promote(self) -> None:
         self.weights = self.students.weights(self.round_number)
 
     def restore(self) -> None:
-        raise AssertionError("the warm-up is what `clipmill train` did before")
+        raise AssertionError("a corpus's teacher is trained by `clipmill train`, without a warm-up here")
 
-    # -- the whole ----------------------------------------------------------------------------------------------------
+    # -- the editing --------------------------------------------------------------------------------------------------
 
-    def play(self, on_round: RoundDone) -> list[dict[str, Any]]:
-        """Play all remaining rounds, reporting each as it ends; return the rows of all."""
+    def run(self, on_round: RoundDone) -> list[dict[str, Any]]:
+        """Run all remaining rounds; call `on_round` with the row of each, recorded ones too; return all rows."""
         videos = self._video_clips()
-        rows, state = self._stand(videos) or self._warm_up(videos)
+        rows, state = self._recorded(videos) or self._warm_up(videos)
         for row in rows:
             on_round(row)
-        for played in rounds(videos, self, self.settings.edit, state, self.items.held_out_videos, self.edit):
-            rows.append(self._record(videos, played))
+        for result in rounds(videos, self, self.settings.edit, state, self.items.held_out_videos, self.edit):
+            rows.append(self._record(videos, result))
             on_round(rows[-1])
         return rows
 
     def _video_clips(self) -> list[VideoClips]:
-        """Build the clips of videos whose times are valid; the others become failures when edited."""
+        """Build the clips of videos with valid times; editing reports the others as failures."""
         clips = []
         for video in self.items.videos:
             try:
@@ -96,8 +95,8 @@ class CorpusBackend:
                 continue
         return clips
 
-    def _stand(self, videos: Sequence[VideoClips]) -> tuple[list[dict[str, Any]], State] | None:
-        """Return the recorded rows and the state after them, None for a new editing."""
+    def _recorded(self, videos: Sequence[VideoClips]) -> tuple[list[dict[str, Any]], State] | None:
+        """Return the recorded rows and the state after them; None for a new editing."""
         with self._session() as current:
             query = "SELECT * EXCLUDE (item_id, unit, key, fragment) FROM edit_rounds WHERE editing = ? ORDER BY round"
             table = current.ledger.connection.sql(query, params=[self.editing]).to_arrow_table()
@@ -111,7 +110,7 @@ class CorpusBackend:
 
     def _warm_up(self, videos: Sequence[VideoClips]) -> tuple[list[dict[str, Any]], State]:
         self.weights = self.students.begin()
-        validation = self.students.validate(self.weights) if self.asked.trains else None
+        validation = self.students.validate(self.weights) if self.options.trains else None
         row = {"round": 0, "teacher": self.teacher(), "validation": validation, "outcome": "warm-up"}
         row |= {"step_scale": 1.0, "num_clips": sum(map(len, videos)), "num_accepted": 0, "num_failed": 0}
         row |= {"median_change": 0.0, "share_at_limit": 0.0}
@@ -122,12 +121,12 @@ class CorpusBackend:
     # -- a round ------------------------------------------------------------------------------------------------------
 
     def edit(self, videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings, state: State) -> Edited:
-        """Edit the units that have not been committed, then publish the round to the manifest."""
+        """Edit the units without a commit, then publish the round to the manifest."""
         self.round_number = state.round_number
         with self._session() as current:
-            root, holder = str(current.corpus.root), current.corpus.lock_owner
-            plan = Plan(root, self.editing, self.settings, current.settings.cut, current.run_id, holder)
-            with pool(plan, self.asked.workers, self.settings.train.device) as editors:
+            root, lock_owner = str(current.corpus.root), current.corpus.lock_owner
+            plan = Plan(root, self.editing, self.settings, current.settings.cut, current.run_id, lock_owner)
+            with pool(plan, self.options.workers, self.settings.train.device) as editors:
                 jobs = self._jobs(state, editors)
                 pending = [
                     job for job in jobs if not fragment_path(Path(root), "ledger", work_of(plan, job).name).exists()
@@ -139,7 +138,7 @@ class CorpusBackend:
         return Edited(rows, state.spans | _spans(videos, rows), failures)
 
     def _jobs(self, state: State, editors: Editors) -> list[Job]:
-        """Make one job per unit; those of the first round also report clips without a text."""
+        """Build one job per unit; those of the first round also report clips without a text."""
         by_unit: dict[str, list[Video]] = {}
         for video in self.items.videos:
             by_unit.setdefault(video.unit, []).append(video)
@@ -174,16 +173,16 @@ class CorpusBackend:
         rows = current.ledger.connection.execute(sql + " ORDER BY item_id").fetchall()
         return [(item, ItemError(name, message)) for key, item, name, message in rows if keys.get(key) == item]
 
-    def _record(self, videos: Sequence[VideoClips], played: Round) -> dict[str, Any]:
-        [row] = played.row.to_pylist()
-        spans = _spans(videos, played.edits)
+    def _record(self, videos: Sequence[VideoClips], result: Round) -> dict[str, Any]:
+        [row] = result.row.to_pylist()
+        spans = _spans(videos, result.edits)
         edited = [video for video in videos if video.video_id in spans]
-        return self._write_round(row | {"threshold": self.threshold} | measures(played.edits, edited, spans))
+        return self._write_round(row | {"threshold": self.threshold} | measures(result.edits, edited, spans))
 
     def _write_round(self, row: dict[str, Any]) -> dict[str, Any]:
         edit = self.settings.edit
-        settings = {"edit": edit.model_dump(mode="json", exclude=edit._operational()), "where": self.asked.where}
-        settings |= {"model": self.settings.model.model_dump(mode="json"), "trains": self.asked.trains}
+        settings = {"edit": edit.model_dump(mode="json", exclude=edit._operational()), "where": self.options.where}
+        settings |= {"model": self.settings.model.model_dump(mode="json"), "trains": self.options.trains}
         row = {"best_before": None, "threshold": None} | row
         row |= {"editing": self.editing, "settings": json.dumps(settings, sort_keys=True)}
         name = f"{self.editing}.{row['round']}"
@@ -198,14 +197,14 @@ class CorpusBackend:
 
     @contextmanager
     def _session(self) -> Iterator[Session]:
-        """Open the corpus for writing, but never while a student trains: a build may run then."""
-        with session(self.asked.corpus, None, [], self.asked.command, create=False) as (current, _):
+        """Open the corpus for writing; it stays closed while a student trains, so that a build can run."""
+        with session(self.options.corpus, None, [], self.options.command, create=False) as (current, _):
             yield current
 
 
 @lru_cache(maxsize=64)
 def hash_of(weights: Path) -> str:
-    """Hash the tensors alone: files of the same weights may order their metadata differently."""
+    """Hash the tensors without the header, because files of the same weights may order their metadata differently."""
     digest_of = hashlib.sha256()
     with safe_open(weights, "pt") as file:
         for name in sorted(file.keys()):
@@ -216,7 +215,7 @@ def hash_of(weights: Path) -> str:
 
 
 def _spans(videos: Sequence[VideoClips], rows: pa.Table) -> Spans:
-    """Collect boundaries after a round, of the videos that have rows in it, in the order of their clips."""
+    """Collect the boundaries after a round for videos with rows in it, in the order of their clips."""
     columns = (rows[name].to_pylist() for name in ("clip_id", "start_s", "end_s"))
     of_clip = {clip_id: (start, end) for clip_id, start, end in zip(*columns, strict=True)}
     return {

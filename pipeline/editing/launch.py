@@ -1,6 +1,6 @@
-"""Start or resume an editing: settings resolved, clips frozen, the teacher copied, then all rounds played.
+"""Start or resume an editing: resolve settings, freeze clips, copy the teacher, then run all rounds.
 
-Nothing is printed: `on_start` and `on_round` are called with what there is to say.
+Nothing is printed: `on_start` and `on_round` report progress.
 """
 
 import json
@@ -40,7 +40,7 @@ class EditRequest:
     corpus, model  None: OUT's. The model is a run (its best, else latest checkpoint, with the run's settings), or any
                    value of `model.init`, with the settings of `recipe`
     where          a condition on `catalog`, or a SELECT with clip_id; None: the run's data.where on its own corpus
-    rounds         the most rounds; 0: one round without a student
+    rounds         largest number of rounds; 0: one round without a student
     trains         False: the given teacher edits all rounds and no student is trained; None: OUT's, else True
     workers        processes that score, on Ray if more than one
     """
@@ -59,7 +59,7 @@ class EditRequest:
 
     @property
     def settings(self) -> list[str]:
-        """Assignments of `--set` and of options that stand for a setting."""
+        """Return the assignments of `--set` and of options that are short for a setting."""
         return [*self.assignments, *([f"edit.max_rounds={max(1, self.rounds)}"] if self.rounds is not None else [])]
 
     @property
@@ -71,7 +71,7 @@ class EditRequest:
         if self.rounds is not None and self.rounds < 0:
             raise UserError(f"--rounds {self.rounds}: give 0 for one round by the given teacher alone, or more.")
         if self.rounds == 0 and self.trains:
-            raise UserError("--rounds 0 is one round by the given teacher alone; it goes without --train.")
+            raise UserError("--rounds 0 is one round by the given teacher alone: leave out --train.")
         if self.workers < 1:
             raise UserError(f"--workers {self.workers}: at least 1 process is needed.")
 
@@ -79,34 +79,38 @@ class EditRequest:
 def launch_edit(
     request: EditRequest, on_start: Callable[[Editing], None], on_round: RoundDone
 ) -> tuple[Editing, list[dict[str, Any]]]:
-    """Edit, or go on editing in OUT; return the editing and its rows of `edit_rounds`. Raises UserError.
+    """Start or resume the editing in OUT; return it and its rows of `edit_rounds`. Raises UserError.
 
-    on_start  called once the editing is known, before its first round
-    on_round  called with each row of `edit_rounds`, those of earlier commands too
+    on_start  called with the editing before its first round
+    on_round  called with each row of `edit_rounds`, also with those of earlier commands
     """
     request.check()
     out = request.out.expanduser().absolute()
     with _writer(out):
         saved = _load(out)
-        editing = _begin(out, request) if saved is None else _resume(out, saved, request)
+        editing = _start(out, request) if saved is None else _resume(out, saved, request)
         on_start(editing)
-        return editing, CorpusBackend(editing).play(on_round)
+        return editing, CorpusBackend(editing).run(on_round)
 
 
-# --- Beginning
+# --- Starting
 
 
-def _begin(out: Path, request: EditRequest) -> Editing:
+def _start(out: Path, request: EditRequest) -> Editing:
     """Create the folder of a new editing: its clips, its teacher, and last its settings."""
     if request.corpus is None or request.model is None:
-        raise UserError(f"--corpus and --model are missing: {out} holds no editing yet that has them.")
+        raise UserError(f"--corpus and --model are missing: {out} holds no editing yet, so give both.")
     corpus = Corpus(request.corpus).require().root
     run = RunFolder(request.model) if RunFolder(request.model).exists else None
     if run:
         settings, where, never = _of_run(run, corpus, request)
     else:
         settings, where, never = _of_model(request.model, request.recipe, request.settings), "", frozenset()
-    _refuse_settings_of_others(settings)
+    for name in ("initial", "half_length_s", "warmup_patience", "max_warmup_epochs"):
+        if getattr(settings.edit, name) != EditSettings.model_fields[name].default:
+            raise UserError(
+                f"edit.{name} has no effect here: a corpus's clips start from their spans and its teacher is trained."
+            )
     where = where if request.where is None else request.where
     trains = request.wants_students is not False
     freeze_items(
@@ -116,24 +120,15 @@ def _begin(out: Path, request: EditRequest) -> Editing:
     editing = _name(teacher, settings, Items(out / "clips.arrow"), corpus, trains)
     saved = {"editing": editing, "corpus": str(corpus), "where": where, "trains": trains}
     saved |= {"settings": settings.model_dump(mode="json")}
-    text = "# An editing of clips' boundaries. Go on with `clipmill edit --out DIR`.\n"
+    text = "# An editing of clips' boundaries. Resume it with `clipmill edit --out DIR`.\n"
     write_text(out / "edit.yaml", text + yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
     return Editing(editing, corpus, out, settings, where, trains, request.workers, request.command)
-
-
-def _refuse_settings_of_others(settings: EditRunSettings) -> None:
-    """Raise UserError for settings that only a backend without a corpus has a use for."""
-    for name in ("initial", "half_length_s", "warmup_patience", "max_warmup_epochs"):
-        if getattr(settings.edit, name) != EditSettings.model_fields[name].default:
-            raise UserError(
-                f"edit.{name} has no effect here: a corpus's clips start from their spans and its teacher is trained."
-            )
 
 
 def _of_run(run: RunFolder, corpus: Path, request: EditRequest) -> tuple[EditRunSettings, str, frozenset[str]]:
     """Return the settings, the condition of the run's clips, and the videos of its evaluation, which stay unedited."""
     if request.recipe:
-        raise UserError("--recipe goes with a model's file: a run has its own settings, which --set changes.")
+        raise UserError("--recipe is for a model's file: a run has its own settings, which --set changes.")
     record = run.load()
     settings = resolve_edit(record.settings, None, request.settings)
     if Path(record.corpus) != corpus:
@@ -155,7 +150,7 @@ def _of_model(model: str, recipe: str | None, assignments: list[str]) -> EditRun
 
 
 def _name(teacher: Path, settings: EditRunSettings, items: Items, corpus: Path, trains: bool) -> str:
-    """Hash everything that decides an editing's rows except the number of rounds."""
+    """Hash all inputs of an editing's rows except the number of rounds."""
     cut = resolve(Corpus(corpus).load_settings(), None, []).cut
     parts = [CODE_VERSION, hash_of(teacher), settings.edit.fingerprint(), settings.model.fingerprint()]
     parts += [settings.data.fingerprint(), cut.fingerprint(), items.hash, trains]
@@ -165,7 +160,7 @@ def _name(teacher: Path, settings: EditRunSettings, items: Items, corpus: Path, 
 
 
 def _copy_teacher(run: RunFolder | None, settings: EditRunSettings, folder: Path) -> Path:
-    """Copy the teacher's weights, because a run that goes on deletes old checkpoints; return the file."""
+    """Copy the teacher's weights, because a resumed run deletes old checkpoints; return the file."""
     weights = folder / "model.safetensors"
     if run is None:
         model = models.load(settings.model, settings.data.seed)
@@ -183,7 +178,7 @@ def _copy_teacher(run: RunFolder | None, settings: EditRunSettings, folder: Path
 
 
 def _load(out: Path) -> dict[str, Any] | None:
-    """Read edit.yaml, None where there is none. Raises UserError if it cannot be read."""
+    """Read edit.yaml; return None if it does not exist. Raises UserError if it cannot be read."""
     path = out / "edit.yaml"
     if not path.exists():
         return None
@@ -195,12 +190,12 @@ def _load(out: Path) -> dict[str, Any] | None:
 
 
 def _resume(out: Path, saved: dict[str, Any], request: EditRequest) -> Editing:
-    """Open the editing in OUT. Raises UserError if the command asks for another one.
+    """Open the editing in OUT. Raises UserError if the command's options differ from it.
 
     The number of rounds and operational settings may change; the model is the one copied at the start.
     """
     if request.recipe:
-        raise UserError(f"--recipe: {out} has begun with its settings. Give --out another folder.")
+        raise UserError(f"--recipe: {out} already has its settings. Give --out another folder.")
     settings = resolve_edit(saved["settings"], None, request.settings)
     changed = difference(_decisive(resolve_edit(saved["settings"], None, [])), _decisive(settings))
     asked = {
@@ -213,7 +208,7 @@ def _resume(out: Path, saved: dict[str, Any], request: EditRequest) -> Editing:
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
         raise UserError(
-            f"{out} was begun with other options:\n{lines}\nKeep the old values, or give --out a new folder."
+            f"{out} was started with other options:\n{lines}\nKeep the old values, or give --out a new folder."
         )
     own = (saved["editing"], Path(saved["corpus"]), out, settings, saved["where"], saved["trains"])
     return Editing(*own, request.workers, request.command)
@@ -227,7 +222,7 @@ def _decisive(settings: EditRunSettings) -> dict[str, Any]:
 
 @contextmanager
 def _writer(out: Path) -> Iterator[None]:
-    """Hold OUT's lock. Raises UserError if another process has it, or OUT holds something else or is not writable."""
+    """Hold OUT's lock. Raises UserError if another process holds it, or if OUT holds other files or is not writable."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / ".lock").exists() and any(not entry.name.startswith(".") for entry in out.iterdir()):

@@ -35,7 +35,10 @@ def pool(plan: Plan, num_workers: int, device: str) -> Iterator[Editors]:
         try:
             yield _Actors(actors)
         except ray.exceptions.ActorDiedError as error:
-            raise UserError(f"--workers {num_workers}: they die ({error}). What is committed stays.") from error
+            raise UserError(
+                f"--workers {num_workers}: workers keep dying ({error}). Committed edits are kept: repeat the command, "
+                "with fewer workers if memory runs out."
+            ) from error
         finally:
             for one in actors:
                 ray.kill(one)

@@ -1,4 +1,4 @@
-"""Measure what a round of editing did: columns of `edit_rounds`, and lines of text for the user."""
+"""Summarise a round of editing: columns of `edit_rounds`, and lines of text for the user."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from training.editing.boundaries import Floats, Spans, VideoClips, overlapping
 
-OVERLAP = 0.5  # of the shorter of two clips: clips that overlap more are not each other's negatives
+OVERLAP = 0.5  # share of the shorter of two clips above which they are reported
 LENGTH_EDGES = (-0.7, -0.4, -0.2, -0.1, -0.01, 0.01, 0.1, 0.2, 0.4, 0.7)  # e-folds: a tenth is about 10 %
 SHIFT_EDGES = (-4.0, -2.0, -1.0, -0.5, -0.01, 0.01, 0.5, 1.0, 2.0, 4.0)  # seconds
 

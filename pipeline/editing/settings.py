@@ -1,4 +1,4 @@
-"""Settings of `clipmill edit`: those of the student's run, and how boundaries are edited."""
+"""Settings of `clipmill edit`: those of the student's run, and of editing boundaries."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""One unit of videos in one round: frames encoded by the teacher, candidates scored, what moved cut again, committed.
+"""Edit one unit of videos in one round: encode frames, score candidates, cut the clips that moved, commit.
 
-`Editor` is one process's part: this one, or a Ray actor beside others. What it commits is a function of the job alone:
-on a CPU it computes on one thread, because sums in fp32 depend on how many there are; work is spread over units.
+`Editor` is the part of one process, this one or a Ray actor. Its commits are functions of the job: on a CPU it computes
+on one thread, because sums in fp32 depend on the number of threads; units are spread over processes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ from training.models import registry as models
 from training.models.encode import normalise, text_encoder
 from training.parallel.distributed import join
 
-CODE_VERSION = 1  # raised when the same job gives other rows
+CODE_VERSION = 1  # raised when the same job gives different rows
 _FRAMES_AT_ONCE, _VIDEOS_AT_ONCE = 64, 8
 
 Texts = list[tuple[str, str]]  # (video_id, text)
@@ -42,14 +42,14 @@ Texts = list[tuple[str, str]]  # (video_id, text)
 
 @dataclass(frozen=True)
 class Plan:
-    """Values that all jobs of an editing share. Teacher f edits the videos of `teacher_of`."""
+    """Values that all jobs of an editing share."""
 
     root: str
     editing: str
     settings: EditRunSettings
     cut: CutSettings
     run_id: str
-    holder: str
+    lock_owner: str
 
     def key(self, video_id: str, round_number: int) -> str:
         return digest([CODE_VERSION, self.editing, round_number, video_id])
@@ -57,7 +57,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """The videos of one unit in one round. `spans` are their present boundaries."""
+    """The videos of one unit in one round. `spans` are their current boundaries."""
 
     unit: str
     round_number: int
@@ -76,21 +76,23 @@ class Job:
 
 
 def work_of(plan: Plan, job: Job) -> Task:
-    """Describe the commit that a job makes."""
+    """Describe the commit of a job."""
     ids = [video.video_id for video in job.videos] + list(job.clips_without_text)
     items = [{"item_id": name, "key": plan.key(name, job.round_number), "attempts": 0, "cost": 1.0} for name in ids]
-    return Task("edit", job.unit, items, plan.settings, plan.editing, plan.root, plan.run_id, lock_owner=plan.holder)
+    return Task(
+        "edit", job.unit, items, plan.settings, plan.editing, plan.root, plan.run_id, lock_owner=plan.lock_owner
+    )
 
 
 class Editor:
-    """Encodes, scores, cuts and commits. Holds the teachers that it was last asked for."""
+    """Encodes, scores, cuts and commits. Keeps the most recently used teachers in memory."""
 
     def __init__(self, plan: Plan):
         self.plan, self.settings = plan, plan.settings
         self.teachers: dict[str, Teacher] = {}
 
     def banks(self, weights: Sequence[str], texts: Texts) -> list[Bank | None]:
-        """Draw each teacher's captions that clips are measured against; a function of the texts and their order."""
+        """Draw each teacher's bank of captions, as a function of the seed, the texts and their order."""
         edit = self.settings.edit
         if not edit.bank_size:
             return [None for _ in weights]
@@ -102,7 +104,7 @@ class Editor:
         return [draw_bank(video_ids, feature, len(drawn)) for feature in features]
 
     def present_scores(self, job: Job) -> list[float]:
-        """Score the present boundaries, clip after clip. Leaves out videos that fail, which `edit` reports."""
+        """Score the current boundaries of all clips. Videos that fail are left out; `edit` reports them."""
         scores: list[float] = []
         with self._computing():
             for number, video in enumerate(job.videos):
@@ -116,7 +118,7 @@ class Editor:
         return scores
 
     def edit(self, job: Job) -> Commit:
-        """Commit the unit's rows of `clip_edits` and `edited_clips`, and the tar of these clips."""
+        """Edit the unit; commit its rows of `clip_edits` and `edited_clips`, and the tar of the edited clips."""
         work = work_of(self.plan, job)
         name = f"clips/{work.name}.tar"
         with temporary_folder(Path(self.plan.root) / "clips" / work.name) as folder:
@@ -183,7 +185,7 @@ class Editor:
         features = teacher.text_features([item["text"] for item in video.items])
         texts = {item["clip_id"]: feature for item, feature in zip(video.items, features, strict=True)}
         scorer = FrameScorer(frames, texts, job.banks[number], teacher.log_scale, self.settings.edit.same_caption)
-        if not (teacher.looks_again and self.settings.edit.reencode):
+        if not (teacher.model.mixes_frames and self.settings.edit.reencode):
             return scorer
         return VideoScorer(scorer, partial(teacher.video_features, times_F, pixels), self.settings.edit.reencode)
 
@@ -207,7 +209,7 @@ class Editor:
 
 
 class Teacher:
-    """A model that scores: pictures and texts to features."""
+    """A model that encodes pictures and texts for scoring."""
 
     def __init__(self, weights: str, settings: EditRunSettings):
         self.settings = settings
@@ -222,19 +224,22 @@ class Teacher:
         return Picture(self.model.config.image_size, data.fit, data.antialias)
 
     def frame_features(self, pixels_FSS3: Pixels) -> NDArray[np.float32]:
-        """Encode each frame as a video of its own: [F, C]."""
-        return self._in_pieces(self._encode_frames, torch.from_numpy(pixels_FSS3), _FRAMES_AT_ONCE)
+        """Encode each frame as a video of one frame: [F, C]."""
 
-    @property
-    def looks_again(self) -> bool:
-        """Tell whether the model's video vector is more than the mean of its frames."""
-        return self.model.mixes_frames
+        def encode(some_FSS3: Tensor) -> Tensor:
+            return self.model.encode_frames(self._normalised(some_FSS3))
+
+        return self._in_pieces(encode, torch.from_numpy(pixels_FSS3), _FRAMES_AT_ONCE)
 
     def video_features(self, times_F: Floats, pixels_FSS3: Pixels, spans_K2: Floats) -> NDArray[np.float32]:
         """Encode pieces of a video from its known frames: [K, C]."""
         rows_KT = torch.from_numpy(np.stack([self._frames_of(times_F, span) for span in spans_K2]))
         pixels = torch.from_numpy(pixels_FSS3)
-        return self._in_pieces(lambda some_KT: self._encode_video(pixels[some_KT.cpu()]), rows_KT, _VIDEOS_AT_ONCE)
+
+        def encode(some_KT: Tensor) -> Tensor:
+            return self.model.encode_video(self._normalised(pixels[some_KT.cpu()].to(self.device)))
+
+        return self._in_pieces(encode, rows_KT, _VIDEOS_AT_ONCE)
 
     def _frames_of(self, times_F: Floats, span: Floats) -> NDArray[np.int64]:
         """Choose frames of [start, end) as evaluation does, or the nearest one if there is none: [T]."""
@@ -251,12 +256,6 @@ class Teacher:
     @cached_property
     def _tokens(self) -> Any:
         return text_encoder(self.model.config, self.settings.data.max_text_tokens)
-
-    def _encode_frames(self, pixels_FSS3: Tensor) -> Tensor:
-        return self.model.encode_frames(self._normalised(pixels_FSS3))
-
-    def _encode_video(self, pixels_KTSS3: Tensor) -> Tensor:
-        return self.model.encode_video(self._normalised(pixels_KTSS3.to(self.device)))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         config = self.model.config

@@ -89,7 +89,7 @@ def test_another_command_on_the_same_folder_is_refused(numbered, tmp_path):
     corpus, out = copy_of(numbered, tmp_path), tmp_path / "edit"
     edit(corpus, out)
     before = edit_tables(corpus)
-    with pytest.raises(UserError, match=r"begun with other options:\n  edit.rings: 1 → 2"):
+    with pytest.raises(UserError, match=r"started with other options:\n  edit.rings: 1 → 2"):
         edit(corpus, out, "edit.rings=2")
     with pytest.raises(UserError, match="where:  → n = 0"):
         edit(corpus, out, where="n = 0")
@@ -113,9 +113,9 @@ def scripted(monkeypatch):
     scores: list[float] = []
 
     def weights(self: Students, round_number: int) -> list[Path]:
-        path = self.asked.out / f"student-{round_number}.safetensors" if round_number else self.asked.teacher_path
+        path = self.options.out / f"student-{round_number}.safetensors" if round_number else self.options.teacher_path
         if not path.exists():
-            shutil.copyfile(self.asked.teacher_path, path)
+            shutil.copyfile(self.options.teacher_path, path)
             change(path, round_number)
         return [path]
 
@@ -191,7 +191,7 @@ def test_missing_student_weights_are_an_error(numbered, tmp_path, scripted, monk
     scripted += [0.1, 0.2]
     edit(corpus, tmp_path / "edit", "edit.holdout=0.55", rounds=1, trains=True)
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"round-01 is not there, but the corpus has that round .* begun in"):
+    with pytest.raises(UserError, match=r"round-01 does not exist, but the corpus has that round .* started in"):
         edit(corpus, tmp_path / "other", "edit.holdout=0.55", rounds=1, trains=True)
 
 
@@ -201,7 +201,7 @@ def test_videos_held_out_for_the_student_are_not_edited(numbered, tmp_path, scri
     edit(corpus, out, "edit.holdout=0.55", rounds=1, trains=True)
     items = Items(out / "clips.arrow")
     assert items.held_out_videos and not items.held_out_videos & {row["video_id"] for row in edits(corpus)}
-    with pytest.raises(UserError, match="edit.holdout = 0.001: of these .* none is left to validate"):
+    with pytest.raises(UserError, match="edit.holdout = 0.001: none of the .* is held out to validate"):
         edit(corpus, tmp_path / "other", "edit.holdout=0.001", rounds=1, trains=True)
 
 
@@ -212,15 +212,15 @@ def test_a_round_that_collapses_is_recorded_untrained_and_is_the_last(numbered, 
         corpus, tmp_path / "edit", "edit.holdout=0.55", "edit.max_median_change=0.0001", rounds=3, trains=True
     )
     assert [row["outcome"] for row in played] == ["warm-up", "collapsed"] and not scripted
-    with pytest.raises(UserError, match="no round of editing .* held"):
+    with pytest.raises(UserError, match="editing .* kept no round"):
         freeze_run(tmp_path, corpus, DataSettings(edits="accepted"), EvalSettings())
 
 
 def test_each_fold_is_edited_by_the_teacher_of_the_other(numbered, tmp_path, monkeypatch):
     def begin(self: Students) -> list[Path]:
-        paths = [self.asked.out / f"fold-{fold}.safetensors" for fold in self.folds]
+        paths = [self.options.out / f"fold-{fold}.safetensors" for fold in self.folds]
         for fold, path in enumerate(paths):
-            shutil.copyfile(self.asked.teacher_path, path)
+            shutil.copyfile(self.options.teacher_path, path)
             change(path, fold)
         return paths
 

@@ -18,7 +18,6 @@ from training.editing.rounds import (
     Round,
     State,
     base_spans,
-    boundaries_at,
     fold_of,
     is_done,
     rounds,
@@ -179,21 +178,6 @@ def test_a_killed_edit_resumes_from_its_rows() -> None:
         rest = list(islice(rounds(videos, again, SETTINGS, state), 6 - num_done))
         assert [round_.row for round_ in rest] == [round_.row for round_ in whole[num_done:]]
         assert [round_.edits for round_ in rest] == [round_.edits for round_ in whole[num_done:]]
-
-
-def test_the_boundaries_after_any_round_can_be_read_from_the_rows() -> None:
-    truths = make_truths(10, SETTINGS)
-    videos = clips_of(truths)
-    played = list(islice(rounds(videos, Scripted(truths, [11, 9, 12]), SETTINGS, start(videos, 10)), 3))
-    edits, done = (pa.concat_tables([round_[part] for round_ in played]) for part in (0, 1))
-    for number, round_ in enumerate(played, start=1):
-        rows = boundaries_at(edits, done, number).to_pylist()
-        spans = {row["clip_id"]: [row["start_s"], row["end_s"]] for row in rows}
-        for video in videos:
-            assert [spans[clip_id] for clip_id in video.clip_ids] == round_.state.spans[video.video_id].tolist()
-    assert {row["round"] for row in boundaries_at(edits, done, 2).to_pylist()} == {1}
-    assert boundaries_at(edits, done).equals(boundaries_at(edits, done, 3))
-    assert boundaries_at(edits, done, 0).num_rows == 0
 
 
 def test_an_edit_without_a_warm_up_cannot_resume() -> None:

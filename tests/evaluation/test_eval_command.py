@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from clipmill.base.errors import UserError
 from clipmill.cli.app import app
 from clipmill.cli.evaluate import run_eval
+from tests.helpers.clip_vip import save
 from tests.helpers.evaluations import ALONE, packed_corpus, selected, small_model, small_settings
 from training.data.selection import freeze
 from training.evaluation.retrieval import evaluate
-from training.models.clip_vip.weights import save
 from training.models.registry import writer
 from training.run.folder import RunFolder, RunRecord
 

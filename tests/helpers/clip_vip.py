@@ -15,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig
+from training.models.clip_vip.weights import write_model
+from training.models.model import VideoTextModel
+from training.models.registry import load_method
 
 REFERENCE = Path(__file__).resolve().parents[1] / "data" / "reference"
 _completed: list[tempfile.TemporaryDirectory] = []  # created lazily: ranks that import this exit without cleanup
@@ -81,6 +84,17 @@ def tiny_model(seed: int = 0, **changes: Any) -> ClipVip:
             parameter.copy_(noise + 1 if "norm" in name and name.endswith("weight") else noise)
         model.logit_scale.fill_(2.0)
     return model
+
+
+def save(model: VideoTextModel, path: str | Path, *, prefix: str = "") -> Path:
+    """Write a model's weights to a folder or .safetensors file, as a run does; return their path.
+
+    prefix  of all names; released CLIP-ViP files have `clipmodel.`
+    """
+    code = load_method(model.method).code
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    written = {prefix + name: tensor for name, tensor in code.file_tensors(model, state).items()}
+    return write_model(written, code.file_header(model), path)
 
 
 def random_pixels(batch: int, num_frames: int, size: int = 32, seed: int = 1) -> Tensor:

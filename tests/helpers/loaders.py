@@ -12,9 +12,12 @@ import torch
 
 from tests.helpers.shards import make_corpus, pack
 from training.data.batch import Batch
+from training.data.clip_query import Tables, open_samples, select_clips
 from training.data.epoch_files import Epochs, plan_spec
 from training.data.loader import Loader, SampleReader
-from training.data.selection import Selection, freeze
+from training.data.selection import Selection, freeze, selected_rows
+from training.data.selection_schema import SELECTION
+from training.data.shard_cache import ShardCache
 from training.data.tokenizer import TextEncoder
 from training.settings import DataSettings
 
@@ -133,3 +136,17 @@ def deadly_reader(run: Run, folder: Path, *rows: int, times: int | None = None, 
     reader = run.reader(kind=kind)
     reader.deadly, reader.times, reader.tally = rows, times, folder
     return reader
+
+
+def select(
+    corpus: str | Path, where: str = "", *, setting: str = "data.where", tables: Tables | None = None
+) -> pa.Table:
+    """Select clips into memory, with the columns and order of a selection file."""
+    with open_samples(corpus, tables) as samples:
+        clips = select_clips(samples, where, setting)
+        return pa.Table.from_batches(selected_rows(samples, clips), SELECTION)
+
+
+def settle(cache: ShardCache) -> None:
+    """Wait until every shard that was requested is fetched or given up."""
+    cache._asked.join()

@@ -127,7 +127,7 @@ def test_a_safetensors_header_as_large_as_memory_is_refused(tmp_path):
 def test_an_index_of_weights_names_files_beside_it_only(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"logit_scale": "../../elsewhere.safetensors"}}')
-    with pytest.raises(UserError, match="no file beside it"):
+    with pytest.raises(UserError, match="not in the same folder"):
         read_tensors(index)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clipmill.base.errors import UserError
-from tests.helpers.loaders import make_run, open_run
+from tests.helpers.loaders import make_run, open_run, settle
 from tests.helpers.range_server import serve_store
 from tests.helpers.shards import change_manifest
 from training.data import shard_cache
@@ -193,7 +193,7 @@ def test_the_same_corpus_from_a_store_through_a_cache(healthy, tmp_path, monkeyp
                     for batch, whole in zip(loader.read(requests), expected, strict=True):
                         assert torch.equal(batch.video_BT3SS, whole.video_BT3SS)
                     if cache:
-                        reader.shards.cache.settle()
+                        settle(reader.shards.cache)
                     num_requests = len(store.requests)
         list(Loader(reader, num_processes=0).read(requests))
         assert len(store.requests) == num_requests

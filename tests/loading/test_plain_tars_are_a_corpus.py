@@ -11,10 +11,11 @@ import webdataset as wds
 
 from clipmill.base.errors import UserError
 from shards.packing.tar import read_member
+from tests.helpers.loaders import select
 from tests.helpers.shards import make_corpus, pack
 from tests.helpers.tars import write_members
 from training.data.plain_tars import expand_braces, index_tars, is_tars
-from training.data.selection import Selection, freeze, freeze_run, select
+from training.data.selection import Selection, freeze, freeze_run
 from training.data.selection_schema import SELECTION
 from training.settings import DataSettings, EvalSettings
 
@@ -264,7 +265,7 @@ def test_a_file_that_is_no_tar_is_a_row_where_others_are(tmp_path):
         str(tmp_path / "bad.tar"),
         str(tmp_path / "empty.tar"),
     ]
-    with pytest.raises(UserError, match="no clip at all"):
+    with pytest.raises(UserError, match="it picks no clip"):
         select(str(tmp_path / "bad.tar"))
 
 

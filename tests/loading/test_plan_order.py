@@ -317,7 +317,7 @@ def test_a_written_epoch_opens_memory_mapped_and_equal(tmp_path: Path) -> None:
     write_epoch(tmp_path, spec, 2)
     assert path.stat().st_mtime_ns == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match="does not exist"):
         open_epoch(tmp_path, spec_of(tail="pad", seed=9), 2)
 
 

@@ -12,9 +12,10 @@ from clipmill.base.errors import UserError
 from shards.packing.index import refresh_index
 from shards.packing.tar import read_member
 from shards.query.sql import open_manifest
+from tests.helpers.loaders import select
 from tests.helpers.shards import change_manifest, make_corpus, pack, publish_samples
 from training.data.epoch_plan import hash_selection
-from training.data.selection import Selection, freeze, select
+from training.data.selection import Selection, freeze
 from training.data.selection_schema import SELECTION
 
 NUM_CLIPS = 40
@@ -108,7 +109,7 @@ def test_clips_that_are_in_no_shard_are_counted(corpus, tmp_path):
         ("SELECT video_id FROM clips", "clip_id"),
         ("num_words >", "syntax error"),
         ("true); DROP TABLE clips; SELECT (1", "One statement"),
-        ("num_words < 0", "no clip at all"),
+        ("num_words < 0", "it picks no clip"),
         ("text::INT > 3", "Could not convert"),  # found only when a row is reached
         ("SELECT clip_id FROM read_parquet('/etc/passwd')", "disabled"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.loaders import settle
 from tests.helpers.range_server import serve_store
 from training.data.range_reader import Range, ShardReader
 from training.data.shard_cache import ShardCache
@@ -39,7 +40,7 @@ def test_a_shard_is_fetched_once_and_read_locally_from_then_on(store, tmp_path):
     cache = ShardCache(tmp_path / "cache", 10 * SIZE)
     reader = ShardReader(store.url, cache)
     _read(reader, NAMES[:2])  # from the store, without waiting for a whole shard
-    cache.settle()
+    settle(cache)
     assert [path.stat().st_size for path in _copies(tmp_path / "cache")] == [SIZE, SIZE]
     num_requests = len(store.requests)
     for offset in range(0, 900_000, 100_000):
@@ -52,7 +53,7 @@ def test_another_process_finds_the_copies(store, tmp_path):
         cache = ShardCache(tmp_path, 10 * SIZE)
         reader = ShardReader(store.url, cache)
         _read(reader, NAMES[:2])
-        cache.settle()
+        settle(cache)
     assert cache.num_fetched == 0
     before = len(store.requests)
     _read(reader, NAMES[:2])
@@ -65,7 +66,7 @@ def test_a_shard_is_fetched_whole_only_where_most_of_it_is_wanted(store, tmp_pat
     reader = ShardReader(store.url, cache, wanted=lambda shard: wanted)
     for _ in range(2):
         _read(reader, NAMES[:1])
-        cache.settle()
+        settle(cache)
     assert len(_copies(tmp_path)) == num_copies
 
 
@@ -75,7 +76,7 @@ def test_the_share_is_asked_for_once(store, tmp_path):
     reader = ShardReader(store.url, cache, wanted=lambda shard: asked.append(shard) or 0)
     for _ in range(3):
         _read(reader, NAMES[:2])
-        cache.settle()
+        settle(cache)
     assert sorted(asked) == NAMES[:2]
 
 
@@ -85,7 +86,7 @@ def test_the_cap_holds_and_what_is_in_use_stays(store, tmp_path):
     for _ in range(3):
         for name in NAMES:
             _read(reader, [name])
-            cache.settle()
+            settle(cache)
             assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 2.5 * SIZE
     assert len(_copies(tmp_path)) == 2 and cache.num_fetched == 2
 
@@ -96,13 +97,13 @@ def test_the_longest_unused_copies_make_room(store, tmp_path):
     kept = {}
     for name in NAMES[:2]:
         _read(reader, [name])
-        cache.settle()
+        settle(cache)
         (kept[name],) = set(_copies(tmp_path)) - set(kept.values())
         time.sleep(0.02)
     _read(reader, NAMES[:1])  # the first is used again, so the second is evicted
     time.sleep(0.02)
     _read(reader, NAMES[2:3])
-    cache.settle()
+    settle(cache)
     assert kept[NAMES[0]].exists() and not kept[NAMES[1]].exists() and len(_copies(tmp_path)) == 2
     _read(reader, NAMES)
 
@@ -111,7 +112,7 @@ def test_a_shard_larger_than_the_cache_is_read_by_ranges(store, tmp_path):
     cache = ShardCache(tmp_path, SIZE - 1)
     reader = ShardReader(store.url, cache)
     _read(reader, NAMES)
-    cache.settle()
+    settle(cache)
     _read(reader, NAMES)
     assert not _copies(tmp_path)
 
@@ -120,12 +121,12 @@ def test_a_copy_cut_short_is_not_served_but_fetched_anew(store, tmp_path):
     cache = ShardCache(tmp_path, 10 * SIZE)
     reader = ShardReader(store.url, cache)
     _read(reader, NAMES[:1])
-    cache.settle()
+    settle(cache)
     (copy,) = _copies(tmp_path)
     _read(reader, NAMES[:1], 900_000)
     os.truncate(copy, 1000)
     _read(reader, NAMES[:1], 900_000)
-    cache.settle()
+    settle(cache)
     _read(reader, NAMES[:1], 900_000)
     assert copy.stat().st_size == SIZE
 
@@ -135,7 +136,7 @@ def test_a_copy_removed_meanwhile_is_fetched_anew(store, tmp_path):
     reader = ShardReader(store.url, cache)
     for _ in range(3):
         _read(reader, NAMES[:1])
-        cache.settle()
+        settle(cache)
         for copy in _copies(tmp_path):
             copy.unlink()
     assert cache.num_fetched == 3
@@ -145,14 +146,14 @@ def test_a_shard_written_anew_under_its_name_is_another_shard(store, tmp_path):
     cache = ShardCache(tmp_path, 10 * SIZE)
     reader = ShardReader(store.url, cache)
     _read(reader, NAMES[:1])
-    cache.settle()
+    settle(cache)
     store.files[NAMES[0]] = SHARDS[NAMES[1]]
     store.etags[NAMES[0]] = '"two"'
     later = ShardCache(tmp_path, 10 * SIZE)
     reader = ShardReader(store.url, later)
     for _ in range(2):
         (data,) = reader.read([Range(NAMES[0], 0, 1000)])
-        later.settle()
+        settle(later)
     assert bytes(data) == SHARDS[NAMES[1]][:1000] and len(_copies(tmp_path)) == 2
 
 
@@ -162,7 +163,7 @@ def test_a_fetch_that_breaks_off_leaves_nothing(store, tmp_path):
     store.drops_after = 6000
     with pytest.warns(UserWarning, match="is not kept"):
         _read(reader, NAMES[:1])
-        cache.settle()
+        settle(cache)
     assert not _copies(tmp_path) and not list(tmp_path.glob("fetching-*"))
     store.drops_after = None
     _read(reader, NAMES[:1])
@@ -177,7 +178,7 @@ def test_what_a_killed_process_left_half_is_cleared_away(store, tmp_path):
         cache = ShardCache(tmp_path, int(2.5 * SIZE))
         reader = ShardReader(store.url, cache)
         _read(reader, NAMES[:2])
-        cache.settle()
+        settle(cache)
         assert not half.exists() and (tmp_path / "fetching-alive").exists()
         assert len(_copies(tmp_path)) == 1  # the other half of the space is taken by live processes
 

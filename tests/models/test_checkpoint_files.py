@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clipmill.base.errors import UserError
-from tests.helpers.clip_vip import random_pixels, random_texts, reference, tiny_config, tiny_model
+from tests.helpers.clip_vip import random_pixels, random_texts, reference, save, tiny_config, tiny_model
 from tests.helpers.pickles import HostilePickle
 from training.models.clip_vip import weights as checkpoint
 from training.models.clip_vip.config_formats import config_from_dict, config_to_dict
-from training.models.clip_vip.model import ClipVip, without_proxies
+from training.models.clip_vip.model import ClipVip
 from training.models.clip_vip.weight_names import to_published
-from training.models.clip_vip.weights import from_open_clip_model, load_clip_vip, load_model, save
+from training.models.clip_vip.weights import from_open_clip_model, load_clip_vip, load_model
 
 
 def published(model: ClipVip, prefix: str = "clipmodel.") -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ def test_reference_files_survive_a_round_trip(tmp_path: Path) -> None:
 
 
 def test_plain_clip_becomes_clip_vip_with_exactly_two_new_tensors(tmp_path: Path) -> None:
-    plain = ClipVip(without_proxies(tiny_config()))
+    plain = ClipVip(tiny_config(num_added=0, num_times=0))
     plain.load_state_dict({k: v for k, v in tiny_model().state_dict().items() if k in plain.state_dict()})
     save_file(published(plain), tmp_path / "clip.safetensors")
     config = config_to_dict(tiny_config())
@@ -119,7 +119,7 @@ def test_plain_clip_becomes_clip_vip_with_exactly_two_new_tensors(tmp_path: Path
 
 
 def test_added_tokens_start_standard_normal(tmp_path: Path) -> None:
-    plain = ClipVip(without_proxies(tiny_config()))
+    plain = ClipVip(tiny_config(num_added=0, num_times=0))
     plain.initialise()
     save_file(published(plain), tmp_path / "clip.safetensors")
     added = load_clip_vip(

@@ -10,13 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clipmill.base.errors import UserError
-from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
+from tests.helpers.clip_vip import random_pixels, random_texts, save, tiny_model
 from training.models.clip4clip.model import Clip4Clip
 from training.models.clip4clip.settings import Clip4ClipSettings
 from training.models.clip4clip.weight_names import to_released
-from training.models.clip4clip.weights import load_clip4clip, save_clip4clip
+from training.models.clip4clip.weights import load_clip4clip
 from training.models.clip_vip.model import ClipVip, ModelConfig, TowerConfig
-from training.models.clip_vip.weights import save
 
 HEADS = ("meanP", "seqLSTM", "seqTransf", "tightTransf")
 
@@ -44,7 +43,7 @@ def scores(model: Clip4Clip) -> Tensor:
 
 def bare_file(model: Clip4Clip, path: Path) -> dict[str, Tensor]:
     """Write only the tensors, without configuration, as in a released file."""
-    tensors = load_file(save_clip4clip(model, path / "with_config.safetensors"))
+    tensors = load_file(save(model, path / "with_config.safetensors"))
     save_file(tensors, path / "bare.safetensors")
     return tensors
 
@@ -53,7 +52,7 @@ def bare_file(model: Clip4Clip, path: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("head", HEADS)
 def test_a_file_of_ours_is_the_model_again_to_the_bit(head: str, stem: str, tmp_path: Path) -> None:
     model = released_size(head, stem)
-    save_clip4clip(model, tmp_path)
+    save(model, tmp_path)
     again = load_clip4clip(tmp_path, head=None)
     assert (again.settings.head, again.settings.stem, again.new_tensors) == (head, stem, ())
     assert again.config == model.config
@@ -185,7 +184,7 @@ def test_a_2d_model_may_continue_with_a_3d_stem(tmp_path: Path) -> None:
 def test_the_log_scale_is_clamped_in_files(tmp_path: Path) -> None:
     model = released_size()
     model.logit_scale.data.fill_(9.0)
-    assert load_file(save_clip4clip(model, tmp_path / "m.safetensors"))["clip.logit_scale"] <= 4.6052
+    assert load_file(save(model, tmp_path / "m.safetensors"))["clip.logit_scale"] <= 4.6052
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])
     assert config["model_type"] == "clip4clip" and config["clip4clip"]["head"] == "meanP"
@@ -208,7 +207,7 @@ def changed(tmp_path: Path, head: str, change) -> Path:
             "lacks transformerClip.resblocks.1.ln_1",
         ),
         ("meanP", lambda t: t.pop("clip.ln_final.bias"), "lacks text.final_norm.bias"),
-        ("meanP", lambda t: t.pop("clip.visual.conv1.weight"), "clip.visual.conv1.weight is not among them"),
+        ("meanP", lambda t: t.pop("clip.visual.conv1.weight"), "clip.visual.conv1.weight to infer it from is missing"),
         ("meanP", lambda t: t.update({"clip.surplus": torch.zeros(1)}), "surplus"),
         (
             "meanP",

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.clip_vip import max_difference, numbers, reference, tensors
-from training.losses.pair_losses import cross_entropy, max_margin, mil_nce, symmetric_cross_entropy
+from tests.helpers.pair_losses import cross_entropy, max_margin, mil_nce, symmetric_cross_entropy
 from training.models.clip4clip.model import Clip4Clip
 from training.models.clip4clip.weight_names import to_released
 from training.models.clip4clip.weights import load_clip4clip

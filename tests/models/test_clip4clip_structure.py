@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
+from tests.helpers.pair_losses import mil_nce, symmetric_cross_entropy
 from training.losses.omnisource import omnisource_loss
-from training.losses.pair_losses import mil_nce, symmetric_cross_entropy
 from training.models.clip4clip.model import Clip4Clip
 from training.models.clip4clip.settings import Clip4ClipSettings
 from training.optim.optimizers import parameter_groups

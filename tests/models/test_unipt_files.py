@@ -8,18 +8,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clipmill.base.errors import UserError
-from tests.helpers.clip_vip import random_pixels, random_texts, tiny_config, tiny_model
+from tests.helpers.clip_vip import random_pixels, random_texts, save, tiny_config, tiny_model
 from training.models.clip4clip.weight_names import to_released
 from training.models.unipt.model import UniPtClip, side_tensors
 from training.models.unipt.settings import UniPtSettings
-from training.models.unipt.weights import load_unipt, save_unipt
+from training.models.unipt.weights import load_unipt
 
 SETTINGS = UniPtSettings(reduction=2, every=2, tokens="frames")
 
 
 def test_saving_and_loading_gives_the_same_model(tmp_path: Path) -> None:
     model = UniPtClip(tiny_model(), SETTINGS, seed=5)
-    loaded = load_unipt(save_unipt(model, tmp_path / "side.safetensors"), tiny_model())
+    loaded = load_unipt(save(model, tmp_path / "side.safetensors"), tiny_model())
     assert loaded.settings == SETTINGS
     pixels, ids = random_pixels(2, 3), random_texts(2)
     for one, other in zip(model(pixels, ids), loaded(pixels, ids), strict=True):
@@ -28,7 +28,7 @@ def test_saving_and_loading_gives_the_same_model(tmp_path: Path) -> None:
 
 
 def test_a_file_holds_the_published_names_and_no_backbone(tmp_path: Path) -> None:
-    path = save_unipt(UniPtClip(tiny_model()), tmp_path / "side.safetensors")
+    path = save(UniPtClip(tiny_model()), tmp_path / "side.safetensors")
     names = set(load_file(path))
     for tower in ("image_adapter", "text_adapter"):
         layers = [f"downsample_layers.{number}.1" for number in range(3)]
@@ -39,7 +39,7 @@ def test_a_file_holds_the_published_names_and_no_backbone(tmp_path: Path) -> Non
 
 def test_the_same_model_is_the_same_bytes(tmp_path: Path) -> None:
     model = UniPtClip(tiny_model())
-    one, other = (save_unipt(model, tmp_path / f"{name}.safetensors") for name in "ab")
+    one, other = (save(model, tmp_path / f"{name}.safetensors") for name in "ab")
     assert one.read_bytes() == other.read_bytes()
 
 
@@ -63,12 +63,12 @@ def test_a_released_file_brings_its_own_clip(tmp_path: Path, suffix: str) -> Non
 
 
 def test_side_networks_alone_ask_for_their_backbone(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="need the backbone"):
-        load_unipt(save_unipt(UniPtClip(tiny_model()), tmp_path / "folder"))
+    with pytest.raises(UserError, match="give their backbone"):
+        load_unipt(save(UniPtClip(tiny_model()), tmp_path / "folder"))
 
 
 def test_side_networks_of_another_backbone_are_refused(tmp_path: Path) -> None:
-    path = save_unipt(UniPtClip(tiny_model(0)), tmp_path / "side.safetensors")
+    path = save(UniPtClip(tiny_model(0)), tmp_path / "side.safetensors")
     with pytest.raises(UserError, match="trained on backbone"):
         load_unipt(path, tiny_model(1))
 
@@ -77,10 +77,12 @@ def test_missing_foreign_and_misshapen_tensors_are_named(tmp_path: Path) -> None
     tensors = {name: t.clone() for name, t in side_tensors(UniPtClip(tiny_model()).state_dict()).items()}
     path = tmp_path / "side.safetensors"
     cases = {
-        r"lacks 1 tensors, text_adapter.gate_layer.bias": lambda t: t.pop("text_adapter.gate_layer.bias"),
-        r"holds 1 tensors that UniPT does not have, lstm.weight": lambda t: t.update({"lstm.weight": torch.zeros(1)}),
-        r"has besides 1 tensors, text_adapter.more": lambda t: t.update({"text_adapter.more": torch.zeros(1)}),
-        r"image_adapter.upsample_layer.1.bias is \[3\], here it has to be \[16\]": lambda t: t.update(
+        r"lacks 1 tensors, such as text_adapter.gate_layer.bias": lambda t: t.pop("text_adapter.gate_layer.bias"),
+        r"holds 1 tensors that UniPT does not have, such as lstm.weight": lambda t: t.update(
+            {"lstm.weight": torch.zeros(1)}
+        ),
+        r"has besides 1 tensors, such as text_adapter.more": lambda t: t.update({"text_adapter.more": torch.zeros(1)}),
+        r"image_adapter.upsample_layer.1.bias is \[3\], but this model needs \[16\]": lambda t: t.update(
             {"image_adapter.upsample_layer.1.bias": torch.zeros(3)}
         ),
         r"holds no UniPT network": lambda t: t.clear() or t.update({"clip.logit_scale": torch.zeros(1)}),

@@ -46,4 +46,3 @@ def test_an_update_reports_the_weight_of_each_layer() -> None:
     for side, tower in (("image", model.config.vision), ("text", model.config.text)):
         shares = [float(values[f"{side}_layer_{n}"]) for n in range(1 + tower.num_layers)]
         assert sum(shares) == pytest.approx(1) and min(shares) > 0
-        assert shares == model.layer_confidence()[side]

@@ -8,9 +8,8 @@ import torch
 import yaml
 
 from clipmill.base.errors import UserError
-from tests.helpers.clip_vip import random_pixels, random_texts, tiny_model
+from tests.helpers.clip_vip import random_pixels, random_texts, save, tiny_model
 from training.models import registry as models
-from training.models.clip_vip import weights as checkpoint
 from training.models.registry import ModelSettings
 from training.models.unipt.model import UniPtClip
 from training.models.unipt.settings import UniPtSettings
@@ -43,7 +42,7 @@ def _recipe(name: str) -> dict:
 
 
 def saved(folder: Path, **shape) -> str:
-    checkpoint.save(tiny_model(**shape), folder)
+    save(tiny_model(**shape), folder)
     return str(folder)
 
 

@@ -71,15 +71,16 @@ def test_without_any_positive_similarity_only_the_anchors_own_token_remains() ->
     assert all(parameter.grad.isfinite().all() for parameter in adapter.parameters())
 
 
-def test_confidences_of_the_layers_sum_to_one_and_are_reported() -> None:
+def test_confidences_of_the_layers_sum_to_one_and_are_logged() -> None:
     model = tiny_unipt()
-    assert model.layer_confidence() == {}
+    assert model.log_values() == {}
     model.encode_video(random_pixels(3, 2).double())
     model.encode_text(random_texts(3))
-    confidence = model.layer_confidence()
-    assert set(confidence) == {"image", "text"}
-    for shares in confidence.values():
-        assert len(shares) == 3 and min(shares) > 0 and sum(shares) == pytest.approx(1)
+    logged = model.log_values()
+    assert set(logged) == {f"{side}_layer_{n}" for side in ("image", "text") for n in range(3)}
+    for side in ("image", "text"):
+        shares = [float(logged[f"{side}_layer_{n}"]) for n in range(3)]
+        assert min(shares) > 0 and sum(shares) == pytest.approx(1)
 
 
 def formula(widths: list[int], embed_dim: int, reduction: int) -> int:

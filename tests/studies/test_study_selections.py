@@ -6,8 +6,8 @@ import pytest
 
 from bench.studies.selections import POOLS, drawn, facts
 from shards.query.sql import open_manifest
+from tests.helpers.loaders import select
 from tests.helpers.shards import make_corpus, pack
-from training.data.selection import select
 
 NUM_CLIPS, HALF = 60, 0.5
 

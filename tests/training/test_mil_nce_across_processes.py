@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tests.helpers.clip_vip import random_texts
+from tests.helpers.pair_losses import mil_nce
 from tests.helpers.updates import BATCH, alone, assert_same, settings, together, whole_batch
 from training.data.batch import Batch
 from training.losses.mil_nce import mil_nce_loss
-from training.losses.pair_losses import mil_nce
 
 NUM, DIM = 6, 8
 

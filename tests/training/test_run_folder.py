@@ -40,7 +40,7 @@ def test_a_run_remembers_how_it_was_begun(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         RunFolder(tmp_path).require()
 
 

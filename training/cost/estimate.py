@@ -1,7 +1,7 @@
 """Estimate the cost of a run before it starts: steps, bytes, memory, FLOPs, time. Nothing is started or written.
 
-Each part has its own source: `DataCost` the corpus's tables, `StepCost` the model's configuration, `Memory` both and
-the settings, `Speed` a device's peak. The constants below say what is measured and what is assumed.
+`DataCost` comes from the corpus's tables, `StepCost` from the model's configuration, `Memory` from both and the
+settings, `Speed` from a device's peak. The comments of the constants below name measurements and assumptions.
 """
 
 import os
@@ -29,14 +29,14 @@ from training.run.hardware_peaks import gpu_peak, peak_flops
 from training.run.settings import RunSettings
 from training.settings import DataSettings, TrainSettings
 
-# Share of a device's dense peak that a step is assumed to reach: what the GPU bench aims at; half of what the CPU's
-# matrix products alone reach here, since small ones and everything between them are slower.
+# Assumed share of a device's dense peak: the goal of the GPU bench; on a CPU half the speed of its matrix products,
+# because small products and the operations between them are slower.
 ASSUMED_MFU = {"cuda": 0.45, "cpu": 0.5}
-# Samples per second and core that loader processes decode: 12 frames of 224² from shards as clipmill encodes them.
+# Samples per second and core that loader processes decode: 12 frames of 224² from shards in clipmill's encoding.
 DECODED_PER_CORE_S = 60.0
 DECODED_PIXELS = 13 * 224**2  # of such a sample
-GPUS = ("A100", "H100", "H200")  # shown where none is named
-CHUNK = 32  # samples, of the alternative with gradient caching
+GPUS = ("A100", "H100", "H200")  # shown by default
+CHUNK = 32  # samples per chunk in the estimate with gradient caching
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class DataCost:
     num_without_subtitle: int
     num_without_caption: int
     num_without_text: int
-    num_short: int  # of fewer frames than are taken, so that some come twice
-    read_bytes: int  # per epoch, gaps that are read along included
+    num_short: int  # with fewer frames than are taken, so that some repeat
+    read_bytes: int  # per epoch, with the gaps between merged reads
     num_reads: int
     selection_bytes: int  # of selection.arrow
     plan_bytes: int  # of one epoch's plan
@@ -60,11 +60,11 @@ class DataCost:
 
 @dataclass(frozen=True)
 class StepCost:
-    """The arithmetic of the run."""
+    """Steps, parameters and FLOPs of the run."""
 
     steps_per_epoch: int
     total_steps: int
-    num_dropped: int  # clips that an epoch leaves for another
+    num_dropped: int  # clips that are not in an epoch
     batch_size: int
     per_device: int  # slots of a batch
     num_parameters: int
@@ -74,7 +74,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device; the allocator's slack and the device's own context (about 1 GB on a GPU) come on top."""
+    """Bytes on one device, without the allocator's slack and the device's context (about 1 GB on a GPU)."""
 
     weights: int
     gradients: int
@@ -100,7 +100,7 @@ class Speed:
     mfu: float  # assumed
     samples_per_s: float
     total_s: float
-    decoding_cores: float  # that it takes to keep up
+    decoding_cores: float  # needed to decode as fast
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Estimate:
     memory: Memory
     with_checkpointing: Memory
     with_chunks: Memory  # of CHUNK samples
-    checkpoint_bytes: int  # of all that a run keeps
+    checkpoint_bytes: int  # of all checkpoints that a run keeps
     speeds: tuple[Speed, ...]
     notes: tuple[str, ...]
 
@@ -123,8 +123,7 @@ def estimate(
     gpus: Sequence[str] = GPUS,
     tables: Mapping[str, str | Path] | None = None,
 ) -> Estimate:
-    """Estimate the cost of `clipmill train` with these settings. Raises UserError wherever that command would."""
-
+    """Estimate the cost of `clipmill train` with these settings. Raises UserError like that command."""
     data, train = settings.data, settings.train
     config = models.config_of(settings.model)
     text_encoder(config, data.max_text_tokens)
@@ -134,7 +133,7 @@ def estimate(
     spec = spec_without_groups(cost.num_clips, data, train.batch_size)
     footprint = Footprint(config, settings)
     check_settings(footprint.model, train)
-    footprint.model.set_activation_checkpointing(train.activation_checkpointing)  # refused by UniPT
+    footprint.model.set_activation_checkpointing(train.activation_checkpointing)  # UniPT raises UserError
     step = step_cost(footprint, settings, spec, total_steps(spec, train), num_devices)
     sizes = (step.per_device, num_devices)
     checkpointed = train.model_copy(update={"activation_checkpointing": True})
@@ -158,7 +157,7 @@ def estimate(
 
 
 def data_cost(samples: Samples, training: ClipQuery, held_out: ClipQuery | None, settings: RunSettings) -> DataCost:
-    """Count over the selected rows once, in pieces."""
+    """Count the selected clips and their bytes in one pass over the rows."""
     data, totals = settings.data, _Totals(samples.root, settings.data)
     for batch in selected_rows(samples, training):
         totals.add(batch)
@@ -186,21 +185,18 @@ class _Totals:
     def counts(self) -> dict[str, int]:
         return self._counts | {"num_shards": len(self.shards)}
 
-    def _num_shown(self, batch: pa.RecordBatch) -> pa.Array:
-        """Return the number of each clip's frames that may be taken."""
-        if self.data.frames_per_s is None:
-            return batch["num_frames"]
-        return pc.ceil(pc.multiply(pc.divide(batch["num_frames"], batch["fps"]), self.data.frames_per_s))
-
     def add(self, batch: pa.RecordBatch) -> None:
         self.shards |= set(pc.unique(batch["shard"]).to_pylist())
+        num_frames = batch["num_frames"]
+        if self.data.frames_per_s is not None:
+            num_frames = pc.ceil(pc.multiply(pc.divide(num_frames, batch["fps"]), self.data.frames_per_s))
         no_subtitle, no_caption = _is_empty(batch[self.data.subtitle]), _is_empty(batch["caption"])
         read_bytes, num_reads = self._reads(batch)
         found = {
             "num_without_subtitle": _sum(no_subtitle),
             "num_without_caption": _sum(no_caption),
             "num_without_text": _sum(pc.and_(no_subtitle, no_caption)),
-            "num_short": _sum(pc.less(self._num_shown(batch), self.data.num_frames)),
+            "num_short": _sum(pc.less(num_frames, self.data.num_frames)),
             "num_reads": num_reads,
             "read_bytes": read_bytes,
             "selection_bytes": batch.nbytes,
@@ -209,7 +205,7 @@ class _Totals:
             self._counts[name] += value
 
     def _reads(self, batch: pa.RecordBatch) -> tuple[int, int]:
-        """Return (bytes, reads) of every clip alone, its still in the same read if it lies near."""
+        """Return (bytes, reads) of single clips, with the still in the same read if it is near."""
         mp4_bytes = _sum(batch["mp4_bytes"])
         if self.data.still != "captioned":
             return mp4_bytes, batch.num_rows
@@ -254,7 +250,8 @@ def step_cost(
 def memory(footprint: Footprint, data: DataSettings, train: TrainSettings, per_device: int, num_devices: int) -> Memory:
     """Estimate the bytes on one device.
 
-    Weights, gradients and AdamW's two moments of weights that train are fp32: 4 + 4 + 8 bytes, divided by FSDP.
+    Weights, gradients and AdamW's two moments of trained weights are fp32: 4 + 4 + 8 bytes, divided among devices by
+    FSDP.
 
     activations  of the samples encoded at a time (`train.chunk_size`, else all of the device's), and of the pairs
     loss         features and similarities of the whole batch with the device's rows, and their gradients
@@ -288,7 +285,7 @@ class Device:
     name: str
     kind: str  # of ASSUMED_MFU
     peak_flops: float
-    num_cores: int = 0  # of a CPU, which trains and decodes with the same cores
+    num_cores: int = 0  # of a CPU, which trains and decodes on the same cores
 
 
 def devices(train: TrainSettings, gpus: Sequence[str]) -> list[Device]:
@@ -299,13 +296,13 @@ def devices(train: TrainSettings, gpus: Sequence[str]) -> list[Device]:
     for name in gpus:
         peak = train.peak_tflops * 1e12 if train.peak_tflops else gpu_peak(name, train.precision)
         if peak is None:
-            raise UserError(f"--gpu {name}: its peak is not known here. Give it with --set train.peak_tflops=NUMBER.")
+            raise UserError(f"--gpu {name}: its peak is not known. Give it with --set train.peak_tflops=NUMBER.")
         found.append(Device(name, "cuda", peak))
     return found
 
 
 def speed_on(device: Device, num_devices: int, step: StepCost, sample_pixels: int) -> Speed:
-    """Compute speed at the assumed share of the peak; a GPU's data is decoded on other cores, a CPU's on its own."""
+    """Compute the speed at the assumed share of the peak; a CPU also decodes, a GPU's data is decoded elsewhere."""
     mfu, count = ASSUMED_MFU[device.kind], 1 if device.num_cores else num_devices
     decode_s = sample_pixels / DECODED_PIXELS / DECODED_PER_CORE_S
     sample_s = step.flops_per_step / step.batch_size / (count * device.peak_flops * mfu)

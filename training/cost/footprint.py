@@ -1,4 +1,4 @@
-"""Tell what a model takes to train, from shapes alone: parameters, FLOPs, and bytes kept for the backward pass."""
+"""Compute a model's training costs from its shapes: parameters, FLOPs, and bytes kept for the backward pass."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -15,13 +15,13 @@ from training.run.settings import RunSettings
 from training.settings import DataSettings, TrainSettings
 
 # Bytes that autograd keeps for the backward pass, per token, channel and block: counted with saved-tensor hooks on the
-# CPU, over towers of 6 to 12 blocks (tests/training/test_plan_command_estimates.py). Compiling keeps less.
+# CPU, over towers of 6 to 12 blocks (tests/training/test_plan_command_estimates.py). A compiled model keeps less.
 KEPT_BYTES = {"bf16": 45, "fp32": 78}
-BLOCK_INPUT_BYTES = 4  # all that activation checkpointing keeps of a block: the fp32 stream that enters it
+BLOCK_INPUT_BYTES = 4  # kept per block with activation checkpointing: the fp32 input
 
 
 class Footprint:
-    """The costs of the model that `config` and a run's settings describe; its weights are not read."""
+    """Costs of the model of `config` and a run's settings, without reading weights."""
 
     def __init__(self, config: ModelConfig, settings: RunSettings):
         self.config, self.settings = config, settings
@@ -38,7 +38,7 @@ class Footprint:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Count weights in fp32, the moments of those that train, and the averaged weights."""
+        """Count weights in fp32, the moments of trained weights, and the averaged weights."""
         written = self.num_trained if self.model.saves_only_trained else self.num_parameters
         return 4 * written + 8 * self.num_trained + 4 * written * bool(self.settings.train.ema)
 
@@ -46,8 +46,8 @@ class Footprint:
     def flops_of_clip(self) -> float:
         """Count forward and backward FLOPs of a clip with its texts.
 
-        An upper bound: texts are taken as long as they may be, while batches are cut to their longest. A backward pass
-        costs two forward passes, and there is none through blocks below all that trains.
+        This is an upper bound, because batches are cut to their longest text, and texts are assumed to have the maximal
+        length. A backward pass costs two forward passes, except through the frozen blocks below all trained weights.
         """
         data, sources = self.settings.data, load_loss(self.settings.train.loss).sources
         lengths = (data.max_text_tokens,) * _num_texts(data, sources)
@@ -56,7 +56,7 @@ class Footprint:
 
     @property
     def flops_of_pair(self) -> float:
-        """Count FLOPs of each text with each clip of a batch, where pairs are scored."""
+        """Count FLOPs of scoring one pair of text and clip; 0 for models with vectors."""
         return self.model.pair_flops(self.settings.data.num_frames)
 
     def kept_of_clip(self, train: TrainSettings) -> int:
@@ -70,12 +70,12 @@ class Footprint:
         return kept + KEPT_BYTES[self.settings.train.precision] * self.model.head_activations(data.num_frames)
 
     def kept_of_pairs(self, num_pairs: int) -> int:
-        """Count bytes kept of the pairs that are scored at a time; those of the others are computed again."""
+        """Count bytes kept of the pairs scored at a time, because other pairs are recomputed."""
         values = self.model.pair_activations(self.settings.data.num_frames, num_pairs)
         return KEPT_BYTES[self.settings.train.precision] * values
 
     def _counted_bytes(self, train: TrainSettings) -> int:
-        """Count what autograd keeps of one clip, as the difference of two clips and one on tensors without contents."""
+        """Count the bytes that autograd keeps of one clip, as the difference of two clips and one on fake tensors."""
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         data, size = self.settings.data, self.config.image_size
@@ -93,14 +93,14 @@ class Footprint:
 
 
 def pixels_of(config: ModelConfig, data: DataSettings, train: TrainSettings) -> int:
-    """Count the pixels of one sample: its frames, and the still where the loss has one."""
+    """Count the pixels of one sample: its frames, and the still if the loss has one."""
     return (data.num_frames + int("frame" in load_loss(train.loss).sources)) * config.image_size**2
 
 
 def kept_bytes(config: ModelConfig, data: DataSettings, train: TrainSettings, frozen_blocks: int = 0) -> int:
-    """Count bytes kept of one sample: tokens x width x (bytes per block x blocks), and those of one block recomputed.
+    """Count bytes kept of one sample: tokens x width x bytes per block x blocks.
 
-    A vision tower's last block computes its class token alone, so it keeps next to nothing.
+    A vision tower's last block computes only its class token and is not counted.
     """
     num_texts = _num_texts(data, load_loss(train.loss).sources)
     vision_blocks = max(config.vision.num_layers - 1 - frozen_blocks, 0)
@@ -126,15 +126,15 @@ def _num_texts(data: DataSettings, sources: frozenset[str]) -> int:
 
 def _kept_per_token(tower: TowerConfig, num_blocks: int, train: TrainSettings) -> int:
     per_block = KEPT_BYTES[train.precision] * tower.width
-    if train.activation_checkpointing:
+    if train.activation_checkpointing:  # the inputs of all blocks, and one block that is recomputed
         return BLOCK_INPUT_BYTES * tower.width * num_blocks + per_block
     return per_block * num_blocks
 
 
 def saved_bytes(model: nn.Module, step: Callable[[], Any]) -> int:
-    """Count bytes that autograd keeps of `step` for the backward pass, each storage once, the model's weights excluded.
+    """Count bytes that autograd keeps of `step` for the backward pass, each storage once, without the model's weights.
 
-    Under `FakeTensorMode` shapes alone are enough: a model of any size costs no memory and no time.
+    With `FakeTensorMode` this needs neither memory nor time for a model of any size.
     """
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}

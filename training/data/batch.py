@@ -1,7 +1,7 @@
-"""Data from the loader to the model: one process's share of one step.
+"""The batch that the loader hands to the model: one process's share of one step.
 
-B slots of this process, T frames, S pixels a side, L tokens, N texts of neighbours. Pixels are uint8 until the device
-normalises them.
+B slots of this process, T frames, S pixels a side, L tokens, N texts of neighbours. Pixels stay uint8 until they are
+normalised on the device.
 """
 
 from dataclasses import dataclass, fields
@@ -14,21 +14,21 @@ from torch import Tensor
 class Batch:
     """The slots of `training.data.epoch_plan.rank_slots` of one step, in slot order.
 
-    A slot whose clip could not be read, or that the plan left empty, has `video_mask` false and zeros everywhere. A
-    clip without subtitle or caption has that mask alone false, and ids that nobody looks at (one end token).
+    An empty slot, or one whose clip could not be read, has `video_mask` false and zeros everywhere. For a clip without
+    subtitle or caption only the mask of that text is false; its ids are a lone end token, which is not read.
     """
 
-    rows_B: Tensor  # int64: the clip's row in the selection, -1 for a slot that the plan left empty
+    rows_B: Tensor  # int64: the clip's row in the selection, -1 for an empty slot
     video_BT3SS: Tensor  # uint8
     frame_B13SS: Tensor  # uint8: the still frame F
-    subtitle_BL: Tensor  # int64 ids, padded behind the end token
+    subtitle_BL: Tensor  # int64 ids, padded after the end token
     caption_BL: Tensor
-    video_mask_B: Tensor  # bool: the clip could be read, so its frame is there, too
+    video_mask_B: Tensor  # bool: the clip could be read, and so its still frame
     subtitle_mask_B: Tensor
     caption_mask_B: Tensor
-    # bool: a frame of the clip, not one of zeros behind a short one (data.frames_per_s); None: all are
+    # bool: false for frames of zeros that pad a short clip (data.frames_per_s); None: all are real
     frame_mask_BT: Tensor | None = None
-    # Subtitles of the clips before and behind, nearest first (data.neighbours); None: N = 0
+    # Subtitles of the clips before and after, nearest first (data.neighbours); None: N = 0
     neighbour_BNL: Tensor | None = None
     neighbour_mask_BN: Tensor | None = None
 
@@ -45,10 +45,7 @@ class Batch:
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
         return Batch(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
-    def pin_memory(self) -> "Batch":
-        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
-
     def split(self, size: int) -> list["Batch"]:
-        """Split into chunks of at most `size` slots: views, nothing is copied."""
+        """Split into chunks of at most `size` slots, as views."""
         columns = [getattr(self, f.name).split(size) for f in fields(self)]
         return [Batch(*parts) for parts in zip(*columns, strict=True)]

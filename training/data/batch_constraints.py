@@ -1,7 +1,7 @@
-"""Keeping clips that belong together out of one batch: dealing, finding what still meets, swapping it apart.
+"""Keep clips of one group (video, near-duplicates) out of one batch: deal them apart, find conflicts, swap them away.
 
-A group array gives each clip a code; equal codes must not meet in a step. Several arrays (video, near-duplicates) hold
-at once. Rows are those of `training.data.epoch_plan`: uint32 row numbers [steps, batch], `PAD` where there is none.
+A group array gives each clip a code; equal codes must not meet in a step. Several arrays apply at once. Rows are those
+of `training.data.epoch_plan`: uint32 row numbers [steps, batch], `PAD` for holes.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from training.data.stateless_random import mix
 
 OnConflict = Literal["error", "keep"]
 Codes = NDArray[np.uint32]
-Groups = list[Codes | None]  # None: every clip is a group of its own, for rows that occur twice
+Groups = list[Codes | None]  # None: every clip is its own group, for rows that occur twice
 
-NONE = np.uint32(2**32 - 1)  # in no group; also the number of a hole
+NONE = np.uint32(2**32 - 1)  # code of clips in no group; also the row number of a hole
 _RANDOM_TRIES = 64
-_MOST_FAILURES = 1000  # in a row, under "keep": a selection that cannot be parted is not worth more time
+_MOST_FAILURES = 1000  # consecutive failures, under "keep", after which the remaining conflicts stay
 
 
 class _Shape(Protocol):
@@ -28,7 +28,7 @@ class _Shape(Protocol):
 
 
 def as_groups(groups: Sequence[NDArray[np.integer]]) -> Groups:
-    """Code groups as uint32: unchanged if they fit, else hashed (a collision only parts clips without need)."""
+    """Code groups as uint32: unchanged if they fit, else hashed (a collision only separates clips needlessly)."""
     return [_codes_of(np.asarray(group)) for group in groups]
 
 
@@ -44,16 +44,16 @@ def codes_of_rows(codes: Codes | None, rows: NDArray[np.uint32]) -> Codes:
 def deal_keys(codes_PN: Codes, rows_PN: NDArray[np.uint32], key: int) -> NDArray[np.uint64]:
     """Hash rows [P, N] so that rows of a group in the same stream are equal: sorting brings a group together.
 
-    Every stream hashes for itself: with one hash for all, a group's clips in two streams would be dealt to like steps.
+    The hash depends on the stream, because otherwise a group's clips in two streams would be dealt to the same steps.
     """
-    # the numbers of rows that have no group are kept apart from the codes of groups
+    # row numbers of clips without group are offset, so that they never equal a group's code
     values = np.where(codes_PN == NONE, rows_PN + np.uint64(1 << 32), codes_PN)
     streams = np.arange(len(rows_PN), dtype=np.uint64)[:, None] << np.uint64(33)
     return mix(values + streams, key)
 
 
 def num_repeated(codes_SB: Codes) -> NDArray[np.int64]:
-    """Count, for each step, the slots whose code is in their step already: [steps]."""
+    """Count the slots of each step whose code already occurs in that step: [steps]."""
     ordered = np.sort(codes_SB, axis=1)
     return np.count_nonzero((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NONE), axis=1)
 
@@ -61,16 +61,16 @@ def num_repeated(codes_SB: Codes) -> NDArray[np.int64]:
 def repair(
     rows: NDArray[np.uint32], groups: Groups, steps: NDArray[np.int64], key: int, shape: _Shape, on_conflict: OnConflict
 ) -> None:
-    """Swap rows in place until none of `steps` holds a group twice; each swap leaves fewer pairs.
+    """Swap rows in place until none of `steps` holds a group twice; each swap reduces the number of pairs.
 
-    With one kind of group there always is such a swap while no group has more clips than there are steps: if a step
-    without the group has no clip to give, it holds pairs itself. With several kinds there may be none: then, and for
-    groups that are too large, `on_conflict` says whether that is an error or stays.
+    With one kind of group such a swap always exists while no group has more clips than there are steps: a step without
+    the group that cannot give a clip holds pairs itself. With several kinds, or a larger group, it may not exist:
+    `on_conflict` then raises UserError ("error") or leaves the pair ("keep").
     """
     failures = 0
     for step in steps.tolist():
         for slot in _repeated_slots(rows[step], groups):
-            # until nothing is shared: what a swap brings in may share a group itself, if that leaves fewer pairs
+            # repeated, because the clip that a swap brings in may share a group with the step as well
             while _conflicts(rows, groups, step, slot):
                 swapped = _swap_at_random(rows, groups, step, slot, key, shape)
                 if not swapped and failures < _MOST_FAILURES:
@@ -78,7 +78,7 @@ def repair(
                 failures = 0 if swapped else failures + 1
                 if not swapped and on_conflict == "error":
                     raise UserError(
-                        f"step {step} must hold two clips of one group: no swap parts them. "
+                        f"step {step} must hold two clips of one group: no swap separates them. "
                         "Allowed: a smaller batch_size, fewer kinds of groups, or unmet 'keep'"
                     )
                 if not swapped:
@@ -92,7 +92,7 @@ def _codes_of(group: NDArray[np.integer]) -> Codes:
         return group
     fits = group.size == 0 or int(group.max()) < NONE
     codes = np.empty(len(group), np.uint32)
-    for start in range(0, len(group), 1 << 16):  # in pieces: the temporaries of a large array would outgrow the plan
+    for start in range(0, len(group), 1 << 16):  # in pieces, to bound the memory of temporaries
         part = group[start : start + (1 << 16)]
         none = part < 0 if part.dtype.kind == "i" else part == np.iinfo(part.dtype).max
         hashed = part if fits else np.minimum(mix(part, 0) >> np.uint64(32), NONE - 1)
@@ -101,7 +101,7 @@ def _codes_of(group: NDArray[np.integer]) -> Codes:
 
 
 def _repeated_slots(step_rows: NDArray[np.uint32], groups: Groups) -> list[int]:
-    """Return the slots behind the first of their group, of any kind."""
+    """Return the slots whose group, of any kind, already occurs in an earlier slot."""
     slots: set[int] = set()
     for codes in groups:
         of_rows = codes_of_rows(codes, step_rows)
@@ -112,7 +112,7 @@ def _repeated_slots(step_rows: NDArray[np.uint32], groups: Groups) -> list[int]:
 
 
 def _conflicts(rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, clip: np.uint32 | None = None) -> int:
-    """Count the kinds of group that `clip` (None: the slot's own) shares with others of the step."""
+    """Count the kinds of group that `clip` (None: the slot's own) shares with the other slots of the step."""
     clips = rows[step, slot : slot + 1] if clip is None else np.array([clip])
     total = 0
     for codes in groups:
@@ -127,7 +127,7 @@ def _conflicts(rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, c
 def _conflicts_of(
     rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, clips: NDArray[np.uint32]
 ) -> NDArray[np.int64]:
-    """Count them for each of `clips`."""
+    """Count `_conflicts` for each of `clips`, vectorised."""
     others = np.delete(rows[step], slot)
     total = np.zeros(len(clips), np.int64)
     for codes in groups:
@@ -137,7 +137,7 @@ def _conflicts_of(
 
 
 def _swap_at_random(rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, key: int, shape: _Shape) -> bool:
-    """Try swaps after which neither clip shares a group, first in the window and stream, where reads stay local."""
+    """Try random swaps that leave neither clip in conflict, first within the window and stream, so reads stay local."""
     num_steps, batch = rows.shape
     draws = mix(np.arange(2 * _RANDOM_TRIES) + (step * batch + slot) * 2 * _RANDOM_TRIES, key).reshape(-1, 2)
     window = step - step % shape.window_steps
@@ -162,13 +162,16 @@ def _swap_at_random(rows: NDArray[np.uint32], groups: Groups, step: int, slot: i
 def _swap_anywhere(
     rows: NDArray[np.uint32], groups: Groups, step: int, slot: int, key: int, on_conflict: OnConflict
 ) -> bool:
-    """Make the first swap in any step, holes included, that leaves fewer pairs. Reads all steps at worst."""
+    """Make the first swap in any step, holes included, that reduces the number of pairs; search all steps if needed."""
     num_steps, batch = rows.shape
-    if (size := _largest_group_of(rows[step, slot], groups)) > num_steps:
+    own = rows[step, slot]
+    kinds = [codes for codes in groups if codes is not None and codes[own] != NONE]
+    size = max((int(np.count_nonzero(codes == codes[own])) for codes in kinds), default=0)
+    if size > num_steps:
         if on_conflict == "keep":
             return False
         raise UserError(
-            f"{size} selected clips belong to one group, but an epoch has {num_steps} steps: two must share a batch. "
+            f"{size} selected clips belong to one group, but an epoch has {num_steps} steps: two would share a batch. "
             "Allowed: a smaller batch_size, a selection with fewer clips per group, or unmet 'keep'"
         )
     mine = _conflicts(rows, groups, step, slot)
@@ -184,9 +187,3 @@ def _swap_anywhere(
                 rows[step, slot], rows[other, other_slot] = rows[other, other_slot], rows[step, slot]
                 return True
     return False
-
-
-def _largest_group_of(clip: np.uint32, groups: Groups) -> int:
-    """Count the selected clips of the largest of a clip's groups."""
-    kinds = [codes for codes in groups if codes is not None and codes[clip] != NONE]
-    return max((int(np.count_nonzero(codes == codes[clip])) for codes in kinds), default=0)

@@ -1,12 +1,12 @@
-"""Decode a clip's bytes to the model's pixels: the pictures that are asked for, as S x S RGB.
+"""Decode frames of a clip from its bytes to the model's pixels, S x S RGB.
 
-There are three ways to the same pictures. A clip of the default encoding is a plain MP4: its packets go straight from
-memory to the decoder (`training.data.mp4_index`). Clips of the "jpeg-frames" encoding are JPEGs. Any other file, and a
-plain MP4 that the first way cannot decode, is read as sources are (`clipmill.media.packets`, `clipmill.media.decode`):
-any container, frames in any order, turned upright. Picture k is the k-th in display order in all of them.
+There are three decoders with the same result. Packets of a plain MP4, the default encoding, go straight from memory to
+the codec (`training.data.mp4_index`). Clips of the "jpeg-frames" encoding are JPEGs. Any other file, and a plain MP4
+that the first decoder refuses, is read like a source video (`clipmill.media.packets`, `clipmill.media.decode`): any
+container, frames in any order, rotated upright. Frame k is the k-th in display order in all of them.
 
-A picture is turned to RGB by swscale with the matrix and range that the stream names (BT.601 or BT.709 by size where it
-names none), then resized by `training.data.frame_sampling.resize`. Legend: N pictures, S pixels a side.
+swscale converts a frame to RGB with the matrix and range of the stream (if unspecified, BT.601 or BT.709 by size), then
+`training.data.frame_sampling.resize` scales it. Legend: N pictures, S pixels a side.
 """
 
 import contextlib
@@ -38,13 +38,13 @@ Bytes = bytes | memoryview
 Choose = Callable[[int], Sequence[int] | NDArray[np.integer]]
 
 LIMITS = Limits()
-# Pictures are resized together as long as they are small: the fixed cost of a call is a fifth of a small picture's.
+# Small pictures are resized together, because the fixed cost of a call is a fifth of a small picture's.
 _TOGETHER_PIXELS = 4_000_000
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Size of the model's pictures, and how frames are fitted to it."""
+    """Size of the model's pictures, and the way frames are fitted to it."""
 
     size: int  # S
     fit: Fit = "squash"
@@ -52,9 +52,9 @@ class Picture:
 
 
 def decode_clip(data: Bytes, choose: Choose, picture: Picture, out: Sequence[Pixels] | None = None) -> Sequence[Pixels]:
-    """Decode the frames that `choose(number of frames)` names, in its order: uint8 [N, S, S, 3].
+    """Decode the frames with the indices `choose(number of frames)`, in that order: uint8 [N, S, S, 3].
 
-    out  N arrays [S, S, 3] to write them to; None: a new one [N, S, S, 3]
+    out  N arrays [S, S, 3] to write to; None: a new array [N, S, S, 3]
     Raises ItemError: empty-file, not-a-video, no-video-stream, undecodable, too-large, too-many-frames,
     not-jpeg-frames, bad-jpeg.
     """
@@ -80,7 +80,7 @@ def _distinct(data: Bytes, choose: Choose, picture: Picture) -> tuple[Pixels, ND
         try:
             return _from_track(data, track, choose, picture)
         except _NotSoPlain:
-            pass  # what is wrong with it is for the general way to say
+            pass  # the general decoder reports errors
     return _from_container(data, choose, picture)
 
 
@@ -88,7 +88,7 @@ def _distinct(data: Bytes, choose: Choose, picture: Picture) -> tuple[Pixels, ND
 
 
 class _NotSoPlain(Exception):
-    """The decoder does not give picture for packet."""
+    """The codec does not return one picture per packet."""
 
 
 def _from_track(data: Bytes, track: Track, choose: Choose, picture: Picture) -> tuple[Pixels, NDArray[np.intp]]:
@@ -113,7 +113,7 @@ def _track_frames(data: Bytes, track: Track, shown: NDArray[np.integer]) -> Iter
     try:
         for first, last in _stretches(track.keys, shown):
             number = first
-            for frame in _decoded(decoder, view, track, first, last):
+            for frame in _decode_packets(decoder, view, track, first, last):
                 if number in wanted:
                     yield frame
                 number += 1
@@ -136,8 +136,8 @@ def _stretches(keys: NDArray[np.bool_], shown: NDArray[np.integer]) -> list[tupl
     return stretches
 
 
-def _decoded(decoder, view: memoryview, track: Track, first: int, last: int) -> Iterator[av.VideoFrame]:
-    """Decode packets, then drain and flush: two keys that are no neighbours may have the same H.264 picture id."""
+def _decode_packets(decoder, view: memoryview, track: Track, first: int, last: int) -> Iterator[av.VideoFrame]:
+    """Decode packets, then drain and flush, because key frames of two groups may have the same H.264 picture id."""
     for number in range(first, last + 1):
         offset = int(track.offsets[number])
         yield from decoder.decode(av.Packet(view[offset : offset + int(track.sizes[number])]))
@@ -149,10 +149,10 @@ def _decoded(decoder, view: memoryview, track: Track, first: int, last: int) -> 
 
 
 def _from_container(data: Bytes, choose: Choose, picture: Picture) -> tuple[Pixels, NDArray[np.intp]]:
-    """Decode by the packets' timestamps; if those are wrong, by the order of the decoder's output."""
+    """Decode by the packets' timestamps; if they are wrong, by the order of the decoder's output."""
     if not data:
         raise ItemError("empty-file", "the clip has no bytes")
-    with _named(data) as path, _told_without(path):
+    with _named(data) as path, _without_path(path):
         for listed in (lambda counts: list_frames(path, LIMITS), lambda counts: list_by_decoding(path, LIMITS, counts)):
             counts = DecodeCounts()
             try:
@@ -171,7 +171,7 @@ def _from_container(data: Bytes, choose: Choose, picture: Picture) -> tuple[Pixe
 
 @contextlib.contextmanager
 def _named(data: Bytes) -> Iterator[str]:
-    """Give bytes in memory a path, because FFmpeg's demuxers open files by name."""
+    """Yield a path to bytes in memory, because FFmpeg's demuxers open files by name."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("clip")
         try:
@@ -188,8 +188,8 @@ def _named(data: Bytes) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _told_without(path: str) -> Iterator[None]:
-    """Remove the name of a temporary file from errors."""
+def _without_path(path: str) -> Iterator[None]:
+    """Remove the name of a temporary file from error messages."""
     try:
         yield
     except ItemError as error:
@@ -203,7 +203,7 @@ def _told_without(path: str) -> Iterator[None]:
 def _from_jpegs(data: Bytes, choose: Choose, picture: Picture) -> tuple[Pixels, NDArray[np.intp]]:
     files = jpeg_frames(data)
     if not files:
-        raise ItemError("undecodable", "a clip of no pictures")
+        raise ItemError("undecodable", "the clip has no pictures")
     shown, places = np.unique(np.asarray(choose(len(files))), return_inverse=True)
     gather = _Gather(picture)
     for number in shown.tolist():
@@ -212,7 +212,7 @@ def _from_jpegs(data: Bytes, choose: Choose, picture: Picture) -> tuple[Pixels, 
 
 
 def _jpeg(data: Bytes) -> Pixels:
-    """Decode a JPEG to uint8 [H, W, 3], turned as its EXIF says; check its size before decoding."""
+    """Decode a JPEG to uint8 [H, W, 3], rotated as its EXIF says; check its size before decoding."""
     try:
         with Image.open(io.BytesIO(data)) as header:
             width, height = header.size
@@ -250,7 +250,7 @@ def _converter(width: int, height: int, pix_fmt: str) -> VideoReformatter:
 
 
 class _Gather:
-    """Takes pictures one after another, resizes those of one shape together."""
+    """Collects pictures and resizes those of one shape together."""
 
     def __init__(self, picture: Picture):
         self.picture = picture
@@ -278,7 +278,7 @@ class _Gather:
 
 
 def _resized(pictures: list[Pixels], picture: Picture) -> Pixels:
-    """Resize frames of one shape to [N, S, S, 3]. Memory stays channels last: the fast path of the resize."""
+    """Resize frames of one shape to [N, S, S, 3]. Memory stays channels last, which is the resize's fast path."""
     stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     small = resize(stacked, picture.size, fit=picture.fit, antialias=picture.antialias)
     return small.permute(0, 2, 3, 1).numpy()

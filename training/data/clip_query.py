@@ -1,4 +1,4 @@
-"""Open a corpus for selecting, and find the clips that an SQL condition picks.
+"""Open a corpus for selecting, and find the clips that meet an SQL condition.
 
 `open_samples` presents a corpus's manifest, or an index of plain tars, as the same few tables. `select_clips` runs the
 user's condition on them and keeps one bit per row of `samples`. `training.data.run_selection` combines the conditions
@@ -32,7 +32,7 @@ class Samples:
 
     connection: Any  # duckdb.DuckDBPyConnection
     name: str  # as the user gave it
-    root: str  # folder or URL that shards are relative to; "": they are not relative
+    root: str  # folder or URL that shards are relative to; "": their paths are absolute
     shard_prefix: str  # precedes `samples.shard` in a path from the root
     problems: tuple[Problem, ...] = ()  # found while indexing plain tars, which no build has verified
 
@@ -51,7 +51,7 @@ def open_samples(corpus: str | Path, tables: Tables | None = None, num_neighbour
     (subtitles of clips near in time), and `_copies` (videos with the bytes of an earlier one).
 
     tables          further tables that conditions may use, by name, see `shards.query.sql.open_manifest`
-    num_neighbours  clips before and behind whose subtitles are needed, see `data.neighbours`
+    num_neighbours  clips before and after whose subtitles are needed, see `data.neighbours`
     """
     from shards.query.sql import open_manifest
     from shards.storage.s3 import is_url
@@ -82,8 +82,8 @@ def open_samples(corpus: str | Path, tables: Tables | None = None, num_neighbour
         connection.execute("""
             CREATE TEMP TABLE _copies AS SELECT video_id, duplicate_of FROM videos WHERE duplicate_of IS NOT NULL
         """)
-        # Clips of a video are in order of their start; in plain tars, which have no times, of the number behind the
-        # id's last dot, and clips without one have no neighbours.
+        # Clips of a video are ordered by their start. Plain tars have no times: there the number after the id's last
+        # dot orders them, and clips without one have no neighbours.
         clips = "SELECT clip_id, span_start_s AS place, n FROM clips"
         if "clips" not in known:
             number = r"TRY_CAST(regexp_extract(clip_id, '\.(\d+)$', 1) AS BIGINT)"
@@ -105,16 +105,16 @@ def open_samples(corpus: str | Path, tables: Tables | None = None, num_neighbour
 
 @dataclass(frozen=True)
 class ClipQuery:
-    """Result of a condition: a mask over the row ids of `samples`, and what became of other clips that it picked."""
+    """Result of a condition: a mask over the row ids of `samples`, and counts of clips that are left out or changed."""
 
     mask: NDArray[np.bool_]
-    setting: str  # that holds the condition
-    num_unpacked: int = 0  # in no shard
+    setting: str  # name of the setting with the condition
+    num_unpacked: int = 0  # selected clips in no shard
     num_excluded: int = 0  # left out of training because evaluation has their video or a near-duplicate
     num_shared: int = 0  # shared with evaluation, and kept because eval.overlap is "allow"
-    problems: tuple[Problem, ...] = ()  # found on the way: rows for the run's failures
+    problems: tuple[Problem, ...] = ()  # damaged tars and members, reported to the user
     edited: NDArray[np.bool_] | None = None  # mask of clips that are read with edited boundaries
-    editing: str = ""  # by which editing
+    editing: str = ""  # name and round of the editing
 
     @cached_property
     def num_clips(self) -> int:
@@ -125,7 +125,7 @@ class ClipQuery:
         return 0 if self.edited is None else int(np.count_nonzero(self.edited))
 
     def notes(self) -> list[str]:
-        """Describe, for the user, clips that are left out, changed or broken."""
+        """Describe clips that are left out, changed or damaged, in lines for the user."""
         counts = (
             (self.num_unpacked, "selected clips are in no shard and left out"),
             (self.num_excluded, "clips left out of training: evaluation has their video or a near-duplicate"),
@@ -140,9 +140,9 @@ class ClipQuery:
 
 
 def select_clips(samples: Samples, where: str, setting: str = "data.where") -> ClipQuery:
-    """Run a condition on `catalog`, or a SELECT with clip_id; "" picks every sample.
+    """Run a condition on `catalog`, or a SELECT with clip_id; "" selects every sample.
 
-    Raises UserError that names the setting, for SQL that does not run and for a condition that no packed clip meets.
+    Raises UserError with the setting's name if the SQL fails or no packed clip meets the condition.
     """
     import duckdb
 
@@ -161,7 +161,7 @@ def select_clips(samples: Samples, where: str, setting: str = "data.where") -> C
         for batch in samples.connection.sql(sql).to_arrow_reader(1_000_000):
             num_unpacked += batch["row"].null_count
             mask[batch["row"].drop_null().to_numpy()] = True
-    except (duckdb.Error, pa.ArrowException) as error:  # found row by row, such as a value that does not convert
+    except (duckdb.Error, pa.ArrowException) as error:  # an error in a row, such as a value that does not convert
         raise UserError(f"{setting}: {error}") from error
     if mask.any():
         return ClipQuery(mask, setting, num_unpacked)
@@ -169,8 +169,8 @@ def select_clips(samples: Samples, where: str, setting: str = "data.where") -> C
     if num_unpacked:
         raise UserError(
             f"{condition}: it picks {num_unpacked:,} clips of {samples.name}, but no shard holds any of them. "
-            "`clipmill run pack` packs what pack.where picks."
+            "`clipmill run pack` packs the clips of pack.where."
         )
     raise UserError(
-        f"{condition}: it picks no clip at all of {samples.name}. Allowed: a condition that some clip meets."
+        f"{condition}: it picks no clip of {samples.name}. Change the condition so that some clip meets it."
     )

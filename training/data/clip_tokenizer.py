@@ -1,20 +1,13 @@
-"""open_clip's tokenizer from its own file, without the rest of open_clip, whose imports take seconds in every process.
+"""`SimpleTokenizer` of `open_clip.tokenizer`, imported without the rest of open_clip, whose imports take seconds.
 
-SimpleTokenizer    as `open_clip.tokenizer` has it; instances do not travel to other processes
+Its instances cannot be pickled.
 """
 
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
-
-def _load() -> ModuleType:
-    """Load the file alone: it imports nothing of its package."""
-    [folder] = find_spec("open_clip").submodule_search_locations
-    spec = spec_from_file_location(f"{__name__}.alone", Path(folder) / "tokenizer.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-SimpleTokenizer = _load().SimpleTokenizer
+[_folder] = find_spec("open_clip").submodule_search_locations
+_spec = spec_from_file_location(f"{__name__}.alone", Path(_folder) / "tokenizer.py")
+_module = module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+SimpleTokenizer = _module.SimpleTokenizer

@@ -1,8 +1,8 @@
-"""Training on edited boundaries: the clips that `data.edits` replaces, and the bytes that replace them.
+"""Find the clips that `data.edits` replaces, and the bytes of their edited versions.
 
-A clip whose boundaries were moved is read from the tar of clips that `clipmill edit` cut again. Its id, its text and
-its row in SQL stay; its caption describes the old middle frame and is left out. An edit applies only while the clip has
-the text and source that the edit was made for.
+A clip with edited boundaries is read from the tar that `clipmill edit` wrote. Its id, its text and its row in SQL stay;
+its caption describes the old middle frame and is left out. An edit applies only while the clip has the text and source
+of the time of the edit.
 """
 
 from collections.abc import Sequence
@@ -21,24 +21,24 @@ NONE = "none"
 
 
 def with_edits(samples: Samples, clips: ClipQuery, edits: str | int, exclusive_groups: Sequence[Group]) -> ClipQuery:
-    """Mark the clips that have an edit, and create `_edits`: by row of `samples`, where their new bytes lie.
+    """Mark the clips that have an edit, and create the table `_edits`: the place of their bytes by row of `samples`.
 
     edits  `data.edits`, but not "none"
-    Raises UserError if there is no such editing or round, and if clips of one video may be each other's negatives:
-    edited, they may show the same picture.
+    Raises UserError if the editing or round does not exist, or if clips of one video may share a batch, because edited
+    clips may overlap.
     """
     if "video" not in exclusive_groups:
-        raise UserError("data.edits: clips of a video may overlap then. Allowed: a data.apart with video in it.")
+        raise UserError("data.edits: edited clips of a video may overlap. Allowed: a data.apart with video in it.")
     editing, number = _editing_and_round(samples, edits)
     sql = "SELECT round FROM edit_rounds WHERE editing = ? AND list_contains(?, outcome) ORDER BY round"
     held = samples.arrow(sql, [editing, list(HELD)])["round"].to_pylist()
     if number is None and not held:
-        raise UserError(f"data.edits = {edits!r}: no round of editing {editing} held. Allowed: a round's number, none.")
+        raise UserError(f"data.edits = {edits!r}: editing {editing} kept no round. Allowed: a round's number, or none.")
     if number is not None:
         sql = "SELECT 1 FROM clip_edits WHERE editing = ? AND round = ? LIMIT 1"
         if not samples.arrow(sql, [editing, number]).num_rows:
             raise UserError(f"data.edits = {edits!r}: editing {editing} has no round {number}.")
-    counted = [played for played in held if number is None or played < number] + [number] * (number is not None)
+    counted = [kept for kept in held if number is None or kept < number] + [number] * (number is not None)
     edited = np.zeros_like(clips.mask)
     edited[_make_table(samples, editing, counted)] = True
     return replace(clips, edited=edited & clips.mask, editing=f"{editing}, round {counted[-1]}")
@@ -60,9 +60,9 @@ def _editing_and_round(samples: Samples, edits: str | int) -> tuple[str, int | N
 
 
 def _make_table(samples: Samples, editing: str, rounds: list[int]) -> NDArray[np.int64]:
-    """Create `_edits` and return its rows of `samples`.
+    """Create the table `_edits` and return its rows of `samples`.
 
-    A clip's latest row in these rounds counts; a clip that is back at its first boundaries is not edited.
+    A clip's latest row in these rounds counts; a clip with its first boundaries is not edited.
     """
     table = samples.arrow(
         """
@@ -93,7 +93,7 @@ def _make_table(samples: Samples, editing: str, rounds: list[int]) -> NDArray[np
 
 
 def edited_rows(samples: Samples, clips: ClipQuery, columns: str) -> pa.Table:
-    """Return the edited samples by (path, mp4_offset), as `training.data.selection.rows_in_order` yields the others."""
+    """Return the edited samples by (path, mp4_offset), in the form of `training.data.selection.rows_in_order`."""
     assert clips.edited is not None
     table = samples.arrow(f"""
         SELECT s.row, {columns}

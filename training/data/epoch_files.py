@@ -1,8 +1,8 @@
-"""Plan epochs into files: which rows a step takes, planned on first use by one process of a host.
+"""Plan the rows of every step into files, one per epoch, planned on first use by one process of a host.
 
 `training.data.epoch_plan` defines the order. Every process of a host has an `Epochs` on the same folder. The first that
 needs an epoch takes the folder's lock, plans, and renames the file into place; the others wait for the lock and find
-the file. An epoch is opened memory-mapped, so the host holds it once.
+the file. Epochs are memory-mapped, so a host has one copy in memory.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,9 @@ from training.settings import DataSettings, Group, TrainSettings
 
 
 def plan_spec(selection: Selection, data: DataSettings, batch_size: int) -> PlanSpec:
-    """Return the plan of a run's settings, with as many streams as a batch has slots: any number of processes that
-    divides the batch may take part. Raises UserError.
+    """Return the plan of a run's settings. Raises UserError.
+
+    It has one stream per slot of a batch, so that any number of processes that divides the batch size may take part.
     """
     spec = spec_without_groups(selection.num_clips, data, batch_size, selection.hash)
     return replace(spec, groups_hash=hash_groups(selection.groups(data.apart)))
@@ -71,7 +72,7 @@ class Epochs:
     """The rows of every step of a run, on one host. Pickles without its open file.
 
     folder            of the plan files
-    exclusive_groups  the kinds of groups that `spec.groups_hash` is of
+    exclusive_groups  kinds of groups in `spec.groups_hash`
     """
 
     def __init__(
@@ -85,9 +86,9 @@ class Epochs:
         return self.__dict__ | {"_open": None}
 
     def rows(self, step: int) -> NDArray[np.uint32]:
-        """Return the rows of the selection that a step of the run takes: [batch_size], `PAD` for holes.
+        """Return the rows of the selection for a step of the run: [batch_size], `PAD` for holes.
 
-        Plans the epoch if no process has. Raises UserError if the plan that is asked for does not exist (`data.unmet`).
+        Plans the epoch if no process has. Raises UserError if no order satisfies `data.apart` (`data.unmet`).
         """
         epoch, step_in_epoch = locate(self.spec, step)
         return np.array(self.epoch(epoch)[step_in_epoch])
@@ -104,10 +105,7 @@ class Epochs:
         return self._open[1]
 
     def describe(self, epoch: int = 0) -> dict[str, int]:
-        """Count an epoch's steps, clips and conflicts, for the log.
-
-        `num_conflicts`  slots with a clip whose group the batch has already: 0 unless `data.unmet` is "keep"
-        """
+        """Count an epoch's steps, clips and conflicts (see `num_conflicts`), for the log."""
         rows = self.epoch(epoch)
         num_used = int(np.count_nonzero(rows != PAD))
         return {
@@ -120,15 +118,15 @@ class Epochs:
         }
 
     def tidy(self, before_epoch: int) -> int:
-        """Remove the files of epochs before this one; return their number. A process that has one open keeps it."""
-        stale = [plan_path(self.folder, self.spec, epoch) for epoch in range(before_epoch)]
-        present = [path for path in stale if path.exists()]
-        for path in present:
+        """Remove the files of epochs before this one; return their number. Processes keep the files they have open."""
+        paths = [plan_path(self.folder, self.spec, epoch) for epoch in range(before_epoch)]
+        stale = [path for path in paths if path.exists()]
+        for path in stale:
             path.unlink(missing_ok=True)
-        return len(present)
+        return len(stale)
 
     def _groups(self) -> list[NDArray[np.int32]]:
         selection = Selection(self.selection_path)
         if selection.hash != self.spec.selection_hash:
-            raise UserError(f"{self.selection_path} is not the selection that was planned: restore the original file.")
+            raise UserError(f"{self.selection_path} is not the selection of the plan: restore the original file.")
         return selection.groups(self.exclusive_groups)

@@ -1,23 +1,23 @@
-"""The order in which training sees a selection: pure functions of integers and hashes, no files but the plan itself.
+"""Plan the order in which training reads a selection, as pure functions of integers and hashes.
 
-The story, on an example: 1,000 selected clips, batches of 64, two processes with three loader workers each.
+An example: 1,000 selected clips, batches of 64, two processes with three loader workers each.
 
-1. The selection is a table in a fixed order; a clip is its row number there, 0 … 999. `selection_hash` is the hash of
-   the snapshot and of the clip ids in that order. Nothing else about the clips matters, so any process can plan.
-2. An epoch has ⌊1000/64⌋ = 15 full steps. The 40 rows left over are drawn at random for each epoch (`remainder_rows`):
-   `drop` leaves them out of this epoch, `pad` gives them a 16th step with 24 holes (`PAD`), `carry` hands them to the
-   next epoch, which then has 40 rows more to deal. The number of steps is arithmetic, known before step 0.
-3. Rows that lie next to each other (in a shard) stay together in blocks of `block_size`. The blocks are permuted, which
-   gives one long list of rows; it is cut into P = `num_streams` equal pieces, the canonical streams.
+1. The selection is a table in a fixed order; a clip is its row number, 0 … 999. `selection_hash` is the hash of the
+   snapshot and of the clip ids in that order. The plan needs nothing else of the clips, so any process can plan.
+2. An epoch has ⌊1000/64⌋ = 15 full steps. The remaining 40 rows are drawn at random for each epoch (`remainder_rows`):
+   `drop` leaves them out of this epoch, `pad` gives them a 16th step with 24 holes (`PAD`), `carry` moves them to the
+   next epoch, which then deals 40 more rows. The number of steps is arithmetic, known before step 0.
+3. Neighbouring rows (of a shard) stay together in blocks of `block_size`. The blocks are permuted to one long list of
+   rows, which is cut into P = `num_streams` equal pieces, the canonical streams.
 4. A stream reads its piece window by window. A window is `window_steps` steps long; its rows are shuffled and dealt to
    these steps. So a stream has only the blocks of one window open, and with blocks of 1 the order is a full shuffle.
-5. The batch of a step is what streams 0 … P-1 deal to it, in this order: slots 0 … 63. It is the same whoever reads.
-   Of W processes (W divides P), process r reads the slots of its P/W streams, a contiguous slice (`rank_slots`). How a
-   process shares its slots among workers changes nothing, since nobody's rows depend on what another has read.
-6. Where a run stands is one integer, the number of steps done. `locate` turns it into (epoch, step); resuming there
-   replays nothing. `state_dict` adds the settings and hashes that the integer means something under.
+5. Streams 0 … P-1 deal the slots 0 … 63 of a step in this order, independent of the number of processes. Of W
+   processes (W divides P), process r reads the slots of its P/W streams, a contiguous slice (`rank_slots`). Rows do not
+   depend on other reads, so a process may share its slots among workers in any way.
+6. The position of a run is one integer, the number of steps done. `locate` converts it to (epoch, step); resuming there
+   replays nothing. `state_dict` adds the settings and hashes of the plan.
 7. If asked, no batch holds two clips of one group (video, near-duplicates): `training.data.batch_constraints` deals a
-   group's clips to different steps and swaps away the rest. What is impossible is an error, or counted (`unmet`).
+   group's clips to different steps and swaps away the rest. Unavoidable conflicts are an error, or counted (`unmet`).
 
 An epoch of 100 million clips is a 400 MB file; every process opens it memory-mapped.
 """
@@ -48,12 +48,12 @@ Tail = Literal["drop", "pad", "carry"]
 Rows = NDArray[np.uint32]
 
 PAD = np.uint32(2**32 - 1)  # a hole: no clip, masked in the loss
-_VERSION = 1  # of the order itself: raised whenever the same settings would give another one
+_VERSION = 1  # of the order: raised whenever the same settings give another order
 
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """Everything that decides the order of all epochs. Field names are part of fingerprints and checkpoints."""
+    """Parameters of the order of all epochs. Field names are part of fingerprints and checkpoints."""
 
     num_clips: int
     batch_size: int  # global
@@ -65,8 +65,8 @@ class PlanSpec:
     block_size: int = 1  # neighbouring rows that stay together: raise it to read shards in longer pieces
     window_steps: int = 64  # steps over which a stream mixes its blocks
 
-    groups_hash: str = ""  # of what must not meet in a batch, see `hash_groups`; "": nothing
-    unmet: OnConflict = "error"  # what happens to a pair that no order can part
+    groups_hash: str = ""  # of the groups that must not meet in a batch, see `hash_groups`; "": none
+    unmet: OnConflict = "error"  # treatment of a pair that no order can separate
 
     def __post_init__(self) -> None:
         if self.num_streams == 0:
@@ -93,7 +93,7 @@ class PlanSpec:
         return f"{key_of(_VERSION, asdict(self)):016x}"
 
     def key(self, epoch: int, purpose: str) -> int:
-        """Return the key of one kind of decision in one epoch. Batch shape and tail leave the blocks alone."""
+        """Return the key of one kind of decision in one epoch. It does not depend on batch shape or tail."""
         return key_of(_VERSION, self.selection_hash, self.seed, epoch, purpose)
 
 
@@ -123,7 +123,7 @@ def locate(spec: PlanSpec, num_steps_done: int) -> tuple[int, int]:
 
 
 def rank_slots(spec: PlanSpec, rank: int, world_size: int) -> slice:
-    """Return the slots of every batch that a process reads: those of its streams."""
+    """Return the slots of every batch that a process reads, those of its streams."""
     if spec.num_streams % world_size:
         allowed = [n for n in range(1, spec.num_streams + 1) if spec.num_streams % n == 0]
         raise UserError(f"{world_size} processes cannot share {spec.num_streams} streams; allowed: {allowed}")
@@ -132,15 +132,17 @@ def rank_slots(spec: PlanSpec, rank: int, world_size: int) -> slice:
 
 
 def state_dict(spec: PlanSpec, num_steps_done: int) -> dict[str, Any]:
-    """Return a run's position as plain JSON, with the plan that it is a position in."""
+    """Return a run's position and its plan as plain JSON."""
     epoch, step = locate(spec, num_steps_done)
     return {"num_steps_done": num_steps_done, "epoch": epoch, "step": step, "version": _VERSION, "spec": asdict(spec)}
 
 
 def num_steps_done(spec: PlanSpec, state: dict[str, Any]) -> int:
-    """Return the position of a saved state. Raises UserError if it is of another plan; process counts may differ."""
+    """Return the position of a saved state. Raises UserError if its plan differs; process counts may differ."""
     if state["version"] != _VERSION:
-        raise UserError(f"the run's plan has version {state['version']}, this clipmill makes version {_VERSION}")
+        raise UserError(
+            f"cannot resume: the run's plan has version {state['version']}, this clipmill makes version {_VERSION}"
+        )
     for field in fields(spec):
         saved, current = state["spec"][field.name], getattr(spec, field.name)
         if saved != current:
@@ -149,7 +151,7 @@ def num_steps_done(spec: PlanSpec, state: dict[str, Any]) -> int:
 
 
 def hash_selection(snapshot: str, clip_ids: Iterable[str] | NDArray[np.integer]) -> str:
-    """Hash of the snapshot and the selected clips in their order: strings, or an integer array."""
+    """Hash the snapshot and the ids of the selected clips in their order: strings, or an integer array."""
     digest = hashlib.blake2b(snapshot.encode() + b"\0", digest_size=16)
     if isinstance(clip_ids, np.ndarray):
         digest.update(np.ascontiguousarray(clip_ids).view(np.uint8))
@@ -160,7 +162,7 @@ def hash_selection(snapshot: str, clip_ids: Iterable[str] | NDArray[np.integer])
 
 
 def hash_groups(groups: Sequence[NDArray[np.integer]]) -> str:
-    """Hash of the group arrays given to `epoch_rows`; "" for none."""
+    """Hash the group arrays given to `epoch_rows`; "" for none."""
     if not groups:
         return ""
     digest = hashlib.blake2b(digest_size=16)
@@ -177,12 +179,12 @@ def epoch_rows(spec: PlanSpec, epoch: int, groups: Sequence[NDArray[np.integer]]
     """Plan an epoch: row numbers [steps, batch_size], `PAD` for holes.
 
     groups  for each kind of group an integer array [num_clips]: clips with equal values must not share a batch;
-            negative (or an unsigned type's largest) values belong to no group. `spec.groups_hash` must be theirs.
-    Raises UserError where that cannot be met and `spec.unmet` is "error".
+            negative (or an unsigned type's largest) values belong to no group. `spec.groups_hash` must match.
+    Raises UserError if no order satisfies this and `spec.unmet` is "error".
     """
     coded = _checked_groups(spec, groups)
     if _carried(spec, epoch):
-        coded = [*coded, None]  # a carried row is there a second time: not in the same batch either
+        coded = [*coded, None]  # a carried row occurs twice in the epoch: not in the same batch
     num_steps = steps_in_epoch(spec, epoch)
     rows = np.full((num_steps, spec.batch_size), PAD)
     listed = _listed_rows(spec, epoch).reshape(spec.num_streams, -1)
@@ -194,27 +196,27 @@ def epoch_rows(spec: PlanSpec, epoch: int, groups: Sequence[NDArray[np.integer]]
         rows[-1, : len(rest)] = rest
         suspects.append(np.array([num_steps - 1]))
     if coded:
-        # a clip meeting itself in an epoch of one step is no error where nothing was asked for
+        # without groups only carried rows can conflict, which in an epoch of one step cannot be avoided
         on_conflict = spec.unmet if groups else "keep"
         repair(rows, coded, np.unique(np.concatenate(suspects)), spec.key(epoch, "repair"), spec, on_conflict)
     return rows
 
 
 def remainder_rows(spec: PlanSpec, epoch: int) -> NDArray[np.int64]:
-    """Draw the rows that fill no step of this epoch: dropped, padded, or carried over to the next."""
+    """Draw the rows that do not fill a step of this epoch: dropped, padded, or carried over to the next."""
     num_left = (_carried(spec, epoch) + spec.num_clips) % spec.batch_size
     return sample(spec.num_clips, num_left, spec.key(epoch, "tail"))
 
 
 def num_conflicts(rows: Rows, groups: Sequence[NDArray[np.integer]]) -> int:
-    """Count the slots whose clip's group is in the batch already: 0 unless `unmet` is "keep"."""
+    """Count the slots whose clip's group already occurs in the batch: 0 unless `unmet` is "keep"."""
     coded = as_groups(groups)
     windows = (rows[start : start + 64] for start in range(0, len(rows), 64))
     return sum(int(num_repeated(codes_of_rows(codes, window)).sum()) for window in windows for codes in coded)
 
 
 def _carried(spec: PlanSpec, epoch: int) -> int:
-    """Count the rows that an epoch has from the one before."""
+    """Count the rows that an epoch takes over from the previous one."""
     return epoch * spec.num_clips % spec.batch_size if spec.tail == "carry" else 0
 
 
@@ -243,10 +245,10 @@ def _positions(listed: Rows, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _deal_window(spec: PlanSpec, epoch: int, listed: Rows, start: int, rows: Rows, coded: Groups) -> NDArray[np.int64]:
-    """Fill the full steps from `start` on of `rows` from every stream's window; return those with a group twice.
+    """Fill the steps of `rows` from `start` on with every stream's window; return the steps with a group twice.
 
     A stream's rows are ordered by a hash of their first group and dealt one per step in turn, so that the clips of a
-    group go to different steps; a clip without group has a hash of its own. Then the steps change places.
+    group go to different steps; a clip without group has its own hash. Then the steps are permuted.
     """
     per_step = spec.batch_size // spec.num_streams
     window_PN = np.ascontiguousarray(listed[:, start * per_step : (start + spec.window_steps) * per_step])
@@ -269,7 +271,7 @@ def _checked_groups(spec: PlanSpec, groups: Sequence[NDArray[np.integer]]) -> Gr
         if group.shape != (spec.num_clips,) or group.dtype.kind not in "iu":
             raise UserError(f"groups hold {group.dtype} {group.shape}; allowed: integers [{spec.num_clips}]")
     if hash_groups(groups) != spec.groups_hash:
-        raise UserError("groups_hash is not the hash of these groups: the plan was made for others")
+        raise UserError("groups_hash does not match these groups: the plan was made for other groups")
     return as_groups(groups)
 
 
@@ -277,12 +279,12 @@ def _checked_groups(spec: PlanSpec, groups: Sequence[NDArray[np.integer]]) -> Gr
 
 
 def plan_path(folder: str | Path, spec: PlanSpec, epoch: int) -> Path:
-    """Return an epoch's file. Its name is its identity, so a file of other settings is never mistaken for it."""
+    """Return the path of an epoch's file; the name has the fingerprint of the settings."""
     return Path(folder) / f"plan-{spec.fingerprint}-{epoch:05d}.npy"
 
 
 def write_epoch(folder: str | Path, spec: PlanSpec, epoch: int, groups: Sequence[NDArray[np.integer]] = ()) -> Path:
-    """Plan an epoch into its file, whole or not at all; leave a file that exists as it is."""
+    """Plan an epoch into its file, whole or not at all; keep an existing file."""
     path = plan_path(folder, spec, epoch)
     if path.exists():
         return path
@@ -292,10 +294,10 @@ def write_epoch(folder: str | Path, spec: PlanSpec, epoch: int, groups: Sequence
 
 
 def open_epoch(folder: str | Path, spec: PlanSpec, epoch: int) -> Rows:
-    """Open an epoch [steps, batch_size], memory-mapped and read-only, at no cost whatever its size."""
+    """Open an epoch [steps, batch_size], memory-mapped and read-only, at a cost that does not depend on its size."""
     path = plan_path(folder, spec, epoch)
     if not path.exists():
-        raise UserError(f"{path} is not there; write_epoch makes it")
+        raise UserError(f"{path} does not exist; write_epoch makes it")
     rows = np.load(path, mmap_mode="r")
     assert rows.shape == (steps_in_epoch(spec, epoch), spec.batch_size) and rows.dtype == np.uint32
     return rows

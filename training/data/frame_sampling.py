@@ -1,9 +1,7 @@
-"""Choose the frames of a clip and convert them to the model's pixels (docs/methods/clip_vip.md
-section 6).
+"""Choose the frames of a clip and resize them to the model's pixels (docs/methods/clip_vip.md section 6).
 
-Indices are pure functions of integers and names: no generator is carried from one clip to the next, so a sample is the
-same whichever worker reads it and however often. Pixels stay uint8 until the device normalises them
-(`training.models.encode.normalise`).
+Indices are pure functions of integers and names without a generator's state, so a sample is the same in every worker
+and at every read. Pixels stay uint8 until they are normalised on the device (`training.models.encode.normalise`).
 """
 
 import hashlib
@@ -23,8 +21,8 @@ Fit = Literal["squash", "crop"]
 def eval_indices(num_frames: int, num_taken: int) -> np.ndarray:
     """Take frames evenly from the first to the last: [num_taken] int64, truncated; shorter clips repeat some.
 
-    The floating grid is truncated, not floored exactly: for 15, 19 and some more frames that differs by one here and
-    there, and the published indices have it so.
+    As published, the floating-point grid is truncated, which for 15, 19 and some other numbers of frames gives some
+    indices one lower than exact arithmetic.
     """
     _check_counts(num_frames, num_taken)
     return np.linspace(0, num_frames - 1, num_taken).astype(np.int64)
@@ -33,12 +31,12 @@ def eval_indices(num_frames: int, num_taken: int) -> np.ndarray:
 def paced_indices(num_frames: int, fps: float, *, frames_per_s: float, most: int) -> np.ndarray:
     """Take the frames at 0, 1/frames_per_s, … s of the clip, at most `most` of them, evenly: int64.
 
-    CLIP4Clip's choice (docs/methods/clip4clip.md section 5), true to the clip's own rate: the released code rounds that
-    down to an integer, so that its seconds drift, and may take a frame behind the end (section 9).
+    This is CLIP4Clip's sampling (docs/methods/clip4clip.md section 5) at the clip's exact frame rate. The released code
+    rounds the rate down to an integer, so that its times drift, and may read past the end (section 9).
     """
     _check_counts(num_frames, most)
     shown = np.arange(max(1, math.ceil(num_frames / fps * frames_per_s - 1e-6))) * (fps / frames_per_s)
-    indices = np.minimum(shown + 1e-6, num_frames - 1).astype(np.int64)  # 3 * (1/3) is to be 1, not 0.99…
+    indices = np.minimum(shown + 1e-6, num_frames - 1).astype(np.int64)  # 1e-6 corrects 3 * (1/3) = 0.99…
     return indices if len(indices) <= most else indices[eval_indices(len(indices), most)]
 
 
@@ -48,15 +46,15 @@ def train_indices(num_frames: int, num_taken: int, *, seed: int, epoch: int, cli
     draws = _draws(seed, epoch, clip_id)
     start = first[0] + draws[0] % (first[1] - first[0] + 1)
     end = last[0] + draws[1] % (last[1] - last[0] + 1)
-    start, end = min(start, end), max(start, end)  # they can only cross for fewer than 4 frames taken
+    start, end = min(start, end), max(start, end)  # they cross only if fewer than 4 frames are taken
     return np.linspace(start, end, num_taken).astype(np.int64)
 
 
 def jitter_ranges(num_frames: int, num_taken: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return the inclusive ranges of the first and last index: up to one interval k = ⌊N/(n-1)⌋ from either end.
 
-    The published formula divides by zero for one frame taken, and reaches -1 for two: here one frame is drawn from the
-    whole clip, and no range leaves the clip.
+    The published formula divides by zero for one frame and gives -1 for two; here one frame is drawn from the whole
+    clip, and ranges end at the clip's ends.
     """
     _check_counts(num_frames, num_taken)
     if num_taken == 1:
@@ -77,7 +75,7 @@ def drawn_text(num_texts: int, *, seed: int, epoch: int, clip_id: str) -> int:
 
 
 def _draws(seed: int, epoch: int, clip_id: str) -> tuple[int, int]:
-    """Draw two independent 64-bit integers by a hash: a generator's stream could change between versions."""
+    """Draw two independent 64-bit integers by a hash, because a generator's stream could change between versions."""
     digest = hashlib.blake2b(f"{seed}:{epoch}:{clip_id}".encode(), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
@@ -90,24 +88,22 @@ def _check_counts(num_frames: int, num_taken: int) -> None:
 def resize(frames: "Tensor", size: int, *, fit: Fit = "squash", antialias: bool = True) -> "Tensor":
     """Resize [..., 3, H, W] to [..., 3, size, size] of the same dtype, bicubic; uint8 is rounded, within 0..255.
 
-    fit        "squash" to a square whatever the shape, as published; "crop" scales the short side and cuts the middle
-    antialias  True is what a present-day torchvision does by default; the published runs' older one did not for floats
+    fit        "squash" distorts to a square, as published; "crop" scales the short side and cuts out the middle
+    antialias  True is the default of today's torchvision; that of the published runs did not antialias floats
     """
     from torch.nn.functional import interpolate
 
     if fit not in ("squash", "crop"):
         raise UserError(f"fit is {fit!r}; allowed: squash, crop")
     height, width = frames.shape[-2:]
-    target = (size, size) if fit == "squash" else _scaled(height, width, size)
+    target = (size, size)
+    if fit == "crop":
+        landscape = height <= width
+        long_side = max(size, round(width * size / height) if landscape else round(height * size / width))
+        target = (size, long_side) if landscape else (long_side, size)
     if target != (height, width):
         flat = frames.reshape(-1, *frames.shape[-3:])
         scaled = interpolate(flat, size=target, mode="bicubic", align_corners=False, antialias=antialias)
         frames = scaled.reshape(*frames.shape[:-2], *target)
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
     return frames[..., top : top + size, left : left + size]
-
-
-def _scaled(height: int, width: int, size: int) -> tuple[int, int]:
-    if height <= width:
-        return size, max(size, round(width * size / height))
-    return max(size, round(height * size / width)), size

@@ -1,11 +1,11 @@
 """Load batches for one process, in step order, from any step to any step, read ahead by other processes.
 
-1. The plan says which rows a step takes (`training.data.epoch_files`); this process takes its slots (`rank_slots`).
+1. The plan has the rows of each step (`training.data.epoch_files`); this process reads its slots (`rank_slots`).
 2. A step's slots are cut into parts, so that all loader processes work on the batch that is needed next.
 3. `training.data.sample_reader` reads a part; `training.data.reader_pool` runs it in other processes, in order and
-   within a fixed amount of memory. A thread joins parts to batches: pixels copied into place, texts padded.
-4. A sample is a pure function of (row, epoch), so batches depend neither on the number of processes nor on where
-   reading began: resuming at a step is beginning there.
+   within a fixed amount of memory. A thread joins parts to batches: it copies pixels into place and pads texts.
+4. A sample is a pure function of (row, epoch), so batches depend neither on the number of processes nor on the first
+   step: resuming at a step means starting there.
 
 Unreadable samples are masked holes. They count against `data.max_failures` and are reported for `failures.jsonl`.
 """
@@ -36,14 +36,14 @@ from training.data.sample_reader import HOLE, Failure, PartialBatch, PixelBuffer
 
 __all__ = ["Loader", "LoaderTimes", "SampleReader", "default_processes", "requests_of"]
 
-PART_SAMPLES = 16  # at most: enough that neighbours in a shard are one read and messages cost nothing
-_BATCHES_AHEAD = 1  # joined and waiting, besides the one in the making and what the slots hold
-_JUDGED_AFTER = 100  # samples: before that, a share of failures means nothing
+PART_SAMPLES = 16  # at most; enough that neighbours in a shard are one read and the cost of messages is negligible
+_BATCHES_AHEAD = 1  # joined and waiting, besides the one being joined and the parts in slots
+_MIN_JUDGED = 100  # samples read before the share of failures is checked
 
 
 @dataclass
 class LoaderTimes:
-    """Seconds since the loader began, summed over its processes except for `wait_s`."""
+    """Seconds since the loader started, summed over its processes except for `wait_s`."""
 
     read_s: float = 0.0  # waiting for bytes
     decode_s: float = 0.0  # from bytes to pixels
@@ -51,10 +51,10 @@ class LoaderTimes:
 
 
 class Loader:
-    """A context whose processes end with it. One `read` at a time.
+    """A context manager of loader processes; it runs one `read` at a time.
 
     num_processes     0: read in this process, on demand; None: `default_processes()`
-    prefetch_samples  most samples read ahead; each takes (T + 1) x 3 x S x S bytes of shared memory
+    prefetch_samples  samples read ahead at most; each takes (T + 1) x 3 x S x S bytes of shared memory
     max_failures      share of unreadable samples above which reading stops with a UserError
     on_failures       called with each batch's failures, in the order of batches, before the batch is yielded
     pin_memory        put batches into page-locked memory, from which a GPU copies while it computes
@@ -167,7 +167,7 @@ class Loader:
             stop.set()
             thread.join()
 
-        # Also if the process ends in the middle of reading: before multiprocessing ends its children.
+        # also runs if the process exits while reading, before multiprocessing ends its children
         halted = Finalize(thread, halt, exitpriority=10)
         try:
             while (item := ready.get()) is not None:
@@ -182,37 +182,33 @@ class Loader:
         first = next(requests, None)
         if first is None:
             return
-        part_size = self._part_size(len(first.rows))
+        # Every process gets a share of each batch, and several parts per process fit into memory, because parts are
+        # handed out in order and wait in their slots for a late one.
+        share = -(-len(first.rows) // self.num_processes)
+        part_size = max(1, min(PART_SAMPLES, share, self.prefetch_samples // (4 * self.num_processes)))
         num_slots = max(1, self.prefetch_samples // part_size)
         with Pool(self.reader, self.num_processes, part_size, num_slots, stop) as pool:
             sizes: queue.SimpleQueue[int] = queue.SimpleQueue()
 
-            def pieces() -> Iterator[Request]:
+            def split_requests() -> Iterator[Request]:
                 for rows, epoch in itertools.chain([first], requests):
                     sizes.put(len(rows))
                     for start in range(0, len(rows), part_size):
                         yield Request(rows[start : start + part_size], epoch)
 
             parts: list[PartialBatch] = []
-            for part in pool.parts(pieces()):
+            for part in pool.parts(split_requests()):
                 if not parts:
                     num_samples, num_done = sizes.get(), 0
                     pixels = self._new_pixels(num_samples)
                 slots = slice(num_done, num_done + len(part.rows_B))
                 pixels.part(slots).copy(part.pixels)
-                part.pixels = None  # memory of a slot that is about to be used again
+                part.pixels = None  # its slot is about to be reused
                 parts.append(part)
                 num_done = slots.stop
                 if num_done == num_samples:
                     yield join(parts, pixels)
                     parts, pixels = [], None
-
-    def _part_size(self, batch_size: int) -> int:
-        """Choose the samples of a part: every process gets a share of each batch, and a few parts of each fit into
-        memory, because parts are handed out in order and wait in their slots for a late one.
-        """
-        share, room = -(-batch_size // self.num_processes), self.prefetch_samples // (4 * self.num_processes)
-        return max(1, min(PART_SAMPLES, share, room))
 
     # --- Failures
 
@@ -226,7 +222,7 @@ class Loader:
         self.reasons.update(failure.error.error_class for failure in failures)
         if failures:
             self.on_failures(failures)
-        if self.num_read >= _JUDGED_AFTER and self.num_failed > self.max_failures * self.num_read:
+        if self.num_read >= _MIN_JUDGED and self.num_failed > self.max_failures * self.num_read:
             reasons = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common(3))
             last = f" The last: {failures[-1].clip_id}: {failures[-1].error}." if failures else ""
             raise LoaderError(
@@ -248,9 +244,9 @@ def default_processes(local_world_size: int = 1) -> int:
 
 
 class _Buffers:
-    """Memory for batches, reused once no tensor is on it: fresh memory costs a page fault every 4 KB.
+    """Memory for batches, reused once no tensor uses it, because fresh memory costs a page fault every 4 KB.
 
-    torch itself reuses page-locked memory, because it knows when a copy to a GPU has ended.
+    torch reuses page-locked memory by itself, because it knows when a copy to a GPU has ended.
     """
 
     def __init__(self, pin_memory: bool):
@@ -262,7 +258,7 @@ class _Buffers:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
         self.buffers = [buffer for buffer in self.buffers if len(buffer) == num_bytes]
         for number in range(len(self.buffers)):
-            if sys.getrefcount(self.buffers[number]) == 2:  # held by the list and this call alone: no tensor is on it
+            if sys.getrefcount(self.buffers[number]) == 2:  # only the list and this call refer to it, no tensor
                 return torch.from_numpy(self.buffers[number])
         self.buffers.append(np.empty(num_bytes, np.uint8))
         return torch.from_numpy(self.buffers[-1])

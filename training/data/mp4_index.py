@@ -1,8 +1,8 @@
-"""Find the pictures of a plain MP4: enough of ISO/IEC 14496-12 and -15 to do it without opening a container.
+"""Find the pictures of a plain MP4 by parsing the boxes of ISO/IEC 14496-12 and -15 that this needs.
 
-Opening one costs FFmpeg about a millisecond, because it decodes the first picture to learn the format: a tenth of what
-reading a short clip costs. `plain_track` knows only the shape that clips are written in by default (one H.264 track,
-shown in the order it is stored, upright, from its first picture to its last) and returns None for any other.
+FFmpeg needs about a millisecond to open a container, because it decodes the first picture to learn the format: a tenth
+of the time of reading a short clip. `plain_track` reads only the default form of clips (one upright H.264 track, shown
+in the order it is stored, from its first picture to its last) and returns None for any other.
 """
 
 import struct
@@ -24,15 +24,15 @@ class Track:
     extradata: bytes  # AVCDecoderConfigurationRecord
     offsets: NDArray[np.int64]  # [pictures], in the file
     sizes: NDArray[np.int64]
-    keys: NDArray[np.bool_]  # decoding may start there
-    tagged: bool  # the container says something of the colours
+    keys: NDArray[np.bool_]  # decoding may start at these pictures
+    tagged: bool  # the container describes the colours
 
     def __len__(self) -> int:
         return len(self.sizes)
 
 
 def plain_track(data: bytes | memoryview) -> Track | None:
-    """Find the pictures of a plain MP4; None for any other shape or a damaged file, which FFmpeg then reads."""
+    """Find the pictures of a plain MP4; return None for any other or damaged file, which FFmpeg then reads."""
     try:
         return _plain_track(memoryview(data))
     except (_NotPlain, struct.error, ValueError, IndexError, KeyError):
@@ -40,26 +40,34 @@ def plain_track(data: bytes | memoryview) -> Track | None:
 
 
 class _NotPlain(Exception):
-    """Not the shape this module knows."""
+    """The file has another form than this module reads."""
 
 
 def _plain_track(data: memoryview) -> Track:
     movie = _inside(_boxes(data), b"moov")
     _need(b"mvex" not in movie)  # pictures in fragments
     tracks = [_boxes(box) for box in movie.get(b"trak", [])]
-    tracks = [track for track in tracks if _handler(track) == b"vide"]
+    tracks = [track for track in tracks if bytes(_inside(track, b"mdia")[b"hdlr"][0][8:12]) == b"vide"]
     _need(len(tracks) == 1)
     (track,) = tracks
     _need(bytes(track[b"tkhd"][0][-44:-8]) == _UPRIGHT)
-    for edits in track.get(b"edts", []):
-        _check_edits(_only(_boxes(edits), b"elst"))
-    table = _table(track)
-    _need(b"ctts" not in table)  # stored in another order than shown
-    extradata, tagged = _format(table[b"stsd"][0])
-    sizes = _sizes(table[b"stsz"][0])
+    for box in track.get(b"edts", []):  # one edit that shows the track from its beginning: start 0, rate 1
+        edits = _only(_boxes(box), b"elst")
+        start, rate = struct.unpack_from(">qI" if edits[0] else ">iI", edits, 16 if edits[0] else 12)
+        _need(_count(edits) == 1 and start == 0 and rate == 65536)
+    table = _inside(track, b"mdia", b"minf", b"stbl")
+    _need({b"stsd", b"stsz", b"stsc"} <= table.keys() and b"ctts" not in table)  # ctts: shown in another order
+    descriptions = table[b"stsd"][0]
+    _need(_count(descriptions) == 1)
+    ((kind, entry),) = _walk(descriptions[8:])
+    _need(kind == b"avc1")
+    boxes = _boxes(entry[_SAMPLE_ENTRY_BYTES:])
+    size, count = struct.unpack_from(">II", table[b"stsz"][0], 4)
+    _need(count <= _MAX_PICTURES)
+    sizes = np.full(count, size, np.int64) if size else _integers(table[b"stsz"][0], 12, count)
     offsets = _offsets(table, sizes)
     _need(0 < len(sizes) == len(offsets) and sizes.min() > 0 and int((offsets + sizes).max()) <= len(data))
-    return Track(extradata, offsets, sizes, _keys(table, len(sizes)), tagged)
+    return Track(bytes(_only(boxes, b"avcC")), offsets, sizes, _keys(table, len(sizes)), b"colr" in boxes)
 
 
 Boxes = dict[bytes, list[memoryview]]
@@ -94,43 +102,10 @@ def _only(boxes: Boxes, kind: bytes) -> memoryview:
 
 
 def _inside(boxes: Boxes, *path: bytes) -> Boxes:
-    """Open the only box of a kind, the only one of the next kind in it, and so on; return the boxes inside."""
+    """Open the only box of each kind in `path`, one inside the other; return the boxes inside the last."""
     for kind in path:
         boxes = _boxes(_only(boxes, kind))
     return boxes
-
-
-def _handler(track: Boxes) -> bytes:
-    media = _inside(track, b"mdia")
-    return bytes(media[b"hdlr"][0][8:12])
-
-
-def _table(track: Boxes) -> Boxes:
-    table = _inside(track, b"mdia", b"minf", b"stbl")
-    _need({b"stsd", b"stsz", b"stsc"} <= table.keys())
-    return table
-
-
-def _check_edits(edits: memoryview) -> None:
-    """Require one edit that shows the track from its beginning: (duration, start 0, rate 1)."""
-    version, count = edits[0], struct.unpack_from(">I", edits, 4)[0]
-    start, rate = struct.unpack_from(">qI" if version else ">iI", edits, 16 if version else 12)
-    _need(count == 1 and start == 0 and rate == 65536)
-
-
-def _format(descriptions: memoryview) -> tuple[bytes, bool]:
-    """Return the AVC configuration of the only sample description, and whether it names colours."""
-    _need(struct.unpack_from(">I", descriptions, 4)[0] == 1)
-    ((kind, entry),) = _walk(descriptions[8:])
-    _need(kind == b"avc1")
-    boxes = _boxes(entry[_SAMPLE_ENTRY_BYTES:])
-    return bytes(_only(boxes, b"avcC")), b"colr" in boxes
-
-
-def _sizes(box: memoryview) -> NDArray[np.int64]:
-    size, count = struct.unpack_from(">II", box, 4)
-    _need(count <= _MAX_PICTURES)
-    return np.full(count, size, np.int64) if size else _integers(box, 12, count)
 
 
 def _offsets(table: Boxes, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -150,7 +125,7 @@ def _offsets(table: Boxes, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _keys(table: Boxes, num_pictures: int) -> NDArray[np.bool_]:
-    """Mark the key pictures; without a list of them all are keys."""
+    """Mark the key pictures; without a list of keys, all pictures are keys."""
     if b"stss" not in table:
         return np.ones(num_pictures, bool)
     box = table[b"stss"][0]

@@ -1,9 +1,8 @@
-"""Training from plain WebDataset tars, without any manifest: what they hold, read from their headers alone.
+"""Index plain WebDataset tars without a manifest, from their headers.
 
-`--corpus 'shards/{000000..000009}.tar'` (braces, globs, any fsspec URL) goes through every tar once, keeps where each
-member lies, reads the small text members, and offers the result as the tables that selections are made from: `samples`
-and the view `catalog`. Nothing is extracted or decoded. Tars come from anywhere: what is wrong in one becomes a row,
-and the part of a torn tar that is whole is used.
+`--corpus 'shards/{000000..000009}.tar'` (braces, globs, any fsspec URL) walks every tar once, keeps the place of each
+member, reads the small text members, and builds the tables for selections: `samples` and the view `catalog`. Nothing is
+extracted or decoded. Tars are not trusted: damage becomes a row, and the intact part of a torn tar is used.
 """
 
 import glob
@@ -26,24 +25,24 @@ from clipmill.base.errors import UserError
 from shards.packing.tar import Entry, walk
 from training.data.selection_schema import SELECTION
 
-VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")  # where a sample has several, the first of these
+VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")  # in order of preference
 STILL_EXTENSIONS = ("jpg", "jpeg")
 MAX_TEXT_BYTES = 1 << 20  # of a txt or json member; longer ones are reported and not read
-MAX_VIDEO_BYTES = 1 << 29  # of a clip: a loader holds several at a time; longer ones are reported and left out
+MAX_VIDEO_BYTES = 1 << 29  # of a clip, because a loader holds several; longer ones are reported and left out
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
-_KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # WebDataset's rule: up to the name's first dot
+_KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # WebDataset: a key ends at the name's first dot
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PLURAL = {"sparse file": "sparse files", "link": "links", "device": "devices"}
-_THREADS = 16  # tars read at a time: remote ones wait more than they work
-_REMOTE_BLOCK_BYTES = 1 << 16  # read ahead of a remote tar's headers: most lie between members far larger than that
+_THREADS = 16  # tars read at a time; more than cores, because remote reads mostly wait
+_REMOTE_BLOCK_BYTES = 1 << 16  # read ahead per remote header; most members between headers are far larger
 
 
 class Problem(NamedTuple):
-    """Something wrong with a tar, or with a member of it."""
+    """Damage in a tar or in one of its members."""
 
     item_id: str  # the tar, or tar and member
     error_class: str
@@ -57,15 +56,13 @@ class TarIndex:
 
 
 def is_tars(corpus: str) -> bool:
-    """Tell whether `--corpus` names tars rather than a corpus folder: with braces expanded, it ends like a tar."""
-    if Path(corpus).is_dir():
-        return False
-    return expand_braces(corpus)[0].endswith((".tar", *_COMPRESSED))
+    """Return True if `--corpus` names tars, not a corpus folder: with braces expanded, it ends like a tar."""
+    return not Path(corpus).is_dir() and expand_braces(corpus)[0].endswith((".tar", *_COMPRESSED))
 
 
 @contextmanager
 def open_tars(pattern: str, tables: Mapping[str, str | Path] | None = None) -> Iterator[tuple[Any, list[Problem]]]:
-    """Index tars into a DuckDB connection, locked down as that to a manifest is; yield it and the problems found."""
+    """Index tars into a DuckDB connection, locked down like that of a manifest; yield it and the problems found."""
     from shards.query.sql import add_tables, private_connection, shut_in
 
     index = index_tars([pattern])
@@ -95,8 +92,8 @@ def open_tars(pattern: str, tables: Mapping[str, str | Path] | None = None) -> I
 def index_tars(patterns: list[str]) -> TarIndex:
     """Index every sample that has a video. Raises UserError if a tar cannot be opened or is compressed.
 
-    clip_id    what the json says, else the key; where one repeats, with its shard's name before it
-    video_id   what the json says, else the clip_id
+    clip_id    of the json, else the key; a repeated one gets its shard's name as prefix
+    video_id   of the json, else the clip_id
     subtitle   the txt, else the json's `subtitle` or `text`
     caption    the json's `caption`, or the first of its `captions`
     """
@@ -109,7 +106,7 @@ def index_tars(patterns: list[str]) -> TarIndex:
     return TarIndex(table, [problem for content in contents for problem in content.problems])
 
 
-# --- Which tars
+# --- Patterns
 
 
 def expand(pattern: str) -> list[str]:
@@ -117,7 +114,7 @@ def expand(pattern: str) -> list[str]:
     found = list(dict.fromkeys(path for part in expand_braces(pattern) for path in _expand_glob(part)))
     for path in found:
         if path.endswith(_COMPRESSED):
-            raise UserError(f"--corpus: {path} is compressed, so no part of it can be read alone. Allowed: plain .tar.")
+            raise UserError(f"--corpus: {path} is compressed, so its clips cannot be read alone. Allowed: plain .tar.")
     return found
 
 
@@ -199,9 +196,14 @@ def read_tar(path: str) -> _Content:
     """Read the samples of one tar. Raises UserError if it cannot be opened or is compressed."""
     content = _Content()
     try:
-        with _open(path) as file:
+        if _URL.match(path):
+            system, inner = _filesystem(path)
+            opened = system.open(inner, "rb", block_size=_REMOTE_BLOCK_BYTES)
+        else:
+            opened = open(path, "rb")
+        with opened as file:
             if file.read(6).startswith(_MAGIC):
-                raise UserError(f"--corpus: {path} is compressed, so no part of it can be read alone.")
+                raise UserError(f"--corpus: {path} is compressed, so its clips cannot be read alone.")
             file.seek(0)
             for sample in _samples(file, path, content.problems):
                 if row := _row(sample, path, content.problems):
@@ -209,13 +211,6 @@ def read_tar(path: str) -> _Content:
     except OSError as error:
         raise UserError(f"--corpus: {path} cannot be read: {error}") from error
     return content
-
-
-def _open(path: str) -> IO[bytes]:
-    if not _URL.match(path):
-        return open(path, "rb")
-    system, inner = _filesystem(path)
-    return system.open(inner, "rb", block_size=_REMOTE_BLOCK_BYTES)
 
 
 def _samples(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[_Sample]:
@@ -231,7 +226,7 @@ def _samples(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[_S
                 yield current
             current = _Sample(key)
         if extension in current.members:
-            problems.append(Problem(f"{path}/{member.name}", "repeated-member", "the sample has one already"))
+            problems.append(Problem(f"{path}/{member.name}", "repeated-member", "the sample already has this member"))
             continue
         current.members[extension] = member.offset, member.num_bytes
         if extension in ("txt", "json") and (text := _read_text(file, path, member, problems)) is not None:
@@ -241,7 +236,7 @@ def _samples(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[_S
 
 
 def _members(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[Entry]:
-    """Yield the plain files whose data are complete, in order; report other members, and where the tar is torn."""
+    """Yield the complete plain files in order; report other members and the position where a tar is torn."""
     size, ignored, reached = file.seek(0, os.SEEK_END), Counter[str](), 0
     try:
         for entry in walk(file):
@@ -253,7 +248,7 @@ def _members(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[En
             if entry.kind == "file":
                 yield entry._replace(name=entry.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
             elif entry.kind != "folder":
-                ignored[_PLURAL.get(entry.kind, "members of no known kind")] += 1
+                ignored[_PLURAL.get(entry.kind, "members of unknown kind")] += 1
     except (tarfile.HeaderError, tarfile.ReadError) as error:
         problems.append(Problem(path, "torn-tar", f"read up to byte {reached} of {size}: {error}"))
     problems += [
@@ -278,12 +273,12 @@ def _read_text(file: IO[bytes], path: str, member: Entry, problems: list[Problem
 
 
 def _row(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any] | None:
-    """Build a row of the index; None for a sample without a video, which may be meant for other readers."""
+    """Build a row of the index; return None for a sample without a video, which other readers may use."""
     video = next((sample.members[name] for name in VIDEO_EXTENSIONS if name in sample.members), None)
     if video is None:
         return None
     if video[1] > MAX_VIDEO_BYTES:
-        message = f"{video[1]} bytes, at most {MAX_VIDEO_BYTES} are taken for a clip"
+        message = f"{video[1]} bytes; a clip may have at most {MAX_VIDEO_BYTES}"
         problems.append(Problem(f"{path}/{sample.key}", "clip-too-large", message))
         return None
     still = next((sample.members[name] for name in STILL_EXTENSIONS if name in sample.members), (None, None))
@@ -322,7 +317,7 @@ def _facts(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any
 
 
 def _text(value: Any) -> str | None:
-    """Return a string that Arrow accepts: JSON may hold halves of surrogate pairs."""
+    """Return a string that Arrow accepts, because JSON may hold halves of surrogate pairs; None if empty."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) and value else None
 
 

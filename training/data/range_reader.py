@@ -1,9 +1,9 @@
-"""Bytes of shard members by range: from local files, or from any store that fsspec knows.
+"""Read byte ranges of shards, from local files or from any store that fsspec supports.
 
-`ShardReader.read` takes many ranges at once. Ranges of one shard that lie close together become one read; of a remote
-store all reads are asked for together. What is missing or too short comes back as an ItemError in its place, so that a
-broken shard costs its own samples only. With a cache (`training.data.shard_cache`), shards that a run wants most of are
-fetched whole, once, and read locally from then on.
+`ShardReader.read` takes many ranges at once. Neighbouring ranges of one shard become one read; reads of a remote store
+are requested together. A range that is missing or too short gives an ItemError in its place, so that a broken shard
+loses only its own samples. With a cache (`training.data.shard_cache`), shards of which a run reads most are fetched
+whole, once, and then read locally.
 """
 
 import os
@@ -18,12 +18,12 @@ from clipmill.base.errors import ItemError
 from training.data.remote_files import as_item_error, read_ranges, scheme_of
 from training.data.shard_cache import ShardCache
 
-# A gap costs a local file nothing but the bytes that are copied for it: the kernel reads ahead anyway.
+# The kernel reads ahead anyway, so a gap in a local file costs only the copy of its bytes.
 LOCAL_GAP_BYTES = 16_384
-# A request costs a store some 30 ms before its first byte, in which a connection of 50 MB/s would have sent 1.5 MB.
+# A store takes some 30 ms to the first byte of a request, in which a connection of 50 MB/s sends 1.5 MB.
 REMOTE_GAP_BYTES = 1_000_000
 _OPEN_FILES = 128
-_PAUSES_S = (0.5, 2.0, 8.0)  # before asking a store again
+_PAUSES_S = (0.5, 2.0, 8.0)  # before each retry
 
 
 class Range(NamedTuple):
@@ -39,14 +39,14 @@ class _Read:
     shard: str
     start: int
     end: int
-    members: list[int]  # which of the ranges asked for
+    members: list[int]  # indices of the ranges
 
 
 class ShardReader:
-    """For one process and one thread.
+    """Reader of shards, for one process and one thread.
 
     root    folder or URL that shards are relative to
-    wanted  bytes of a shard that the run wants in all; None: most of every shard. Asked only with a cache
+    wanted  returns the number of a shard's bytes that the run reads; None: all. Called only with a cache
     """
 
     def __init__(self, root: str, cache: ShardCache | None = None, wanted: Callable[[str], int] | None = None):
@@ -54,7 +54,7 @@ class ShardReader:
         self._files = _OpenFiles()
 
     def read(self, ranges: Sequence[Range]) -> list[memoryview | ItemError]:
-        """Read ranges, in order; an ItemError stands for a range that cannot be read.
+        """Read ranges in order; return an ItemError in the place of a range that cannot be read.
 
         Its class is "shard-missing", "truncated-shard" or "shard-unreadable".
         """
@@ -80,7 +80,7 @@ class ShardReader:
         return f"{self.root.rstrip('/')}/{shard}"
 
     def reopen(self, shard: str) -> None:
-        """Make the next read of a local shard open the file that has its name then."""
+        """Reopen a local shard by its name at the next read."""
         path = self._local_path(shard)
         if path in self._files.descriptors:
             self._files.forget(path)
@@ -91,7 +91,7 @@ class ShardReader:
     # --- Local files
 
     def _local_path(self, shard: str) -> str | None:
-        """Return a path to read the shard with `pread`, None if only its store has it."""
+        """Return a path to read the shard with `pread`, None if it has no local file."""
         address = self.address(shard)
         if "://" not in address:
             return address
@@ -103,7 +103,7 @@ class ShardReader:
         return path if path is not None and self._opens_copy(path) else None
 
     def _opens_copy(self, path: str) -> bool:
-        """Open a cached copy, which another process may have removed or replaced; an open one stays readable."""
+        """Open a cached copy; return False if another process has removed it."""
         try:
             if not os.path.samestat(os.fstat(self._files.open(path)), os.stat(path)):
                 self._files.forget(path)
@@ -121,7 +121,7 @@ class ShardReader:
             for number in numbers:
                 found[number] = failure
             return
-        for read in reads if hasattr(os, "posix_fadvise") else ():  # so that the disk can serve them together
+        for read in reads if hasattr(os, "posix_fadvise") else ():  # announced first, so the disk serves them together
             os.posix_fadvise(descriptor, read.start, read.end - read.start, os.POSIX_FADV_WILLNEED)
         for read in reads:
             try:
@@ -192,7 +192,7 @@ def _hand_out(read: _Read, data: bytes | ItemError, ranges: Sequence[Range], fou
 
 def _pread(descriptor: int, start: int, end: int) -> bytes:
     data = os.pread(descriptor, end - start, start)
-    while len(data) < end - start:  # one call gives 2 GiB at most, and less when interrupted
+    while len(data) < end - start:  # one call returns at most 2 GiB, and less when interrupted
         more = os.pread(descriptor, end - start - len(data), start + len(data))
         if not more:
             break
@@ -201,7 +201,7 @@ def _pread(descriptor: int, start: int, end: int) -> bytes:
 
 
 class _OpenFiles:
-    """The files read last stay open."""
+    """Descriptors of the most recently read files, which stay open."""
 
     def __init__(self):
         self.descriptors: OrderedDict[str, int] = OrderedDict()

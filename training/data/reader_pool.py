@@ -1,17 +1,17 @@
 """A pool of processes that read samples, and its recovery when one of them dies.
 
-1. The pool owns a few slots: stretches of shared memory, each with room for the pixels of one part. A request (rows,
-   epoch) gets a ticket and a free slot and goes to the process with the fewest tickets.
-2. The process reads the part, its pixels straight into the slot, and sends the small rest back through its pipe.
-3. Parts are handed out in the order of their requests; a slot is free again when the next part is asked for. So memory
-   is bounded by the slots, whichever process is slow.
-4. A process writes the sample it is at into shared memory. When it dies (a decoder's crash, out of memory, `kill`) its
-   tickets go to the others and a new process takes its place. A process that stays at one sample for minutes is killed.
-   A sample at which two processes died is not tried again: it is the failure "decoder-died".
+1. The pool owns a few slots of shared memory, each for the pixels of one part. A request (rows, epoch) gets a ticket
+   and a free slot and goes to the process with the fewest tickets.
+2. The process reads the part, its pixels straight into the slot, and sends the other arrays through its pipe.
+3. Parts are handed out in the order of their requests; a slot is free again when the next part is requested. So the
+   slots bound the memory, even if one process is slow.
+4. A process writes the number of its current sample into shared memory. When it dies (a decoder's crash, out of memory,
+   `kill`), its tickets go to the others and a new process replaces it. A process without progress for minutes is
+   killed. A sample at which two processes died is not read again: it is the failure "decoder-died".
 
-torch's DataLoader ends when a worker dies, without naming the sample, and makes shared memory anew for each batch.
+torch's DataLoader ends when a worker dies, without naming the sample, and allocates shared memory for each batch.
 
-Processes are forked from a fork server, which holds no threads or devices of the training process and has imported
+Processes are forked from a fork server, which has no threads or devices of the training process and has imported
 everything, so that starting one takes milliseconds.
 """
 
@@ -35,14 +35,14 @@ from clipmill.base.errors import ItemError, UserError
 from training.data.epoch_plan import Rows
 from training.data.sample_reader import PartialBatch, SampleReader
 
-_AHEAD = 2  # requests a process holds: the one it reads and the next
-_MAX_LOST = 10  # deaths in a row, outside of any sample and with no part read between: reading is impossible
+_AHEAD = 2  # requests a process holds: the current and the next
+_MAX_LOST = 10  # consecutive deaths outside of any sample, without a part read between, after which reading fails
 _DEADLY = 2  # deaths at one sample that make it a failure
-_STUCK_S = 300.0  # longer than any sample, or any part's bytes with all retries, takes
+_STUCK_S = 300.0  # longer than the slowest sample, or a part's bytes with all retries
 
 
 class LoaderError(UserError):
-    """An error that one training process meets alone: the others wait for it and have to be ended."""
+    """An error of one training process alone; the others wait for it and must be ended."""
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -70,8 +70,8 @@ class _Worker:
     connection: Connection
     at: Any  # shared: (ticket, position) of the sample being decoded
     tickets: list[int] = field(default_factory=list)
-    moved: tuple[int, int] = (-1, -1)  # the last change of `at`
-    moved_s: float = 0.0  # and when that was, or when it got something to do
+    moved: tuple[int, int] = (-1, -1)  # last known value of `at`
+    moved_s: float = 0.0  # time of its last change, or of the first ticket after idling
 
     def give(self, number: int, *request: Any) -> None:
         """Send a ticket. Raises OSError if the process has died."""
@@ -81,7 +81,7 @@ class _Worker:
         self.connection.send((number, *request))
 
     def is_stuck(self) -> bool:
-        """Tell whether the process has a ticket and has made no progress for `_STUCK_S`."""
+        """Return True if the process has a ticket and has made no progress for `_STUCK_S`."""
         now, at = time.monotonic(), (self.at[0], self.at[1])
         if at != self.moved:
             self.moved, self.moved_s = at, now
@@ -89,7 +89,7 @@ class _Worker:
 
 
 class Pool:
-    """A context whose processes end with it."""
+    """A context manager of processes that read parts into shared memory."""
 
     def __init__(self, reader: SampleReader, num_processes: int, part_size: int, num_slots: int, stop: threading.Event):
         self.reader, self.num_processes, self.part_size = reader, num_processes, part_size
@@ -98,9 +98,9 @@ class Pool:
         self.slots = [self.context.RawArray(ctypes.c_uint8, num_bytes) for _ in range(max(num_slots, num_processes))]
         self.workers: list[_Worker] = []
         self.tickets: dict[int, _Ticket] = {}
-        self.waiting: deque[int] = deque()  # tickets that no process has
-        self.num_deaths = 0  # in all
-        self._num_lost = 0
+        self.waiting: deque[int] = deque()  # tickets not given to a process
+        self.num_deaths = 0
+        self._num_lost = 0  # consecutive deaths outside of any sample
         self.stop = stop
 
     def __enter__(self) -> "Pool":
@@ -113,9 +113,9 @@ class Pool:
         self.workers = []
 
     def parts(self, requests: Iterable[Request]) -> Iterator[PartialBatch]:
-        """Yield the parts in order. A part's pixels are in its slot: copy them before asking for the next one.
+        """Yield the parts in order. A part's pixels are in its slot: copy them before requesting the next one.
 
-        Raises LoaderError if processes keep dying, and any error of a process that is not an ItemError.
+        Raises LoaderError if processes keep dying, and any other error of a process.
         """
         requests, order = iter(requests), deque()
         free = list(range(len(self.slots)))
@@ -153,7 +153,7 @@ class Pool:
                 self._bury(worker)
 
     def _listen(self) -> None:
-        """Wait until a process answers or dies; a second at most, so that a stop is noticed."""
+        """Wait at most a second, so that a stop is noticed, until a process answers or dies."""
         by_channel = {worker.connection: worker for worker in self.workers}
         by_channel |= {worker.process.sentinel: worker for worker in self.workers}
         for worker in {id(worker): worker for worker in map(by_channel.get, wait(list(by_channel), 1.0))}.values():
@@ -197,9 +197,10 @@ class Pool:
         worker.process.close()
 
     def _bury(self, worker: _Worker) -> None:
-        """Replace a dead process; its tickets go first."""
+        """Replace a dead process and queue its tickets first."""
         worker.process.join()
-        ended = _ended(worker.process.exitcode)
+        code = worker.process.exitcode
+        ended = f"with exit code {code}" if code is None or code >= 0 else f"by {signal.Signals(-code).name}"
         self.num_deaths += 1
         number, position = worker.at
         if number in worker.tickets and position >= 0:
@@ -212,7 +213,7 @@ class Pool:
             self._num_lost += 1
         if self._num_lost > _MAX_LOST:
             raise LoaderError(
-                f"loader processes keep dying, the last one {ended}. Where memory runs out: a lower "
+                f"loader processes keep dying, the last one {ended}. If memory runs out, lower "
                 "data.loader_processes or data.prefetch_samples. data.loader_processes = 0 reads in this process."
             )
         self.waiting.extendleft(reversed(worker.tickets))
@@ -234,9 +235,9 @@ def _memory(slot: Any) -> Tensor:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory of pictures for the next ones.
+    """Set glibc to keep the freed memory of pictures for the next ones.
 
-    By default it may return it to the kernel and get it again, a page fault every 4 KB: a tenth of the reading time.
+    By default it returns memory to the kernel; getting it back costs page faults, a tenth of the reading time.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -244,19 +245,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 512 << 20)
 
 
-def _ended(code: int | None) -> str:
-    if code is not None and code < 0:
-        return f"by {signal.Signals(-code).name}"
-    return f"with exit code {code}"
-
-
 # --- In the process
 
 
 def _work(connection: Connection, reader: SampleReader, slots: list[Any], at: Any) -> None:
-    """Read requests until the pool hangs up or dies."""
+    """Read requests until the pool closes the pipe or dies."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # meant for the trainer, whose process group this is
+        signal.signal(number, signal.SIG_IGN)  # sent to the process group for the trainer
     torch.set_num_threads(1)
     keep_freed_memory()
     while True:
@@ -274,7 +269,7 @@ def _work(connection: Connection, reader: SampleReader, slots: list[Any], at: An
             answer.pixels = None
         except UserError as error:
             answer = error
-        except Exception:  # a broken invariant: raised in the training process
+        except Exception:  # a bug: raised in the training process
             answer = RuntimeError(f"a loader process failed:\n{traceback.format_exc()}")
         try:
             connection.send((number, answer))

@@ -1,7 +1,7 @@
-"""Find the present place of bytes: a corpus may be packed again or compacted while a run trains on it.
+"""Find the current place of clips, because a corpus may be packed again or compacted while a run trains on it.
 
-Bytes are found by their SHA-256, so a result is what was frozen. The index is read only when other bytes lie at the
-frozen place; it then takes 28 bytes of memory per member of the corpus.
+Clips are found by the SHA-256 of their bytes, so they are those that were selected. The index is read only when other
+bytes are at the frozen place; it takes 28 bytes of memory per member of the corpus.
 """
 
 import time
@@ -15,39 +15,39 @@ import pyarrow.parquet as pq
 from shards.storage.mirror import files_of, for_reading
 from training.data.range_reader import Range
 
-LOOK_EVERY_S = 5.0  # least time between two looks, in case bytes are simply damaged
+LOOK_EVERY_S = 5.0  # least time between two updates of the index, in case bytes are damaged, not moved
 
 _MEMBER = pa.schema([("sha256", pa.string()), ("offset", pa.int64()), ("num_bytes", pa.int64())])
 
 
 class RelocationIndex:
-    """Index of one corpus's members by hash, for one process. From a store, indexes are fetched when needed."""
+    """Index of one corpus's members by hash, for one process; a remote corpus's indexes are fetched when needed."""
 
     def __init__(self, corpus: str | Path):
         self.root = for_reading(corpus)
-        self._looked_at, self._state = -LOOK_EVERY_S, ()
+        self._refreshed_at, self._state = -LOOK_EVERY_S, ()
         self._paths: list[str] = []
         self._keys_N = np.zeros(0, np.uint64)  # the first 64 bits of hashes, ascending
         self._places_N3 = np.zeros((0, 3), np.int64)  # number of the path, offset, size
 
     def find(self, hashes: Sequence[bytes]) -> list[Range | None]:
-        """Return the present place of each hash, None if the corpus lacks it. Readers compare the whole hash."""
-        self._look()
+        """Return the current place of each hash, None if the corpus lacks it. Callers compare the whole hash."""
+        self._refresh()
         keys = np.array([int.from_bytes(digest[:8], "big") for digest in hashes], np.uint64)
-        rows = np.searchsorted(self._keys_N, keys)
-        return [self._range(int(row), key) for row, key in zip(rows, keys, strict=True)]
+        places: list[Range | None] = []
+        for row, key in zip(np.searchsorted(self._keys_N, keys).tolist(), keys, strict=True):
+            if row == len(self._keys_N) or self._keys_N[row] != key:
+                places.append(None)
+            else:
+                path, offset, num_bytes = self._places_N3[row].tolist()
+                places.append(Range(self._paths[path], offset, num_bytes))
+        return places
 
-    def _range(self, row: int, key: np.uint64) -> Range | None:
-        if row == len(self._keys_N) or self._keys_N[row] != key:
-            return None
-        path, offset, num_bytes = self._places_N3[row].tolist()
-        return Range(self._paths[path], offset, num_bytes)
-
-    def _look(self) -> None:
+    def _refresh(self) -> None:
         now = time.monotonic()
-        if now - self._looked_at < LOOK_EVERY_S:
+        if now - self._refreshed_at < LOOK_EVERY_S:
             return
-        self._looked_at = now
+        self._refreshed_at = now
         for folder in ("shards", "fragments/edited_clips"):
             files_of(self.root).refresh(folder)
         indexes = sorted((self.root / "shards").glob("[0-9]*.parquet"))

@@ -22,8 +22,8 @@ Overlap = Literal["error", "exclude", "allow"]
 def choose_run(samples: Samples, data: DataSettings, evaluation: EvalSettings) -> tuple[ClipQuery, ClipQuery | None]:
     """Select a run's training clips, and its evaluation clips if `eval.where` is given. Raises UserError.
 
-    `data.edits` applies to training clips only. Where evaluations select a checkpoint, none of their clips may be of
-    the split "test".
+    `data.edits` applies to training clips only. If evaluations select a checkpoint, none of their clips may be of the
+    split "test".
     """
     training = replace(select_clips(samples, data.where, "data.where"), problems=samples.problems)
     if data.edits != NONE:
@@ -37,7 +37,7 @@ def choose_run(samples: Samples, data: DataSettings, evaluation: EvalSettings) -
 
 
 def apply_overlap(samples: Samples, training: ClipQuery, held_out: ClipQuery, policy: Overlap) -> ClipQuery:
-    """Apply `eval.overlap` to the training clips. Raises UserError under "error", and if none is left."""
+    """Apply `eval.overlap` to the training clips. Raises UserError for "error", and if no clip remains."""
     found = overlap(samples, training, held_out)
     if not len(found.rows):
         return training
@@ -111,5 +111,5 @@ def _refuse_test(samples: Samples, held_out: ClipQuery, every: int | str) -> Non
         raise UserError(
             f"eval.where: {num_test:,} of its {held_out.num_clips:,} clips are of the split 'test', and with eval.every"
             f" = {every} they would select the checkpoint that is tested on them. Allowed: clips of another split, or "
-            "some of 'train' with eval.overlap = exclude; eval.select = null, which only watches; eval.every = null."
+            "some of 'train' with eval.overlap = exclude; eval.select = null, which selects nothing; eval.every = null."
         )

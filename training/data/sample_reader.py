@@ -1,7 +1,7 @@
-"""Read samples: each a pure function of (row, epoch), from bytes in its shard to pictures and token ids.
+"""Read samples, from bytes in their shards to pictures and token ids; each is a pure function of (row, epoch).
 
-`SampleReader.read` reads a few rows together, in the order asked for. The result is the same in any process and with
-any neighbours. A sample that cannot be read is a masked hole and a `Failure`.
+`SampleReader.read` reads a few rows together, in the given order. A sample is the same in any process and beside any
+other samples. A sample that cannot be read is a masked hole and a `Failure`.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class Failure(NamedTuple):
 
 
 class PixelBuffer(NamedTuple):
-    """Memory for the pixels of samples, uint8, channels last: two dense arrays, which a GPU takes in one copy each."""
+    """Memory for the pixels of samples, uint8, channels last: two dense arrays, each copied to a GPU at once."""
 
     frames_BTSS3: Tensor
     stills_B1SS3: Tensor
@@ -72,9 +72,9 @@ _ARRAYS += ("frame_mask_BT", "neighbour_BNL", "neighbour_mask_BN")
 class PartialBatch:
     """Some slots of a step as plain arrays, so that it passes through a pipe. Legend: `training.data.batch`."""
 
-    pixels: PixelBuffer | None  # None on the way through a pipe
+    pixels: PixelBuffer | None  # None while sent through a pipe
     rows_B: NDArray[np.int64]
-    subtitle_BL: NDArray[np.int64]  # cut to the longest of the part
+    subtitle_BL: NDArray[np.int64]  # cut to the longest text of the part
     caption_BL: NDArray[np.int64]
     video_mask_B: NDArray[np.bool_]
     subtitle_mask_B: NDArray[np.bool_]
@@ -90,22 +90,14 @@ class PartialBatch:
         """Convert without copying. Pixels stay channels last in memory, which is fast on GPUs."""
         assert self.pixels is not None
         return Batch(
-            rows_B=torch.from_numpy(self.rows_B),
             video_BT3SS=self.pixels.frames_BTSS3.permute(0, 1, 4, 2, 3),
             frame_B13SS=self.pixels.stills_B1SS3.permute(0, 1, 4, 2, 3),
-            subtitle_BL=torch.from_numpy(self.subtitle_BL),
-            caption_BL=torch.from_numpy(self.caption_BL),
-            video_mask_B=torch.from_numpy(self.video_mask_B),
-            subtitle_mask_B=torch.from_numpy(self.subtitle_mask_B),
-            caption_mask_B=torch.from_numpy(self.caption_mask_B),
-            frame_mask_BT=torch.from_numpy(self.frame_mask_BT),
-            neighbour_BNL=torch.from_numpy(self.neighbour_BNL),
-            neighbour_mask_BN=torch.from_numpy(self.neighbour_mask_BN),
+            **{name: torch.from_numpy(getattr(self, name)) for name in _ARRAYS},
         )
 
 
 def join(parts: list[PartialBatch], pixels: PixelBuffer) -> PartialBatch:
-    """Join parts whose pixels are in `pixels` already."""
+    """Join parts whose pixels are already in `pixels`."""
     return PartialBatch(
         pixels,
         *(_joined([getattr(part, name) for part in parts]) for name in _ARRAYS),
@@ -116,7 +108,7 @@ def join(parts: list[PartialBatch], pixels: PixelBuffer) -> PartialBatch:
 
 
 def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    """Concatenate along the first axis; shorter texts are padded with zeros behind the end token."""
+    """Concatenate along the first axis; pad shorter texts with zeros after the end token."""
     shape = [sum(len(array) for array in arrays), *np.max([array.shape[1:] for array in arrays], axis=0).astype(int)]
     joined, at = np.zeros(shape, arrays[0].dtype), 0
     for array in arrays:
@@ -126,7 +118,7 @@ def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
 
 
 class SampleReader:
-    """Reader of a selection's samples; pickles small, and opens files in the process that reads.
+    """Reader of a selection's samples; its pickle is small, and files are opened in the process that reads.
 
     train  False: the frames and texts of evaluation, the same in every epoch
     """
@@ -156,7 +148,7 @@ class SampleReader:
         return RelocationIndex(self.selection.root)
 
     def close(self) -> None:
-        """Close open shards. Reading opens them again."""
+        """Close open shards; the next read opens them again."""
         if "shards" in self.__dict__:
             self.shards.close()
 
@@ -166,11 +158,11 @@ class SampleReader:
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes of a sample's pixels."""
+        """Return the bytes of a sample's pixels."""
         return (self.data.num_frames + 1) * self.image_size * self.image_size * 3
 
     def pixel_buffer(self, num_samples: int, buffer: Tensor | None = None) -> PixelBuffer:
-        """Lay out uninitialised pixels on a buffer of at least `num_samples * sample_bytes` bytes, or a new one."""
+        """View a buffer of at least `num_samples * sample_bytes` bytes, or a new one, as uninitialised pixels."""
         if buffer is None:
             buffer = torch.empty(num_samples * self.sample_bytes, dtype=torch.uint8)
         size, num_frames = self.image_size, self.data.num_frames
@@ -187,17 +179,21 @@ class SampleReader:
         lost: Mapping[int, ItemError] | None = None,
         watch: Callable[[int], None] = lambda slot: None,
     ) -> PartialBatch:
-        """Read rows in order; `PAD` is a slot that stays empty.
+        """Read rows in order; a row `PAD` gives an empty slot.
 
         pixels  memory to write to; None: new memory
         lost    slots to skip, and the error to report for each
-        watch   called with the slot that is about to be decoded, with -1 after the last
+        watch   called with the number of a slot before it is decoded, and with -1 at the end
         """
         rows = np.asarray(rows, np.int64)
         pixels = self.pixel_buffer(len(rows)) if pixels is None else pixels
         slots = np.flatnonzero(rows != PAD)
         clips = self.selection.take(rows[slots]).to_pylist()
-        lost = {**(lost or {}), **self._forgotten(slots.tolist(), clips)}
+        lost = dict(lost or {})
+        if self.tombstones is not None:  # videos may have been forgotten since they were selected
+            forgotten = self.tombstones.cover([clip["video_id"] for clip in clips])
+            error = ItemError(FORGOTTEN, "its video was forgotten (`clipmill forget`)")
+            lost |= {slot: error for slot, covered in zip(slots.tolist(), forgotten, strict=True) if covered}
         began = time.perf_counter()
         wanted = [slot not in lost for slot in slots.tolist()]
         found = iter(self._bytes([clip for clip, reads in zip(clips, wanted, strict=True) if reads]))
@@ -227,14 +223,6 @@ class SampleReader:
         arrays = (rows_B, subtitle_BL, caption_BL, readable_B, subtitle_mask_B, caption_mask_B, frame_mask_BT)
         return PartialBatch(pixels, *arrays, *self._neighbours(clips_B, readable_B), failures, read_s, decode_s)
 
-    def _forgotten(self, slots: list[int], clips: list[dict[str, Any]]) -> dict[int, ItemError]:
-        """Find samples whose video was forgotten since they were selected."""
-        if self.tombstones is None:
-            return {}
-        gone = self.tombstones.cover([clip["video_id"] for clip in clips])
-        error = ItemError(FORGOTTEN, "its video was forgotten (`clipmill forget`)")
-        return {slot: error for slot, is_gone in zip(slots, gone, strict=True) if is_gone}
-
     def _bytes(self, clips: list[dict[str, Any]]) -> list["_Source"]:
         """Read the bytes of all clips together, so that neighbours in a shard are one read."""
         ranges = [Range(clip["shard"], clip["mp4_offset"], clip["mp4_bytes"]) for clip in clips]
@@ -252,7 +240,7 @@ class SampleReader:
     def _checked(
         self, ranges: list[Range], hashes: list[bytes | None], found: list[memoryview | ItemError]
     ) -> list[memoryview | ItemError]:
-        """Replace bytes that are not those selected by the right ones from elsewhere in the corpus, or an error."""
+        """Replace bytes with a wrong hash by the right ones from elsewhere in the corpus, or by an error."""
         wrong = [n for n, (data, sha256) in enumerate(zip(found, hashes, strict=True)) if not _is(data, sha256)]
         if not wrong or not self.selection.root:
             return found
@@ -266,10 +254,8 @@ class SampleReader:
             data = checked.get(n, found[n])
             if not _is(data, hashes[n]):
                 if not isinstance(data, ItemError):
-                    message = (
-                        f"{ranges[n].shard} has other bytes at {ranges[n].offset} than were selected, and no shard"
-                    )
-                    data = ItemError("hash-mismatch", f"{message} has those")
+                    place = f"{ranges[n].shard} has other bytes at {ranges[n].offset} than were selected"
+                    data = ItemError("hash-mismatch", f"{place}, and no other shard has those")
             found[n] = data
         return found
 
@@ -277,7 +263,7 @@ class SampleReader:
         return self.data.still == "captioned" and clip["jpg_offset"] is not None
 
     def _decode(self, clip: dict[str, Any], source: "_Source", epoch: int, out: list[Pixels]) -> int:
-        """Fill one sample's pixels; return the number of frames taken, the rest are zeros. Raises ItemError."""
+        """Fill one sample's pixels, with zeros after the frames taken; return their number. Raises ItemError."""
         frames, num_taken = out[: self.data.num_frames], 0
         for data in source:
             if isinstance(data, ItemError):
@@ -285,7 +271,7 @@ class SampleReader:
         if source.still is not None:
             out.pop()[:] = decode_still(source.still, self.picture)
         elif self.data.still == "captioned" and clip["caption"]:
-            raise ItemError("no-still", "the sample has a caption but no JPEG; allowed then: data.still = middle")
+            raise ItemError("no-still", "the sample has a caption but no JPEG; set data.still = middle")
         with_middle = source.still is None
 
         def choose(total: int) -> NDArray[np.integer]:
@@ -304,7 +290,7 @@ class SampleReader:
         data = self.data
         if data.frames_per_s is not None:
             if clip["fps"] is None:
-                raise ItemError("no-frame-rate", "data.frames_per_s is set and nothing says how many the clip has")
+                raise ItemError("no-frame-rate", "data.frames_per_s is set, but the clip's frame rate is not known")
             return paced_indices(total, clip["fps"], frames_per_s=data.frames_per_s, most=data.num_frames)
         if self.train and data.jitter:
             return train_indices(total, data.num_frames, seed=data.seed, epoch=epoch, clip_id=clip["clip_id"])
@@ -313,8 +299,15 @@ class SampleReader:
     def _ids(
         self, clips_B: list[dict[str, Any] | None], column: str, readable_B: NDArray[np.bool_], epoch: int
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Tokenise a column: ids [B, L] cut to the longest, mask [B]. A missing text is an empty, masked one."""
-        return self._encoded([self._text(clip, column, epoch) if clip else "" for clip in clips_B], readable_B)
+        """Tokenise a column: ids [B, L] cut to the longest, mask [B]. A missing text is empty and masked."""
+        texts = []
+        for clip in clips_B:
+            text = (clip and clip[column]) or ""
+            if isinstance(text, list):
+                draw = drawn_text(len(text), seed=self.data.seed, epoch=epoch, clip_id=clip["clip_id"])
+                text = text[draw if self.train else 0]
+            texts.append(text)
+        return self._encoded(texts, readable_B)
 
     def _neighbours(
         self, clips_B: list[dict[str, Any] | None], readable_B: NDArray[np.bool_]
@@ -335,17 +328,10 @@ class SampleReader:
         ids_ML = self.texts([text if there else "" for text, there in zip(texts, mask_M.tolist(), strict=True)]).numpy()
         return ids_ML[:, : num_tokens(ids_ML)], mask_M
 
-    def _text(self, clip: dict[str, Any], column: str, epoch: int) -> str:
-        text = clip[column] or ""
-        if isinstance(text, str):
-            return text
-        draw = drawn_text(len(text), seed=self.data.seed, epoch=epoch, clip_id=clip["clip_id"])
-        return text[draw if self.train else 0]
-
     # --- Cached shards
 
     def wanted_bytes(self, shard: str) -> int:
-        """Count the bytes of a shard that the selection needs, by bisection: the selection is in order of shards."""
+        """Count the bytes of a shard in the selection, by bisection, because the selection is in order of shards."""
         first = self._first_row(lambda name: name >= shard)
         after = self._first_row(lambda name: name > shard)
         table = self.selection.take(np.arange(first, after))
@@ -364,12 +350,12 @@ class SampleReader:
 
 
 def _is(data: memoryview | ItemError, sha256: bytes | None) -> bool:
-    """Tell whether the bytes are those that were selected; without a known hash they are accepted."""
+    """Return True if the bytes have the selected hash; a hash of None accepts anything."""
     return sha256 is None or (not isinstance(data, ItemError) and hashlib.sha256(data).digest() == sha256)
 
 
 class _Source(NamedTuple):
-    """A clip's bytes and, if wanted, those of its captioned frame; an error in place of bytes that are missing."""
+    """Bytes of a clip and, if wanted, of its captioned frame; an error in the place of missing bytes."""
 
     clip: memoryview | ItemError
     still: memoryview | ItemError | None

@@ -1,11 +1,11 @@
-"""The clips that a run trains on, frozen into one Arrow file that its processes share.
+"""Freeze the clips that a run trains on into one Arrow file that its processes share.
 
 `training.data.clip_query` finds the clips. `write` streams them, a few shards at a time, in order of (shard, offset)
-into `selection.arrow`, where a clip is its row number: plan, loader and checkpoints know it by nothing else.
-`Selection` opens the file memory-mapped: any process reads any rows of it without loading the rest.
+into `selection.arrow`. Plan, loader and checkpoints identify a clip by its row number there. `Selection` opens the file
+memory-mapped, so any process reads some rows without loading the rest.
 
-The file holds the texts that the shard indexes had when it was written, so a run that resumes sees the same texts,
-however the corpus has grown or been recaptioned since; a new run sees the new ones.
+The file holds the texts of the time it was written, so a resumed run sees the same texts even if the corpus has grown
+or was recaptioned; a new run sees the new ones.
 """
 
 import hashlib
@@ -37,15 +37,6 @@ _BATCH_ROWS = 65_536  # of the file
 # --- Freezing
 
 
-def select(
-    corpus: str | Path, where: str = "", *, setting: str = "data.where", tables: Tables | None = None
-) -> pa.Table:
-    """Select clips into memory; columns and order are those of the file. Raises UserError."""
-    with open_samples(corpus, tables) as samples:
-        clips = select_clips(samples, where, setting)
-        return pa.Table.from_batches(selected_rows(samples, clips), SELECTION)
-
-
 def freeze(
     path: str | Path, corpus: str | Path, where: str = "", *, setting: str = "data.where", tables: Tables | None = None
 ) -> ClipQuery:
@@ -64,7 +55,7 @@ def freeze_run(
 ) -> tuple[ClipQuery, ClipQuery | None]:
     """Write a run's selections from one state of the corpus: `selection.arrow`, and `eval.arrow` for eval.where.
 
-    `selection.arrow` is written last: if it exists, both are complete. Raises UserError.
+    `selection.arrow` is written last, so that if it exists, both are complete. Raises UserError.
     """
     with open_samples(corpus, tables, data.neighbours) as samples:
         training, held_out = choose_run(samples, data, evaluation)
@@ -77,11 +68,11 @@ def freeze_run(
 def write(samples: Samples, clips: ClipQuery, path: Path) -> None:
     """Write the selected rows in order, as an uncompressed Arrow file, whole or not at all.
 
-    Reads `samples` three times, a few shards at a time: for the snapshot, for the hash, for the rows. Snapshot and hash
-    are in the file's first bytes, so they have to be known before the rows.
+    Reads `samples` three times, a few shards at a time: for the snapshot, the hash and the rows, because snapshot and
+    hash come before the rows in the file.
     """
     snapshot = _snapshot(samples, clips)
-    # ids are joined many at a time as `hash_selection` joins them, so its digest is the same
+    # ids are joined in the way of `hash_selection`, so its digest is the same as of single ids
     ids = (_lines(table["clip_id"]) for table in rows_in_order(samples, clips, "clip_id"))
     metadata = {"root": samples.root, "snapshot": snapshot, "hash": hash_selection(snapshot, ids)}
     with atomic_file(path, fsync=True) as file:
@@ -91,10 +82,10 @@ def write(samples: Samples, clips: ClipQuery, path: Path) -> None:
 
 
 def _snapshot(samples: Samples, clips: ClipQuery) -> str:
-    """Hash the media that training reads: changes with the set of clips and with any clip's bytes.
+    """Hash the media that training reads; the hash changes with the set of clips and with any clip's bytes.
 
-    Texts do not decide the order and are left out, as is where the corpus lies and how it is packed. Plain tars have no
-    hashes of their members; a member is known by its place and size there.
+    It does not depend on texts, the corpus's path or its packing. Plain tars have no hashes of their members, so the
+    place and size of a member stand for its bytes.
     """
     member = "coalesce({0}_sha256, concat({0}_offset, ' ', {0}_bytes), '')"
     content = f"concat_ws(' ', clip_id, {member.format('mp4')}, {member.format('jpg')}) AS content"
@@ -120,9 +111,9 @@ def selected_rows(samples: Samples, clips: ClipQuery) -> Iterator[pa.RecordBatch
 
 
 def rows_in_order(samples: Samples, clips: ClipQuery, columns: str) -> Iterator[pa.Table]:
-    """Yield the selected rows by (path, mp4_offset), a few shards at a time, so that memory is bounded.
+    """Yield the selected rows by (path, mp4_offset), a few shards at a time to bound memory.
 
-    `path` is the shard's, from the root. Edited clips come first, because their tars do, and all at once.
+    `path` is the shard's, from the root. Edited clips come first, in one table, because the paths of their tars do.
     """
     mask = clips.mask
     if clips.edited is not None:
@@ -157,13 +148,13 @@ def rows_in_order(samples: Samples, clips: ClipQuery, columns: str) -> Iterator[
 
 
 class Selection:
-    """A frozen selection, memory-mapped: opening it costs nothing, and it pickles as its path.
+    """A frozen selection, memory-mapped; its pickle is its path.
 
     Example: `Selection("run/selection.arrow").take([0, 5])["clip_id"].to_pylist()`
     """
 
     def __init__(self, path: str | Path):
-        """Open a file. Raises UserError if it is missing, torn or something else."""
+        """Open a file. Raises UserError if it is missing, torn or not a selection."""
         self.path = Path(path)
         try:
             self._reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
@@ -171,7 +162,8 @@ class Selection:
             raise UserError(f"{self.path} cannot be read as a selection: {error}") from error
         schema = self._reader.schema
         if not is_selection(schema) or not schema.metadata:
-            raise UserError(f"{self.path} is no selection of this clipmill: its columns are {', '.join(schema.names)}")
+            columns = ", ".join(schema.names)
+            raise UserError(f"{self.path} is not a selection that this clipmill reads: its columns are {columns}")
         self.root, self.snapshot, self.hash = (schema.metadata[key].decode() for key in (b"root", b"snapshot", b"hash"))
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
@@ -181,11 +173,8 @@ class Selection:
     def num_clips(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __len__(self) -> int:
-        return self.num_clips
-
     def take(self, rows: Sequence[int] | NDArray[np.integer]) -> pa.Table:
-        """Return rows in the order asked for, repeated ones too. The cost depends on their number, not on the file."""
+        """Return rows in the given order, repeats included; the cost depends on their number, not on the file."""
         rows = np.asarray(rows, np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < self.num_clips:
             raise IndexError(f"rows {rows.min()} … {rows.max()} of a selection of {self.num_clips}")
@@ -215,7 +204,7 @@ class Selection:
 
     @cached_property
     def _batches(self) -> list[pa.RecordBatch]:
-        """Map all batches: their headers are read now, their data when used."""
+        """Map all batches; their headers are read now, their data when used."""
         return [complete(self._reader.get_batch(number)) for number in range(self._reader.num_record_batches)]
 
     @cached_property
@@ -224,5 +213,5 @@ class Selection:
 
 
 def _int64_array(numbers: NDArray[np.int64]) -> pa.Array:
-    """Convert without a copy, and without `pa.array`, which imports pandas: a second in every process that reads."""
+    """Convert without a copy and without `pa.array`, which spends a second on importing pandas in every process."""
     return pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(np.ascontiguousarray(numbers))])

@@ -22,17 +22,17 @@ SELECTION = pa.schema(
         ("duplicate_group", pa.string()),  # null: no near-duplicates
         (HASHES[0], pa.binary(32)),  # bytes read must have this hash; null: not known
         (HASHES[1], pa.binary(32)),
-        # Subtitles of the clips before and behind in the video, selected or not: one before, one behind, the second
-        # before, … as many as data.neighbours asks for; null in the list: no such clip, or no subtitle
+        # Subtitles of the clips before and after in the video, selected or not: first before, first after, second
+        # before, … as many as data.neighbours says; null in the list: no such clip, or no subtitle
         ("neighbours", pa.list_(pa.string())),
     ]
 )
-# Columns that older selection files lack, by version; they are read as nulls
+# Columns that files of older versions lack; they are read as nulls
 LATER = (("neighbours", "fps"), (*HASHES, "neighbours", "fps"))
 
 
 def is_selection(schema: pa.Schema) -> bool:
-    """Tell whether a file's columns are those of a selection of this version or an older one."""
+    """Return True if a file has the columns of a selection of this version or an older one."""
     names = [field.name for field in SELECTION]
     known = [names, *([name for name in names if name not in later] for later in LATER)]
     return schema.names in known and all(schema.field(name).type == SELECTION.field(name).type for name in schema.names)

@@ -1,13 +1,13 @@
-"""Whole shards of a remote store in a local folder that several processes share and that never outgrows its cap.
+"""Cache whole shards of a remote store in a local folder of limited size that several processes share.
 
-1. A reader asks for a shard's local copy each time it reads from it, and reads from the store while there is none.
-2. A thread decides, once per shard, whether the run wants most of it, and fetches it then. So nothing waits for a
-   gigabyte because of its first clip.
+1. A reader looks for a shard's local copy at every read, and reads from the store while there is none.
+2. A thread decides, once per shard, if the run needs most of it, and then fetches it. So no read waits for a gigabyte
+   because of one clip.
 3. A copy's name holds the hash of the shard's address and version, and its size. It gets this name when it is complete
-   and on disk: what was cut short, or written anew under the old name, is never served.
-4. Where room is short the copies used longest ago go, but none that a process still reads from: in a shuffled order
-   every shard is wanted again soon, and fetching them in turn would move the corpus over the network again and again.
-   What finds no room is read by ranges. A process that has a removed file open keeps reading it.
+   and on disk, so a torn copy, or one of an older version, is never served.
+4. If room is short, the least recently used copies are removed, but none that a process still reads: in a shuffled
+   order every shard is needed again soon, and replacing copies would fetch the corpus again and again. A shard that
+   does not fit is read by ranges. A process that has a removed file open keeps reading it.
 """
 
 import contextlib
@@ -28,23 +28,23 @@ from clipmill.base.errors import ItemError
 from clipmill.base.file_lock import is_locked, lock_file, take_lock
 from training.data.remote_files import describe, filesystem_of
 
-MOST_SHARE = 0.5  # a shard is fetched whole when the run wants more of its bytes than this
-IDLE_S = 600.0  # a copy that nobody has read from for so long may go
-_TOUCH_S = 60.0  # how often a copy that is read from says so
+MOST_SHARE = 0.5  # share of its bytes that the run must need for a shard to be fetched whole
+IDLE_S = 600.0  # time without a read after which a copy may be removed
+_TOUCH_S = 60.0  # time between updates of a copy's modification time, which records its last read
 _CHUNK_BYTES = 8_000_000
 _TEMPORARY = "fetching-"
 
 
 @dataclass
 class _Copy:
-    path: Path | None = None  # None: not there, or not yet
+    path: Path | None = None  # None: not fetched (yet)
     num_bytes: int = 0
-    asked: bool = False  # the thread is at it, or was
+    asked: bool = False  # given to the thread
     touched_s: float = 0.0
 
 
 class ShardCache:
-    """For one process. `idle_s`: see IDLE_S."""
+    """One process's view of the cache. `idle_s`: see IDLE_S."""
 
     def __init__(self, folder: str | Path, max_bytes: int, idle_s: float = IDLE_S):
         self.folder, self.max_bytes, self.idle_s = Path(folder), max_bytes, idle_s
@@ -56,12 +56,16 @@ class ShardCache:
     def local(self, address: str, wanted_bytes: Callable[[], int]) -> str | None:
         """Return the path of a whole copy, None if there is none (yet).
 
-        wanted_bytes  how many bytes of it the run wants in all; asked at most once, in the thread
+        wanted_bytes  returns the number of its bytes that the run needs; called at most once, in the thread
         """
         copy = self._copies.setdefault(address, _Copy())
         if copy.path is not None:
             if _is_whole(copy.path, copy.num_bytes):
-                self._touch(copy)
+                now = time.monotonic()
+                if now - copy.touched_s > min(_TOUCH_S, self.idle_s / 2):
+                    copy.touched_s = now
+                    with contextlib.suppress(FileNotFoundError):
+                        os.utime(copy.path)
                 return str(copy.path)
             copy.path, copy.asked = None, False
         if not copy.asked:
@@ -72,10 +76,6 @@ class ShardCache:
                 self._thread.start()
         return None
 
-    def settle(self) -> None:
-        """Wait until everything asked for is fetched or given up."""
-        self._asked.join()
-
     # --- In the thread
 
     def _work(self) -> None:
@@ -83,7 +83,7 @@ class ShardCache:
             address, wanted_bytes = self._asked.get()
             try:
                 self._fetch(address, self._copies[address], wanted_bytes)
-            except Exception as error:  # a full disk, any error class of any store: reading goes on without a copy
+            except Exception as error:  # a full disk, any error class of any store: the reader does without a copy
                 reason = error if isinstance(error, ItemError) else f"{type(error).__name__}: {error}"
                 warnings.warn(f"{address} is not kept in {self.folder}: {reason}", stacklevel=1)
             finally:
@@ -109,8 +109,8 @@ class ShardCache:
                     if not self._make_room(num_bytes):
                         return False
                     file = stack.enter_context(open(temporary, "wb"))
-                    take_lock(file, math.inf)  # as long as it is held, somebody is writing
-                    file.truncate(num_bytes)  # counted from now on by whoever makes room
+                    take_lock(file, math.inf)  # held while this process writes
+                    file.truncate(num_bytes)  # reserves the room
                 _stream(address, file, num_bytes)
                 os.replace(temporary, path)
             self.num_fetched += 1
@@ -123,7 +123,7 @@ class ShardCache:
         copies = []
         total = 0
         for entry in os.scandir(self.folder):
-            with contextlib.suppress(FileNotFoundError):  # renamed by the process that wrote it
+            with contextlib.suppress(FileNotFoundError):  # its writer has renamed it
                 if entry.name.startswith(_TEMPORARY) and not is_locked(entry.path):
                     os.unlink(entry.path)
                     continue
@@ -137,13 +137,6 @@ class ShardCache:
             os.unlink(path)
             total -= size
         return total + num_bytes <= self.max_bytes
-
-    def _touch(self, copy: _Copy) -> None:
-        now = time.monotonic()
-        if now - copy.touched_s > min(_TOUCH_S, self.idle_s / 2):
-            copy.touched_s = now
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(copy.path)
 
 
 def _is_whole(path: Path, num_bytes: int) -> bool:
@@ -161,6 +154,6 @@ def _stream(address: str, file: IO[bytes], num_bytes: int) -> None:
         while chunk := source.read(_CHUNK_BYTES):
             num_copied += file.write(chunk)
     if num_copied != num_bytes:
-        raise ItemError("truncated-shard", f"{num_copied} bytes came, {num_bytes} were announced")
+        raise ItemError("truncated-shard", f"the store sent {num_copied} bytes and had announced {num_bytes}")
     file.flush()
     os.fsync(file.fileno())

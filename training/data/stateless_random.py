@@ -1,7 +1,7 @@
-"""Randomness without a generator: integers in, integers out, the same on every platform and numpy version.
+"""Random numbers as pure functions of integers, the same on every platform and numpy version.
 
-A value is a function of a key and a counter, so it can be asked for anywhere and in any order. numpy's own generators
-may change their streams between versions; these may not, because the order of every epoch hangs on them.
+A value is a function of a key and a counter, so it can be computed anywhere and in any order. numpy's own generators
+may change their streams between versions; these must not, because the order of every epoch depends on them.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ Words = NDArray[np.uint64]
 Result = TypeVar("Result")
 
 _GOLDEN, _MIX1, _MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_CHUNK = 1 << 16  # elements at a time: what is worked on stays in the cache
+_CHUNK = 1 << 16  # elements at a time, which fit into the CPU's cache
 _SORTED_UP_TO = 1 << 20
 _ROUNDS = 8
 
@@ -30,7 +30,7 @@ def key_of(*parts: Any) -> int:
 
 
 def mix(values: NDArray[np.integer], key: int) -> Words:
-    """Hash of each value under a key (splitmix64's finaliser), uniform over 64 bits."""
+    """Hash each value under a key (splitmix64's finaliser), uniformly over 64 bits."""
     z = values.astype(np.uint64) * _GOLDEN + np.uint64(key)
     z ^= z >> np.uint64(30)
     z *= _MIX1
@@ -40,25 +40,19 @@ def mix(values: NDArray[np.integer], key: int) -> Words:
     return z
 
 
-def sort_keys(hashes: Words, num_low_bits: int) -> Words:
-    """Replace the low bits of hashes along the last axis by their position: sorting them yields an order."""
-    positions = np.arange(hashes.shape[-1], dtype=np.uint64)
-    return (hashes >> np.uint64(num_low_bits)) << np.uint64(num_low_bits) | positions
-
-
 def order_of(hashes: Words) -> NDArray[np.int64]:
     """Order positions along the last axis by their hash, equal hashes by position.
 
-    Sorting packed keys is several times faster than an argsort; the low bits of the hashes are lost for it.
+    Positions replace the low bits of the hashes, because sorting such keys is several times faster than an argsort.
     """
-    num_low_bits = max(1, hashes.shape[-1] - 1).bit_length()
-    keys = sort_keys(hashes, num_low_bits)
+    num_low_bits = np.uint64(max(1, hashes.shape[-1] - 1).bit_length())
+    keys = (hashes >> num_low_bits) << num_low_bits | np.arange(hashes.shape[-1], dtype=np.uint64)
     keys.sort(axis=-1)
-    return (keys & np.uint64((1 << num_low_bits) - 1)).astype(np.int64)
+    return (keys & np.uint64((1 << int(num_low_bits)) - 1)).astype(np.int64)
 
 
 def permutation(count: int, key: int) -> NDArray[np.uint32]:
-    """Draw a random order of 0 … count-1. Large ones are a Feistel network: no sort and no memory."""
+    """Draw a random order of 0 … count-1. A large one comes from a Feistel network, without a sort."""
     assert count < 2**32
     if count <= _SORTED_UP_TO:
         return order_of(mix(np.arange(count, dtype=np.uint64), key)).astype(np.uint32)
@@ -71,7 +65,7 @@ def permutation(count: int, key: int) -> NDArray[np.uint32]:
     def fill(start: int) -> None:
         values = np.arange(start, min(start + _CHUNK, count))
         moved = _feistel(values, side, tables)
-        while (outside := moved >= count).any():  # the square has up to 2·side cells more than are wanted
+        while (outside := moved >= count).any():  # the square has up to 2·side more cells than needed
             moved[outside] = _feistel(moved[outside], side, tables)
         order[start : start + len(values)] = moved
 
@@ -80,7 +74,7 @@ def permutation(count: int, key: int) -> NDArray[np.uint32]:
 
 
 def in_threads(function: Callable[[int], Result], items: Iterable[int]) -> list[Result]:
-    """Map a function over items in threads, in order. numpy releases the interpreter's lock, so they overlap."""
+    """Map a function over items in threads, in order; numpy releases the interpreter's lock, so they overlap."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, items))
 
@@ -90,7 +84,7 @@ def _feistel(values: NDArray[np.int64], side: int, tables: list[NDArray[np.int64
     left, right = np.divmod(values, side)
     for table in tables:
         left += np.take(table, right)
-        # left mod side, for values below 2·side: the smaller, unsigned, of the two candidates
+        # left mod side, for values below 2·side: the smaller of both candidates as unsigned numbers
         np.minimum(left.view(np.uint64), (left - side).view(np.uint64), out=left.view(np.uint64))
         left, right = right, left
     return left * side + right

@@ -1,4 +1,4 @@
-"""Texts to token ids: CLIP's byte-pair vocabulary, or the word list of a small world's model."""
+"""Convert texts to token ids, with CLIP's byte-pair vocabulary or a model's own word list."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Small enough to travel to every loader process; the vocabulary is read where it is first used.
+    """Tokenizer with a small pickle; each process reads the vocabulary at first use.
 
     words       a model's own word list (`captioning.word_tokenizer`); None: CLIP's
-    max_tokens  both ends included: longer texts are cut and still close with the end token
+    max_tokens  of a text, both ends included; a longer text is cut and keeps its end token
     """
 
     words: tuple[str, ...] | None

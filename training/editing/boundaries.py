@@ -1,12 +1,12 @@
 """Video Editing for Video Retrieval: clips from single timestamps, and a teacher that edits their boundaries.
 
-docs/methods/video_editing.md sections 3, 5 and 9; what is marked [design] there is ours. Pure functions of numbers: no
-model, no files. A model enters as a `Scorer`; `training.editing.scores` has one for cached frame features, and
-`training.editing.rounds` plays the rounds of teacher and student. Times are seconds as doubles; shape letters:
+This implements docs/methods/video_editing.md sections 3, 5 and 9 as pure functions of numbers; [design] there marks our
+own decisions. A model is a `Scorer`: `training.editing.scores` has one for cached frame features, and
+`training.editing.rounds` runs the rounds of teacher and student. Times are seconds as doubles; shape letters:
     N clips of a video   K candidates of a clip   2 start and end
 
-A clip's first boundaries are its *base* and never change; what a round decides is a row of `EDITS`, and a round's rows
-hold every clip, edited or not, so that the rows of one round are the boundaries after it.
+The first boundaries of a clip are its *base* and never change. A round writes a row of `EDITS` for every clip, edited
+or not, so the rows of one round are the boundaries after it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,29 +22,29 @@ from shards.corpus.schema import TABLES
 from training.editing.settings import EditSettings
 
 Floats = NDArray[np.float64]
-Spans = dict[str, Floats]  # present boundaries [N, 2] by video_id, in the order of the video's clips
+Spans = dict[str, Floats]  # current boundaries [N, 2] by video_id, in the order of the video's clips
 
-# The table's columns but those that name the editing and the text
+# Columns of the table `clip_edits` except those that name the editing and the text
 EDITS = pa.schema([field for field in TABLES["clip_edits"] if field.name not in ("editing", "text_md5")])
 
 
 @dataclass(frozen=True)
 class VideoClips:
-    """The clips of one video in order of their timestamps. Made by `video_clips`."""
+    """The clips of one video in order of their timestamps, built by `video_clips`."""
 
     video_id: str
     duration_s: float
     clip_ids: tuple[str, ...]
     timestamps_N: Floats
     base_N2: Floats
-    room_N2: Floats  # what a clip may not leave: where there are frames of it
-    has_source: bool = True  # False: the frames are the clips' own
+    room_N2: Floats  # range of a clip's boundaries: the part of the video with frames
+    has_source: bool = True  # False: the source video is not kept, and the clips' own frames are used
 
     def __len__(self) -> int:
         return len(self.clip_ids)
 
 
-# What a teacher says of each clip's candidates [K, 2]: [K] scores, the higher the better the clip shows its caption.
+# Returns a teacher's scores [K] for each clip's candidates [K, 2]; higher means that the clip shows its caption better.
 Scorer = Callable[[VideoClips, Sequence[Floats]], Sequence[Floats]]
 
 
@@ -60,9 +60,9 @@ def video_clips(
     spans_s: Sequence[Sequence[float]] | None = None,
     frames_s: Sequence[Sequence[float]] | None = None,
 ) -> VideoClips:
-    """Build one video's clips, in any order, with boundaries from their timestamps or, if given, `spans_s`.
+    """Build one video's clips, given in any order, with boundaries from their timestamps or, if given, `spans_s`.
 
-    frames_s  what there is of each clip where the source video is gone; None: all of the video
+    frames_s  range of frames of each clip if the source video is not kept; None: all of the video
 
     Raises ItemError "bad-duration", "bad-timestamp" or "bad-span".
     """
@@ -90,10 +90,10 @@ def video_clips(
 
 
 def midpoint_spans(timestamps_N: Floats, duration_s: float, settings: EditSettings) -> Floats:
-    """Reach from the midpoint with the timestamp before to that with the one behind: [N, 2] (section 3).
+    """Span each clip between the midpoints to the previous and the next timestamp: [N, 2] (section 3).
 
-    The first and the last clip reach half the video's median gap outwards; a clip without a gap to any other one
-    `half_length_s`. Timestamps in rising order. Equal ones share their boundary, and are widened to the least length.
+    The first and the last clip extend outwards by half the video's median gap, or by `half_length_s` if there is no
+    gap. Timestamps ascend. Clips with equal ones share their boundary, and are widened to the least length.
     """
     if not len(timestamps_N):
         return np.zeros((0, 2))
@@ -105,7 +105,7 @@ def midpoint_spans(timestamps_N: Floats, duration_s: float, settings: EditSettin
 
 
 def fixed_spans(timestamps_N: Floats, duration_s: float, settings: EditSettings) -> Floats:
-    """Reach `half_length_s` to either side of each timestamp, cut at the video's ends: [N, 2]."""
+    """Span each clip `half_length_s` to either side of its timestamp, clipped to the video: [N, 2]."""
     half = settings.half_length_s
     return _widened(np.stack([timestamps_N - half, timestamps_N + half], axis=1), duration_s, settings)
 
@@ -124,25 +124,27 @@ def _checked_spans(spans_N2: Floats, ids: Sequence[str], times: Floats, duration
     for clip_id, time, (start, end) in zip(ids, times, spans_N2, strict=True):
         if not (0 <= start <= time <= end <= duration_s and start < end):
             raise ItemError(
-                "bad-span", f"clip {clip_id}, {start} to {end} s of a video of {duration_s} s, lacks its time {time} s"
+                "bad-span",
+                f"clip {clip_id} from {start} to {end} s does not contain its time {time} s, or leaves its video of "
+                f"{duration_s} s",
             )
     return spans_N2
 
 
 # -- one clip's candidates ---------------------------------------------------------------------------------------------
 
-# by how many steps start and end move: nothing; one boundary; both outwards, inwards; the whole clip
+# moves of start and end, in steps: none; one boundary; both outwards, inwards; the whole clip
 _MOVES = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1], [-1, 1], [1, -1], [-1, -1], [1, 1]], dtype=np.float64)
 
 
 def candidates(
     video: VideoClips, spans_N2: Floats, number: int, settings: EditSettings, step_scale: float = 1.0
 ) -> Floats:
-    """List a clip's present boundaries, then those it might get, each once: [K, 2] (section 5).
+    """List a clip's current boundaries, then the candidates for new ones, each once: [K, 2] (section 5).
 
-    A move beyond a limit goes to the limit. The limits: the timestamp stays inside; neither the clip's room nor the
-    nearest other timestamps are left; the length stays between the least and the largest. A limit that the present
-    boundaries break already (fixed clips reach over their neighbours' timestamps) may not be broken further.
+    A move beyond a limit ends at the limit. The clip contains its timestamp, stays within its room and between the
+    nearest other timestamps, and its length stays between the least and the largest. A limit that the current
+    boundaries already exceed (fixed clips may contain their neighbours' timestamps) must not be exceeded further.
     """
     start, end = spans_N2[number]
     time, (low, high) = video.timestamps_N[number], reach(video)[number]
@@ -158,16 +160,16 @@ def candidates(
 
 
 def reach(video: VideoClips) -> Floats:
-    """Bound each clip by the nearest other timestamps before and behind its own, within its room: [N, 2]."""
+    """Bound each clip by the nearest other timestamps before and after its own, within its room: [N, 2]."""
     times = video.timestamps_N
     bounded = np.concatenate([[0.0], times, [video.duration_s]])
-    before, behind = np.searchsorted(times, times, "left"), np.searchsorted(times, times, "right") + 1
+    before, after = np.searchsorted(times, times, "left"), np.searchsorted(times, times, "right") + 1
     low_N, high_N = video.room_N2.T
-    return np.stack([np.maximum(bounded[before], low_N), np.minimum(bounded[behind], high_N)], axis=1)
+    return np.stack([np.maximum(bounded[before], low_N), np.minimum(bounded[after], high_N)], axis=1)
 
 
 def overlap(one: Floats, others_K2: Floats) -> Floats:
-    """Compute the part that two spans share, relative to the shorter one: [K]."""
+    """Compute the length that a span shares with each of others, relative to the shorter one: [K]."""
     common = np.minimum(one[1], others_K2[:, 1]) - np.maximum(one[0], others_K2[:, 0])
     shorter = np.minimum(one[1] - one[0], others_K2[:, 1] - others_K2[:, 0])
     return common.clip(0) / shorter
@@ -203,10 +205,10 @@ def edit_videos(
     step_scale: float = 1.0,
     threshold: float = np.inf,
 ) -> Edited:
-    """Edit videos for one round; their order, and how they are dealt to workers, changes no row.
+    """Edit videos for one round; rows do not depend on the order of videos or their distribution to workers.
 
     threshold  only clips that score at most this are edited: see `lowest_threshold`
-    A video whose scores are not finite keeps its boundaries and has no rows; it is among `failures`.
+    A video whose scores are not finite keeps its boundaries, has no rows and is listed in `failures`.
     """
     edited = Edited(EDITS.empty_table(), dict(spans))
     rows: list[dict[str, Any]] = []
@@ -232,23 +234,23 @@ def edit_video(
 ) -> list[dict[str, Any]]:
     """Edit one video: return a row per clip, without round and teacher. Raises ItemError "bad-score".
 
-    In order of time, so that a clip is held against the boundaries its left neighbour has just got. An edit may not
-    raise the overlap with a neighbour above `max_overlap`.
+    Clips are edited in order of time, each next to the new boundaries of its left neighbour. An edit must not raise the
+    overlap with a neighbour above `max_overlap`.
     """
     offered = [candidates(video, spans_N2, number, settings, step_scale) for number in range(len(video))]
     scores = scores_of(video, offered, score, settings)
-    present, rows = spans_N2.copy(), []
+    current_N2, rows = spans_N2.copy(), []
     for number, (spans_K2, scores_K) in enumerate(zip(offered, scores, strict=True)):
         choice, reason = 0, "not-lowest"
         if scores_K[0] <= threshold:
-            choice, reason = _choose(spans_K2, scores_K, present, number, settings)
+            choice, reason = _choose(spans_K2, scores_K, current_N2, number, settings)
         rows.append(_row(video, number, spans_K2[choice], scores_K[0], scores_K[choice], reason))
-        present[number] = spans_K2[choice]
+        current_N2[number] = spans_K2[choice]
     return rows
 
 
 def scores_of(video: VideoClips, offered: Sequence[Floats], score: Scorer, settings: EditSettings) -> list[Floats]:
-    """Return the teacher's scores, less the cost of a change from the first length. Raises ItemError "bad-score"."""
+    """Return the teacher's scores minus the cost of a change from the first length. Raises ItemError "bad-score"."""
     scores = [np.asarray(scores_K, dtype=np.float64) for scores_K in score(video, offered)]
     assert [len(scores_K) for scores_K in scores] == [len(spans_K2) for spans_K2 in offered], "a score per candidate"
     for clip_id, scores_K in zip(video.clip_ids, scores, strict=True):
@@ -264,25 +266,23 @@ def scores_of(video: VideoClips, offered: Sequence[Floats], score: Scorer, setti
 def lowest_threshold(
     videos: Iterable[VideoClips], spans: Mapping[str, Floats], score: Scorer, settings: EditSettings
 ) -> float:
-    """Return the score up to which clips are edited, so that `lowest_share` of them is; failed videos do not count."""
+    """Return the quantile `lowest_share` of the current scores, up to which clips are edited; skip failed videos."""
     if settings.lowest_share == 1:
         return np.inf
-    present: list[float] = []
+    current: list[float] = []
     for video in videos:
         try:
             kept = scores_of(video, list(spans[video.video_id][:, None]), score, settings)
         except ItemError:
-            continue  # `edit_videos` meets and reports it
-        present += [scores_K[0] for scores_K in kept]
-    return float(np.quantile(present, settings.lowest_share, method="lower")) if present else np.inf
+            continue  # `edit_videos` reports it
+        current += [scores_K[0] for scores_K in kept]
+    return float(np.quantile(current, settings.lowest_share, method="lower")) if current else np.inf
 
 
 def _choose(
     spans_K2: Floats, scores_K: Floats, present_N2: Floats, number: int, settings: EditSettings
 ) -> tuple[int, str]:
-    """Choose the best candidate that the neighbours allow, and name the reason: the present one unless another is
-    better by enough.
-    """
+    """Choose the best candidate that the neighbours allow and that gains more than `min_gain`; name the reason."""
     allowed_K = np.ones(len(spans_K2), dtype=bool)
     for neighbour in (number - 1, number + 1):
         if 0 <= neighbour < len(present_N2):
@@ -318,8 +318,8 @@ def _row(video: VideoClips, number: int, span: Floats, before: float, after: flo
 class Drift:
     """Distance of the boundaries from the first ones, over all clips."""
 
-    median_change: float  # of the median length, relative
-    share_at_limit: float  # clips that editing has brought to a limit
+    median_change: float  # relative change of the median length
+    share_at_limit: float  # share of clips that editing has moved to a limit
 
 
 def drift(videos: Sequence[VideoClips], spans: Mapping[str, Floats], settings: EditSettings) -> Drift:
@@ -333,9 +333,7 @@ def drift(videos: Sequence[VideoClips], spans: Mapping[str, Floats], settings: E
 
 
 def _limits_met(video: VideoClips, spans_N2: Floats, settings: EditSettings) -> NDArray[np.bool_]:
-    """Test each clip's limits: [N, 6]: least or largest length; start or end at its timestamp; at the next one or the
-    end.
-    """
+    """Test limits, [N, 6]: least and largest length, start and end at the timestamp, start and end at `reach`."""
     lengths, times, reach_N2 = spans_N2[:, 1] - spans_N2[:, 0], video.timestamps_N, reach(video)
     start, end = spans_N2[:, 0], spans_N2[:, 1]
     by_length = (lengths <= settings.min_length_s, lengths >= settings.max_length_s)
@@ -346,7 +344,7 @@ def _limits_met(video: VideoClips, spans_N2: Floats, settings: EditSettings) -> 
 def overlapping(
     videos: Iterable[VideoClips], spans: Mapping[str, Floats], share: float
 ) -> list[tuple[str, str, float]]:
-    """Find pairs of clips of one video that overlap by more than `share` of the shorter: not each other's negatives."""
+    """Find pairs of clips of one video that overlap by more than `share` of the shorter clip."""
     pairs = []
     for video in sorted(videos, key=lambda video: video.video_id):
         spans_N2 = spans[video.video_id]

@@ -1,13 +1,13 @@
-"""The rounds of teacher and student (docs/methods/video_editing.md section 6), for any model behind `EditBackend`.
+"""Run the rounds of teacher and student (docs/methods/video_editing.md section 6), for any model with `EditBackend`.
 
-A round: the teacher edits every clip from the present boundaries; the student trains an epoch on them and is validated
-on held-out clips of the same weak kind. When the student is better than ever, the teacher takes its weights, the
-boundaries stay and the step doubles again (up to where it began); else the boundaries go back and the step is halved.
-Without a student every round's boundaries stay, and editing ends when a round moves none.
-The student's own weights are not taken back: it meets the old boundaries again in the next round.
+In a round the teacher edits every clip from its current boundaries; the student trains an epoch on them and is
+validated on held-out clips of the same weak kind. If the student sets a new best, the teacher takes its weights, the
+boundaries stay and the step doubles, up to its initial size; else the boundaries are reverted and the step is halved.
+Without a student all boundaries stay, and editing ends when a round moves none. The student's weights are not reverted:
+the next round trains it on new edits of the old boundaries.
 
-What happened is in two tables, `EDITS` and `ROUNDS`, and nothing else: `state_after` reads where an editing stands from
-their rows, so that one that was killed goes on where it was.
+The tables `EDITS` and `ROUNDS` are the whole state: `state_after` computes it from their rows, so that a killed editing
+resumes at its last complete round.
 """
 
 import hashlib
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from clipmill.base.errors import ItemError, UserError
 from shards.corpus.schema import TABLES
@@ -34,7 +33,7 @@ from training.editing.boundaries import (
 )
 from training.editing.settings import EditSettings
 
-# The table's columns that the rounds decide; the others are its report
+# Columns of the table `edit_rounds` except those of the report
 _REPORTED = ("editing", "threshold", "num_overlapping", "reasons", "length_changes", "shifts", "settings")
 ROUNDS = pa.schema([field for field in TABLES["edit_rounds"] if field.name not in _REPORTED])
 
@@ -43,7 +42,7 @@ HELD = ("kept", "untrained")  # outcomes of rounds whose boundaries stay
 
 
 class EditBackend(Protocol):
-    """A retrieval model as the rounds see it. Its own loss, its own settings; captions are its own business."""
+    """A teacher and a student, with their own loss, settings and captions."""
 
     def teacher(self) -> str:
         """Return a hash of the teacher's weights."""
@@ -54,34 +53,34 @@ class EditBackend(Protocol):
     def train(self, spans: Mapping[str, Floats]) -> float | None:
         """Train the student one epoch on clips with these boundaries; return its validation R@1.
 
-        None: no student is trained here, and the boundaries stay as the teacher wants them.
+        None: the backend trains no student, and the teacher's boundaries stay.
         """
 
     def promote(self) -> None:
-        """Give the teacher the student's weights."""
+        """Copy the student's weights to the teacher."""
 
     def restore(self) -> None:
-        """Give the student the teacher's weights."""
+        """Copy the teacher's weights to the student."""
 
 
 @dataclass(frozen=True)
 class State:
-    """State of an editing before the round of that number."""
+    """State of an editing before round `round_number`."""
 
     round_number: int
-    best: float  # validation
+    best: float  # highest validation R@1
     step_scale: float
     num_failed_rounds: int  # since the last improvement
     spans: Spans
     is_over: bool = False
 
 
-# One round's edits of all clips, by whatever computes them
+# Computes one round's edits of all clips
 Edit = Callable[[Sequence[VideoClips], EditBackend, EditSettings, State], Edited]
 
 
 class Round(NamedTuple):
-    """Result of one round: its rows for the two tables, and the state after it."""
+    """Result of one round: its rows of both tables, and the state after it."""
 
     edits: pa.Table
     row: pa.Table
@@ -96,7 +95,7 @@ def base_spans(videos: Sequence[VideoClips]) -> Spans:
 def warm_up(videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings) -> Round:
     """Train on the first boundaries until validation has not risen for `warmup_patience` epochs (section 4).
 
-    The teacher and then the student have the best epoch's weights.
+    Teacher and student then have the weights of the best epoch.
     """
     spans, best, num_flat = base_spans(videos), -np.inf, 0
     for _ in range(settings.max_warmup_epochs):
@@ -110,7 +109,7 @@ def warm_up(videos: Sequence[VideoClips], backend: EditBackend, settings: EditSe
             break
     backend.restore()
     row = {"round": 0, "teacher": backend.teacher(), "validation": best, "outcome": "warm-up", "step_scale": 1.0}
-    row |= {"num_clips": _num_clips(videos), "num_accepted": 0, "num_failed": 0}
+    row |= {"num_clips": sum(map(len, videos)), "num_accepted": 0, "num_failed": 0}
     row |= {"median_change": 0.0, "share_at_limit": 0.0}
     return Round(EDITS.empty_table(), _table(row), State(1, best, 1.0, 0, spans), [])
 
@@ -137,18 +136,20 @@ def rounds(
     held_out: Collection[str] = (),
     edit: Edit = edit_here,
 ) -> Iterator[Round]:
-    """Play rounds until one of the stops of section 6; yield each as soon as it is decided.
+    """Run rounds until a stop criterion of section 6; yield each as soon as its outcome is known.
 
-    state     of `warm_up`, or of `state_after` for an editing that goes on
-    held_out  ids of videos that must not be edited. Raises UserError where one is among `videos`
+    state     of `warm_up`, or of `state_after` for a resumed editing
+    held_out  ids of videos that must not be edited. Raises UserError if one is among `videos`
     """
     shared = {video.video_id for video in videos} & set(held_out)
     if shared:
-        raise UserError(f"{len(shared)} videos to edit are held out for evaluation, {min(shared)} among them")
+        raise UserError(
+            f"{len(shared)} videos to edit are held out for evaluation, {min(shared)} among them: leave them out"
+        )
     while not is_done(state, settings):
-        played = play_round(videos, backend, settings, state, edit)
-        state = played.state
-        yield played
+        result = run_round(videos, backend, settings, state, edit)
+        state = result.state
+        yield result
 
 
 def is_done(state: State, settings: EditSettings) -> bool:
@@ -160,10 +161,10 @@ def is_done(state: State, settings: EditSettings) -> bool:
     )
 
 
-def play_round(
+def run_round(
     videos: Sequence[VideoClips], backend: EditBackend, settings: EditSettings, state: State, edit: Edit = edit_here
 ) -> Round:
-    """Play one round. If its boundaries collapse it is not trained on: it is taken back and is the last."""
+    """Run one round. If its boundaries collapse, it is reverted without training and is the last."""
     teacher = backend.teacher()
     edited = edit(videos, backend, settings, state)
     change = drift(videos, edited.spans, settings)
@@ -180,7 +181,7 @@ def play_round(
         "best_before": state.best,
         "outcome": outcome,
         "step_scale": state.step_scale,
-        "num_clips": _num_clips(videos),
+        "num_clips": sum(map(len, videos)),
         "num_accepted": sum(edited.rows["accepted"].to_pylist()),
         "num_failed": len(edited.failures),
         "median_change": change.median_change,
@@ -190,16 +191,16 @@ def play_round(
 
 
 def has_collapsed(change: Drift, settings: EditSettings) -> bool:
-    """Test a round against guard 6 of section 9."""
+    """Return True if a round violates guard 6 of section 9."""
     too_long = settings.max_median_change is not None and abs(change.median_change) > settings.max_median_change
     at_limit = settings.max_share_at_limit is not None and change.share_at_limit > settings.max_share_at_limit
     return too_long or at_limit
 
 
 def state_after(videos: Sequence[VideoClips], edits: pa.Table, rounds: pa.Table) -> State:
-    """Compute an editing's state from the rows it has written: after the last of `rounds`, in any order.
+    """Compute an editing's state after the last of `rounds` from the rows it has written, in any order.
 
-    Rows of `edits` whose round is not in `rounds` are of a round that was killed: it is played again.
+    Rows of `edits` whose round is not in `rounds` are of a killed round, which runs again.
     """
     state = State(0, -np.inf, 1.0, 0, base_spans(videos))
     by_round = _spans_by_round(videos, edits)
@@ -210,21 +211,8 @@ def state_after(videos: Sequence[VideoClips], edits: pa.Table, rounds: pa.Table)
     return state
 
 
-def boundaries_at(edits: pa.Table, rounds: pa.Table, last_round: int | None = None) -> pa.Table:
-    """Return each clip's row of `EDITS` that holds after a round (None: the last): that of its latest round kept.
-
-    A clip without a row has its first boundaries. Rows of which start or end differs from the base are what a re-cut
-    concerns, and whose captions of the old middle frame are stale.
-    """
-    happened = [row for row in rounds.to_pylist() if last_round is None or row["round"] <= last_round]
-    kept = pa.array([row["round"] for row in happened if row["outcome"] in HELD], pa.int32())
-    rows = edits.filter(pc.is_in(edits["round"], kept)).sort_by([("clip_id", "ascending"), ("round", "descending")])
-    ids = rows["clip_id"].to_numpy(zero_copy_only=False)
-    return rows.filter(pa.array(np.append(True, ids[1:] != ids[:-1])[: len(ids)], pa.bool_()))
-
-
 def fold_of(video_id: str, num_folds: int = 2) -> int:
-    """Return a video's fold, by its id alone: a teacher trained on the other folds edits it (section 9.7)."""
+    """Return a video's fold, a function of its id; a teacher trained on the other folds edits it (section 9.7)."""
     return int.from_bytes(hashlib.sha256(video_id.encode()).digest()[:8]) % num_folds
 
 
@@ -236,14 +224,14 @@ def _next_state(state: State, row: Mapping[str, Any], edited: Spans) -> State:
         return replace(state, step_scale=state.step_scale / 2, num_failed_rounds=state.num_failed_rounds + 1)
     if row["outcome"] == "untrained":
         return replace(state, spans=edited, is_over=row["num_accepted"] == 0)
-    if row["validation"] is None:  # a warm-up of a teacher that stays
+    if row["validation"] is None:  # round 0 without a student
         return replace(state, num_failed_rounds=0, spans=edited)
     scale = min(1.0, 2 * state.step_scale)
     return replace(state, best=row["validation"], step_scale=scale, num_failed_rounds=0, spans=edited)
 
 
 def _spans_by_round(videos: Sequence[VideoClips], edits: pa.Table) -> dict[int, Spans]:
-    """Collect the boundaries after each round, of videos with rows in it."""
+    """Collect the boundaries after each round, for videos that have rows in it."""
     spans: dict[int, dict[str, tuple[float, float]]] = {}
     for row in edits.select(["round", "clip_id", "start_s", "end_s"]).to_pylist():
         spans.setdefault(row["round"], {})[row["clip_id"]] = (row["start_s"], row["end_s"])
@@ -255,10 +243,6 @@ def _spans_by_round(videos: Sequence[VideoClips], edits: pa.Table) -> dict[int, 
         }
         for number, of_clip in spans.items()
     }
-
-
-def _num_clips(videos: Sequence[VideoClips]) -> int:
-    return sum(len(video) for video in videos)
 
 
 def _table(row: Mapping[str, Any]) -> pa.Table:

@@ -1,7 +1,7 @@
-"""Scores for edited boundaries: a caption against a clip, measured against the captions of other videos.
+"""Score candidate boundaries: similarity of clip and caption, relative to the captions of other videos.
 
 `FrameScorer` is the cheap `Scorer` of docs/methods/video_editing.md section 5: a video's frames are encoded once per
-round and every candidate is the mean of its frames, taken from running sums. numpy only. Shape letters as in
+round and every candidate is the mean of its frames, from cumulative sums. Shape letters as in
 `training.editing.boundaries`, and    F frames of a video   J captions of the bank   C embed_dim
 """
 
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from clipmill.base.errors import ItemError, UserError
 from training.editing.boundaries import Floats, VideoClips
 
-_OUT = 2.0  # what a candidate that was not looked at again is below the present one: more than cosines can differ
+_OUT = 2.0  # penalty that excludes a candidate: cosines cannot differ by more
 
 
 def contrastive_score(own: Floats, bank_J: Floats, log_scale: float) -> Floats:
     """Compute own - logmeanexp(bank at the model's temperature), in units of a cosine, along the bank's last dimension.
 
-    A clip that is near every caption gains nothing: that is what very short and very long clips would do.
+    A clip that is similar to every caption, as very short and very long clips tend to be, thus gains nothing.
     """
     scaled = bank_J * np.exp(log_scale)
     highest = scaled.max(axis=-1, keepdims=True)
@@ -31,48 +31,48 @@ def contrastive_score(own: Floats, bank_J: Floats, log_scale: float) -> Floats:
 
 @dataclass(frozen=True)
 class Bank:
-    """Captions that clips are measured against: unit vectors [J, C] and whose they are [J]."""
+    """Captions for comparison: unit vectors [J, C] and the ids of their videos [J]."""
 
     features_JC: Floats
     video_ids_J: NDArray[Any]
 
     def against(self, video_id: str, text_C: Floats, same: float) -> Floats:
-        """Select captions [J', C] of other videos that differ from `text`: a cosine of at most `same`.
+        """Select captions [J', C] of other videos with a cosine of at most `same` to `text`.
 
-        One that says the same is no competitor: what brings the clip nearer to its own caption brings it nearer to that
-        one, and no candidate would ever look better. Raises ItemError "no-bank" where nothing is left.
+        A caption with the same meaning is left out, because no candidate could be nearer to its own caption without
+        being nearer to that one. Raises ItemError "no-bank" if no caption remains.
         """
         others = self.features_JC[self.video_ids_J != video_id]
         others = others[others @ text_C <= same]
         if not len(others):
-            raise ItemError("no-bank", f"no caption of another video than {video_id} to measure its clips against")
+            raise ItemError("no-bank", f"no caption of another video to compare the clips of {video_id} with")
         return others
 
 
 def draw_bank(video_ids: Sequence[str], features_NC: NDArray[Any], size: int, seed: int = 0) -> Bank:
-    """Draw at most `size` of the captions, a function of the seed and of their order."""
+    """Draw at most `size` of the captions, as a function of the seed and their order."""
     if len(video_ids) != len(features_NC):
-        raise UserError(f"a bank of {len(video_ids)} video ids for {len(features_NC)} captions")
+        raise UserError(f"a bank needs one video id per caption, but has {len(video_ids)} for {len(features_NC)}")
     rows = np.sort(np.random.default_rng(seed).permutation(len(video_ids))[:size])
     return Bank(_unit(np.asarray(features_NC)[rows]), np.asarray(video_ids, dtype=object)[rows])
 
 
 @dataclass(frozen=True)
 class FrameFeatures:
-    """A video's frames, by one encoder: their times in rising order and their features, of any length."""
+    """Ascending times of a video's frames, and their features, which need not be normalised."""
 
     times_F: Floats
     features_FC: NDArray[Any]
 
 
 class FrameScorer:
-    """A `Scorer` for models whose video is the mean of its frames' unit vectors, or nearly so.
+    """A `Scorer` for models whose video vector is the mean of its frames' unit vectors, or close to it.
 
     frames     by video_id
-    texts      the caption's feature [C] by clip_id
-    bank       None: the bare cosine counts
+    texts      feature [C] of the caption by clip_id
+    bank       None: the score is the cosine
     log_scale  of the model: the logarithm of 1 / temperature
-    same       captions of the bank with a larger cosine to a clip's own say the same
+    same       captions of the bank with a larger cosine to a clip's own are left out
     """
 
     def __init__(
@@ -106,17 +106,18 @@ class FrameScorer:
 
 
 class VideoScorer:
-    """A `Scorer` for models whose video is more than the mean of its frames: the candidates that look best by their
-    frames, and the present boundaries, are looked at again as videos (section 5); the others are out.
+    """A `Scorer` for models whose video vector is not just the mean of its frames (section 5).
 
-    encode  features [K, C] of as many pieces [K, 2] of the video that `frames` is of
+    The current boundaries and the `num_best` candidates by their frames are encoded as videos; the others are excluded.
+
+    encode  returns features [K, C] of pieces [K, 2] of the video
     """
 
     def __init__(self, frames: FrameScorer, encode: Callable[[Floats], NDArray[Any]], num_best: int):
         self.frames, self.encode, self.num_best = frames, encode, num_best
 
     def __call__(self, video: VideoClips, offered: Sequence[Floats]) -> list[Floats]:
-        """Score candidates. Raises as `FrameScorer`."""
+        """Score candidates. Raises ItemError like `FrameScorer`."""
         chosen = [
             np.append(0, 1 + np.argsort(-scores_K[1:], kind="stable")[: self.num_best])
             for scores_K in self.frames(video, offered)

@@ -1,7 +1,7 @@
 """Retrieval metrics: text to video and video to text, one rank per query, exact (docs/methods/clip_vip.md section 8).
 
-Takes similarities, no model. Positions never decide who belongs to whom: `text_to_video` does, so evaluation sets may
-be padded, shuffled or captioned several times.
+`text_to_video` pairs texts with videos, not their positions, so evaluation sets may be shuffled or have several
+captions per video.
 """
 
 from typing import Any, Literal
@@ -16,7 +16,7 @@ Dsl = Literal["per_direction", "published"]
 Metrics = dict[str, float]
 
 DSL_SCALE = 100.0
-_CHUNK = 1024  # rows ranked at once: bounds the temporaries, changes no number
+_CHUNK = 1024  # rows ranked at once, to bound the memory of temporaries
 
 
 def retrieval_metrics(
@@ -30,13 +30,13 @@ def retrieval_metrics(
 
     similarity     [texts, videos], larger is nearer (cosines, no temperature); an array or a tensor
     text_to_video  [texts] column of each text's video; None: text i belongs to video i
-    ties           how competitors exactly as near as the right answer count: all before it (pessimistic, the default),
+    ties           order of competitors exactly as near as the right answer: all before it (pessimistic, the default),
                    all after it (optimistic), or half of them before it (mean)
-    dsl            also report `t2v_dsl` and `v2t_dsl`, ranks after dual softmax. They use the whole set of queries, so
-                   they stand apart from the plain numbers. "per_direction" normalises each direction over its own
-                   queries; "published" ranks both directions on the matrix normalised over texts, as the reference does
-    A video with several texts asks with its nearest group: its rank is that of its own group among the groups of all
-    videos, a group being as near as its nearest text. A video without texts is no query, but a competitor for texts.
+    dsl            also report `t2v_dsl` and `v2t_dsl`, ranks after dual softmax, which uses the whole set of queries.
+                   "per_direction" normalises each direction over its own queries; "published" ranks both directions on
+                   the matrix normalised over texts, as the reference does
+    The rank of a video with several texts is that of its group of texts among the groups of all videos; the similarity
+    of a group is that of its nearest text. A video without texts is only a competitor, not a query.
     """
     matrix, owner = _checked(similarity, text_to_video, ties, dsl)
     metrics = {"t2v": _text_to_video(matrix, owner, ties), "v2t": _video_to_text(matrix, owner, ties)}
@@ -49,7 +49,7 @@ def retrieval_metrics(
 
 
 def dual_softmax(similarity: NDArray[Any], axis: int, scale: float = DSL_SCALE) -> NDArray[np.float64]:
-    """Compute similarity · softmax(scale·similarity) along `axis`, which must be that of the queries. In float64."""
+    """Compute similarity · softmax(scale·similarity) along `axis`, which must be that of the queries, in float64."""
     wide = np.asarray(similarity, dtype=np.float64)
     weights = np.exp(scale * (wide - wide.max(axis=axis, keepdims=True)))
     weights /= weights.sum(axis=axis, keepdims=True)
@@ -75,9 +75,9 @@ def summarise(ranks: NDArray[np.float64]) -> Metrics:
 
 
 def chance(num_candidates: int) -> Metrics:
-    """Compute the metrics of guessing among so many videos, or groups of texts: expected recalls and ranks.
+    """Compute the expected metrics of guessing among `num_candidates` videos, or groups of texts.
 
-    Exact for videos and, averaged over all videos that ask, for groups of any sizes: the groups' ranks are one order.
+    They are exact for videos and, averaged over all queries, for groups of any sizes.
     """
     recalls = {f"r{k}": min(k / num_candidates, 1.0) for k in (1, 5, 10)}
     return recalls | {"medr": (num_candidates + 1) / 2, "meanr": (num_candidates + 1) / 2}
@@ -88,13 +88,13 @@ def _text_to_video(matrix: NDArray[Any], owner: NDArray[np.int64], ties: Ties) -
 
 
 def _video_to_text(matrix: NDArray[Any], owner: NDArray[np.int64], ties: Ties) -> Metrics:
-    asking, group = np.unique(owner, return_inverse=True)
-    nearest = _nearest_of_group(matrix[:, asking], group)
-    return summarise(ranks_of(nearest.T, np.arange(len(asking)), ties))
+    videos, group = np.unique(owner, return_inverse=True)
+    nearest = _nearest_of_group(matrix[:, videos], group)
+    return summarise(ranks_of(nearest.T, np.arange(len(videos)), ties))
 
 
 def _nearest_of_group(matrix: NDArray[Any], group: NDArray[np.int64]) -> NDArray[Any]:
-    """Take each group's largest similarity to each video: [groups, videos]."""
+    """Take the largest similarity of each group of texts to each video: [groups, videos]."""
     order = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
     return np.maximum.reduceat(matrix[order], starts, axis=0)
@@ -105,13 +105,13 @@ def _checked(similarity: Any, text_to_video: Any, ties: str, dsl: str | None) ->
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise UserError(f"similarity is {list(matrix.shape)}; allowed: a matrix [texts, videos] with both")
     if np.isnan(matrix).any():
-        raise UserError("similarity holds NaN: a rank among them means nothing")
+        raise UserError("similarity holds NaN, so it cannot be ranked: check the model's features")
     if ties not in ("pessimistic", "optimistic", "mean"):
         raise UserError(f"ties is {ties!r}; allowed: pessimistic, optimistic, mean")
     if dsl not in (None, "per_direction", "published"):
         raise UserError(f"dsl is {dsl!r}; allowed: per_direction, published, or None")
     if text_to_video is None and matrix.shape[0] != matrix.shape[1]:
-        raise UserError(f"similarity is {list(matrix.shape)}, not square: text_to_video has to say whose text is whose")
+        raise UserError(f"similarity is {list(matrix.shape)}, not square: give text_to_video to pair texts with videos")
     owner = np.arange(len(matrix)) if text_to_video is None else _as_array(text_to_video)
     if owner.shape != (len(matrix),) or owner.dtype.kind not in "iu":
         raise UserError(f"text_to_video is {owner.dtype} {list(owner.shape)}; allowed: {len(matrix)} integers")

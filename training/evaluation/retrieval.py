@@ -1,16 +1,16 @@
-"""Retrieval by a model on a selection: clips and distinct texts encoded once each, exact on any number of processes.
+"""Evaluate retrieval on a selection: encode clips and distinct texts once each, exactly on any number of processes.
 
 1. The selection's rows are cut into batches of `eval.batch_size`, its distinct texts likewise. Process r of W encodes
-   batches r, r + W, r + 2W, …: a batch holds the same items on any process, so features do not depend on W.
-2. Every process gathers all features with their ids and puts them in the order of the ids. Nothing is padded, nothing
-   counts twice. A clip that cannot be read is left out and reported: it neither asks nor is found.
+   batches r, r + W, r + 2W, …: batches do not depend on the process, so features do not depend on W.
+2. Every process gathers all features with their ids and sorts them by id, without padding or repeats. A clip that
+   cannot be read is left out and reported.
 3. Every process then ranks the whole matrix [texts, videos] (`training.evaluation.metrics`), so all return the same.
 
-The same sentence said in several clips counts as it does in the published benchmarks: each clip asks with it, and only
-that clip is right. Video to text, the other clips' sentences are exactly as near, and a tie counts against the query:
-such sentences bound the recalls from above. `num_repeated_texts` says how many there are, and SQL can leave them out:
-`SELECT clip_id FROM catalog QUALIFY count(*) OVER (PARTITION BY caption) = 1`. What is the same is decided by the
-model's tokens: it cannot tell "A dog." from "a dog", nor texts that differ behind the place where they are cut.
+A sentence of several clips counts as in the published benchmarks: it is a query of each clip, and only that clip is
+right. From video to text the other clips' sentences are exactly as near, and a tie counts against the query, so such
+sentences limit the recalls. `num_repeated_texts` counts them, and SQL can leave them out:
+`SELECT clip_id FROM catalog QUALIFY count(*) OVER (PARTITION BY caption) = 1`. Texts with equal tokens are the same
+sentence: "A dog." and "a dog", or texts that differ only after the cut.
 
 Legend: N clips that could be read, M texts, U distinct texts, D the features' size, B a batch, L tokens of a text.
 """
@@ -50,16 +50,16 @@ _CPU = torch.device("cpu")
 class EvalFeatures:
     """A model's features of a selection, the same on every process: float32, on the CPU.
 
-    Features are unit vectors and similarities their cosines, but for a model that scores pairs (`needs_pairs`): that
-    has a vector per frame, and similarities on a scale of its own.
+    Features are unit vectors and similarities their cosines. A model that scores pairs (`needs_pairs`) has a vector per
+    frame and its own scale of similarities.
     """
 
     clip_ids: list[str]  # N
     video_ND: Tensor
-    texts: list[str]  # M: one per clip that has one, or several
+    texts: list[str]  # M: none, one or several per clip
     text_MD: Tensor
-    text_to_video_M: Tensor  # int64: the row of `video_ND` that a text belongs to
-    distinct_M: Tensor  # int64: equal where texts are the same to the model
+    text_to_video_M: Tensor  # int64: row in `video_ND` of each text's clip
+    distinct_M: Tensor  # int64: equal for texts with equal tokens
     similarity_MN: Tensor  # larger is nearer
     failures: list[dict[str, str]]  # clip_id, error_class and message of the clips that could not be read
 
@@ -74,7 +74,7 @@ def evaluate(
     save_similarity: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compute the `features` of a selection and their metrics; the first process writes similarities if asked."""
+    """Compute the `features` of a selection and their metrics; the first process writes `save_similarity`."""
     if save_similarity is not None:
         similarity_format(save_similarity)
     made = features(model, selection, settings, process, progress)
@@ -84,17 +84,17 @@ def evaluate(
 
 
 def metrics_of(made: EvalFeatures, text: str, dsl: Dsl | None = None) -> dict[str, Any]:
-    """Compute retrieval both ways as plain JSON.
+    """Compute retrieval in both directions as plain JSON.
 
     Keys are `t2v` and `v2t` (with `dsl` also `t2v_dsl` and `v2t_dsl`) as of `retrieval_metrics`, the same for guessing
-    under `chance`, counts of what was ranked, and `failures`.
+    under `chance`, counts of clips and texts, and `failures`.
 
-    text  the column searched by, for messages. Raises UserError if there is nothing to rank.
+    text  column of the queries. Raises UserError if there is no text to rank
     """
     if not made.texts:
         raise UserError(
             f"eval.text = {text!r}: of the clips selected for evaluation {len(made.clip_ids)} could be read and "
-            f"{len(made.failures)} could not; none that could has such a text."
+            f"{len(made.failures)} could not, and none has such a text. Choose another eval.text or eval.where."
         )
     metrics: dict[str, Any] = retrieval_metrics(made.similarity_MN, made.text_to_video_M, dsl=dsl)
     num_asking = metrics["v2t"]["num_queries"]
@@ -123,28 +123,30 @@ def features(
 ) -> EvalFeatures:
     """Encode the clips of a selection and the texts in its column `eval.text`, together with the other processes.
 
-    model  `ClipVip` or one that is used like it, whole on every process, on `process.device`. In training mode or not,
-           it is left as it was
-    Frames are `eval_indices`, never jittered. Arithmetic is bf16 where `train.precision` says so.
+    model  a `VideoTextModel`, whole on every process, on `process.device`; its training mode is restored
+    Frames are `eval_indices`, never jittered. The precision is `train.precision`.
     """
     rows, texts = queries(selection.column(settings.eval.text))
     ids_UL, distinct = _distinct(text_encoder(model.config, settings.data.max_text_tokens)(texts))
     with _evaluating(model):
         video_ND, read, failures = _videos(model, selection, settings, process, progress)
-        text_UD = _texts(model, ids_UL, settings, process)
+        encode = model.text_features if needs_pairs(model) else model.encode_text
+        mine = _share(len(ids_UL), settings.eval.batch_size, process)
+        parts = [_encoded(encode, settings, ids_UL[numbers].to(process.device)) for numbers in mine]
+        text_UD = _of_all(_tensors(mine), parts, (model.config.embed_dim,), process)[1]
         if not needs_pairs(model):  # bf16 leaves unit vectors a few thousandths too long or too short
             video_ND, text_UD = normalize(video_ND, dim=1), normalize(text_UD, dim=1)
         similarity_UN = _similarity(model, text_UD, video_ND, settings, process)
     column = np.full(selection.num_clips, -1)
     column[read] = np.arange(len(read))
-    asking = np.flatnonzero(column[rows] >= 0)
-    distinct_M = distinct[asking]
+    readable = np.flatnonzero(column[rows] >= 0)
+    distinct_M = distinct[readable]
     return EvalFeatures(
         clip_ids=selection.take(read)["clip_id"].to_pylist(),
         video_ND=video_ND,
-        texts=[texts[i] for i in asking],
+        texts=[texts[i] for i in readable],
         text_MD=text_UD[distinct_M],
-        text_to_video_M=torch.from_numpy(column[rows[asking]]),
+        text_to_video_M=torch.from_numpy(column[rows[readable]]),
         distinct_M=distinct_M,
         similarity_MN=similarity_UN[distinct_M],
         failures=failures,
@@ -182,7 +184,7 @@ def _videos(
 def _loader(
     model: nn.Module, selection: Selection, settings: RunSettings, process: Process, failures: list[Failure]
 ) -> Loader:
-    """Open a loader that appends to `failures`. Stills are not needed, so no JPEG is opened or missed."""
+    """Open a loader that appends to `failures`; it does not read stills, so a missing JPEG is no failure."""
     data = settings.data.model_copy(update={"still": "middle"})
     texts = text_encoder(model.config, data.max_text_tokens)
     reader = SampleReader(selection, data, texts, model.config.image_size, train=False)
@@ -195,25 +197,17 @@ def _loader(
 
 
 def _distinct(ids_ML: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distinct rows [U, L] by first appearance, and for each of M its index among them."""
+    """Return the distinct rows [U, L] by first appearance, and the index [M] of each row among them."""
     numbers: dict[bytes, int] = {}
     distinct_M = torch.tensor([numbers.setdefault(row.tobytes(), len(numbers)) for row in ids_ML.numpy()]).long()
     ids_UL = torch.from_numpy(np.frombuffer(b"".join(numbers), np.int64).reshape(-1, ids_ML.shape[1]).copy())
     return ids_UL, distinct_M
 
 
-def _texts(model: nn.Module, ids_UL: Tensor, settings: RunSettings, process: Process) -> Tensor:
-    """Encode distinct texts: [U, D]."""
-    encode = model.text_features if needs_pairs(model) else model.encode_text
-    mine = _share(len(ids_UL), settings.eval.batch_size, process)
-    parts = [_encoded(encode, settings, ids_UL[numbers].to(process.device)) for numbers in mine]
-    return _of_all(_tensors(mine), parts, (model.config.embed_dim,), process)[1]
-
-
 def _similarity(model: nn.Module, text_UD: Tensor, video_ND: Tensor, settings: RunSettings, process: Process) -> Tensor:
-    """Compute similarities [U, N] of distinct texts, so that the same sentence is equally near in every clip.
+    """Compute similarities [U, N] of distinct texts, so that equal sentences have equal similarities.
 
-    Cosines are multiplied in float64, so that the order in which a matrix product sums a row changes no rank.
+    Cosines are computed in float64, so that the order of summation in a matrix product changes no rank.
     """
     if not needs_pairs(model):
         return (text_UD.double() @ video_ND.double().T).float()
@@ -239,11 +233,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-# --- Whose work it is, and putting it together
+# --- Sharing the work among processes
 
 
 def _share(num_items: int, size: int, process: Process) -> list[np.ndarray]:
-    """Return the items of this process's batches: every W-th of the batches that all items are cut into."""
+    """Return the items of this process's batches, every W-th of all batches."""
     starts = range(process.rank * size, num_items, process.world_size * size)
     return [np.arange(start, min(start + size, num_items)) for start in starts]
 
@@ -264,11 +258,11 @@ def _of_all(ids: list[Tensor], parts: list[Tensor], shape: tuple[int, ...], proc
 
 
 def _failures_of_all(failures: list[Failure], process: Process) -> list[dict[str, str]]:
-    everyones = [failures]
+    gathered = [failures]
     if process.group is not None:
-        everyones = [[] for _ in range(process.world_size)]
-        dist.all_gather_object(everyones, failures, group=process.control)
-    found = sorted((failure for some in everyones for failure in some), key=lambda failure: failure.row)
+        gathered = [[] for _ in range(process.world_size)]
+        dist.all_gather_object(gathered, failures, group=process.control)
+    found = sorted((failure for some in gathered for failure in some), key=lambda failure: failure.row)
     return [{"clip_id": f.clip_id, "error_class": f.error.error_class, "message": f.error.message} for f in found]
 
 
@@ -279,7 +273,7 @@ def similarity_format(path: str | Path) -> str:
     """Return the suffix of a similarities file. Raises UserError for any but .npz and .safetensors."""
     suffix = Path(path).suffix
     if suffix not in (".npz", ".safetensors"):
-        raise UserError(f"--save-similarity {path}: the name has to end in .npz or .safetensors.")
+        raise UserError(f"--save-similarity {path}: the name must end in .npz or .safetensors.")
     return suffix
 
 

@@ -36,10 +36,10 @@ class LossInputs:
     """One process's share of a batch, encoded. A row whose mask is false may hold anything, NaN included."""
 
     video: "Tensor"  # unit vectors [B, D]; of a model that scores pairs frames [B, F, D] of any length
-    subtitle: "Tensor | None"  # [B, D], as all texts and the still frame; None: not among `Loss.sources`
+    subtitle: "Tensor | None"  # [B, D], like all texts and the still frame; None: not among `Loss.sources`
     frame: "Tensor | None"
     caption: "Tensor | None"
-    neighbours: "Tensor | None"  # [B, N, D], texts of the clips before and behind; None: N = 0
+    neighbours: "Tensor | None"  # [B, N, D], texts of the clips before and after; None: N = 0
 
     video_mask: "Tensor"  # bool [B]: the clip could be read; false means that it has no frame either
     subtitle_mask: "Tensor"
@@ -63,13 +63,14 @@ class LossValue(NamedTuple):
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss, and what the rest of the trainer has to know of it.
+    """A loss and its properties that other parts of the trainer read.
 
-    compute           from a process's inputs; never sees chunks, since gradient caching gathers the features first
-    sources           those of `SOURCES` that it compares: the others are not encoded
+    compute           computes the loss from the inputs of one process: whole batches, never the chunks of gradient
+                      caching
+    sources           members of `SOURCES` that it compares; the others are not encoded
     num_similarities  matrices [B, K] that it keeps for the backward pass, for the estimate of memory
     takes_neighbours  `data.neighbours` may be set; each neighbour adds one text and one matrix in either direction
-    on_pairs          the loss of a model that scores pairs instead of giving vectors; None: it has no such form
+    on_pairs          form of the loss for models that score pairs; None: there is none
     """
 
     compute: Callable[[LossInputs], LossValue]
@@ -81,7 +82,7 @@ class Loss:
 
 @cache
 def load_loss(name: str) -> Loss:
-    """Import the loss that `train.loss` names. Raises UserError where the name stands for something else."""
+    """Import the loss that `train.loss` names. Raises UserError if the object is not a `Loss`."""
     loss = load_attribute("train.loss", name, LOSSES.get(name))
     if not isinstance(loss, Loss):
         raise UserError(f"setting train.loss = {name}: it is a {type(loss).__name__}, not a training.losses.Loss.")
@@ -89,5 +90,5 @@ def load_loss(name: str) -> Loss:
 
 
 def losses_that(property: str) -> list[str]:
-    """Name our losses that have a property of `Loss` set, for messages."""
+    """List the names in `LOSSES` whose `Loss` has a property set, for messages."""
     return [name for name in LOSSES if getattr(load_loss(name), property)]

@@ -1,12 +1,12 @@
 """MIL-NCE: a clip has several right texts, its own and its neighbours' in time (docs/methods/clip4clip.md section 4).
 
-For each clip -log of the share that its own block of texts has among everything it is compared with: all texts of the
-batch with its video, and its own text, the published block's middle one, with the other videos. Logits are
-exp(log_scale) times cosines. `training.losses.pair_losses.mil_nce` is the published form, on a matrix of pairs; with
-one video for a block of texts the two are the same (tests/training/test_mil_nce_across_processes.py).
+The loss of a clip is -log of the share of its own block of texts among all its comparisons: all texts of the batch with
+its video, and its own text (the middle one of the published block) with the other videos. Logits are exp(log_scale)
+times cosines. With one video per block of texts this equals the published form on a matrix of pairs
+(tests/training/test_mil_nce_across_processes.py).
 
-What is missing: a text that does not exist is nobody's positive and nobody's negative. A clip that could not be read
-has no text either. A clip without an own text asks nothing, but its video and its neighbours' texts are negatives.
+Missing rows: an absent text is neither a positive nor a negative. A clip that could not be read has no text either. A
+clip without its own text has no loss of its own, but its video and its neighbours' texts are negatives of other clips.
 
 Legend: B clips of this process, K of all processes, n = 1 + N texts of a clip, its own first, D the features' size.
 """
@@ -28,12 +28,10 @@ def mil_nce_loss(
     subtitle_mask_B: Tensor,
     neighbour_mask_BN: Tensor,
     group: dist.ProcessGroup | None = None,
-    *,
-    mean_gradients: bool = True,
 ) -> LossValue:
-    """Compute MIL-NCE of unit vectors; masks are true where something exists. neighbour_BND None: no clip has any.
+    """Compute MIL-NCE of unit vectors. Masks are true where a row exists; neighbour_BND None: no clip has neighbours.
 
-    group, mean_gradients  as in `training.losses.omnisource.omnisource_loss`; every process has equally many clips
+    group  as in `training.losses.omnisource.omnisource_loss`; every process has equally many clips
     """
     text_BnD = subtitle_BD[:, None] if neighbour_BND is None else torch.cat([subtitle_BD[:, None], neighbour_BND], 1)
     text_mask_Bn = torch.cat([subtitle_mask_B[:, None], neighbour_mask_BN], dim=1) & video_mask_B[:, None]
@@ -48,7 +46,7 @@ def mil_nce_loss(
         losses_B = _losses(vectors_BmD, vectors_KmD, mask_Km, own_rows(mask_Bm, group), log_scale.exp())
         counted_B, num_rows = mask_Bm[:, :2].all(dim=1), mask_Km[:, :2].all(dim=1).sum().clamp(min=1)
         mean = torch.where(counted_B, losses_B, 0).sum() / num_rows
-        return sum_of_means({"": log_scale.sum() * 0, "video_and_texts": mean}, group, mean_gradients)
+        return sum_of_means({"": log_scale.sum() * 0, "video_and_texts": mean}, group)
 
 
 def _losses(vectors_BmD: Tensor, vectors_KmD: Tensor, mask_Km: Tensor, own_B: Tensor, scale: Tensor) -> Tensor:
@@ -60,10 +58,10 @@ def _losses(vectors_BmD: Tensor, vectors_KmD: Tensor, mask_Km: Tensor, own_B: Te
     blocked_BKn[rows, own_B, 0] = False
     to_texts_BKn = to_texts_BKn.masked_fill(blocked_BKn, -torch.inf)
     blocked_BK = (~mask_Km[:, 0]).repeat(len(own_B), 1)
-    blocked_BK[rows, own_B] = True  # its own texts' share is in the other half already
+    blocked_BK[rows, own_B] = True  # the own pair is already counted in to_texts
     to_videos_BK = to_videos_BK.masked_fill(blocked_BK, -torch.inf)
-    rivals = torch.cat([to_texts_BKn.flatten(1), to_videos_BK], dim=1)
-    return rivals.logsumexp(dim=1) - to_texts_BKn[rows, own_B].logsumexp(dim=1)
+    all_logits = torch.cat([to_texts_BKn.flatten(1), to_videos_BK], dim=1)
+    return all_logits.logsumexp(dim=1) - to_texts_BKn[rows, own_B].logsumexp(dim=1)
 
 
 def _of_inputs(inputs: LossInputs) -> LossValue:

@@ -1,13 +1,13 @@
 """Omnisource contrastive losses: videos and frames against subtitles and captions (docs/methods/clip_vip.md section 5).
 
-Everything here takes unit vectors; no model, no files. With a group, each process scores its own rows against the rows
-of all, and the result is that of one process on the whole batch.
+All functions take unit vectors. With a group, each process scores its own rows against the rows of all processes, and
+the result equals that of one process on the whole batch.
 
-What counts when something is missing. A row exists in a source when its mask is true (`video_mask` false: the clip
-could not be read, so all four are gone). A term "query to key" has one row for each index where both exist, and is the
-mean over these rows. The keys of every row are all that exist, whether or not their own pair does: a video without
-subtitle asks nothing of the subtitles and its absent subtitle is nobody's negative, but the video still is one for the
-other subtitles. A term none of whose rows exist is 0. With every row present this is the published loss.
+Missing rows. A row exists in a source if its mask is true; if `video_mask` is false, the clip could not be read and its
+rows in all four sources are absent. A term "query to key" is the mean over the indices where both query and key exist.
+The keys of each row are all existing keys, even those whose own query is absent: a video without subtitle has no row in
+"video to subtitle", and its absent subtitle is not a negative, but the video is a negative for the other subtitles. A
+term without rows is 0. With every row present this is the published loss.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,6 @@ from training.losses import SOURCES, Loss, LossInputs, LossValue
 from training.losses.pair_matching import matching_on_pairs
 from training.losses.terms import sum_of_means
 from training.parallel.all_gather import gather_counts, gather_rows
-
-Features = Tensor | tuple[Tensor, Tensor] | None
 
 
 class Term(NamedTuple):
@@ -56,7 +54,7 @@ TERMS: dict[str, tuple[Term, ...]] = {
 
 @dataclass(frozen=True)
 class _Source:
-    """One kind of feature: this process's N rows, all processes' K rows, and where the former are among the latter."""
+    """One kind of feature: the N rows of this process, the K rows of all processes, and the indices [N] into K."""
 
     local_ND: Tensor
     local_mask_N: Tensor
@@ -66,10 +64,10 @@ class _Source:
 
 
 def omnisource_loss(
-    video: Features,
-    subtitle: Features,
-    frame: Features,
-    caption: Features,
+    video: Tensor | None,
+    subtitle: Tensor | None,
+    frame: Tensor | None,
+    caption: Tensor | None,
     log_scale: Tensor,
     variant: str = "vsc_fc",
     *,
@@ -78,20 +76,17 @@ def omnisource_loss(
     frame_mask: Tensor | None = None,
     caption_mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-    mean_gradients: bool = True,
     equal_rows: bool = False,
 ) -> LossValue:
     """Sum the variant's terms, each a mean of cross entropies with logits exp(log_scale)·a·b.
 
-    video … caption   unit vectors [B, D], or (features, mask), or None where a source is absent altogether, on every
-                      process alike; terms with it fall away. frame and caption may have another number of rows than
-                      video and subtitle in the variants that never compare the two (vs_fc, joint).
+    video … caption   unit vectors [B, D]; None on every process: the source is absent and its terms are dropped. frame
+                      and caption may have another number of rows than video and subtitle in the variants that do not
+                      compare the two (vs_fc, joint).
     *_mask            bool [B], true where the row exists; see the module's text.
-    group             the processes that share the batch, each with its own rows, not necessarily equally many. `total`
-                      and `terms` are the whole batch's on every process.
-    mean_gradients    True for wrappers that average gradients over the group (DDP, FSDP): their average is then exactly
-                      one process's gradient. False where gradients are summed.
-    equal_rows        all processes have equally many rows: they need not ask, which would wait for the device
+    group             the processes that share the batch; they may differ in their number of rows. `total` and `terms`
+                      are those of the whole batch on every process; see `sum_of_means` for the gradient.
+    equal_rows        all processes have equally many rows; saves an exchange that waits for the device
     """
     if variant not in TERMS:
         raise UserError(f"loss variant is {variant!r}; allowed: {', '.join(TERMS)}")
@@ -114,14 +109,12 @@ def omnisource_loss(
         scale = log_scale.to(torch.promote_types(log_scale.dtype, torch.float32)).exp()
         # starts from the scale so that a batch without any row still has a (zero) gradient on every process
         means = {"": scale.sum() * 0} | {term.name: _mean_over_rows(term, sources, scale) for term in terms}
-        return sum_of_means(means, group, mean_gradients)
+        return sum_of_means(means, group)
 
 
-def _with_mask(name: str, features: Features, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def _with_mask(name: str, features: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
     if features is None:
         return None
-    if isinstance(features, tuple):
-        features, mask = features
     if mask is None:
         mask = torch.ones(len(features), device=features.device)
     if len(features) != len(mask):
@@ -130,7 +123,7 @@ def _with_mask(name: str, features: Features, mask: Tensor | None) -> tuple[Tens
 
 
 def _aligned(given: dict[str, tuple[Tensor, Tensor] | None]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Bring all sources to one dtype, with masks: absent ones as masked rows beside the one they pair with."""
+    """Convert all sources to one dtype; replace absent ones by masked rows, as many as their partner has."""
     if given["video"] is None:
         raise UserError("the loss needs video features; only subtitle, frame and caption may be None")
     dtype = torch.float32
@@ -142,7 +135,7 @@ def _aligned(given: dict[str, tuple[Tensor, Tensor] | None]) -> dict[str, tuple[
     for name, pair in given.items():
         features, mask = pair or map(torch.zeros_like, given[partners[name]] or given["video"])
         if len(mask) == len(video_mask):
-            mask = mask & video_mask  # a clip that could not be read has nothing
+            mask = mask & video_mask  # a clip that could not be read has no row in any source
         # a masked row may hold anything, NaN included: zeros keep it out of every value and gradient
         rows[name] = torch.where(mask[:, None], features.to(dtype), 0), mask
     return rows
@@ -152,9 +145,9 @@ def _check_rows(rows: dict[str, tuple[Tensor, Tensor]], variant: str) -> None:
     count = {name: len(mask) for name, (_, mask) in rows.items()}
     compares_both = variant not in ("vs", "vs_fc", "joint")
     if count["video"] != count["subtitle"] or count["frame"] != count["caption"]:
-        raise UserError(f"rows that belong together differ in number: {count}")
+        raise UserError(f"paired sources differ in their number of rows: {count}")
     if compares_both and count["video"] != count["caption"]:
-        raise UserError(f"variant {variant} compares videos with captions, but their numbers differ: {count}")
+        raise UserError(f"variant {variant} compares videos with captions, but their numbers of rows differ: {count}")
 
 
 def _pack(
@@ -176,15 +169,15 @@ def _pack(
     packed = torch.cat([features for features, _ in local] + [mask[:, None] for _, mask in local], dim=1)
     gathered = gather_rows(packed, group, counts)
     index = sum(counts[: dist.get_rank(group)]) + torch.arange(num_rows, device=packed.device)
-    everyone = zip(gathered[:, : 2 * dim].split(dim, dim=1), gathered[:, 2 * dim :].detach().unbind(1), strict=True)
+    features, masks = gathered[:, : 2 * dim].split(dim, dim=1), (gathered[:, 2 * dim :].detach() > 0).unbind(1)
     return {
-        name: _Source(*pair, features, mask > 0, index)
-        for name, pair, (features, mask) in zip((first, second), local, everyone, strict=True)
+        name: _Source(*own, *whole, index)
+        for name, own, whole in zip((first, second), local, zip(features, masks, strict=True), strict=True)
     }
 
 
 def _stack(first: _Source, second: _Source) -> _Source:
-    """Join two kinds of rows to one source: a view of the variant "joint"."""
+    """Concatenate the rows of two sources: one view of the variant "joint"."""
     return _Source(
         torch.cat([first.local_ND, second.local_ND]),
         torch.cat([first.local_mask_N, second.local_mask_N]),
@@ -200,7 +193,7 @@ def _mean_over_rows(term: Term, sources: dict[str, _Source], scale: Tensor) -> T
     rows = torch.arange(len(query.index_N), device=scale.device)
     logits_NK = scale * (query.local_ND @ key.all_KD.T)
     blocked_NK = (~key.all_mask_K).repeat(len(rows), 1)
-    blocked_NK[rows, query.index_N] = False  # the own key counts; where it is absent the row is dropped below
+    blocked_NK[rows, query.index_N] = False  # keeps the sum finite; rows with an absent key are dropped below
     positive_N = logits_NK[rows, query.index_N]
     if term.other is not None:
         other = sources[term.other]

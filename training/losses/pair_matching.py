@@ -1,9 +1,9 @@
-"""In-batch matching for models that score pairs: every text with every video, the own pair among them to be found.
+"""In-batch matching for models that score pairs: cross entropy of each own pair among all texts and videos.
 
 The two terms are those of the loss "vs" (`training.losses.omnisource`), on scores instead of cosines; half their sum is
-the published symmetric loss (docs/methods/clip4clip.md section 4). The released code compares a process's own rows alone; here
-it is all rows of the batch, as in the other losses. A process scores its own texts with all videos and scores are
-gathered, so that each of the K x K pairs is scored once. What is missing asks nothing and is nobody's negative.
+the published symmetric loss (docs/methods/clip4clip.md section 4). The released code compares the rows of one process;
+here all rows of the batch are compared, as in the other losses. A process scores its own texts with all videos and the
+scores are gathered, so that each of the K x K pairs is scored once. Missing rows are neither queries nor negatives.
 
 Legend: B clips of this process, K of all processes, F frames, C the features' size.
 """
@@ -27,12 +27,10 @@ def matching_loss(
     text_mask_B: Tensor,
     video_mask_B: Tensor,
     group: dist.ProcessGroup | None = None,
-    *,
-    mean_gradients: bool = True,
 ) -> LossValue:
-    """Sum both directions' mean cross entropies; masks are true where something exists.
+    """Sum the mean cross entropies of both directions; masks are true where a row exists.
 
-    group, mean_gradients  as in `training.losses.omnisource.omnisource_loss`; every process has equally many clips
+    group  as in `training.losses.omnisource.omnisource_loss`; every process has equally many clips
     """
     text_mask_B = text_mask_B & video_mask_B
     text_BC = torch.where(text_mask_B[:, None], text_BC, 0)
@@ -49,11 +47,11 @@ def matching_loss(
         name: torch.where(text_mask_B, losses_B, 0).sum() / num_pairs
         for name, losses_B in (("subtitle_to_video", to_video_B), ("video_to_subtitle", to_text_B))
     }
-    return sum_of_means(means, group, mean_gradients)
+    return sum_of_means(means, group)
 
 
 def _cross_entropy(scores_BK: Tensor, mask_K: Tensor, own_B: Tensor) -> Tensor:
-    """Score [B] how well the own one is picked among those that exist; finite also for rows that do not count."""
+    """Return the cross entropy [B] of the own column among existing ones; finite also for rows that do not count."""
     rows = torch.arange(len(own_B), device=own_B.device)
     blocked_BK = (~mask_K).repeat(len(own_B), 1)
     blocked_BK[rows, own_B] = False

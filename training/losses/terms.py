@@ -1,4 +1,4 @@
-"""Put a loss together from its terms, over all processes that share a batch."""
+"""Sum the terms of a loss over all processes that share a batch."""
 
 import torch
 import torch.distributed as dist
@@ -8,21 +8,20 @@ from training.losses import LossValue
 from training.parallel.all_gather import gather_rows
 
 
-def sum_of_means(means: dict[str, Tensor], group: dist.ProcessGroup | None, mean_gradients: bool = True) -> LossValue:
-    """Sum the terms of a loss, of which each process has its part, into the whole batch's value on every process.
+def sum_of_means(means: dict[str, Tensor], group: dist.ProcessGroup | None) -> LossValue:
+    """Sum the terms of a loss; return the value of the whole batch on every process.
 
-    means           by name: this process's part of each mean, 0-d; "" is a part that is no term
-    mean_gradients  True for wrappers that average gradients over the group (DDP, FSDP): their average is then exactly
-                    one process's gradient. False where gradients are summed
+    means  this process's part of each mean by name, 0-d; the part named "" is added but not listed among the terms
+
+    Gradients are this process's part times the number of processes: DDP and FSDP average over the group, and that
+    average is exactly the gradient of one process on the whole batch.
     """
     shares = torch.stack(list(means.values()))
-    share, whole = shares.sum(), shares.detach().clone()
-    total = share
+    total, whole = shares.sum(), shares.detach().clone()
     if group is not None:
         dist.all_reduce(whole, group=group)
-        share = share * dist.get_world_size(group) if mean_gradients else share
-        # the value is the batch's, the gradient this process's part of it
-        total = share + (whole.sum() - share).detach()
+        share = total * dist.get_world_size(group)
+        total = share + (whole.sum() - share).detach()  # value of the whole batch, gradient of this process's part
     return LossValue(total, {name: mean for name, mean in zip(means, whole, strict=True) if name})
 
 
@@ -32,6 +31,6 @@ def gather_equal(rows_B: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def own_rows(rows_B: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Number this process's rows [B] among those that `gather_equal` returns."""
+    """Return the indices [B] of this process's rows in the result of `gather_equal`."""
     start = 0 if group is None else len(rows_B) * dist.get_rank(group)
     return start + torch.arange(len(rows_B), device=rows_B.device)

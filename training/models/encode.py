@@ -1,4 +1,4 @@
-"""Encode clips and score pairs, whatever the method: uint8 pixels and masks in, features out."""
+"""Encode clips and texts and score pairs with the model of any method."""
 
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ def normalise(
     std: tuple[float, float, float] = CLIP_STD,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Turn uint8 (or float 0..255) pixels [..., 3, H, W] into (x/255 - mean)/std, on their device.
+    """Normalise uint8 (or float 0..255) pixels [..., 3, H, W] to (x/255 - mean)/std, on their device.
 
     dtype  None: that of float pixels, else float32
     """
@@ -32,14 +32,14 @@ def normalise(
 
 
 def needs_pairs(model: nn.Module) -> bool:
-    """Tell whether a model scores pairs instead of giving a vector per item (CLIP4Clip's tightTransf)."""
+    """Return True if a model scores pairs and has no vector per item (CLIP4Clip's tightTransf)."""
     return getattr(model, "needs_pairs", False)
 
 
 def encode_clips(model: nn.Module, pixels_BT3SS: Tensor, mask_BT: Tensor) -> Tensor:
-    """Encode uint8 pixels to unit vectors [B, D]; of a model that scores pairs to frames [B, T, D], zeros where masked.
+    """Encode uint8 pixels to unit vectors [B, D], or to frames [B, T, D] with zeros where masked if it scores pairs.
 
-    mask_BT  false for frames that are not there, which are zeros to the model (docs/methods: CLIP4Clip, section 5)
+    mask_BT  false for padding frames, whose pixels are zeros (docs/methods/clip4clip.md section 5)
     """
     pixels = normalise(pixels_BT3SS, model.config.image_mean, model.config.image_std)
     if not getattr(model, "takes_frame_mask", False):
@@ -51,20 +51,20 @@ def encode_clips(model: nn.Module, pixels_BT3SS: Tensor, mask_BT: Tensor) -> Ten
 
 
 def encode_texts(model: nn.Module, ids_BL: Tensor, *, cut: bool = True) -> Tensor:
-    """Encode token ids to vectors [B, D]: unit vectors, but of a model that scores pairs what `score_pairs` takes."""
+    """Encode token ids to unit vectors [B, D], or to the features [B, D] that `score_pairs` takes."""
     return (model.text_features if needs_pairs(model) else model.encode_text)(ids_BL, cut=cut)
 
 
 def score_pairs(model: nn.Module, text_BC: Tensor, frames_KTC: Tensor) -> Tensor:
-    """Score every text with every video, [B, K], from `encode_texts` and `encode_clips` of a model that needs pairs."""
+    """Score every text with every video, [B, K], from the results of `encode_texts` and `encode_clips`."""
     return model.similarity(text_BC, frames_KTC, frames_KTC.any(dim=2))
 
 
 def text_encoder(config: "ModelConfig", max_tokens: int) -> TextEncoder:
-    """Return the encoder of a model's texts. Raises UserError where the model reads no text of that length."""
+    """Return the encoder of a model's texts. Raises UserError if `max_tokens` exceeds the model's context length."""
     if max_tokens > config.context_length:
         raise UserError(
-            f"data.max_text_tokens = {max_tokens}: the model reads at most {config.context_length}, "
-            "both end tokens included."
+            f"data.max_text_tokens = {max_tokens}: set at most {config.context_length}, the model's context length "
+            "with both end tokens."
         )
     return TextEncoder(config.words, max_tokens)

@@ -21,40 +21,40 @@ class MethodCode(Protocol):
     """The functions of a method's module. `settings` are `training.models.registry.ModelSettings`."""
 
     def load(self, settings: Any, seed: int) -> "VideoTextModel":
-        """Load the model that training starts from, float32 on the CPU; `seed` draws what `settings.init` lacks."""
+        """Load the initial model, float32 on the CPU; `seed` draws the tensors that `settings.init` lacks."""
         ...
 
     def read(self, weights: "Path", settings: Any, seed: int) -> "VideoTextModel":
-        """Load weights that the method itself has written: a folder or a .safetensors file."""
+        """Load weights that this method has written: a folder or a .safetensors file."""
         ...
 
     def file_header(self, model: "VideoTextModel") -> dict[str, Any]:
-        """Describe the model as JSON data, for the files that its weights are written to."""
+        """Describe the model as JSON data for the header of its weight files."""
         ...
 
     def file_tensors(self, model: "VideoTextModel", tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        """Name the tensors of a state of `model`, whole and on the CPU, as they are to be written."""
+        """Rename the tensors of a state of `model`, whole and on the CPU, to the names in its weight files."""
         ...
 
     def config_of(self, settings: Any) -> "ModelConfig":
-        """Find the configuration of the CLIP inside `load(settings)` without reading weights."""
+        """Return the configuration of the CLIP inside `load(settings)` without reading weights."""
         ...
 
     def skeleton(self, config: "ModelConfig", settings: Any) -> "VideoTextModel":
-        """Build the model of `config_of(settings)` without weights: it is called for meta and fake tensors."""
+        """Build the model of `config_of(settings)` without weights, for meta and fake tensors."""
         ...
 
 
 @dataclass(frozen=True)
 class Method:
-    """A training method as `model.method` names it.
+    """A training method, by its value of `model.method`.
 
-    name       of its section of settings, model.NAME
-    code_in    the module with the functions of `MethodCode`, imported when a model is made
-    settings   the class of that section; None: the method has no settings of its own
-    check      raises UserError for model settings that the method cannot be made from
-    takes_frames_per_s  tells from the model settings whether `data.frames_per_s` may be set: then the model leaves out
-               frames that a video does not have (`VideoTextModel.takes_frame_mask`)
+    name       its section of settings is model.NAME
+    code_in    module with the functions of `MethodCode`, imported when a model is built
+    settings   class of that section; None: the method has no settings of its own
+    check      raises UserError for model settings that the method cannot use
+    takes_frames_per_s  returns True for model settings with which `data.frames_per_s` may be set, because the model
+               ignores padding frames (`VideoTextModel.takes_frame_mask`)
     """
 
     name: str

@@ -1,4 +1,6 @@
-"""The interface of every method's model: what the trainer, the evaluation and the estimate of costs ask of it."""
+"""The interface of every method's model, for the trainer, the evaluation and the estimate of costs."""
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -6,16 +8,16 @@ from clipmill.base.errors import UserError
 
 
 class VideoTextModel(nn.Module):
-    """A video and a text encoder, trained together. A method's model overrides what differs from the defaults here.
+    """A video and a text encoder that are trained together; a method overrides the defaults.
 
-    Besides these methods it has `config` (`training.models.clip_vip.model.ModelConfig`), `logit_scale` (a 0-d tensor:
-    cosines times its exponential are logits) and `new_tensors` (names of the tensors that no file brought). What trains
-    is what requires gradients.
+    A model also has `config` (`training.models.clip_vip.model.ModelConfig`), `logit_scale` (0-d tensor: logits are
+    cosines times its exponential) and `new_tensors` (names of the tensors that were not read from a file). Exactly the
+    parameters that require gradients are trained.
     """
 
-    method: str  # as `model.method` names it: says how the model is written
-    needs_pairs = False  # it scores pairs, by `text_features`, `frame_features` and `similarity`, and has no vectors
-    takes_frame_mask = False  # `encode_video` takes a mask [B, T] of the frames that are there
+    method: str  # value of `model.method`; chooses the format of the weight files
+    needs_pairs = False  # has no vectors: scores pairs by `text_features`, `frame_features` and `similarity`
+    takes_frame_mask = False  # `encode_video` takes a mask [B, T], true for real frames
 
     def encode_video(self, pixels: Tensor, video_mask: Tensor | None = None) -> Tensor:
         """Encode normalised pixels [B, T, 3, H, W] to unit vectors [B, embed_dim]."""
@@ -24,28 +26,34 @@ class VideoTextModel(nn.Module):
     def encode_text(self, ids: Tensor, mask: Tensor | None = None, *, cut: bool = True) -> Tensor:
         """Encode token ids [B, L] to unit vectors [B, embed_dim].
 
-        cut  False: the caller has dropped the positions behind the batch's last end of text already
+        cut  False: the caller has already dropped the positions after the batch's last end of text
         """
         raise NotImplementedError
 
+    def forward(self, pixels: Tensor | None = None, ids: Tensor | None = None, mask: Tensor | None = None) -> Any:
+        """Run the encoders that have an input; return a pair if both have. For wrappers that only call `forward`."""
+        video = None if pixels is None else self.encode_video(pixels)
+        text = None if ids is None else self.encode_text(ids, mask)
+        return (video, text) if video is not None and text is not None else video if text is None else text
+
     def encode_frames(self, pixels_F3HW: Tensor) -> Tensor:
-        """Encode each frame by itself, [F, embed_dim]: the frames of videos that are about to be edited."""
+        """Encode each frame alone, [F, embed_dim], for editing."""
         return self.encode_video(pixels_F3HW.unsqueeze(1))
 
     @property
     def mixes_frames(self) -> bool:
-        """Tell whether a video's vector is more than the mean of its frames'."""
+        """Return True if a video's vector is not just the mean of its frames' vectors."""
         return self.config.pooling == "proxy"
 
     @property
     def called(self) -> str:
-        """Name the setting that makes this model what it is, for messages."""
+        """Name the setting that chose this kind of model, for messages."""
         return f"model.method = {self.method!r}"
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
-        """Keep only the blocks' inputs for the backward pass and compute the rest again."""
+        """Keep only the blocks' inputs for the backward pass and recompute everything else."""
         if enabled:
             raise UserError(f"train.activation_checkpointing: {self.called} does not support it; set it false.")
 
@@ -53,25 +61,25 @@ class VideoTextModel(nn.Module):
         """Keep `logit_scale` in its range, in place, after every update."""
 
     def log_values(self) -> dict[str, Tensor]:
-        """Return 0-d tensors for the line that the log has of a step, still on the device."""
+        """Return 0-d tensors for the log line of a step, still on the device."""
         return {}
 
     can_be_sharded = False  # train.parallel = fsdp
 
     def shard(self) -> None:
-        """Shard the blocks with FSDP2; the rest follows with the module that holds the model."""
+        """Shard the blocks with FSDP2; the caller shards the module around them."""
         raise NotImplementedError
 
     def without_weights(self) -> "VideoTextModel":
-        """Build the same model on meta, to be filled with whole tensors of a sharded one."""
+        """Build the same model on the meta device, to be filled with the whole tensors of a sharded one."""
         raise NotImplementedError
 
     # -- costs --------------------------------------------------------------------------------------------------------
 
-    saves_only_trained = False  # checkpoints hold what trains, without what is frozen
-    num_frozen_blocks = 0  # of each tower, below all that trains: no backward pass goes through them
-    # True: it reads all hidden states of frozen towers. They are in memory at the same time, and what is kept for the
-    # backward pass is counted on tensors without contents instead of computed from sizes.
+    saves_only_trained = False  # checkpoints leave out frozen parameters
+    num_frozen_blocks = 0  # of each tower, below all trained parameters: the backward pass skips them
+    # True: all hidden states of frozen towers are in memory at the same time, and the bytes kept for the backward pass
+    # are counted on fake tensors instead of computed from sizes.
     reads_hidden_states = False
 
     def pair_flops(self, num_frames: int) -> float:
@@ -83,5 +91,5 @@ class VideoTextModel(nn.Module):
         return 0
 
     def pair_activations(self, num_frames: int, num_pairs: int) -> int:
-        """Count tokens x channels x blocks of the pairs that are scored at a time, of `num_pairs` in all."""
+        """Count tokens x channels x blocks of the pairs scored at a time, at most `num_pairs`."""
         return 0

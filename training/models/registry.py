@@ -1,7 +1,7 @@
-"""Training methods by the names of `model.method`, the settings of a model, and the models that they make.
+"""Training methods by the values of `model.method`, the settings of a model, and building models from them.
 
 A method is a folder here and a line in `METHODS`, or MODULE:ATTRIBUTE of any module that has a `Method`. Settings
-import this file, so it imports nothing heavy; a method's code is imported when a model is made.
+import this file, so it imports nothing heavy; a method's code is imported when a model is built.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ METHODS = {
 
 @cache
 def load_method(name: str) -> Method:
-    """Import the method that `model.method` names. Raises UserError where the name stands for something else."""
+    """Import the method that `model.method` names. Raises UserError if the object is not a `Method`."""
     method = load_attribute("model.method", name, METHODS.get(name))
     if not isinstance(method, Method):
         raise UserError(
@@ -43,26 +43,29 @@ def load_method(name: str) -> Method:
 
 
 class ModelSettings(Settings):
-    """What a run starts from."""
+    """The initial model of a run."""
 
-    # A folder or file of weights, "open_clip:NAME/TAG", one of OpenAI's names ("ViT-B/32"), or "demo": the small CLIP
-    # that ships with clipmill.
+    # Initial weights: a folder or file, "open_clip:NAME/TAG", one of OpenAI's names ("ViT-B/32"), or "demo", the small
+    # CLIP that ships with clipmill.
     init: str = "open_clip:ViT-B-32-quickgelu/openai"
-    # A checkpoint of this very method to begin with; `init` then says what it was built on. None: begin with `init`.
+    # Checkpoint of the same method to start from; `init` then names the CLIP it was built on. None: start from `init`.
     weights: str | None = None
-    # Proxy tokens besides CLIP's class token, rows of the temporal table, and how frames become a video; None: as the
-    # file has them, else 3, 12 and "proxy". Of clip_vip, and of the backbone of unipt.
+    # Proxy tokens besides CLIP's class token, for clip_vip and the backbone of unipt. None: as in the file, else 3.
     num_added: int | None = Field(None, ge=0)
+    # Rows of the temporal table, for clip_vip and the backbone of unipt. None: as in the file, else 12.
     num_times: int | None = Field(None, ge=0)
+    # How frames become one vector, for clip_vip and the backbone of unipt: by proxy tokens, or as the mean of frames
+    # through plain CLIP. None: as in the file, else "proxy".
     pooling: Literal["proxy", "mean"] | None = None
 
-    # Which model is trained. Below it every method has its own section, model.METHOD, which is for it alone.
+    # Training method: clip_vip, clip4clip, unipt, or MODULE:ATTRIBUTE, your own `training.models.method.Method`. Each
+    # method has its own section of settings, model.METHOD, which other methods do not use.
     method: Literal[tuple(METHODS)] | Annotated[str, Field(pattern=PLUGIN)] = "clip_vip"
 
     @model_validator(mode="wrap")
     @classmethod
     def _with_section_of_plugin(cls, data: Any, validate: Callable[[Any], "ModelSettings"]) -> "ModelSettings":
-        """Read the section of a method from outside, which `ModelSettings` cannot have as a field."""
+        """Add the section of a plug-in method, which `ModelSettings` does not have as a field."""
         name = data.get("method") if isinstance(data, dict) else None
         if not isinstance(name, str) or ":" not in name:
             return validate(data)
@@ -72,7 +75,7 @@ class ModelSettings(Settings):
         return _with_sections(cls, method).model_validate(data)
 
 
-@cache  # the same settings are of the same class
+@cache  # so that equal settings have the same class
 def _with_sections(base: type[ModelSettings], *methods: Method) -> type[ModelSettings]:
     sections = {method.name: (method.settings, method.settings()) for method in methods if method.settings}
     return create_model("ModelSettings", __base__=base, __doc__=base.__doc__, __module__=__name__, **sections)
@@ -82,7 +85,7 @@ ModelSettings = _with_sections(ModelSettings, *map(load_method, METHODS))
 
 
 def check_settings(settings: ModelSettings) -> Method:
-    """Return the method of the settings. Raises UserError for settings that are of another method."""
+    """Return the method of the settings. Raises UserError if settings of another method are set."""
     method = load_method(settings.method)
     for other in map(load_method, METHODS):
         section = getattr(settings, other.name, None)
@@ -96,9 +99,9 @@ def check_settings(settings: ModelSettings) -> Method:
 
 
 def load(settings: ModelSettings, seed: int = 0) -> "VideoTextModel":
-    """Load the model that a run starts from, float32 on the CPU.
+    """Load the initial model of a run, float32 on the CPU. Raises UserError.
 
-    seed  draws what the method adds and `settings.init` lacks. Raises UserError
+    seed  draws the tensors that the method adds and `settings.init` lacks
     """
     method = check_settings(settings)
     if settings.weights is not None:
@@ -107,12 +110,12 @@ def load(settings: ModelSettings, seed: int = 0) -> "VideoTextModel":
 
 
 def read(weights: Path, settings: ModelSettings, seed: int = 0) -> "VideoTextModel":
-    """Load the weights of a checkpoint, as its run's settings say what they are of. Raises UserError."""
+    """Load the weights of a checkpoint with its run's settings. Raises UserError."""
     return load_method(settings.method).code.read(weights, settings, seed)
 
 
 def writer(model: "VideoTextModel") -> "Callable[[State, Path], Path]":
-    """Return a function that writes a state of the model, whole and on the CPU, to a folder or .safetensors file."""
+    """Return a function that writes a state of this model, whole and on the CPU, to a folder or .safetensors file."""
     from training.models.clip_vip.weights import write_model
 
     code = load_method(model.method).code
@@ -121,10 +124,10 @@ def writer(model: "VideoTextModel") -> "Callable[[State, Path], Path]":
 
 
 def config_of(settings: ModelSettings) -> "ModelConfig":
-    """Find the configuration of the CLIP inside `load(settings)`, weights unread. Raises UserError."""
+    """Return the configuration of the CLIP inside `load(settings)`; read no weights. Raises UserError."""
     return check_settings(settings).code.config_of(settings)
 
 
 def skeleton(config: "ModelConfig", settings: ModelSettings) -> "VideoTextModel":
-    """Build the model of `load(settings)` from `config_of(settings)`, without weights: on meta or fake tensors."""
+    """Build the model of `load(settings)` from `config_of(settings)` without weights, for meta and fake tensors."""
     return load_method(settings.method).code.skeleton(config, settings)

@@ -1,7 +1,7 @@
-"""Augmentation on the device, where asked: the published method has none.
+"""Augment clips on the device (`train.augment`); the published methods do not.
 
-What a clip gets is a function of (seed, step, its row), so neither processes nor chunks change it. All frames of a clip
-and its still get the same. Pixels stay uint8; shape letters are those of `training.data.batch`.
+The change is a function of (seed, step, row), so it does not depend on processes or chunks. All frames of a clip and
+its still are changed alike. Pixels stay uint8; shape letters are those of `training.data.batch`.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from training.data.stateless_random import key_of
 
 Augmentation = Literal["flip", "brightness", "contrast"]
 
-RANGE = 0.2  # brightness moves by up to this share of white, contrast by up to this factor either way
+RANGE = 0.2  # largest change of brightness, as a share of white, and of contrast, as a factor
 _GOLDEN, _MIX1, _MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685  # splitmix64's, as signed
 
 
 def augment(batch: Batch, kinds: Sequence[Augmentation], *, seed: int, step: int) -> Batch:
-    """Change the pixels of a batch. "flip" mirrors half of the clips: not for texts that say left or right."""
+    """Change the pixels of a batch. "flip" mirrors half of the clips, which is wrong for texts with left or right."""
     video, frame = batch.video_BT3SS, batch.frame_B13SS
     for kind in kinds:
         draw_B = uniform(batch.rows_B, key_of(seed, step, kind))
@@ -30,7 +30,7 @@ def augment(batch: Batch, kinds: Sequence[Augmentation], *, seed: int, step: int
 
 
 def uniform(rows_B: Tensor, key: int) -> Tensor:
-    """Hash each row under a 64-bit key to float32 [B] in [0, 1), computed where the rows are."""
+    """Hash each row under a 64-bit key to float32 [B] in [0, 1), on the rows' device."""
     z = (rows_B + 1) * _GOLDEN + (key - (1 << 64) if key >= 1 << 63 else key)
     z = (z ^ _shifted(z, 30)) * _MIX1
     z = (z ^ _shifted(z, 27)) * _MIX2
@@ -39,7 +39,7 @@ def uniform(rows_B: Tensor, key: int) -> Tensor:
 
 
 def _shifted(z: Tensor, num_bits: int) -> Tensor:
-    """Shift to the right, as if there were no sign."""
+    """Shift to the right as unsigned numbers."""
     return (z >> num_bits) & ((1 << (64 - num_bits)) - 1)
 
 

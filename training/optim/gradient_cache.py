@@ -1,6 +1,7 @@
-"""A large contrastive batch in small chunks, with the gradient of the whole batch (GradCache, arXiv 2101.06983).
+"""Compute the gradient of a large contrastive batch in small chunks (GradCache, arXiv 2101.06983).
 
-The encoders run twice: once without a graph for the features, once per chunk with one, under the same random state.
+The encoders run twice: once without a graph for the features, and once per chunk with a graph and the same random
+state.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,13 +22,14 @@ def cached_backward(
     used_by_loss: Sequence[Tensor] = (),
     no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Any:
-    """Accumulate the gradient of `loss` over all chunks into the parameters, and return what `loss` returned.
+    """Accumulate the gradient of `loss` over all chunks into the parameters, and return the loss.
 
-    encode        a chunk's features: a tuple of [b, D] tensors, None where a source is absent in every chunk. It enters
-                  autocast itself: a cast made in the first pass and kept for the second would have no gradient
-    loss          of the whole batch's features and of stand-ins for `used_by_loss`; a tensor, or a tuple led by one
-    used_by_loss  parameters that the loss itself reads (logit_scale)
-    no_sync       DDP's context that keeps gradients local; used for every chunk but the last, when all are added up
+    encode        encodes a chunk: a tuple of [b, D] tensors, None for a source that is absent in every chunk. It enters
+                  autocast itself, because a cast cached from the first pass would have no gradient
+    loss          computes the loss from the whole batch's features and from copies of `used_by_loss`; returns a tensor,
+                  or a tuple with the loss first
+    used_by_loss  parameters that the loss reads directly (logit_scale)
+    no_sync       DDP's context that keeps gradients local; used for every chunk but the last, which adds up all
     """
     states, parts = [], []
     with torch.no_grad():
@@ -42,7 +44,7 @@ def cached_backward(
                 features = encode(chunk)
             pairs = list(zip(features, by_chunk[number], strict=True))
             pairs += zip(used_by_loss, direct, strict=True) if is_last else []
-            # its gradient in the parameters is the chain rule's
+            # by the chain rule the gradient of this sum is that of the loss
             sum((value * gradient).sum() for value, gradient in pairs if gradient is not None).backward()
     return result
 
@@ -50,12 +52,12 @@ def cached_backward(
 def _feature_gradients(
     parts: list[FeatureSets], loss: Callable[[FeatureSets, list[Tensor]], Any], used_by_loss: Sequence[Tensor]
 ) -> tuple[Any, list[tuple[Tensor | None, ...]], Sequence[Tensor | None]]:
-    """Compute the loss, its gradient in every chunk's features, and in what it reads directly."""
+    """Compute the loss and its gradients for every chunk's features and for the tensors it reads directly."""
     columns = [None if column[0] is None else torch.cat(column).requires_grad_() for column in zip(*parts, strict=True)]
-    stand_ins = [parameter.detach().requires_grad_() for parameter in used_by_loss]
-    result = loss(tuple(columns), stand_ins)
+    copies = [parameter.detach().requires_grad_() for parameter in used_by_loss]
+    result = loss(tuple(columns), copies)
     total = result if isinstance(result, Tensor) else result[0]
-    leaves = [column for column in columns if column is not None] + stand_ins
+    leaves = [column for column in columns if column is not None] + copies
     gradients = iter(torch.autograd.grad(total, leaves, allow_unused=True))
     by_source = []
     for number, column in enumerate(columns):
@@ -71,7 +73,7 @@ def _random_state() -> tuple[Tensor, list[Tensor]]:
 
 @contextmanager
 def _under_random_state(state: tuple[Tensor, list[Tensor]]) -> Any:
-    """Repeat the dropout of the first pass; afterwards the generators continue as if only one pass had drawn."""
+    """Repeat the dropout of the first pass; restore the generators afterwards, as if only one pass had drawn."""
     before = _random_state()
     _set_random_state(state)
     try:

@@ -1,11 +1,11 @@
-"""AdamW, and the published updates for parity: which parameters decay, at which rate each group learns.
+"""Group parameters by weight decay and learning rate, and update them with AdamW or a published rule.
 
-Parameters arrive by name from `ClipVip.named_parameters()`; wrappers' prefixes (`module.`, `_orig_mod.`) do not matter.
+Parameters are named as in `ClipVip.named_parameters()`; prefixes of wrappers (`module.`, `_orig_mod.`) are ignored.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,12 @@ EPS = 1e-6
 
 
 def decays(name: str, published: bool = False) -> bool:
-    """Tell whether weight decay applies to a parameter: to matrices only.
+    """Return True if weight decay applies to a parameter: a matrix that is not an embedding.
 
-    Not to norms, biases and `logit_scale`, nor to what is like an embedding (class and added tokens; position, temporal
-    and token tables).
+    Norms, biases, `logit_scale`, class and added tokens, and position, temporal and token tables do not decay.
 
-    published: the grouping of the released code, which spares only names with `bias` or `logit_scale`; it meant to
-    spare the norms too, but looks for a name that CLIP does not use.
+    published  the grouping of the released code, which exempts only names with `bias` or `logit_scale`: it looks for
+               norms by a name that CLIP does not use
     """
     if "bias" in name.rsplit(".", 1)[-1] or name.endswith("logit_scale"):
         return False
@@ -41,8 +40,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group parameters for an optimiser, at most two groups per rate factor, which `set_learning_rate` applies.
 
-    rate_factors  by prefix of the parameter's name, the longest that fits counts; e.g. {"logit_scale": 10.0}
-    Raises UserError for a prefix of nothing.
+    rate_factors  by prefix of the parameter's name, e.g. {"logit_scale": 10.0}; the longest matching prefix counts
+    Raises UserError for a prefix without parameters.
     """
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     named = {name.replace("_orig_mod.", "").removeprefix("module."): p for name, p in named_parameters}
@@ -64,15 +63,13 @@ def parameter_groups(
 
 def build_optimiser(groups: list[dict[str, Any]], update: Update = "adamw") -> Optimizer:
     """Build torch's fused AdamW, or a published update; `set_learning_rate` sets rates before every step."""
-    if update not in get_args(Update):
-        raise UserError(f"update is {update!r}; allowed: {', '.join(get_args(Update))}")
     if update == "adamw":
         return AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, fused=True)
     return (PublishedAdamW if update == "clip_vip" else BertAdam)(groups, lr=0.0, betas=BETAS, eps=EPS)
 
 
 def set_learning_rate(optimiser: Optimizer, rate: float) -> None:
-    """Set `rate` times each group's factor; a rate that is a tensor (a compiled step) is filled in place."""
+    """Set each group's rate to `rate` times its factor; a tensor (of a compiled step) is filled in place."""
     for group in optimiser.param_groups:
         value = rate * group["rate_factor"]
         if isinstance(group["lr"], Tensor):
@@ -82,7 +79,7 @@ def set_learning_rate(optimiser: Optimizer, rate: float) -> None:
 
 
 class _Published(Optimizer):
-    """Adam's two averages per parameter; what becomes of them is the subclass's."""
+    """Adam's two averages per parameter; subclasses compute the update."""
 
     def __init__(
         self,
@@ -133,9 +130,9 @@ class PublishedAdamW(_Published):
 
 
 class BertAdam(_Published):
-    """CLIP4Clip's: no bias correction, each gradient clipped by itself, decay added to the update.
+    """CLIP4Clip's Adam (docs/methods/clip4clip.md section 6).
 
-    docs/methods/clip4clip.md section 6.
+    It has no bias correction, clips each parameter's gradient alone, and adds the decay to the update.
     """
 
     max_norm = 1.0  # of one parameter's gradient

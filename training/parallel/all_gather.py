@@ -1,4 +1,4 @@
-"""Rows of every process, as one tensor with a gradient: what lets each rank score its rows against the whole batch."""
+"""Gather the rows of all processes into one tensor with a gradient, to score rows against the whole batch."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from torch.autograd.function import once_differentiable
 
 
 def gather_rows(local_ND: Tensor, group: dist.ProcessGroup, counts: list[int]) -> Tensor:
-    """Gather all ranks' rows in rank order, [sum(counts), D]; a row's gradient is the sum over ranks that used it."""
+    """Gather all ranks' rows in rank order, [sum(counts), D]; a row's gradient is the sum over all ranks."""
     return _GatherRows.apply(local_ND, group, counts)
 
 
 def gather_counts(numbers: list[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
-    """Gather for each of `numbers` what every rank of the group has there, in rank order."""
+    """Gather each of `numbers` from every rank of the group, in rank order: [numbers][ranks]."""
     table = torch.zeros(len(numbers), dist.get_world_size(group), dtype=torch.int64, device=device)
     table[:, dist.get_rank(group)] = torch.tensor(numbers, device=device)
     dist.all_reduce(table, group=group)
@@ -34,7 +34,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
-        # all-reduce and slice rather than reduce-scatter: gloo has no uneven one, and features are small
+        # all-reduce and slice, because gloo has no uneven reduce-scatter and features are small
         total_ND = grad_ND.contiguous().clone()
         dist.all_reduce(total_ND, group=ctx.group)
         return total_ND.split(ctx.counts)[dist.get_rank(ctx.group)], None, None

@@ -1,6 +1,6 @@
-"""The processes of a run: how this one joins the others, and what they exchange besides gradients.
+"""Join the processes of a run, and exchange values other than gradients.
 
-A run is one process, or as many as `torchrun` or Ray Train starts. Which of these makes no difference further on.
+A run is one process, or as many as `torchrun` or Ray Train starts; other modules do not depend on the launcher.
 """
 
 import ctypes
@@ -20,14 +20,14 @@ from clipmill.base.errors import UserError
 
 Result = TypeVar("Result")
 
-# A step takes seconds; planning a large epoch, evaluating or saving on one rank takes minutes while the others wait.
+# While one rank plans a large epoch, evaluates or saves, the others wait for minutes.
 TIMEOUT = timedelta(minutes=30)
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 @dataclass(frozen=True)
 class Process:
-    """One of `world_size` training processes. `group` is None where there is only one."""
+    """One of `world_size` training processes. `group` is None if there is only one."""
 
     device: torch.device
     rank: int = 0
@@ -60,26 +60,25 @@ class Process:
         """Sum each number over all processes, modulo 2^64 as a signed integer."""
         if self.group is None:
             return list(numbers)
-        told = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(told, group=self.control)
-        return told.tolist()
-
-    def barrier(self) -> None:
-        if self.group is not None:
-            dist.barrier(group=self.control)
+        totals = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(totals, group=self.control)
+        return totals.tolist()
 
 
 @contextmanager
 def join(device: str = "auto") -> Iterator[Process]:
-    """Join the other processes: a group that exists already (Ray Train), torchrun's environment, or alone.
+    """Join the other processes: an existing group (Ray Train), torchrun's environment, or one process alone.
 
-    device  "auto", "cpu" or "cuda". Raises UserError where there is no such device.
+    device  "auto", "cpu" or "cuda". Raises UserError if this machine lacks it.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = _device(device, local_rank)
     started = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
     if started:
-        _stop_with_parent()
+        # SIGTERM when the thread that started this process (torchrun's main) ends: a run that can no longer be stopped
+        # by torchrun saves and ends. Only Linux offers this.
+        if sys.platform == "linux":
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -92,15 +91,6 @@ def join(device: str = "auto") -> Iterator[Process]:
     finally:
         if started:
             dist.destroy_process_group()
-
-
-def _stop_with_parent() -> None:
-    """Ask for SIGTERM when torchrun dies: a run that can no longer be stopped saves and ends.
-
-    Only Linux offers that. The signal comes when the thread that started this process ends: torchrun's main.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -1,9 +1,9 @@
-"""Choose a run's best checkpoint by its evaluations on held-out clips, and the checkpoint that a command means.
+"""Choose a run's best checkpoint by its evaluations on held-out clips, or the checkpoint that a command names.
 
 Only the lines of eval.jsonl decide. `checkpoints/best.json` repeats their result for users and commands, and is written
-again from them whenever the run resumes. Released trainers choose the evaluation with the best text-to-video R@1 too,
-but on their test set (docs/methods/clip4clip.md section 9.4); here no clip of a split "test" may take part
-(`training.data.run_selection`). Of equal evaluations the earlier counts. Step 0, before any training, is no candidate.
+again whenever the run resumes. Released trainers also choose the best text-to-video R@1, but on their test set
+(docs/methods/clip4clip.md section 9.4); here clips of a split "test" are refused (`training.data.run_selection`). The
+earlier of equal evaluations counts. Step 0, before any training, is not a candidate.
 """
 
 import json
@@ -56,7 +56,7 @@ def write_best(checkpoints: Checkpoints, best: Best | None) -> None:
 
 
 def read_best(checkpoints: Checkpoints) -> Best | None:
-    """Read best.json, None if the run was not validated. Raises UserError for a file that cannot be read."""
+    """Read best.json; return None if the run was not validated. Raises UserError if the file cannot be read."""
     path = checkpoints.folder / BEST_FILE
     try:
         return Best(**json.loads(path.read_text()))
@@ -73,8 +73,8 @@ def chosen_checkpoint(run: RunFolder, which: str | None = None) -> Chosen:
     """
     best = None if which == "last" else read_best(run.checkpoints)
     if which in (None, "best") and best is not None:
-        said = f"{best.metric} {best.value:.3f}, the best of {best.num_evaluations}"
-        return Chosen(_whole(run, best.step, "best"), f" ({said})")
+        reason = f" ({best.metric} {best.value:.3f}, the best of {best.num_evaluations})"
+        return Chosen(_whole(run, best.step, "best"), reason)
     if which == "best":
         raise UserError(f"--checkpoint best: {run.root} was not validated (eval.every). Allowed: last, or a step.")
     if which not in (None, "last"):
@@ -87,7 +87,7 @@ def chosen_checkpoint(run: RunFolder, which: str | None = None) -> Chosen:
 
 def _whole(run: RunFolder, step: int, which: str) -> int:
     known = run.checkpoints.steps()
-    problem = run.checkpoints.problem(step) if step in known else "there is no such checkpoint"
+    problem = run.checkpoints.problem(step) if step in known else "this checkpoint does not exist"
     if problem:
         allowed = ", ".join(["best", "last", *map(str, known)])
         raise UserError(f"--checkpoint {which}: {run.root}: {problem}. Allowed: {allowed}.")

@@ -1,13 +1,13 @@
-"""The checkpoints of a run: written whole or not at all, checked before they are trusted, the latest few kept.
+"""Checkpoints of a run: written whole or not at all, checked before use, and only the latest few kept.
 
     checkpoints/step-00000100/
       model.safetensors config.json   the weights: `training.models.clip_vip.weights.load_model` opens the folder
-      ema.safetensors ema.json        averaged weights, where the run keeps them
-      training.pt                     optimiser and random state: tensors and plain containers, nothing that runs
-      state.json                      the position in the plan, settings, selection; size and SHA-256 of the others
+      ema.safetensors ema.json        averaged weights, if the run keeps them
+      training.pt                     optimiser and random state: tensors and plain containers, no code
+      state.json                      position in the plan and settings; size and SHA-256 of the other files
 
-A checkpoint is written as `.tmp-…`, flushed to the disk file by file, and renamed. What a kill leaves behind is such a
-folder, which the next writer sweeps away.
+A checkpoint is written as `.tmp-…`, flushed to disk file by file, and renamed. The next writer removes the `.tmp-…` of
+a killed one.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ from training.parallel.state_dict import OptimiserState, State
 
 WriteWeights = Callable[[State, Path], Any]
 
-FORMAT = 1  # of the folder; newer ones are refused
+FORMAT = 1  # of the folder; newer formats are refused
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read. `state` is JSON data, as given to `save`."""
+    """A loaded checkpoint. `state` is JSON data, as given to `save`."""
 
     step: int
     path: Path
@@ -49,7 +49,7 @@ class Checkpoint:
 
     @property
     def averaged(self) -> Path | None:
-        """The averaged weights, where the run keeps them."""
+        """Return the path of the averaged weights, None if the run keeps none."""
         path = self.path / "ema.safetensors"
         return path if path.exists() else None
 
@@ -94,10 +94,10 @@ class Checkpoints:
         """Write a checkpoint, then remove all but the latest `keep` and those of the steps in `also_keep`.
 
         write                    writes weights to a folder or a .safetensors file (`training.models.registry.writer`)
-        tensors, optimiser, ema  as `full_state` and `Ema.full_state` give them on the first process
-        state                    JSON data: the plan's position, settings, the selection's hash
+        tensors, optimiser, ema  results of `full_state` and `Ema.full_state` on the first process
+        state                    JSON data: position in the plan and settings
         attach                   further files by name, each written by its function before the checkpoint is sealed
-        A step that is there and whole already is left as it is.
+        A whole checkpoint of this step that already exists is not written again.
         """
         path = self.path(step)
         if not path.exists() or self.problem(step):
@@ -116,7 +116,7 @@ class Checkpoints:
         return path
 
     def sweep(self) -> None:
-        """Remove files that killed writers left. Only the run's writer may call this."""
+        """Remove the temporary folders of killed writers. Only the run's writer may call this."""
         for path in self.folder.glob(".tmp-*"):
             shutil.rmtree(path)
 
@@ -129,18 +129,18 @@ class Checkpoints:
                 self._damaged.discard(step)
 
     def _discard(self, path: Path) -> None:
-        """Remove a checkpoint; rename it first, so that a kill leaves none with files missing."""
+        """Remove a checkpoint; rename it first, so that a kill leaves no checkpoint with missing files."""
         if path.exists():
-            doomed = self.folder / f".tmp-old-{path.name}-{os.getpid()}"
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
+            renamed = self.folder / f".tmp-old-{path.name}-{os.getpid()}"
+            os.rename(path, renamed)
+            shutil.rmtree(renamed)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def find_latest(self) -> int | None:
-        """Find the step of the newest whole checkpoint, None if there is none at all.
+        """Find the step of the newest whole checkpoint; return None if the run has no checkpoint.
 
-        Damaged ones are told and skipped. Raises UserError where nothing but damaged ones is left.
+        Damaged ones are reported and skipped. Raises UserError if all are damaged.
         """
         problems = []
         for step in reversed(self.steps()):
@@ -153,7 +153,7 @@ class Checkpoints:
         if problems:
             raise UserError(
                 f"{self.folder}: no checkpoint is whole ({'; '.join(problems)}). "
-                "Put one back from a copy, or remove this folder to start the run over."
+                "Restore one from a copy, or remove this folder to start the run over."
             )
         return None
 
@@ -175,7 +175,7 @@ class Checkpoints:
         return None
 
     def load(self, step: int) -> Checkpoint:
-        """Read a checkpoint that `find_latest` has found whole, on any process. Weights are read when asked for."""
+        """Read a checkpoint that `find_latest` has found whole, except its weights, on any process."""
         path = self.path(step)
         try:
             sealed = _read_seal(path)

@@ -1,4 +1,4 @@
-"""A run on disk: the paths of its files, its saved settings, and the lock that allows one training at a time.
+"""The folder of a run: paths of its files, its saved settings, and the lock that allows one training at a time.
 
 RUN/
   run.yaml            the settings, resolved; the corpus, the command, the selection's hash
@@ -16,10 +16,9 @@ RUN/
 import os
 import socket
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,13 @@ from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
 from clipmill.base.file_lock import take_lock
 from clipmill.base.settings import Settings, read_yaml, validate_settings
-from training.run.checkpoints import Checkpoints, warn
+from training.run.checkpoints import Checkpoints
 from training.run.settings import RunSettings
 
 FORMAT = 1  # of the folder; a run of another format is refused
 
-# Settings of a run's length: with the operational ones, all that may change on resume. The learning rate depends on
-# the step and on the total number of steps, so after a change it is that of a run of the new length from the resumed
-# step on.
+# Settings of a run's length. Only they and the operational settings may change on resume. After such a change the
+# learning rate is that of a run of the new length, because it depends on the step and the total number of steps.
 LENGTH = ("train.max_steps", "train.epochs")
 
 
@@ -51,19 +49,19 @@ class RunRecord:
 
 
 class RunFolder:
-    """A run's folder, whether or not a run is in it yet.
+    """The folder of a run that exists or is about to be created.
 
     Example: `RunFolder("run").require().load().settings`
     """
 
-    def __init__(self, root: str | Path, warn: Callable[[str], None] = warn):
+    def __init__(self, root: str | Path):
         self.root = Path(root).expanduser().absolute()
         self.record_path = self.root / "run.yaml"
         self.selection_path = self.root / "selection.arrow"
         self.plan_path = self.root / "plan"
         self.failures_path = self.root / "failures.jsonl"
         self.feedback_path = self.root / "feedback.parquet"
-        self.checkpoints = Checkpoints(self.root / "checkpoints", warn)
+        self.checkpoints = Checkpoints(self.root / "checkpoints")
         self._lock_path = self.root / ".lock"
         self._loaded: tuple[Any, RunRecord] | None = None  # run.yaml as last read, and which version of the file it was
 
@@ -75,7 +73,7 @@ class RunFolder:
         """Return self. Raises UserError if the folder holds no run."""
         if not self.exists:
             raise UserError(
-                f"{self.root} is no run (no run.yaml). Start one with `clipmill train --corpus DIR --run DIR`."
+                f"{self.root} is not a run (no run.yaml). Start one with `clipmill train --corpus DIR --run DIR`."
             )
         return self
 
@@ -85,7 +83,7 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             if not self._lock_path.exists() and any(not entry.name.startswith(".") for entry in self.root.iterdir()):
                 raise UserError(f"{self.root} is not empty and not a run: give --run a new or an empty folder.")
-            self._lock_path.touch()  # first of all: it marks the folder as a run's
+            self._lock_path.touch()  # first, because it marks the folder as a run's
             for folder in (self.plan_path, self.checkpoints.folder):
                 folder.mkdir(exist_ok=True)
         except OSError as error:
@@ -94,7 +92,7 @@ class RunFolder:
     # -- settings -----------------------------------------------------------------------------------------------------
 
     def load(self) -> RunRecord:
-        """Read run.yaml, or return it as read before if the file has not changed since.
+        """Read run.yaml, or return the result of the last read if the file has not changed.
 
         Raises UserError if it cannot be read or has another format.
         """
@@ -113,17 +111,15 @@ class RunFolder:
 
     def save(self, record: RunRecord) -> None:
         """Write run.yaml atomically."""
-        text = (
-            "# A training run. Go on with `clipmill train --run DIR …`; settings change by `--set section.key=value`.\n"
-        )
+        text = "# A training run. Resume: `clipmill train --run DIR …`; change settings: `--set section.key=value`.\n"
         text += yaml.safe_dump({"format": FORMAT, **asdict(record)}, sort_keys=False, allow_unicode=True)
         write_text(self.record_path, text)
 
     def changes(self, settings: RunSettings) -> list[str]:
         """Return one line per setting that differs from the saved ones.
 
-        Any setting may change before the first checkpoint, because nothing has been trained. After it only operational
-        settings and the run's length may change: raises UserError that lists every other change.
+        Before the first checkpoint any setting may change, because nothing is trained yet. After it only operational
+        settings and the run's length may change: UserError lists every other change.
         """
         if not self.exists:
             return []
@@ -135,7 +131,7 @@ class RunFolder:
             fixed = {name: values for name, values in changed.items() if name not in free}
             if fixed:
                 raise UserError(
-                    f"{self.root} was begun with other settings:\n"
+                    f"{self.root} was started with other settings:\n"
                     + "\n".join(f"  {_change(name, *values)}" for name, values in fixed.items())
                     + "\nKeep the old values, or give --run a new folder. Allowed to change: "
                     + f"{', '.join(LENGTH)} and operational settings."
@@ -146,19 +142,20 @@ class RunFolder:
 
     @contextmanager
     def writer(self, patience_s: float = 5.0) -> Iterator[None]:
-        """Hold the run's lock and remove files that a killed holder left behind. Only a training's first process may.
+        """Hold the run's lock, on the first process only, and remove temporary files of killed trainings.
 
-        The kernel frees a dead holder's lock, and processes that it forked do not keep it. Raises UserError if another
+        The kernel releases the lock when its owner dies, even if forked processes live on. Raises UserError if another
         process holds the lock for `patience_s`.
         """
         self.create()
         with open(self._lock_path, "a+") as file:
             if not take_lock(file, patience_s):
                 file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise UserError(f"{self.root} is being trained by {holder}. Stop it, or give --run another folder.")
-            # A lock lives as long as any process has the file open: a loader process must not keep it beyond the run.
-            os.register_at_fork(after_in_child=partial(_close, weakref.ref(file)))
+                owner = file.read().strip() or "another process"
+                raise UserError(f"{self.root} is being trained by {owner}. Stop it, or give --run another folder.")
+            # a lock lives as long as any process has the file open, so forked loader processes must close it
+            reference = weakref.ref(file)
+            os.register_at_fork(after_in_child=lambda: (opened := reference()) and opened.close())
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -166,12 +163,6 @@ class RunFolder:
             for path in self.root.glob(".tmp-*"):
                 path.unlink()
             yield
-
-
-def _close(reference: weakref.ref) -> None:
-    file = reference()
-    if file is not None:
-        file.close()
 
 
 def _leaves(settings: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -195,4 +186,4 @@ def _operational(settings: Settings, prefix: str = "") -> Iterator[str]:
 
 def _change(name: str, old: Any, new: Any) -> str:
     line = f"{name}: {old} → {new}"
-    return f"{line} (from here on the learning rate is that of a run of this length)" if name in LENGTH else line
+    return f"{line} (the learning rate is now that of a run of this length)" if name in LENGTH else line

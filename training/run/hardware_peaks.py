@@ -1,4 +1,4 @@
-"""Peak speed of devices, the denominator of MFU: dense matrix products, no sparsity, in FLOP/s."""
+"""Peak FLOP/s of devices, the denominator of MFU: dense matrix products without sparsity."""
 
 import re
 import time
@@ -18,9 +18,9 @@ class Peak(NamedTuple):
     fp32: float
 
 
-# By what `torch.cuda.get_device_name` contains, the first match counts. Figures: NVIDIA's data sheets of each product
-# (those with sparsity halved), for GeForce the architecture white papers (GA102 appendix A, Ada appendix A, RTX
-# Blackwell appendix A; tensor cores with fp32 accumulation), for AMD the product page.
+# Patterns of `torch.cuda.get_device_name`; the first match counts. Figures are from NVIDIA's data sheets (those with
+# sparsity halved), for GeForce from the architecture white papers (GA102 appendix A, Ada appendix A, RTX Blackwell
+# appendix A; tensor cores with fp32 accumulation), for AMD from the product page.
 _KNOWN: tuple[tuple[str, Peak], ...] = (
     (r"GB200", Peak(2500, 1250, 80)),
     (r"B200", Peak(2250, 1100, 75)),
@@ -48,13 +48,13 @@ _KNOWN: tuple[tuple[str, Peak], ...] = (
 )
 
 _MEASURED_FOR_S = 0.5
-_SIZE = 2048  # of the square matrices measured on a CPU: large enough for full speed, a tenth of a second each
+_SIZE = 2048  # of the square matrices measured on a CPU, large enough for full speed
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
     """Return FLOP/s of one device at the precision of the matrix products; None for an unknown GPU.
 
-    A CPU is measured, with this process's threads, once: half a second.
+    A CPU is measured once, with this process's threads, in half a second.
     """
     if device.type == "cuda":
         return gpu_peak(

@@ -1,11 +1,11 @@
 """Log a run: log.jsonl and eval.jsonl, TensorBoard, a progress bar or plain lines, with the run's speed.
 
 Losses stay tensors on the device until a line is written, every `every` steps: only then does the process wait for the
-device. The logged loss is that of the logged step, not a mean since the last line, so that the curve of a resumed run
-equals that of one that never stopped. Every loss in between is checked too: one that is not finite stops the run at the
-next line, on every process alike.
+device. The logged loss is that of the logged step, not a mean since the last line, so that a resumed run has the same
+curve as an uninterrupted one. Losses in between are checked too: one that is not finite stops the run at the next line,
+on every process.
 
-Rates are means since the previous line, without the time spent evaluating and saving (`paused`).
+Rates are means since the previous line, without the time of evaluating and saving (`paused`).
 """
 
 import json
@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,16 @@ from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
 from training.run.throughput import Throughput
 
-PLAIN_LINE_EVERY_S = 10.0  # at most, where there is no terminal to redraw
+PLAIN_LINE_EVERY_S = 10.0  # least time between printed lines if the output is not a terminal
 
 
 class RunLog:
-    """A run's log from `start_step` on. Lines of later steps are removed, because a resumed run takes them again.
+    """A run's log from `start_step` on. Lines of later steps are removed, because a resumed run repeats these steps.
 
-    A run that starts at step 0 removes everything that an earlier attempt left, evaluations included.
+    A run that starts at step 0 removes all lines of earlier attempts, evaluations included.
 
-    every   steps between lines; the run's first and last step have one too
-    writes  False on all processes but the first: they only check that losses are finite
+    every   steps between lines; the run's first and last step also have one
+    writes  False on all processes except the first: they only check that losses are finite
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class RunLog:
         self._unread: list[tuple[int, Mapping[str, Any]]] = []
         self._board = self._bar = self._log = self._evals = None
         self._wall_s, self._step_s = 0.0, None
-        self._said_at = -math.inf
+        self._printed_at = -math.inf
         if not writes:
             return
         log_path, eval_path = self.root / "log.jsonl", self.root / "eval.jsonl"
@@ -109,7 +110,7 @@ class RunLog:
         """Log an update, number `step` counted from 1. Return the line if one was due.
 
         values  `loss`, its terms by name, `lr`, `logit_scale`, `grad_norm`, `epoch`, …: numbers, or tensors of one
-                number, which must not be overwritten later
+                number that are not overwritten later
         labels  text values, for log.jsonl only
         Raises UserError if a value was not finite at any step since the last line.
         """
@@ -126,7 +127,7 @@ class RunLog:
         rates = self.meter.rates()
         self._wall_s += rates.pop("elapsed_s")
         step_s = rates.pop("step_s")
-        self._step_s = step_s if self._step_s is None else 0.8 * self._step_s + 0.2 * step_s  # smooths the time left
+        self._step_s = step_s if self._step_s is None else 0.8 * self._step_s + 0.2 * step_s  # smoothed for eta_s
         eta_s = (self.total_steps - step) * self._step_s
         row = {"step": step, **values, **rates, "eta_s": eta_s, "wall_s": self._wall_s, **(labels or {})}
         if self.writes:
@@ -182,19 +183,19 @@ class RunLog:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, note=text)
-        elif now - self._said_at >= PLAIN_LINE_EVERY_S or row["step"] == self.total_steps:
-            self._said_at = now
-            left = f"{_duration(row['eta_s'])} left"
+        elif now - self._printed_at >= PLAIN_LINE_EVERY_S or row["step"] == self.total_steps:
+            self._printed_at = now
+            left = f"{timedelta(seconds=round(row['eta_s']))} left"
             self.console.print(f"step {row['step']:,}/{self.total_steps:,} · {text} · {left}", highlight=False)
 
     # -- evaluations --------------------------------------------------------------------------------------------------
 
     def has_evaluation(self, step: int) -> bool:
-        """Tell whether eval.jsonl has this step, so that a resumed run need not evaluate it again."""
+        """Return True if eval.jsonl has this step, so that a resumed run does not evaluate it again."""
         return any(row["step"] == step for row in self.evaluations)
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write a line of eval.jsonl; numbers among the metrics, nested ones too, also go to TensorBoard."""
+        """Write a line of eval.jsonl, and the metrics that are numbers, also nested ones, to TensorBoard."""
         if not self.writes:
             return
         row = {"step": step, **metrics}
@@ -219,23 +220,19 @@ def cut_after(path: Path, step: int) -> list[dict[str, Any]]:
     lines = path.read_text(errors="replace").splitlines(keepends=True)
     kept = []
     for number, line in enumerate(lines):
-        row = _row(line)
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not line.endswith("\n") or not isinstance(row, dict) or "step" not in row:
+            row = None  # torn, or not a log line
         if row is None and number < len(lines) - 1:
-            raise UserError(f"{path}, line {number + 1} is no line of a log: repair it or move the file away.")
+            raise UserError(f"{path}, line {number + 1} is not a log line: repair it or move the file away.")
         if row is not None and row["step"] <= step:
             kept.append((line, row))
     if len(kept) < len(lines):
         write_text(path, "".join(line for line, _ in kept))
     return [row for _, row in kept]
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    """Parse a whole line that is an object with a step; return None for anything else."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if line.endswith("\n") and isinstance(row, dict) and "step" in row else None
 
 
 def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -248,15 +245,9 @@ def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 def _not_finite(root: Path, name: str, value: float, step: int) -> str:
     folders = sorted((root / "checkpoints").glob("step-*"))
-    last = f"The last checkpoint is {folders[-1]}" if folders else "There is no checkpoint yet"
-    start = f"--set model.init={folders[-1]}" if folders else "the same start"
+    last = f"The last checkpoint is {folders[-1]}" if folders else "The run has no checkpoint yet"
+    start = f"--set model.init={folders[-1]}" if folders else "the same weights"
     return (
         f"step {step}: {name} is {value}. {last}. Start a new run from {start} with a lower train.lr, a smaller "
         "train.grad_clip or train.precision=fp32."
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,7 +1,7 @@
-"""Plots that a run, an evaluation, the demo and the studies leave, drawn with matplotlib.
+"""Draw the plots of runs, evaluations, the demo and the studies with matplotlib.
 
 `bars` and `lines` return a Figure; `save` writes it as an SVG. The same figure gives the same bytes. The colours are
-those of Okabe and Ito, which people with any colour vision can tell apart.
+those of Okabe and Ito, which are distinct for people with any colour vision.
 """
 
 import textwrap
@@ -28,7 +28,7 @@ STYLE = {
     "font.size": 9,
     "svg.fonttype": "none",  # text stays text: searchable, and independent of the fonts of this machine
     "svg.hashsalt": "clipmill",  # element ids, and so the file's bytes, are the same every time
-    "text.parse_math": False,  # a "$" in a name is a dollar sign
+    "text.parse_math": False,  # "$" in a name stays a dollar sign
 }
 
 
@@ -38,15 +38,14 @@ def bars(
     *,
     y_label: str,
     marks: Mapping[str, float] | None = None,
-    mark_label: str = "chance",
     label: Callable[[float], str] = "{:.3g}".format,
     top: float | None = None,
 ) -> Figure:
-    """Draw {group: {series: value}} as bars that stand on zero, series in the order of first appearance.
+    """Draw {group: {series: value}} as bars from zero, series in the order of first appearance.
 
-    marks  a level for some of the groups, drawn as a dashed line across their bars (`mark_label` in the legend)
+    marks  chance levels of some groups, drawn as dashed lines across their bars
     label  formats the number above a bar
-    top    upper end of the y axis; None: above everything. A spread may reach beyond it
+    top    upper end of the y axis; None: above all bars
     """
     figure, axes = _figure(title, y_label)
     series = list(dict.fromkeys(name for group in groups.values() for name in group))
@@ -75,7 +74,7 @@ def bars(
             if marks and name in marks:
                 axes.hlines(marks[name], place - 0.45, place + 0.45, INK, "dashed", lw=1.2, zorder=3)
         if marks:
-            axes.plot([], [], color=INK, ls="dashed", lw=1.2, label=mark_label)
+            axes.plot([], [], color=INK, ls="dashed", lw=1.2, label="chance")
         wrapped = ["\n".join(textwrap.wrap(name, max(8, LINE_LENGTH // len(groups)))) for name in groups]
         axes.set_xticks(range(len(groups)), wrapped)
         axes.tick_params(axis="x", length=0, labelcolor=INK)
@@ -97,10 +96,11 @@ def lines(
     log_x: bool = False,
     marks: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Draw a line per series, with a dot per point where there are few; a spread becomes a band around its line.
+    """Draw a line per series, with dots if it has few points, and with a band for the spread.
 
-    from_zero  the y axis begins at 0      log_x  the x axis is logarithmic (all x above 0)
-    marks      named levels, drawn as dashed lines from side to side
+    from_zero  start the y axis at 0
+    log_x      use a logarithmic x axis
+    marks      named levels, drawn as dashed horizontal lines
     """
     assert any(series.values()), f"nothing to draw in {title!r}"
     figure, axes = _figure(title, y_label)

@@ -1,6 +1,6 @@
 """All settings of a training run: its sections, the checks between them, recipes, `--set section.key=value`.
 
-Nothing heavy is imported here: losses and methods are known by name, and their code is imported when a run begins.
+Nothing heavy is imported here: losses and methods are names, whose code is imported when a run starts.
 """
 
 from importlib import resources
@@ -17,7 +17,7 @@ RECIPES = resources.files("training").joinpath("recipes")
 
 
 class RunSettings(Settings):
-    model: SerializeAsAny[ModelSettings] = ModelSettings()  # with the section of a method from outside, if it has one
+    model: SerializeAsAny[ModelSettings] = ModelSettings()  # any, to keep the section of a plug-in method
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
@@ -34,12 +34,12 @@ class RunSettings(Settings):
             return self
         if not load_method(self.model.method).takes_frames_per_s(self.model):
             raise ValueError(
-                f"data.frames_per_s = {self.data.frames_per_s} leaves frames empty, which model.method = "
-                f"{self.model.method} cannot leave out; allowed: model.method = clip4clip, or unipt with "
+                f"data.frames_per_s = {self.data.frames_per_s} pads short clips, which model.method = "
+                f"{self.model.method} does not support; allowed: model.method = clip4clip, or unipt with "
                 "model.pooling = mean"
             )
         if self.data.jitter:
-            raise ValueError("data.frames_per_s says which frames are taken; allowed with it: data.jitter = false")
+            raise ValueError("data.frames_per_s fixes the frames that are taken: set data.jitter = false with it")
         return self
 
     @model_validator(mode="after")
@@ -51,16 +51,16 @@ class RunSettings(Settings):
             losses = " or ".join(losses_that("takes_neighbours"))
             raise ValueError(f"data.neighbours = {data.neighbours} is for train.loss = {losses}; allowed here: 0")
         if data.subtitle != "subtitle":
-            raise ValueError(f"data.neighbours is of what is said; allowed with data.subtitle = {data.subtitle}: 0")
+            raise ValueError(f"data.neighbours needs subtitles; allowed with data.subtitle = {data.subtitle}: 0")
         if "video" not in data.apart:
             raise ValueError(
-                "data.neighbours: a clip's text is a neighbour's, too; allowed: data.apart with video in it"
+                "data.neighbours: the same text may belong to several clips of a video; add video to data.apart"
             )
         return self
 
 
 def resolve(base: dict[str, Any] | None, recipe: str | None, assignments: list[str]) -> RunSettings:
-    """Resolve settings: a recipe (else `base`, a run's saved ones, else the defaults) with `--set` on top.
+    """Resolve a recipe, else `base` (a run's saved settings), else the defaults, with `--set` on top.
 
     Raises UserError.
     """

@@ -1,7 +1,7 @@
-"""Everything between the command and the first step: settings resolved, clips selected and frozen, run folder ready.
+"""Prepare a run: resolve its settings, select and freeze its clips, write its folder.
 
-The first process of a run calls `prepare`; every process then opens the result. A run that has a checkpoint keeps the
-clips that it froze at its start.
+The first process of a run calls `prepare`; every process then opens the result. A run with a checkpoint keeps the clips
+that it froze at its start.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from training.run.settings import RunSettings, resolve
 
 @dataclass(frozen=True)
 class Request:
-    """A `clipmill train` command: enough for any process to take part in the run."""
+    """A `clipmill train` command, with which any process can take part in the run."""
 
     run: str
-    corpus: str | None = None  # None: the corpus that the run began with
+    corpus: str | None = None  # None: the corpus of the existing run
     recipe: str | None = None
     assignments: tuple[str, ...] = ()  # of --set
     tables: tuple[tuple[str, str], ...] = ()  # of --table: (name, file)
@@ -27,7 +27,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to train, as each of its processes opens it."""
+    """A run that is ready to train; each process opens its own."""
 
     folder: RunFolder
     settings: RunSettings
@@ -42,13 +42,13 @@ class Prepared:
         settings = resolve(record.settings, None, [])
         selection = Selection(folder.selection_path)
         if selection.hash != record.selection_hash:
-            raise UserError(f"{selection.path} is not the selection that the run began with: restore the original.")
+            raise UserError(f"{selection.path} is not the run's original selection: restore the original file.")
         held_out = Selection(folder.root / EVAL_FILE) if settings.eval.where.strip() else None
         return cls(folder, settings, selection, held_out, record.corpus)
 
 
 def requested_settings(request: Request, folder: RunFolder) -> RunSettings:
-    """Resolve the run's saved settings, or the recipe's, with the command's on top. Compares nothing with the run."""
+    """Resolve the run's saved settings, or the recipe's, with the command's on top; do not check changes."""
     saved = folder.load().settings if folder.exists else None
     return resolve(saved, request.recipe, list(request.assignments))
 
@@ -59,10 +59,10 @@ def prepare(request: Request, folder: RunFolder) -> list[str]:
     Raises UserError; once the run has a checkpoint, also for a change of a setting that would make it another run.
     """
     saved = folder.load() if folder.exists else None
-    settings = requested_settings(request, folder)  # again: another command may have changed the run before the lock
+    settings = requested_settings(request, folder)  # under the lock, because another command may have changed the run
     corpus = request.corpus or (saved.corpus if saved else None)
     if corpus is None:
-        raise UserError(f"--corpus is missing: {folder.root} is not a run yet, so its corpus is not known.")
+        raise UserError(f"--corpus is missing: {folder.root} is a new run, which needs a corpus.")
     notes = [f"changed: {line}" for line in folder.changes(settings)]
     if folder.checkpoints.steps():
         selection_hash = saved.selection_hash

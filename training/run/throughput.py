@@ -28,7 +28,7 @@ class Throughput:
     def waiting(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yield the items; count the time until each arrives as waiting for data.
 
-        On a GPU some of that time is covered by queued work, so the share is an upper bound of the cost of data.
+        A GPU may be busy with queued work during that time, so the share is an upper bound of the cost of data.
         """
         iterator = iter(items)
         while True:
@@ -41,7 +41,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the block's time out of all rates (evaluating, saving). Waits for the device's queued work first."""
+        """Leave the context's time (evaluating, saving) out of all rates; wait for queued work of the device first."""
         self._synchronise()
         before = time.perf_counter()
         try:
@@ -57,7 +57,7 @@ class Throughput:
         self._flops += flops
 
     def rates(self) -> dict[str, float | None]:
-        """Return means since the last call and start anew. Call it once the device has finished the counted steps.
+        """Return means since the last call and start anew; call it after the device has finished the counted steps.
 
         `elapsed_s` includes pauses, `step_s` is the time of one step, `mfu` is None if the peak is unknown.
         """

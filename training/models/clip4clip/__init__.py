@@ -7,7 +7,7 @@ from training.models.clip4clip.settings import Clip4ClipSettings
 from training.models.method import Method
 
 
-def _check(settings: Any) -> None:
+def _refuse_proxies(settings: Any) -> None:
     for name in ("num_added", "num_times", "pooling"):
         if getattr(settings, name) is not None:
             raise UserError(f"model.{name} is for model.method = 'clip_vip'; here it is 'clip4clip'")
@@ -17,6 +17,6 @@ METHOD = Method(
     "clip4clip",
     code_in="training.models.clip4clip.build",
     settings=Clip4ClipSettings,
-    check=_check,
+    check=_refuse_proxies,
     takes_frames_per_s=lambda settings: True,
 )

@@ -5,9 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from training.models.clip4clip.model import Clip4Clip
-from training.models.clip4clip.weights import header_of, load_clip4clip, released_tensors
+from training.models.clip4clip.model import MAX_LOG_SCALE, Clip4Clip
+from training.models.clip4clip.weight_names import to_released
+from training.models.clip4clip.weights import load_clip4clip
 from training.models.clip_vip.build import PLAIN, config_in_shape, demo_clip
+from training.models.clip_vip.config_formats import config_to_dict
 from training.models.clip_vip.model import ClipVip, ModelConfig
 from training.models.registry import ModelSettings
 
@@ -24,15 +26,17 @@ def read(weights: Path, settings: ModelSettings, seed: int = 0) -> Clip4Clip:
 
 
 def file_header(model: Clip4Clip) -> dict[str, Any]:
-    return header_of(model)
+    return config_to_dict(model.config) | {"model_type": "clip4clip", "clip4clip": model.settings.model_dump()}
 
 
 def file_tensors(model: Clip4Clip, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return released_tensors(model, tensors)
+    released = to_released(tensors, model.settings.head, model.settings.stem)
+    released["clip.logit_scale"] = released["clip.logit_scale"].clamp(max=MAX_LOG_SCALE)
+    return released
 
 
 def config_of(settings: ModelSettings) -> ModelConfig:
-    if Path(settings.init).exists():  # only the tensors themselves tell what such a file holds
+    if Path(settings.init).exists():  # the configuration of a released file follows from its tensors
         return load(settings).config
     return config_in_shape(settings.init, PLAIN)
 

@@ -1,11 +1,11 @@
-"""CLIP4Clip's four ways of comparing texts with frames (docs/methods/clip4clip.md section 3). No CLIP, no files.
+"""CLIP4Clip's four heads, which compare texts with frames (docs/methods/clip4clip.md section 3).
 
 The first three map frames to frames, which `pooled` turns into one unit vector per video; the fourth scores pairs.
 
 Shape letters, used as suffixes here and in `training.models.clip4clip.model`:
     N texts   B videos   F frames of a video   P pairs of text and video   S tokens of a sequence
     C size of CLIP's features, which is the width of every head
-Masks [B, F] are 1 where a frame is real. Features come and go unnormalised.
+Masks [B, F] are 1 where a frame is real. Input and output features are not normalised.
 """
 
 import torch
@@ -17,7 +17,7 @@ from training.models.clip_vip.attention import biased_attention
 from training.models.clip_vip.model import Block, TowerConfig
 
 NORM_EPS = 1e-12  # of every norm in a head; CLIP's own are 1e-5
-MASKED_SCORE = -1e6  # added to the attention scores of frames that are not there
+MASKED_SCORE = -1e6  # added to the attention scores of padding frames
 DROPOUT = 0.1  # of tightTransf's input, in training
 
 
@@ -32,16 +32,16 @@ def pooled(frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
 
 
 class MeanHead(nn.Module):
-    """meanP: the frames as they are."""
+    """meanP: the frames, unchanged."""
 
     def forward(self, frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
         return frames_BFC
 
 
 class LstmHead(nn.Module):
-    """seqLSTM: frames plus an LSTM's state at each, for as many frames as the mask counts.
+    """seqLSTM: frames plus the LSTM's state at each, for as many frames as the mask counts.
 
-    The table of frame positions is in every published file, though nothing reads it: a buffer, so that files are whole.
+    The table of frame positions is not used; it is a buffer because every published file has it.
     """
 
     def __init__(self, width: int, num_positions: int):
@@ -50,7 +50,7 @@ class LstmHead(nn.Module):
         self.register_buffer("position_embedding", torch.zeros(num_positions, width))
 
     def forward(self, frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
-        # runs forward only, so that what lies behind a video's end changes no state before it: nothing is packed
+        # the LSTM runs forward only, so frames beyond a video's end change no earlier state and need no packing
         states_BFC, _ = self.lstm(frames_BFC)
         places_F = torch.arange(frames_BFC.shape[1], device=frames_BFC.device)
         before_end_BF = places_F < mask_BF.sum(dim=1, keepdim=True)
@@ -58,7 +58,7 @@ class LstmHead(nn.Module):
 
 
 class _MaskedTransformer(nn.Module):
-    """Pre-norm blocks over positioned tokens, some of which nobody attends to."""
+    """Pre-norm blocks over tokens with positions; masked tokens are not attended to."""
 
     def __init__(self, config: TowerConfig, num_positions: int):
         super().__init__()
@@ -68,7 +68,10 @@ class _MaskedTransformer(nn.Module):
     def positioned(self, tokens_BSC: Tensor) -> Tensor:
         num_tokens, num_positions = tokens_BSC.shape[1], len(self.position_embedding)
         if num_tokens > num_positions:
-            raise UserError(f"a sequence of {num_tokens} frames and texts; the head's table has {num_positions} rows")
+            raise UserError(
+                f"a sequence of {num_tokens} frames and texts; the head's table has {num_positions} rows: "
+                "lower data.num_frames"
+            )
         return tokens_BSC + self.position_embedding[:num_tokens]
 
     def run(self, tokens_BSC: Tensor, mask_BS: Tensor) -> Tensor:
@@ -79,14 +82,14 @@ class _MaskedTransformer(nn.Module):
 
 
 class TransformerHead(_MaskedTransformer):
-    """seqTransf: frames plus what a transformer makes of them with their positions."""
+    """seqTransf: frames plus the output of a transformer over frames with positions."""
 
     def forward(self, frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
         return frames_BFC + self.run(self.positioned(frames_BFC), mask_BF)
 
 
 class PairHead(_MaskedTransformer):
-    """tightTransf: a transformer over [text, frames] of a pair; the text's token becomes one number."""
+    """tightTransf: a transformer over [text, frames] of a pair; its output at the text gives the score."""
 
     def __init__(self, config: TowerConfig, num_positions: int):
         super().__init__(config, num_positions)
@@ -105,7 +108,7 @@ class PairHead(_MaskedTransformer):
 
 
 def build_head(kind: str, config: TowerConfig, num_positions: int) -> nn.Module:
-    """Build a head; `config` and `num_positions` are for those that have blocks or a table."""
+    """Build a head; `config` and `num_positions` size its blocks and its position table."""
     if kind == "meanP":
         return MeanHead()
     if kind == "seqLSTM":

@@ -1,4 +1,4 @@
-"""CLIP4Clip: CLIP frame by frame, and a head that compares texts with the frames of a video (docs/methods/clip4clip.md).
+"""CLIP4Clip (docs/methods/clip4clip.md): CLIP frame by frame, and a head that compares texts with a video's frames.
 
 The CLIP inside is `training.models.clip_vip.model.ClipVip` without proxies. Shape letters are those of
 `training.models.clip4clip.heads`, and
@@ -7,7 +7,6 @@ The CLIP inside is `training.models.clip_vip.model.ClipVip` without proxies. Sha
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,19 +31,18 @@ from training.models.model import VideoTextModel
 
 MAX_LOG_SCALE = math.log(100)
 INIT_STD = 0.02
-# CLIP's last layers, which train whatever is frozen
+# CLIP's last layers, which always train
 _ALWAYS_TRAINED = ("logit_scale", "text.final_norm.", "text_projection.", "vision.post_norm.", "visual_projection.")
 
 
 class Clip4Clip(VideoTextModel):
-    """A CLIP with a head that starts from its weights; where `ClipVip` is used, this can be.
+    """A CLIP with a head that starts from the CLIP's weights.
 
-    clip        a plain one: no added tokens, no temporal table. It becomes part of this model
-    new_tensors names what was not read from a file but drawn, copied or set to 0
+    clip         a plain CLIP, without added tokens or temporal table; it becomes part of this model
+    new_tensors  names of the tensors that were not read from a file but drawn, copied or set to 0
 
-    Two ways in. Features, then scores: `frame_features`, `text_features` and `similarity`, for every head. Or a vector
-    per item: `encode_video` and `encode_text`, for every head but tightTransf, whose scores are of pairs
-    (`needs_pairs`).
+    Every head has `frame_features`, `text_features` and `similarity`. Every head except tightTransf, which scores pairs
+    (`needs_pairs`), also has one vector per item: `encode_video` and `encode_text`.
     """
 
     method = "clip4clip"
@@ -57,7 +55,7 @@ class Clip4Clip(VideoTextModel):
         self.clip = clip
         self.head = build_head(self.settings.head, _head_config(clip.config, self.settings), clip.config.context_length)
         self.head.to(clip.logit_scale)
-        self.pairs_at_a_time = 1024  # tightTransf's memory, not its numbers, grows with it
+        self.pairs_at_a_time = 1024  # affects the memory of tightTransf, not its numbers
         self._start_head(torch.Generator().manual_seed(seed))
         if self.settings.stem == "3d":
             self._start_stem()
@@ -69,9 +67,7 @@ class Clip4Clip(VideoTextModel):
     def frame_features(self, pixels: Tensor) -> Tensor:
         """Encode normalised pixels [B, F, 3, H, W] or, as published, [B, 1, F, 1, 3, H, W] to frames [B, F, C].
 
-        Frames are not unit vectors.
-
-        Computed in the model's dtype, except that float64 pixels are computed in float64 whatever the model's.
+        Frames are not normalised. They are computed in the model's dtype, or in float64 for float64 pixels.
         """
         if pixels.ndim == 7:
             pixels = pixels.flatten(2, 3).flatten(0, 1)
@@ -84,9 +80,10 @@ class Clip4Clip(VideoTextModel):
         return _in_dtype(pixels.dtype, self.clip.visual_projection, tokens).unflatten(0, (-1, num_frames))
 
     def text_features(self, ids: Tensor, *, cut: bool = True, dtype: torch.dtype | None = None) -> Tensor:
-        """Encode token ids [N, L] or, as published, [N, 1, L] to [N, C], no unit vectors. `cut`: `ClipVip.encode_text`.
+        """Encode token ids [N, L] or, as published, [N, 1, L] to [N, C], not normalised.
 
-        dtype  float64 computes in it whatever the model's
+        cut    as in `ClipVip.encode_text`
+        dtype  to compute in; None: the model's
         """
         ids = ids.flatten(0, -2)
         if cut:
@@ -96,13 +93,13 @@ class Clip4Clip(VideoTextModel):
         return _in_dtype(dtype, self.clip.text_projection, _in_dtype(dtype, self.clip.text, ids))
 
     def similarity(self, text_features: Tensor, visual_output: Tensor, video_mask: Tensor | None = None) -> Tensor:
-        """Compare every text with every video, [N, B], with the temperature in it (tightTransf has none).
+        """Score every text with every video, [N, B], multiplied by the temperature (tightTransf has none).
 
         text_features  [N, C] or [N, 1, C], from `text_features`
         visual_output  [B, F, C], from `frame_features`
-        video_mask     [B, F] or [B, 1, F], 1 where a frame is real; None: all are. A video without any scores 0, and
-                       under tightTransf whatever the text alone gives
-        In the widest of the inputs' and the model's dtypes.
+        video_mask     [B, F] or [B, 1, F], 1 where a frame is real; None: all are. A video without real frames scores
+                       0, under tightTransf the score of the text alone
+        The result has the widest dtype of the inputs and the model.
         """
         dtype = torch.promote_types(
             self.logit_scale.dtype, torch.promote_types(text_features.dtype, visual_output.dtype)
@@ -117,10 +114,9 @@ class Clip4Clip(VideoTextModel):
             return self.logit_scale.to(dtype).exp() * (text_NC @ video_BC.T)
 
     def forward(self, ids: Tensor, mask: Tensor | None, video: Tensor, video_mask: Tensor | None = None) -> Tensor:
-        """Compare N texts with B videos, [N, B]; shapes as in the methods above.
+        """Score N texts with B videos, [N, B]; shapes as in the methods above.
 
-        mask  not read: a text is pooled at its end token, which nothing behind it can reach, and the published model
-              knows no other holes
+        mask  not used: a text is pooled at its end token, which does not attend to padding
         """
         frames_BFC = self.frame_features(video)
         return self.similarity(self.text_features(ids, dtype=frames_BFC.dtype), frames_BFC, video_mask)
@@ -136,12 +132,14 @@ class Clip4Clip(VideoTextModel):
     def encode_video(self, pixels: Tensor, video_mask: Tensor | None = None) -> Tensor:
         """Encode pixels and mask as above to unit vectors [B, C]: logits are exp(logit_scale) times their cosines."""
         if self.needs_pairs:
-            raise UserError("model.clip4clip.head = 'tightTransf' has no vector per video: it scores pairs")
+            raise UserError(
+                "model.clip4clip.head = 'tightTransf' scores pairs and has no vector per video; choose another head"
+            )
         frames_BFC = self.frame_features(pixels)
         return self._pool(frames_BFC, self._mask(video_mask, frames_BFC))
 
     def encode_text(self, ids: Tensor, mask: Tensor | None = None, *, cut: bool = True) -> Tensor:
-        """Encode token ids [N, L] to unit vectors [N, C]; `mask` is not read, as in `forward`."""
+        """Encode token ids [N, L] to unit vectors [N, C]; `mask` is not used, as in `forward`."""
         return F.normalize(self.text_features(ids, cut=cut), dim=1)
 
     def encode_frames(self, pixels_F3HW: Tensor) -> Tensor:
@@ -174,7 +172,7 @@ class Clip4Clip(VideoTextModel):
         return self.clip.text
 
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
-        """Set it for CLIP. tightTransf computes its pairs again in the backward pass in any case, but for one chunk."""
+        """Set it for the CLIP; tightTransf always recomputes its chunks of pairs if there is more than one."""
         self.clip.set_activation_checkpointing(enabled)
 
     @torch.no_grad()
@@ -183,16 +181,18 @@ class Clip4Clip(VideoTextModel):
         self.logit_scale.clamp_(max=MAX_LOG_SCALE)
 
     def freeze(self, num_layers: int | None) -> None:
-        """Freeze what `model.clip4clip.frozen_layers` = num_layers says. A 3-D stem trains in any case."""
+        """Freeze parameters as `model.clip4clip.frozen_layers` says; a 3-D stem always trains."""
         deepest = max(len(self.vision.blocks), len(self.text.blocks))
         if num_layers is not None and num_layers > deepest:
-            raise UserError(f"model.clip4clip.frozen_layers is {num_layers}; this CLIP has {deepest} layers")
+            raise UserError(f"model.clip4clip.frozen_layers is {num_layers}; allowed: at most this CLIP's {deepest}")
         for name, parameter in self.clip.named_parameters():
+            parts = name.split(".")
+            layer = int(parts[2]) if parts[1:2] == ["blocks"] else -1
             always = name.startswith(_ALWAYS_TRAINED) or self.is_added(f"clip.{name}")
-            parameter.requires_grad_(num_layers is None or always or _layer(name) >= num_layers)
+            parameter.requires_grad_(num_layers is None or always or layer >= num_layers)
 
     def is_added(self, name: str) -> bool:
-        """Tell whether a tensor is CLIP4Clip's rather than CLIP's."""
+        """Return True if a tensor is part of CLIP4Clip but not of CLIP."""
         stem = self.settings.stem == "3d" and name == "clip.vision.patch_embedding.weight"
         return stem or name.startswith("head.")
 
@@ -213,7 +213,7 @@ class Clip4Clip(VideoTextModel):
         return num_frames * self._head_values_per_token if self.settings.head == "seqTransf" else 0
 
     def pair_activations(self, num_frames: int, num_pairs: int) -> int:
-        """Count those of one chunk of pairs: the others' are computed again."""
+        """Count those of one chunk of pairs, because other chunks are recomputed."""
         if not self.needs_pairs:
             return 0
         return min(num_pairs, self.pairs_at_a_time) * (1 + num_frames) * self._head_values_per_token
@@ -236,15 +236,16 @@ class Clip4Clip(VideoTextModel):
         return pooled(_in_dtype(frames_BFC.dtype, self.head, frames_BFC, mask_BF), mask_BF)
 
     def _score_pairs(self, text_NC: Tensor, frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
-        chunks = torch.arange(len(text_NC) * len(frames_BFC), device=text_NC.device).split(self.pairs_at_a_time)
-        score = partial(self._score_chunk, text_NC, frames_BFC, mask_BF)
-        if len(chunks) > 1 and torch.is_grad_enabled():
-            score = partial(checkpoint, score, use_reentrant=False)
-        return torch.cat([score(pairs_P) for pairs_P in chunks]).unflatten(0, (len(text_NC), len(frames_BFC)))
+        def score(pairs_P: Tensor) -> Tensor:
+            texts_P, videos_P = pairs_P // len(frames_BFC), pairs_P % len(frames_BFC)
+            return _in_dtype(text_NC.dtype, self.head, text_NC[texts_P], frames_BFC[videos_P], mask_BF[videos_P])
 
-    def _score_chunk(self, text_NC: Tensor, frames_BFC: Tensor, mask_BF: Tensor, pairs_P: Tensor) -> Tensor:
-        texts_P, videos_P = pairs_P // len(frames_BFC), pairs_P % len(frames_BFC)
-        return _in_dtype(text_NC.dtype, self.head, text_NC[texts_P], frames_BFC[videos_P], mask_BF[videos_P])
+        chunks = torch.arange(len(text_NC) * len(frames_BFC), device=text_NC.device).split(self.pairs_at_a_time)
+        if len(chunks) > 1 and torch.is_grad_enabled():
+            scores = [checkpoint(score, pairs_P, use_reentrant=False) for pairs_P in chunks]
+        else:
+            scores = [score(pairs_P) for pairs_P in chunks]
+        return torch.cat(scores).unflatten(0, (len(text_NC), len(frames_BFC)))
 
     @torch.no_grad()
     def _start_head(self, generator: torch.Generator) -> None:
@@ -259,9 +260,9 @@ class Clip4Clip(VideoTextModel):
 
     @torch.no_grad()
     def _start_stem(self) -> None:
-        """Make a convolution over three frames that sees the middle one only: CLIP's own at the start.
+        """Replace the stem by a convolution over three frames whose outer weights are 0: CLIP's own at the start.
 
-        CLIP's 2-D weight is kept beside it, though nothing reads it: the released files hold both.
+        CLIP's 2-D weight stays as a buffer, because released files hold both.
         """
         flat_D3PP = self.clip.vision.patch_embedding.weight
         width, _, patch, _ = flat_D3PP.shape
@@ -272,7 +273,7 @@ class Clip4Clip(VideoTextModel):
 
 
 def with_neighbours(pixels_BT3HW: Tensor) -> Tensor:
-    """Put the frame before and the frame behind into the channels: [B, T, 9, H, W], zeros beyond either end.
+    """Concatenate the previous, the own and the next frame's channels: [B, T, 9, H, W], zeros beyond either end.
 
     A 2-D convolution over them is the published 3-D one with kernel 3 along time.
     """
@@ -281,7 +282,7 @@ def with_neighbours(pixels_BT3HW: Tensor) -> Tensor:
 
 
 def _head_config(config: ModelConfig, settings: Clip4ClipSettings) -> TowerConfig:
-    """Size blocks as the text tower's where features have its width, as in OpenAI's CLIPs; else in OpenAI's shape."""
+    """Return the text tower's sizes if features have its width, as in OpenAI's CLIPs; else OpenAI's proportions."""
     sizes: dict[str, Any] = {"num_layers": settings.num_layers, "norm_eps": NORM_EPS}
     width = config.embed_dim
     if width == config.text.width:
@@ -302,14 +303,8 @@ def _draw(name: str, tensor: Tensor, generator: torch.Generator) -> None:
         tensor.copy_(torch.empty(tensor.shape).normal_(0, INIT_STD, generator=generator))
 
 
-def _layer(name: str) -> int:
-    """Return the number of the block that a parameter of CLIP is in, -1 for none."""
-    parts = name.split(".")
-    return int(parts[2]) if parts[1:2] == ["blocks"] else -1
-
-
 def _in_dtype(dtype: torch.dtype, module: nn.Module, *inputs: Tensor) -> Tensor:
-    """Call the module, with weights widened to float64 where `dtype` is that and theirs is not."""
+    """Call the module, with its weights widened to float64 if `dtype` is float64."""
     parameters = dict(module.named_parameters())
     if dtype != torch.float64 or all(p.dtype == dtype for p in parameters.values()):
         return module(*inputs)

@@ -1,4 +1,4 @@
-"""What decides a CLIP4Clip model beside the CLIP inside. Nothing heavy is imported here."""
+"""Settings of a CLIP4Clip model on top of a CLIP. Nothing heavy is imported here."""
 
 from typing import Literal
 
@@ -11,13 +11,15 @@ Stem = Literal["2d", "3d"]
 
 
 class Clip4ClipSettings(Settings):
-    """The defaults are those of the published runs (docs/methods/clip4clip.md section 6), but for `frozen_layers`."""
+    """Head, stem and frozen layers; all defaults but `frozen_layers` are published (docs/methods/clip4clip.md, 6)."""
 
-    # How a text is compared with a video's frames: the mean frame; the mean after an LSTM or a transformer over frames;
-    # a transformer over text and frames together, run once for every pair.
+    # Head that compares a text with the frames of a video. meanP: the mean frame. seqLSTM, seqTransf: the mean after an
+    # LSTM or a transformer over frames. tightTransf: a transformer over text and frames, run once for every pair.
     head: Head = "meanP"
-    stem: Stem = "2d"  # patches of one frame, or of three neighbouring ones (starts as 2d exactly)
-    num_layers: int = Field(4, ge=1)  # blocks of the head's transformer (seqTransf, tightTransf)
-    # CLIP's first so many blocks, and all of CLIP before and beside the blocks but their last norms, projections and
-    # the log scale, stay as they are; 0: the published runs. None: all of CLIP trains.
+    # Patches of the first layer: of one frame (2d), or of three neighbouring frames (3d, which starts equal to 2d).
+    stem: Stem = "2d"
+    # Blocks of the head's transformer (seqTransf, tightTransf).
+    num_layers: int = Field(4, ge=1)
+    # Number of CLIP's first blocks that stay frozen, together with the embeddings; the last norms, the projections and
+    # the log scale always train. 0: only the embeddings are frozen, as in the published runs. None: all of CLIP trains.
     frozen_layers: int | None = Field(None, ge=0)

@@ -1,7 +1,4 @@
-"""What each tensor of `Clip4Clip` is called, and how it lies, in released files (docs/methods/clip4clip.md section 10).
-
-Pure functions of names and tensors. Nothing is loaded here.
-"""
+"""Names and layouts of `Clip4Clip`'s tensors in released files (docs/methods/clip4clip.md section 10)."""
 
 from collections.abc import Mapping
 
@@ -46,7 +43,7 @@ def released_name(name: str, head: str, stem: str) -> str:
     if stem == "3d" and name == "clip.vision.patch_embedding.weight":
         return STEM_3D
     theirs = open_clip_name(name.removeprefix("clip."))
-    assert theirs is not None, f"{name} has no place in a released file"
+    assert theirs is not None, f"released files have no tensor for {name}"
     return "clip." + theirs
 
 
@@ -64,12 +61,12 @@ def to_released(tensors: Mapping[str, Tensor], head: str, stem: str) -> dict[str
 
 
 def stem_of(released_DCTPP: Tensor) -> Tensor:
-    """Reshape the released 3-D patch weight to [D, 9, P, P], for three frames whose channels lie behind one another."""
+    """Reshape the released 3-D patch weight to [D, 9, P, P], for the concatenated channels of three frames."""
     return released_DCTPP.transpose(1, 2).flatten(1, 2)
 
 
 def tidy(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bring a file's tensors into one form: `clip.` before what is CLIP's, norms named as today, weights only."""
+    """Rename a file's tensors to one form: prefix `clip.` for CLIP's tensors, today's names of norms, weights only."""
     tidied = {}
     for key, tensor in theirs.items():
         key = key.removesuffix(".gamma") + ".weight" if key.endswith(".gamma") else key
@@ -80,13 +77,12 @@ def tidy(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def head_of(key: str) -> str | None:
-    """Name a head that has this tensor, if one has; the two that share the frame positions count as one."""
-    fitting = (head for head, names in _HEADS.items() if key.startswith(tuple(names.values())))
-    return next(fitting, None)
+    """Name the first head that has this tensor, or None; seqLSTM and seqTransf share the frame positions."""
+    return next((head for head, names in _HEADS.items() if key.startswith(tuple(names.values()))), None)
 
 
 def config_from_names(theirs: Mapping[str, Tensor]) -> ModelConfig:
-    """Read a CLIP's configuration off tidied tensors, by shapes and OpenAI's conventions: heads of 64, quick-GELU."""
+    """Infer a CLIP's configuration from tidied tensors, with OpenAI's conventions: heads of 64, quick-GELU."""
     try:
         patch = theirs["clip.visual.conv1.weight"].shape[-1]
         return ModelConfig(
@@ -102,7 +98,9 @@ def config_from_names(theirs: Mapping[str, Tensor]) -> ModelConfig:
             num_times=0,
         )
     except KeyError as error:
-        raise UserError(f"weights without configuration: {error.args[0]} is not among them") from error
+        raise UserError(
+            f"the weights have no configuration, and the tensor {error.args[0]} to infer it from is missing"
+        ) from error
 
 
 def num_layers(keys: Mapping[str, Tensor], prefix: str) -> int:

@@ -1,7 +1,7 @@
-"""Reading and writing CLIP4Clip weights: released files, a CLIP with or without a head's file beside it, our folders.
+"""Read CLIP4Clip weights: released files, a CLIP with or without a head's file beside it, our folders.
 
-Whatever the source, every tensor of CLIP was read. Those that CLIP4Clip adds were read, all of a head's, or none was
-and they start from CLIP's (`model.new_tensors`); anything else missing or left over is an error.
+Every tensor of CLIP is read from the source. A head is read whole, or not at all and then starts from CLIP's tensors
+(`model.new_tensors`). Other missing or unexpected tensors are an error.
 """
 
 import json
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipmill.base.errors import UserError
 from clipmill.base.settings import validate_settings
-from training.models.clip4clip.model import MAX_LOG_SCALE, Clip4Clip
+from training.models.clip4clip.model import Clip4Clip
 from training.models.clip4clip.settings import Clip4ClipSettings
 from training.models.clip4clip.weight_names import (
     STEM_3D,
@@ -25,11 +25,10 @@ from training.models.clip4clip.weight_names import (
     released_name,
     stem_of,
     tidy,
-    to_released,
 )
-from training.models.clip_vip.config_formats import config_from_dict, config_to_dict
+from training.models.clip_vip.config_formats import config_from_dict
 from training.models.clip_vip.model import ClipVip, ModelConfig
-from training.models.clip_vip.weights import assemble, load_clip_vip, load_model, read_header, read_tensors, write_model
+from training.models.clip_vip.weights import assemble, load_clip_vip, load_model, read_header, read_tensors
 
 Config = str | Path | Mapping[str, Any] | ModelConfig | None
 
@@ -47,15 +46,15 @@ def load_clip4clip(
 ) -> Clip4Clip:
     """Load a model in evaluation mode (tightTransf has dropout), in float32 unless the file is float64.
 
-    weights       a file in released names (OpenAI's, with or without `clip.`), with or without the head's tensors; one
-                  of our folders; or whatever `training.models.clip_vip.weights.load_model` takes and is a plain CLIP
-    head_weights  a file with the tensors that CLIP4Clip adds
-    head          "meanP", "seqLSTM", "seqTransf" or "tightTransf"; None: the one whose tensors are there
-    config        the CLIP's: HF's JSON as a path or dict, or a `ModelConfig`. None: the file's header, else its shapes
-    stem          "2d" or "3d"; None: 3d where its tensor is there
-    num_layers    of a head with blocks; None: as many as the files hold, else 4
-    frozen_layers as in `Clip4ClipSettings`
-    seed          for what is drawn where the files hold no head and CLIP has nothing like it
+    weights        a file in released names (OpenAI's, with or without `clip.`), with or without the head's tensors; one
+                   of our folders; or a plain CLIP in any form that `training.models.clip_vip.weights.load_model` takes
+    head_weights   a file with the tensors that CLIP4Clip adds
+    head           "meanP", "seqLSTM", "seqTransf" or "tightTransf"; None: the one that the files hold
+    config         of the CLIP: HF's JSON as a path or dict, or a `ModelConfig`. None: from the file's header or shapes
+    stem           "2d" or "3d"; None: the one that the files hold
+    num_layers     of a head with blocks; None: as many as the files hold, else 4
+    frozen_layers  as in `Clip4ClipSettings`
+    seed           draws the tensors of a head that neither the files nor CLIP have
     """
     clip, added = _read(weights, config)
     if head_weights is not None:
@@ -68,26 +67,8 @@ def load_clip4clip(
     return model.eval()
 
 
-def save_clip4clip(model: Clip4Clip, path: str | Path) -> Path:
-    """Write released names to files as `training.models.clip_vip.weights.save` does; return the weights' path."""
-    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    return write_model(released_tensors(model, tensors), header_of(model), path)
-
-
-def header_of(model: Clip4Clip) -> dict[str, Any]:
-    """Describe a model for the header of its file: the CLIP's configuration and the settings of its head."""
-    return config_to_dict(model.config) | {"model_type": "clip4clip", "clip4clip": model.settings.model_dump()}
-
-
-def released_tensors(model: Clip4Clip, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name the tensors of a state on the CPU as released files do."""
-    released = to_released(tensors, model.settings.head, model.settings.stem)
-    released["clip.logit_scale"] = released["clip.logit_scale"].clamp(max=MAX_LOG_SCALE)
-    return released
-
-
 def _read(weights: str | Path, config: Config) -> tuple[ClipVip, dict[str, Tensor]]:
-    """Read the CLIP of a source, and what its file holds that CLIP does not have, by released names."""
+    """Read the CLIP of a source, and the tensors of its file that CLIP does not have, by released names."""
     path = Path(weights)
     if (path / "model.safetensors").is_file():
         path = path / "model.safetensors"
@@ -104,10 +85,10 @@ def _read(weights: str | Path, config: Config) -> tuple[ClipVip, dict[str, Tenso
 
 
 def _plain(config: str | Path | Mapping[str, Any] | ModelConfig) -> ModelConfig:
-    """Read a configuration without proxies: that a file has none is checked when its tensors are read."""
+    """Read a configuration and drop its proxies; `load_clip_vip` refuses a file that has their tensors."""
     if isinstance(config, str | Path):
         if not Path(config).is_file():
-            raise UserError(f"config {str(config)!r}: no such file")
+            raise UserError(f"config {str(config)!r}: no such file; give the path of an HF config.json")
         config = json.loads(Path(config).read_text())
     if isinstance(config, Mapping):
         config = config_from_dict(config)
@@ -117,9 +98,11 @@ def _plain(config: str | Path | Mapping[str, Any] | ModelConfig) -> ModelConfig:
 def _settings(
     added: Mapping[str, Tensor], head: str | None, stem: str | None, num_layers: int | None, frozen_layers: int | None
 ) -> Clip4ClipSettings:
-    """Settle the settings: what was asked for, else what the tensors say."""
-    if head is None:
-        head = next((kind for kind in ("tightTransf", "seqTransf", "seqLSTM") if _has(added, kind)), "meanP")
+    """Combine the given settings with those that the tensors imply."""
+    if head is None:  # each probe is a tensor that only its head has
+        probes = {"tightTransf": "score.bias", "seqTransf": "blocks.0.out.bias", "seqLSTM": "lstm.bias_ih_l0"}
+        found = [kind for kind, probe in probes.items() if released_name(f"head.{probe}", kind, "2d") in added]
+        head = found[0] if found else "meanP"
     chosen: dict[str, Any] = {"head": head, "frozen_layers": frozen_layers}
     chosen["stem"] = stem or ("3d" if STEM_3D in added else "2d")
     settings = validate_settings(Clip4ClipSettings, chosen)
@@ -127,21 +110,15 @@ def _settings(
     return validate_settings(Clip4ClipSettings, chosen | {"num_layers": num_layers}) if num_layers else settings
 
 
-def _has(added: Mapping[str, Tensor], kind: str) -> bool:
-    """Tell whether a tensor is there that only this head has."""
-    probe = {"seqLSTM": "lstm.bias_ih_l0", "seqTransf": "blocks.0.out.bias", "tightTransf": "score.bias"}
-    return released_name(f"head.{probe[kind]}", kind, "2d") in added
-
-
 @torch.no_grad()
 def _read_added(model: Clip4Clip, theirs: Mapping[str, Tensor], source: str) -> None:
-    """Fill what CLIP4Clip adds: the whole head and the 3-D stem, of which either may be absent altogether."""
+    """Fill the tensors that CLIP4Clip adds: the head and the 3-D stem, each whole or absent."""
     ours = {name: tensor for name, tensor in model.state_dict().items() if model.is_added(name)}
     keys = {name: released_name(name, model.settings.head, model.settings.stem) for name in ours}
     if unexpected := sorted(set(theirs) - set(keys.values())):
         raise UserError(
             f"{source} holds tensors that head {model.settings.head!r} with stem {model.settings.stem!r} "
-            f"does not have: {', '.join(unexpected[:6])}"
+            f"does not have: {', '.join(unexpected[:6])}. Set model.clip4clip.head and stem to those of the file."
         )
     in_head = [key for name, key in keys.items() if name.startswith("head.")]
     missing = [key for key in in_head if key not in theirs]
@@ -149,15 +126,12 @@ def _read_added(model: Clip4Clip, theirs: Mapping[str, Tensor], source: str) -> 
         raise UserError(f"{source} lacks {', '.join(missing[:6])} of head {model.settings.head!r}")
     read = {name: theirs[key] for name, key in keys.items() if key in theirs}
     for name, tensor in read.items():
-        _fill(ours[name], tensor, name, keys[name], source)
+        if keys[name] == STEM_3D:
+            if tensor.ndim != 5 or tensor.shape[1:3] != (3, 3):
+                raise UserError(f"{source}: {STEM_3D} is {list(tensor.shape)}; allowed: [width, 3, 3, patch, patch]")
+            tensor = stem_of(tensor)
+        if tensor.shape != ours[name].shape:
+            expected = list(ours[name].shape)
+            raise UserError(f"{source}: {keys[name]} is {list(tensor.shape)}, but this model's {name} is {expected}")
+        ours[name].copy_(tensor)
     model.new_tensors = tuple(name for name in model.new_tensors if name not in read)
-
-
-def _fill(ours: Tensor, theirs: Tensor, name: str, key: str, source: str) -> None:
-    if key == STEM_3D:
-        if theirs.ndim != 5 or theirs.shape[1:3] != (3, 3):
-            raise UserError(f"{source}: {key} is {list(theirs.shape)}; allowed: [width, 3, 3, patch, patch]")
-        theirs = stem_of(theirs)
-    if theirs.shape != ours.shape:
-        raise UserError(f"{source}: {key} is {list(theirs.shape)}, this model's {name} is {list(ours.shape)}")
-    ours.copy_(theirs)

@@ -1,4 +1,4 @@
-"""The attention patterns of the two towers, each as fused scaled-dot-product calls. Tensors only: no parameters here.
+"""Attention patterns of the two towers, each as fused scaled-dot-product calls without parameters.
 
 Shape letters, used as suffixes here and in `training.models.clip_vip.model`:
     B clips   T frames   L patches of a frame   M proxies, the class token among them   S = M + T·L tokens
@@ -11,13 +11,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def proxy_attention(qkv_BS3HE: Tensor, num_proxies: int, num_frames: int) -> Tensor:
-    """Let proxies see every token, a patch the proxies and the patches of its own frame: [B, S, D] (docs/methods/clip_vip.md 2.2).
+    """Attend from proxies to all tokens, from a patch to the proxies and its own frame's patches: [B, S, D].
 
-    Two calls without a mask: the patches of a frame are one batch entry whose keys are [proxies, its patches]. Splits
-    and unbinds rather than slices: their gradient is one concatenation, a slice's is a zero tensor of full size.
+    This is docs/methods/clip_vip.md section 2.2 in two calls without a mask: the patches of a frame are one batch entry
+    whose keys are [proxies, its patches]. The code splits and unbinds because the gradient of a slice is a zero tensor
+    of full size.
     """
     if num_frames == 1:
-        return full_attention(qkv_BS3HE)
+        return _attend(*qkv_BS3HE.unbind(2))
     parts = [num_proxies, qkv_BS3HE.shape[1] - num_proxies]
     q, k, v = qkv_BS3HE.unbind(2)
     q_proxies, q_patches = q.split(parts, dim=1)
@@ -27,31 +28,26 @@ def proxy_attention(qkv_BS3HE: Tensor, num_proxies: int, num_frames: int) -> Ten
     return torch.cat([proxies_BMD, frames.reshape(len(proxies_BMD), parts[1], -1)], dim=1)
 
 
-def full_attention(qkv_BS3HE: Tensor) -> Tensor:
-    """Let every token see every token: [B, S, D]."""
-    return _attend(*qkv_BS3HE.unbind(2))
-
-
 def first_token_attention(q_B1HE: Tensor, kv_BS2HE: Tensor) -> Tensor:
-    """Let the class token see all tokens: [B, 1, D]."""
+    """Attend from the class token to all tokens: [B, 1, D]."""
     return _attend(q_B1HE, *kv_BS2HE.unbind(2))
 
 
 def causal_attention(qkv_BS3HE: Tensor, bias_B1SS: Tensor | None = None) -> Tensor:
-    """Let each token see itself and those before it, or what `bias` (see `causal_bias`) leaves it: [B, S, D]."""
+    """Attend from each token to itself and those before it, or with the bias of `causal_bias`: [B, S, D]."""
     return _attend(*qkv_BS3HE.unbind(2), bias=bias_B1SS, causal=bias_B1SS is None)
 
 
 def biased_attention(qkv_BS3HE: Tensor, bias: Tensor) -> Tensor:
-    """Let every token see every token, with `bias`, broadcast to [B, H, S, S], added to the scores: [B, S, D]."""
+    """Attend from every token to every token with `bias`, broadcast to [B, H, S, S], added to the scores: [B, S, D]."""
     return _attend(*qkv_BS3HE.unbind(2), bias=bias.to(qkv_BS3HE.dtype))
 
 
 def causal_bias(mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """Make what is added to the scores, [B, 1, S, S], to shut out the future and positions where `mask` is 0.
+    """Return the bias of the scores, [B, 1, S, S], that hides later positions and those where `mask` is 0.
 
-    The dtype's lowest value rather than -inf, and added twice where both reasons hold, as the published model does: a
-    row with nothing left to see then gets a defined average instead of NaN.
+    As in the published model it is the dtype's lowest value instead of -inf, twice where both reasons hold: a row
+    without any visible position then gets a defined average instead of NaN.
     """
     lowest = torch.finfo(dtype).min
     num_tokens = mask_BS.shape[1]
@@ -67,7 +63,7 @@ def _attend(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, bias: Tensor | None 
 
 
 def _keys_by_frame(k_BSHE: Tensor, parts: list[int], num_frames: int) -> Tensor:
-    """Put the proxies' keys (or values) in front of those of each frame's patches: [B·T, M+L, H, E]."""
+    """Concatenate the proxies' keys (or values) with those of each frame's patches: [B·T, M+L, H, E]."""
     proxies, patches = k_BSHE.split(parts, dim=1)
     proxies = proxies.unsqueeze(1).expand(-1, num_frames, -1, -1, -1)
     return torch.cat([proxies, patches.unflatten(1, (num_frames, -1))], dim=2).flatten(0, 1)

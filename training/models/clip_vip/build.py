@@ -14,11 +14,11 @@ from training.models.clip_vip.weight_names import to_published
 from training.models.clip_vip.weights import from_open_clip_model, load_clip_vip, load_model, model_config, with_shape
 from training.models.registry import ModelSettings
 
-PLAIN = {"num_added": 0, "num_times": 0, "pooling": "mean"}  # the shape of a CLIP that nothing was added to
+PLAIN = {"num_added": 0, "num_times": 0, "pooling": "mean"}  # shape of a plain CLIP
 
 
 def load(settings: ModelSettings, seed: int = 0) -> ClipVip:
-    """Load `settings.init` in the shape that the settings ask for."""
+    """Load `settings.init` with the proxies and pooling of the settings."""
     shape = shape_of(settings)
     return demo_clip(seed, shape) if settings.init == "demo" else load_model(settings.init, seed=seed, **shape)
 
@@ -47,12 +47,12 @@ def skeleton(config: ModelConfig, settings: ModelSettings) -> ClipVip:
 
 
 def shape_of(settings: ModelSettings) -> dict[str, Any]:
-    """Collect what the settings say of proxies, time table and pooling; what they leave open is absent."""
+    """Return the settings of proxies, time table and pooling that are not None."""
     return settings.model_dump(include={"num_added", "num_times", "pooling"}, exclude_none=True)
 
 
 def config_in_shape(init: str, shape: dict[str, Any]) -> ModelConfig:
-    """Find the configuration of a CLIP in a shape, weights unread. Raises UserError."""
+    """Return the configuration of a CLIP with the settings in `shape`; read no weights. Raises UserError."""
     if init != "demo":
         return model_config(init, **shape)
     clip, description = _random_demo_clip()
@@ -61,7 +61,7 @@ def config_in_shape(init: str, shape: dict[str, Any]) -> ModelConfig:
 
 
 def demo_clip(seed: int, shape: dict[str, Any]) -> ClipVip:
-    """Load the image-text model that ships with clipmill (`bench.demo_models.train`), in a shape."""
+    """Load the image-text model that ships with clipmill (`bench.demo_models.train`), with the settings in `shape`."""
     from captioning.model_identity import DEMO_WEIGHTS
 
     clip, description = _random_demo_clip()

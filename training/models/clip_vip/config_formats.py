@@ -1,4 +1,4 @@
-"""Configurations as others write them (HF/CLIP-ViP JSON, open_clip dicts, bare shapes) to `ModelConfig`, and back."""
+"""Convert configurations (HF/CLIP-ViP JSON, open_clip dicts, shapes of tensors) to `ModelConfig`, and back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from clipmill.base.errors import UserError
 from training.models.clip_vip.model import ModelConfig, TowerConfig
 
-# HF writes only what differs from these.
+# Defaults of HF, which writes only the values that differ from them.
 _HF_VISION = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -31,7 +31,7 @@ _HF_TEXT = {
 }
 _VIP = {"type": "ViP", "temporal_size": 12, "if_use_temporal_embed": 1, "add_cls_num": 3, "logit_scale_init_value": 4.6}
 
-# open_clip settings without weight or arithmetic of their own here; every other one must be off or at its default.
+# open_clip settings that we implement or can ignore; every other one must be off or at its default.
 _OPEN_CLIP_VISION = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "norm_kwargs"}
 _OPEN_CLIP_VISION |= {"patch_dropout", "output_tokens"}
 _OPEN_CLIP_TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs"}
@@ -44,7 +44,7 @@ def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
     """Read HF's CLIP configuration (alone or as `reference_config`) and `vision_additional_config`; all is optional."""
     clip = data.get("reference_config") or data.get("clip_config") or data
     if not isinstance(clip, Mapping) or not ("vision_config" in clip or "text_config" in clip):
-        raise UserError("config: no vision_config or text_config in it; HF's CLIP config.json has both")
+        raise UserError("config has neither vision_config nor text_config; give an HF CLIP config.json")
     vision = _HF_VISION | dict(clip.get("vision_config") or {}) | dict(clip.get("vision_config_dict") or {})
     text = _HF_TEXT | dict(clip.get("text_config") or {}) | dict(clip.get("text_config_dict") or {})
     vip = _VIP | dict(data.get("vision_additional_config") or data.get("clip_vision_additional_config") or {})
@@ -68,10 +68,10 @@ def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
-    """Make the JSON of weights in published names: HF reads its part, `config_from_dict` reads all of it."""
+    """Return the JSON beside weights in published names; HF reads part of it, `config_from_dict` all of it."""
     vision = _to_hf(config.vision) | {"image_size": config.image_size, "patch_size": config.patch_size}
     text = _to_hf(config.text) | {"vocab_size": config.vocab_size, "max_position_embeddings": config.context_length}
-    # CLIP's start and end tokens are the two largest ids; HF pools at the id it is told
+    # HF pools at eos_token_id; CLIP's start and end tokens are the two largest ids
     text |= {"bos_token_id": config.vocab_size - 2, "eos_token_id": config.vocab_size - 1}
     return {
         "model_type": "clip",
@@ -94,7 +94,7 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
 
 
 def config_from_shapes(tensors: Mapping[str, Tensor]) -> ModelConfig:
-    """Read the configuration off the shapes of a bare file in published names: heads of 64, quick-GELU as OpenAI's.
+    """Infer the configuration from the shapes of tensors in published names: heads of 64, quick-GELU as OpenAI's.
 
     A file with neither added tokens nor a temporal table is a plain CLIP and gets the default proxies.
     """
@@ -105,7 +105,9 @@ def config_from_shapes(tensors: Mapping[str, Tensor]) -> ModelConfig:
         text_positions = tensors["text_model.embeddings.position_embedding.weight"]
         embed_dim = len(tensors["visual_projection.weight"])
     except KeyError as error:
-        raise UserError(f"weights without configuration: {error.args[0]} is not among them") from error
+        raise UserError(
+            f"the weights have no configuration, and the tensor {error.args[0]} to infer it from is missing"
+        ) from error
     added = tensors.get("vision_model.embeddings.added_cls")
     times = tensors.get("vision_model.embeddings.temporal_embedding")
     plain = added is None and times is None
@@ -123,16 +125,16 @@ def config_from_shapes(tensors: Mapping[str, Tensor]) -> ModelConfig:
 
 
 def config_from_open_clip(model: nn.Module, model_cfg: Mapping[str, Any]) -> ModelConfig:
-    """Read the configuration of a built open_clip ViT CLIP. Raises UserError for what our towers do not do.
+    """Read the configuration of a built open_clip ViT CLIP. Raises UserError for features that our towers lack.
 
-    The activation is read off the built model, because a pretrained tag can change what the name's configuration says.
+    The activation is that of the built model, because a pretrained tag can override the name's configuration.
     """
     vision, text = dict(model_cfg["vision_cfg"]), dict(model_cfg["text_cfg"])
     _refuse_unsupported("", dict(model_cfg), _OPEN_CLIP_TOP)
     _refuse_unsupported("vision_cfg.", vision, _OPEN_CLIP_VISION)
     _refuse_unsupported("text_cfg.", text, _OPEN_CLIP_TEXT)
     if not isinstance(vision["layers"], int):
-        raise UserError("open_clip: vision_cfg.layers is a list, a ResNet; allowed: vision transformers")
+        raise UserError("open_clip: vision_cfg.layers is a list, so this is a ResNet; choose a vision transformer")
     pixels = getattr(model.visual, "preprocess_cfg", None) or {}
     size = vision.get("image_size", 224)
     text.setdefault("heads", 8)

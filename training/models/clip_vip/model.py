@@ -1,14 +1,12 @@
-"""CLIP-ViP: CLIP's two towers, the vision tower with video proxies of docs/methods/clip_vip.md,
-sections 2 and 3. No files are read here.
+"""CLIP-ViP: CLIP's two towers, the vision tower with video proxies (docs/methods/clip_vip.md, sections 2 and 3).
 
-Shape letters are those of `training.models.clip_vip.attention`. `ClipVip` is what the rest of the trainer sees: pixels
-or token ids in, unit vectors out. An image is a video of one frame; without added proxies and with one frame this is
-plain CLIP.
+Shape letters are those of `training.models.clip_vip.attention`. `ClipVip` maps pixels or token ids to unit vectors. An
+image is a video of one frame; without added proxies and with one frame this is plain CLIP.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -44,7 +42,7 @@ class TowerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides the shapes and the arithmetic of a model."""
+    """Shapes and arithmetic of a model."""
 
     vision: TowerConfig
     text: TowerConfig
@@ -59,7 +57,7 @@ class ModelConfig:
     num_added: int = 3  # proxies besides CLIP's class token
     num_times: int = 12  # rows of the temporal table, 0: none
 
-    log_scale_init: float = 4.6  # used only where no checkpoint brings its own
+    log_scale_init: float = 4.6  # used only if the checkpoint has no logit_scale
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     words: tuple[str, ...] | None = None  # the vocabulary of a small world's model; None: CLIP's
@@ -68,7 +66,7 @@ class ModelConfig:
         if self.image_size % self.patch_size:
             raise UserError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
         if self.pooling == "mean" and (self.num_added or self.num_times):
-            raise UserError("pooling 'mean' is plain CLIP frame by frame: num_added and num_times must be 0")
+            raise UserError("pooling 'mean' is plain CLIP frame by frame: set num_added and num_times to 0")
 
     @property
     def num_patches(self) -> int:
@@ -99,7 +97,7 @@ class Block(nn.Module):
         return x_BSD + self.mlp(self.norm2(x_BSD))
 
     def first_token(self, x_BSD: Tensor) -> Tensor:
-        """Compute the block for token 0 alone, [B, 1, D]: it sees all; the other tokens give only keys and values."""
+        """Compute the block's output for token 0 alone, [B, 1, D]; the other tokens give only keys and values."""
         width = self.config.width
         (q_weight, kv_weight), (q_bias, kv_bias) = (p.split([width, 2 * width]) for p in self.qkv.parameters())
         normed_BSD = self.norm1(x_BSD)
@@ -112,7 +110,7 @@ class Block(nn.Module):
         hidden = self.fc1(x)
         if self.config.activation == "gelu":
             return self.fc2(F.gelu(hidden))
-        # x·sigmoid(1.702 x) = silu(1.702 x)/1.702: one fused activation; in place, as nothing keeps what is overwritten
+        # x·sigmoid(1.702 x) = silu(1.702 x)/1.702 is one fused activation; autograd keeps neither overwritten tensor
         return self.fc2(F.silu(hidden.mul_(1.702)).mul_(1 / 1.702))
 
     def _heads(self, x_BSF: Tensor, num_parts: int) -> Tensor:
@@ -120,7 +118,7 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """What both towers share: a stack of blocks, run with or without activation checkpointing."""
+    """Stack of blocks with optional activation checkpointing: the base of both towers."""
 
     def __init__(self, config: TowerConfig):
         super().__init__()
@@ -135,7 +133,7 @@ class Tower(nn.Module):
     def _stack(
         self, x_BSD: Tensor, attend: Callable[[Tensor], Tensor], num_blocks: int, states: list[Tensor] | None
     ) -> Tensor:
-        """Run the first `num_blocks` blocks; `states`, where given, gets their input and every block's output."""
+        """Run the first `num_blocks` blocks; append their input and every block's output to `states`, if given."""
         if states is not None:
             states.append(x_BSD)
         for block in self.blocks[:num_blocks]:
@@ -146,7 +144,7 @@ class Tower(nn.Module):
 
 
 class VisionTower(Tower):
-    """Pixels to the class token after the last norm, before the projection."""
+    """Map pixels to the class token after the last norm, before the projection."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.vision)
@@ -161,7 +159,7 @@ class VisionTower(Tower):
         self.post_norm = nn.LayerNorm(width, eps=config.vision.norm_eps)
 
     def forward(self, pixels_BT3HW: Tensor, states: list[Tensor] | None = None) -> Tensor:
-        """Run the tower, [B, D]. With a list as `states` every block runs in full and adds its output [B, S, D]."""
+        """Run the tower, [B, D]. If `states` is given, every block runs in full and appends its output [B, S, D]."""
         num_frames, num_blocks = pixels_BT3HW.shape[1], len(self.blocks)
 
         def attend(qkv_BS3HE: Tensor) -> Tensor:
@@ -174,7 +172,10 @@ class VisionTower(Tower):
         return self.post_norm(self._run(self.blocks[-1].first_token, x_BSD)[:, 0])
 
     def tokens(self, pixels_BT3HW: Tensor) -> Tensor:
-        """Embed pixels, [B, S, D]: class token, added proxies, frame 0's patches, frame 1's patches, … (docs/methods/clip_vip.md 2.1)."""
+        """Embed pixels, [B, S, D] (docs/methods/clip_vip.md 2.1).
+
+        The order is: class token, added proxies, frame 0's patches, frame 1's patches, …
+        """
         batch, num_frames = pixels_BT3HW.shape[:2]
         patches = self.patch_embedding(pixels_BT3HW.flatten(0, 1)).flatten(2).transpose(1, 2)
         proxy_position, patch_position_LD = self.position_embedding.split([1, self.config.num_patches])
@@ -190,7 +191,7 @@ class VisionTower(Tower):
 
 
 class TextTower(Tower):
-    """Token ids to the end-of-text token after the last norm, before the projection."""
+    """Map token ids to the end-of-text token after the last norm, before the projection."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.text)
@@ -209,7 +210,7 @@ class TextTower(Tower):
 
 
 class ClipVip(VideoTextModel):
-    """The whole model. `new_tensors` names what a plain image CLIP did not bring and was initialised instead."""
+    """The whole model. `new_tensors` names the tensors that were initialised because a plain image CLIP lacks them."""
 
     method = "clip_vip"
     can_be_sharded = True
@@ -227,7 +228,7 @@ class ClipVip(VideoTextModel):
     def encode_video(self, pixels: Tensor) -> Tensor:
         """Encode normalised pixels [B, T, 3, H, W] to unit vectors [B, embed_dim].
 
-        Computed in the model's dtype, except that float64 pixels are computed in float64 whatever the model's.
+        They are computed in the model's dtype, or in float64 for float64 pixels.
         """
         self.check_pixels(pixels)
         if pixels.dtype == torch.float64 and self.logit_scale.dtype != torch.float64:
@@ -240,10 +241,10 @@ class ClipVip(VideoTextModel):
         return F.normalize(frames.unflatten(0, pixels.shape[:2]).mean(dim=1), dim=-1)
 
     def encode_text(self, ids: Tensor, mask: Tensor | None = None, *, cut: bool = True) -> Tensor:
-        """Encode token ids [B, L], with an optional mask [B, L] whose zeros nobody attends to, to unit vectors.
+        """Encode token ids [B, L] to unit vectors; positions whose `mask` [B, L] is 0 are not attended to.
 
-        `cut` drops the positions behind the batch's last end of text, which changes no number but reads one back from
-        the device; a caller that has cut already (`cut_texts`) passes False.
+        cut  drop the positions after the batch's last end of text, which changes no result but waits for the device;
+             False if the caller has called `cut_texts` already
         """
         if cut:
             ids, mask = cut_texts(ids, mask)
@@ -251,14 +252,8 @@ class ClipVip(VideoTextModel):
         return self._unit(self.text_projection(self.text(ids, mask)))
 
     def _unit(self, features: Tensor) -> Tensor:
-        """Normalise in the weights' dtype: in bf16, as autocast leaves them, lengths are up to 0.4 % off."""
+        """Normalise in the weights' dtype, because in autocast's bf16 lengths are up to 0.4 % off."""
         return F.normalize(features.to(self.logit_scale.dtype), dim=-1)
-
-    def forward(self, pixels: Tensor | None = None, ids: Tensor | None = None, mask: Tensor | None = None) -> Any:
-        """Run the encoders that have an input; return a pair where both have. For wrappers that only know `forward`."""
-        video = None if pixels is None else self.encode_video(pixels)
-        text = None if ids is None else self.encode_text(ids, mask)
-        return (video, text) if video is not None and text is not None else video if text is None else text
 
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
         self.vision.activation_checkpointing = self.text.activation_checkpointing = enabled
@@ -274,11 +269,11 @@ class ClipVip(VideoTextModel):
 
     @torch.no_grad()
     def clamp_log_scale(self) -> None:
-        """Clamp to [0, ln 200], in place (docs/methods/clip_vip.md 5), after every update, on the parameter that the optimiser holds."""
+        """Clamp the optimiser's own parameter to [0, ln 200] after every update (docs/methods/clip_vip.md 5)."""
         self.logit_scale.clamp_(0, MAX_LOG_SCALE)
 
     def initialise(self, seed: int = 0) -> None:
-        """Draw weights for a model that starts from nothing: OpenAI's standard deviations, a function of the seed."""
+        """Draw all weights with OpenAI's standard deviations, as a function of the seed."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             initialise_tensor(self.config, name, parameter, generator)
@@ -292,13 +287,11 @@ class ClipVip(VideoTextModel):
 
     def check_texts(self, ids: Tensor) -> None:
         if ids.shape[1] > self.config.context_length:
-            raise UserError(
-                f"texts of {ids.shape[1]} tokens; the model's context_length is {self.config.context_length}"
-            )
+            raise UserError(f"texts have {ids.shape[1]} tokens; allowed: context_length {self.config.context_length}")
 
 
 def resample_times(table_ND: Tensor, num_frames: int) -> Tensor:
-    """Resample the temporal table at T half-pixel centres, linear, clamped at both ends: [T, D] (docs/methods/clip_vip.md 2.1)."""
+    """Resample the temporal table linearly at T half-pixel centres, [T, D] (docs/methods/clip_vip.md 2.1)."""
     num_times = len(table_ND)
     if num_times == num_frames:
         return table_ND
@@ -310,9 +303,9 @@ def resample_times(table_ND: Tensor, num_frames: int) -> Tensor:
 
 
 def cut_texts(ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Drop the positions behind the batch's last end of text, and a mask that hides nothing.
+    """Drop the positions after the batch's last end of text, and a mask without effect.
 
-    Nothing is cut where a text's first position is masked: such a row averages over what comes behind it.
+    If a text's first position is masked, nothing is cut: that row averages over later positions.
     """
     ends = ids.argmax(dim=1)
     length = int(ends.max()) + 1
@@ -326,7 +319,7 @@ def cut_texts(ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor |
 
 @torch.no_grad()
 def initialise_tensor(config: ModelConfig, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill one parameter, by its name in `ClipVip`. The two tensors CLIP lacks: time table 0, added tokens N(0, 1)."""
+    """Fill one parameter by its name in `ClipVip`. CLIP lacks two: the time table, 0, and added tokens, N(0, 1)."""
     if name.endswith("time_embedding") or name.endswith("bias"):
         tensor.zero_()
     elif name == "logit_scale":
@@ -352,13 +345,8 @@ def _init_std(config: ModelConfig, name: str) -> float:
     return tower.width**-0.5
 
 
-def without_proxies(config: ModelConfig) -> ModelConfig:
-    """Return the configuration of the plain CLIP inside: no added tokens, no temporal table."""
-    return replace(config, num_added=0, num_times=0)
-
-
-# FLOPs, two per multiply-add, of the published arithmetic: what the last block and cut texts save is not subtracted, so
-# that a share of peak computed from these says how far a step is from the method's cost.
+# FLOPs of the published arithmetic, two per multiply-add. The savings of the last block and of cut texts are not
+# subtracted, so that MFU compares a step with the cost of the method.
 
 
 def video_flops(config: ModelConfig, num_frames: int) -> float:
@@ -373,7 +361,7 @@ def video_flops(config: ModelConfig, num_frames: int) -> float:
 
 
 def text_flops(config: ModelConfig, num_tokens: int) -> float:
-    """Count forward FLOPs of one text of `num_tokens` tokens; the causal half is not subtracted."""
+    """Count forward FLOPs of one text of `num_tokens` tokens; the masked half of attention is not subtracted."""
     return tower_flops(config.text, num_tokens, num_tokens**2) + 2 * config.text.width * config.embed_dim
 
 

@@ -1,7 +1,4 @@
-"""Key maps: what each tensor of `ClipVip` is called, and how it lies, in published CLIP-ViP/HF files and in open_clip.
-
-Pure functions of names and tensors. Nothing is loaded here.
-"""
+"""Names and layouts of `ClipVip`'s tensors in published CLIP-ViP/HF files and in open_clip."""
 
 import torch
 from torch import Tensor
@@ -13,7 +10,7 @@ _PUBLISHED = {
     "vision.time_embedding": "vision_model.embeddings.temporal_embedding",
     "vision.patch_embedding.": "vision_model.embeddings.patch_embedding.",
     "vision.position_embedding": "vision_model.embeddings.position_embedding.weight",
-    "vision.pre_norm.": "vision_model.pre_layrnorm.",  # spelt so in every published file
+    "vision.pre_norm.": "vision_model.pre_layrnorm.",  # misspelt in every published file
     "vision.post_norm.": "vision_model.post_layernorm.",
     "text.blocks.": "text_model.encoder.layers.",
     "text.token_embedding.": "text_model.embeddings.token_embedding.",
@@ -47,7 +44,7 @@ _OPEN_CLIP = {
     ".fc2.": ".mlp.c_proj.",
 }
 
-NEW_TENSORS = ("vision.added_embedding", "vision.time_embedding")  # what a plain image CLIP does not have
+NEW_TENSORS = ("vision.added_embedding", "vision.time_embedding")  # absent from a plain image CLIP
 
 
 def published_names(name: str) -> tuple[str, ...]:
@@ -71,7 +68,7 @@ def to_published(tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tens
 
 
 def from_published(names: list[str], published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Collect the tensors of ours among `names` whose published parts are all there."""
+    """Collect the tensors in `names` whose published parts all exist, by our names."""
     ours: dict[str, Tensor] = {}
     for name in names:
         parts = [published[key] for key in published_names(name) if key in published]
@@ -82,12 +79,12 @@ def from_published(names: list[str], published: dict[str, Tensor]) -> dict[str, 
 
 
 def open_clip_name(name: str) -> str | None:
-    """Translate one name of ours to open_clip's layout, None for what CLIP does not have."""
+    """Translate one name of ours to open_clip's layout; None for a tensor that CLIP does not have."""
     return None if name in NEW_TENSORS else _rename(name, _OPEN_CLIP)
 
 
 def from_open_clip(names: list[str], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Collect the tensors of ours among `names` that open_clip's state dict holds; its projections lie transposed."""
+    """Collect the tensors in `names` that open_clip's state dict holds, by our names; transpose its projections."""
     ours = {name: theirs[key] for name in names if (key := open_clip_name(name)) in theirs}
     return {name: tensor.t() if name.endswith("_projection.weight") else tensor for name, tensor in ours.items()}
 

@@ -1,8 +1,8 @@
-"""Reading and writing model weights: published CLIP-ViP files, HF CLIP folders, open_clip names, tags and files.
+"""Read and write model weights: published CLIP-ViP files, HF CLIP folders, open_clip names, tags and files.
 
-Whatever the source, the result is a `ClipVip` whose every tensor was either read or is one of the two that a plain
-image CLIP lacks (`model.new_tensors`); anything else missing or left over is an error. Files we write carry published
-names and their configuration, in the safetensors header and as JSON beside it. Pickles are read without running code.
+Every tensor of the resulting `ClipVip` is read from the source, except the two that a plain image CLIP lacks
+(`model.new_tensors`); other missing or unexpected tensors are an error. Files that we write have published names and
+their configuration, in the safetensors header and as JSON beside it. Pickles are read without running code.
 """
 
 import json
@@ -20,12 +20,7 @@ from torch import Tensor
 
 from clipmill.base.atomic_file import atomic_path, write_text
 from clipmill.base.errors import UserError
-from training.models.clip_vip.config_formats import (
-    config_from_dict,
-    config_from_open_clip,
-    config_from_shapes,
-    config_to_dict,
-)
+from training.models.clip_vip.config_formats import config_from_dict, config_from_open_clip, config_from_shapes
 from training.models.clip_vip.model import MAX_LOG_SCALE, ClipVip, ModelConfig, initialise_tensor
 from training.models.clip_vip.weight_names import (
     NEW_TENSORS,
@@ -33,7 +28,6 @@ from training.models.clip_vip.weight_names import (
     from_published,
     open_clip_name,
     published_names,
-    to_published,
 )
 
 OPENAI_NAMES = {
@@ -42,8 +36,8 @@ OPENAI_NAMES = {
     "ViT-L/14": "ViT-L-14-quickgelu",
     "ViT-L/14@336px": "ViT-L-14-336-quickgelu",
 }
-# All that reading a pickle may raise when it is none, or holds more than tensors.
-_STUMBLES = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError)
+# Exceptions of `torch.load` for a file that is not a pickle, or holds other objects than tensors.
+_PICKLE_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError)
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
@@ -53,13 +47,12 @@ def load_clip_vip(
     """Load a model from one .safetensors or .pt file in published names, with or without the `clipmodel.` prefix.
 
     config  a JSON path or dict: HF's CLIP configuration, alone or as `reference_config`, and its
-            `vision_additional_config`. None: the file's own header, a JSON of the same name, or what its shapes say.
-    seed    for the added tokens of a file that has none: a plain CLIP becomes a CLIP-ViP.
+            `vision_additional_config`. None: the file's own header, a JSON of the same name, or inferred from shapes.
+    seed    draws the added tokens of a plain CLIP, which becomes a CLIP-ViP.
     """
     weights = Path(weights)
     tensors = read_tensors(weights)
-    resolved = _resolve_config(weights, config, tensors)
-    return assemble(resolved, "published", tensors, seed, source=str(weights))
+    return assemble(_resolve_config(weights, config, tensors), "published", tensors, seed, source=str(weights))
 
 
 def load_model(
@@ -70,12 +63,12 @@ def load_model(
     pooling: str | None = None,
     seed: int = 0,
 ) -> ClipVip:
-    """Load a model from whatever the settings name.
+    """Load a model from a value of `model.init`.
 
     source  a folder (ours, or HF's CLIP layout) · a file as for `load_clip_vip` · `open_clip:NAME/TAG` or
             `open_clip:NAME/PATH` · `open_clip:local-dir:FOLDER` · OpenAI's names such as `ViT-B/32`
-    The three sizes are for a plain CLIP that is to become a CLIP-ViP (default: 3 added tokens, 12 times, proxies);
-    a file that already is one knows them, and asking for others is an error.
+    num_added, num_times, pooling  turn a plain CLIP into a CLIP-ViP (default: 3, 12, "proxy"); values that contradict
+            a CLIP-ViP's file raise UserError
     """
     shape = {"num_added": num_added, "num_times": num_times, "pooling": pooling}
     shape = {name: value for name, value in shape.items() if value is not None}
@@ -85,28 +78,41 @@ def load_model(
     if source.startswith("open_clip:"):
         name, tag = _split_open_clip(source.removeprefix("open_clip:"))
         return _load_open_clip(name, tag, shape, seed)
-    path = _existing(source)
-    weights = _weights_in(path) if path.is_dir() else path
-    tensors = read_tensors(weights)
-    config = _resolve_config(weights, path / "config.json" if path.is_dir() else None, tensors)
-    return assemble(_reshaped(config, tensors, shape, source), "published", tensors, seed, source=source)
+    config, tensors = _read_files(source, shape)
+    return assemble(config, "published", tensors, seed, source=source)
 
 
 def model_config(source: str, **shape: Any) -> ModelConfig:
-    """Find the configuration of `load_model(source, **shape)` from names, headers and shapes; read no weights.
+    """Return the configuration of `load_model(source, **shape)` from names, headers and shapes; read no weights.
 
-    Whether an open_clip tag or file has weights that fit is not looked at.
+    The weights of an open_clip tag or file are not checked.
     """
     shape = {name: value for name, value in shape.items() if value is not None}
     if source in OPENAI_NAMES:
         return with_shape(_open_clip_config(OPENAI_NAMES[source]), shape)
     if source.startswith("open_clip:"):
         return with_shape(_open_clip_config(_split_open_clip(source.removeprefix("open_clip:"))[0]), shape)
-    path = _existing(source)
-    weights = _weights_in(path) if path.is_dir() else path
-    tensors = read_tensors(weights, only_shapes=True)
-    config = _resolve_config(weights, path / "config.json" if path.is_dir() else None, tensors)
-    return _reshaped(config, tensors, shape, source)
+    return _read_files(source, shape, only_shapes=True)[0]
+
+
+def _read_files(
+    source: str, shape: dict[str, Any], *, only_shapes: bool = False
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read a file's or folder's configuration, with the proxies that `shape` adds to a plain CLIP, and its tensors."""
+    path = Path(source)
+    if not path.exists():
+        raise UserError(
+            f"model {source!r} is neither a file nor a folder; also allowed: open_clip:NAME/TAG, "
+            + ", ".join(OPENAI_NAMES)
+        )
+    if not path.is_dir():
+        tensors = read_tensors(path, only_shapes=only_shapes)
+        return _reshaped(_resolve_config(path, None, tensors), tensors, shape, source), tensors
+    weights = next((path / name for name in _WEIGHT_FILES if (path / name).is_file()), None)
+    if weights is None:
+        raise UserError(f"model folder {source!r} holds none of {', '.join(_WEIGHT_FILES)}")
+    tensors = read_tensors(weights, only_shapes=only_shapes)
+    return _reshaped(_resolve_config(weights, path / "config.json", tensors), tensors, shape, source), tensors
 
 
 def from_open_clip_model(
@@ -118,20 +124,12 @@ def from_open_clip_model(
     return assemble(with_shape(config, shape), "open_clip", tensors, seed, source="the open_clip model")
 
 
-def save(model: ClipVip, path: str | Path, *, prefix: str = "") -> Path:
-    """Write published names to PATH.safetensors with PATH.json, or to a folder as model.safetensors and config.json.
+def write_model(tensors: dict[str, Tensor], config: Mapping[str, Any], path: str | Path) -> Path:
+    """Write PATH.safetensors and PATH.json, or model.safetensors and config.json in a folder; return the weights' path.
 
     Each file is renamed into place, whole or not at all, and the weights' header repeats the configuration, so that a
-    kill between the two leaves nothing inconsistent. A folder without proxies opens in `transformers.CLIPModel`.
-    prefix  `clipmodel.` for readers of the released files. Returns the weights' path.
+    kill between the two leaves the weights readable. A folder of a plain CLIP opens in `transformers.CLIPModel`.
     """
-    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    tensors["logit_scale"] = tensors["logit_scale"].clamp(0, MAX_LOG_SCALE)
-    return write_model(to_published(tensors, prefix), config_to_dict(model.config), path)
-
-
-def write_model(tensors: dict[str, Tensor], config: Mapping[str, Any], path: str | Path) -> Path:
-    """Write files as `save` does, of tensors by the names they are to have and any JSON as configuration."""
     path = Path(path)
     is_file = path.suffix == ".safetensors"
     weights = path if is_file else path / "model.safetensors"
@@ -144,23 +142,28 @@ def write_model(tensors: dict[str, Tensor], config: Mapping[str, Any], path: str
 
 
 def read_tensors(path: Path, *, only_shapes: bool = False) -> dict[str, Tensor]:
-    """Read the flat state dict of a file, in published names without prefixes; `position_ids` buffers are left out.
+    """Read the flat state dict of a file, in published names without prefixes or `position_ids` buffers.
 
-    only_shapes  tensors without values, from the file's header
+    only_shapes  return tensors without values, from the file's header
     """
     if path.name.endswith(".index.json"):
         files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         if odd := [file for file in files if Path(file).name != file]:
-            raise UserError(f"weights {str(path)!r}: {odd[0]!r} is no file beside it")
+            raise UserError(f"weights {str(path)!r}: {odd[0]!r} is not in the same folder; list names without a path")
         parts = (read_tensors(path.parent / file, only_shapes=only_shapes) for file in files)
         return {key: tensor for part in parts for key, tensor in part.items()}
     if not path.is_file():
         raise UserError(f"weights {str(path)!r}: no such file")
     if path.suffix == ".safetensors":
         try:
-            state = _shapes(path) if only_shapes else load_file(path)
+            if only_shapes:
+                with safe_open(path, "pt") as file:
+                    shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+                state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+            else:
+                state = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"weights {str(path)!r} are no safetensors file: {error}") from error
+            raise UserError(f"weights {str(path)!r} cannot be read as a safetensors file: {error}") from error
     else:
         state = _unpickle(path, "meta" if only_shapes else "cpu")
     state = {key.removeprefix("module.").removeprefix("clipmodel."): tensor for key, tensor in state.items()}
@@ -168,7 +171,7 @@ def read_tensors(path: Path, *, only_shapes: bool = False) -> dict[str, Tensor]:
 
 
 def read_header(weights: Path) -> dict[str, Any] | None:
-    """Read the configuration in the header of a .safetensors file; None where there is none."""
+    """Read the configuration in the header of a .safetensors file; None if it has none."""
     if weights.suffix != ".safetensors":
         return None
     with safe_open(weights, "pt") as file:
@@ -176,30 +179,16 @@ def read_header(weights: Path) -> dict[str, Any] | None:
     return json.loads(text) if text else None
 
 
-def _existing(source: str) -> Path:
-    if not Path(source).exists():
-        raise UserError(
-            f"model {source!r} is neither a file nor a folder; also allowed: open_clip:NAME/TAG, "
-            + ", ".join(OPENAI_NAMES)
-        )
-    return Path(source)
-
-
-def _shapes(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:
-        return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
-
-
-def _unpickle(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+def _unpickle(path: Path, device: str) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except _STUMBLES as error:
+    except _PICKLE_ERRORS as error:
         raise UserError(f"weights {str(path)!r} cannot be read as plain tensors: {str(error)[:500]}") from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UserError(f"weights {str(path)!r} hold no flat dict of tensors")
+        raise UserError(f"weights {str(path)!r} are not a flat dict of tensors; save the state dict alone")
     return state
 
 
@@ -212,7 +201,7 @@ def _resolve_config(
         return config_from_dict(config)
     if config is not None:
         if not Path(config).is_file():
-            raise UserError(f"config {str(config)!r}: no such file")
+            raise UserError(f"config {str(config)!r}: no such file; give the path of an HF config.json")
         return config_from_dict(json.loads(Path(config).read_text()))
     if embedded := read_header(weights):
         return config_from_dict(embedded)
@@ -221,26 +210,29 @@ def _resolve_config(
 
 
 def _reshaped(config: ModelConfig, tensors: dict[str, Tensor], shape: dict[str, Any], source: str) -> ModelConfig:
-    """Return the configuration as read, of a plain CLIP with the proxies that the settings ask for."""
+    """Add the proxies of `shape` to a plain CLIP's configuration; check it against a CLIP-ViP's."""
     if not any(key in tensors for name in NEW_TENSORS for key in published_names(name)):
         return with_shape(config, shape)
     for name, value in shape.items():
         if getattr(config, name) != value:
-            raise UserError(f"model.{name} is {value!r}, but {source} is a CLIP-ViP with {getattr(config, name)!r}")
+            raise UserError(
+                f"model.{name} is {value!r}, but {source} is a CLIP-ViP with {getattr(config, name)!r}: "
+                "remove the setting or use a plain CLIP"
+            )
     return config
 
 
 def with_shape(config: ModelConfig, shape: Mapping[str, Any]) -> ModelConfig:
-    """Add to a plain CLIP's configuration what the settings ask for."""
+    """Apply the given sizes to a plain CLIP's configuration; pooling "mean" removes the proxies."""
     if shape.get("pooling") == "mean":
         shape = {"num_added": 0, "num_times": 0} | shape
     return replace(config, **shape)
 
 
 def assemble(config: ModelConfig, layout: str, theirs: dict[str, Tensor], seed: int, source: str) -> ClipVip:
-    """Make a model of exactly the tensors of a file in `layout`, "published" or "open_clip"; `source` is for messages.
+    """Build a model from the tensors of a file in `layout`, "published" or "open_clip"; `source` is for messages.
 
-    Raises UserError where one is missing, left over or of another shape; see the module's text for what may be missing.
+    Raises UserError if a tensor is missing, unexpected or of another shape; see the module's text for the exceptions.
     """
     with torch.device("meta"):
         model = ClipVip(config)
@@ -254,43 +246,27 @@ def assemble(config: ModelConfig, layout: str, theirs: dict[str, Tensor], seed: 
     missing = [name for name in names if name not in ours]
     new = tuple(name for name in NEW_TENSORS if name in names)
     if missing and tuple(sorted(missing)) != tuple(sorted(new)):
-        raise UserError(
-            f"{source} lacks {_listed(missing)}; only {', '.join(new) or 'nothing'} may be missing, together"
-        )
+        allowed = f"only {' and '.join(new)} may be missing, all of them" if new else "no tensor may be missing"
+        raise UserError(f"{source} lacks {_listed(missing)}; {allowed}")
     if unexpected := sorted(set(theirs) - expected):
         raise UserError(f"{source} holds tensors that this model does not have: {_listed(unexpected)}")
-    _check_shapes(model, ours, source)
-    ours |= {name: _initialised(config, name, model.get_parameter(name), seed) for name in missing}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, tensor in ours.items():
+        if tensor.shape != shapes[name] and not (name == "logit_scale" and tensor.numel() == 1):
+            raise UserError(f"{source}: {name} is {list(tensor.shape)}, the configuration says {list(shapes[name])}")
+    for name in missing:
+        ours[name] = torch.empty(shapes[name])
+        initialise_tensor(config, name, ours[name], torch.Generator().manual_seed(seed))
     ours["logit_scale"] = ours["logit_scale"].reshape(()).clamp(0, MAX_LOG_SCALE)
-    # half-precision files are widened: what trains is float32, and float64 stays what it is
+    # half-precision files are widened because weights train in float32; float64 files stay float64
     dtype = torch.promote_types(ours["logit_scale"].dtype, torch.float32)
     model.load_state_dict({name: tensor.to(dtype).contiguous().clone() for name, tensor in ours.items()}, assign=True)
     model.new_tensors = tuple(missing)
     return model.requires_grad_(True).train()
 
 
-def _initialised(config: ModelConfig, name: str, like: Tensor, seed: int) -> Tensor:
-    tensor = torch.empty(like.shape)
-    initialise_tensor(config, name, tensor, torch.Generator().manual_seed(seed))
-    return tensor
-
-
-def _check_shapes(model: ClipVip, ours: dict[str, Tensor], source: str) -> None:
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for name, tensor in ours.items():
-        if tensor.shape != shapes[name] and not (name == "logit_scale" and tensor.numel() == 1):
-            raise UserError(f"{source}: {name} is {list(tensor.shape)}, the configuration says {list(shapes[name])}")
-
-
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-def _weights_in(folder: Path) -> Path:
-    for name in _WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"model folder {str(folder)!r} holds none of {', '.join(_WEIGHT_FILES)}")
 
 
 def _split_open_clip(text: str) -> tuple[str, str | None]:
@@ -299,7 +275,8 @@ def _split_open_clip(text: str) -> tuple[str, str | None]:
     name, _, tag = text.partition("/")
     if not tag:
         raise UserError(
-            f"model open_clip:{text}: allowed: open_clip:NAME/TAG or open_clip:NAME/PATH, e.g. ViT-B-32/openai"
+            f"model open_clip:{text} has no weights in its name: write open_clip:NAME/TAG or open_clip:NAME/PATH, "
+            "such as open_clip:ViT-B-32/openai"
         )
     return name, tag
 
@@ -309,16 +286,16 @@ def _model_cfg(name: str) -> dict[str, Any]:
 
     model_cfg = open_clip.get_model_config(name)
     if model_cfg is None:
-        raise UserError(f"open_clip knows no model {name!r}; `open_clip.list_models()` names those it has")
+        raise UserError(f"open_clip has no model {name!r}; `open_clip.list_models()` lists its models")
     return model_cfg
 
 
 def _open_clip_config(name: str) -> ModelConfig:
-    """Build a named model without weights, for its configuration."""
+    """Build a named model without weights and return its configuration."""
     import open_clip
 
     model_cfg = _model_cfg(name)
-    logging.disable(logging.WARNING)  # open_clip warns of a model without weights
+    logging.disable(logging.WARNING)  # open_clip warns about a model without weights
     try:
         return config_from_open_clip(open_clip.create_model(name, device="meta"), model_cfg)
     finally:
@@ -330,7 +307,7 @@ def _load_open_clip(name: str, tag: str | None, shape: dict[str, Any], seed: int
 
     model_cfg = _model_cfg(name)
     if tag and Path(tag).is_file():
-        read_tensors(Path(tag), only_shapes=True)  # first of all: open_clip reads some files a second time, unchecked
+        read_tensors(Path(tag), only_shapes=True)  # refuses unsafe pickles, which open_clip would load unchecked
     try:
         model = open_clip.create_model(name, pretrained=tag, precision="fp32", require_pretrained=True)
     except (RuntimeError, OSError) as error:
@@ -339,9 +316,12 @@ def _load_open_clip(name: str, tag: str | None, shape: dict[str, Any], seed: int
 
 
 def _write_weights(tensors: dict[str, Tensor], config: str, file: Path) -> None:
-    """safetensors writes its metadata in random order; sorting them in place makes the same model the same bytes."""
+    """Write a .safetensors file with sorted metadata, so that the same model gives the same bytes.
+
+    safetensors writes its metadata in random order.
+    """
     file.touch()
-    mode = file.stat().st_mode  # safetensors would leave it unreadable to others
+    mode = file.stat().st_mode  # safetensors would make the file unreadable to others
     save_file(tensors, file, metadata={"format": "pt", "config": config})
     file.chmod(mode)
     with open(file, "r+b") as handle:

@@ -1,4 +1,4 @@
-"""Make UniPT models from settings: side networks beside the CLIP-ViP that the same settings describe."""
+"""Build UniPT models from settings: side networks beside the CLIP-ViP of the same settings."""
 
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ def load(settings: ModelSettings, seed: int = 0) -> UniPtClip:
     backbone = clip_vip.load(settings, seed)
     if "vision.added_embedding" in backbone.new_tensors:
         raise UserError(
-            f"model.method = 'unipt' on {settings.init}: a plain CLIP has no trained proxies, and frozen it never gets "
-            "any. Begin with a post-pretrained model, or set model.pooling=mean."
+            f"model.method = 'unipt' on {settings.init}: a plain CLIP has no trained proxies, and a frozen backbone "
+            "cannot learn them. Start from a post-pretrained model, or set model.pooling=mean."
         )
     return UniPtClip(backbone, settings.unipt, seed)
 

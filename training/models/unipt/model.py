@@ -1,14 +1,14 @@
 """UniPT: small networks beside a frozen CLIP that read every layer's hidden states at once (docs/methods/unipt.md).
 
-Only the two side networks train, and nothing is kept for a backward pass through the backbone: it runs without
-gradients, and its hidden states are plain inputs. Shape letters, besides those of `training.models.clip_vip.attention`:
+Only the two side networks train. The backbone runs without gradients, and its hidden states are plain inputs. Shape
+letters, besides those of `training.models.clip_vip.attention`:
     N items (videos, frames or texts)   S tokens of an item   C embed_dim   I inner width   Y layers that are read
-Each layer's tokens enter only through sums over tokens, so their map to the inner width is applied to the query before
-and to the sums afterwards, never to the tokens: same numbers, no [N, S, I] tensor and S times fewer products.
+Tokens of a layer are used only in sums over tokens, so the map to the inner width is applied to the query and to the
+sums instead of the tokens: the same numbers without an [N, S, I] tensor and with S times fewer products.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +22,24 @@ from training.models.unipt.settings import UniPtSettings
 
 PREFIXES = ("image_adapter.", "text_adapter.")  # as published, beside CLIP's own tensors under `clip.`
 INIT_STD = 0.02
-_LOWEST_SUM = 1e-6  # of similarities: all of them negative leaves only the anchor's own token
+_LOWEST_SUM = 1e-6  # of similarities; if all are negative, only the anchor's own token counts
 
 
 class Adapted(NamedTuple):
-    """What one side network made of its items."""
+    """Output of one side network."""
 
     features_NC: Tensor  # the guide plus the correction, not normalised
-    confidence_NY: Tensor  # each layer's share, summing to 1
-    mixed_NI: Tensor  # the layers' features, mixed, before the last map
+    confidence_NY: Tensor  # share of each layer; sums to 1
+    mixed_NI: Tensor  # weighted sum of the layers' features, before the last map
 
 
 class Adapter(nn.Module):
-    """One side network. Its tensors' names are the published ones (the 0th member of each pair is a ReLU)."""
+    """One side network. Its tensors have the published names (member 0 of each pair is a ReLU)."""
 
     def __init__(self, widths: Sequence[int], embed_dim: int, reduction: int = 1):
         super().__init__()
         if embed_dim % reduction:
-            raise UserError(f"unipt.reduction is {reduction}; allowed: what divides embed_dim {embed_dim}")
+            raise UserError(f"unipt.reduction is {reduction}; allowed: divisors of embed_dim {embed_dim}")
         inner = embed_dim // reduction
         self.downsample_layers = nn.ModuleList(_relu_linear(width, inner) for width in widths)
         self.downsample_layer = _relu_linear(embed_dim, inner)
@@ -54,12 +54,12 @@ class Adapter(nn.Module):
         mask_NS: Tensor | None = None,
         position_N: Tensor | None = None,
     ) -> Adapted:
-        """Do steps 1 to 7 of docs/methods/unipt.md section 3, in the wider of the guide's and the weights' dtypes.
+        """Run steps 1 to 7 of docs/methods/unipt.md section 3, in the wider dtype of guide and weights.
 
         states    Y hidden states [N, S, D]
-        guide     the backbone's last feature, projected and not normalised
-        mask      1 where a token counts; None: everywhere
-        position  of the token whose own feature is added; None: token 0
+        guide     last feature of the backbone, projected and not normalised
+        mask      1 where a token is read; None: everywhere
+        position  of the anchor, the token whose own feature is added; None: token 0
         """
         guide_NC = guide_NC.to(torch.promote_types(guide_NC.dtype, self.gate_layer.weight.dtype))
         query_NI = _map(self.downsample_layer, guide_NC)
@@ -92,8 +92,10 @@ def _read_layer(
     mask_NS: Tensor | None,
     anchor: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return two [N, I]: what the query gathers from a layer plus the anchor's feature, and the mean over tokens."""
-    tokens_NSD = _tokens(state_NSD, query_NI.dtype)
+    """Return the query's weighted sum of a layer plus the anchor's feature, and the mean over tokens, each [N, I]."""
+    kind = state_NSD.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query_NI.dtype
+    tokens_NSD = F.relu(state_NSD).to(dtype)  # narrowed once, so that all products keep this one copy
     weight_ID, bias_I = (parameter.to(query_NI.dtype) for parameter in (linear.weight, linear.bias))
     scores_NS = torch.bmm(tokens_NSD, (query_NI @ weight_ID).to(tokens_NSD.dtype).unsqueeze(2)).squeeze(2)
     scores_NS = F.relu(scores_NS.to(query_NI.dtype) + (query_NI @ bias_I).unsqueeze(1))
@@ -101,22 +103,10 @@ def _read_layer(
     scores_NS = scores_NS * counts_NS
     shares_NS = scores_NS / scores_NS.sum(dim=1, keepdim=True).clamp(min=_LOWEST_SUM)
     mean_NS = counts_NS / counts_NS.sum(dim=1, keepdim=True).clamp(min=1)
-    gathered_ND, mean_ND = _weighted(tokens_NSD, shares_NS, mean_NS)
+    weights_N2S = torch.stack((shares_NS, mean_NS), dim=1)
+    gathered_ND, mean_ND = torch.bmm(weights_N2S.to(dtype), tokens_NSD).to(weights_N2S.dtype).unbind(dim=1)
     feature_NI = (gathered_ND + tokens_NSD[anchor]) @ weight_ID.T + (shares_NS.sum(dim=1, keepdim=True) + 1) * bias_I
     return feature_NI, F.linear(mean_ND, weight_ID, bias_I)
-
-
-def _weighted(tokens_NSD: Tensor, *weights_NS: Tensor) -> tuple[Tensor, ...]:
-    weights = torch.stack(weights_NS, dim=1)
-    return torch.bmm(weights.to(tokens_NSD.dtype), tokens_NSD).to(weights.dtype).unbind(dim=1)
-
-
-def _tokens(state_NSD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rectify, and under autocast narrow once: every product that keeps its tokens then keeps this one copy."""
-    kind = state_NSD.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    return F.relu(state_NSD).to(dtype)
 
 
 def _relu_linear(in_features: int, out_features: int) -> nn.Sequential:
@@ -132,11 +122,10 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class UniPtClip(VideoTextModel):
-    """A frozen backbone with a side network on each tower; used wherever a `ClipVip` is.
+    """A frozen backbone with a side network on each tower.
 
     On a backbone with pooling "mean" this is UniPT's CLIP4Clip with meanP; with pooling "proxy" the video's class token
-    is the guide (docs/methods/unipt.md section 7). The log scale is the backbone's and frozen with it. The side networks are
-    made in float32 on the CPU, as every model is read; `to` moves all.
+    is the guide (docs/methods/unipt.md section 7). The log scale is frozen with the backbone.
     """
 
     method = "unipt"
@@ -178,7 +167,7 @@ class UniPtClip(VideoTextModel):
     def encode_video(self, pixels: Tensor, video_mask: Tensor | None = None) -> Tensor:
         """Encode normalised pixels [B, T, 3, H, W] to unit vectors [B, embed_dim]; dtypes as in `ClipVip.encode_video`.
 
-        video_mask  [B, T], for pooling "mean" alone: false where a frame is not there; None: all are
+        video_mask  [B, T], only for pooling "mean": false for padding frames; None: all frames are real
         """
         if self.config.pooling == "proxy":
             return F.normalize(self._video_features(pixels), dim=-1)
@@ -186,7 +175,7 @@ class UniPtClip(VideoTextModel):
         return pooled(frames_BTC, frames_BTC.new_ones(frames_BTC.shape[:2]) if video_mask is None else video_mask)
 
     def frame_features(self, pixels: Tensor) -> Tensor:
-        """Encode every frame as a video of its own, for CLIP4Clip's heads: [B, T, embed_dim], not normalised."""
+        """Encode every frame as a video of one frame: [B, T, embed_dim], not normalised."""
         self.backbone.check_pixels(pixels)
         return self._video_features(pixels.flatten(0, 1).unsqueeze(1)).unflatten(0, pixels.shape[:2])
 
@@ -195,9 +184,9 @@ class UniPtClip(VideoTextModel):
         return F.normalize(self.text_features(ids, mask, cut=cut), dim=-1)
 
     def text_features(self, ids: Tensor, mask: Tensor | None = None, *, cut: bool = True) -> Tensor:
-        """Encode token ids to [B, embed_dim], not normalised. Start and end tokens are read with the words.
+        """Encode token ids to [B, embed_dim], not normalised. Start and end tokens are read like words.
 
-        The published code reads every token but those of id 0, which is padding there and "!" as well.
+        The published code leaves out tokens of id 0, which is padding but also "!".
         """
         if cut:
             ids, mask = cut_texts(ids, mask)
@@ -209,33 +198,24 @@ class UniPtClip(VideoTextModel):
         guide_BC, states = self._text_states(ids, mask)
         return self.text_adapter(states, guide_BC, read_BL, ends_B).features_NC
 
-    def forward(self, pixels: Tensor | None = None, ids: Tensor | None = None, mask: Tensor | None = None) -> Any:
-        """Run the encoders that have an input, as `ClipVip.forward`."""
-        video = None if pixels is None else self.encode_video(pixels)
-        text = None if ids is None else self.encode_text(ids, mask)
-        return (video, text) if video is not None and text is not None else video if text is None else text
-
-    def layer_confidence(self) -> dict[str, list[float]]:
-        """Return each network's mean share of the layers it reads, first to last, in the last forward pass."""
-        return {name: shares_Y.tolist() for name, shares_Y in self._mean_confidence().items()}
-
     def log_values(self) -> dict[str, Tensor]:
-        """Return the same for a line of the log: a number for each layer, still on the device."""
-        named = self._mean_confidence().items()
-        return {f"{name}_layer_{n}": share for name, shares_Y in named for n, share in enumerate(shares_Y.unbind())}
-
-    def _mean_confidence(self) -> dict[str, Tensor]:
+        """Return each network's mean share of every layer it reads, in the last forward pass, still on the device."""
         adapters = {"image": self.image_adapter, "text": self.text_adapter}
-        return {name: a.mean_confidence_Y for name, a in adapters.items() if a.mean_confidence_Y is not None}
+        return {
+            f"{name}_layer_{layer}": share
+            for name, adapter in adapters.items()
+            if adapter.mean_confidence_Y is not None
+            for layer, share in enumerate(adapter.mean_confidence_Y.unbind())
+        }
 
     @property
     def num_frozen_blocks(self) -> int:
-        """Count all blocks: the side networks' own arithmetic is less than a hundredth of the backbone's."""
+        """Count all blocks, because the side networks add less than a hundredth of the backbone's FLOPs."""
         return self.config.vision.num_layers
 
     def set_activation_checkpointing(self, enabled: bool = True) -> None:
         if enabled:
-            raise UserError("train.activation_checkpointing: UniPT keeps no activations of the backbone; set it false")
+            raise UserError("train.activation_checkpointing has no effect on UniPT's frozen backbone: set it false")
 
     def _video_features(self, pixels_BT3HW: Tensor) -> Tensor:
         guide_BC, states = self._video_states(pixels_BT3HW)
@@ -243,7 +223,7 @@ class UniPtClip(VideoTextModel):
 
     @torch.no_grad()
     def _video_states(self, pixels_BT3HW: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the projected class token [B, C] and the hidden states to read; float64 pixels stay float64."""
+        """Return the projected class token [B, C] and the hidden states to read, in float64 for float64 pixels."""
         self.backbone.check_pixels(pixels_BT3HW)
         dtype, own = pixels_BT3HW.dtype, self.logit_scale.dtype
         dtype = torch.float64 if torch.float64 in (dtype, own) else own
@@ -270,7 +250,7 @@ class UniPtClip(VideoTextModel):
         num_proxies = self.config.num_proxies
         proxies_BMD = state_BSD[:, :num_proxies]
         if self.settings.tokens == "proxies":
-            return proxies_BMD.clone()  # a view would keep the whole layer
+            return proxies_BMD.clone()  # a view would keep the whole layer in memory
         frames_BTD = state_BSD[:, num_proxies:].unflatten(1, (num_frames, -1)).mean(dim=2)
         return torch.cat([proxies_BMD, frames_BTD], dim=1)
 
@@ -282,5 +262,5 @@ def _adapter(config: ModelConfig, tower: str, settings: UniPtSettings) -> Adapte
 
 
 def side_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Select of a model's state what training changes, by its published names."""
+    """Select the tensors of the side networks from a model's state; their names are the published ones."""
     return {name: tensor for name, tensor in state.items() if name.startswith(PREFIXES)}

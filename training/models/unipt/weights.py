@@ -1,7 +1,7 @@
-"""Reading and writing UniPT's weights: side networks in a file of their own, or a released file with its CLIP.
+"""Read UniPT's weights: side networks in a file of their own, or a released file with its CLIP.
 
-A file of ours holds what training changed, in published names, and says in its header how the side networks read which
-backbone: beside a backbone of 600 MB that never changes it is 38 MB.
+A file of ours holds the side networks alone, in published names: 38 MB beside a frozen backbone of 600 MB. Its header
+has the settings and the backbone's digest.
 """
 
 import hashlib
@@ -16,31 +16,22 @@ from clipmill.base.errors import UserError
 from clipmill.base.settings import validate_settings
 from training.models.clip4clip.weight_names import config_from_names, tidy
 from training.models.clip_vip.model import ClipVip
-from training.models.clip_vip.weights import assemble, read_header, read_tensors, write_model
+from training.models.clip_vip.weights import assemble, read_header, read_tensors
 from training.models.unipt.model import PREFIXES, UniPtClip, side_tensors
 from training.models.unipt.settings import UniPtSettings
 
 
-def save_unipt(model: UniPtClip, path: str | Path) -> Path:
-    """Write the side networks to PATH.safetensors with PATH.json, or to a folder; return the weights' path.
-
-    Files are written as `training.models.clip_vip.weights.save` does.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in side_tensors(model.state_dict()).items()}
-    return write_model(tensors, unipt_header(model), path)
-
-
 def unipt_header(model: UniPtClip) -> dict[str, Any]:
     """Describe the side networks and their backbone for the header of a file."""
-    header = {"model_type": "unipt", "unipt": model.settings.model_dump(mode="json")}
-    return header | {"backbone": backbone_digest(model.backbone)}
+    settings = model.settings.model_dump(mode="json")
+    return {"model_type": "unipt", "unipt": settings, "backbone": backbone_digest(model.backbone)}
 
 
 def load_unipt(weights: str | Path, backbone: ClipVip | None = None) -> UniPtClip:
     """Load side networks from a file or folder of ours, or from a released file, onto their backbone.
 
     backbone  None: the CLIP that a released file holds under `clip.`
-    Raises UserError where names or sizes do not fit, and where a file of ours was trained on another backbone.
+    Raises UserError if names or sizes do not fit, or if a file of ours was trained on another backbone.
     """
     path = Path(weights)
     path = path / "model.safetensors" if path.is_dir() else path
@@ -49,10 +40,16 @@ def load_unipt(weights: str | Path, backbone: ClipVip | None = None) -> UniPtCli
     if not side:
         raise UserError(f"{path} holds no UniPT network: no tensor in it begins with {' or '.join(PREFIXES)}")
     if foreign := sorted(name for name in theirs if not name.startswith((*PREFIXES, "clip."))):
-        raise UserError(f"{path} holds {len(foreign)} tensors that UniPT does not have, {foreign[0]} the first of them")
+        raise UserError(f"{path} holds {len(foreign)} tensors that UniPT does not have, such as {foreign[0]}")
     header = read_header(path) or {}
     if "unipt" in header:
-        return _ours(path, header, side, backbone)
+        if backbone is None:
+            raise UserError(f"{path} holds side networks alone: give their backbone, {header['backbone']}")
+        if header["backbone"] != (found := backbone_digest(backbone)):
+            raise UserError(f"{path} was trained on backbone {header['backbone']}, not on this one, {found}")
+        model = UniPtClip(backbone, validate_settings(UniPtSettings, header["unipt"]))
+        fill(model, side, str(path))
+        return model
     if backbone is None:
         clip = tidy({name: tensor for name, tensor in theirs.items() if name not in side})
         bare = {name.removeprefix("clip."): tensor for name, tensor in clip.items()}
@@ -65,15 +62,15 @@ def load_unipt(weights: str | Path, backbone: ClipVip | None = None) -> UniPtCli
 
 
 def fill(model: UniPtClip, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Fill both side networks. Raises UserError unless the names and shapes are exactly theirs."""
+    """Fill both side networks. Raises UserError unless names and shapes match exactly."""
     ours = side_tensors(model.state_dict())
     for problem, names in {"lacks": ours.keys() - tensors.keys(), "has besides": tensors.keys() - ours.keys()}.items():
         if names:
-            raise UserError(f"{source} {problem} {len(names)} tensors, {sorted(names)[0]} the first of them")
+            raise UserError(f"{source} {problem} {len(names)} tensors, such as {sorted(names)[0]}")
     for name, tensor in ours.items():
         if tensor.shape != tensors[name].shape:
             theirs = list(tensors[name].shape)
-            raise UserError(f"{source}: {name} is {theirs}, here it has to be {list(tensor.shape)}")
+            raise UserError(f"{source}: {name} is {theirs}, but this model needs {list(tensor.shape)}")
     model.load_state_dict(dict(tensors), strict=False)
 
 
@@ -85,15 +82,3 @@ def backbone_digest(backbone: ClipVip) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-def _ours(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor], backbone: ClipVip | None) -> UniPtClip:
-    if backbone is None:
-        raise UserError(
-            f"{path} holds side networks alone: they need the backbone {header['backbone']} they learned on"
-        )
-    if header["backbone"] != (found := backbone_digest(backbone)):
-        raise UserError(f"{path} was trained on backbone {header['backbone']}, not on this one, {found}")
-    model = UniPtClip(backbone, validate_settings(UniPtSettings, header["unipt"]))
-    fill(model, tensors, str(path))
-    return model

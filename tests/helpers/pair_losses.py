@@ -1,4 +1,4 @@
-"""Losses on a matrix of similarities between texts (rows) and videos (columns), as CLIP4Clip has them.
+"""The published losses of CLIP4Clip, on a matrix of similarities between texts (rows) and videos (columns).
 
 A row or column is one pair of a text with its video; the diagonal holds the pairs' own similarities. With `num_pairs`
 = k a video has k texts: rows and columns come in blocks of k, and everything within a block belongs together.
