@@ -61,7 +61,10 @@ def _comments(model: type) -> dict[str, str]:
     """Read the comment of each field of a class: the lines right above it, then the one at its end."""
     if not issubclass(model, Settings) or model is Settings:
         return {}
-    source = textwrap.dedent(inspect.getsource(model))
+    try:
+        source = textwrap.dedent(inspect.getsource(model))
+    except OSError:  # a class joined from sections at run time has no source of its own
+        return {}
     lines = source.splitlines()
     comment_of_line = {
         token.start[0]: token.string.lstrip("# ")

@@ -14,7 +14,7 @@ from clipmill.base.errors import UserError
             training.run.settings.resolve,
             "demo",
             "data.frames_per_s=1",
-            "settings: data.frames_per_s = 1.0 leaves frames",
+            "settings: data.frames_per_s = 1.0 pads short clips",
         ),
         (training.run.settings.resolve, "demo", "data.neighbours=1", "settings: data.neighbours = 1 is for train.loss"),
         (

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from clipmill.base.settings_reference import describe_settings
 from clipmill.cli.app import app
 from pipeline.editing.settings import EditRunSettings, resolve_edit
 from pipeline.engine.settings import CorpusSettings
@@ -24,6 +25,11 @@ def printed(*arguments: str) -> str:
 def test_the_page_in_docs_is_what_the_command_prints():
     remedy = "run: clipmill settings --format markdown > docs/settings.md"
     assert PAGE.read_text() == printed("--format", "markdown"), remedy
+
+
+@pytest.mark.parametrize("model", [CorpusSettings, EditRunSettings])
+def test_every_setting_says_what_it_does(model):
+    assert [setting.name for setting in describe_settings(model) if not setting.comment] == []
 
 
 @pytest.mark.parametrize("section", SECTIONS)

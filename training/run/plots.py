@@ -22,7 +22,7 @@ Point = tuple[float, float] | tuple[float, float, float]  # x, y, and optionally
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c6d31", "#5f6b77")
 INK, SOFT, GRID = "#1f2933", "#52606d", "#e4e7eb"
 SIZE = (7.6, 4.4)  # inches, at matplotlib's 72 points an inch in SVG
-LINE_LENGTH = 100  # characters that fit side by side below the x axis
+LINE_LENGTH = 84  # characters that fit side by side below the x axis
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
