@@ -59,7 +59,7 @@ def serving() -> Iterator[StoreServer]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**PATIENCE, "AWS_ENDPOINT_URL": server.endpoint}.items():
             patch.setenv(name, value)
-        stores._client(server.endpoint).create_bucket(Bucket=BUCKET)
+        stores._make_client(server.endpoint, os.getpid()).create_bucket(Bucket=BUCKET)
         yield server
     server.close()
 
