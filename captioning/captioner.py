@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from captioning.model_identity import demo_identity, file_sha256, folder_identity, open_clip_identity
-from captioning.settings import CaptionSettings
+from captioning.settings import CAPTIONERS, CaptionSettings
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.plugins import load_attribute
 from clipmill.base.settings import digest
@@ -58,7 +58,7 @@ def load_captioner(settings: CaptionSettings) -> Captioner:
 @lru_cache(maxsize=2)  # the fingerprint is part of the key, so that weights changed on disk are loaded again
 def _load(settings_json: str, fingerprint: str) -> Captioner:
     settings = CaptionSettings.model_validate_json(settings_json)
-    factory = load_attribute("caption.captioner", settings.captioner, _BUILT_IN.get(settings.captioner))
+    factory = load_attribute("caption.captioner", settings.captioner, CAPTIONERS.get(settings.captioner))
     captioner = factory(settings)
     if not isinstance(captioner, Captioner):
         raise UserError(
@@ -90,8 +90,8 @@ def _model_identity(settings: CaptionSettings) -> list:
 
 
 def _module_sha256(captioner: str) -> str:
-    """Hash the source file of a plugged-in captioner, so that editing it makes captions pending."""
-    module = captioner.partition(":")[0]
+    """Hash the source file of a captioner that has no identity of its own: editing it makes captions pending."""
+    module = CAPTIONERS.get(captioner, captioner).partition(":")[0]
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError) as error:
@@ -102,13 +102,6 @@ def _module_sha256(captioner: str) -> str:
             "add its folder to PYTHONPATH."
         )
     return file_sha256(Path(spec.origin))
-
-
-_BUILT_IN = {
-    "coca": "captioning.captioners.coca:load",
-    "demo": "captioning.demo_models:load_captioner",
-    "huggingface": "captioning.captioners.huggingface:load",
-}
 
 
 def decode_frame(image: "Image.Image | bytes") -> "Image.Image | ItemError":

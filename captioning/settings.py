@@ -9,7 +9,13 @@ from clipmill.base.settings import Settings, operational
 COCA_MODEL, COCA_PRETRAINED = "coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k"
 CLIP_MODEL, CLIP_PRETRAINED = "ViT-B-32", "datacomp_xl_s13b_b90k"
 
-CaptionerName = Annotated[str, Field(pattern=r"^(coca|huggingface|demo|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")]
+# A captioner is a file and a line here, or MODULE:ATTRIBUTE of any module (docs/captioning.md).
+CAPTIONERS = {
+    "coca": "captioning.captioners.coca:load",
+    "huggingface": "captioning.captioners.huggingface:load",
+    "demo": "captioning.demo_models:load_captioner",
+}
+CaptionerName = Annotated[str, Field(pattern=rf"^({'|'.join(CAPTIONERS)}|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")]
 
 
 class ModelSettings(Settings):

@@ -93,8 +93,8 @@ def one_condition(select: str | None, where: str | None) -> str | None:
 
 
 def yaml_string(text: str) -> str:
-    """Quote any text as a YAML string, because `--set` reads values as YAML."""
-    return "'" + text.replace("'", "''") + "'"
+    """Quote any text as a YAML string, because `--set` reads values as YAML. JSON's form keeps line breaks."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 # --- Evaluation
@@ -187,7 +187,7 @@ def open_subject(
         raise UserError("--checkpoint goes with --run: a model's file is one set of weights.")
     if ema:
         raise UserError("--ema goes with --run: a model's file has one set of weights.")
-    assignments = [f"model.init={json.dumps(model)}", *assignments]
+    assignments = [f"model.init={yaml_string(model)}", *assignments]
     base: dict[str, Any] = {"train": {"precision": "fp32"}}
     settings = resolve(base, recipe, assignments)
     loaded = models.load(settings.model)

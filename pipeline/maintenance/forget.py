@@ -59,6 +59,8 @@ def find(root: str | Path, ids: Sequence[str], urls: Sequence[str], where: str |
         raise UserError(
             "nothing to forget is given: add --video ID, --url URL or --where SQL (a condition on `videos`)."
         )
+    if where and not where.strip(" \t\r\n;"):  # an empty condition would select every video
+        raise UserError(f"--where {where!r}: the condition is empty.")
     with open_manifest(here) as connection:
         named = [_known_id(connection, video_id) for video_id in ids if hash_of(video_id) not in forgotten]
         by_url = {}

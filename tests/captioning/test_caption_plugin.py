@@ -61,3 +61,10 @@ def test_a_factory_that_makes_no_captioner_is_the_users_mistake(module):
     module.write_text("load = dict\n")
     with pytest.raises(UserError, match="caption.captioner = brightness:load"):
         load_captioner(CaptionSettings(captioner="brightness:load"))
+
+
+def test_the_imports_of_plug_ins_for_the_first_version_still_work():
+    """Import from the old place: an edited plug-in would make its captions pending."""
+    from pipeline.errors import ItemError as OldItemError
+
+    assert OldItemError is ItemError

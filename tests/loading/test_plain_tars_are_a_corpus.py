@@ -47,6 +47,12 @@ def test_our_own_shards_give_what_their_manifest_gives(corpus):
     assert without["duplicate_group"].to_pylist() == with_manifest["duplicate_group"].to_pylist()
 
 
+def test_one_clip_of_each_duplicate_group_is_kept_as_with_the_manifest(corpus):
+    with_manifest, without = (select(source, "NOT is_duplicate") for source in (corpus, f"{corpus}/shards/*.tar"))
+    assert without["clip_id"].to_pylist() == with_manifest["clip_id"].to_pylist()
+    assert 0 < without.num_rows < NUM_CLIPS
+
+
 def test_offsets_give_what_webdataset_reads(corpus):
     pattern = f"{corpus}/shards/{{000000..000007}}.tar"
     theirs = {sample["__key__"]: sample for sample in wds.WebDataset(pattern, shardshuffle=False)}

@@ -252,6 +252,12 @@ def test_a_damaged_tombstone_is_not_passed_over(tmp_path):
         read_tombstones(tmp_path)
 
 
+@pytest.mark.parametrize("condition", [" ", ";", " ; \n"])
+def test_an_empty_condition_forgets_nothing(corpus, condition):
+    with pytest.raises(UserError, match="the condition is empty"):
+        find(corpus, [], [], condition)
+
+
 def test_an_unknown_name_is_an_error_with_suggestions(corpus):
     with pytest.raises(UserError, match="no such video. Similar: video-"):
         find(corpus, ["vide-b"], [], None)

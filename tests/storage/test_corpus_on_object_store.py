@@ -217,7 +217,10 @@ def test_shards_that_a_store_cannot_copy_are_refused(stored):
 
 def test_a_prefix_with_other_things_is_no_corpus():
     Store.of("s3://corpora/photos").write("summer.jpg", b"sea")
-    for url, said in (("s3://corpora/photos", "not empty and not a corpus"), ("s3://no-such/x", "no bucket 'no-such'")):
+    for url, said in (
+        ("s3://corpora/photos", "not empty and not a corpus"),
+        ("s3://no-such/x", "bucket 'no-such' does not exist"),
+    ):
         with pytest.raises(UserError, match=said):
             build(url, [], stages=stage_names(), recipe=None, assignments=[], command="test")
 

@@ -80,7 +80,9 @@ def open_tars(pattern: str, tables: Mapping[str, str | Path] | None = None) -> I
             CREATE TABLE videos AS SELECT DISTINCT video_id, NULL::VARCHAR AS duplicate_of FROM indexed;
             CREATE VIEW catalog AS
             SELECT clip_id, video_id, shard, mp4_bytes AS num_bytes, num_frames, subtitle AS text, caption,
-                   duplicate_group
+                   duplicate_group,
+                   duplicate_group IS NOT NULL
+                       AND row_number() OVER (PARTITION BY duplicate_group ORDER BY clip_id) > 1 AS is_duplicate
             FROM samples LEFT JOIN scores USING (clip_id);
         """)
         connection.unregister("indexed")

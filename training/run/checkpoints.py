@@ -116,9 +116,9 @@ class Checkpoints:
         return path
 
     def sweep(self) -> None:
-        """Remove the temporary folders of killed writers. Only the run's writer may call this."""
+        """Remove the temporary files and folders of killed writers. Only the run's writer may call this."""
         for path in self.folder.glob(".tmp-*"):
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _rotate(self, keep: int, wanted: set[int]) -> None:
         whole = [step for step in self.steps() if step not in self._damaged]

@@ -97,14 +97,15 @@ class RunFolder:
         Raises UserError if it cannot be read or has another format.
         """
         try:
-            found = self.record_path.stat()
-            version = (found.st_ino, found.st_mtime_ns, found.st_size)
-            if self._loaded is None or self._loaded[0] != version:
-                saved = read_yaml(self.record_path.read_text())
-                format = saved.pop("format")
-                if format != FORMAT:
-                    raise UserError(f"{self.root} has run format {format}; this clipmill reads format {FORMAT}.")
-                self._loaded = version, RunRecord(**saved)
+            with open(self.record_path) as file:  # opened first: on NFS only that brings another host's changes
+                found = os.fstat(file.fileno())
+                version = (found.st_ino, found.st_mtime_ns, found.st_size)
+                if self._loaded is None or self._loaded[0] != version:
+                    saved = read_yaml(file.read())
+                    format = saved.pop("format")
+                    if format != FORMAT:
+                        raise UserError(f"{self.root} has run format {format}; this clipmill reads format {FORMAT}.")
+                    self._loaded = version, RunRecord(**saved)
             return self._loaded[1]
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.record_path} cannot be read as a run's settings: {error}") from error

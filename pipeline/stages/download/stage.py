@@ -59,6 +59,8 @@ def run_download(task: Task) -> Result:
         limiter = ray.get_actor(HOST_LIMITER) if ray.is_initialized() else new_rate_limiter(task.settings)
     forgotten = set(read_tombstones(root)["sha256"].to_pylist())
 
+    call = sandbox().call  # before the threads start, so that they share one sandbox
+
     def download(item: dict) -> Outcome:
         with Stopwatch(item["item_id"]) as outcome:
             row = fetch(
@@ -67,7 +69,7 @@ def run_download(task: Task) -> Result:
                 task.settings,
                 corpus_root=root,
                 rate_limiter=limiter,
-                probe=partial(sandbox().call, probe, timeout_s=task.settings.probe_timeout_s),
+                probe=partial(call, probe, timeout_s=task.settings.probe_timeout_s),
                 require_lock=partial(require_lock, task),
             )
             if row["sha256"] in forgotten:
