@@ -168,6 +168,7 @@ def test_a_writer_sweeps_up_after_a_killed_one(tmp_path: Path) -> None:
     (folder.checkpoints.folder / ".tmp-00000010-1").mkdir()
     (folder.checkpoints.folder / ".tmp-123-best.json").write_text("half")
     (tmp_path / ".tmp-123-run.yaml").write_text("half")
+    (folder.plan_path / ".tmp-123-epoch").write_text("half")
     with folder.writer():
         assert not list(tmp_path.rglob(".tmp-*"))
     assert folder.exists

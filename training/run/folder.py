@@ -161,7 +161,7 @@ class RunFolder:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
             self.checkpoints.sweep()
-            for path in self.root.glob(".tmp-*"):
+            for path in (*self.root.glob(".tmp-*"), *self.plan_path.glob(".tmp-*")):
                 path.unlink()
             yield
 
