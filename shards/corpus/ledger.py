@@ -410,7 +410,7 @@ def _schemas() -> dict[str, pa.Schema]:
 
 
 def _layout() -> str:
-    """Return a hash of all columns of the working database: a file of another layout is made anew."""
+    """Hash the columns of the working database. A file with another hash is rebuilt from the fragments."""
     columns = {table: [f"{field.name} {field.type}" for field in schema] for table, schema in _schemas().items()}
     return digest([columns, _FRAGMENTS])
 
