@@ -20,21 +20,35 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     def fingerprint(self) -> str:
-        """Return a hash of all settings that can change the stage's output, without operational ones."""
-        return digest(self.model_dump(mode="json", exclude=self._operational()))
+        """Return a hash of all settings that can change the stage's output, without operational ones.
+
+        A setting of a later version is left out, too, while it has its default: finished work stays done.
+        """
+        defaults = type(self)()
+        unchanged = {name for name in self._marked("added_later") if getattr(self, name) == getattr(defaults, name)}
+        return digest(self.model_dump(mode="json", exclude=self._operational() | unchanged))
 
     @classmethod
     def _operational(cls) -> set[str]:
+        return cls._marked("operational")
+
+    @classmethod
+    def _marked(cls, mark: str) -> set[str]:
         return {
             name
             for name, field in cls.model_fields.items()
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational")
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get(mark)
         }
 
 
 def operational(default: Any, **kwargs: Any) -> Any:
     """Define a setting that changes how fast or safely work is done, not its result: it is not in the fingerprint."""
     return Field(default, json_schema_extra={"operational": True}, **kwargs)
+
+
+def added_later(default: Any, **kwargs: Any) -> Any:
+    """Define a setting that earlier versions lack: its default is not in the fingerprint."""
+    return Field(default, json_schema_extra={"added_later": True}, **kwargs)
 
 
 def digest(value: Any) -> str:
