@@ -130,7 +130,8 @@ def session(
         try:
             ledger.sync()
             ledger.remove_orphans()
-            yield Session(corpus, settings, ledger, command), difference(saved, resolved) if saved else []
+            changed = difference(with_defaults(saved), resolved) if saved else []
+            yield Session(corpus, settings, ledger, command), changed
         finally:
             ledger.close()
 
@@ -209,6 +210,14 @@ def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
         return rows_of(connection, sql)
 
 
+def with_defaults(saved: dict) -> dict:
+    """Return settings as an earlier version saved them, completed by the defaults of settings that are new since."""
+    return {
+        section: defaults | (saved.get(section) or {})
+        for section, defaults in resolve(None, None, []).model_dump(mode="json").items()
+    }
+
+
 def difference(before: dict, after: dict, prefix: str = "") -> list[str]:
     """Return a line such as "cut.fps: 3.0 → 2.0" for every setting that differs."""
     lines = []
@@ -244,7 +253,7 @@ def status(root: str | Path, assignments: list[str]) -> Status:
             current.refresh_state()
             if (corpus.root / MANIFEST_NAME).exists() and not is_current(corpus.root):
                 publish(ledger)  # another version wrote it, so it may lack columns that packing reads
-            changed = difference(saved, settings.model_dump(mode="json"))
+            changed = difference(with_defaults(saved), settings.model_dump(mode="json"))
             off = [stage.name for stage in registry.stages() if stage.is_off(getattr(settings, stage.name))]
             return Status(ledger.counts(), off, current.failures(), pack_state(current), changed)
         finally:

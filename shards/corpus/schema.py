@@ -18,6 +18,10 @@ STRING, DOUBLE, INT64, INT32, BOOL = pa.string(), pa.float64(), pa.int64(), pa.i
 SPAN = pa.struct([("n", INT32), ("start_s", DOUBLE), ("end_s", DOUBLE)])
 REFERENCE = pa.struct([("n", INT32), ("text", STRING)])  # a text that people wrote about the video's clip n
 WORD = pa.struct([("text", STRING), ("start_s", DOUBLE), ("end_s", DOUBLE)])
+# What speech recognition says of a piece of its text: mean log-probability of the tokens, probability that nobody
+# speaks, and how far the text can be compressed (above 2.4 it repeats itself).
+CONFIDENCES = {"avg_logprob": DOUBLE, "no_speech_prob": DOUBLE, "compression_ratio": DOUBLE}
+ASR_SEGMENT = pa.struct([("start_s", DOUBLE), ("end_s", DOUBLE), *CONFIDENCES.items()])
 SUBTITLE_FILE = pa.struct(
     [("path", STRING), ("language", STRING), ("kind", STRING), ("format", STRING), ("sha256", STRING)]
 )
@@ -147,6 +151,7 @@ _FRAGMENTS: dict[str, Columns] = {
         source_sha256=STRING,  # of the video file; null in rows older than this column
         words=pa.list_(WORD),  # de-overlapped, in time order
         num_words=INT32,
+        asr_segments=pa.list_(ASR_SEGMENT),  # null: the words are not from speech recognition
         digest=STRING,  # of language and words: a video is segmented again only when this changes
     ),
     # segment: the sentences …
@@ -159,6 +164,7 @@ _FRAGMENTS: dict[str, Columns] = {
         num_words=INT32,
         align_cost=DOUBLE,  # mean DTW cost, 0 = every word found as it is
         clip_id=STRING,  # the span that holds it, null if it was dropped
+        **CONFIDENCES,  # means over the segments of speech recognition; null: other words, or an earlier version
         # of the video file that the words come from; null: unknown
         source_sha256=column(STRING, made_from="video"),
     ),
@@ -174,7 +180,8 @@ _FRAGMENTS: dict[str, Columns] = {
         num_words=INT32,
         num_sentences=INT32,
         align_cost=DOUBLE,
-        source_sha256=column(STRING, made_from="video"),  # as in sentences
+        **CONFIDENCES,  # as in sentences
+        source_sha256=column(STRING, made_from="video"),
     ),
     # cut: one row per clip; offsets point into clips/…tar
     "clips": _columns(
@@ -351,6 +358,7 @@ _PUBLISHED: dict[str, Columns] = {
         num_words=INT32,
         num_sentences=INT32,
         align_cost=DOUBLE,
+        **CONFIDENCES,  # of the subtitle, as in sentences; null for a reference text
         origin=STRING,
         language=STRING,
         unit=STRING,

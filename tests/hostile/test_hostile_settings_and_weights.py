@@ -13,7 +13,8 @@ from captioning.open_clip_loader import check_tensors_only
 from clipmill.base.errors import UserError
 from clipmill.base.settings import digest, read_yaml
 from pipeline.engine.settings import resolve
-from pipeline.stages.transcribe.transcribe import TranscribeSettings, load_whisper
+from pipeline.stages.transcribe.recognition import load_recogniser
+from pipeline.stages.transcribe.transcribe import TranscribeSettings
 from shards.corpus.folder import Corpus
 from tests.helpers.call_count import count_calls
 from tests.helpers.pickles import HostilePickle
@@ -107,7 +108,7 @@ def test_weights_to_train_from_run_no_code(evil, source):
 
 def test_weights_of_speech_recognition_run_no_code(evil):
     with pytest.raises(UserError, match="transcribe.whisper"):
-        load_whisper(TranscribeSettings(whisper=str(evil)))
+        load_recogniser(TranscribeSettings(whisper=str(evil)))
 
 
 def test_weights_of_captioners_and_scorers_run_no_code(evil):

@@ -1,6 +1,5 @@
 """Whisper transcribes videos without a usable subtitle, here with tiny random weights."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,32 +8,21 @@ import torch
 from pydantic import ValidationError
 
 from clipmill.base.errors import ItemError, UserError
-from pipeline.stages.transcribe.transcribe import TranscribeSettings, load_whisper, transcribe_video
+from pipeline.stages.transcribe.recognition import load_recogniser
+from pipeline.stages.transcribe.transcribe import TranscribeSettings, transcribe_video
+from tests.helpers.whisper_weights import save_random_whisper
 
 TONE = (0.3 * np.sin(2 * np.pi * 440 * np.arange(16_000 * 2) / 16_000)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Make a Whisper checkpoint with random weights: the multilingual vocabulary and minimal sizes."""
-    from whisper.model import ModelDimensions, Whisper
-
-    dims = ModelDimensions(
-        n_mels=80, n_audio_ctx=1500, n_audio_state=8, n_audio_head=2, n_audio_layer=1,
-        n_vocab=51865, n_text_ctx=24, n_text_state=8, n_text_head=2, n_text_layer=2,
-    )  # fmt: skip
-    model = Whisper(dims)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-    path = tmp_path_factory.mktemp("whisper") / "random.pt"
-    torch.save({"dims": asdict(dims), "model_state_dict": model.state_dict()}, path)
-    return path
+    return save_random_whisper(tmp_path_factory.mktemp("whisper") / "random.pt")
 
 
 def settings(weights: Path, **changes) -> TranscribeSettings:
     quick = {"whisper_temperatures": [0.0], "whisper_beam_size": 1, "whisper_device": "cpu"}
+    quick |= {"voice_activity": False}  # a tone is no speech
     return TranscribeSettings(**{"whisper": str(weights), **quick, **changes})
 
 
@@ -72,7 +60,7 @@ def test_beam_search_runs_and_a_language_can_be_set(weights):
 
 
 def test_a_model_is_loaded_once_per_process(weights):
-    assert load_whisper(settings(weights)) is load_whisper(settings(weights, min_words=3))
+    assert load_recogniser(settings(weights)) is load_recogniser(settings(weights, min_words=3))
 
 
 def test_real_speech_runs_through(weights, footage):
@@ -117,9 +105,9 @@ def test_a_usable_subtitle_is_preferred_and_an_unusable_one_is_reported(weights,
 
 def test_a_model_that_fails_is_that_video_s_failure(weights):
     class Broken:
-        device = torch.device("cpu")
+        on_cpu, is_multilingual = True, False
 
-        def transcribe(self, samples, **options):
+        def transcribe(self, *arguments):
             raise RuntimeError("out of memory")
 
     with pytest.raises(ItemError, match="asr-failed.*out of memory"):
@@ -128,10 +116,10 @@ def test_a_model_that_fails_is_that_video_s_failure(weights):
 
 def test_a_name_that_is_no_model_is_the_user_s_mistake(weights, tmp_path):
     with pytest.raises(UserError, match="transcribe.whisper = 'enormous'.*tiny"):
-        load_whisper(TranscribeSettings(whisper="enormous"))
+        load_recogniser(TranscribeSettings(whisper="enormous"))
     other = tmp_path / "other.pt"
     torch.save({"weights": 1}, other)
     with pytest.raises(UserError, match="other.pt"):
-        load_whisper(settings(other))
+        load_recogniser(settings(other))
     with pytest.raises(ValidationError, match="whisper_temperatures"):
         TranscribeSettings(whisper_temperatures=[])

@@ -25,7 +25,10 @@ CURRENT_CLIPS = f"""
     SELECT r.*, coalesce(x.text, p.text) AS text,
            coalesce(len(regexp_extract_all(x.text, '\\S+'))::INT, p.num_words) AS num_words,
            if(x.text IS NULL, p.num_sentences, NULL) AS num_sentences,
-           if(x.text IS NULL, p.align_cost, NULL) AS align_cost, p.origin, t.language
+           if(x.text IS NULL, p.align_cost, NULL) AS align_cost,
+           if(x.text IS NULL, p.avg_logprob, NULL) AS avg_logprob,
+           if(x.text IS NULL, p.no_speech_prob, NULL) AS no_speech_prob,
+           if(x.text IS NULL, p.compression_ratio, NULL) AS compression_ratio, p.origin, t.language
     FROM ({chosen_rows("cut", "clips")}) r
     JOIN current_spans p ON p.clip_id = r.clip_id AND p.start_s = r.span_start_s AND p.end_s = r.span_end_s
          AND coalesce(p.source_sha256 = r.source_sha256, true)

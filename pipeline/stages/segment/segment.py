@@ -121,11 +121,13 @@ def segment_video(
     given_spans: Sequence[dict] | None,
     shots: Sequence[tuple[float, float]] | None,
     settings: SegmentSettings,
+    asr_segments: Sequence[dict] = (),
 ) -> Segmented:
     """Return the sentences and spans of one video.
 
     `words` are as `in_order` leaves them. A duration of None or 0 is unknown. `given_spans` are dicts with n (or None),
-    start_s and end_s (None: the end of the video). `shots` are (start_s, end_s), needed if `needs_shots`.
+    start_s and end_s (None: the end of the video). `asr_segments` are those of the transcript. `shots` are (start_s,
+    end_s), needed if `needs_shots`.
     Raises ItemError "duplicate-clip-id" if two given spans have one n, "unknown-duration", "punctuation-failed";
     UserError if `punctuate` does not name a function.
     """
@@ -138,7 +140,7 @@ def segment_video(
         held = {k for span in spans for k in range(span.first_word, span.stop_word)}
         dropped["outside-given-spans"] = len(words) - len(held)
         sentence_rows, span_rows = _rows(
-            video_id, words, costs, split_sentences(words, settings), spans, numbers, "given"
+            video_id, words, costs, split_sentences(words, settings), spans, numbers, "given", asr_segments
         )
     else:
         end_s = duration_s if duration_s and duration_s > 0 else math.inf
@@ -149,7 +151,8 @@ def segment_video(
         for later in split_sentences(words[count:], settings):
             sentences.append(Sentence(later.text, later.first_word + count, later.last_word + count))
         dropped["past-the-end"] = len(words) - count
-        sentence_rows, span_rows = _rows(video_id, words, costs, sentences, spans, range(len(spans)), origin)
+        numbers = range(len(spans))
+        sentence_rows, span_rows = _rows(video_id, words, costs, sentences, spans, numbers, origin, asr_segments)
     return Segmented(sentence_rows, span_rows, dict(sorted((+dropped).items())))
 
 
@@ -417,6 +420,7 @@ def _rows(
     spans: Sequence[_Span],
     numbers: Sequence[int],
     origin: str,
+    asr_segments: Sequence[dict],
 ) -> tuple[list[dict], list[dict]]:
     """Return the rows of `sentences` and of `spans`. A sentence belongs to the span with most of its words."""
     clip_ids = [f"{video_id}.{n}" for n in numbers]
@@ -437,6 +441,7 @@ def _rows(
                 "num_words": stop - first,
                 "align_cost": _mean(costs[first:stop]),
                 "clip_id": clip_ids[by_span[0][0]] if by_span else None,
+                **_confidences(words[first].start_s, words[stop - 1].end_s, asr_segments),
             }
         )
     sentence_of_word = [
@@ -454,6 +459,7 @@ def _rows(
             "num_words": span.stop_word - span.first_word,
             "num_sentences": len(set(sentence_of_word[span.first_word : span.stop_word])),
             "align_cost": _mean(costs[span.first_word : span.stop_word]),
+            **_confidences(span.start_s, span.end_s, asr_segments),
         }
         for span, n, clip_id in zip(spans, numbers, clip_ids, strict=True)
     ]
@@ -462,3 +468,15 @@ def _rows(
 
 def _mean(costs: Sequence[float]) -> float | None:
     return sum(costs) / len(costs) if len(costs) else None
+
+
+def _confidences(start_s: float, end_s: float, asr_segments: Sequence[dict]) -> dict[str, float | None]:
+    """Return the means of what the recogniser said of the segments in an interval, weighted by their seconds in it."""
+    shares = [max(0.0, min(end_s, each["end_s"]) - max(start_s, each["start_s"])) for each in asr_segments]
+    total = sum(shares)
+    return {
+        name: sum(share * each[name] for share, each in zip(shares, asr_segments, strict=True)) / total
+        if total
+        else None
+        for name in ("avg_logprob", "no_speech_prob", "compression_ratio")
+    }

@@ -29,7 +29,7 @@ CURRENT_TEXTS = """
 """
 
 PAYLOAD = """
-    SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.sha256, v.duration_s, t.words,
+    SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.sha256, v.duration_s, t.words, t.asr_segments,
            s.spans AS given_spans
     FROM work w JOIN current_videos v ON v.video_id = w.item_id JOIN current_transcripts t ON t.video_id = w.item_id
     JOIN sources s ON s.video_id = w.item_id
@@ -50,7 +50,9 @@ def run_segment(task: Task) -> Result:
                 path = files_of(task.root).local(item["path"])
                 shots = sandbox().call(detect_shots, path, settings.shots, timeout_s=limit_s)
             with time_limit(settings.timeout_base_s, f"segmenting {len(words):,} words"):
-                segmented = segment_video(item["video_id"], words, item["duration_s"], given, shots, settings)
+                segmented = segment_video(
+                    item["video_id"], words, item["duration_s"], given, shots, settings, item["asr_segments"] or ()
+                )
             stamp = {"source_sha256": item["sha256"]}
             outcome.rows["sentences"] = [{**row, **stamp} for row in segmented.sentences]
             outcome.rows["spans"] = [{**row, **stamp} for row in segmented.spans]

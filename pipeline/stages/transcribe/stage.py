@@ -9,11 +9,11 @@ from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import digest
 from pipeline.runtime.task import Result, Stopwatch, Task, sandbox
 from pipeline.stages.stage import Stage
+from pipeline.stages.transcribe.recognition import Recogniser, load_recogniser
 from pipeline.stages.transcribe.speech import extract_speech
 from pipeline.stages.transcribe.transcribe import (
     TranscribeSettings,
     Transcript,
-    load_whisper,
     transcribe_video,
     transcript_of_subtitles,
 )
@@ -37,13 +37,14 @@ PAYLOAD = """
 
 
 def identity(settings: TranscribeSettings) -> str:
-    """Hash the settings, and the weights if they are a file."""
+    """Hash the settings, and the weights if they are a file or a folder for faster-whisper."""
     path = Path(settings.whisper or "")
-    if not settings.whisper or not (path.suffix or path.is_file()):
-        return settings.fingerprint()
-    if not path.is_file():
+    weights = path / "model.bin" if path.is_dir() else path
+    if settings.whisper and weights.is_file():
+        return digest([settings.fingerprint(), file_sha256(weights)])
+    if path.is_absolute() or path.suffix in (".pt", ".pth", ".bin"):
         raise UserError(f"setting transcribe.whisper = {settings.whisper}: this file does not exist.")
-    return digest([settings.fingerprint(), file_sha256(path)])
+    return settings.fingerprint()
 
 
 def run_transcribe(task: Task) -> Result:
@@ -71,17 +72,19 @@ def run_transcribe(task: Task) -> Result:
                     lambda path: in_sandbox(extract_speech, path, settings.timeout_s, settings.max_speech_s),
                     problems,
                     lambda files, settings: in_sandbox(transcript_of_subtitles, files, settings),
+                    item["language"],
                 )
             except ItemError as error:
                 row, problems = Transcript("none").as_row(), [*problems, error]
-            row["digest"] = digest([row["language"], row["words"]])
+            confidences = [row["asr_segments"]] if row["asr_segments"] else []  # none in rows of earlier versions
+            row["digest"] = digest([row["language"], row["words"], *confidences])
             outcome.rows["transcripts"] = [{"video_id": item["video_id"], "source_sha256": item["sha256"], **row}]
             outcome.parts = [(f"{item['video_id']}.speech", problem) for problem in problems[-1:]]
         outcomes.append(outcome)
     return outcomes, []
 
 
-def _whisper(settings: TranscribeSettings):
+def _whisper(settings: TranscribeSettings) -> Recogniser:
     """Return the model, or raise the ItemError of the first failed attempt to load it in this process."""
     model = _whisper_or_error(settings.model_dump_json())
     if isinstance(model, ItemError):
@@ -92,7 +95,7 @@ def _whisper(settings: TranscribeSettings):
 @lru_cache(maxsize=1)
 def _whisper_or_error(settings: str):
     try:
-        return load_whisper(TranscribeSettings.model_validate_json(settings))
+        return load_recogniser(TranscribeSettings.model_validate_json(settings))
     except ItemError as error:
         return error
 

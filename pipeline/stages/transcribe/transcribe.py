@@ -8,24 +8,15 @@ at the top of this module: torch and Whisper come in when a model is needed.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from clipmill.base.errors import ItemError, UserError
+from clipmill.base.errors import ItemError
 from clipmill.base.settings import operational
-from pipeline.runtime.watchdog import time_limit
-from pipeline.stages.transcribe.subtitles import (
-    Cue,
-    Mark,
-    SubtitleSettings,
-    clean,
-    read_subtitles,
-    unreadable,
-    words_of,
-)
+from pipeline.stages.transcribe.recognition import LoadModel, RecognitionSettings, load_recogniser, recognise
+from pipeline.stages.transcribe.subtitles import read_subtitles, unreadable, words_of
 from pipeline.stages.transcribe.words import Word
 
 if TYPE_CHECKING:
@@ -33,12 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLE_RATE = 16_000  # Hz, Whisper's input
-START_S = 300.0  # allowed for starting recognition of a sound of any length
 
-
-class TranscribeSettings(SubtitleSettings):
-    """Settings of the stage `transcribe`: choice of subtitles, and Whisper for videos without them."""
+class TranscribeSettings(RecognitionSettings):
+    """Settings of the stage `transcribe`: reading and choice of subtitles, and Whisper for videos without them."""
 
     # Subtitle languages, best first; "en" also takes en-US and en-orig. English, because CLIP's text tower reads it.
     languages: list[str] = ["en"]
@@ -51,26 +39,6 @@ class TranscribeSettings(SubtitleSettings):
     # Take word times for a manual transcript from automatic captions, because manual cues are coarsely timed.
     align_manual_to_auto: bool = True
 
-    # Speech recognition for videos without a usable subtitle: a model's name (tiny, base, small, turbo …), a path of
-    # weights, or null for no transcript. base understands clear English and keeps up with speech on one core.
-    whisper: str | None = "base"
-    # The spoken language as Whisper's code (en, de …); null: recognised from the first 30 s.
-    whisper_language: str | None = None
-    # Beams of the search: 5 as in Whisper's paper; 1 decodes greedily, about twice as fast.
-    whisper_beam_size: int = Field(5, ge=1)
-    # Tried in turn while the text is repetitive or improbable, as in Whisper's paper. Above 0 the text is sampled, from
-    # a fixed seed.
-    whisper_temperatures: list[float] = Field([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], min_length=1)
-    # Prompt Whisper with the text before. Off by default: the text is smoother, but repetitions spread.
-    whisper_condition_on_previous: bool = False
-    # Seconds that recognition may take per second of sound, plus five minutes, before it counts as hung. 60 leaves room
-    # for a large model on one slow core.
-    whisper_timeout_per_second: float = operational(60.0, gt=0)
-    # "cuda" or "cpu"; null: a GPU if torch finds one.
-    whisper_device: str | None = operational(None)
-    # Folder of downloaded models; null: Whisper's own cache.
-    whisper_folder: str | None = operational(None)
-
     # Seconds that reading a video's subtitles, and decoding its sound, may each take before they count as hung. Half an
     # hour is enough for hours of video from a slow disk.
     timeout_s: float = operational(1800.0, gt=0)
@@ -81,15 +49,9 @@ class TranscribeSettings(SubtitleSettings):
     # A subtitle file with more words is refused: a million words are a hundred hours of speech.
     max_words: int = operational(1_000_000, ge=1)
 
-    @field_validator("whisper", mode="before")
-    @classmethod
-    def _off_is_none(cls, value: Any) -> Any:
-        return None if value in (False, "", "off", "none") else value  # YAML reads a bare off as false
-
 
 Extract = Callable[[Path], "np.ndarray | None"]  # a video's speech as float32 at 16 kHz, mono
 Read = Callable[[Sequence[dict], TranscribeSettings], "tuple[Transcript | None, list[ItemError]]"]
-LoadModel = Callable[[TranscribeSettings], Any]
 
 
 @dataclass(frozen=True)
@@ -100,6 +62,7 @@ class Transcript:
     language: str | None = None
     word_times: str = "none"  # tags | cues | asr | none
     words: Sequence[Word] = ()
+    asr_segments: Sequence[dict] = ()
 
     def as_row(self) -> dict:
         """Return the columns of `transcripts` except video_id."""
@@ -110,52 +73,26 @@ class Transcript:
             "word_times": self.word_times,
             "words": words,
             "num_words": len(words),
+            "asr_segments": list(self.asr_segments) or None,
         }
-
-
-def load_whisper(settings: TranscribeSettings) -> Any:
-    """Load the Whisper model of the settings, once per process.
-
-    Raises UserError for an unknown model or a missing device, and ItemError "model-unavailable" (transient) if the
-    download fails.
-    """
-    return _load_whisper(settings.whisper, settings.whisper_device, settings.whisper_folder)
-
-
-@lru_cache(maxsize=1)
-def _load_whisper(name: str, device: str | None, folder: str | None) -> Any:
-    import torch
-    import whisper
-
-    if name not in whisper.available_models() and not Path(name).is_file():
-        known = ", ".join(whisper.available_models())
-        raise UserError(f"setting transcribe.whisper = {name!r}: give null, a file of weights, or one of {known}.")
-    try:
-        torch.device(device or "cpu")
-        return whisper.load_model(name, device=device, download_root=folder).eval()
-    except OSError as error:  # without network or disk space every waiting video can be tried again later
-        raise ItemError("model-unavailable", f"Whisper {name}: {error}", transient=True) from error
-    except Exception as error:  # torch and Whisper raise anything for foreign weights or a missing device
-        raise UserError(
-            f"setting transcribe.whisper = {name!r} cannot be loaded on {device or 'the default device'} "
-            f"({type(error).__name__}: {error}); check the weights file and transcribe.whisper_device."
-        ) from error
 
 
 def transcribe_video(
     subtitle_files: Sequence[dict],
     video_path: str | Path,
     settings: TranscribeSettings,
-    load_model: LoadModel = load_whisper,
+    load_model: LoadModel = load_recogniser,
     extract: Extract | None = None,
     problems: list[ItemError] | None = None,
     read: Read | None = None,
+    language: str | None = None,
 ) -> dict:
     """Return the row of `transcripts` for one video, without video_id.
 
     `subtitle_files` are dicts with path, language (or None), kind (manual, auto, given, sidecar) and format (or None).
     `read` reads subtitles, by default `transcript_of_subtitles`; `extract` decodes speech, by default `extract_speech`.
-    Both open hostile files, so callers pass ones that run in a sandbox. A video without sound or speech is not a
+    Both open hostile files, so callers pass ones that run in a sandbox. `language` is the spoken one, if it is known. A
+    video without sound or speech is not a
     failure: its origin is "none", or it has no words. Unusable subtitle files are appended to `problems`, or logged if
     that is None, when the words come from another source.
 
@@ -164,7 +101,7 @@ def transcribe_video(
     """
     transcript, found = _read_safely(_ranked(subtitle_files, settings), settings, read or transcript_of_subtitles)
     if transcript is None and settings.whisper is not None:
-        transcript = _from_speech(Path(video_path), settings, load_model, extract)
+        transcript = _from_speech(Path(video_path), settings, load_model, extract, language)
     elif transcript is None and found and len(found) == len(subtitle_files):
         raise found[0]
     if problems is not None:
@@ -284,7 +221,7 @@ def _on_automatic_times(
 
 
 def _from_speech(
-    path: Path, settings: TranscribeSettings, load_model: LoadModel, extract: Extract | None
+    path: Path, settings: TranscribeSettings, load_model: LoadModel, extract: Extract | None, language: str | None
 ) -> Transcript | None:
     """Transcribe the sound of a video; None without sound. Raises ItemError."""
     if extract is None:
@@ -297,49 +234,5 @@ def _from_speech(
         raise
     if samples is None or not len(samples):
         return None
-    language, words = recognise(samples, load_model(settings), settings)
-    return Transcript("whisper", language, "asr" if words else "none", words)
-
-
-def recognise(samples: "np.ndarray", model: Any, settings: TranscribeSettings) -> tuple[str, list[Word]]:
-    """Recognise speech in 16 kHz mono float32 samples; return its language and words, the same for the same samples.
-
-    Raises ItemError "asr-failed".
-    """
-    import torch
-
-    options = {
-        "beam_size": settings.whisper_beam_size if settings.whisper_beam_size > 1 else None,
-        "language": settings.whisper_language,
-        "fp16": model.device.type == "cuda",
-    }
-    duration_s = len(samples) / SAMPLE_RATE
-    timeout_s = START_S + settings.whisper_timeout_per_second * duration_s
-    try:
-        gpus = [model.device] if model.device.type == "cuda" else []
-        limit = time_limit(timeout_s, f"transcribing {duration_s:,.0f} s of sound")
-        with limit, torch.random.fork_rng(devices=gpus), torch.inference_mode():
-            torch.manual_seed(0)
-            result = model.transcribe(
-                samples.copy(),  # torch needs a writable array
-                temperature=tuple(settings.whisper_temperatures),
-                condition_on_previous_text=settings.whisper_condition_on_previous,
-                word_timestamps=True,
-                **options,
-            )
-    except Exception as error:  # any exception of the model is the failure of this video alone
-        raise ItemError("asr-failed", f"Whisper: {type(error).__name__}: {error}") from error
-    cues = [cue for segment in result["segments"] if (cue := _segment_cue(segment, duration_s, settings))]
-    return result["language"], words_of(cues)[0]
-
-
-def _segment_cue(segment: dict, duration_s: float, settings: TranscribeSettings) -> Cue | None:
-    """Convert a segment of Whisper's to a cue, so that sound and speaker labels are cleaned as those of subtitles."""
-    text, marks = "", []
-    for word in segment.get("words", ()):
-        start_s = min(max(0.0, float(word["start"])), duration_s)
-        marks.append(Mark(len(text), start_s, min(max(start_s, float(word["end"])), duration_s)))
-        text += word["word"]
-    if not marks:
-        return None
-    return Cue(marks[0].start_s, marks[-1].end_s or duration_s, clean(text, settings), tuple(marks))
+    speech = recognise(samples, load_model, settings, language)
+    return Transcript("whisper", speech.language, "asr" if speech.words else "none", speech.words, speech.segments)
