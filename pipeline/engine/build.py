@@ -25,12 +25,13 @@ from pipeline.stages.ingest.stage import IngestReport, ingest_sources
 from pipeline.stages.pack import PackReport, pack_corpus, pack_state
 from pipeline.stages.stage import Stage
 from shards.corpus.folder import Corpus
-from shards.corpus.fragments import fragment_path, sweep_temporaries, write_fragment
+from shards.corpus.fragments import fragment_path, sweep_temporaries
 from shards.corpus.ledger import Ledger, remove_cache
 from shards.corpus.manifest import MANIFEST_NAME, is_current, publish
 from shards.corpus.schema import MANIFEST
 from shards.query.sql import open_manifest, rows_of
 from shards.storage.s3 import MOST_COPIED_BYTES
+from shards.storage.sealed_parquet import write_parquet
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Session:
             ),
         }
         path = fragment_path(self.corpus.root, "runs", self.run_id)
-        write_fragment(path, pa.Table.from_pylist([row], MANIFEST["runs"]))
+        write_parquet(path, pa.Table.from_pylist([row], MANIFEST["runs"]))
         self.corpus.files.upload(str(path.relative_to(self.corpus.root)))
 
     def publish(self) -> None:

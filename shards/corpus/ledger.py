@@ -16,6 +16,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from clipmill.base.errors import UserError
 from clipmill.base.settings import digest
 from clipmill.base.text import sql_literal
 from shards.corpus.fragments import fragment_path, outputs_of, replaced_by, table_schema
@@ -24,6 +25,7 @@ from shards.corpus.stage_query import StageQuery, chosen_rows
 from shards.corpus.tombstones import read_tombstones, tombstone_files
 from shards.storage.local import Files
 from shards.storage.mirror import files_of
+from shards.storage.sealed_parquet import DamagedFile, check_parquet
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.connection = _connect(self.path, memory_limit)
         self.tombstones: tuple[str, ...] = ()  # names of the tombstone files applied to the tables
+        self.damaged: dict[str, str] = {}  # file → what is wrong with it, of the commits that `sync` removed for it
         self.fingerprints: dict[str, str | None] = {}  # of the stages, at the last `refresh_state`
         self._create_tables()
 
@@ -51,8 +54,12 @@ class Ledger:
 
     # -- fragments ------------------------------------------------------------------------------------------------
 
-    def sync(self) -> tuple[int, int]:
-        """Load new fragments, and forget those that are deleted or lack an output; return (loaded, forgotten)."""
+    def sync(self, *, replace_sources: bool = False) -> tuple[int, int]:
+        """Load new fragments; forget those that are deleted, damaged or lack an output; return (loaded, forgotten).
+
+        Raises UserError for a damaged commit of sources, which only their list can make again. With `replace_sources`
+        it is removed like any other, because the caller is about to read lists.
+        """
         present = {file.name: file for file in _scan(self.root / "fragments" / "ledger")}
         known = {
             name: (size, mtime) for name, size, mtime in self._rows("SELECT name, num_bytes, mtime_ns FROM fragments")
@@ -61,12 +68,18 @@ class Ledger:
         whole, outputs = {}, dict(self._rows("SELECT name, outputs FROM fragments"))
         for name, file in present.items():
             unchanged = known.get(name) == (file.num_bytes, file.mtime_ns)
-            named = outputs[name] if unchanged else _outputs_or_none(self.root, name)
-            if named is not None and listing.has_all(named):
+            try:
+                named = outputs[name] if unchanged else self._checked_outputs(name)
+            except DamagedFile as error:  # torn by a crash, or rotten
+                self.damaged[str(error.path.relative_to(self.root))] = error.reason
+                continue
+            if listing.has_all(named):
                 whole[name] = (file, named, unchanged)
         deleted = [name for name in known if name not in whole]
         new = [name for name, (_, _, unchanged) in whole.items() if not unchanged]
         lost = set(present) - set(whole)  # a commit that lacks one of its files counts as never made
+        if not replace_sources:
+            self._refuse_to_lose_sources(lost)
         self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(lost)))
         # A writer that was killed before it cleaned up leaves the commits that it superseded.
         replaced = {old for name in new for old in replaced_by(fragment_path(self.root, "ledger", name))} & set(whole)
@@ -74,6 +87,28 @@ class Ledger:
         self.forget([*deleted, *replaced])
         self.load([name for name in new if name not in replaced])
         return len(new), len(deleted)
+
+    def _checked_outputs(self, name: str) -> dict[str, int]:
+        """Return path → size of the files of a commit after checking its fragments. Raises DamagedFile."""
+        path = fragment_path(self.root, "ledger", name)
+        outputs = outputs_of(path)
+        check_parquet(path, LEDGER)
+        for relative in outputs:
+            table = _table_of(relative)
+            if table in TABLES and (self.root / relative).is_file():
+                check_parquet(self.root / relative, table_schema(table))
+        return outputs
+
+    def _refuse_to_lose_sources(self, lost: Iterable[str]) -> None:
+        """Raise UserError if a commit of sources is among these: without it the next packing would remove clips."""
+        for name in sorted(lost):
+            if name.startswith("ingest-") and not name.startswith("ingest-problems-"):
+                of_it = [f"{path}: {why}" for path, why in self.damaged.items() if Path(path).stem == name]
+                what = "".join(of_it) or f"a file of fragments/ledger/{name}.parquet is missing"
+                raise UserError(
+                    f"{self.root}: a record of sources is damaged ({what}). "
+                    "Put a copy of the file back, or give `clipmill build` all lists of this corpus again."
+                )
 
     def remove_orphans(self) -> int:
         """Delete files that no commit names, left by workers that were killed; return how many.
@@ -128,15 +163,17 @@ class Ledger:
             named, stat = outputs_of(path), path.stat()
             files.append((name, stat.st_size, stat.st_mtime_ns, named))
             for relative in named:
-                parts = Path(relative).parts
-                if parts[0] == "fragments":
-                    by_table[parts[1]].append(str(self.root / relative))
+                if (table := _table_of(relative)) in by_table:  # else of a stage whose package is not installed
+                    by_table[table].append(str(self.root / relative))
         self.connection.execute("BEGIN")
         ledger_files = [str(fragment_path(self.root, "ledger", name)) for name in names]
-        self._insert("ledger", ledger_files)
-        for table, paths in by_table.items():
-            if paths:
-                self._insert(table, paths)
+        try:
+            self._insert("ledger", ledger_files)
+            for table, paths in by_table.items():
+                if paths:
+                    self._insert(table, paths)
+        except duckdb.BinderException as error:
+            raise UserError(f"{self.root} has columns of a newer clipmill: {error}") from error
         self.connection.executemany("INSERT INTO fragments VALUES (?, ?, ?, ?)", files)
         self.connection.execute("COMMIT")
         if by_table["sources"]:
@@ -393,11 +430,10 @@ def _scan(folder: Path) -> list[FragmentFile]:
     return sorted(files, key=lambda file: file.name)
 
 
-def _outputs_or_none(root: Path, name: str) -> dict[str, int] | None:
-    try:
-        return outputs_of(fragment_path(root, "ledger", name))
-    except (pa.ArrowInvalid, OSError):
-        return None  # torn by a crash: `sync` counts it as a commit that was never made
+def _table_of(relative: str) -> str | None:
+    """Return the table of a fragment, None for another file of a commit."""
+    folder, *rest = Path(relative).parts
+    return rest[0] if folder == "fragments" and len(rest) == 2 else None
 
 
 _FRAGMENTS = "name VARCHAR, num_bytes BIGINT, mtime_ns BIGINT, outputs MAP(VARCHAR, BIGINT)"

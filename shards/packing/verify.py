@@ -26,6 +26,7 @@ from shards.packing.index import TEXT_COLUMNS, read_index, read_stamp
 from shards.packing.pack import EXTENSIONS, NEXT, SHARDS_AT_ONCE
 from shards.packing.tar import Member, scan
 from shards.storage.mirror import files_of
+from shards.storage.sealed_parquet import DamagedFile
 
 MAX_TEXT_BYTES = 16_000_000  # a larger KEY.txt or KEY.json is reported, not read
 
@@ -187,7 +188,7 @@ def _keys_of_forgotten(index: Path, forgotten: Tombstones) -> set[str]:
     """Return the keys of forgotten samples that a shard still contains; none if its index is unreadable."""
     try:
         rows = read_index(index)
-    except (pa.ArrowException, OSError, KeyError):
+    except (DamagedFile, OSError):
         return set()
     return set(pc.filter(rows["key"], pa.array(forgotten.cover(rows["video_id"].to_pylist()))).to_pylist())
 
@@ -300,8 +301,8 @@ class _Shard:
             return
         try:
             index, stamp = read_index(path), read_stamp(path)
-        except (pa.ArrowException, OSError, KeyError) as error:
-            yield Problem(where, "", "bad-index", str(error))
+        except (DamagedFile, OSError) as error:
+            yield Problem(where, "", "bad-index", getattr(error, "reason", str(error)))
             return
         if stamp is None:
             yield Problem(where, "", "bad-index", "it does not name the plan that it was written for")
