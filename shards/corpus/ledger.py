@@ -35,6 +35,17 @@ class FragmentFile:
     mtime_ns: int
 
 
+@dataclass(frozen=True)
+class SourceFile:
+    """The file of a downloaded video. `stamp`: see the column `file_stamp` of `downloads`."""
+
+    video_id: str
+    path: str
+    in_place: bool  # a local file that does not belong to the corpus
+    num_bytes: int
+    stamp: str | None
+
+
 class Ledger:
     """The connection to the working database. `memory_limit` bounds DuckDB; no rows are kept in Python."""
 
@@ -261,13 +272,36 @@ class Ledger:
         )
         return self.connection.sql(self.stages[stage].payload).to_arrow_table().to_pylist()
 
-    def sources_of(self, stages: Sequence[str]) -> list[tuple[str, str]]:
-        """Return (video_id, path) of the downloaded videos that have pending items in these stages."""
+    def sources_of(self, stages: Sequence[str]) -> list[SourceFile]:
+        """Return the files of the downloaded videos that have pending items in these stages."""
         wanted = " UNION ".join(
             f"SELECT item_id FROM state_{stage} WHERE status IN ('pending', 'retry')" for stage in stages
         )
-        sql = f"SELECT video_id, path FROM current_videos WHERE extractor <> 'file' AND video_id IN ({wanted})"
-        return self._rows(sql) if stages else []
+        sql = (
+            "SELECT video_id, path, extractor = 'file' AND path LIKE '/%', num_bytes, file_stamp FROM current_videos "
+            f"WHERE path IS NOT NULL AND video_id IN ({wanted})"
+        )
+        return [SourceFile(*row) for row in self._rows(sql)] if stages else []
+
+    def retry_changed(self, stages: Sequence[str], run_id: str) -> list[str]:
+        """Return the videos whose files had other bytes when one of these stages read them, and allow it another try.
+
+        Left out are those that were downloaded since, or in this run.
+        """
+        if not stages:
+            return []
+        states = " UNION ALL ".join(f"SELECT '{stage}' AS stage, * FROM state_{stage}" for stage in stages)
+        rows = self._rows(f"""
+            SELECT l.stage, l.failed_id, l.attempts FROM ({_LAST_FAILURE}) l
+            JOIN ({states}) s ON s.stage = l.stage AND s.item_id = l.failed_id AND s.key = l.failed_key
+            WHERE l.error_class = 'source-changed' AND s.status IN ('failed', 'retry') AND NOT EXISTS (
+                SELECT 1 FROM ledger d WHERE d.stage = 'download' AND d.item_id = l.failed_id
+                AND (d.run_id = {sql_literal(run_id)} OR d."at" > l."at")
+            )
+        """)
+        if rows:
+            self.connection.executemany("INSERT INTO once_more VALUES (?, ?, ?)", rows)
+        return [item_id for _, item_id, _ in rows]
 
     def sources_cut(self) -> list[str]:
         """Return the paths of the videos that were copied into the corpus and whose clips are all cut."""
