@@ -175,11 +175,14 @@ def stats(corpus: CorpusArgument) -> None:
 def verify(
     corpus: CorpusArgument,
     decode: Annotated[bool, typer.Option(help="Also decode every clip and count its frames.")] = True,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also read all other files: sources, subtitles, clips, fragments, manifest.")
+    ] = False,
 ) -> None:
-    """Check every shard against the manifest. Exits with 1 if there is a problem."""
+    """Check every shard against the manifest, with --deep every file. Exits with 1 if there is a problem."""
     from clipmill.cli.display import verify_corpus
 
-    raise typer.Exit(verify_corpus(corpus, decode))
+    raise typer.Exit(verify_corpus(corpus, decode, deep))
 
 
 @app.command()

@@ -17,6 +17,8 @@ from pipeline.engine.registry import stages
 from pipeline.stages.ingest.stage import IngestReport
 from pipeline.stages.pack import PACK
 from shards.corpus.folder import Corpus
+from shards.packing.deep_verify import repair_of
+from shards.packing.verify import Problem
 
 PLAIN_OUTPUT_INTERVAL_S = 10.0  # between progress lines where the output is not a terminal
 OPEN = ("pending", "retry")
@@ -38,6 +40,11 @@ class Terminal:
     def settings_changed(self, changed: list[str]) -> None:
         for line in changed:
             self.console.print(f"[yellow]setting changed[/] {escape(line)}")
+
+    def damaged(self, problems: list[Problem]) -> None:
+        for problem in problems:
+            what = one_line(f"{problem.path} {problem.item}: {problem.message}")
+            self.console.print(f"[yellow]damaged[/] {escape(what)}; it is made again", soft_wrap=True)
 
     def ingested(self, report: IngestReport) -> None:
         self.console.print(
@@ -219,17 +226,21 @@ def _show_idle(console: Console, current: Status) -> None:
     print_failures(console, current.failures)
 
 
-def verify_corpus(root: str | Path, decode: bool) -> int:
-    """Print the problems of the shards; return the exit code."""
+def verify_corpus(root: str | Path, decode: bool, deep: bool = False) -> int:
+    """Print the problems of the shards, or with `deep` of all files, and the commands that repair them."""
     from pipeline.maintenance.verify import verify_with_sandbox
 
     console = plain_console()
-    problems, checked = verify_with_sandbox(root, decode, console)
+    problems, checked = verify_with_sandbox(root, decode, console, deep=deep)
     for problem in problems:
         colour = "yellow" if problem.is_warning else "red"
         console.print(
             f"[{colour}]{problem.kind}[/] {escape(one_line(f'{problem.path} {problem.item}: {problem.message}'))}"
         )
+    repairs = dict.fromkeys(repair_of(problem, str(root)) for problem in problems if not problem.is_warning)
+    for command in repairs if deep else ():
+        count = sum(not problem.is_warning and repair_of(problem, str(root)) == command for problem in problems)
+        console.print(f"[dim]repair of {count:,}:[/] {escape(command)}", soft_wrap=True)
     wrong = sum(not problem.is_warning for problem in problems)
     console.print(f"{checked}: {f'{wrong:,} problems' if wrong else 'no problems'}")
     return 1 if wrong else 0

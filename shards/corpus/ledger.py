@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from clipmill.base.errors import UserError
 from clipmill.base.settings import digest
-from clipmill.base.text import sql_literal
-from shards.corpus.fragments import fragment_path, outputs_of, replaced_by, table_schema
+from clipmill.base.text import sql_identifier, sql_literal
+from shards.corpus.fragments import fragment_path, outputs_of, replaced_by, table_schema, write_commit
 from shards.corpus.schema import LEDGER, TABLES
 from shards.corpus.stage_query import StageQuery, chosen_rows
 from shards.corpus.tombstones import read_tombstones, tombstone_files
@@ -83,7 +83,10 @@ class Ledger:
                 named = outputs[name] if unchanged else self._checked_outputs(name)
             except DamagedFile as error:  # torn by a crash, or rotten
                 self.damaged[str(error.path.relative_to(self.root))] = error.reason
-                continue
+                if not (name in known and _is_list(name) and listing.has_all(outputs[name])):
+                    continue
+                self.rewrite(name)  # no stage can make it again
+                named, unchanged = outputs[name], True
             if listing.has_all(named):
                 whole[name] = (file, named, unchanged)
         deleted = [name for name in known if name not in whole]
@@ -113,7 +116,7 @@ class Ledger:
     def _refuse_to_lose_sources(self, lost: Iterable[str]) -> None:
         """Raise UserError if a commit of sources is among these: without it the next packing would remove clips."""
         for name in sorted(lost):
-            if name.startswith("ingest-") and not name.startswith("ingest-problems-"):
+            if _is_list(name):
                 of_it = [f"{path}: {why}" for path, why in self.damaged.items() if Path(path).stem == name]
                 what = "".join(of_it) or f"a file of fragments/ledger/{name}.parquet is missing"
                 raise UserError(
@@ -132,6 +135,39 @@ class Ledger:
         orphans = [relative for relative in there if relative not in owned]
         self.files.remove(*orphans)
         return len(orphans)
+
+    def rewrite(self, name: str) -> None:
+        """Write the fragments of a commit again from the rows in this database, which were checked when loaded."""
+        outputs = dict(self._rows("SELECT name, outputs FROM fragments WHERE name = ?", [name])).get(name)
+        if outputs is None:
+            return  # not loaded: `sync` has removed it
+        ((num_rows, written),) = self._rows(
+            "SELECT (SELECT count(*) FROM sources WHERE fragment = $1), sum(num_rows) FROM ledger WHERE fragment = $1",
+            [name],
+        )
+        if _is_list(name) and num_rows != written:  # forgotten sources are not in this database any more
+            self._refuse_to_lose_sources([name])
+        tables = {
+            table: self._rows_of(name, table, table_schema(table))
+            for table in sorted({_table_of(relative) for relative in outputs} & set(TABLES))
+        }
+        media = [relative for relative in outputs if _table_of(relative) is None]
+        write_commit(self.root, name, tables, self._rows_of(name, "ledger", LEDGER), media, fsync=True)
+        self.load([name])
+
+    def _rows_of(self, commit: str, table: str, schema: pa.Schema) -> pa.Table:
+        columns = ", ".join(sql_identifier(column) for column in schema.names)
+        sql = f"SELECT {columns} FROM {table} WHERE fragment = $name ORDER BY rowid"
+        return self.connection.sql(sql, params={"name": commit}).to_arrow_table().cast(schema)
+
+    def drawn_files(self, seed: str, most: int) -> list[tuple[str, int]]:
+        """Return (path, bytes) of fragments in an order that depends on the seed."""
+        return self._rows(
+            "WITH files AS (SELECT 'fragments/ledger/' || name || '.parquet' AS path, num_bytes FROM fragments "
+            "UNION ALL SELECT o.key, o.value FROM (SELECT unnest(map_entries(outputs)) AS o FROM fragments)) "
+            "SELECT path, num_bytes FROM files WHERE path LIKE 'fragments/%' ORDER BY hash(path || ?) LIMIT ?",
+            [seed, most],
+        )
 
     def drop_superseded(self, stage: str) -> int:
         """Delete a stage's commits without a row that still counts; return how many.
@@ -462,6 +498,11 @@ def _scan(folder: Path) -> list[FragmentFile]:
             stat = entry.stat()
             files.append(FragmentFile(entry.name.removesuffix(".parquet"), stat.st_size, stat.st_mtime_ns))
     return sorted(files, key=lambda file: file.name)
+
+
+def _is_list(commit: str) -> bool:
+    """Return whether a commit holds sources, which only the lists of the user can make again."""
+    return commit.startswith("ingest-") and not commit.startswith("ingest-problems-")
 
 
 def _table_of(relative: str) -> str | None:

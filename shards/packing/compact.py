@@ -355,7 +355,7 @@ def _write_in_place_of(root: Path, old: str, tables: dict[str, pa.Table], ledger
         rows = tables[table].to_pylist()
         write_clips(root / media[0], rows, lambda row: files_of(root).local(row["tar"]))
         tables[table] = pa.Table.from_pylist([row | {"tar": media[0]} for row in rows], tables[table].schema)
-    write_commit(root, name, tables, ledger, media, replaces=old)
+    write_commit(root, name, tables, ledger, media, replaces=old, fsync=True)  # the old one is removed next
 
 
 def _fragments(root: Path, table: str) -> list[Path]:

@@ -47,6 +47,10 @@ CLIP_FACTS = {  # column of the index → column of `clips` that it has to equal
     "frame_time_s": "frame_time_s",
 }
 
+_WARNINGS = (
+    "same-caption", "forgotten", "unknown-origin", "no-checksum", "missing-source", "missing-subtitle",
+)  # fmt: skip
+
 Row = dict[str, Any]
 
 
@@ -56,7 +60,9 @@ class Problem:
 
     kinds: missing-file, orphan-file, bad-index, bad-tar, missing-member, extra-member, misplaced-member, hash-mismatch,
     text-mismatch, bad-json, sample-mismatch, clip-mismatch, unknown-clip, stale-text, undecodable, frame-count,
-    missing-sample, wrong-pair; and the warnings same-caption, forgotten, unknown-origin.
+    missing-sample, wrong-pair; of other files (`shards.packing.deep_verify`) damaged, missing-file, changed-source,
+    changed-subtitle, changed-clip; and the warnings same-caption, forgotten, unknown-origin, no-checksum,
+    missing-source, missing-subtitle.
     """
 
     path: str
@@ -66,7 +72,7 @@ class Problem:
 
     @property
     def is_warning(self) -> bool:
-        return self.kind in ("same-caption", "forgotten", "unknown-origin")
+        return self.kind in _WARNINGS
 
 
 def verify(
