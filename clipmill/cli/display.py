@@ -42,9 +42,7 @@ class Terminal:
             self.console.print(f"[yellow]setting changed[/] {escape(line)}")
 
     def damaged(self, problems: list[Problem]) -> None:
-        for problem in problems:
-            what = one_line(f"{problem.path} {problem.item}: {problem.message}")
-            self.console.print(f"[yellow]damaged[/] {escape(what)}; it is made again", soft_wrap=True)
+        show_damaged(self.console, problems)
 
     def ingested(self, report: IngestReport) -> None:
         self.console.print(
@@ -154,6 +152,12 @@ class Terminal:
         self.console.print(f"[dim]{seconds:,.1f} s in total, of which {driver_s:,.1f} s for ledger and manifest[/]")
 
 
+def show_damaged(console: Console, problems: Sequence[Problem]) -> None:
+    for problem in problems:
+        what = one_line(f"{problem.path} {problem.item}".rstrip() + f": {problem.message}")
+        console.print(f"[yellow]damaged[/] {escape(what)}. `clipmill build` makes it again", soft_wrap=True)
+
+
 def progress_row(engine: Engine, totals: dict[str, int], elapsed_s: float) -> dict:
     """Return the progress of a running build for `status` in another process."""
     stages = {}
@@ -195,6 +199,7 @@ def _show_running(console: Console, progress: dict) -> None:
 
 
 def _show_idle(console: Console, current: Status) -> None:
+    show_damaged(console, current.damaged)
     for line in current.changed:
         console.print(f"[yellow]if set[/] {escape(line)}")
     table = Table(box=None, pad_edge=False)

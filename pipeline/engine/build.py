@@ -92,12 +92,16 @@ class Session:
         write_parquet(path, pa.Table.from_pylist([row], MANIFEST["runs"]))
         self.corpus.files.upload(str(path.relative_to(self.corpus.root)))
 
+    @property
+    def damaged(self) -> list[Problem]:
+        """Return the damaged fragments whose commits do not count any more."""
+        return [Problem(path, "", "damaged", why) for path, why in self.ledger.damaged.items()]
+
     def repair_damage(self, display) -> None:
-        """Show the damaged files that `sync`, the last `verify --deep` and a random look have found; repair them."""
-        problems = [Problem(path, "", "damaged", why) for path, why in self.ledger.damaged.items()]
+        """Show the damaged files that the last `verify --deep` and a random look have found; repair them."""
         rot = find_rot(self.corpus, self.ledger, self.settings.engine.check_bytes, self.run_id)
-        display.damaged([*problems, *rot])
         if rot:
+            display.damaged(rot)
             repair(self.corpus, self.ledger, rot)
             self.refresh_state()
 
@@ -182,6 +186,7 @@ def build(
             report.ingest = ingest_sources(current, sources)
             display.ingested(report.ingest)
         current.refresh_state()
+        display.damaged(current.damaged)
         if "ingest" in stages:
             current.repair_damage(display)
         if redo or where:
@@ -253,6 +258,7 @@ class Status:
     failures: list[tuple[str, str, int, str]]
     pack: dict[str, int]
     changed: list[str]
+    damaged: list[Problem]  # fragments whose items are pending again
 
 
 def status(root: str | Path, assignments: list[str]) -> Status:
@@ -271,7 +277,7 @@ def status(root: str | Path, assignments: list[str]) -> Status:
                 publish(ledger)  # another version wrote it, so it may lack columns that packing reads
             changed = difference(saved, settings.model_dump(mode="json"))
             off = [stage.name for stage in registry.stages() if stage.is_off(getattr(settings, stage.name))]
-            return Status(ledger.counts(), off, current.failures(), pack_state(current), changed)
+            return Status(ledger.counts(), off, current.failures(), pack_state(current), changed, current.damaged)
         finally:
             ledger.close()
 

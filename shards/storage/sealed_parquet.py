@@ -1,7 +1,7 @@
 """Parquet files that show damage: every page has a checksum, and the whole file a seal.
 
 The checksums of Parquet (CRC-32) cover pages. A changed bit in the footer could still rename a column, drop a row or
-move a page. So 40 bytes between the last page and the footer, the seal, hold the SHA-256 of all other bytes. Parquet
+move a page. So 48 bytes between the last page and the footer, the seal, hold the SHA-256 of all other bytes. Parquet
 keeps optional structures such as page indexes there, so every reader opens the file.
 
 Files of earlier versions have neither. They are opened, and only damage that breaks the format is found in them.
