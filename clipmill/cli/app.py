@@ -6,6 +6,7 @@ Exit codes: 0 all done · 1 some items failed (printed and recorded) · 2 a wron
 import atexit
 import errno
 import os
+import re
 import shlex
 import sys
 from contextlib import suppress
@@ -175,11 +176,14 @@ def stats(corpus: CorpusArgument) -> None:
 def verify(
     corpus: CorpusArgument,
     decode: Annotated[bool, typer.Option(help="Also decode every clip and count its frames.")] = True,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also read all other files: sources, subtitles, clips, fragments, manifest.")
+    ] = False,
 ) -> None:
-    """Check every shard against the manifest. Exits with 1 if there is a problem."""
+    """Check every shard against the manifest, with --deep every file. Exits with 1 if there is a problem."""
     from clipmill.cli.display import verify_corpus
 
-    raise typer.Exit(verify_corpus(corpus, decode))
+    raise typer.Exit(verify_corpus(corpus, decode, deep))
 
 
 @app.command()
@@ -444,6 +448,9 @@ def _run() -> int:
         typer.echo("\nclipmill: interrupted. Run the same command again to resume.", err=True)
         return 130
     except Exception as error:
+        if _is_damaged_database(error):
+            typer.echo(f"clipmill: {error}\nThe manifest is damaged: `clipmill build` publishes it again.", err=True)
+            return 2
         if not _is_unwritable_disk(error):
             raise
         typer.echo(f"clipmill: {error}. Committed work is safe; fix this and run the command again.", err=True)
@@ -451,6 +458,11 @@ def _run() -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+def _is_damaged_database(error: Exception) -> bool:
+    """Tell errors of a database with wrong bytes, which DuckDB finds when a query reads them."""
+    return "duckdb" in type(error).__module__ and re.search("checksum|corrupt", str(error), re.IGNORECASE) is not None
 
 
 def _is_unwritable_disk(error: Exception) -> bool:

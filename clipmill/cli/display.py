@@ -17,6 +17,8 @@ from pipeline.engine.registry import stages
 from pipeline.stages.ingest.stage import IngestReport
 from pipeline.stages.pack import PACK
 from shards.corpus.folder import Corpus
+from shards.packing.deep_verify import repair_of
+from shards.packing.verify import Problem
 
 PLAIN_OUTPUT_INTERVAL_S = 10.0  # between progress lines where the output is not a terminal
 OPEN = ("pending", "retry")
@@ -38,6 +40,9 @@ class Terminal:
     def settings_changed(self, changed: list[str]) -> None:
         for line in changed:
             self.console.print(f"[yellow]setting changed[/] {escape(line)}")
+
+    def damaged(self, problems: list[Problem]) -> None:
+        show_damaged(self.console, problems)
 
     def ingested(self, report: IngestReport) -> None:
         self.console.print(
@@ -147,6 +152,12 @@ class Terminal:
         self.console.print(f"[dim]{seconds:,.1f} s in total, of which {driver_s:,.1f} s for ledger and manifest[/]")
 
 
+def show_damaged(console: Console, problems: Sequence[Problem]) -> None:
+    for problem in problems:
+        what = one_line(f"{problem.path} {problem.item}".rstrip() + f": {problem.message}")
+        console.print(f"[yellow]damaged[/] {escape(what)}. `clipmill build` makes it again", soft_wrap=True)
+
+
 def progress_row(engine: Engine, totals: dict[str, int], elapsed_s: float) -> dict:
     """Return the progress of a running build for `status` in another process."""
     stages = {}
@@ -188,6 +199,7 @@ def _show_running(console: Console, progress: dict) -> None:
 
 
 def _show_idle(console: Console, current: Status) -> None:
+    show_damaged(console, current.damaged)
     for line in current.changed:
         console.print(f"[yellow]if set[/] {escape(line)}")
     table = Table(box=None, pad_edge=False)
@@ -219,17 +231,21 @@ def _show_idle(console: Console, current: Status) -> None:
     print_failures(console, current.failures)
 
 
-def verify_corpus(root: str | Path, decode: bool) -> int:
-    """Print the problems of the shards; return the exit code."""
+def verify_corpus(root: str | Path, decode: bool, deep: bool = False) -> int:
+    """Print the problems of the shards, or with `deep` of all files, and the commands that repair them."""
     from pipeline.maintenance.verify import verify_with_sandbox
 
     console = plain_console()
-    problems, checked = verify_with_sandbox(root, decode, console)
+    problems, checked = verify_with_sandbox(root, decode, console, deep=deep)
     for problem in problems:
         colour = "yellow" if problem.is_warning else "red"
         console.print(
             f"[{colour}]{problem.kind}[/] {escape(one_line(f'{problem.path} {problem.item}: {problem.message}'))}"
         )
+    repairs = dict.fromkeys(repair_of(problem, str(root)) for problem in problems if not problem.is_warning)
+    for command in repairs if deep else ():
+        count = sum(not problem.is_warning and repair_of(problem, str(root)) == command for problem in problems)
+        console.print(f"[dim]repair of {count:,}:[/] {escape(command)}", soft_wrap=True)
     wrong = sum(not problem.is_warning for problem in problems)
     console.print(f"{checked}: {f'{wrong:,} problems' if wrong else 'no problems'}")
     return 1 if wrong else 0

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from clipmill.base.errors import ItemError
 from pipeline.editing.clips import Video
+from pipeline.runtime.source_file import unchanged
 from pipeline.runtime.task import sandbox
 from pipeline.stages.cut.cut import cut_in_sandbox
 from pipeline.stages.cut.settings import CutSettings, SpanRequest
@@ -54,7 +55,8 @@ def _of_source(
     fewer = cut.model_copy(update={"fps": settings.frames_per_s, "audio": False, "caption_frames": 1, "min_frames": 1})
     stretches = [SpanRequest(str(n), n, start, end) for n, (start, end) in enumerate(stretches_of(clips.room_N2))]
     with _scratch() as path:
-        result = cut_in_sandbox(sandbox(), _source(root, video), stretches, fewer, path, clips.duration_s)
+        with _source(root, video) as source:
+            result = cut_in_sandbox(sandbox(), source, stretches, fewer, path, clips.duration_s)
         for _, error in result.failures:
             raise error
         for row in result.rows:
@@ -88,7 +90,8 @@ def cut_again(
         return [], []
     if video.items[0]["source"]:
         path = folder / video.video_id
-        result = cut_in_sandbox(sandbox(), _source(root, video), spans, cut, path, video.items[0]["duration_s"])
+        with _source(root, video) as source:
+            result = cut_in_sandbox(sandbox(), source, spans, cut, path, video.items[0]["duration_s"])
         return [_stamped(video, row) for row in result.rows], result.failures
     return _cut_clips(root, video, spans, cut, folder)
 
@@ -135,8 +138,12 @@ def _stamped(video: Video, row: dict[str, Any]) -> dict[str, Any]:
     return row | {"video_id": video.video_id, "source_sha256": video.items[0]["source_sha256"]}
 
 
-def _source(root: Path, video: Video) -> Path:
-    return root / video.items[0]["source"]
+@contextmanager
+def _source(root: Path, video: Video) -> Iterator[Path]:
+    """Yield the video's file, which has the bytes that its clips were cut from. Raises ItemError "source-changed"."""
+    path = root / video.items[0]["source"]
+    with unchanged(path, video.items[0]["source_sha256"]):
+        yield path
 
 
 @contextmanager

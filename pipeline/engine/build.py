@@ -19,18 +19,21 @@ import pyarrow as pa
 from clipmill.base.errors import UserError
 from pipeline.engine import registry
 from pipeline.engine.driver import Engine, EngineReport
+from pipeline.engine.repair import find_rot, repair
 from pipeline.engine.settings import CorpusSettings, resolve
 from pipeline.runtime.watchdog import sweep_reports
 from pipeline.stages.ingest.stage import IngestReport, ingest_sources
 from pipeline.stages.pack import PackReport, pack_corpus, pack_state
 from pipeline.stages.stage import Stage
 from shards.corpus.folder import Corpus
-from shards.corpus.fragments import fragment_path, sweep_temporaries, write_fragment
+from shards.corpus.fragments import fragment_path, sweep_temporaries
 from shards.corpus.ledger import Ledger, remove_cache
 from shards.corpus.manifest import MANIFEST_NAME, is_current, publish
 from shards.corpus.schema import MANIFEST
+from shards.packing.verify import Problem
 from shards.query.sql import open_manifest, rows_of
 from shards.storage.s3 import MOST_COPIED_BYTES
+from shards.storage.sealed_parquet import write_parquet
 
 
 @dataclass
@@ -86,8 +89,21 @@ class Session:
             ),
         }
         path = fragment_path(self.corpus.root, "runs", self.run_id)
-        write_fragment(path, pa.Table.from_pylist([row], MANIFEST["runs"]))
+        write_parquet(path, pa.Table.from_pylist([row], MANIFEST["runs"]))
         self.corpus.files.upload(str(path.relative_to(self.corpus.root)))
+
+    @property
+    def damaged(self) -> list[Problem]:
+        """Return the damaged fragments whose commits do not count any more."""
+        return [Problem(path, "", "damaged", why) for path, why in self.ledger.damaged.items()]
+
+    def repair_damage(self, display) -> None:
+        """Show the damaged files that the last `verify --deep` and a random look have found; repair them."""
+        rot = find_rot(self.corpus, self.ledger, self.settings.engine.check_bytes, self.run_id)
+        if rot:
+            display.damaged(rot)
+            repair(self.corpus, self.ledger, rot)
+            self.refresh_state()
 
     def publish(self) -> None:
         self.refresh_state()
@@ -99,12 +115,20 @@ class Session:
 
 @contextmanager
 def session(
-    root: str | Path, recipe: str | None, assignments: list[str], command: str, *, create: bool, fresh: bool = False
+    root: str | Path,
+    recipe: str | None,
+    assignments: list[str],
+    command: str,
+    *,
+    create: bool,
+    fresh: bool = False,
+    replace_sources: bool = False,
 ) -> Iterator[tuple[Session, list[str]]]:
     """Open a corpus for writing; yield it with the settings that changed. Raises UserError.
 
     Args:
         fresh: rebuild the working database, because rows deleted from it leave their bytes in the file.
+        replace_sources: a damaged record of sources is removed, because lists are about to be read.
     """
     corpus = Corpus(root)
     if not create:
@@ -128,7 +152,7 @@ def session(
             remove_cache(corpus.root)
         ledger = Ledger(corpus.root, registry.stages(), memory_limit=settings.engine.driver_memory)
         try:
-            ledger.sync()
+            ledger.sync(replace_sources=replace_sources)
             ledger.remove_orphans()
             changed = difference(with_defaults(saved), resolved) if saved else []
             yield Session(corpus, settings, ledger, command), changed
@@ -151,7 +175,10 @@ def build(
     """Ingest `sources` if any, run the named stages, pack if "pack" is among them, publish."""
     display = display or Silent()
     report = BuildReport()
-    with session(root, recipe, assignments, command, create="ingest" in stages) as (current, report.changed):
+    with session(root, recipe, assignments, command, create="ingest" in stages, replace_sources=bool(sources)) as (
+        current,
+        report.changed,
+    ):
         for stage in registry.stages():
             if list(stages) == [stage.name] and stage.is_off(getattr(current.settings, stage.name)):
                 raise UserError(f"{stage.name}.{stage.switch} is null, so the stage is off; --set it to turn it on.")
@@ -160,6 +187,9 @@ def build(
             report.ingest = ingest_sources(current, sources)
             display.ingested(report.ingest)
         current.refresh_state()
+        display.damaged(current.damaged)
+        if "ingest" in stages:
+            current.repair_damage(display)
         if redo or where:
             for stage in (stage for stage in registry.stages() if stage.name in stages):
                 named = _items_named(current.corpus, stage, where) if where else current.ledger.items_of(stage.name)
@@ -237,6 +267,7 @@ class Status:
     failures: list[tuple[str, str, int, str]]
     pack: dict[str, int]
     changed: list[str]
+    damaged: list[Problem]  # fragments whose items are pending again
 
 
 def status(root: str | Path, assignments: list[str]) -> Status:
@@ -255,7 +286,7 @@ def status(root: str | Path, assignments: list[str]) -> Status:
                 publish(ledger)  # another version wrote it, so it may lack columns that packing reads
             changed = difference(with_defaults(saved), settings.model_dump(mode="json"))
             off = [stage.name for stage in registry.stages() if stage.is_off(getattr(settings, stage.name))]
-            return Status(ledger.counts(), off, current.failures(), pack_state(current), changed)
+            return Status(ledger.counts(), off, current.failures(), pack_state(current), changed, current.damaged)
         finally:
             ledger.close()
 
@@ -269,6 +300,7 @@ class Silent:
     """A display that shows nothing, for tests and library callers. The command line has `clipmill.cli.display`."""
 
     def settings_changed(self, changed: list[str]) -> None: ...
+    def damaged(self, problems: list[Problem]) -> None: ...
     def ingested(self, report: IngestReport) -> None: ...
     def plan(self, counts: dict, stages: Sequence[str]) -> None: ...
     def tick(self, engine: Engine) -> None: ...

@@ -21,12 +21,13 @@ from clipmill.base.errors import ItemError
 from pipeline.engine.pools import InFlightTask, Pools, WorkerFailure
 from pipeline.engine.registry import fingerprints, stages
 from pipeline.engine.settings import CorpusSettings
+from pipeline.runtime.source_file import file_stamp
 from pipeline.runtime.task import Outcome, Task, commit
 from pipeline.runtime.watchdog import take_report
 from pipeline.stages.stage import Stage
 from shards.corpus.folder import Corpus
 from shards.corpus.fragments import Commit
-from shards.corpus.ledger import Ledger
+from shards.corpus.ledger import Ledger, SourceFile
 from shards.corpus.manifest import publish
 
 MAX_LOST = 12  # times that a task may be lost with this process's node before that counts as a worker failure
@@ -165,13 +166,26 @@ class Engine:
         self.report.loop_s += time.perf_counter() - started
 
     def _fetch_lost_sources(self) -> bool:
-        """Download again the sources that were deleted after cutting and that a pending item has to read."""
+        """Download again the sources that a pending item has to read and that were deleted or changed.
+
+        A local file that a list names is not copied: it is hashed again if its stamp is another. A copy that was only
+        touched still has its bytes, so it is downloaded only after a stage has found other ones.
+        """
         if "download" not in (stage.name for stage in self.stages):
             return False
         readers = [stage.name for stage in self.stages if stage.reads_source]
-        lost = [video_id for video_id, path in self.ledger.sources_of(readers) if not self.corpus.files.has(path)]
+        lost = [source.video_id for source in self.ledger.sources_of(readers) if self._is_lost(source)]
+        lost += self.ledger.retry_changed(readers, self.run_id)
         self.ledger.mark_pending("download", lost)
         return bool(lost)
+
+    def _is_lost(self, source: SourceFile) -> bool:
+        if not source.in_place and not self.corpus.files.has(source.path):
+            return True
+        path = self.corpus.root / source.path
+        if self.corpus.store or not path.is_file():
+            return False
+        return path.stat().st_size != source.num_bytes or (source.in_place and file_stamp(path) != source.stamp)
 
     def _batches(self, stage: Stage, items: list[dict]) -> Iterator[list[dict]]:
         """Split items into batches of bounded cost, in item order: the same pending items make the same batches."""
@@ -199,6 +213,7 @@ class Engine:
             run_id=self.run_id,
             store=self.corpus.store,
             lock_owner=self.corpus.lock_owner,
+            fsync=self.settings.engine.fsync and self.corpus.store is None,  # a store keeps what it has accepted
         )
 
     def _enqueue(self, stage: Stage, task: Task, num_failures: int = 0, num_lost: int = 0) -> None:

@@ -35,6 +35,12 @@ class EngineSettings(Settings):
     max_attempts: int = Field(3, ge=1)
     # Least seconds between two publications of the manifest, which take at most 5 % of the time.
     publish_every_s: float = Field(10, gt=0)
+    # Flush downloads, clips and fragments to the disk before a commit counts, so that a power cut loses no committed
+    # work. Off is faster where that does not matter or the disk is slow; a process that is killed loses nothing anyway.
+    fsync: bool = True
+    # Bytes of the corpus that a build reads, chosen at random, to find damaged files; 0 reads none. `clipmill verify
+    # --deep` reads all. 64 MB take less than a second.
+    check_bytes: int = Field(64_000_000, ge=0)
     # DuckDB's memory limit in the driver.
     driver_memory: str = Field("1GB", pattern=r"^\d+(MB|GB)$")
 

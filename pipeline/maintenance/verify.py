@@ -5,14 +5,17 @@ import os
 import threading
 from pathlib import Path
 
+import duckdb
 from rich.console import Console
 from rich.progress import Progress
 
-from clipmill.base.errors import ItemError
+from clipmill.base.errors import ItemError, UserError
 from clipmill.media.encode import JPEG_MAGIC, jpeg_frames
 from clipmill.media.probe import NO_REFERENCES
 from clipmill.media.sandbox import Sandbox
+from pipeline.engine.repair import write_suspects
 from shards.corpus.folder import SETTINGS, Corpus
+from shards.packing.deep_verify import deep_problems
 from shards.packing.verify import Problem, verify
 from shards.query.sql import open_manifest
 from shards.storage.local import MANIFEST_NAME
@@ -21,8 +24,37 @@ from shards.storage.mirror import for_reading
 CLIP_TIMEOUT_S = 120.0
 
 
-def verify_with_sandbox(root: str | Path, decode: bool, console: Console) -> tuple[list[Problem], str]:
-    """Return the problems of a corpus's shards, and a description of the check."""
+def verify_with_sandbox(
+    root: str | Path, decode: bool, console: Console, *, deep: bool = False
+) -> tuple[list[Problem], str]:
+    """Return the problems of a corpus's shards, or with `deep` of all files, and a description of the check.
+
+    The next build looks at the problems of a deep check and repairs what it can.
+    """
+    if not deep:
+        return _verify_shards(root, decode, console)
+    corpus = Corpus(root).require()
+    here = for_reading(root, SETTINGS, MANIFEST_NAME, "fragments/", "shards/")
+    problems, checked = [], "no manifest"
+    try:
+        corpus.load_settings()
+    except UserError as error:
+        problems.append(Problem(SETTINGS, "", "damaged", str(error)))
+    try:
+        with open_manifest(here) as connection:
+            problems += deep_problems(here, connection)
+        found, checked = _verify_shards(root, decode, console)
+        problems += found
+    except (UserError, duckdb.Error) as error:
+        problems += deep_problems(here, None)
+        problems.append(Problem(MANIFEST_NAME, "", "damaged", str(error)))
+    problems = sorted(dict.fromkeys(problems), key=lambda problem: problem.is_warning)
+    corpus.private.mkdir(exist_ok=True)
+    write_suspects(corpus, problems)
+    return problems, f"{checked}, and all other files"
+
+
+def _verify_shards(root: str | Path, decode: bool, console: Console) -> tuple[list[Problem], str]:
     here = for_reading(root, SETTINGS, MANIFEST_NAME, "fragments/forgotten/", "shards/")
     Corpus(here).require()
     with open_manifest(here) as connection, Progress(console=console, transient=True) as progress:

@@ -41,6 +41,7 @@ class Task:
     run_id: str
     store: Store | None = None  # the corpus's store, if it is not a folder: `root` is then each node's mirror of it
     lock_owner: str = ""  # owner of the corpus lock when the task was submitted
+    fsync: bool = False  # flush what the commit rests on to the disk
 
     @property
     def cost(self) -> float:
@@ -109,7 +110,8 @@ def commit(task: Task, outcomes: list[Outcome], media: list[str], wall_s: float 
             ledger.append(ledger_row(task.stage, item_id, item["key"], error=error, **common))
     data = {name: pa.Table.from_pylist(rows, table_schema(name)) for name, rows in tables.items() if rows}
     require_lock(task)
-    write_commit(Path(task.root), task.name, data, pa.Table.from_pylist(ledger, LEDGER), media)
+    ledger_rows = pa.Table.from_pylist(ledger, LEDGER)
+    write_commit(Path(task.root), task.name, data, ledger_rows, media, fsync=task.fsync)
     return Commit(
         name=task.name,
         stage=task.stage,

@@ -106,7 +106,7 @@ class Corpus:
     def save_settings(self, settings: dict) -> None:
         text = "# Settings of this corpus, resolved. Change them with `clipmill build|run … --set stage.key=value`.\n"
         text += yaml.safe_dump({"format": FORMAT, "settings": settings}, sort_keys=False, allow_unicode=True)
-        write_text(self.settings_path, text)
+        write_text(self.settings_path, text, fsync=True)
         self.files.upload("README.txt", SETTINGS)
 
     # -- one writer -----------------------------------------------------------------------------------------------

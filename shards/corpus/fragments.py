@@ -7,7 +7,6 @@ the task (stage, unit, items and their keys), so a task that runs twice writes t
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -18,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from clipmill.base.atomic_file import TEMPORARY, atomic_path
+from clipmill.base.atomic_file import TEMPORARY, sync
 from clipmill.base.errors import ItemError
 from shards.corpus.schema import LEDGER, LEDGER_COLUMNS, TABLES
 from shards.storage.mirror import files_of
-
-PARQUET_END = b"PAR1"
+from shards.storage.sealed_parquet import DamagedFile, read_metadata, write_parquet
 
 
 @dataclass(frozen=True)
@@ -91,53 +88,66 @@ def table_schema(table: str) -> pa.Schema:
     return pa.schema([*LEDGER_COLUMNS, *TABLES[table]])
 
 
-def write_fragment(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file that appears whole or not at all."""
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
-
-
-def is_whole(path: Path) -> bool:
-    """Return whether a Parquet file is complete, judged by its last four bytes."""
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - len(PARQUET_END)))
-        return file.read() == PARQUET_END
-
-
 def write_commit(
-    root: Path, name: str, rows: dict[str, pa.Table], ledger: pa.Table, media: list[str], replaces: str | None = None
+    root: Path,
+    name: str,
+    rows: dict[str, pa.Table],
+    ledger: pa.Table,
+    media: list[str],
+    replaces: str | None = None,
+    *,
+    fsync: bool = False,
 ) -> None:
     """Write the fragments of one commit, the ledger's last.
 
     Args:
         media: paths below root of the files that the rows point into.
         replaces: name of a commit that this one supersedes; it stops counting when this one is complete.
+        fsync: flush all that the commit rests on to the disk before the ledger fragment appears, and then that one, so
+            that a power cut leaves the whole commit or none.
     """
-    outputs = {}
+    ledger_path, outputs = fragment_path(root, "ledger", name), {}
+    ledger_path.parent.mkdir(parents=True, exist_ok=True)
     for table, data in sorted(rows.items()):
         path = fragment_path(root, table, name)
-        write_fragment(path, data)
+        write_parquet(path, data)
         outputs[str(path.relative_to(root))] = path.stat().st_size
     for relative in media:
         outputs[relative] = (root / relative).stat().st_size
+    if fsync:
+        sync_files(root, outputs)
     files_of(root).upload(*outputs)
     metadata = {"clipmill.outputs": json.dumps(outputs, sort_keys=True)}
     metadata |= {"clipmill.replaces": replaces} if replaces else {}
-    path = fragment_path(root, "ledger", name)
-    write_fragment(path, ledger.cast(LEDGER).replace_schema_metadata(metadata))
-    files_of(root).upload(str(path.relative_to(root)))
+    write_parquet(ledger_path, ledger.cast(LEDGER).replace_schema_metadata(metadata), fsync=fsync)
+    files_of(root).upload(str(ledger_path.relative_to(root)))
+
+
+def sync_files(root: Path, relatives: Iterable[str]) -> None:
+    """Flush files below root to the disk, and then their names and those of the folders that hold them."""
+    paths = [root / relative for relative in relatives]
+    for path in paths:
+        sync(path)
+    folders = {parent for path in paths for parent in path.parents if parent.is_relative_to(root)}
+    for folder in sorted(folders, reverse=True):
+        sync(folder)
 
 
 def outputs_of(ledger_fragment: Path) -> dict[str, int]:
-    """Return path → size of every file of the commit. Raises pa.ArrowInvalid for a torn file."""
-    metadata = pq.read_schema(ledger_fragment).metadata or {}
-    return json.loads(metadata.get(b"clipmill.outputs", b"{}"))
+    """Return path → size of every file of the commit. Raises DamagedFile."""
+    try:
+        outputs = json.loads(read_metadata(ledger_fragment).get(b"clipmill.outputs", b"{}"))
+    except ValueError as error:
+        raise DamagedFile(ledger_fragment, f"its list of files: {error}") from error
+    if not isinstance(outputs, dict):
+        raise DamagedFile(ledger_fragment, "its list of files is not one")
+    return outputs
 
 
 def replaced_by(ledger_fragment: Path) -> list[str]:
-    """Return the name of the commit that this one superseded, if any."""
-    metadata = pq.read_schema(ledger_fragment).metadata or {}
-    return [metadata[b"clipmill.replaces"].decode()] if b"clipmill.replaces" in metadata else []
+    """Return the name of the commit that this one superseded, if any. Raises DamagedFile."""
+    metadata = read_metadata(ledger_fragment)
+    return [metadata[b"clipmill.replaces"].decode(errors="replace")] if b"clipmill.replaces" in metadata else []
 
 
 @contextmanager

@@ -16,14 +16,16 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from clipmill.base.errors import UserError
 from clipmill.base.settings import digest
-from clipmill.base.text import sql_literal
-from shards.corpus.fragments import fragment_path, outputs_of, replaced_by, table_schema
+from clipmill.base.text import sql_identifier, sql_literal
+from shards.corpus.fragments import fragment_path, outputs_of, replaced_by, table_schema, write_commit
 from shards.corpus.schema import LEDGER, TABLES
 from shards.corpus.stage_query import StageQuery, chosen_rows
 from shards.corpus.tombstones import read_tombstones, tombstone_files
 from shards.storage.local import Files
 from shards.storage.mirror import files_of
+from shards.storage.sealed_parquet import DamagedFile, check_parquet
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,17 @@ class FragmentFile:
     name: str
     num_bytes: int
     mtime_ns: int
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """The file of a downloaded video. `stamp`: see the column `file_stamp` of `downloads`."""
+
+    video_id: str
+    path: str
+    in_place: bool  # a local file that does not belong to the corpus
+    num_bytes: int
+    stamp: str | None
 
 
 class Ledger:
@@ -43,6 +56,7 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.connection = _connect(self.path, memory_limit)
         self.tombstones: tuple[str, ...] = ()  # names of the tombstone files applied to the tables
+        self.damaged: dict[str, str] = {}  # file → what is wrong with it, of the commits that `sync` removed for it
         self.fingerprints: dict[str, str | None] = {}  # of the stages, at the last `refresh_state`
         self._create_tables()
 
@@ -51,8 +65,12 @@ class Ledger:
 
     # -- fragments ------------------------------------------------------------------------------------------------
 
-    def sync(self) -> tuple[int, int]:
-        """Load new fragments, and forget those that are deleted or lack an output; return (loaded, forgotten)."""
+    def sync(self, *, replace_sources: bool = False) -> tuple[int, int]:
+        """Load new fragments; forget those that are deleted, damaged or lack an output; return (loaded, forgotten).
+
+        Raises UserError for a damaged commit of sources, which only their list can make again. With `replace_sources`
+        it is removed like any other, because the caller is about to read lists.
+        """
         present = {file.name: file for file in _scan(self.root / "fragments" / "ledger")}
         known = {
             name: (size, mtime) for name, size, mtime in self._rows("SELECT name, num_bytes, mtime_ns FROM fragments")
@@ -61,12 +79,21 @@ class Ledger:
         whole, outputs = {}, dict(self._rows("SELECT name, outputs FROM fragments"))
         for name, file in present.items():
             unchanged = known.get(name) == (file.num_bytes, file.mtime_ns)
-            named = outputs[name] if unchanged else _outputs_or_none(self.root, name)
-            if named is not None and listing.has_all(named):
+            try:
+                named = outputs[name] if unchanged else self._checked_outputs(name)
+            except DamagedFile as error:  # torn by a crash, or rotten
+                self.damaged[str(error.path.relative_to(self.root))] = error.reason
+                if not (name in known and _is_list(name) and listing.has_all(outputs[name])):
+                    continue
+                self.rewrite(name)  # no stage can make it again
+                named, unchanged = outputs[name], True
+            if listing.has_all(named):
                 whole[name] = (file, named, unchanged)
         deleted = [name for name in known if name not in whole]
         new = [name for name, (_, _, unchanged) in whole.items() if not unchanged]
         lost = set(present) - set(whole)  # a commit that lacks one of its files counts as never made
+        if not replace_sources:
+            self._refuse_to_lose_sources(lost)
         self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(lost)))
         # A writer that was killed before it cleaned up leaves the commits that it superseded.
         replaced = {old for name in new for old in replaced_by(fragment_path(self.root, "ledger", name))} & set(whole)
@@ -74,6 +101,28 @@ class Ledger:
         self.forget([*deleted, *replaced])
         self.load([name for name in new if name not in replaced])
         return len(new), len(deleted)
+
+    def _checked_outputs(self, name: str) -> dict[str, int]:
+        """Return path → size of the files of a commit after checking its fragments. Raises DamagedFile."""
+        path = fragment_path(self.root, "ledger", name)
+        outputs = outputs_of(path)
+        check_parquet(path, LEDGER)
+        for relative in outputs:
+            table = _table_of(relative)
+            if table in TABLES and (self.root / relative).is_file():
+                check_parquet(self.root / relative, table_schema(table))
+        return outputs
+
+    def _refuse_to_lose_sources(self, lost: Iterable[str]) -> None:
+        """Raise UserError if a commit of sources is among these: without it the next packing would remove clips."""
+        for name in sorted(lost):
+            if _is_list(name):
+                of_it = [f"{path}: {why}" for path, why in self.damaged.items() if Path(path).stem == name]
+                what = "".join(of_it) or f"a file of fragments/ledger/{name}.parquet is missing"
+                raise UserError(
+                    f"{self.root}: a record of sources is damaged ({what}). "
+                    "Put a copy of the file back, or give `clipmill build` all lists of this corpus again."
+                )
 
     def remove_orphans(self) -> int:
         """Delete files that no commit names, left by workers that were killed; return how many.
@@ -86,6 +135,39 @@ class Ledger:
         orphans = [relative for relative in there if relative not in owned]
         self.files.remove(*orphans)
         return len(orphans)
+
+    def rewrite(self, name: str) -> None:
+        """Write the fragments of a commit again from the rows in this database, which were checked when loaded."""
+        outputs = dict(self._rows("SELECT name, outputs FROM fragments WHERE name = ?", [name])).get(name)
+        if outputs is None:
+            return  # not loaded: `sync` has removed it
+        ((num_rows, written),) = self._rows(
+            "SELECT (SELECT count(*) FROM sources WHERE fragment = $1), sum(num_rows) FROM ledger WHERE fragment = $1",
+            [name],
+        )
+        if _is_list(name) and num_rows != written:  # forgotten sources are not in this database any more
+            self._refuse_to_lose_sources([name])
+        tables = {
+            table: self._rows_of(name, table, table_schema(table))
+            for table in sorted({_table_of(relative) for relative in outputs} & set(TABLES))
+        }
+        media = [relative for relative in outputs if _table_of(relative) is None]
+        write_commit(self.root, name, tables, self._rows_of(name, "ledger", LEDGER), media, fsync=True)
+        self.load([name])
+
+    def _rows_of(self, commit: str, table: str, schema: pa.Schema) -> pa.Table:
+        columns = ", ".join(sql_identifier(column) for column in schema.names)
+        sql = f"SELECT {columns} FROM {table} WHERE fragment = $name ORDER BY rowid"
+        return self.connection.sql(sql, params={"name": commit}).to_arrow_table().cast(schema)
+
+    def drawn_files(self, seed: str, most: int) -> list[tuple[str, int]]:
+        """Return (path, bytes) of fragments in an order that depends on the seed."""
+        return self._rows(
+            "WITH files AS (SELECT 'fragments/ledger/' || name || '.parquet' AS path, num_bytes FROM fragments "
+            "UNION ALL SELECT o.key, o.value FROM (SELECT unnest(map_entries(outputs)) AS o FROM fragments)) "
+            "SELECT path, num_bytes FROM files WHERE path LIKE 'fragments/%' ORDER BY hash(path || ?) LIMIT ?",
+            [seed, most],
+        )
 
     def drop_superseded(self, stage: str) -> int:
         """Delete a stage's commits without a row that still counts; return how many.
@@ -128,15 +210,17 @@ class Ledger:
             named, stat = outputs_of(path), path.stat()
             files.append((name, stat.st_size, stat.st_mtime_ns, named))
             for relative in named:
-                parts = Path(relative).parts
-                if parts[0] == "fragments":
-                    by_table[parts[1]].append(str(self.root / relative))
+                if (table := _table_of(relative)) in by_table:  # else of a stage whose package is not installed
+                    by_table[table].append(str(self.root / relative))
         self.connection.execute("BEGIN")
         ledger_files = [str(fragment_path(self.root, "ledger", name)) for name in names]
-        self._insert("ledger", ledger_files)
-        for table, paths in by_table.items():
-            if paths:
-                self._insert(table, paths)
+        try:
+            self._insert("ledger", ledger_files)
+            for table, paths in by_table.items():
+                if paths:
+                    self._insert(table, paths)
+        except duckdb.BinderException as error:
+            raise UserError(f"{self.root} has columns of a newer clipmill: {error}") from error
         self.connection.executemany("INSERT INTO fragments VALUES (?, ?, ?, ?)", files)
         self.connection.execute("COMMIT")
         if by_table["sources"]:
@@ -224,13 +308,36 @@ class Ledger:
         )
         return self.connection.sql(self.stages[stage].payload).to_arrow_table().to_pylist()
 
-    def sources_of(self, stages: Sequence[str]) -> list[tuple[str, str]]:
-        """Return (video_id, path) of the downloaded videos that have pending items in these stages."""
+    def sources_of(self, stages: Sequence[str]) -> list[SourceFile]:
+        """Return the files of the downloaded videos that have pending items in these stages."""
         wanted = " UNION ".join(
             f"SELECT item_id FROM state_{stage} WHERE status IN ('pending', 'retry')" for stage in stages
         )
-        sql = f"SELECT video_id, path FROM current_videos WHERE extractor <> 'file' AND video_id IN ({wanted})"
-        return self._rows(sql) if stages else []
+        sql = (
+            "SELECT video_id, path, extractor = 'file' AND path LIKE '/%', num_bytes, file_stamp FROM current_videos "
+            f"WHERE path IS NOT NULL AND video_id IN ({wanted})"
+        )
+        return [SourceFile(*row) for row in self._rows(sql)] if stages else []
+
+    def retry_changed(self, stages: Sequence[str], run_id: str) -> list[str]:
+        """Return the videos whose files had other bytes when one of these stages read them, and allow it another try.
+
+        Left out are those that were downloaded since, or in this run.
+        """
+        if not stages:
+            return []
+        states = " UNION ALL ".join(f"SELECT '{stage}' AS stage, * FROM state_{stage}" for stage in stages)
+        rows = self._rows(f"""
+            SELECT l.stage, l.failed_id, l.attempts FROM ({_LAST_FAILURE}) l
+            JOIN ({states}) s ON s.stage = l.stage AND s.item_id = l.failed_id AND s.key = l.failed_key
+            WHERE l.error_class = 'source-changed' AND s.status IN ('failed', 'retry') AND NOT EXISTS (
+                SELECT 1 FROM ledger d WHERE d.stage = 'download' AND d.item_id = l.failed_id
+                AND (d.run_id = {sql_literal(run_id)} OR d."at" > l."at")
+            )
+        """)
+        if rows:
+            self.connection.executemany("INSERT INTO once_more VALUES (?, ?, ?)", rows)
+        return [item_id for _, item_id, _ in rows]
 
     def sources_cut(self) -> list[str]:
         """Return the paths of the videos that were copied into the corpus and whose clips are all cut."""
@@ -393,11 +500,15 @@ def _scan(folder: Path) -> list[FragmentFile]:
     return sorted(files, key=lambda file: file.name)
 
 
-def _outputs_or_none(root: Path, name: str) -> dict[str, int] | None:
-    try:
-        return outputs_of(fragment_path(root, "ledger", name))
-    except (pa.ArrowInvalid, OSError):
-        return None  # torn by a crash: `sync` counts it as a commit that was never made
+def _is_list(commit: str) -> bool:
+    """Return whether a commit holds sources, which only the lists of the user can make again."""
+    return commit.startswith("ingest-") and not commit.startswith("ingest-problems-")
+
+
+def _table_of(relative: str) -> str | None:
+    """Return the table of a fragment, None for another file of a commit."""
+    folder, *rest = Path(relative).parts
+    return rest[0] if folder == "fragments" and len(rest) == 2 else None
 
 
 _FRAGMENTS = "name VARCHAR, num_bytes BIGINT, mtime_ns BIGINT, outputs MAP(VARCHAR, BIGINT)"

@@ -14,13 +14,13 @@ import pyarrow as pa
 from clipmill.base.atomic_file import atomic_path
 from clipmill.base.settings import digest
 from clipmill.base.text import sql_identifier, sql_literal
-from shards.corpus.fragments import is_whole
 from shards.corpus.ledger import Ledger
 from shards.corpus.near_duplicates import duplicate_groups
 from shards.corpus.schema import INDEX, MANIFEST, catalog_columns
-from shards.corpus.tombstones import FORGOTTEN, read_tombstones
+from shards.corpus.tombstones import read_tombstones
 from shards.storage.local import MANIFEST_NAME, UNFINISHED
 from shards.storage.mirror import files_of
+from shards.storage.sealed_parquet import DamagedFile, check_parquet
 
 
 def publish(ledger: Ledger, *, groups: bool = True) -> None:
@@ -56,6 +56,13 @@ def is_current(root: Path, ledger: Ledger | None = None) -> bool:
     path = root / MANIFEST_NAME
     if not path.is_file() or (root / UNFINISHED).exists():
         return False
+    try:
+        return _is_current(path, root, ledger)
+    except duckdb.Error:
+        return False  # damaged: it is published again
+
+
+def _is_current(path: Path, root: Path, ledger: Ledger | None) -> bool:
     with duckdb.connect() as connection:
         connection.execute(f"ATTACH {sql_literal(path)} AS manifest (READ_ONLY)")
         sql = "SELECT comment FROM duckdb_views() WHERE database_name = 'manifest' AND view_name = 'catalog'"
@@ -103,7 +110,9 @@ def _prepare(ledger: Ledger, groups: bool) -> None:
     connection.unregister("groups")
     _load_parquet(connection, "indexed_samples", ledger.root / "shards", INDEX)
     _load_parquet(connection, "recorded_runs", ledger.root / "fragments" / "runs", MANIFEST["runs"])
-    _load_parquet(connection, "tombstones", ledger.root / "fragments" / FORGOTTEN, MANIFEST["forgotten"])
+    connection.register("all_tombstones", read_tombstones(ledger.root))
+    connection.execute("CREATE OR REPLACE TEMP TABLE tombstones AS SELECT * FROM all_tombstones")
+    connection.unregister("all_tombstones")
     connection.execute(
         "DELETE FROM indexed_samples WHERE video_id IN (SELECT video_id FROM (SELECT DISTINCT video_id FROM "
         "indexed_samples) WHERE sha256(video_id) IN (SELECT video_hash FROM tombstones))"
@@ -115,10 +124,18 @@ def _load_parquet(connection: duckdb.DuckDBPyConnection, table: str, folder: Pat
     connection.register("empty", schema.empty_table())
     connection.execute(f"CREATE OR REPLACE TEMP TABLE {table} AS SELECT * FROM empty")
     connection.unregister("empty")
-    # A file may be torn by a crash: a shard is then packed again, the record of a run is lost.
-    files = sorted(str(path) for path in folder.glob("[!.]*.parquet") if is_whole(path))
+    # A file may be damaged: a shard is then packed again, the record of a run is lost.
+    files = sorted(str(path) for path in folder.glob("[!.]*.parquet") if _is_sound(path))
     if files:
         connection.execute(f"INSERT INTO {table} BY NAME SELECT {_columns(schema)} FROM read_parquet(?)", [files])
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        check_parquet(path)
+    except DamagedFile:
+        return False
+    return True
 
 
 def _columns(schema: pa.Schema) -> str:

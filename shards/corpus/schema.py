@@ -124,6 +124,8 @@ _FRAGMENTS: dict[str, Columns] = {
         path=STRING,  # relative to the corpus, or absolute for local files by reference
         num_bytes=INT64,
         sha256=STRING,
+        # size, modification and change time of the file when it had this hash (`pipeline.runtime.source_file`)
+        file_stamp=STRING,
         container=STRING,
         duration_s=DOUBLE,
         width=INT32,

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from clipmill.base.atomic_file import atomic_file
 from clipmill.base.errors import UserError
 from shards.corpus.fragments import fragment_path
 from shards.corpus.schema import MANIFEST
 from shards.storage.mirror import REFRESH_EVERY_S as STORE_EVERY_S
 from shards.storage.mirror import files_of, for_reading
+from shards.storage.sealed_parquet import DamagedFile, read_parquet, write_parquet
 
 TOMBSTONE = MANIFEST["forgotten"]
 FORGOTTEN = "forgotten"  # error class of items left out because of a tombstone
@@ -35,8 +34,7 @@ def write_tombstones(root: Path, rows: list[dict[str, Any]]) -> Path:
     """Write one file, named after its videos: forgetting the same ones again replaces it. It survives a power cut."""
     named = "\n".join(sorted(row["video_hash"] for row in rows))
     path = fragment_path(root, FORGOTTEN, f"forget-{hash_of(named)[:12]}")
-    with atomic_file(path, fsync=True) as file:
-        pq.write_table(pa.Table.from_pylist(rows, TOMBSTONE), file, compression="zstd")
+    write_parquet(path, pa.Table.from_pylist(rows, TOMBSTONE), fsync=True)
     files_of(root).upload(str(path.relative_to(root)))
     return path
 
@@ -49,10 +47,12 @@ def read_tombstones(root: Path) -> pa.Table:
 
 def _read(path: Path) -> pa.Table:
     try:
-        return pq.read_table(path, schema=TOMBSTONE)
-    except (pa.ArrowException, OSError) as error:
+        return read_parquet(path, schema=TOMBSTONE)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): it lists videos that this corpus has to forget.") from error
+    except DamagedFile as error:
         raise UserError(
-            f"{path} is damaged ({error}): it lists videos that this corpus has to forget. Forget those videos "
+            f"{path} is damaged ({error.reason}): it lists videos that this corpus has to forget. Forget those videos "
             "again, then remove the file."
         ) from error
 

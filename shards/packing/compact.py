@@ -23,11 +23,10 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import digest
-from shards.corpus.fragments import commit_name, fragment_path, outputs_of, write_commit, write_fragment
+from shards.corpus.fragments import commit_name, fragment_path, outputs_of, write_commit
 from shards.corpus.schema import INDEX, LEDGER, late_columns
 from shards.corpus.tombstones import hash_of, read_tombstones
 from shards.packing.index import Stamp, read_index, read_stamp, write_index
@@ -43,6 +42,7 @@ from shards.packing.pack import (
 )
 from shards.packing.tar import Sample, read_member, write_clips, write_tar
 from shards.storage.mirror import files_of
+from shards.storage.sealed_parquet import DamagedFile, read_parquet, write_parquet
 
 REDACTED = "[forgotten]"
 
@@ -74,7 +74,7 @@ class ForgottenIndex:
         forgotten = cls(frozenset(read_tombstones(root)["video_hash"].to_pylist()))
         names, units = set(), set()
         for path in _fragments(root, "sources") if forgotten.hashes else ():
-            table = pq.read_table(path, columns=["video_id", "url", "source_id", "unit"])
+            table = read_parquet(path, columns=["video_id", "url", "source_id", "unit"])
             for row in table.filter(forgotten.mask(table["video_id"])).to_pylist():
                 units.add(row.pop("unit"))
                 names.update(name for name in row.values() if name)
@@ -118,7 +118,7 @@ def compact_shards(
             if shard.is_touched(forgotten):
                 shard.rewrite(connection, planned.get(shard.name), forgotten, report)
             shard.evict()
-        except (ItemError, pa.ArrowException, OSError) as error:
+        except (ItemError, DamagedFile, OSError) as error:
             raise UserError(
                 f"{path} or its tar cannot be read ({error}): write it again with `clipmill run pack`."
             ) from error
@@ -270,7 +270,7 @@ def remove_sources(root: Path, forgotten: ForgottenIndex, report: CompactReport)
 def redact(root: Path, forgotten: ForgottenIndex, report: CompactReport) -> None:
     """Remove forgotten names from the commands of runs and from the problems of lists."""
     for path in _fragments(root, "runs"):
-        table = pq.read_table(path)
+        table = read_parquet(path)
         rows = [{**row, "command": forgotten.pattern.sub(REDACTED, row["command"])} for row in table.to_pylist()]
         _replace(root, path, table, pa.Table.from_pylist(rows, table.schema), report)
     for path in [
@@ -278,7 +278,7 @@ def redact(root: Path, forgotten: ForgottenIndex, report: CompactReport) -> None
         fragment_path(root, "ledger", "pack"),
     ]:
         if path.is_file():
-            table = pq.read_table(path)
+            table = read_parquet(path)
             kept = [
                 row
                 for row in table.to_pylist()
@@ -295,7 +295,7 @@ def _replace(root: Path, path: Path, before: pa.Table, after: pa.Table, report: 
     report.num_commits += 1
     relative = str(path.relative_to(root))
     if after.num_rows:
-        write_fragment(path, after.replace_schema_metadata(before.schema.metadata))
+        write_parquet(path, after.replace_schema_metadata(before.schema.metadata))
         files_of(root).upload(relative)
     else:
         files_of(root).remove(relative)
@@ -317,8 +317,8 @@ def compact_commits(root: Path, forgotten: ForgottenIndex, report: CompactReport
 
 def _compact_commit(root: Path, name: str, forgotten: ForgottenIndex, report: CompactReport) -> None:
     path = fragment_path(root, "ledger", name)
-    outputs, ledger = outputs_of(path), pq.read_table(path)
-    tables = {Path(output).parts[1]: pq.read_table(root / output) for output in outputs if output.endswith(".parquet")}
+    outputs, ledger = outputs_of(path), read_parquet(path)
+    tables = {Path(output).parts[1]: read_parquet(root / output) for output in outputs if output.endswith(".parquet")}
     if not any(any(forgotten.mask(table["item_id"]).to_pylist()) for table in (ledger, *tables.values())):
         return
     report.num_commits += 1
@@ -355,7 +355,7 @@ def _write_in_place_of(root: Path, old: str, tables: dict[str, pa.Table], ledger
         rows = tables[table].to_pylist()
         write_clips(root / media[0], rows, lambda row: files_of(root).local(row["tar"]))
         tables[table] = pa.Table.from_pylist([row | {"tar": media[0]} for row in rows], tables[table].schema)
-    write_commit(root, name, tables, ledger, media, replaces=old)
+    write_commit(root, name, tables, ledger, media, replaces=old, fsync=True)  # the old one is removed next
 
 
 def _fragments(root: Path, table: str) -> list[Path]:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from clipmill.base.atomic_file import atomic_file
 from shards.corpus.schema import INDEX
+from shards.storage.sealed_parquet import DamagedFile, read_metadata, read_parquet, write_parquet
 
 FORMAT = 1  # of index and tar; part of every plan's key
 TEXT_COLUMNS = ("subtitle", "caption", "captioner", "caption_score", "language")
@@ -32,24 +31,25 @@ def write_index(path: Path, rows: pa.Table, stamp: Stamp, *, fsync: bool = False
     """Write an index; the same rows and stamp give the same bytes."""
     values = {"format": FORMAT, "plan_key": stamp.plan_key, "tar_bytes": stamp.tar_bytes, "missing": stamp.missing}
     metadata = {"clipmill.shard": json.dumps(values, sort_keys=True)}
-    with atomic_file(path, fsync=fsync) as file:
-        pq.write_table(rows.cast(INDEX).replace_schema_metadata(metadata), file, compression="zstd")
+    write_parquet(path, rows.cast(INDEX).replace_schema_metadata(metadata), fsync=fsync)
 
 
 def read_index(path: Path) -> pa.Table:
-    """Read the rows in the tar's order. Raises pa.ArrowException for a torn or foreign file."""
-    return pq.read_table(path, partitioning=None).select(INDEX.names).cast(INDEX)
+    """Read the rows in the tar's order. Raises DamagedFile for a damaged or foreign file."""
+    try:
+        return read_parquet(path).select(INDEX.names).cast(INDEX)
+    except (KeyError, pa.ArrowException) as error:
+        raise DamagedFile(path, f"not the rows of an index: {error}") from error
 
 
 def read_stamp(path: Path) -> Stamp | None:
     """Read the stamp; None if the index is missing, torn or of another format: the shard is then written again."""
     try:
-        metadata = pq.read_schema(path).metadata or {}
-        values = json.loads(metadata[b"clipmill.shard"])
+        values = json.loads(read_metadata(path)[b"clipmill.shard"])
         if values["format"] != FORMAT:
             return None
         return Stamp(values["plan_key"], values["tar_bytes"], tuple(values["missing"]))
-    except (FileNotFoundError, pa.ArrowException, KeyError, ValueError):
+    except (FileNotFoundError, DamagedFile, KeyError, TypeError, ValueError):
         return None
 
 

@@ -26,6 +26,7 @@ from shards.packing.index import TEXT_COLUMNS, read_index, read_stamp
 from shards.packing.pack import EXTENSIONS, NEXT, SHARDS_AT_ONCE
 from shards.packing.tar import Member, scan
 from shards.storage.mirror import files_of
+from shards.storage.sealed_parquet import DamagedFile
 
 MAX_TEXT_BYTES = 16_000_000  # a larger KEY.txt or KEY.json is reported, not read
 
@@ -46,6 +47,10 @@ CLIP_FACTS = {  # column of the index → column of `clips` that it has to equal
     "frame_time_s": "frame_time_s",
 }
 
+_WARNINGS = (
+    "same-caption", "forgotten", "unknown-origin", "no-checksum", "missing-source", "missing-subtitle",
+)  # fmt: skip
+
 Row = dict[str, Any]
 
 
@@ -55,7 +60,9 @@ class Problem:
 
     kinds: missing-file, orphan-file, bad-index, bad-tar, missing-member, extra-member, misplaced-member, hash-mismatch,
     text-mismatch, bad-json, sample-mismatch, clip-mismatch, unknown-clip, stale-text, undecodable, frame-count,
-    missing-sample, wrong-pair; and the warnings same-caption, forgotten, unknown-origin.
+    missing-sample, wrong-pair; of other files (`shards.packing.deep_verify`) damaged, missing-file, changed-source,
+    changed-subtitle, changed-clip; and the warnings same-caption, forgotten, unknown-origin, no-checksum,
+    missing-source, missing-subtitle.
     """
 
     path: str
@@ -65,7 +72,7 @@ class Problem:
 
     @property
     def is_warning(self) -> bool:
-        return self.kind in ("same-caption", "forgotten", "unknown-origin")
+        return self.kind in _WARNINGS
 
 
 def verify(
@@ -187,7 +194,7 @@ def _keys_of_forgotten(index: Path, forgotten: Tombstones) -> set[str]:
     """Return the keys of forgotten samples that a shard still contains; none if its index is unreadable."""
     try:
         rows = read_index(index)
-    except (pa.ArrowException, OSError, KeyError):
+    except (DamagedFile, OSError):
         return set()
     return set(pc.filter(rows["key"], pa.array(forgotten.cover(rows["video_id"].to_pylist()))).to_pylist())
 
@@ -300,8 +307,8 @@ class _Shard:
             return
         try:
             index, stamp = read_index(path), read_stamp(path)
-        except (pa.ArrowException, OSError, KeyError) as error:
-            yield Problem(where, "", "bad-index", str(error))
+        except (DamagedFile, OSError) as error:
+            yield Problem(where, "", "bad-index", getattr(error, "reason", str(error)))
             return
         if stamp is None:
             yield Problem(where, "", "bad-index", "it does not name the plan that it was written for")

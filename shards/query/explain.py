@@ -4,6 +4,7 @@ Facts come from the manifest; attempts from the ledger fragments of its unit, wh
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any, NoReturn
 
 import duckdb
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from clipmill.base.errors import UserError
 from shards.corpus.fragments import fragment_path
@@ -21,6 +21,7 @@ from shards.corpus.tombstones import hash_of, read_tombstones
 from shards.query.sql import open_manifest, video_of_url
 from shards.storage.local import MANIFEST_NAME
 from shards.storage.mirror import files_of, for_reading
+from shards.storage.sealed_parquet import DamagedFile, read_parquet
 
 Row = dict[str, Any]
 MEMBERS = ("mp4", "jpg", "txt", "json")
@@ -191,8 +192,10 @@ def _source_files(root: Path, source: Row) -> list[Row]:
 def _ingested(root: Path, video_id: str) -> list[Row]:
     """Return the attempt in which the source was first seen, as a list of at most one."""
     for path in sorted((root / "fragments" / "sources").glob("[!.]*.parquet")):
-        if pc.index(pq.read_table(path, columns=["video_id"])["video_id"], video_id).as_py() >= 0:
-            [row] = pq.read_table(fragment_path(root, "ledger", path.stem), columns=LEDGER.names).to_pylist()
+        with suppress(DamagedFile, FileNotFoundError):  # such a commit does not count
+            if pc.index(read_parquet(path, ["video_id"])["video_id"], video_id).as_py() < 0:
+                continue
+            [row] = read_parquet(fragment_path(root, "ledger", path.stem), LEDGER.names).to_pylist()
             return [_plain({**row, "item_id": video_id, "num_rows": 1, "commit": path.stem})]
     return []
 
@@ -203,7 +206,10 @@ def _attempts(root: Path, unit: str, item_id: str) -> list[Row]:
     video_id = item_id.partition(".")[0]
     rows = []
     for path in names:
-        table = pq.read_table(path, columns=LEDGER.names)
+        try:
+            table = read_parquet(path, LEDGER.names)
+        except DamagedFile:
+            continue  # such a commit does not count
         ids = table["item_id"]
         mine = pc.or_(pc.equal(ids, video_id), pc.or_(pc.equal(ids, item_id), pc.starts_with(ids, f"{item_id}.")))
         rows += [{**row, "commit": path.stem} for row in table.filter(mine).to_pylist() if row["stage"] != "ingest"]

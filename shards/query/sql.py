@@ -45,7 +45,7 @@ def open_manifest(corpus: str | Path, tables: Mapping[str, str | Path] | None = 
         add_tables(connection, tables or {})
     except duckdb.Error as error:
         connection.close()
-        raise UserError(f"{path} cannot be opened: {error}") from error
+        raise UserError(f"{path} cannot be opened: {error}\n`clipmill build` publishes it again.") from error
     except UserError:
         connection.close()
         raise

@@ -6,13 +6,14 @@ bytes are at the frozen place; it takes 28 bytes of memory per member of the cor
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from shards.storage.mirror import files_of, for_reading
+from shards.storage.sealed_parquet import DamagedFile, read_parquet
 from training.data.range_reader import Range
 
 LOOK_EVERY_S = 5.0  # least time between two updates of the index, in case bytes are damaged, not moved
@@ -59,10 +60,14 @@ class RelocationIndex:
         for path in indexes:  # of a shard's clips and of its stills
             for kind in ("mp4", "jpg"):
                 columns = [f"{kind}_sha256", f"{kind}_offset", f"{kind}_bytes"]
-                table = pq.read_table(path, columns=columns).select(columns).rename_columns(_MEMBER.names)
-                members.append((f"shards/{path.stem}.tar", table.drop_null()))
+                with suppress(DamagedFile):  # the clips of this shard count as lost until it is packed again
+                    table = read_parquet(path, columns).select(columns).rename_columns(_MEMBER.names)
+                    members.append((f"shards/{path.stem}.tar", table.drop_null()))
         for path in edited:
-            rows = pq.read_table(path, columns=["tar", "sha256", "mp4_offset", "num_bytes", "frames"]).to_pylist()
+            try:
+                rows = read_parquet(path, ["tar", "sha256", "mp4_offset", "num_bytes", "frames"]).to_pylist()
+            except DamagedFile:
+                continue
             for tar in dict.fromkeys(row["tar"] for row in rows):
                 of_tar = [row for row in rows if row["tar"] == tar]
                 found = [row | {"offset": row["mp4_offset"]} for row in of_tar]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pipeline.runtime.source_file import unchanged
 from pipeline.runtime.task import Outcome, Result, Stopwatch, Task, sandbox
 from pipeline.stages.cut.cut import cut_in_sandbox
 from pipeline.stages.cut.settings import CutSettings, SpanRequest
@@ -37,7 +38,7 @@ CURRENT_CLIPS = f"""
 """
 
 PAYLOAD = """
-    SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.duration_s, v.sha256,
+    SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.duration_s, v.sha256, v.file_stamp,
            list({clip_id: p.clip_id, n: p.n, start_s: p.start_s, end_s: p.end_s} ORDER BY p.n) AS spans
     FROM work w JOIN current_videos v ON v.video_id = w.item_id JOIN current_spans p ON p.video_id = w.item_id
     GROUP BY ALL ORDER BY w.item_id
@@ -61,7 +62,9 @@ def _cut_video(task: Task, item: dict, folder: Path) -> Outcome:
     with Stopwatch(item["item_id"]) as outcome:
         spans = [SpanRequest(**span) for span in item["spans"]]
         source = files_of(task.root).local(item["path"])
-        result = cut_in_sandbox(sandbox(), source, spans, task.settings, folder / item["video_id"], item["duration_s"])
+        target = folder / item["video_id"]
+        with unchanged(source, item["sha256"], item["file_stamp"]):
+            result = cut_in_sandbox(sandbox(), source, spans, task.settings, target, item["duration_s"])
         stamp = {"video_id": item["video_id"], "source_sha256": item["sha256"]}
         outcome.rows["clips"] = [{**row, **stamp} for row in result.rows]
         outcome.parts = list(result.failures)

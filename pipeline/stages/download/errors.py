@@ -17,6 +17,7 @@ ERROR_CLASSES: dict[str, tuple[bool, str]] = {
     "forbidden": (False, "HTTP 403, or a file without read permission"),
     "http-error": (False, "another HTTP status that refuses the request"),
     "server-error": (True, "HTTP 5xx"),
+    "source-changed": (True, "a local file was changed while it was read"),
     "unknown-host": (False, "the host name does not exist (retryable if only the name server did not answer)"),
     "connection": (True, "refused, reset or broken connection, or an invalid certificate"),
     "timeout": (True, "not finished within download.timeout_s"),

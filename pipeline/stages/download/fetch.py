@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.file_lock import lock_file
+from pipeline.runtime.source_file import CHANGED, file_stamp
 from pipeline.runtime.watchdog import GRACE_S, time_limit
 from pipeline.stages.download.address_guard import EgressGuard
 from pipeline.stages.download.errors import RETRIED, DownloadError, from_os_error
@@ -58,6 +59,7 @@ class _Fetched:
     sha256: str
     extractor: str
     in_place: bool = False
+    stamp: str = ""  # of a file in place, before it was hashed
     subtitles: list[tuple[Path, str | None, str]] = field(default_factory=list)  # (file in work, language, kind)
     columns: dict[str, Any] = field(default_factory=dict)  # title, categories, … if the source has them
     meta: dict[str, Any] = field(default_factory=dict)
@@ -213,11 +215,13 @@ class _Job:
     def _local(self) -> _Fetched:
         path = Path(self.url)
         check_regular(path, self.settings.max_bytes)
-        num_bytes, digest = hash_file(path)
         if self.settings.reference_local_files:
-            return _Fetched(path, num_bytes, digest, "file", in_place=True)
+            stamp = file_stamp(path)
+            num_bytes, digest = hash_file(path)
+            return _Fetched(path, num_bytes, digest, "file", in_place=True, stamp=stamp)
         copy = self.work / "media"
         shutil.copyfile(path, copy)
+        num_bytes, digest = hash_file(copy)  # not of the file, which may change
         return _Fetched(copy, num_bytes, digest, "file")
 
     def _object(self) -> _Fetched:
@@ -325,6 +329,9 @@ class _Job:
         if not fetched.in_place:
             final = self.folder / f"{self.video_id}.{container_extension(fetched.path, info.container)}"
             os.replace(fetched.path, final)
+        stamp = file_stamp(final)
+        if fetched.in_place and stamp != fetched.stamp:
+            raise DownloadError(CHANGED, f"{final.name} was changed while it was read")
         names.add(final.name)
         subtitles = []
         for path, language, kind in fetched.subtitles:
@@ -340,6 +347,7 @@ class _Job:
             "path": _relative(final, root),
             "num_bytes": fetched.num_bytes,
             "sha256": fetched.sha256,
+            "file_stamp": stamp,
             **info.as_row(),
             "subtitles": subtitles,
             **{key: fetched.columns.get(key) for key in _SITE_COLUMNS},

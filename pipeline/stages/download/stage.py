@@ -1,7 +1,6 @@
 """The download stage: a URL, path or page → the video's file, its subtitle files and its metadata."""
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from pipeline.runtime.task import HOST_LIMITER, Outcome, Result, Stopwatch, Task
 from pipeline.stages.download.fetch import fetch, new_rate_limiter
 from pipeline.stages.download.settings import DownloadSettings
 from pipeline.stages.stage import Stage
+from shards.corpus.fragments import sync_files
 from shards.corpus.stage_query import chosen_rows
 from shards.corpus.tombstones import FORGOTTEN, read_tombstones
 from shards.storage.mirror import files_of
@@ -78,8 +78,10 @@ def run_download(task: Task) -> Result:
                 raise ItemError(
                     FORGOTTEN, "the file has the bytes of a video that was forgotten with `clipmill forget`"
                 )
-            if not os.path.isabs(row["path"]):
-                files_of(root).upload(*(str(p.relative_to(root)) for p in folder.glob(f"{item['video_id']}.*")))
+            copied = [str(path.relative_to(root)) for path in folder.glob(f"{item['video_id']}.*")]
+            if task.fsync:
+                sync_files(root, copied)
+            files_of(root).upload(*copied)
             outcome.rows["downloads"] = [row]
             # An unreadable subtitle is a failure of its own; the video is kept.
             for number, problem in enumerate(json.loads(row["meta"] or "{}").get("subtitle_errors", [])):

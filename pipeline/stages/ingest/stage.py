@@ -61,7 +61,9 @@ def _commit_sources(session, found: Ingested) -> str:
     )
     name = commit_name("ingest", units[0].as_py(), zip(ids.to_pylist(), ["ingested"] * len(ids), strict=True))
     row = ledger_row("ingest", name, "ingested", run_id=session.run_id, num_rows=len(ids))
-    write_commit(session.corpus.root, name, {"sources": data}, pa.Table.from_pylist([row], LEDGER), [])
+    write_commit(
+        session.corpus.root, name, {"sources": data}, pa.Table.from_pylist([row], LEDGER), [], fsync=_fsync(session)
+    )
     return name
 
 
@@ -78,11 +80,15 @@ def _commit_problems(session, arguments: list[str], problems: list[Problem]) -> 
     if known == sorted((row["item_id"], row["error_class"], row["message"]) for row in rows):
         return []
     if rows:
-        write_commit(session.corpus.root, name, {}, pa.Table.from_pylist(rows, LEDGER), [])
+        write_commit(session.corpus.root, name, {}, pa.Table.from_pylist(rows, LEDGER), [], fsync=_fsync(session))
         return [name]
     session.corpus.files.remove(f"fragments/ledger/{name}.parquet")
     session.ledger.forget([name])
     return []
+
+
+def _fsync(session) -> bool:
+    return session.settings.engine.fsync and session.corpus.store is None
 
 
 def _absolute(argument: str) -> str:

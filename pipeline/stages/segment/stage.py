@@ -1,5 +1,6 @@
 """The segment stage: a video's words → sentences → the spans that become clips."""
 
+from pipeline.runtime.source_file import unchanged
 from pipeline.runtime.task import Result, Stopwatch, Task, sandbox
 from pipeline.runtime.watchdog import time_limit
 from pipeline.stages.segment.segment import SegmentSettings, needs_shots, segment_video
@@ -10,8 +11,11 @@ from shards.corpus.stage_query import chosen_rows
 from shards.storage.mirror import files_of
 
 WANTED = """
+    -- Until the words of changed bytes are known, those of the old bytes are all there is. They make rows of another
+    -- key, so that the video is segmented again when its words are there, even if these are the same.
     SELECT t.video_id AS item_id, t.unit, coalesce(v.duration_s, 0) / 100 AS cost,
-           md5(concat_ws('|', $fingerprint, t.digest, s.spans::VARCHAR, v.duration_s, v.sha256)) AS key
+           md5(concat_ws('|', $fingerprint, t.digest, s.spans::VARCHAR, v.duration_s, v.sha256,
+                         nullif(t.source_sha256, v.sha256))) AS key
     FROM current_transcripts t JOIN current_videos v USING (video_id) JOIN sources s USING (video_id)
 """
 
@@ -29,8 +33,8 @@ CURRENT_TEXTS = """
 """
 
 PAYLOAD = """
-    SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.sha256, v.duration_s, t.words, t.asr_segments,
-           s.spans AS given_spans
+    SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.sha256, v.file_stamp, v.duration_s, t.words,
+           t.asr_segments, coalesce(t.source_sha256, v.sha256) AS words_sha256, s.spans AS given_spans
     FROM work w JOIN current_videos v ON v.video_id = w.item_id JOIN current_transcripts t ON t.video_id = w.item_id
     JOIN sources s ON s.video_id = w.item_id
     ORDER BY w.item_id
@@ -48,12 +52,13 @@ def run_segment(task: Task) -> Result:
                 limit_s = settings.timeout_base_s + settings.timeout_per_second * (item["duration_s"] or 0)
                 limit_s = min(limit_s, settings.timeout_most_s)
                 path = files_of(task.root).local(item["path"])
-                shots = sandbox().call(detect_shots, path, settings.shots, timeout_s=limit_s)
+                with unchanged(path, item["sha256"], item["file_stamp"]):
+                    shots = sandbox().call(detect_shots, path, settings.shots, timeout_s=limit_s)
             with time_limit(settings.timeout_base_s, f"segmenting {len(words):,} words"):
                 segmented = segment_video(
                     item["video_id"], words, item["duration_s"], given, shots, settings, item["asr_segments"] or ()
                 )
-            stamp = {"source_sha256": item["sha256"]}
+            stamp = {"source_sha256": item["words_sha256"]}
             outcome.rows["sentences"] = [{**row, **stamp} for row in segmented.sentences]
             outcome.rows["spans"] = [{**row, **stamp} for row in segmented.spans]
         outcomes.append(outcome)

@@ -1,12 +1,14 @@
 """The transcribe stage: a video's subtitles, or else its speech → words with times."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 
 from captioning.model_identity import file_sha256
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import digest
+from pipeline.runtime.source_file import CHANGED, unchanged
 from pipeline.runtime.task import Result, Stopwatch, Task, sandbox
 from pipeline.stages.stage import Stage
 from pipeline.stages.transcribe.recognition import Recogniser, load_recogniser
@@ -28,7 +30,7 @@ WANTED = """
 """
 
 PAYLOAD = """
-    SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.sha256, v.duration_s, v.subtitles,
+    SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.sha256, v.file_stamp, v.duration_s, v.subtitles,
            v.audio_codec,
            coalesce(s.language, v.language) AS language
     FROM work w JOIN current_videos v ON v.video_id = w.item_id JOIN sources s ON s.video_id = w.item_id
@@ -60,21 +62,31 @@ def run_transcribe(task: Task) -> Result:
         return sandbox().call(function, *arguments, **limits)
 
     for item in task.items:
-        with Stopwatch(item["item_id"]) as outcome:
+        with Stopwatch(item["item_id"]) as outcome, ExitStack() as stack:
             files = [{**file, "path": str(local(file["path"]))} for file in item["subtitles"] or []]
+            for file in files:
+                if Path(file["path"]).exists():  # else it is reported, and the next one is tried
+                    stack.enter_context(unchanged(file["path"], file["sha256"]))
             problems: list[ItemError] = []
+
+            def extract(path: Path, item: dict = item):
+                with unchanged(path, item["sha256"], item["file_stamp"]):
+                    return in_sandbox(extract_speech, path, settings.timeout_s, settings.max_speech_s)
+
             try:
                 row = transcribe_video(
                     files,
                     local(item["path"]),
                     settings,
                     _whisper,
-                    lambda path: in_sandbox(extract_speech, path, settings.timeout_s, settings.max_speech_s),
+                    extract,
                     problems,
                     lambda files, settings: in_sandbox(transcript_of_subtitles, files, settings),
                     item["language"],
                 )
             except ItemError as error:
+                if error.error_class == CHANGED:
+                    raise
                 row, problems = Transcript("none").as_row(), [*problems, error]
             confidences = [row["asr_segments"]] if row["asr_segments"] else []  # none in rows of earlier versions
             row["digest"] = digest([row["language"], row["words"], *confidences])
