@@ -5,18 +5,15 @@ to date, and holds two locks: the store's (`shards.storage.lease`) and that of t
 """
 
 import json
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
 
 from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
-from clipmill.base.file_lock import is_locked, owner_has_died, owner_of, take_named_lock
+from clipmill.base.file_lock import is_locked, owner_has_died, owner_of, process_name, take_named_lock
 from clipmill.base.settings import read_yaml
 from shards.storage.lease import StoreLock, is_held, token_in
 from shards.storage.local import PRIVATE, Files
@@ -146,8 +143,7 @@ class Corpus:
         Raises UserError when another process has the lock.
         """
         self.private.mkdir(parents=True, exist_ok=True)  # a cache, which may have been deleted
-        since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        name = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        name = process_name()
         file = take_named_lock(self._lock, name)
         if file is None:
             owner = owner_of(self._lock) or "another process"

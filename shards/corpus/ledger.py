@@ -8,14 +8,17 @@ hashes the stage's fingerprint and the item's inputs. An item is done when a row
 setting, a changed input, a lost fragment and a new source are one case: a key without a row.
 """
 
+import fcntl
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 
+from clipmill.base.errors import UserError
 from clipmill.base.settings import digest
 from clipmill.base.text import sql_literal
 from shards.corpus.fragments import fragment_path, outputs_of, replaced_by, table_schema
@@ -446,13 +449,27 @@ def _connect(path: Path, memory_limit: str) -> duckdb.DuckDBPyConnection:
         except duckdb.Error:
             if attempt == 2:
                 raise
-        path.unlink(missing_ok=True)  # a cache: of another layout or torn, it is rebuilt from the fragments
-        path.with_name(path.name + ".wal").unlink(missing_ok=True)
+        _remove(path)  # a cache: of another layout or torn, it is rebuilt from the fragments
     raise AssertionError("unreachable")
 
 
 def remove_cache(root: Path) -> None:
-    """Delete the working database of a corpus. No process may have it open."""
-    path = root / ".clipmill" / "ledger.duckdb"
-    path.unlink(missing_ok=True)
+    """Delete the working database of a corpus. Raises UserError if a process has it open."""
+    _remove(root / ".clipmill" / "ledger.duckdb")
+
+
+def _remove(path: Path) -> None:
+    """Delete a database that no process has open: one that cannot be opened may be another process's and whole.
+
+    Raises UserError if a process holds DuckDB's lock on it.
+    """
+    with suppress(FileNotFoundError), open(path, "r+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{path} is in use by another process, which may be writing this corpus from another container or "
+                "host. Stop it, or wait for its end, and run the command again."
+            ) from error
+        path.unlink()
     path.with_name(path.name + ".wal").unlink(missing_ok=True)

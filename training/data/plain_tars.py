@@ -255,7 +255,6 @@ def _parts(sample: _Sample, path: str, problems: list[Problem]) -> Iterator[_Sam
         part.members[last] = member
     has_video = [part for part in dotted.values() if part.members.keys() & set(VIDEO_EXTENSIONS)]
     if plain.members.keys() & set(VIDEO_EXTENSIONS):
-        plain.members |= {name: member for name, member in sample.members.items() if "." in name}
         yield plain
         has_text = plain.members.keys() & {"txt", "json"}
         unused = (
