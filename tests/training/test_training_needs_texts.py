@@ -70,4 +70,4 @@ def test_clips_without_a_text_are_counted(tmp_path):
 
 def test_an_evaluation_without_queries_is_an_error_before_training(tmp_path):
     with pytest.raises(UserError, match="eval.text = caption: none of the 1 clips"):
-        prepared(tmp_path, clips(txt=b"said"), "eval.where=clip_id = '3'", "eval.text=caption")
+        prepared(tmp_path, clips(txt=b"said"), "eval.where=clip_id = '3'", "eval.text=caption", "eval.overlap=exclude")
