@@ -7,7 +7,8 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
@@ -65,7 +66,7 @@ def lock_file(path: Path, patience_s: float = math.inf, *, remove: bool = False)
 def take_named_lock(path: Path, name: str) -> IO[str] | None:
     """Open and lock a file and write the owner's name into it; the lock is held while the returned file is open.
 
-    name  "process PID on HOST since TIME"
+    name  of `process_name`
     Returns None when another process holds the lock. The lock of a dead process may be kept by a child that it
     forked: then the file is replaced.
     """
@@ -98,20 +99,73 @@ def _is_at(path: Path, file: IO[str]) -> bool:
         return False
 
 
-def owner_of(lock: Path) -> str:
-    """Return the name that the owner of a lock wrote into it, "" if the file does not exist any more."""
+def process_name() -> str:
+    """Return the name of this process as owner of a lock: a line for people, and a line with its system."""
+    since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return f"process {os.getpid()} on {socket.gethostname()} since {since}\nsystem {system_name()}".strip()
+
+
+def system_name() -> str:
+    """Return a name of the system whose process ids are ours: boot, pid namespace, host and machine.
+
+    Host names alone repeat among containers, and pid namespaces among machines. "" if it is not known.
+    """
     try:
-        return lock.read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        name = f"{boot} {os.readlink('/proc/self/ns/pid')} {socket.gethostname()}"
     except OSError:
         return ""
+    try:
+        return f"{name} {Path('/etc/machine-id').read_text().strip()}".strip()
+    except OSError:
+        return name  # many containers have no machine id
+
+
+def is_this_system(name: str) -> bool:
+    """Return whether a `system_name` is ours; locks of earlier versions have no machine in it."""
+    theirs, ours = name.split(), system_name().split()
+    return len(theirs) >= 3 and len(ours) >= 3 and all(a == b for a, b in zip(theirs, ours, strict=False))
+
+
+def owner_of(lock: Path) -> str:
+    """Return the name for people of a lock's owner, "" if the file does not exist any more."""
+    return next(iter(owner_lines(lock)), "")
+
+
+def owner_lines(lock: Path) -> list[str]:
+    """Return the lines that the owner of a lock wrote into it; locks of earlier versions have one."""
+    try:
+        return lock.read_text().strip().splitlines()
+    except OSError:
+        return []
 
 
 def owner_has_died(lock: Path) -> bool:
-    """Return whether a lock names a process of this host that has ended. Processes of other hosts cannot be checked."""
-    named = re.match(r"process (\d+) on (\S+) since", owner_of(lock))
-    if not named or named[2] != socket.gethostname():
+    """Return whether a lock names a process of this system that has ended. Those of others cannot be checked.
+
+    Locks of earlier versions name the host alone: theirs must also be held by a process that is visible here, the dead
+    owner's child, because the owner may live in another container of this host name.
+    """
+    first, *more = [*owner_lines(lock), ""]
+    named = re.match(r"process (\d+) on (\S+) since", first)
+    if not named or named[2] != socket.gethostname() or not process_has_ended(int(named[1])):
         return False
-    return process_has_ended(int(named[1]))
+    system = next((line.removeprefix("system ") for line in more if line.startswith("system ")), None)
+    return _is_held_here(lock) if system is None else is_this_system(system)
+
+
+def _is_held_here(path: Path) -> bool:
+    """Return whether a process of our pid namespace holds a file's lock; True on systems that cannot tell."""
+    if not system_name():
+        return True
+    namespace = os.readlink("/proc/self/ns/pid")
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        process = link.parents[1]
+        with suppress(OSError):  # it has ended, or belongs to another user
+            if os.readlink(process / "ns/pid") == namespace and os.path.samestat(link.stat(), path.stat()):
+                if "lock:" in (process / "fdinfo" / link.name).read_text():
+                    return True
+    return False
 
 
 def process_has_ended(pid: int) -> bool:

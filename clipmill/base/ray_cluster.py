@@ -1,12 +1,16 @@
 """Start Ray on this machine, or join the cluster that a setting or RAY_ADDRESS names."""
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from clipmill.base.errors import UserError
 
+# Ray puts sockets below its temporary folder, and the system limits the path of a socket.
+SOCKET = "/ray/session_2026-11-29_16-30-50_123456_1234567/sockets/plasma_store.10"
+MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107  # bytes
 JOIN_ATTEMPTS = 4
 JOIN_PAUSE_S = 3.0
 
@@ -33,6 +37,7 @@ def start_ray(
     options = {"logging_level": "ERROR", "log_to_driver": show_output, "ignore_reinit_error": True}
     address = address or os.environ.get("RAY_ADDRESS")
     if not address:
+        require_short_temporary_folder()
         ray.init(num_cpus=cpus, include_dashboard=False, **options)
         return True
     for attempt in range(1, JOIN_ATTEMPTS + 1):
@@ -45,6 +50,19 @@ def start_ray(
                 raise UserError(f"{names}: the Ray cluster at {address} cannot be joined ({error}).") from error
             time.sleep(JOIN_PAUSE_S)
     raise AssertionError("unreachable")
+
+
+def require_short_temporary_folder() -> None:
+    """Raise UserError if the folder that RAY_TMPDIR or TMPDIR names is too long a path for Ray's sockets."""
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        if folder := os.environ.get(name):
+            longest = MAX_SOCKET_PATH - len(SOCKET)
+            if len(os.fsencode(os.path.abspath(folder))) > longest:
+                raise UserError(
+                    f"{name} = {folder}: its path is too long for Ray's sockets. Set RAY_TMPDIR to a folder whose path "
+                    f"has at most {longest} bytes."
+                )
+            return
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The command line. Only what `--help` needs is imported at the top; each command imports its own part.
 
-Exit codes: 0 all done · 1 some items failed (printed and recorded) · 2 a wrong input · 130 interrupted.
+Exit codes: 0 all done · 1 something failed in this run (printed and recorded) · 2 a wrong input · 3 the command ended
+early, by a crash or a full disk · 130 interrupted · 141 the reader of the output has closed it.
 """
 
 import atexit
@@ -8,17 +9,65 @@ import errno
 import os
 import re
 import shlex
+import signal
 import sys
+import traceback
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from clipmill.base.errors import UserError
 
+CRASHED, INTERRUPTED, PIPE_CLOSED = 3, 130, 141
+
+
+class _Raised(Exception):
+    """An exception of a command that typer would turn into an exit code of its own."""
+
+    def __init__(self, error: BaseException):
+        super().__init__(error)
+        self.error = error
+
+
+class _Commands(TyperGroup):
+    """Pass interrupts, ends of input, errors of pipes and exits of libraries on to `_run`, past typer's handlers."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, EOFError, OSError, SystemExit) as error:
+            raise _Raised(error) from error
+
+
+class _TakesDashes(TyperCommand):
+    """A command whose arguments may begin with a dash, as every 64th YouTube id does: `explain corpus -x1y2z3`."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        options = [parameter for parameter in self.params if parameter.opts[0].startswith("-")]
+        takes_value = {name: not option.is_flag for option in options for name in option.opts}
+        takes_value |= dict.fromkeys(ctx.help_option_names, False)
+        given, arguments, rest = [], [], list(args)
+        while rest:
+            word = rest.pop(0)
+            name, equals, _ = word.partition("=")
+            if word == "--":
+                arguments += rest
+                break
+            if name not in takes_value:
+                arguments.append(word)
+                continue
+            given.append(word)
+            if takes_value[name] and not equals and rest:
+                given.append(rest.pop(0))
+        return super().parse_args(ctx, [*given, "--", *arguments])
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -140,7 +189,7 @@ def status(corpus: CorpusArgument, set_: TrySetOption = None) -> None:
     show_status(corpus, set_ or [])
 
 
-@app.command()
+@app.command(cls=_TakesDashes)
 def sql(
     corpus: CorpusArgument,
     query: Annotated[
@@ -214,7 +263,7 @@ def compact(corpus: CorpusArgument) -> None:
     raise typer.Exit(run_compact(corpus))
 
 
-@app.command()
+@app.command(cls=_TakesDashes)
 def explain(
     corpus: CorpusArgument,
     id: Annotated[str, typer.Argument(help="A video_id, clip_id, sample key or URL.", metavar="ID")],
@@ -399,8 +448,8 @@ def edit(
         tables=tuple((name, str(path)) for name, path in named_tables(table or []).items()),
         command=_command(),
     )
-    rows = run_edit(request)
-    raise typer.Exit(1 if any(row["num_failed"] for row in rows) else 0)
+    _, num_failed = run_edit(request)
+    raise typer.Exit(1 if num_failed else 0)
 
 
 @app.command()
@@ -437,27 +486,52 @@ def main() -> None:
 
 
 def _run() -> int:
+    """Run the command line; return the exit code."""
+    interrupts: list[int] = []
+
+    def note_interrupt(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as after `nohup`
+        signal.signal(signal.SIGINT, note_interrupt)
     try:
         app()
-    except UserError as error:
+    except SystemExit as end:  # typer's: a command's exit code, or 2 after a mistake in the options
+        return end.code
+    except BaseException as error:
+        error = error.error if isinstance(error, _Raised) else error
+        if interrupts or isinstance(error, (KeyboardInterrupt, EOFError)):  # libraries turn interrupts into errors
+            typer.echo("\nclipmill: interrupted. Run the same command again to resume.", err=True)
+            return INTERRUPTED
+        return _code_of(error)
+    return 0
+
+
+def _code_of(error: BaseException) -> int:
+    """Print why a command ended early; return its exit code. 1 is not among them: it is for items that failed."""
+    if isinstance(error, UserError):
         from clipmill.base.text import visible
 
         typer.echo(f"clipmill: {visible(str(error), keep=chr(10))}", err=True)
         return 2
-    except KeyboardInterrupt:
-        typer.echo("\nclipmill: interrupted. Run the same command again to resume.", err=True)
-        return 130
-    except Exception as error:
-        if _is_damaged_database(error):
-            typer.echo(f"clipmill: {error}\nThe manifest is damaged: `clipmill build` publishes it again.", err=True)
-            return 2
-        if not _is_unwritable_disk(error):
-            raise
+    if BrokenPipeError in (type(error), type(error.__context__)):  # rich turns it into an exit
+        return PIPE_CLOSED
+    if isinstance(error, SystemExit) and not error.code:
+        return 0
+    if isinstance(error, Exception) and _is_damaged_database(error):
+        typer.echo(f"clipmill: {error}\nThe manifest is damaged: `clipmill build` publishes it again.", err=True)
+        return 2
+    if isinstance(error, Exception) and _is_unwritable_disk(error):
         typer.echo(f"clipmill: {error}. Committed work is safe; fix this and run the command again.", err=True)
-        return 1
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
+        return CRASHED
+    traceback.print_exception(error)
+    typer.echo(
+        "clipmill: crashed by a defect of clipmill or of a library. Committed work is safe. Please report the "
+        "traceback above.",
+        err=True,
+    )
+    return CRASHED
 
 
 def _is_damaged_database(error: Exception) -> bool:
@@ -479,8 +553,9 @@ def _leave(code: int) -> NoReturn:
     With Ray's threads alive shutdown is slow, and DuckDB's binding prints a page about leaked types that looks like an
     error.
     """
-    atexit._run_exitfuncs()
+    with suppress(KeyboardInterrupt):  # a second one, while Ray shuts down
+        atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):
+        with suppress(BrokenPipeError, ValueError):  # its reader has ended, or it is closed
             stream.flush()
     os._exit(code)

@@ -64,7 +64,11 @@ def run_demo(folder: Path, num_videos: int) -> int:
     console.print(_last_screen(folder, corpus, result, time.perf_counter() - started))
     truth = [json.loads(line) for line in (world / "truth.jsonl").read_text().splitlines()]
     num_broken = sum(row["broken"] is not None and not row["works"] for row in truth)
-    return 1 if sum(count for _, _, count, _ in result.failures) > num_broken else trained
+    return 1 if _num_failed(result) > num_broken else trained
+
+
+def _num_failed(result: BuildReport) -> int:
+    return sum(count for _, _, count, _ in result.failures) + result.num_old_failures
 
 
 def _make_world(console: Console, world: Path, num_videos: int) -> None:
@@ -101,7 +105,7 @@ def _ask(console: Console, corpus: Path) -> None:
 
 
 def _last_screen(folder: Path, corpus: Path, result: BuildReport, seconds: float) -> Panel:
-    num_failed, run = sum(count for _, _, count, _ in result.failures), folder / "run"
+    num_failed, run = _num_failed(result), folder / "run"
     commands = {
         f"clipmill sql {corpus}": "query it (.tables lists the tables)",
         f"clipmill verify {corpus}": "check every byte of every shard",

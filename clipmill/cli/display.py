@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from clipmill.base.console import one_line, plain_console, print_failures
+from clipmill.base.text import visible
 from pipeline.engine.build import BuildReport, Status, status
 from pipeline.engine.driver import Engine
 from pipeline.engine.registry import stages
@@ -36,6 +37,9 @@ class Terminal:
         self.started = time.perf_counter()
 
     # -- called by `build`, in this order ----------------------------------------------------------------------------
+
+    def creating(self, corpus: str) -> None:
+        self.console.print(f"[bold]new corpus[/] {escape(corpus)}", soft_wrap=True)
 
     def settings_changed(self, changed: list[str]) -> None:
         for line in changed:
@@ -126,6 +130,12 @@ class Terminal:
         else:
             self._summary(report)
         print_failures(self.console, report.failures)
+        if report.num_old_failures:
+            self.console.print(
+                f"{report.num_old_failures:,} failed in earlier runs and were not tried again: "
+                f"clipmill status {escape(str(corpus))}",
+                soft_wrap=True,
+            )
         corpus_text = escape(str(corpus))
         self.console.print(
             f'[dim]next:[/] clipmill stats {corpus_text} · clipmill sql {corpus_text} "SELECT * FROM funnel" · '
@@ -202,6 +212,10 @@ def _show_idle(console: Console, current: Status) -> None:
     show_damaged(console, current.damaged)
     for line in current.changed:
         console.print(f"[yellow]if set[/] {escape(line)}")
+    for problem in current.problems:
+        console.print(f"[red]problem[/] {escape(visible(problem, keep=chr(10)))}", soft_wrap=True)
+    if current.writer:
+        console.print(f"being written by {escape(current.writer)}: what is committed so far", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "done", "pending", "waiting", "failed", "quarantined", ""):
         table.add_column(column, justify="left" if column in ("stage", "") else "right")
@@ -215,8 +229,8 @@ def _show_idle(console: Console, current: Status) -> None:
     pack = current.pack
     table.add_row(
         "pack",
-        f"{pack['packed']:,}",
-        f"{pack['to_pack']:,}" if pack["to_pack"] else "",
+        f"{pack['packed']:,}" if pack else "?",
+        f"{pack['to_pack']:,}" if pack and pack["to_pack"] else "" if pack else "?",
         "",
         "",
         "",

@@ -54,6 +54,7 @@ class CorpusBackend:
         self.weights: list[Path] = []
         self.threshold: float | None = None
         self.round_number = 0
+        self.num_recorded = 0  # rounds of earlier commands
 
     # -- EditBackend --------------------------------------------------------------------------------------------------
 
@@ -77,7 +78,9 @@ class CorpusBackend:
     def run(self, on_round: RoundDone) -> list[dict[str, Any]]:
         """Run all remaining rounds; call `on_round` with the row of each, recorded ones too; return all rows."""
         videos = self._video_clips()
-        rows, state = self._recorded(videos) or self._warm_up(videos)
+        recorded = self._recorded(videos)
+        self.num_recorded = len(recorded[0]) if recorded else 0
+        rows, state = recorded or self._warm_up(videos)
         for row in rows:
             on_round(row)
         for result in rounds(videos, self, self.settings.edit, state, self.items.held_out_videos, self.edit):

@@ -78,11 +78,12 @@ class EditRequest:
 
 def launch_edit(
     request: EditRequest, on_start: Callable[[Editing], None], on_round: RoundDone
-) -> tuple[Editing, list[dict[str, Any]]]:
-    """Start or resume the editing in OUT; return it and its rows of `edit_rounds`. Raises UserError.
+) -> tuple[Editing, list[dict[str, Any]], int]:
+    """Start or resume the editing in OUT. Raises UserError.
 
     on_start  called with the editing before its first round
     on_round  called with each row of `edit_rounds`, also with those of earlier commands
+    Returns the editing, its rows of `edit_rounds`, and how many of them earlier commands made.
     """
     request.check()
     out = request.out.expanduser().absolute()
@@ -90,7 +91,8 @@ def launch_edit(
         saved = _load(out)
         editing = _start(out, request) if saved is None else _resume(out, saved, request)
         on_start(editing)
-        return editing, CorpusBackend(editing).run(on_round)
+        backend = CorpusBackend(editing)
+        return editing, backend.run(on_round), backend.num_recorded
 
 
 # --- Starting

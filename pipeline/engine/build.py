@@ -7,13 +7,15 @@ import json
 import os
 import platform
 import resource
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 
 from clipmill.base.errors import UserError
@@ -22,10 +24,11 @@ from pipeline.engine.driver import Engine, EngineReport
 from pipeline.engine.repair import find_rot, repair
 from pipeline.engine.settings import CorpusSettings, resolve
 from pipeline.runtime.watchdog import sweep_reports
+from pipeline.stages.ingest.source_lists import SourceList, read_sources
 from pipeline.stages.ingest.stage import IngestReport, ingest_sources
-from pipeline.stages.pack import PackReport, pack_corpus, pack_state
+from pipeline.stages.pack import PackReport, check_where, pack_corpus, pack_state
 from pipeline.stages.stage import Stage
-from shards.corpus.folder import Corpus
+from shards.corpus.folder import Corpus, NewerCorpus, lock_owner
 from shards.corpus.fragments import fragment_path, sweep_temporaries
 from shards.corpus.ledger import Ledger, remove_cache
 from shards.corpus.manifest import MANIFEST_NAME, is_current, publish
@@ -43,7 +46,8 @@ class BuildReport:
     pack: PackReport | None = None
     changed: list[str] = field(default_factory=list)  # settings that differ from the corpus's last ones
     pending_before: dict[str, dict[str, int]] = field(default_factory=dict)
-    failures: list[tuple[str, str, int, str]] = field(default_factory=list)  # stage, class, count, an example
+    failures: list[tuple[str, str, int, str]] = field(default_factory=list)  # of this run: stage, class, count, example
+    num_old_failures: int = 0  # items that failed in earlier runs and were not tried again
 
     @property
     def did_something(self) -> bool:
@@ -53,6 +57,7 @@ class BuildReport:
 
     @property
     def exit_code(self) -> int:
+        """Return 1 if something failed in this run; failures of earlier runs do not count."""
         return 1 if self.failures else 0
 
 
@@ -109,9 +114,6 @@ class Session:
         self.refresh_state()
         publish(self.ledger)
 
-    def failures(self) -> list[tuple[str, str, int, str]]:
-        return self.ledger.standing_failures()
-
 
 @contextmanager
 def session(
@@ -123,12 +125,17 @@ def session(
     create: bool,
     fresh: bool = False,
     replace_sources: bool = False,
+    check: Callable[[Corpus, CorpusSettings], None] | None = None,
 ) -> Iterator[tuple[Session, list[str]]]:
     """Open a corpus for writing; yield it with the settings that changed. Raises UserError.
+
+    A mistake leaves corpus.yaml as it was: settings are checked before they are saved, and if the block raises
+    UserError, for what only a worker or a later stage could find, the ones from before are saved again.
 
     Args:
         fresh: rebuild the working database, because rows deleted from it leave their bytes in the file.
         replace_sources: a damaged record of sources is removed, because lists are about to be read.
+        check: raises UserError for what else is wrong with the command, before a new corpus is made.
     """
     corpus = Corpus(root)
     if not create:
@@ -142,6 +149,10 @@ def session(
         )
     registry.fingerprints(settings)  # raises for a missing model file before settings are saved
     resolved = settings.model_dump(mode="json")
+    if resolved != saved:
+        check_where(settings.pack, corpus.root)
+    if check:
+        check(corpus, settings)
     corpus.create()
     with corpus.writer():
         if resolved != saved:
@@ -156,6 +167,10 @@ def session(
             ledger.remove_orphans()
             changed = difference(with_defaults(saved), resolved) if saved else []
             yield Session(corpus, settings, ledger, command), changed
+        except UserError:
+            if saved and resolved != saved and lock_owner(corpus.root, corpus.store) == corpus.lock_owner:
+                corpus.save_settings(saved)
+            raise
         finally:
             ledger.close()
 
@@ -175,16 +190,27 @@ def build(
     """Ingest `sources` if any, run the named stages, pack if "pack" is among them, publish."""
     display = display or Silent()
     report = BuildReport()
-    with session(root, recipe, assignments, command, create="ingest" in stages, replace_sources=bool(sources)) as (
-        current,
-        report.changed,
-    ):
+    listed: SourceList | None = None
+
+    def check(corpus: Corpus, settings: CorpusSettings) -> None:
+        nonlocal listed
         for stage in registry.stages():
-            if list(stages) == [stage.name] and stage.is_off(getattr(current.settings, stage.name)):
+            if list(stages) == [stage.name] and stage.is_off(getattr(settings, stage.name)):
                 raise UserError(f"{stage.name}.{stage.switch} is null, so the stage is off; --set it to turn it on.")
-        display.settings_changed(report.changed)
         if "ingest" in stages and sources:
-            report.ingest = ingest_sources(current, sources)
+            listed = read_sources(sources, settings.ingest)
+        if not corpus.exists:
+            if listed and not (listed.table.num_rows or listed.problems):
+                raise UserError(f"SOURCES: {' '.join(sources)}: no source is in there, so {corpus.name} was not made.")
+            display.creating(corpus.name)
+
+    with session(
+        root, recipe, assignments, command, create="ingest" in stages, check=check, replace_sources=bool(sources)
+    ) as opened:
+        current, report.changed = opened
+        display.settings_changed(report.changed)
+        if listed:
+            report.ingest = ingest_sources(current, sources, listed)
             display.ingested(report.ingest)
         current.refresh_state()
         display.damaged(current.damaged)
@@ -210,7 +236,9 @@ def build(
         # An earlier build may have been killed between packing and publishing, or a video may have been forgotten.
         if report.did_something or not is_current(current.corpus.root, current.ledger):
             current.publish()
-        report.failures = current.failures()
+        report.failures = current.ledger.standing_failures(current.run_id)
+        num_failures = sum(count for _, _, count, _ in current.ledger.standing_failures())
+        report.num_old_failures = num_failures - sum(count for _, _, count, _ in report.failures)
     return report
 
 
@@ -265,30 +293,69 @@ class Status:
     counts: dict[str, dict[str, int]]
     off: list[str]  # stages
     failures: list[tuple[str, str, int, str]]
-    pack: dict[str, int]
+    pack: dict[str, int] | None  # None: unknown, see `problems`
     changed: list[str]
     damaged: list[Problem]  # fragments whose items are pending again
+    problems: list[str]  # why something is unknown; with a problem in the settings, `counts` has only done and failed
+    writer: str  # the process that is writing the corpus, else ""
 
 
 def status(root: str | Path, assignments: list[str]) -> Status:
-    """Count the done, pending and failed items of each stage, with the settings as saved or as `--set` makes them."""
+    """Count the done, pending and failed items of each stage, with the settings as saved or as `--set` makes them.
+
+    It answers whatever is wrong with the saved settings, while another process writes, and in a folder that cannot be
+    written. Raises UserError for a folder that is not a corpus and for a wrong `--set`.
+    """
     corpus = Corpus(root).require()
-    saved = corpus.load_settings()
-    settings = resolve(saved, None, assignments)
-    with corpus.alone_here(), corpus.files.local_only():
-        corpus.files.pull()
-        ledger = Ledger(corpus.root, registry.stages(), memory_limit=settings.engine.driver_memory)
+    settings, problems = None, []
+    try:
+        saved = corpus.load_settings()
+        settings = resolve(saved, None, assignments)
+        registry.fingerprints(settings)
+        if any(text.startswith("pack.where") for text in assignments):
+            check_where(settings.pack, corpus.root)
+    except NewerCorpus:
+        raise
+    except UserError as error:
+        if assignments:
+            raise
+        settings = None
+        problems.append(str(error))
+    with ExitStack() as stack:
+        writer, cache = "", None
         try:
-            ledger.sync()
-            current = Session(corpus, settings, ledger, "status")
-            current.refresh_state()
-            if (corpus.root / MANIFEST_NAME).exists() and not is_current(corpus.root):
-                publish(ledger)  # another version wrote it, so it may lack columns that packing reads
-            changed = difference(with_defaults(saved), settings.model_dump(mode="json"))
-            off = [stage.name for stage in registry.stages() if stage.is_off(getattr(settings, stage.name))]
-            return Status(ledger.counts(), off, current.failures(), pack_state(current), changed, current.damaged)
-        finally:
-            ledger.close()
+            stack.enter_context(corpus.alone_here())
+            stack.enter_context(corpus.files.local_only())
+            corpus.files.pull()
+        except (UserError, OSError):  # another process is writing, or this one may not: read with a cache elsewhere
+            writer = corpus.writer_name()
+            cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clipmill-status-")))
+        memory = settings.engine.driver_memory if settings else "1GB"
+        ledger = stack.enter_context(closing(Ledger(corpus.root, registry.stages(), memory_limit=memory, cache=cache)))
+        for attempt in range(3):
+            try:
+                ledger.sync()
+                break
+            except UserError as error:  # a damaged record of sources
+                problems.append(str(error))
+                return Status(ledger.recorded_counts(), [], [], None, [], [], problems, writer)
+            except (duckdb.Error, OSError, pa.ArrowException):  # the writer replaced a fragment meanwhile
+                if not cache or attempt == 2:
+                    raise
+        if settings is None:
+            return Status(ledger.recorded_counts(), [], [], None, [], [], problems, writer)
+        current = Session(corpus, settings, ledger, "status")
+        current.refresh_state()
+        if not cache and (corpus.root / MANIFEST_NAME).exists() and not is_current(corpus.root):
+            publish(ledger)  # another version wrote it, so it may lack columns that packing reads
+        off = [stage.name for stage in registry.stages() if stage.is_off(getattr(settings, stage.name))]
+        pack = None
+        try:
+            pack = pack_state(current)
+        except UserError as error:  # a condition that does not fit, or a manifest of another version
+            problems.append(str(error))
+        changed = difference(with_defaults(saved), settings.model_dump(mode="json"))
+        return Status(ledger.counts(), off, current.failures(), pack, changed, current.damaged, problems, writer)
 
 
 def versions() -> dict[str, str]:
@@ -299,6 +366,7 @@ def versions() -> dict[str, str]:
 class Silent:
     """A display that shows nothing, for tests and library callers. The command line has `clipmill.cli.display`."""
 
+    def creating(self, corpus: str) -> None: ...
     def settings_changed(self, changed: list[str]) -> None: ...
     def damaged(self, problems: list[Problem]) -> None: ...
     def ingested(self, report: IngestReport) -> None: ...

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from clipmill.base.errors import ItemError
+from clipmill.base.errors import ItemError, UserError
 from clipmill.base.ray_cluster import start_ray
 from pipeline.stages.stage import DriverStage
 from shards.corpus.fragments import fragment_path, ledger_row, write_commit
+from shards.corpus.manifest import empty_manifest, is_current
 from shards.corpus.schema import LEDGER
 from shards.packing.index import read_index, refresh_index
 from shards.packing.pack import (
@@ -29,7 +30,8 @@ from shards.packing.pack import (
     select_samples,
     write_shard,
 )
-from shards.query.sql import open_manifest
+from shards.query.sql import check_selection, open_manifest, rows_of, selection
+from shards.storage.local import MANIFEST_NAME
 from shards.storage.mirror import files_of, mirror
 from shards.storage.s3 import Store
 
@@ -71,6 +73,20 @@ def pack_corpus(session, display, *, write: bool, redo: bool) -> PackReport:
     return report
 
 
+def check_where(settings: PackSettings, root: Path) -> None:
+    """Raise UserError for a `pack.where` that this version's `catalog`, or a row of it in the corpus, cannot answer."""
+    if not settings.where.strip():
+        return
+    with empty_manifest() as connection:
+        check_selection(connection, settings.where, "pack.where")
+    if (root / MANIFEST_NAME).is_file() and is_current(root):
+        with open_manifest(root) as connection:
+            try:
+                rows_of(connection, f"SELECT count(*) FROM ({selection(settings.where)})")
+            except UserError as error:
+                raise UserError(f"pack.where: {error}") from error
+
+
 def planned(connection, settings: PackSettings) -> list[ShardPlan]:
     """Return the shards that ought to exist, from the manifest."""
     return plan_shards(select_samples(connection, settings), settings, reserved_slots(connection))
@@ -79,7 +95,7 @@ def planned(connection, settings: PackSettings) -> list[ShardPlan]:
 def pack_state(session) -> dict[str, int]:
     """Count the samples that are packed as planned, and those in shards that are to be written or removed."""
     root = session.corpus.root
-    if not (root / "manifest.duckdb").exists():
+    if not (root / MANIFEST_NAME).exists():
         return {"packed": 0, "to_pack": 0}
     with open_manifest(root) as connection:
         plans = planned(connection, session.settings.pack)

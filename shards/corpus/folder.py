@@ -5,18 +5,15 @@ to date, and holds two locks: the store's (`shards.storage.lease`) and that of t
 """
 
 import json
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
 
 from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
-from clipmill.base.file_lock import is_locked, owner_has_died, owner_of, take_named_lock
+from clipmill.base.file_lock import is_locked, owner_has_died, owner_of, process_name, take_named_lock
 from clipmill.base.settings import read_yaml
 from shards.storage.lease import StoreLock, is_held, token_in
 from shards.storage.local import PRIVATE, Files
@@ -36,6 +33,10 @@ README = """A clipmill corpus.
   clips/*.tar                 cut clips, before packing
   shards/NNNNNN.tar           WebDataset shards, with their index NNNNNN.parquet beside them
 """
+
+
+class NewerCorpus(UserError):
+    """The corpus has a format that only a newer version reads."""
 
 
 class Corpus:
@@ -93,14 +94,16 @@ class Corpus:
     # -- settings -------------------------------------------------------------------------------------------------
 
     def load_settings(self) -> dict:
-        """Return the saved settings as plain data. Raises UserError for an unreadable or newer corpus.yaml."""
+        """Return the saved settings as plain data. Raises UserError for an unreadable corpus.yaml, NewerCorpus."""
         try:
             saved = read_yaml(self.settings_path.read_text())
             version, settings = saved["format"], saved["settings"]
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
             raise UserError(f"{self.settings_path} cannot be read as a corpus's settings: {error}") from error
         if version != FORMAT:
-            raise UserError(f"{self.name} has corpus format {version}; this clipmill reads format {FORMAT}.")
+            raise NewerCorpus(f"{self.name} has corpus format {version}; this clipmill reads format {FORMAT}.")
+        if not isinstance(settings, dict):
+            raise UserError(f"{self.settings_path} cannot be read as a corpus's settings: they are {settings!r}")
         return settings
 
     def save_settings(self, settings: dict) -> None:
@@ -140,18 +143,26 @@ class Corpus:
         Raises UserError when another process has the lock.
         """
         self.private.mkdir(parents=True, exist_ok=True)  # a cache, which may have been deleted
-        since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        name = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+        name = process_name()
         file = take_named_lock(self._lock, name)
         if file is None:
             owner = owner_of(self._lock) or "another process"
             raise UserError(f"{self.name} is being written by {owner}. Wait for it or stop it; reading is possible.")
         with file:
+            self._progress.unlink(missing_ok=True)  # of an earlier build
             yield name
 
     @property
     def _lock(self) -> Path:
         return self.private / LOCK
+
+    @property
+    def _progress(self) -> Path:
+        return self.private / "progress.json"
+
+    def writer_name(self) -> str:
+        """Return the name of the process on this machine, or sharing this folder, that holds the lock; else ""."""
+        return owner_of(self._lock) if self._is_held_here() else ""
 
     def is_being_written(self) -> bool:
         return self._is_held_here() or (self.store is not None and is_held(self.store))
@@ -162,14 +173,14 @@ class Corpus:
     # -- progress of the running process, for `clipmill status` ----------------------------------------------------
 
     def write_progress(self, progress: dict) -> None:
-        write_text(self.private / "progress.json", json.dumps(progress))
+        write_text(self._progress, json.dumps(progress))
 
     def read_progress(self) -> dict | None:
         """Return the last progress of the running build, None when no build is running."""
         if not self._is_held_here():
             return None
         try:
-            return json.loads((self.private / "progress.json").read_text())
+            return json.loads(self._progress.read_text())
         except (OSError, ValueError):
             return None  # the build has just begun
 

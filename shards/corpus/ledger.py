@@ -8,8 +8,10 @@ hashes the stage's fingerprint and the item's inputs. An item is done when a row
 setting, a changed input, a lost fragment and a new source are one case: a key without a row.
 """
 
+import fcntl
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +49,17 @@ class SourceFile:
 
 
 class Ledger:
-    """The connection to the working database. `memory_limit` bounds DuckDB; no rows are kept in Python."""
+    """The connection to the working database. `memory_limit` bounds DuckDB; no rows are kept in Python.
 
-    def __init__(self, root: Path, stages: Sequence[StageQuery], *, memory_limit: str = "1GB"):
-        self.root, self.files = root, files_of(root)
+    cache: folder of the database of a process without the corpus lock, which removes nothing from the corpus.
+    """
+
+    def __init__(
+        self, root: Path, stages: Sequence[StageQuery], *, memory_limit: str = "1GB", cache: Path | None = None
+    ):
+        self.root, self.files, self.owns_corpus = root, files_of(root), cache is None
         self.stages = {stage.name: stage for stage in stages}
-        self.path = root / ".clipmill" / "ledger.duckdb"
+        self.path = (cache or root / ".clipmill") / "ledger.duckdb"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.connection = _connect(self.path, memory_limit)
         self.tombstones: tuple[str, ...] = ()  # names of the tombstone files applied to the tables
@@ -94,10 +101,10 @@ class Ledger:
         lost = set(present) - set(whole)  # a commit that lacks one of its files counts as never made
         if not replace_sources:
             self._refuse_to_lose_sources(lost)
-        self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(lost)))
         # A writer that was killed before it cleaned up leaves the commits that it superseded.
         replaced = {old for name in new for old in replaced_by(fragment_path(self.root, "ledger", name))} & set(whole)
-        self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(replaced)))
+        if self.owns_corpus:
+            self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(lost | replaced)))
         self.forget([*deleted, *replaced])
         self.load([name for name in new if name not in replaced])
         return len(new), len(deleted)
@@ -350,11 +357,15 @@ class Ledger:
     def items_of(self, stage: str) -> list[str]:
         return [item_id for (item_id,) in self._rows(f"SELECT item_id FROM state_{stage} ORDER BY 1")]
 
-    def standing_failures(self) -> list[tuple[str, str, int, str]]:
-        """Return (stage, error class, count, example) of items that failed with their present inputs."""
+    def standing_failures(self, run_id: str | None = None) -> list[tuple[str, str, int, str]]:
+        """Return (stage, error class, count, example) of items that failed with their present inputs.
+
+        run_id: count only items that failed in this run.
+        """
+        only = f"AND run_id = {sql_literal(run_id)} " if run_id else ""
         return self._rows(
             f"SELECT stage, error_class, count(*), min(failed_id || ': ' || message) FROM ({self.failures_sql()}) "
-            "WHERE stage <> 'edit' GROUP BY ALL ORDER BY ALL"
+            f"WHERE stage <> 'edit' {only}GROUP BY ALL ORDER BY ALL"
         )
 
     def failures_sql(self) -> str:
@@ -393,6 +404,15 @@ class Ledger:
         stage, which may make them pending; `quarantined`, items whose attempts are used up.
         """
         return {name: dict(self._rows(self._count_sql(name))) for name in self.stages}
+
+    def recorded_counts(self) -> dict[str, dict[str, int]]:
+        """Return stage → done or failed → number of items by their last attempt, whatever the settings are now."""
+        last = 'SELECT stage, item_id, arg_max(status, "at") AS status FROM ledger GROUP BY ALL'
+        counts: dict[str, dict[str, int]] = {name: {} for name in self.stages}
+        for stage, ended, count in self._rows(f"SELECT stage, status, count(*) FROM ({last}) GROUP BY ALL"):
+            if stage in counts:
+                counts[stage][ended] = count
+        return counts
 
     def _count_sql(self, stage: str) -> str:
         before = [
@@ -465,7 +485,7 @@ LEFT JOIN once_more o ON o.stage = '$stage' AND o.item_id = i.item_id AND o.atte
 
 
 _LAST_FAILURE = """
-SELECT stage, item_id AS failed_id, key AS failed_key, unit, error_class, message, transient, attempts, "at"
+SELECT stage, item_id AS failed_id, key AS failed_key, unit, error_class, message, transient, attempts, "at", run_id
 FROM ledger WHERE status = 'failed'
 QUALIFY row_number() OVER (PARTITION BY stage, item_id, key ORDER BY "at" DESC, attempts DESC) = 1
 """
@@ -539,13 +559,27 @@ def _connect(path: Path, memory_limit: str) -> duckdb.DuckDBPyConnection:
         except duckdb.Error:
             if attempt == 2:
                 raise
-        path.unlink(missing_ok=True)  # a cache: of another layout or torn, it is rebuilt from the fragments
-        path.with_name(path.name + ".wal").unlink(missing_ok=True)
+        _remove(path)  # a cache: of another layout or torn, it is rebuilt from the fragments
     raise AssertionError("unreachable")
 
 
 def remove_cache(root: Path) -> None:
-    """Delete the working database of a corpus. No process may have it open."""
-    path = root / ".clipmill" / "ledger.duckdb"
-    path.unlink(missing_ok=True)
+    """Delete the working database of a corpus. Raises UserError if a process has it open."""
+    _remove(root / ".clipmill" / "ledger.duckdb")
+
+
+def _remove(path: Path) -> None:
+    """Delete a database that no process has open: one that cannot be opened may be another process's and whole.
+
+    Raises UserError if a process holds DuckDB's lock on it.
+    """
+    with suppress(FileNotFoundError), open(path, "r+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{path} is in use by another process, which may be writing this corpus from another container or "
+                "host. Stop it, or wait for its end, and run the command again."
+            ) from error
+        path.unlink()
     path.with_name(path.name + ".wal").unlink(missing_ok=True)

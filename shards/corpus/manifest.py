@@ -64,7 +64,10 @@ def is_current(root: Path, ledger: Ledger | None = None) -> bool:
 
 def _is_current(path: Path, root: Path, ledger: Ledger | None) -> bool:
     with duckdb.connect() as connection:
-        connection.execute(f"ATTACH {sql_literal(path)} AS manifest (READ_ONLY)")
+        try:
+            connection.execute(f"ATTACH {sql_literal(path)} AS manifest (READ_ONLY)")
+        except duckdb.Error:  # torn
+            return False
         sql = "SELECT comment FROM duckdb_views() WHERE database_name = 'manifest' AND view_name = 'catalog'"
         if connection.execute(sql).fetchall() != [(_layout(),)]:
             return False
@@ -73,6 +76,17 @@ def _is_current(path: Path, root: Path, ledger: Ledger | None) -> bool:
             return False
         num_applied = connection.execute("SELECT count(*) FROM manifest.forgotten").fetchall()[0][0]
     return num_applied == read_tombstones(root).num_rows
+
+
+def empty_manifest() -> duckdb.DuckDBPyConnection:
+    """Return a database in memory with this version's tables and views and no rows, for checking SQL."""
+    connection = duckdb.connect()
+    for table, schema in MANIFEST.items():
+        connection.register("columns", schema.empty_table())
+        connection.execute(f"CREATE TABLE {table} AS SELECT * FROM columns")
+        connection.unregister("columns")
+    connection.execute(view_statements())
+    return connection
 
 
 def view_statements() -> str:

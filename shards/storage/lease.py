@@ -21,11 +21,10 @@ import time
 import uuid
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from clipmill.base.errors import UserError
-from clipmill.base.file_lock import process_has_ended
+from clipmill.base.file_lock import is_this_system, process_has_ended, system_name
 from shards.storage.s3 import Changed, SmallObject, Store
 
 KEY = ".clipmill/lock.json"
@@ -120,7 +119,7 @@ class StoreLock:
     def _write(
         self, began_at: float, *, if_none_match: bool = False, if_match: str | None = None, free: bool = False
     ) -> None:
-        content = {"token": self.token, "pid": os.getpid(), "host": socket.gethostname(), "machine": _machine()}
+        content = {"token": self.token, "pid": os.getpid(), "host": socket.gethostname(), "machine": system_name()}
         content |= {"since": self.since, "beat": uuid.uuid4().hex, "free": free}
         data = json.dumps(content).encode()
         self._etag = self.store.write(KEY, data, if_none_match=if_none_match, if_match=if_match)
@@ -149,21 +148,11 @@ def _owner_in(found: SmallObject | None) -> dict[str, Any]:
 def _is_alive(found: SmallObject, owner: dict[str, Any]) -> bool:
     if owner.get("free") or found.age_s >= STALE_S:
         return False
-    here = _machine()
-    return not (here and owner.get("machine") == here and process_has_ended(owner["pid"]))
+    return not (is_this_system(owner.get("machine", "")) and process_has_ended(owner["pid"]))
 
 
 def _describe(owner: dict[str, Any]) -> str:
     return f"process {owner.get('pid')} on {owner.get('host')} since {owner.get('since')}"
-
-
-def _machine() -> str:
-    """Return a name of the system whose process ids are ours; host names alone repeat among containers."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')} {socket.gethostname()}"
-    except OSError:
-        return ""  # unknown: then only the lock's age counts
 
 
 def _now() -> float:

@@ -225,3 +225,16 @@ def test_behind_a_proxy_the_target_is_still_checked(tmp_path):
             fetch({"video_id": "v", "url": "http://8.8.8.8/a.mp4", "kind": "url"}, tmp_path / "s", settings)
         assert caught.value.error_class == "not-found", "the proxy itself may be private"
         assert server.requests[0][0] == "http://8.8.8.8/a.mp4"
+
+
+def test_the_deadline_ends_a_connection_that_is_waiting_for_bytes():
+    """The read has no limit of its own that matters: only the guard can end it, and the server learns of it."""
+    with socket.create_server(("127.0.0.1", 0)) as server, EgressGuard(True, timeout_s=3) as guard:
+        waiting = guard.connect("127.0.0.1", server.getsockname()[1], timeout=120)
+        peer, _ = server.accept()
+        peer.settimeout(120)
+        with waiting, peer:
+            assert waiting.recv(1) == b"", "ended by the guard, not by its own limit"
+            assert peer.recv(1) == b""
+        with pytest.raises(ItemError, match="not finished within 3 s"):
+            guard.check()

@@ -160,7 +160,7 @@ def test_a_full_disk_ends_a_build_cleanly_and_the_command_resumes(world, small_d
     words = [word for setting in (*SMALL, *settings) for word in ("--set", setting)]
     monkeypatch.setenv("RAY_ADDRESS", local_ray.get_runtime_context().gcs_address)
     result = clipmill("build", listed, "--corpus", corpus, "--recipe", "demo", *words)
-    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stdout + result.stderr
+    assert result.returncode in (1, 3) and "Traceback" not in result.stderr, result.stdout + result.stderr
     assert "No space left" in result.stderr + result.stdout or "disk-full" in result.stdout
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     assert build_here(corpus, [str(listed)], *settings).exit_code == 0

@@ -123,7 +123,8 @@ def test_kills_at_any_moment_leave_no_trace_in_the_corpus(built, queried_and_kil
     with running_build(world, corpus, DIES.format(num_commits=3)) as process:
         assert process.wait(1200) == -signal.SIGKILL
     reached.append(num_commits_of(corpus))
-    assert build_here(corpus, [str(world.sources)], *PLAIN).exit_code == 1  # the links that are made to fail
+    report = build_here(corpus, [str(world.sources)], *PLAIN)
+    assert report.failures or report.num_old_failures  # the links that are made to fail
     quiet = built[0]
     assert reached[0] < reached[1] < num_commits_of(corpus), "a kill came too late to prove anything"
     assert hashes(corpus / "shards") == hashes(quiet / "shards")

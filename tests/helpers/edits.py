@@ -91,7 +91,8 @@ def edit(corpus: Path, out: Path, *settings: str, **asked: Any) -> list[dict[str
     """Run `clipmill edit` with the demo's model in this process; return the rows of its rounds."""
     asked = {"corpus": corpus, "model": "demo", "rounds": 0} | asked
     asked["assignments"] = (*EAGER, *settings)
-    return run_edit(EditRequest(out, **asked), Console(file=io.StringIO()))
+    rows, _ = run_edit(EditRequest(out, **asked), Console(file=io.StringIO()))
+    return rows
 
 
 def edit_command(*arguments: Any) -> list[str]:

@@ -1,6 +1,7 @@
 """Plain WebDataset tars train like a corpus: found by pattern, read by range, grouped as in WebDataset."""
 
 import json
+import tempfile
 from collections import Counter
 from hashlib import sha256
 
@@ -8,6 +9,8 @@ import fsspec
 import pyarrow as pa
 import pytest
 import webdataset as wds
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clipmill.base.errors import UserError
 from shards.packing.tar import read_member
@@ -170,7 +173,64 @@ def test_members_are_grouped_by_the_first_dot_of_their_name(tmp_path):
         ("a.b/one", 2, None, None),
         ("two", 4, 3, None),
     ]
+    assert [(problem.item_id, problem.error_class) for problem in index.problems] == [
+        (f"{tmp_path}/x.tar/three.txt", "text-without-video")
+    ]
+
+
+@given(order=st.permutations([f"{key}.{name}" for key in ("a", "d/b", "c") for name in ("mp4", "txt", "json", "jpg")]))
+def test_members_belong_together_wherever_they_lie_in_the_tar(order):
+    """Written by `tar` without --sort=name, a tar holds all videos first and then all texts, or any order."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/x.tar"
+        content = {"mp4": "v of {}", "txt": "said in {}", "json": '{{"caption": "seen in {}"}}', "jpg": "j of {}"}
+        named = [(name, *name.split(".")) for name in order]
+        write_members(path, [(name, content[kind].format(key).encode()) for name, key, kind in named])
+        index = index_tars([path])
+        assert index.problems == []
+        rows = {row["clip_id"]: row for row in index.samples.to_pylist()}
+        assert set(rows) == {"a", "d/b", "c"}
+        for key, row in rows.items():
+            assert (row["subtitle"], row["caption"]) == (f"said in {key}", f"seen in {key}")
+            assert read_member(path, row["mp4_offset"], row["mp4_bytes"]) == f"v of {key}".encode()
+            assert read_member(path, row["jpg_offset"], row["jpg_bytes"]) == f"j of {key}".encode()
+
+
+def test_names_with_dots_are_samples_of_their_own(tmp_path):
+    content = {
+        "talk.12.mp4": b"1", "talk.12.txt": b"twelve", "talk.13.txt": b"thirteen", "talk.13.mp4": b"22",
+        "d.e/v1.5 cut.webm": b"333", "d.e/v1.5 cut.json": b'{"caption": "seen"}',
+    }  # fmt: skip
+    write_members(tmp_path / "x.tar", content)
+    index = index_tars([str(tmp_path / "x.tar")])
+    assert [
+        (row["clip_id"], row["mp4_bytes"], row["subtitle"], row["caption"]) for row in index.samples.to_pylist()
+    ] == [
+        ("talk.12", 1, "twelve", None),
+        ("talk.13", 2, "thirteen", None),
+        ("d.e/v1.5 cut", 3, None, "seen"),
+    ]
     assert index.problems == []
+
+
+def test_what_belongs_to_no_sample_is_named(tmp_path):
+    content = {
+        "a.mp4": b"1", "a.small.mp4": b"2", "a.small.txt": b"of the small one", "a.txt": b"of a",
+        "b.mp4": b"3", "b.en.txt": b"in English", "texts/c.txt": b"elsewhere", "videos/c.mp4": b"4", "e.1.txt": b"none",
+    }  # fmt: skip
+    write_members(tmp_path / "x.tar", content)
+    index = index_tars([str(tmp_path / "x.tar")])
+    assert index.samples["clip_id"].to_pylist() == ["a", "b", "videos/c"]
+    assert Counter(
+        (problem.item_id.removeprefix(f"{tmp_path}/x.tar/"), problem.error_class) for problem in index.problems
+    ) == {
+        ("a.small", "unused-members"): 1,
+        ("b.en", "unused-members"): 1,
+        ("texts/c.txt", "text-without-video"): 1,
+        ("e.1.txt", "text-without-video"): 1,
+    }
+    notes = freeze(tmp_path / "s.arrow", str(tmp_path / "x.tar")).notes()
+    assert any("2 text-without-video" in note for note in notes)
 
 
 def test_texts_and_ids_come_from_txt_and_json(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("moto", reason="no S3 server: moto is not installed")
 
 from clipmill.base.errors import ItemError, UserError  # noqa: E402
+from clipmill.base.file_lock import system_name  # noqa: E402
 from clipmill.base.settings import Settings  # noqa: E402
 from pipeline.engine.build import build, session  # noqa: E402
 from pipeline.maintenance.forget import compact, find, forget  # noqa: E402
@@ -230,7 +231,7 @@ def test_the_lock_of_a_writer_on_another_machine_ends_only_by_time(monkeypatch):
 def test_the_lock_of_a_dead_process_of_this_machine_is_free_at_once():
     url, child = "s3://corpora/dead-here", subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    hold(url, machine=store_lock._machine(), pid=child.pid)
+    hold(url, machine=system_name(), pid=child.pid)
     lock = StoreLock(Store.of(url))
     lock.take()
     lock.release()
@@ -310,3 +311,18 @@ def test_conditional_writes_are_refused_by_the_store_that_tests_use():
     with pytest.raises(Changed):
         store.write("key", b"3", if_match=first)
     assert store.read("key").data == b"2" and store.head("key").etag == second
+
+
+def test_a_writer_is_fenced_before_its_lock_may_be_taken_over(server, machine, monkeypatch):
+    """At the age at which another process may take the lock, one that is cut off has stopped, with time to spare."""
+    url, clock = "s3://corpora/fenced", store_lock._now
+    lock = StoreLock(Store.of(url))
+    lock.take()
+    spare_s = store_lock.BEAT_S  # for a request that was sent at the last moment
+    monkeypatch.setattr(store_lock, "_now", lambda: clock() + store_lock.STALE_S - spare_s)
+    server.spoil = lambda method, path: 503
+    with pytest.raises(UserError, match="the lock was lost"):
+        lock.check()
+    server.spoil = lambda method, path: None
+    monkeypatch.setattr(store_lock, "_now", clock)
+    lock.release()

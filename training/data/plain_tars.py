@@ -187,11 +187,11 @@ class _Content:
 
 @dataclass
 class _Sample:
-    """The members of one key: extension → (offset, bytes), and the text members' content."""
+    """The members of one key: extension → the entry in the tar. The extension of clip.12.mp4 is "12.mp4"."""
 
     key: str
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
+    members: dict[str, Entry] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)  # content of txt and json
 
 
 def read_tar(path: str) -> _Content:
@@ -216,25 +216,58 @@ def read_tar(path: str) -> _Content:
 
 
 def _samples(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[_Sample]:
-    """Group neighbouring members of one key into samples, as WebDataset does."""
-    current: _Sample | None = None
+    """Group the members by key; they need not lie side by side. A later member of the same name begins a new sample."""
+    samples: list[_Sample] = []
+    latest: dict[str, _Sample] = {}  # by key
+    last_key = None
     for member in _members(file, path, problems):
         match = _KEY.fullmatch(member.name)
         if match is None:
             continue
         key, extension = match[1], match[2].lower()
-        if current is None or key != current.key:
-            if current is not None:
-                yield current
-            current = _Sample(key)
-        if extension in current.members:
+        sample = latest.get(key)
+        if sample and extension in sample.members and key == last_key:
             problems.append(Problem(f"{path}/{member.name}", "repeated-member", "the sample already has this member"))
             continue
-        current.members[extension] = member.offset, member.num_bytes
-        if extension in ("txt", "json") and (text := _read_text(file, path, member, problems)) is not None:
-            current.texts[extension] = text
-    if current is not None:
-        yield current
+        if sample is None or extension in sample.members:
+            samples.append(sample := _Sample(key))
+            latest[key] = sample
+        sample.members[extension], last_key = member, key
+    for sample in samples:
+        for part in _parts(sample, path, problems):
+            for extension in ("txt", "json"):
+                member = part.members.get(extension)
+                if member and (text := _read_text(file, path, member, problems)) is not None:
+                    part.texts[extension] = text
+            yield part
+
+
+def _parts(sample: _Sample, path: str, problems: list[Problem]) -> Iterator[_Sample]:
+    """Yield the sample, or those of names with further dots: clip.12.mp4 is the video of clip.12 if clip has none.
+
+    A video or text that belongs to no sample becomes a problem.
+    """
+    dotted: dict[str, _Sample] = {}  # by key
+    plain = _Sample(sample.key)
+    for extension, member in sample.members.items():
+        stem, dot, last = extension.rpartition(".")
+        part = dotted.setdefault(f"{sample.key}.{stem}", _Sample(f"{sample.key}.{stem}")) if dot else plain
+        part.members[last] = member
+    has_video = [part for part in dotted.values() if part.members.keys() & set(VIDEO_EXTENSIONS)]
+    if plain.members.keys() & set(VIDEO_EXTENSIONS):
+        yield plain
+        has_text = plain.members.keys() & {"txt", "json"}
+        unused = (
+            has_video if has_text else [part for part in dotted.values() if part in has_video or "txt" in part.members]
+        )
+        for part in unused:
+            message = f"{sample.key} has a video of its own, so {part.key} is not a sample"
+            problems.append(Problem(f"{path}/{part.key}", "unused-members", message))
+        return
+    yield from has_video
+    for part in (plain, *dotted.values()):
+        if part not in has_video and (text := part.members.get("txt") or part.members.get("json")):
+            problems.append(Problem(f"{path}/{text.name}", "text-without-video", "no video has this name in the tar"))
 
 
 def _members(file: IO[bytes], path: str, problems: list[Problem]) -> Iterator[Entry]:
@@ -275,15 +308,13 @@ def _read_text(file: IO[bytes], path: str, member: Entry, problems: list[Problem
 
 
 def _row(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any] | None:
-    """Build a row of the index; return None for a sample without a video, which other readers may use."""
-    video = next((sample.members[name] for name in VIDEO_EXTENSIONS if name in sample.members), None)
-    if video is None:
-        return None
-    if video[1] > MAX_VIDEO_BYTES:
-        message = f"{video[1]} bytes; a clip may have at most {MAX_VIDEO_BYTES}"
+    """Build a row of the index; return None for a clip that is too large."""
+    video = next(sample.members[name] for name in VIDEO_EXTENSIONS if name in sample.members)
+    if video.num_bytes > MAX_VIDEO_BYTES:
+        message = f"{video.num_bytes} bytes; a clip may have at most {MAX_VIDEO_BYTES}"
         problems.append(Problem(f"{path}/{sample.key}", "clip-too-large", message))
         return None
-    still = next((sample.members[name] for name in STILL_EXTENSIONS if name in sample.members), (None, None))
+    still = next((sample.members[name] for name in STILL_EXTENSIONS if name in sample.members), None)
     facts = _facts(sample, path, problems)
     captions, texts, num_frames, fps = (facts.get(name) for name in ("captions", "texts", "num_frames", "fps"))
     first_caption = captions[0] if isinstance(captions, list) and captions else captions
@@ -291,10 +322,10 @@ def _row(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any] 
         "clip_id": _text(facts.get("clip_id")) or sample.key,
         "video_id": _text(facts.get("video_id")),
         "shard": path,
-        "mp4_offset": video[0],
-        "mp4_bytes": video[1],
-        "jpg_offset": still[0],
-        "jpg_bytes": still[1],
+        "mp4_offset": video.offset,
+        "mp4_bytes": video.num_bytes,
+        "jpg_offset": still and still.offset,
+        "jpg_bytes": still and still.num_bytes,
         "num_frames": num_frames if type(num_frames) is int and 0 < num_frames < 2**31 else None,
         "fps": float(fps) if type(fps) in (int, float) and 0 < fps < math.inf else None,
         "subtitle": sample.texts.get("txt", _text(facts.get("subtitle")) or _text(facts.get("text"))),

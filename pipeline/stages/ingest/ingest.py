@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from clipmill.base.errors import UserError
 from pipeline.stages.ingest.settings import IngestSettings
-from pipeline.stages.ingest.source_lists import Problem, read_sources
+from pipeline.stages.ingest.source_lists import Problem, SourceList, read_sources
 from shards.corpus.schema import TABLES
 from shards.corpus.source_ids import canonical_urls, video_ids
 from shards.corpus.tombstones import hash_of
@@ -43,18 +43,23 @@ class Ingested:
 
 
 def ingest(
-    arguments: list[str], settings: IngestSettings, known: pa.Table, forgotten: Collection[str] = ()
+    arguments: list[str],
+    settings: IngestSettings,
+    known: pa.Table,
+    forgotten: Collection[str] = (),
+    listed: SourceList | None = None,
 ) -> Ingested:
     """Return the sources in the arguments' lists that are not in `known`.
 
     known      the corpus's sources: video_id, url, unit, ordinal, split, texts
     forgotten  SHA-256 of canonical URLs and ids to leave out; such rows are counted and not reported
+    listed     content of the arguments' lists, if they were read before: standard input can be read once
 
     Rows with the same canonical URL are one source; the first wins. An id that another URL has is a problem
     "duplicate-id"; the first wins as well. Raises UserError as `read_sources` does, and for a known source with another
     split or other reference texts.
     """
-    listed = read_sources(arguments, settings)
+    listed = listed or read_sources(arguments, settings)
     table, num_forgotten = _without(listed.table.combine_chunks(), forgotten)
     canonical = _array(table, "canonical")
     ids = video_ids(canonical, pc.coalesce(_array(table, "video_id"), _array(table, "source_id")))

@@ -13,6 +13,7 @@ from clipmill.base.settings import digest
 from pipeline.stages.ingest.benchmarks.sources import is_benchmark
 from pipeline.stages.ingest.ingest import Ingested, Problem, ingest
 from pipeline.stages.ingest.settings import IngestSettings
+from pipeline.stages.ingest.source_lists import SourceList
 from pipeline.stages.stage import DriverStage
 from shards.corpus.fragments import commit_name, ledger_row, table_schema, write_commit
 from shards.corpus.schema import LEDGER
@@ -31,13 +32,16 @@ class IngestReport:
     num_forgotten: int = 0  # left out because they were forgotten with `clipmill forget`
 
 
-def ingest_sources(session, arguments: list[str]) -> IngestReport:
-    """Read the lists and commit new sources and unreadable lines. `session`: of `pipeline.engine.build`."""
+def ingest_sources(session, arguments: list[str], listed: SourceList | None = None) -> IngestReport:
+    """Read the lists and commit new sources and unreadable lines. `session`: of `pipeline.engine.build`.
+
+    listed: content of the arguments' lists; None: read here.
+    """
     columns = "video_id, url, unit, ordinal, split, texts"
     known = session.ledger.connection.sql(f"SELECT {columns} FROM sources").to_arrow_table()
     tombstones = read_tombstones(session.corpus.root)
     forgotten = {*tombstones["video_hash"].to_pylist(), *tombstones["url_hash"].to_pylist()}
-    found = ingest(arguments, session.settings.ingest, known, forgotten)
+    found = ingest(arguments, session.settings.ingest, known, forgotten, listed)
     root, names = session.corpus.root, []
     if found.table.num_rows:
         names.append(_commit_sources(session, found))
