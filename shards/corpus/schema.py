@@ -142,12 +142,15 @@ _FRAGMENTS: dict[str, Columns] = {
     "transcripts": _columns(
         video_id=STRING,
         language=STRING,
-        origin=STRING,  # manual | auto | given | sidecar | whisper | none
+        origin=STRING,  # manual | auto | given | sidecar | embedded (a track of the video) | whisper | none
         word_times=STRING,  # tags | cues | asr | none: source of the words' times
         source_sha256=STRING,  # of the video file; null in rows older than this column
         words=pa.list_(WORD),  # de-overlapped, in time order
         num_words=INT32,
         digest=STRING,  # of language and words: a video is segmented again only when this changes
+        encoding=STRING,  # of the subtitle file, as Python names it; null: not of a file, or an older row
+        encoding_guessed=BOOL,  # nothing names that encoding: it is the one that fits best
+        repairs=STRING,  # JSON object: number of repairs of the subtitles by kind, such as "bad-cue"; null: none
     ),
     # segment: the sentences …
     "sentences": _columns(

@@ -1,4 +1,4 @@
-"""The transcribe stage: a video's subtitles, or else its speech → words with times."""
+"""The transcribe stage: a video's subtitles beside or inside it, or else its speech → words with times."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -10,6 +10,7 @@ from clipmill.base.settings import digest
 from pipeline.runtime.task import Result, Stopwatch, Task, sandbox
 from pipeline.stages.stage import Stage
 from pipeline.stages.transcribe.speech import extract_speech
+from pipeline.stages.transcribe.tracks import subtitle_tracks
 from pipeline.stages.transcribe.transcribe import (
     TranscribeSettings,
     Transcript,
@@ -29,7 +30,7 @@ WANTED = """
 
 PAYLOAD = """
     SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.sha256, v.duration_s, v.subtitles,
-           v.audio_codec,
+           v.audio_codec, v.fps,
            coalesce(s.language, v.language) AS language
     FROM work w JOIN current_videos v ON v.video_id = w.item_id JOIN sources s ON s.video_id = w.item_id
     ORDER BY w.item_id
@@ -60,8 +61,13 @@ def run_transcribe(task: Task) -> Result:
 
     for item in task.items:
         with Stopwatch(item["item_id"]) as outcome:
-            files = [{**file, "path": str(local(file["path"]))} for file in item["subtitles"] or []]
+            video = {"video_language": item["language"], "fps": item["fps"]}
+            files = [{**file, **video, "path": str(local(file["path"]))} for file in item["subtitles"] or []]
             problems: list[ItemError] = []
+            try:
+                files += in_sandbox(subtitle_tracks, local(item["path"]))
+            except ItemError as error:
+                problems.append(error)
             try:
                 row = transcribe_video(
                     files,
