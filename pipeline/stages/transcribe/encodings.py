@@ -63,6 +63,16 @@ _LANGUAGES = {
     "ukrainian": ("uk",),
     "kazakh": ("kk",),
 }
+# Letters beyond ASCII of languages whose encodings differ in a few letters only, in lower case.
+_RUSSIAN = "абвгдежзийклмнопрстуфхцчшщъыьэюяё"
+_ALPHABETS = {
+    **{"ru": _RUSSIAN, "bg": _RUSSIAN, "be": _RUSSIAN + "іў", "uk": _RUSSIAN + "іїєґ"},
+    **{"cs": "áčďéěíňóřšťúůýž", "sk": "áäčďéíĺľňóôŕšťúýž", "pl": "ąćęłńóśźż", "hu": "áéíóöőúüű", "ro": "ăâîșțşţ"},
+    **{"sl": "čšž", "hr": "čćđšž", "bs": "čćđšž", "sq": "çë", "tr": "çğıi̇öşüâîû", "az": "çəğıi̇öşü"},
+    **{"et": "äõöüšž", "lv": "āčēģīķļņšūž", "lt": "ąčęėįšųūž", "de": "äöüß", "fr": "àâæçéèêëîïôœùûüÿ"},
+    **{"es": "áéíñóúüª", "pt": "áâãàçéêíóôõúü", "it": "àèéìíîòóùú", "sv": "åäöé", "da": "æøåé", "no": "æøåéòô"},
+    **{"nb": "æøåéòô", "fi": "äöåšž", "nl": "áéëèïíóöúü", "ca": "àçéèíïóòúü", "is": "áðéíóúýþæö"},
+}
 _RARE = ("ukrainian", "kazakh")  # nearly the same bytes as Cyrl: only the language tells them apart
 
 
@@ -137,9 +147,10 @@ def _wide_without_bom(data: bytes) -> str | None:
     """Recognise UTF-16 and UTF-32 by their zero bytes: timing lines are ASCII in any language."""
     head = data[:2000]
     zeros = [head[k::4].count(0) for k in range(4)]
-    most = len(head) / 4
-    if most and min(sorted(zeros)[1:]) > 0.9 * most:
-        return "utf-32-le" if zeros[0] < zeros[3] else "utf-32-be"
+    if head and min(zeros[:2]) > 0.9 * len(head) / 4:
+        return "utf-32-be"
+    if head and min(zeros[2:]) > 0.9 * len(head) / 4:
+        return "utf-32-le"
     even, odd = zeros[0] + zeros[2], zeros[1] + zeros[3]
     if max(even, odd) < len(head) / 8 or min(even, odd) > max(even, odd) / 4:
         return None
@@ -183,6 +194,7 @@ class _Candidate:
     encoding: str
     text: str
     fit: float  # share of the other characters than ASCII that are letters of the encoding's script
+    alphabet: float  # share of these letters that the language has; 1 without a known alphabet
     chaos: float  # charset-normalizer's: 0 is ordinary text
     coherence: float  # charset-normalizer's: how usual the letters are in some language
 
@@ -191,7 +203,7 @@ def _guess(data: bytes, language: str | None) -> str:
     """Return the name of the encoding that fits best. Raises ItemError."""
     sample = _telling_lines(data)
     groups = groups_of(language)
-    if found := _ranked(sample, groups or ["western"], FITS if groups else FITS_ALONE):
+    if found := _ranked(sample, groups or ["western"], FITS if groups else FITS_ALONE, _alphabet_of(language)):
         return found[0].encoding
     found = _ranked(sample, [group for group in _GROUPS if group not in _RARE], FITS_ALONE)
     found = [one for one in found if _is_east_asian(one)] or [one for one in found if one.encoding not in _MULTI_BYTE]
@@ -222,17 +234,27 @@ def _telling_lines(data: bytes) -> bytes:
     return re.sub(rb"<[!-~ ]*?>|\{[!-~ ]*?\}", b"", b"\n".join(lines))
 
 
-def _ranked(sample: bytes, groups: Sequence[str], least: float) -> list[_Candidate]:
+def _ranked(sample: bytes, groups: Sequence[str], least: float, alphabet: str = "") -> list[_Candidate]:
     """Return the candidates that fit, best first; among equals the order of the table decides."""
     found = []
     for group in groups:
         names, scripts = _GROUPS[group]
-        found += [one for name in names if (one := _judged(sample, name, scripts)) and one.fit >= least]
-    # Two decimals: one odd character in a hundred says less than the coherence of the whole.
-    return sorted(found, key=lambda one: (-round(one.fit, 1), round(one.chaos, 2), -round(one.coherence, 1)))
+        found += [one for name in names if (one := _judged(sample, name, scripts, alphabet)) and one.fit >= least]
+    return sorted(
+        found, key=lambda one: (-round(one.fit, 1), -round(one.alphabet, 2), round(one.chaos, 2), -one.coherence)
+    )
 
 
-def _judged(sample: bytes, encoding: str, scripts: Sequence[str]) -> _Candidate | None:
+def _alphabet_of(language: str | None) -> str:
+    from langcodes import Language, LanguageTagError
+
+    try:
+        return _ALPHABETS.get(Language.get(language or "und").language or "", "")
+    except LanguageTagError:
+        return ""
+
+
+def _judged(sample: bytes, encoding: str, scripts: Sequence[str], alphabet: str) -> _Candidate | None:
     """Judge the sample in one encoding; None if it makes no sense in it."""
     import charset_normalizer
 
@@ -248,9 +270,11 @@ def _judged(sample: bytes, encoding: str, scripts: Sequence[str]) -> _Candidate 
     except UnicodeEncodeError:
         return None
     best = found.best()
-    if best is None:
-        return None
-    return _Candidate(encoding, clean, fit, best.chaos, best.coherence)
+    letters = [ch for ch in clean.lower() if ch > "\x7f" and ch.isalpha()]
+    known = sum(ch in alphabet for ch in letters) / len(letters) if alphabet and letters else 1.0
+    if best is None:  # nonsense, unless all its letters are those of the language
+        return _Candidate(encoding, clean, fit, known, MESSY, 0.0) if alphabet and known == 1.0 else None
+    return _Candidate(encoding, clean, fit, known, best.chaos, best.coherence)
 
 
 _TYPOGRAPHIC = frozenset("’‘“”„‚–—…«»‹›¿¡°€£·•№\u00a0\n")

@@ -419,7 +419,7 @@ def read_sami(text: str, reading: Reading) -> Read:
 
     def cue(line: tuple[str, str]) -> Cue:
         start_s = _number(line[0]) / 1000
-        return marked_up_cue(start_s, start_s, line[1], reading.settings)
+        return marked_up_cue(start_s, start_s, line[1].strip(), reading.settings)
 
     cues = each_cue(lines, cue, reading)
     ends = [cue.start_s for cue in cues[1:]] + [cue.start_s for cue in cues[-1:]]
