@@ -76,7 +76,7 @@ class Cues:
 
 @dataclass
 class Reading:
-    """What a reader of a format needs besides the text, and where it counts its repairs."""
+    """Context of reading one text: settings, the frame rate of the video, and a count of repairs."""
 
     settings: SubtitleSettings
     fps: float | None = None  # of the video, for times in frames
