@@ -341,6 +341,9 @@ _PUBLISHED: dict[str, Columns] = {
         transcript_origin=column(STRING, in_catalog=True),
         word_times=column(STRING, in_catalog=True),
         num_words=INT32,
+        subtitle_encoding=STRING,  # as in transcripts
+        subtitle_encoding_guessed=BOOL,
+        subtitle_repairs=STRING,
         split=column(STRING, in_catalog=True),
         ordinal=INT64,
         extra=STRING,

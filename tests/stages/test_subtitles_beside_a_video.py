@@ -15,7 +15,7 @@ from tests.helpers.http import make_video
 CUES = {
     "vtt": b"WEBVTT\n\n00:01.000 --> 00:03.000\nHello there.\n",
     "srt": b"1\n00:00:01,000 --> 00:00:03,000\nHello there.\n",
-    "ttml": b'<tt xmlns="http://www.w3.org/ns/ttml"><body><div begin="1s" end="3s"><p>Hello there.</p></div></body></tt>',
+    "ttml": b'<tt xmlns="urn:ttml"><body><div begin="1s" end="3s"><p>Hello there.</p></div></body></tt>',
     "json3": b'{"events":[{"tStartMs":1000,"dDurationMs":2000,"segs":[{"utf8":"Hello there."}]}]}',
     "srv3": b'<timedtext format="3"><body><p t="1000" d="2000">Hello there.</p></body></timedtext>',
     "srv1": b'<?xml version="1.0"?><transcript><text start="1" dur="2">Hello there.</text></transcript>',
