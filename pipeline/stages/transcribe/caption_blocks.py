@@ -86,7 +86,7 @@ _HEADER_LINE = re.compile(rf"[A-Za-z][\w-]*[ \t]*[:=]|{ARROW.pattern}")
 _MAP = re.compile(r"^X-TIMESTAMP-MAP[ \t]*=[ \t]*(.*)$", re.M)
 _TICKS_PER_S = 90_000  # of MPEG-2 systems
 _TICKS = 1 << 33  # after this many the clock begins again, every 26.5 hours
-_SAME_S = 0.002  # times of one cue in two pieces differ by rounding to milliseconds
+_SAME_S = 0.005  # times in two segments differ by rounding
 
 
 def read_vtt(text: str, reading: Reading) -> Read:
@@ -132,7 +132,7 @@ def _is_header(text: str, match: re.Match) -> bool:
 
     Header lines or a blank line follow it, and it does not follow a timing line. With a title it follows a blank line.
     """
-    before = text[: match.start()].rpartition("\n")[2]
+    before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
     after = text[match.end() + 1 : match.end() + 200].partition("\n")[0]
     if ARROW.match(before):
         return False
@@ -154,19 +154,21 @@ def _without_repeats(previous: list[Cue], cues: list[Cue], piece: list[Cue]) -> 
     Packagers repeat such a cue with the same times, or cut it in two at the border: then the first part in `cues`
     is extended.
     """
-    kept = []
+    seen = {key for cue in previous for key in _times_about(cue)}
+    kept: list[Cue] = []
     for cue in piece:
-        if any(
-            cue.text == old.text and _near(cue.start_s, old.start_s) and _near(cue.end_s, old.end_s) for old in previous
-        ):
+        if (cue.text, round(cue.start_s * 100), round(cue.end_s * 100)) in seen:
             continue
         last = cues[-1] if cues and not kept else None
-        if last and last.text == cue.text and not last.marks and not cue.marks and _near(cue.start_s, last.end_s):
+        touches = last and last.text == cue.text and abs(cue.start_s - last.end_s) < _SAME_S
+        if touches and not last.marks and not cue.marks:
             cues[-1] = replace(last, end_s=cue.end_s)
             continue
         kept.append(cue)
     return kept
 
 
-def _near(a: float, b: float) -> bool:
-    return abs(a - b) <= _SAME_S
+def _times_about(cue: Cue) -> list[tuple[str, int, int]]:
+    """Return a cue's text and times in 1/100 s, and those that differ from it by rounding."""
+    start, end = round(cue.start_s * 100), round(cue.end_s * 100)
+    return [(cue.text, start + a, end + b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
