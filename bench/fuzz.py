@@ -2,9 +2,9 @@
 
 Each case is a pure function of (seed, number): a real or made video or subtitle with bytes flipped, pieces overwritten,
 moved, repeated or removed, and sizes and counts replaced by extreme ones. A video passes through probe, shots, speech,
-cut and the trainer's decoder, a subtitle through reading and word times, each in a sandbox as in a build. A step may
-return a result or raise an error with a class of its own. Anything else is a finding, printed with the number that
-reproduces it:
+its subtitle tracks, cut and the trainer's decoder, a subtitle through reading and word times, each in a sandbox as in a
+build. A step may return a result or raise an error with a class of its own. Anything else is a finding, printed with
+the number that reproduces it:
 
   internal-error   an exception without a class
   hang             a time limit was reached (informational: a build records it and continues)
@@ -31,8 +31,11 @@ from clipmill.base.errors import ItemError
 from clipmill.media.probe import probe
 from clipmill.media.sandbox import Sandbox
 from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
+from pipeline.stages.ingest.sidecars import SUBTITLE_EXTENSIONS
 from pipeline.stages.segment.shots import detect_shots
+from pipeline.stages.transcribe.cues import SubtitleSettings
 from pipeline.stages.transcribe.speech import extract_speech
+from pipeline.stages.transcribe.tracks import read_track, subtitle_tracks
 from pipeline.stages.transcribe.transcribe import TranscribeSettings, transcript_of_subtitles
 
 EXTREMES = (b"\0", b"\xff", b"\x7f", b"\x80", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\1")
@@ -103,11 +106,16 @@ def _train(path: str) -> int:
 
 def _subtitle(path: str) -> int:
     """Read a subtitle; return its number of words."""
-    files = [{"path": path, "language": "en", "kind": "manual", "format": None}]
+    files = [{"path": path, "language": "en", "kind": "manual", "format": None, "fps": 12.0}]
     transcript, problems = transcript_of_subtitles(files, TranscribeSettings())
     if problems:
         raise problems[0]
     return len(transcript.words) if transcript else 0
+
+
+def _tracks(path: str) -> int:
+    """Read the subtitle tracks of a video; return the number of their cues."""
+    return sum(len(read_track(path, track["track"], SubtitleSettings()).cues) for track in subtitle_tracks(path))
 
 
 def _shots(path: str) -> int:
@@ -122,6 +130,7 @@ VIDEO_STEPS: dict[str, Callable[[str], object]] = {
     "probe": probe,
     "shots": _shots,
     "speech": _speech,
+    "tracks": _tracks,
     "cut": _cut,
     "train": _train,
 }
@@ -176,7 +185,7 @@ def _resident_bytes() -> int:
 
 
 def made_seeds(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Make small videos in eight containers and codecs, and subtitles in five formats, as seeds of mutations."""
+    """Make small videos in many containers and codecs, and subtitles in every format, as seeds of mutations."""
     import subprocess
 
     import imageio_ffmpeg
@@ -204,6 +213,7 @@ def made_seeds(folder: Path) -> tuple[list[Path], list[Path]]:
     lines = "".join(f'<p begin="00:00:0{n}.0" end="00:00:0{n + 1}.0">word {n}<br/>more</p>' for n in range(9))
     events = ",".join(f'{{"tStartMs":{n}000,"dDurationMs":1000,"segs":[{{"utf8":"w{n} x"}}]}}' for n in range(9))
     dialogue = "".join(f"Dialogue: 0,0:00:0{n}.00,0:00:0{n + 1}.00,Default,,0,0,0,,word {n}\n" for n in range(9))
+    paragraphs = "".join(f'<p t="{n}000" d="900"><s>a</s><s t="400"> word{n}</s></p>' for n in range(9))
     columns = "Format: Layer,Start,End,Style,Name,MarginL,MarginR,MarginV,Effect,Text"
     texts = {
         "a.srt": blocks,
@@ -211,9 +221,23 @@ def made_seeds(folder: Path) -> tuple[list[Path], list[Path]]:
         "c.ttml": f'<?xml version="1.0"?><tt xmlns="http://www.w3.org/ns/ttml"><body><div>{lines}</div></body></tt>',
         "d.json3": f'{{"wireMagic":"pb3","events":[{events}]}}',
         "e.ass": f"[Script Info]\n[Events]\n{columns}\n{dialogue}",
+        "f.srv3": f'<timedtext format="3"><body>{paragraphs}</body></timedtext>',
+        "g.smi": "<SAMI><BODY>" + "".join(f"<SYNC Start={n}000><P Class=EN>word {n}\n" for n in range(9)),
+        "h.sub": "{1}{1}25\n" + "".join(f"{{{n}0}}{{{n}9}}word {n}|more\n" for n in range(1, 9)),
+        "i.sbv": "".join(f"0:00:0{n}.000,0:00:0{n + 1}.000\nword {n}\n\n" for n in range(9)),
+        "j.vtt": "".join(f"WEBVTT\nX-TIMESTAMP-MAP=MPEGTS:{n}0000,LOCAL:00:00.000\n{vtt[6:90]}\n\n" for n in range(9)),
+        "k.srt": blocks.replace("word", "слово").encode("cp1251"),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text)
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    for name, source, track, codec in (
+        ("i.mp4", "a.mp4", "a.srt", "mov_text"), ("j.mkv", "c.mkv", "e.ass", "ass"), ("k.mkv", "c.mkv", "a.srt", "srt"),
+        ("l.webm", "d.webm", "b.vtt", "webvtt"),
+    ):  # fmt: skip
+        inputs = ["-i", str(folder / source), "-i", str(folder / track), "-map", "0", "-map", "1"]
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *inputs, "-c:v", "copy", "-c:a", "copy"]
+        subprocess.run([*command, "-c:s", codec, str(folder / name)], check=True, stdin=subprocess.DEVNULL)
+        shapes[name] = codec
     return [folder / name for name in shapes], [folder / name for name in texts]
 
 
@@ -233,7 +257,7 @@ def main() -> int:
         videos, subtitles = made_seeds(Path(folder))
         for path in sorted(given.footage.rglob("*")) if given.footage else []:
             if path.is_file() and path.stat().st_size < 3_000_000:
-                (subtitles if path.suffix in (".vtt", ".srt", ".ttml", ".json3", ".ass") else videos).append(path)
+                (subtitles if path.suffix in SUBTITLE_EXTENSIONS else videos).append(path)
         begun = time.monotonic()
         tally = fuzz(videos, subtitles, given.seed, iter(numbers), given.limit_s)
     report(tally, given.seed, time.monotonic() - begun)

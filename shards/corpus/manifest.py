@@ -166,7 +166,9 @@ _SELECT = {
                coalesce(s.language, t.language, v.language) AS language, coalesce(s.licence, v.licence) AS licence,
                v.channel, v.upload_date, v.path, v.num_bytes, v.sha256, v.duplicate_of, v.container, v.duration_s,
                v.width, v.height, v.fps, v.video_codec, v.audio_codec, v.extractor, t.origin AS transcript_origin,
-               t.word_times, t.num_words, s.split, s.ordinal, s.extra, v.meta
+               t.word_times, t.num_words, t.encoding AS subtitle_encoding,
+               t.encoding_guessed AS subtitle_encoding_guessed, t.repairs AS subtitle_repairs, s.split, s.ordinal,
+               s.extra, v.meta
         FROM sources s LEFT JOIN current_videos v USING (video_id) LEFT JOIN current_transcripts t USING (video_id)
         ORDER BY s.ordinal
     """,

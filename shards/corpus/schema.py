@@ -148,13 +148,16 @@ _FRAGMENTS: dict[str, Columns] = {
     "transcripts": _columns(
         video_id=STRING,
         language=STRING,
-        origin=STRING,  # manual | auto | given | sidecar | whisper | none
+        origin=STRING,  # manual | auto | given | sidecar | embedded (a track of the video) | whisper | none
         word_times=STRING,  # tags | cues | asr | none: source of the words' times
         source_sha256=STRING,  # of the video file; null in rows older than this column
         words=pa.list_(WORD),  # de-overlapped, in time order
         num_words=INT32,
-        asr_segments=pa.list_(ASR_SEGMENT),  # null: the words are not from speech recognition
         digest=STRING,  # of language and words: a video is segmented again only when this changes
+        encoding=STRING,  # of the subtitle file, as Python names it; null: not of a file, or an older row
+        encoding_guessed=BOOL,  # nothing names that encoding: it is the one that fits best
+        repairs=STRING,  # JSON object: number of repairs of the subtitles by kind, such as "bad-cue"; null: none
+        asr_segments=pa.list_(ASR_SEGMENT),  # null: the words are not from speech recognition
     ),
     # segment: the sentences …
     "sentences": _columns(
@@ -347,6 +350,9 @@ _PUBLISHED: dict[str, Columns] = {
         transcript_origin=column(STRING, in_catalog=True),
         word_times=column(STRING, in_catalog=True),
         num_words=INT32,
+        subtitle_encoding=STRING,  # as in transcripts
+        subtitle_encoding_guessed=BOOL,
+        subtitle_repairs=STRING,
         split=column(STRING, in_catalog=True),
         ordinal=INT64,
         extra=STRING,

@@ -53,6 +53,9 @@ def test_the_row_has_the_columns_of_the_table(tmp_path):
             {"text": "there", "start_s": 2.5, "end_s": 4.0},
         ],
         "num_words": 2,
+        "encoding": "utf-8",
+        "encoding_guessed": False,
+        "repairs": None,
         "asr_segments": None,
     }
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.stages.download.errors import DownloadError
+from pipeline.stages.transcribe.subtitles import READERS, sniff
 
 SNIFF_BYTES = 2048
-SUBTITLE_FORMATS = ("vtt", "srt", "ttml", "json3", "srv3", "ass")
+SUBTITLE_HEAD_BYTES = 65_536  # the first timing line follows the header of the file
 
 
 def hash_file(path: Path) -> tuple[int, str]:
@@ -152,28 +153,21 @@ def container_extension(path: Path, container: str) -> str:
 
 
 def subtitle_format(path: Path) -> str:
-    """Return a subtitle file's format by its first bytes, else by its extension.
+    """Return a subtitle file's format by its first bytes, as the stage `transcribe` recognises it.
 
     Raises DownloadError "bad-subtitle".
     """
     with open(path, "rb") as file:
-        head = file.read(4096)
-    text = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n").lower()  # UTF-16 too
-    if text.startswith(b"webvtt"):
-        return "vtt"
-    if re.search(rb"<!doctype html|<html", text):
+        head = file.read(SUBTITLE_HEAD_BYTES)
+    # Of UTF-16 and UTF-32 only the zero bytes have to go: markup and times are ASCII in any encoding.
+    text = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n").decode("latin-1")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if re.search(r"<!doctype html|<html", text[:4096], re.I):
         message = f"{path.name} is a web page, not a subtitle file: {head[:100].decode('utf-8', 'replace')!r}"
         raise DownloadError("bad-subtitle", message)
-    if re.match(rb"(?:<\?xml[^>]*>\s*)?<(?:\w+:)?tt[\s>]", text):
-        return "ttml"
-    if text.startswith(b"{") and b'"events"' in text:
-        return "json3"
-    if b"[script info]" in text:
-        return "ass"
-    if re.search(rb"\d:\d\d[,.]\d+\s*-->", text):
-        return "srt"
-    extension = path.suffix.lstrip(".").lower()
-    if extension in SUBTITLE_FORMATS and b"-->" in text:
-        return extension
-    message = f"{path.name} is not a subtitle file ({', '.join(SUBTITLE_FORMATS)}): "
+    if head.startswith(b"\x00\x00\x01\xba"):
+        raise DownloadError("bad-subtitle", f"{path.name} holds pictures of text (VobSub), which are not read")
+    if found := sniff(text):
+        return found
+    message = f"{path.name} is not a subtitle file ({', '.join(READERS)}): "
     raise DownloadError("bad-subtitle", message + repr(head[:100].decode("utf-8", "replace")))

@@ -8,7 +8,11 @@ import os
 import re
 from pathlib import Path
 
-SUBTITLE_EXTENSIONS = (".vtt", ".srt", ".ttml", ".json3")
+# In order of preference. Corpora record a video's first side-car, so new formats are added at the end.
+SUBTITLE_EXTENSIONS = (
+    *(".vtt", ".srt", ".ttml", ".json3"),
+    *(".srv3", ".srv2", ".srv1", ".dfxp", ".itt", ".ass", ".ssa", ".sbv", ".sub", ".smi", ".sami"),
+)
 
 
 def sidecars(video: Path) -> list[tuple[Path, str | None]]:

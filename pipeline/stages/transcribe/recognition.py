@@ -16,7 +16,8 @@ from pydantic import Field, field_validator
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import added_later, operational
 from pipeline.runtime.watchdog import time_limit
-from pipeline.stages.transcribe.subtitles import Cue, Mark, SubtitleSettings, clean, words_of
+from pipeline.stages.transcribe.cues import Cue, Mark, SubtitleSettings
+from pipeline.stages.transcribe.subtitles import clean, words_of
 from pipeline.stages.transcribe.words import Word
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The transcribe stage: a video's subtitles, or else its speech → words with times."""
+"""The transcribe stage: a video's subtitles beside or inside it, or else its speech → words with times."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,6 +13,7 @@ from pipeline.runtime.task import Result, Stopwatch, Task, sandbox
 from pipeline.stages.stage import Stage
 from pipeline.stages.transcribe.recognition import Recogniser, load_recogniser
 from pipeline.stages.transcribe.speech import extract_speech
+from pipeline.stages.transcribe.tracks import subtitle_tracks
 from pipeline.stages.transcribe.transcribe import (
     TranscribeSettings,
     Transcript,
@@ -31,7 +32,7 @@ WANTED = """
 
 PAYLOAD = """
     SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.sha256, v.file_stamp, v.duration_s, v.subtitles,
-           v.audio_codec,
+           v.audio_codec, v.fps,
            coalesce(s.language, v.language) AS language
     FROM work w JOIN current_videos v ON v.video_id = w.item_id JOIN sources s ON s.video_id = w.item_id
     ORDER BY w.item_id
@@ -63,7 +64,8 @@ def run_transcribe(task: Task) -> Result:
 
     for item in task.items:
         with Stopwatch(item["item_id"]) as outcome, ExitStack() as stack:
-            files = [{**file, "path": str(local(file["path"]))} for file in item["subtitles"] or []]
+            video = {"video_language": item["language"], "fps": item["fps"]}
+            files = [{**file, **video, "path": str(local(file["path"]))} for file in item["subtitles"] or []]
             for file in files:
                 if Path(file["path"]).exists():  # else it is reported, and the next one is tried
                     stack.enter_context(unchanged(file["path"], file["sha256"]))
@@ -73,6 +75,14 @@ def run_transcribe(task: Task) -> Result:
                 with unchanged(path, item["sha256"], item["file_stamp"]):
                     return in_sandbox(extract_speech, path, settings.timeout_s, settings.max_speech_s)
 
+            try:
+                tracks = in_sandbox(subtitle_tracks, local(item["path"]))
+            except ItemError as error:
+                problems.append(error)
+            else:
+                files += tracks
+                if tracks:
+                    stack.enter_context(unchanged(local(item["path"]), item["sha256"], item["file_stamp"]))
             try:
                 row = transcribe_video(
                     files,

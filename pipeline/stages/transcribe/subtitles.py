@@ -1,144 +1,62 @@
-"""Read subtitle files into words with times: VTT, SRT, TTML and YouTube's json3 here, ASS/SSA and others by pysubs2.
-
-The four common formats are read here because pysubs2 1.8 takes a payload line with exactly two word-time tags for a
-timing line, drops a cue's last line when it is a number, keeps cue ids and notes as text, and refuses
-`00:00:04 --> 00:00:07` (SRT without milliseconds) and TTML's `dur`, frames and ticks.
+"""Read subtitle files into words with times.
 
 Any bytes may come in. The result is text with times in order, or ItemError "subtitle-unreadable". A file passes
-through: bytes → text (`decode`) → cues (`read_subtitles`, cleaned and repaired, each repair counted) → words
-(`words_of`), one token each, without overlaps. A new format is a reader in `_READERS`.
+through: bytes → text (`encodings.decode`) → cues (a reader of `READERS`, then cleaned and repaired, each repair
+counted) → words (`words_of`), one token each, without overlaps. One bad cue never costs the others. A new format is a
+reader in `READERS` and a line in `sniff`.
 """
 
-import codecs
-import html
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
-from xml.etree import ElementTree
 
-from pydantic import field_validator
-
-from clipmill.base.errors import ItemError
-from clipmill.base.settings import Settings
+from pipeline.stages.transcribe.caption_blocks import ARROW, COMMA, STAMP, read_commas, read_srt, read_stamps, read_vtt
+from pipeline.stages.transcribe.cues import Cue, Cues, Mark, Reading, SubtitleSettings, unreadable
+from pipeline.stages.transcribe.encodings import decode
+from pipeline.stages.transcribe.line_formats import MICRODVD, read_ass, read_json3, read_microdvd, read_other
 from pipeline.stages.transcribe.words import Word, in_order, says_something, tokens
+from pipeline.stages.transcribe.xml_formats import read_sami, read_timedtext, read_ttml
 
 MAX_FILE_BYTES = 64 << 20  # ten hours of json3 are 8 MB: a larger file is not a subtitle file
 MAX_TIME_S = 100 * 3600.0  # a cue later than this has a broken time
 CHARS_PER_S = 15.0  # ordinary speaking speed, from which a cue without an end gets its length
 MAX_CHARS_PER_S = 40.0  # faster than anyone speaks: cues that would need it are merged
 
-
-class SubtitleSettings(Settings):
-    """Settings of reading subtitle files: their encoding, and which parts of their text are kept."""
-
-    # Speaker labels (">> ", "- ", "JOHN:", <v Name>). Removed by default: they are not spoken.
-    speakers: Literal["remove", "keep"] = "remove"
-    # Descriptions of sounds ("[Music]", "(applause)") and ♪ signs. Removed by default: they are not spoken either.
-    sounds: Literal["remove", "keep"] = "remove"
-    # Formatting such as <i>, <font …> or {\an8}. Tags with word times are always removed, because they become times.
-    markup: Literal["remove", "keep"] = "remove"
-    # Cues that repeat the line before them, as automatic captions do. auto: collapse files in which most cues do so.
-    roll_up: Literal["auto", "collapse", "keep"] = "auto"
-    # A Python codec name, if the encoding is known (gbk, cp1251 …). auto: byte order mark, then UTF-8, UTF-16, cp1252.
-    encoding: str = "auto"
-
-    @field_validator("encoding")
-    @classmethod
-    def _known_codec(cls, name: str) -> str:
-        if name != "auto":
-            try:
-                codecs.lookup(name)
-            except LookupError:
-                raise ValueError('must be "auto" or a codec name that Python knows, such as utf-8 or gbk') from None
-        return name
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A word time: the text from character `offset` on is spoken from `start_s` (to `end_s` if that is known)."""
-
-    offset: int
-    start_s: float
-    end_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Cue:
-    """A piece of subtitle text with the time it is shown, in seconds."""
-
-    start_s: float
-    end_s: float
-    text: str  # lines separated by \n
-    marks: tuple[Mark, ...] = ()  # in order of offset; empty if the file has no word times
-
-
-@dataclass(frozen=True)
-class Cues:
-    """The cues of a subtitle file, repaired."""
-
-    cues: tuple[Cue, ...]  # in time order, start_s < end_s, none blank
-    format: str
-    language: str | None = None  # from the file's own header
-    repairs: dict[str, int] = field(default_factory=dict)  # number of repairs by kind
-
-
-# --- bytes to text -------------------------------------------------------------------------------------------------
-
-
-def decode(data: bytes, encoding: str = "auto") -> tuple[str, bool]:
-    """Return the text of a file, and whether its encoding was guessed. Never fails: broken bytes are replaced."""
-    for bom, name in _BOMS:
-        if data.startswith(bom):
-            return data[len(bom) :].decode(name, "replace"), False
-    if encoding != "auto":
-        return data.decode(encoding, "replace"), False
-    if name := _utf16_without_bom(data):
-        return data.decode(name, "replace"), True
-    text = data.decode("utf-8", "replace")
-    broken = text.count("\ufffd")
-    # A few bad bytes in a file full of good multi-byte characters are damage, not another encoding.
-    if broken == 0 or broken < sum(ch > "\x7f" for ch in text) - broken:
-        return text.replace("\ufffd", ""), broken > 0
-    try:
-        return data.decode("cp1252"), True
-    except UnicodeDecodeError:
-        return data.decode("latin-1"), True
-
-
-_BOMS = (  # the UTF-32 marks begin with the UTF-16 ones, so they come first
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
-
-
-def _utf16_without_bom(data: bytes) -> str | None:
-    """Recognise UTF-16 by its zero bytes at every other position: timing lines are ASCII in any language."""
-    head = data[:2000]
-    even, odd = head[0::2].count(0), head[1::2].count(0)
-    if max(even, odd) < len(head) / 8 or min(even, odd) > max(even, odd) / 4:
-        return None
-    return "utf-16-le" if odd > even else "utf-16-be"
-
-
-# --- text to cues --------------------------------------------------------------------------------------------------
+# A reader returns the language that the text's header names, and its raw cues, which `finished` cleans and repairs.
+READERS: dict[str, Callable[[str, Reading], tuple[str | None, list[Cue]]]] = {
+    "vtt": read_vtt,
+    "srt": read_srt,
+    "sbv": read_commas,
+    "subviewer": read_commas,
+    "subviewer1": read_stamps,
+    "ttml": read_ttml,
+    "srv3": read_timedtext,
+    "json3": read_json3,
+    "ass": read_ass,
+    "sami": read_sami,
+    "microdvd": read_microdvd,
+}
+WITHOUT_ROLL_UP = ("json3", "srv3")  # YouTube repeats no line in these
 
 
 def read_subtitles(
-    source: str | Path | bytes, format: str | None = None, settings: SubtitleSettings | None = None
+    source: str | Path | bytes,
+    format: str | None = None,
+    settings: SubtitleSettings | None = None,
+    *,
+    language: str | None = None,
+    fps: float | None = None,
 ) -> Cues:
     """Read a subtitle file (a path, or its bytes) into cues, cleaned by `settings` and repaired.
 
-    The content decides the format; `format` is used only if the content is not recognised. A valid file without
-    speech gives no cues. Raises ItemError "subtitle-unreadable".
+    The content decides the format; `format` is used only if the content is not recognised. `language` is the code of
+    the language that the text is probably in, which helps to find its encoding; `fps` is the frame rate of the video,
+    which times in frames need. A valid file without speech gives no cues. Raises ItemError "subtitle-unreadable".
     """
     settings = settings or SubtitleSettings()
     if isinstance(source, bytes):
@@ -151,20 +69,32 @@ def read_subtitles(
             raise unreadable(f"{Path(source).name}: {error.strerror or error}") from error
     if len(data) > MAX_FILE_BYTES:
         raise unreadable(f"the file is larger than {MAX_FILE_BYTES >> 20} MiB, which no subtitle file is")
-    text, guessed = decode(data, settings.encoding)
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "")
+    decoded = decode(data, settings.encoding, language)
+    text = decoded.text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "").replace("\ufeff", "")
     format = sniff(text) or format or "unknown"
-    repairs = Counter({"encoding-guessed": 1} if guessed else {})
-    language, raw = _READERS.get(format, _read_other)(text, settings)
+    reading = Reading(settings, fps)
+    reading.repairs.update({"encoding-guessed": int(decoded.guessed), "broken-bytes": decoded.num_broken})
+    named, raw = READERS.get(format, read_other)(text, reading)
+    return replace(finished(raw, format, reading, named), encoding=decoded.encoding, encoding_guessed=decoded.guessed)
+
+
+def finished(raw: Iterable[Cue], format: str, reading: Reading, language: str | None = None) -> Cues:
+    """Clean and repair a reader's cues, and collapse roll-up captions."""
+    settings, repairs = reading.settings, reading.repairs
     cues = _repaired([replace(cue, text=clean(cue.text, settings)) for cue in raw], repairs)
-    if settings.roll_up == "collapse" or (settings.roll_up == "auto" and format != "json3"):
+    if settings.roll_up == "collapse" or (settings.roll_up == "auto" and format not in WITHOUT_ROLL_UP):
         cues = _collapse_roll_up(cues, repairs, always=settings.roll_up == "collapse")
     return Cues(tuple(cues), format, language, dict(sorted((+repairs).items())))
 
 
-def unreadable(why: str) -> ItemError:
-    """Return the ItemError of a subtitle file that cannot be used."""
-    return ItemError("subtitle-unreadable", why)
+_TIMINGS = {
+    "srt": ARROW,
+    "sbv": COMMA,
+    "subviewer1": STAMP,
+    "microdvd": MICRODVD,
+    "mpl2": re.compile(r"^\[\d+\]\[\d+\]", re.M),
+    "tmp": re.compile(r"^\d{1,2}:\d{2}:\d{2}:\S", re.M),
+}
 
 
 def sniff(text: str) -> str | None:
@@ -176,186 +106,15 @@ def sniff(text: str) -> str | None:
         return "json3"
     if re.search(r"<(?:\w+:)?tt[\s>]", head):
         return "ttml"
-    if "[Script Info]" in head:
+    if re.search(r"<(?:timedtext|transcript)[\s>]", head):
+        return "srv3"
+    if re.search(r"^\[(?:Script Info|V4\+? Styles|Events)\]", text, re.M | re.I):
         return "ass"
-    if head[:200].upper().startswith("<SAMI"):
+    if re.search(r"<SAMI[\s>]", head[:1000], re.I):
         return "sami"
-    return "srt" if _TIMING.search(text) else None
-
-
-_CLOCK = r"(-?)(?:(\d{1,6}):)?(\d{1,3}):(\d{1,2})(?:[.,:](\d{1,9}))?"
-_TIMING = re.compile(rf"^[ \t]*{_CLOCK}[ \t]*-{{1,2}}>[ \t]*{_CLOCK}(?=\s|$)", re.M)
-_VTT_SKIPPED = re.compile(r"(?:NOTE|STYLE|REGION)\b")
-_TIME_TAG = re.compile(rf"<{_CLOCK}>")
-
-
-def _seconds(sign: str, hours: str | None, minutes: str, seconds: str, fraction: str | None) -> float:
-    value = int(hours or 0) * 3600 + int(minutes) * 60 + int(seconds) + float(f"0.{fraction or 0}")
-    return -value if sign else value
-
-
-def _read_blocks(text: str, settings: SubtitleSettings) -> tuple[str | None, list[Cue]]:
-    """Read VTT or SRT, payload lines between timing lines; return the header's language and the raw cues."""
-    timings = list(_TIMING.finditer(text))
-    if not timings and not text.lstrip().startswith("WEBVTT"):
-        raise unreadable("it has no timing line such as 00:00:01.000 --> 00:00:02.000")
-    ends = [*(match.start() for match in timings), len(text)][1:]
-    cues = []
-    for match, end in zip(timings, ends, strict=True):
-        newline = text.find("\n", match.end())
-        payload = text[newline + 1 : end] if 0 <= newline < end else ""
-        groups = match.groups()
-        lines = _payload_lines(payload, last=end == len(text))
-        cues.append(_cue(_seconds(*groups[:5]), _seconds(*groups[5:]), "\n".join(lines), settings))
-    header = re.search(r"^Language:\s*([\w-]+)", text[: timings[0].start()] if timings else text, re.M)
-    return (header[1] if header else None), cues
-
-
-def _payload_lines(payload: str, last: bool) -> list[str]:
-    """Return a cue's own lines, without the id of the next cue and without VTT notes and styles.
-
-    A blank line does not end a payload: SRT files have blank lines inside cues, and editors strip the single space with
-    which YouTube's VTT begins a cue.
-    """
-    blocks = [block.strip("\n").split("\n") for block in re.split(r"\n[ \t]*\n", f"\n{payload}") if block.strip()]
-    touches_next = not last and not re.search(r"\n[ \t]*\n$", f"\n{payload}")
-    if touches_next and blocks:
-        alone = len(blocks[-1]) == 1 and (len(blocks) > 1 or payload.startswith("\n"))
-        if alone or blocks[-1][-1].strip().isdigit():
-            blocks[-1] = blocks[-1][:-1]
-    return [line for block in blocks if block and not _VTT_SKIPPED.match(block[0]) for line in block]
-
-
-_TAG = re.compile(r"</?[a-zA-Z][^<>]*>|\{\\[^{}]*\}")
-_VOICE = re.compile(r"<v(?:\.[^\s>]*)?\s+([^<>]*)>")
-_RUBY_TEXT = re.compile(r"<rt\b[^<>]*>.*?(?:</rt>|$)", re.S)
-_INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
-
-
-def _cue(start_s: float, end_s: float, payload: str, settings: SubtitleSettings) -> Cue:
-    """Make a cue of marked-up text: word-time tags become marks, entities become characters."""
-    pieces = _TIME_TAG.split(_RUBY_TEXT.sub("", payload))  # text, then (5 clock groups, text) per tag
-    times = [start_s] + [_seconds(*pieces[k : k + 5]) for k in range(1, len(pieces), 6)]
-    return _joined(start_s, end_s, [(at, _plain(text, settings)) for at, text in zip(times, pieces[::6], strict=True)])
-
-
-def _joined(start_s: float, end_s: float, pieces: Sequence[tuple[float, str]]) -> Cue:
-    """Make a cue of (start_s, text) pieces; a single piece carries no word times."""
-    text, marks = "", []
-    for at, piece in pieces:
-        marks.append(Mark(len(text), at))
-        text += piece
-    return Cue(start_s, end_s, text, tuple(marks) if len(marks) > 1 else ())
-
-
-def _plain(text: str, settings: SubtitleSettings) -> str:
-    """Remove markup as the settings ask, replace entities, and drop invisible characters."""
-    if settings.speakers == "keep":
-        text = _VOICE.sub(lambda match: f"{match[1].strip()}: ", text)
-    if settings.markup == "remove":
-        text = _TAG.sub("", text)
-    else:  # YouTube's <c> only carries the word times
-        text = re.sub(r"</?c(?:\.[^<>]*)?>", "", text)
-    return _INVISIBLE.sub("", html.unescape(text))
-
-
-def _read_json3(text: str, settings: SubtitleSettings) -> tuple[str | None, list[Cue]]:
-    """Read YouTube's json3: events with a start and a duration in ms, made of segments with offsets from the start."""
-    try:
-        events = json.loads(text)["events"]
-        return None, [_json3_cue(event) for event in events if event.get("segs")]
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise unreadable(f"it is not valid json3 ({type(error).__name__}: {error})") from error
-
-
-def _json3_cue(event: dict) -> Cue:
-    """Make a cue of an event; it has word times if any segment has an offset."""
-    start_ms = float(event.get("tStartMs", 0))
-    end_ms = start_ms + float(event.get("dDurationMs", 0))
-    timed = any("tOffsetMs" in segment for segment in event["segs"])
-    pieces = [
-        ((start_ms + float(segment.get("tOffsetMs", 0))) / 1000, _INVISIBLE.sub("", str(segment.get("utf8", ""))))
-        for segment in event["segs"]
-    ]
-    if not timed:
-        pieces = [(start_ms / 1000, "".join(piece for _, piece in pieces))]
-    return _joined(start_ms / 1000, end_ms / 1000, pieces)
-
-
-def _read_ttml(text: str, settings: SubtitleSettings) -> tuple[str | None, list[Cue]]:
-    """Read TTML of any version: each <p> is a cue, and its times are relative to those of the enclosing elements."""
-    if "<!ENTITY" in text:
-        raise unreadable("it declares XML entities, which could expand without limit")
-    try:
-        root = ElementTree.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", text))
-        cues = list(_ttml_cues(root, 0.0, _ttml_rates(root)))
-    except (ElementTree.ParseError, ValueError, ArithmeticError, RecursionError) as error:
-        raise unreadable(f"it is not valid TTML ({error})") from error
-    return root.get("{http://www.w3.org/XML/1998/namespace}lang") or None, cues
-
-
-def _ttml_rates(root: ElementTree.Element) -> dict[str, float]:
-    """Return frames ("f") and ticks ("t") per second, as the root element declares them; raises ValueError."""
-    found = {name.rpartition("}")[2]: value for name, value in root.attrib.items()}
-    frames = float(found.get("frameRate", 30))
-    numerator, denominator = (float(part) for part in found.get("frameRateMultiplier", "1 1").replace(":", " ").split())
-    rates = {"f": frames * numerator / denominator, "t": float(found.get("tickRate", frames))}
-    if not all(math.isfinite(rate) and rate > 0 for rate in rates.values()):
-        raise ValueError("its frame or tick rate is not a positive number")
-    return rates
-
-
-def _ttml_cues(element: ElementTree.Element, offset_s: float, rates: dict[str, float]) -> Iterator[Cue]:
-    """Yield the cues in an element whose parent begins at `offset_s`."""
-    begin_s = offset_s + _ttml_time(element.get("begin", "0s"), rates)
-    if element.tag.rpartition("}")[2] == "p":
-        if element.get("dur"):
-            end_s = begin_s + _ttml_time(element.get("dur", ""), rates)
-        else:
-            end_s = offset_s + _ttml_time(element.get("end"), rates) if element.get("end") else begin_s
-        yield Cue(begin_s, end_s, _INVISIBLE.sub("", _ttml_text(element).strip()))
-        return
-    for child in element:
-        yield from _ttml_cues(child, begin_s, rates)
-
-
-def _ttml_text(element: ElementTree.Element) -> str:
-    """Return the text in an element, with white space collapsed and <br/> as a line break."""
-    if element.tag.rpartition("}")[2] == "br":
-        return "\n"
-    text = re.sub(r"\s+", " ", element.text or "")
-    return text + "".join(_ttml_text(child) + re.sub(r"\s+", " ", child.tail or "") for child in element)
-
-
-def _ttml_time(expression: str, rates: dict[str, float]) -> float:
-    """Convert a clock time (HH:MM:SS[.fraction | :frames]) or a count with a unit (h m s ms f t) to seconds."""
-    if match := re.fullmatch(r"\s*(-?[\d.]+)(h|m|s|ms|f|t)\s*", expression):
-        units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "f": 1 / rates["f"], "t": 1 / rates["t"]}
-        return float(match[1]) * units[match[2]]
-    match = re.fullmatch(r"\s*(-?)(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)(?::(\d+(?:\.\d+)?))?\s*", expression)
-    if not match:
-        raise ValueError(f"not a time: {expression!r}")
-    value = int(match[2] or 0) * 3600 + int(match[3]) * 60 + float(match[4]) + float(match[5] or 0) / rates["f"]
-    return -value if match[1] else value
-
-
-def _read_other(text: str, settings: SubtitleSettings) -> tuple[str | None, list[Cue]]:
-    """Read ASS/SSA, SAMI, MicroDVD and the other formats of pysubs2."""
-    import pysubs2
-
-    if "<!ENTITY" in text:
-        raise unreadable("it declares XML entities, which could expand without limit")  # pysubs2 may parse it as XML
-    try:
-        events = pysubs2.SSAFile.from_string(text, format_=sniff(text)).events
-    except (pysubs2.exceptions.Pysubs2Error, *_LIBRARY_ERRORS) as error:
-        raise unreadable(f"its format is not recognised ({type(error).__name__}: {error})") from error
-    spoken = [event for event in events if not event.is_comment and not event.is_drawing]
-    return None, [_cue(event.start / 1000, event.end / 1000, event.plaintext, settings) for event in spoken]
-
-
-# pysubs2 checks little, so that broken files raise any of these.
-_LIBRARY_ERRORS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, SyntaxError)
-_READERS = {"vtt": _read_blocks, "srt": _read_blocks, "json3": _read_json3, "ttml": _read_ttml}
+    found = {name: match.start() for name, pattern in _TIMINGS.items() if (match := pattern.search(text))}
+    first = min(found, key=found.__getitem__, default=None)
+    return "subviewer" if first == "sbv" and re.match(r"\[[A-Z]", head) else first
 
 
 # --- unspoken text -------------------------------------------------------------------------------------------------

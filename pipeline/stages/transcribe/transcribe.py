@@ -1,13 +1,14 @@
-"""Transcribe a video: from its best usable subtitle file, else by Whisper, else not at all.
+"""Transcribe a video: from its best usable subtitle file or track, else by Whisper, else not at all.
 
 Subtitle files are untrusted; an unusable one is reported, and the next one is tried. A manual transcript,
 whose cues give only rough times, takes word times from the automatic captions of the same video. Import nothing heavy
 at the top of this module: torch and Whisper come in when a model is needed.
 """
 
+import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,8 +16,9 @@ from pydantic import Field
 
 from clipmill.base.errors import ItemError
 from clipmill.base.settings import operational
+from pipeline.stages.transcribe.cues import Cues, unreadable
 from pipeline.stages.transcribe.recognition import LoadModel, RecognitionSettings, load_recogniser, recognise
-from pipeline.stages.transcribe.subtitles import read_subtitles, unreadable, words_of
+from pipeline.stages.transcribe.subtitles import read_subtitles, words_of
 from pipeline.stages.transcribe.words import Word
 
 if TYPE_CHECKING:
@@ -58,10 +60,13 @@ Read = Callable[[Sequence[dict], TranscribeSettings], "tuple[Transcript | None, 
 class Transcript:
     """The words of a video, and where they come from."""
 
-    origin: str  # manual | auto | given | sidecar | whisper | none
+    origin: str  # manual | auto | given | sidecar | embedded | whisper | none
     language: str | None = None
     word_times: str = "none"  # tags | cues | asr | none
     words: Sequence[Word] = ()
+    encoding: str | None = None  # of the subtitle file
+    encoding_guessed: bool | None = None
+    repairs: dict[str, int] | None = None  # of the subtitle file, by kind
     asr_segments: Sequence[dict] = ()
 
     def as_row(self) -> dict:
@@ -73,6 +78,9 @@ class Transcript:
             "word_times": self.word_times,
             "words": words,
             "num_words": len(words),
+            "encoding": self.encoding,
+            "encoding_guessed": self.encoding_guessed,
+            "repairs": json.dumps(self.repairs, sort_keys=True) if self.repairs else None,
             "asr_segments": list(self.asr_segments) or None,
         }
 
@@ -89,7 +97,8 @@ def transcribe_video(
 ) -> dict:
     """Return the row of `transcripts` for one video, without video_id.
 
-    `subtitle_files` are dicts with path, language (or None), kind (manual, auto, given, sidecar) and format (or None).
+    `subtitle_files` are dicts with path, language (or None), kind (manual, auto, given, sidecar, embedded) and format
+    (or None); for tracks of the video also track; and, if known, video_language and fps of the video.
     `read` reads subtitles, by default `transcript_of_subtitles`; `extract` decodes speech, by default `extract_speech`.
     Both open hostile files, so callers pass ones that run in a sandbox. `language` is the spoken one, if it is known. A
     video without sound or speech is not a
@@ -117,7 +126,7 @@ def transcribe_video(
 
 def _ranked(files: Sequence[dict], settings: TranscribeSettings) -> list[dict]:
     """Order the files to try, best first: given by the user, then by language, then by kind; leave out the others."""
-    kinds = ("manual", "auto") if settings.prefer == "manual" else ("auto", "manual")
+    kinds = ("manual", "embedded", "auto") if settings.prefer == "manual" else ("auto", "manual", "embedded")
     ranked = []
     for index, file in enumerate(files):
         language = _language_rank(file.get("language"), settings.languages)
@@ -142,7 +151,13 @@ def _language_rank(language: str | None, preferred: Sequence[str]) -> float:
 
 
 def _code(language: str) -> str:
-    return language.casefold().replace("_", "-")
+    """Return a language's code in its shortest form: "eng" and "en" are one language."""
+    from langcodes import LanguageTagError, standardize_tag
+
+    try:
+        return standardize_tag(language).casefold()
+    except LanguageTagError:
+        return language.casefold().replace("_", "-")
 
 
 def _read_safely(
@@ -181,18 +196,30 @@ def transcript_of_subtitles(
 def _read(file: dict, settings: TranscribeSettings, problems: list[ItemError]) -> Transcript | None:
     """Read one file; append its problem, once, and return None if it is unusable."""
     try:
-        cues = read_subtitles(file["path"], file.get("format"), settings)
+        cues = _cues(file, settings)
         words, word_times = words_of(cues)
         if len(words) > settings.max_words:
             raise unreadable(f"{len(words):,} words are more than transcribe.max_words = {settings.max_words:,}")
     except ItemError as error:
-        problem = ItemError(error.error_class, f"{Path(file['path']).name}: {error.message}")
+        track = f", track {file['track']}" if "track" in file else ""
+        problem = ItemError(error.error_class, f"{Path(file['path']).name}{track}: {error.message}")
         if problem.args not in [known.args for known in problems]:
             problems.append(problem)
         return None
     if cues.repairs:
         log.info("%s: repaired: %s", Path(file["path"]).name, cues.repairs)
-    return Transcript(file["kind"], file.get("language") or cues.language, word_times, words)
+    language = file.get("language") or cues.language
+    return Transcript(file["kind"], language, word_times, words, cues.encoding, cues.encoding_guessed, cues.repairs)
+
+
+def _cues(file: dict, settings: TranscribeSettings) -> Cues:
+    """Read the cues of a file, or of a track of the video. Raises ItemError."""
+    if "track" in file:
+        from pipeline.stages.transcribe.tracks import read_track
+
+        return read_track(file["path"], file["track"], settings)
+    language = file.get("language") or file.get("video_language")
+    return read_subtitles(file["path"], file.get("format"), settings, language=language, fps=file.get("fps"))
 
 
 MAX_MISMATCH = 0.4  # mean cost above which two transcripts differ in their words (unrelated text has about 0.8)
@@ -213,7 +240,7 @@ def _on_automatic_times(
             continue
         words, costs = retime(transcript.words, automatic.words)
         if costs.mean() <= MAX_MISMATCH:
-            return Transcript(transcript.origin, transcript.language, "tags", words)
+            return replace(transcript, word_times="tags", words=words)
     return transcript
 
 
@@ -235,4 +262,5 @@ def _from_speech(
     if samples is None or not len(samples):
         return None
     speech = recognise(samples, load_model, settings, language)
-    return Transcript("whisper", speech.language, "asr" if speech.words else "none", speech.words, speech.segments)
+    word_times = "asr" if speech.words else "none"
+    return Transcript("whisper", speech.language, word_times, speech.words, asr_segments=speech.segments)
