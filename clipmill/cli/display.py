@@ -42,7 +42,9 @@ class Terminal:
     def ingested(self, report: IngestReport) -> None:
         self.console.print(
             f"[bold]ingest[/] {report.num_seen:,} sources read: {report.num_new:,} new, "
-            f"{report.num_duplicates:,} already known or repeated, {report.num_problems:,} unreadable"
+            + (f"{report.num_added:,} with more spans of a listed video, " if report.num_added else "")
+            + (f"{report.num_grown:,} known videos have more spans, " if report.num_grown else "")
+            + f"{report.num_duplicates:,} already known or repeated, {report.num_problems:,} unreadable"
             + (f", {report.num_forgotten:,} left out because they were forgotten" if report.num_forgotten else "")
         )
         for split, num_videos, num_texts, num_repeated in report.splits:

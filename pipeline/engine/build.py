@@ -44,7 +44,7 @@ class BuildReport:
 
     @property
     def did_something(self) -> bool:
-        new_sources = self.ingest.num_new if self.ingest else 0
+        new_sources = self.ingest.num_new + self.ingest.num_grown if self.ingest else 0
         packed = self.pack.num_written + self.pack.num_refreshed if self.pack else 0
         return bool(new_sources or packed or self.engine.num_done or self.engine.num_failed)
 
