@@ -123,6 +123,7 @@ class Terminal:
         else:
             self._summary(report)
         print_failures(self.console, report.failures)
+        _print_without_clips(self.console, report.without_clips)
         corpus_text = escape(str(corpus))
         self.console.print(
             f'[dim]next:[/] clipmill stats {corpus_text} · clipmill sql {corpus_text} "SELECT * FROM funnel" · '
@@ -219,6 +220,18 @@ def _show_idle(console: Console, current: Status) -> None:
         hint = "failed engine.max_attempts times; `clipmill run STAGE --where quarantined` retries"
         console.print(f"[dim]quarantined: {hint}[/]")
     print_failures(console, current.failures)
+    _print_without_clips(console, current.without_clips)
+
+
+def _print_without_clips(console: Console, reasons: list[tuple[str, int, str]]) -> None:
+    """Print how many videos give no clip, and a line for each reason; print nothing if all give some."""
+    if not reasons:
+        return
+    num_videos = sum(num_videos for _, num_videos, _ in reasons)
+    console.print(f"[yellow]{num_videos:,} {'videos give' if num_videos > 1 else 'video gives'} no clip[/]")
+    for reason, num_videos, example in reasons:
+        text = f"  {escape(one_line(reason)):<29} {num_videos:>7,}  [dim]{escape(one_line(example))}[/]"
+        console.print(text, no_wrap=True, overflow="ellipsis", highlight=False)
 
 
 def verify_corpus(root: str | Path, decode: bool) -> int:

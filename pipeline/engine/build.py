@@ -41,6 +41,7 @@ class BuildReport:
     changed: list[str] = field(default_factory=list)  # settings that differ from the corpus's last ones
     pending_before: dict[str, dict[str, int]] = field(default_factory=dict)
     failures: list[tuple[str, str, int, str]] = field(default_factory=list)  # stage, class, count, an example
+    without_clips: list[tuple[str, int, str]] = field(default_factory=list)  # reason, number of videos, an example
 
     @property
     def did_something(self) -> bool:
@@ -180,6 +181,7 @@ def build(
         if report.did_something or not is_current(current.corpus.root, current.ledger):
             current.publish()
         report.failures = current.failures()
+        report.without_clips = current.ledger.without_clips()
     return report
 
 
@@ -210,13 +212,13 @@ def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
 
 
 def difference(before: dict, after: dict, prefix: str = "") -> list[str]:
-    """Return a line such as "cut.fps: 3.0 → 2.0" for every setting that differs."""
+    """Return a line such as "cut.fps: 3.0 → 2.0" for every setting that differs. A new version's settings do not."""
     lines = []
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += difference(old, new, f"{prefix}{key}.")
-        elif old != new:
+        elif old != new and key in before:
             lines.append(f"{prefix}{key}: {old} → {new}")
     return lines
 
@@ -228,6 +230,7 @@ class Status:
     failures: list[tuple[str, str, int, str]]
     pack: dict[str, int]
     changed: list[str]
+    without_clips: list[tuple[str, int, str]]  # as in BuildReport
 
 
 def status(root: str | Path, assignments: list[str]) -> Status:
@@ -246,7 +249,8 @@ def status(root: str | Path, assignments: list[str]) -> Status:
                 publish(ledger)  # another version wrote it, so it may lack columns that packing reads
             changed = difference(saved, settings.model_dump(mode="json"))
             off = [stage.name for stage in registry.stages() if stage.is_off(getattr(settings, stage.name))]
-            return Status(ledger.counts(), off, current.failures(), pack_state(current), changed)
+            without = ledger.without_clips()
+            return Status(ledger.counts(), off, current.failures(), pack_state(current), changed, without)
         finally:
             ledger.close()
 

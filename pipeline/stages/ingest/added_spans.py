@@ -13,13 +13,29 @@ import pyarrow as pa
 
 from shards.corpus.schema import TABLES
 
-BY_SPAN = (
-    "by_span"  # key of `extra`: {span's number: {column: value}} of rows whose columns differ from the first row's
-)
+# Key of `extra`: {span's number: {column: value}}, the columns of later rows that differ from those of the first.
+BY_SPAN = "by_span"
 _NAMED = ("source_id", "title", "category", "language", "licence", "subtitle", "split")
 _COLUMNS = [*_NAMED, "spans", "texts", "extra"]
 CHANGED = pa.schema([field for field in TABLES["sources"] if field.name in ("spans", "texts", "extra")])
 _BATCH = 50_000  # rows converted to Python objects at once
+
+
+def united_spans(spans: Sequence[dict], more: Sequence[dict]) -> list[dict]:
+    """Return the spans and those of `more` that have other times, each with a number of its own.
+
+    A number that is taken is replaced by the next free one.
+    """
+    united = list(spans)
+    times, taken = {(span["start_s"], span["end_s"]) for span in spans}, {span["n"] for span in spans}
+    for span in more:
+        if (span["start_s"], span["end_s"]) in times:
+            continue
+        n = span["n"] if span["n"] not in taken else next(k for k in count(len(united)) if k not in taken)
+        times.add((span["start_s"], span["end_s"]))
+        taken.add(n)
+        united.append({**span, "n": n})
+    return united
 
 
 def add_row(source: dict, row: dict) -> bool:
@@ -31,25 +47,18 @@ def add_row(source: dict, row: dict) -> bool:
     """
     if not row["spans"]:
         return False
-    spans, texts = list(source["spans"] or ()), list(source["texts"] or ())
+    old_spans, texts = source["spans"] or (), list(source["texts"] or ())
+    spans = united_spans(old_spans, row["spans"])
+    new = [span["n"] for span in spans[len(old_spans) :]]
     by_times = {(span["start_s"], span["end_s"]): span["n"] for span in spans}
-    taken, numbers, new = {span["n"] for span in spans}, {}, []
-    for span in row["spans"]:
-        times = span["start_s"], span["end_s"]
-        if times not in by_times:
-            n = span["n"] if span["n"] not in taken else next(k for k in count(len(spans)) if k not in taken)
-            by_times[times] = n
-            taken.add(n)
-            new.append(n)
-            spans.append({**span, "n": n})
-        numbers[span["n"]] = by_times[times]
+    numbers = {span["n"]: by_times[span["start_s"], span["end_s"]] for span in row["spans"]}
     known_texts = {(text["n"], text["text"]) for text in texts}
     for text in row["texts"] or ():
         text = {**text, "n": numbers[text["n"]]}
         if (text["n"], text["text"]) not in known_texts:
             known_texts.add((text["n"], text["text"]))
             texts.append(text)
-    if len(spans) == len(source["spans"] or ()) and len(texts) == len(source["texts"] or ()):
+    if not new and len(texts) == len(source["texts"] or ()):
         return False
     if new:
         source["extra"] = _extra_with(source, row, new)

@@ -2,7 +2,8 @@
 
 from pipeline.runtime.task import Result, Stopwatch, Task, sandbox
 from pipeline.runtime.watchdog import time_limit
-from pipeline.stages.segment.segment import SegmentSettings, needs_shots, segment_video
+from pipeline.stages.ingest.added_spans import united_spans
+from pipeline.stages.segment.segment import SegmentSettings, needs_shots, segment_video, why_no_spans
 from pipeline.stages.segment.shots import detect_shots
 from pipeline.stages.stage import Stage
 from pipeline.stages.transcribe.words import Word
@@ -11,8 +12,10 @@ from shards.storage.mirror import files_of
 
 WANTED = """
     SELECT t.video_id AS item_id, t.unit, coalesce(v.duration_s, 0) / 100 AS cost,
-           md5(concat_ws('|', $fingerprint, t.digest, s.spans::VARCHAR, v.duration_s, v.sha256)) AS key
+           md5(concat_ws('|', $fingerprint, t.digest, s.spans::VARCHAR, v.duration_s, v.sha256,
+                         if(len(c.spans) > 0, c.spans::VARCHAR, NULL))) AS key
     FROM current_transcripts t JOIN current_videos v USING (video_id) JOIN sources s USING (video_id)
+    LEFT JOIN copied_spans c USING (video_id)
 """
 
 # The reference texts of given spans; they describe only those parts of the video.
@@ -30,9 +33,9 @@ CURRENT_TEXTS = """
 
 PAYLOAD = """
     SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.sha256, v.duration_s, t.words,
-           s.spans AS given_spans
+           s.spans AS given_spans, c.spans AS copied_spans
     FROM work w JOIN current_videos v ON v.video_id = w.item_id JOIN current_transcripts t ON t.video_id = w.item_id
-    JOIN sources s ON s.video_id = w.item_id
+    JOIN sources s ON s.video_id = w.item_id LEFT JOIN copied_spans c ON c.video_id = w.item_id
     ORDER BY w.item_id
 """
 
@@ -42,7 +45,8 @@ def run_segment(task: Task) -> Result:
     outcomes, settings = [], task.settings
     for item in task.items:
         with Stopwatch(item["item_id"]) as outcome:
-            words, given = [Word(**word) for word in item["words"]], item["given_spans"]
+            words = [Word(**word) for word in item["words"]]
+            given = united_spans(item["given_spans"] or (), item.get("copied_spans") or ())
             shots = None
             if needs_shots(words, given, settings):
                 limit_s = settings.timeout_base_s + settings.timeout_per_second * (item["duration_s"] or 0)
@@ -54,6 +58,8 @@ def run_segment(task: Task) -> Result:
             stamp = {"source_sha256": item["sha256"]}
             outcome.rows["sentences"] = [{**row, **stamp} for row in segmented.sentences]
             outcome.rows["spans"] = [{**row, **stamp} for row in segmented.spans]
+            if not segmented.spans:
+                outcome.note = why_no_spans(segmented, words, item["duration_s"], settings)
         outcomes.append(outcome)
     return outcomes, []
 
