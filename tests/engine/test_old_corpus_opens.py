@@ -101,7 +101,9 @@ def leaves(settings: dict, prefix: str = "") -> dict[str, str]:
     """Return every setting by its dotted name, as text; a later version may add some."""
     found = {}
     for name, value in settings.items():
-        inner = leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": repr(value)}
+        inner = (
+            leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": repr(value)}
+        )
         found |= inner
     return found
 

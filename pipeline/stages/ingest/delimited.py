@@ -4,6 +4,7 @@ Input is untrusted text with line feeds as line ends.
 """
 
 import csv
+import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,8 +50,8 @@ def read_delimited(text: str, delimiter: str | None, url_names: tuple[str, ...])
     names = next(csv.reader(header.split("\n"), delimiter=delimiter, strict=False), [])
     names = [name if name not in names[:i] else f"{name}.{i}" for i, name in enumerate(names)]  # distinct
     url = next((i for i, name in enumerate(names) if name.strip().lower() in url_names), None)
-    is_row = partial(_is_row, delimiter=delimiter, num_columns=len(names), url=url)
-    body, unclosed = _mark_unclosed(text[len(header) :], line_pattern, row_pattern, delimiter * len(names), is_row)
+    is_one = partial(_is_one_row, delimiter=delimiter, num_columns=len(names), url=url)
+    body, unclosed = _mark_unclosed(text[len(header) :], line_pattern, row_pattern, delimiter * len(names), is_one)
     return Delimited(names, delimiter, "header" + body, unclosed)
 
 
@@ -72,7 +73,7 @@ def _mark_unclosed(
     line_pattern: re.Pattern[str],
     row_pattern: re.Pattern[str],
     too_many: str,
-    is_row: Callable[[str], bool],
+    is_one: Callable[[str], bool],
 ) -> tuple[str, list[str]]:
     """Replace each row with an unclosed mark by a row of too many columns that ends in its number."""
     unclosed: list[str] = []
@@ -84,7 +85,7 @@ def _mark_unclosed(
         stop = len(text) if stop < 0 else stop
         if not line_pattern.match(text, start):
             row = row_pattern.match(text, start)
-            if row and not any(map(is_row, row[0].split("\n")[1:])):
+            if row and is_one(row[0]):
                 stop = row.end()
             else:
                 pieces += [text[copied:start], f"{too_many}{_MARK}{len(unclosed)}"]
@@ -94,9 +95,12 @@ def _mark_unclosed(
     return "".join([*pieces, text[copied:]]), unclosed
 
 
-def _is_row(line: str, delimiter: str, num_columns: int, url: int | None) -> bool:
-    """Return whether a line inside a quoted field is a row of the list: it has an address where the others do."""
-    if url is None or num_columns < 2 or line.count(delimiter) < num_columns - 1 or len(line) > _LONGEST_ROW:
+def _is_one_row(text: str, delimiter: str, num_columns: int, url: int | None) -> bool:
+    """Return whether several lines are one row: it has all columns, and none of its lines is like another row.
+
+    Such a line has at least as many delimiters, and an address where the others have theirs.
+    """
+    if len(text) > _LONGEST_ROW or len(next(csv.reader(io.StringIO(text), delimiter=delimiter), [])) != num_columns:
         return False
-    cells = next(csv.reader([line], delimiter=delimiter), [])
-    return len(cells) == num_columns and looks_like_address(cells[url])
+    lines = [line.split(delimiter) for line in text.split("\n")[1:]] if url is not None and num_columns > 1 else []
+    return not any(len(cells) >= num_columns and looks_like_address(cells[url].strip('" ')) for cells in lines)

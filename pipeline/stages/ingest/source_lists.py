@@ -153,9 +153,7 @@ def _read_list(path: Path, settings: IngestSettings) -> Iterator[_Rows]:
         )
     try:
         if extension == ".parquet":
-            import pyarrow.parquet as pq
-
-            table = pq.read_table(path)
+            table = _read_parquet(path)
             line = pa.array(range(1, table.num_rows + 1), pa.int64())
             fields = _fields_of_table(path, table, line, settings)
             yield _Rows(str(path), path.parent.absolute(), fields)
@@ -169,6 +167,23 @@ def _read_list(path: Path, settings: IngestSettings) -> Iterator[_Rows]:
         yield from _read_json(path, data, settings)
     else:
         yield from _read_lines(str(path), path.parent.absolute(), data, settings)
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    """Read a Parquet file. Raises OSError or pa.ArrowInvalid."""
+    import duckdb
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+        table.validate()
+        return table
+    except pa.ArrowInvalid:  # as for views of lists in views of lists, which pyarrow writes and misreads
+        try:
+            return duckdb.read_parquet(str(path)).to_arrow_table()
+        except duckdb.Error:
+            pass
+        raise
 
 
 def _unpacked(path: Path, settings: IngestSettings) -> bytes:

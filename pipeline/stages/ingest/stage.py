@@ -102,10 +102,11 @@ def _commit_grown(session, grown: pa.Table) -> None:
         outputs, [row] = outputs_of(path), pq.read_table(path).to_pylist()
         ledger = pa.Table.from_pylist([{**row, "item_id": name}], LEDGER)
         write_commit(root, name, {"sources": data}, ledger, [], replaces=fragment)
-        session.ledger.forget([fragment])
-        session.ledger.load([name])
+        # Before the cache loads the new commit: the next `sync` removes what a commit replaces when it loads that.
         session.corpus.files.remove(str(path.relative_to(root)))
         session.corpus.files.remove(*outputs)
+        session.ledger.forget([fragment])
+        session.ledger.load([name])
 
 
 def _commit_sources(session, found: Ingested) -> str:
