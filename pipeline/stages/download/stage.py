@@ -47,14 +47,22 @@ CURRENT_VIDEOS = """
 # The spans that a list gives for copies of a video and not for the video, which is cut for all of them.
 COPIED_SPANS = """
     CREATE OR REPLACE TEMP TABLE copied_spans AS
-    WITH copied AS (
-        SELECT c.first_id AS video_id, flatten(list(s.spans ORDER BY c.ordinal, c.video_id)) AS spans
+    WITH each AS (
+        SELECT c.first_id, c.ordinal, unnest(s.spans, max_depth := 2), generate_subscripts(s.spans, 1) AS position
         FROM video_copies c JOIN sources s ON s.video_id = c.video_id
-        WHERE c.video_id <> c.first_id AND len(s.spans) > 0 GROUP BY c.first_id
+        WHERE c.video_id <> c.first_id AND len(s.spans) > 0
+    ), own AS (
+        SELECT video_id AS first_id, unnest(spans, max_depth := 2) FROM sources
+        WHERE len(spans) > 0 AND video_id IN (SELECT first_id FROM each)
+    ), missing AS (
+        SELECT e.* FROM each e WHERE NOT EXISTS (
+            SELECT 1 FROM own o
+            WHERE o.first_id = e.first_id AND o.start_s = e.start_s AND o.end_s IS NOT DISTINCT FROM e.end_s)
+        QUALIFY row_number() OVER (PARTITION BY first_id, start_s, end_s ORDER BY ordinal, position) = 1
     )
-    SELECT c.video_id, list_filter(c.spans, lambda x: NOT coalesce(list_contains(
-        list_transform(s.spans, lambda y: [y.start_s, y.end_s]), [x.start_s, x.end_s]), false)) AS spans
-    FROM copied c JOIN sources s USING (video_id)
+    SELECT first_id AS video_id,
+           list(struct_pack(n := n, start_s := start_s, end_s := end_s) ORDER BY ordinal, position) AS spans
+    FROM missing GROUP BY first_id
 """
 
 PAYLOAD = """

@@ -153,7 +153,9 @@ def _read_list(path: Path, settings: IngestSettings) -> Iterator[_Rows]:
         )
     try:
         if extension == ".parquet":
-            table = _read_parquet(path)
+            import pyarrow.parquet as pq
+
+            table = pq.read_table(path)
             line = pa.array(range(1, table.num_rows + 1), pa.int64())
             fields = _fields_of_table(path, table, line, settings)
             yield _Rows(str(path), path.parent.absolute(), fields)
@@ -167,23 +169,6 @@ def _read_list(path: Path, settings: IngestSettings) -> Iterator[_Rows]:
         yield from _read_json(path, data, settings)
     else:
         yield from _read_lines(str(path), path.parent.absolute(), data, settings)
-
-
-def _read_parquet(path: Path) -> pa.Table:
-    """Read a Parquet file. Raises OSError or pa.ArrowInvalid."""
-    import duckdb
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-        table.validate()
-        return table
-    except pa.ArrowInvalid:  # as for views of lists in views of lists, which pyarrow writes and misreads
-        try:
-            return duckdb.read_parquet(str(path)).to_arrow_table()
-        except duckdb.Error:
-            pass
-        raise
 
 
 def _unpacked(path: Path, settings: IngestSettings) -> bytes:
@@ -296,9 +281,13 @@ def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Convert Arrow's other kinds of strings and lists, dictionaries and UTF-8 bytes to strings and lists."""
     for type in (_plain_type(column.type, text_in_bytes=True), _plain_type(column.type, text_in_bytes=False)):
         try:
-            return column.cast(type)
+            plain = column.cast(type)
+            plain.validate()
+            return plain
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # bytes that are not text; more than 2 GB of text
             continue
+    if pa.types.is_nested(column.type):  # pyarrow converts views of lists in views of lists to damaged arrays
+        return pa.chunked_array([pa.array(column.to_pylist(), type)])
     return column
 
 

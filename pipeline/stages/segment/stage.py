@@ -13,7 +13,7 @@ from shards.storage.mirror import files_of
 WANTED = """
     SELECT t.video_id AS item_id, t.unit, coalesce(v.duration_s, 0) / 100 AS cost,
            md5(concat_ws('|', $fingerprint, t.digest, s.spans::VARCHAR, v.duration_s, v.sha256,
-                         if(len(c.spans) > 0, c.spans::VARCHAR, NULL))) AS key
+                         c.spans::VARCHAR)) AS key
     FROM current_transcripts t JOIN current_videos v USING (video_id) JOIN sources s USING (video_id)
     LEFT JOIN copied_spans c USING (video_id)
 """
