@@ -1,10 +1,11 @@
-"""Fuzz everything that reads sources with mutated videos and subtitles: `python -m bench.fuzz [--count N] [--seed S]`.
+"""Fuzz all that reads sources with mutated videos, subtitles and lists: `python -m bench.fuzz [--count N] [--seed S]`.
 
-Each case is a pure function of (seed, number): a real or made video or subtitle with bytes flipped, pieces overwritten,
-moved, repeated or removed, and sizes and counts replaced by extreme ones. A video passes through probe, shots, speech,
-its subtitle tracks, cut and the trainer's decoder, a subtitle through reading and word times, each in a sandbox as in a
-build. A step may return a result or raise an error with a class of its own. Anything else is a finding, printed with
-the number that reproduces it:
+Each case is a pure function of (seed, number): a real or made video, subtitle or source list with bytes flipped, pieces
+overwritten, moved, repeated or removed, and sizes and counts replaced by extreme ones. A video passes through probe,
+shots, speech, its subtitle tracks, cut and the trainer's decoder, a subtitle through reading and word times, each in a
+sandbox as in a build. A list passes through ingest, into an empty corpus and into the resulting one; `--only-lists`
+leaves out the others. A step may return a result or raise an error with a class of its own ("refused": a list that is
+the user's mistake as a whole). Anything else is a finding, printed with the number that reproduces it:
 
   internal-error   an exception without a class
   hang             a time limit was reached (informational: a build records it and continues)
@@ -20,18 +21,19 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from clipmill.base.errors import ItemError
+from clipmill.base.errors import ItemError, UserError
 from clipmill.media.probe import probe
 from clipmill.media.sandbox import Sandbox
 from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
 from pipeline.stages.ingest.sidecars import SUBTITLE_EXTENSIONS
+from pipeline.stages.ingest.ingest import IngestSettings, ingest
 from pipeline.stages.segment.shots import detect_shots
 from pipeline.stages.transcribe.cues import SubtitleSettings
 from pipeline.stages.transcribe.speech import extract_speech
@@ -90,7 +92,15 @@ def _place(rng: random.Random, size: int) -> int:
 
 def _warm_up(trains: bool) -> None:
     """Import everything, so that no case is charged for it."""
-    for name in ("av", "cv2", "scenedetect", *(["training.data.clip_frames"] if trains else [])):
+    for name in (
+        "av",
+        "cv2",
+        "duckdb",
+        "pyarrow.csv",
+        "pyarrow.parquet",
+        "scenedetect",
+        *(["training.data.clip_frames"] if trains else []),
+    ):
         importlib.import_module(name)
 
 
@@ -116,6 +126,20 @@ def _subtitle(path: str) -> int:
 def _tracks(path: str) -> int:
     """Read the subtitle tracks of a video; return the number of their cues."""
     return sum(len(read_track(path, track["track"], SubtitleSettings()).cues) for track in subtitle_tracks(path))
+def _list(path: str) -> int:
+    """Ingest a list twice; return its number of sources. The second time adds nothing, and no row is lost silently."""
+    import pyarrow as pa
+
+    columns = {name: pa.string() for name in ("video_id", "url", "unit")}
+    nothing = pa.table({name: pa.array([], type) for name, type in columns.items()})
+    try:
+        found = ingest([path], IngestSettings(), nothing)
+    except UserError as error:
+        raise ItemError("refused", str(error)) from error
+    again = ingest([path], IngestSettings(), found.table)
+    assert again.table.num_rows == 0 and not (again.grown and again.grown.num_rows), "the same list added something"
+    assert found.num_seen >= found.table.num_rows + found.num_added + found.num_duplicates, "rows do not add up"
+    return found.table.num_rows
 
 
 def _shots(path: str) -> int:
@@ -136,10 +160,18 @@ VIDEO_STEPS: dict[str, Callable[[str], object]] = {
 }
 
 
-def fuzz(videos: list[Path], subtitles: list[Path], seed: int, numbers: Iterator[int], limit_s: float) -> Tally:
+def fuzz(
+    videos: list[Path],
+    subtitles: list[Path],
+    seed: int,
+    numbers: Iterator[int],
+    limit_s: float,
+    lists: Sequence[Path] = (),
+) -> Tally:
     """Run the cases of these numbers, one after another."""
-    tally, seeds = Tally(), [*videos, *subtitles]
+    tally, seeds = Tally(), [*videos, *subtitles, *lists]
     steps = dict.fromkeys(videos, VIDEO_STEPS) | dict.fromkeys(subtitles, {"subtitle": _subtitle})
+    steps |= dict.fromkeys(lists, {"list": _list})
     before = _resident_bytes()
     box = partial(Sandbox, MEMORY_BYTES, file_bytes=1 << 28, calls_per_child=1000)
     with box() as media, box() as trainer, TemporaryDirectory() as folder:
@@ -147,7 +179,8 @@ def fuzz(videos: list[Path], subtitles: list[Path], seed: int, numbers: Iterator
             for number in numbers:
                 rng = random.Random(f"{seed}:{number}")
                 source = rng.choice(seeds)
-                case = Path(folder, f"case{source.suffix}")
+                packed = ".csv" if source.suffix == ".gz" else ""
+                case = Path(folder, f"case{packed}{source.suffix}")
                 case.write_bytes(mutated(source.read_bytes(), rng))
                 for name, step in steps[source].items():
                     sandbox = trainer if step is _train else media
@@ -241,12 +274,58 @@ def made_seeds(folder: Path) -> tuple[list[Path], list[Path]]:
     return [folder / name for name in shapes], [folder / name for name in texts]
 
 
+def made_lists(folder: Path) -> list[Path]:
+    """Make a list in each format and notation of spans, with a row for each clip, as seeds of mutations."""
+    import gzip
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"id": f"v{n // 2}", "url": f"http://h.example/{n // 2}.mp4", "title": f'No. {n}, "so called"\nü', "Title": n,
+         "start": n * 2.5, "end": f"0:00:{n * 2 + 9:02d}.5", "caption": "it's here"}
+        for n in range(8)
+    ]  # fmt: skip
+    cells = [[str(value).replace('"', '""') for value in row.values()] for row in rows]
+    table = "".join(",".join(f'"{cell}"' for cell in line) + "\n" for line in [list(rows[0]), *cells])
+    panda = "".join(
+        f"v{n},http://h.example/p{n}.mp4,\"[['0:00:0{n}.5', '0:00:1{n}'], ['0:20', '0:30']]\",\"['a', 'it is']\"\n"
+        for n in range(5)
+    )
+    clips = [{"clip_id": f"x.{n}.mp4", "span": [f"00:00:0{n}.25", f"00:00:1{n}"], "text": "t"} for n in range(4)]
+    hd_vila = "".join(json.dumps({"url": f"http://h.example/h{n % 2}.mp4", "clip": clips[n:]}) + "\n" for n in range(4))
+    texts = {
+        "l1.csv": table,
+        "l2.tsv": table.replace(",", "\t"),
+        "l3.csv": "sep=;\r" + table.replace(",", ";").replace("\n", "\r"),
+        "l4.csv": "videoID,url,timestamp,caption\n" + panda,
+        "l5.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "l6.json": json.dumps(rows),
+        "l7.jsonl": hd_vila,
+        "l8.txt": "# list\n" + "".join(f"http://h.example/{n}.mp4#t={n},9\n" for n in range(20)),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "l9.csv").write_bytes(table.encode("utf-16"))
+    (folder / "l10.csv.gz").write_bytes(gzip.compress(table.encode()))
+    columns = {
+        "url": pa.array([row["url"] for row in rows], pa.string_view()),
+        "spans": pa.array([[[n, n + 1.5]] for n in range(8)], pa.large_list(pa.list_(pa.float64()))),
+        "Note": pa.array(["a", "b"] * 4).dictionary_encode(),
+        "note": pa.array([b"\xff"] * 8, pa.binary()),
+    }
+    pq.write_table(pa.table(columns), folder / "l11.parquet", compression="none")
+    return [folder / name for name in [*texts, "l9.csv", "l10.csv.gz", "l11.parquet"]]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000, help="number of cases")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--only", type=int, help="run this case alone")
+    parser.add_argument("--only-lists", action="store_true", help="mutate source lists and nothing else")
     parser.add_argument("--limit-s", type=float, default=20.0, help="seconds per step of a case")
     parser.add_argument("--footage", type=Path, help="folder of videos and subtitles to mutate as well")
     given = parser.parse_args()
@@ -254,12 +333,13 @@ def main() -> int:
         signal.signal(number, signal.default_int_handler)
     numbers = [given.only] if given.only is not None else range(given.first, given.first + given.count)
     with TemporaryDirectory() as folder:
-        videos, subtitles = made_seeds(Path(folder))
+        videos, subtitles = ([], []) if given.only_lists else made_seeds(Path(folder))
+        lists = made_lists(Path(folder))
         for path in sorted(given.footage.rglob("*")) if given.footage else []:
             if path.is_file() and path.stat().st_size < 3_000_000:
                 (subtitles if path.suffix in SUBTITLE_EXTENSIONS else videos).append(path)
         begun = time.monotonic()
-        tally = fuzz(videos, subtitles, given.seed, iter(numbers), given.limit_s)
+        tally = fuzz(videos, subtitles, given.seed, iter(numbers), given.limit_s, lists)
     report(tally, given.seed, time.monotonic() - begun)
     return 1 if tally.findings else 0
 

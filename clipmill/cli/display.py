@@ -51,7 +51,9 @@ class Terminal:
     def ingested(self, report: IngestReport) -> None:
         self.console.print(
             f"[bold]ingest[/] {report.num_seen:,} sources read: {report.num_new:,} new, "
-            f"{report.num_duplicates:,} already known or repeated, {report.num_problems:,} unreadable"
+            + (f"{report.num_added:,} with more spans of a listed video, " if report.num_added else "")
+            + (f"{report.num_grown:,} known videos have more spans, " if report.num_grown else "")
+            + f"{report.num_duplicates:,} already known or repeated, {report.num_problems:,} unreadable"
             + (f", {report.num_forgotten:,} left out because they were forgotten" if report.num_forgotten else "")
         )
         for split, num_videos, num_texts, num_repeated in report.splits:
@@ -136,6 +138,7 @@ class Terminal:
                 f"clipmill status {escape(str(corpus))}",
                 soft_wrap=True,
             )
+        _print_without_clips(self.console, report.without_clips)
         corpus_text = escape(str(corpus))
         self.console.print(
             f'[dim]next:[/] clipmill stats {corpus_text} · clipmill sql {corpus_text} "SELECT * FROM funnel" · '
@@ -243,6 +246,18 @@ def _show_idle(console: Console, current: Status) -> None:
         hint = "failed engine.max_attempts times; `clipmill run STAGE --where quarantined` retries"
         console.print(f"[dim]quarantined: {hint}[/]")
     print_failures(console, current.failures)
+    _print_without_clips(console, current.without_clips)
+
+
+def _print_without_clips(console: Console, reasons: list[tuple[str, int, str]]) -> None:
+    """Print how many videos give no clip, and a line for each reason; print nothing if all give some."""
+    if not reasons:
+        return
+    num_videos = sum(num_videos for _, num_videos, _ in reasons)
+    console.print(f"[yellow]{num_videos:,} {'videos give' if num_videos > 1 else 'video gives'} no clip[/]")
+    for reason, num_videos, example in reasons:
+        text = f"  {escape(one_line(reason)):<29} {num_videos:>7,}  [dim]{escape(one_line(example))}[/]"
+        console.print(text, no_wrap=True, overflow="ellipsis", highlight=False)
 
 
 def verify_corpus(root: str | Path, decode: bool, deep: bool = False) -> int:

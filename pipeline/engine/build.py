@@ -48,10 +48,11 @@ class BuildReport:
     pending_before: dict[str, dict[str, int]] = field(default_factory=dict)
     failures: list[tuple[str, str, int, str]] = field(default_factory=list)  # of this run: stage, class, count, example
     num_old_failures: int = 0  # items that failed in earlier runs and were not tried again
+    without_clips: list[tuple[str, int, str]] = field(default_factory=list)  # reason, number of videos, an example
 
     @property
     def did_something(self) -> bool:
-        new_sources = self.ingest.num_new if self.ingest else 0
+        new_sources = self.ingest.num_new + self.ingest.num_grown if self.ingest else 0
         packed = self.pack.num_written + self.pack.num_refreshed if self.pack else 0
         return bool(new_sources or packed or self.engine.num_done or self.engine.num_failed)
 
@@ -239,6 +240,7 @@ def build(
         report.failures = current.ledger.standing_failures(current.run_id)
         num_failures = sum(count for _, _, count, _ in current.ledger.standing_failures())
         report.num_old_failures = num_failures - sum(count for _, _, count, _ in report.failures)
+        report.without_clips = current.ledger.without_clips()
     return report
 
 
@@ -298,6 +300,7 @@ class Status:
     damaged: list[Problem]  # fragments whose items are pending again
     problems: list[str]  # why something is unknown; with a problem in the settings, `counts` has only done and failed
     writer: str  # the process that is writing the corpus, else ""
+    without_clips: list[tuple[str, int, str]]  # as in BuildReport
 
 
 def status(root: str | Path, assignments: list[str]) -> Status:
@@ -338,12 +341,12 @@ def status(root: str | Path, assignments: list[str]) -> Status:
                 break
             except UserError as error:  # a damaged record of sources
                 problems.append(str(error))
-                return Status(ledger.recorded_counts(), [], [], None, [], [], problems, writer)
+                return Status(ledger.recorded_counts(), [], [], None, [], [], problems, writer, [])
             except (duckdb.Error, OSError, pa.ArrowException):  # the writer replaced a fragment meanwhile
                 if not cache or attempt == 2:
                     raise
         if settings is None:
-            return Status(ledger.recorded_counts(), [], [], None, [], [], problems, writer)
+            return Status(ledger.recorded_counts(), [], [], None, [], [], problems, writer, [])
         current = Session(corpus, settings, ledger, "status")
         current.refresh_state()
         if not cache and (corpus.root / MANIFEST_NAME).exists() and not is_current(corpus.root):
@@ -355,7 +358,9 @@ def status(root: str | Path, assignments: list[str]) -> Status:
         except UserError as error:  # a condition that does not fit, or a manifest of another version
             problems.append(str(error))
         changed = difference(with_defaults(saved), settings.model_dump(mode="json"))
-        return Status(ledger.counts(), off, current.failures(), pack, changed, current.damaged, problems, writer)
+        without = ledger.without_clips()
+        failures = ledger.standing_failures()
+        return Status(ledger.counts(), off, failures, pack, changed, current.damaged, problems, writer, without)
 
 
 def versions() -> dict[str, str]:

@@ -90,6 +90,9 @@ class Engine:
         self._join()
         try:
             self._run_units(waiting, on_tick)
+            # A copy that was downloaded after its video had been cut may bring spans for it.
+            self.refresh_state()
+            self._run_units(deque(self.ledger.units_with_work(stage.name for stage in self.stages)), on_tick)
             if self.exhausted:
                 self._run_units(self._last_round(), on_tick)
         finally:

@@ -54,12 +54,16 @@ class Task:
 
 @dataclass
 class Outcome:
-    """Result of one item: rows per table, or a failure. `parts` are failures inside an item that is done."""
+    """Result of one item: rows per table, or a failure. `parts` are failures inside an item that is done.
+
+    `note` says of an item that is done why it has no rows. It is not a failure.
+    """
 
     item_id: str
     rows: dict[str, list[dict]] = field(default_factory=dict)
     failure: ItemError | None = None
     parts: list[tuple[str, ItemError]] = field(default_factory=list)
+    note: ItemError | None = None
     wall_s: float = 0.0
     cpu_s: float = 0.0
 
@@ -105,7 +109,10 @@ def commit(task: Task, outcomes: list[Outcome], media: list[str], wall_s: float 
         failures = [(outcome.item_id, outcome.failure)] if outcome.failure else outcome.parts
         if outcome.failure is None:
             num_rows = sum(len(rows) for rows in outcome.rows.values())
-            ledger.append(ledger_row(task.stage, outcome.item_id, item["key"], num_rows=num_rows, **common))
+            row = ledger_row(task.stage, outcome.item_id, item["key"], num_rows=num_rows, **common)
+            if outcome.note:
+                row |= {"error_class": outcome.note.error_class, "message": outcome.note.message}
+            ledger.append(row)
         for item_id, error in failures:
             ledger.append(ledger_row(task.stage, item_id, item["key"], error=error, **common))
     data = {name: pa.Table.from_pylist(rows, table_schema(name)) for name, rows in tables.items() if rows}

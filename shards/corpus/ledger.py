@@ -390,6 +390,40 @@ class Ledger:
                                    AND d.item_id = l.failed_id AND d.key = l.failed_key))
         """
 
+    def without_clips_sql(self) -> str:
+        """Return a SELECT of the videos that are there and have no clip, with the reason, after `refresh_state`.
+
+        The reason is the class of a failure of the last stage that has one, of the spans' absence, or "pending".
+        """
+        stages = [name for name in ("transcribe", "segment", "cut") if name in self.stages]
+        pending = " UNION ALL ".join(
+            [f"SELECT item_id FROM state_{name} WHERE status IN ('pending', 'retry')" for name in stages]
+        )
+        return f"""
+            WITH failed AS (
+                SELECT split_part(failed_id, '.', 1) AS video_id,
+                       arg_max(error_class, list_position({stages}, stage)) AS error_class,
+                       arg_max(message, list_position({stages}, stage)) AS message
+                FROM ({self.failures_sql()}) WHERE stage IN (SELECT unnest({stages})) GROUP BY 1
+            ), noted AS (
+                SELECT l.item_id AS video_id, l.error_class, l.message FROM ledger l JOIN chosen_segment c
+                ON l.item_id = c.item_id AND l.key = c.key AND l.fragment = c.fragment WHERE l.stage = 'segment'
+            )
+            SELECT v.video_id,
+                   CASE WHEN v.video_id IN ({pending}) THEN 'pending'
+                        ELSE coalesce(f.error_class, n.error_class, 'no-span') END AS reason,
+                   coalesce(f.message, n.message, 'no span was made of it') AS message
+            FROM current_videos v LEFT JOIN failed f USING (video_id) LEFT JOIN noted n USING (video_id)
+            WHERE v.duplicate_of IS NULL AND v.video_id NOT IN (SELECT video_id FROM current_clips)
+        """
+
+    def without_clips(self) -> list[tuple[str, int, str]]:
+        """Return (reason, number of videos, example) of the videos that no stage will make clips of."""
+        return self._rows(
+            "SELECT reason, count(*), min(video_id || ': ' || message) "
+            f"FROM ({self.without_clips_sql()}) WHERE reason <> 'pending' GROUP BY ALL ORDER BY ALL"
+        )
+
     def has_work(self, stage: str) -> bool:
         return bool(self._rows(f"SELECT 1 FROM state_{stage} WHERE status IN ('pending', 'retry') LIMIT 1"))
 

@@ -131,6 +131,7 @@ def _prepare(ledger: Ledger, groups: bool) -> None:
         "DELETE FROM indexed_samples WHERE video_id IN (SELECT video_id FROM (SELECT DISTINCT video_id FROM "
         "indexed_samples) WHERE sha256(video_id) IN (SELECT video_hash FROM tombstones))"
     )
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE without_clips AS {ledger.without_clips_sql()}")
     connection.execute(f"CREATE OR REPLACE TEMP TABLE standing_failures AS {ledger.failures_sql()}")
 
 
@@ -168,8 +169,9 @@ _SELECT = {
                v.width, v.height, v.fps, v.video_codec, v.audio_codec, v.extractor, t.origin AS transcript_origin,
                t.word_times, t.num_words, t.encoding AS subtitle_encoding,
                t.encoding_guessed AS subtitle_encoding_guessed, t.repairs AS subtitle_repairs, s.split, s.ordinal,
-               s.extra, v.meta
+               s.extra, v.meta, w.reason AS no_clip_reason
         FROM sources s LEFT JOIN current_videos v USING (video_id) LEFT JOIN current_transcripts t USING (video_id)
+        LEFT JOIN without_clips w USING (video_id)
         ORDER BY s.ordinal
     """,
     "sentences": "SELECT $columns FROM current_sentences ORDER BY video_id, n",

@@ -85,7 +85,7 @@ LEDGER = _arrow(
         key=STRING,  # hash of (stage fingerprint, the item's inputs), which decides if a row is current
         fingerprint=STRING,
         status=STRING,  # done | failed
-        error_class=STRING,
+        error_class=STRING,  # of a failure; of an item that is done and has no rows: the reason
         message=STRING,
         transient=BOOL,
         attempts=INT32,
@@ -357,6 +357,7 @@ _PUBLISHED: dict[str, Columns] = {
         ordinal=INT64,
         extra=STRING,
         meta=STRING,
+        no_clip_reason=STRING,  # why a video that is there has no clip, as a failure's class or "pending"; else null
     ),
     "sentences": _FRAGMENTS["sentences"],
     "spans": _FRAGMENTS["spans"],

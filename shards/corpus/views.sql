@@ -45,7 +45,8 @@ FROM
             coalesce(sum(mp4_bytes + coalesce(jpg_bytes, 0) + coalesce(txt_bytes, 0) + coalesce(json_bytes, 0)), 0)::BIGINT
                 AS sample_bytes FROM samples) p;
 
--- The yield, step by step. `kept` is the share of the step before, by number of items; for spans, by duration.
+-- The yield, step by step. `kept` is the share of the step before, by number of items; for spans, by duration. Behind
+-- the steps come the videos without a clip, by reason; there `kept` is their share of all videos.
 CREATE OR REPLACE VIEW funnel AS
 WITH steps(step, ordinal, num_items, hours) AS (
     SELECT 'source', 1, count(*), NULL::DOUBLE FROM videos
@@ -56,16 +57,19 @@ WITH steps(step, ordinal, num_items, hours) AS (
     UNION ALL SELECT 'caption', 5, count(*), coalesce(sum(duration_s), 0) / 3600 FROM clips
         WHERE clip_id IN (SELECT clip_id FROM captions WHERE current AND frame_index = 0)
     UNION ALL SELECT 'sample', 6, count(*), coalesce(sum(duration_s), 0) / 3600 FROM samples
+    UNION ALL SELECT 'no clip: ' || no_clip_reason, 7, count(*), coalesce(sum(duration_s), 0) / 3600 FROM videos
+        WHERE no_clip_reason IS NOT NULL GROUP BY no_clip_reason
 )
 SELECT
     step,
     num_items,
     CASE WHEN step = 'span' THEN hours / nullif(lag(hours) OVER (ORDER BY ordinal), 0)
+         WHEN ordinal = 7 THEN num_items / nullif(max(num_items) FILTER (step = 'video') OVER (), 0)
          WHEN step = 'sample' THEN num_items / nullif(max(num_items) FILTER (step = 'clip') OVER (), 0)
          ELSE num_items / nullif(lag(num_items) OVER (ORDER BY ordinal), 0) END AS kept,
     hours
 FROM steps
-ORDER BY ordinal;
+ORDER BY ordinal, num_items DESC, step;
 
 -- Histogram of the clips' lengths, two seconds a bin: [from_s, to_s).
 CREATE OR REPLACE VIEW clip_lengths AS

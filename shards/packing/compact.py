@@ -341,7 +341,8 @@ def _write_in_place_of(root: Path, old: str, tables: dict[str, pa.Table], ledger
     if stage == "ingest":
         if not tables:
             return
-        items = [(item_id, "ingested") for item_id in tables["sources"]["item_id"].to_pylist()]
+        sources = tables["sources"]
+        items = list(zip(sources["item_id"].to_pylist(), sources["key"].to_pylist(), strict=True))
         name = commit_name(stage, unit, items)
         row = {**ledger.to_pylist()[0], "item_id": name, "num_rows": len(items)}
         ledger = pa.Table.from_pylist([row], LEDGER)

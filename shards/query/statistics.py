@@ -159,7 +159,8 @@ def _funnel(rows: list[Row]) -> Group:
     for row in rows:
         kept = "" if row["kept"] is None else f"{row['kept']:.1%}"
         table.add_row(row["step"], f"{row['num_items']:,}", kept, _hours(row["hours"]))
-    note = Text("kept: of the step before; for spans of the videos' hours, for samples of the clips", style="dim")
+    spans, others = "for spans of the videos' hours", "for samples of the clips, for no clip of the videos"
+    note = Text(f"kept: of the step before; {spans}, {others}", style="dim")
     return Group(table, note)
 
 

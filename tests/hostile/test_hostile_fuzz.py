@@ -8,6 +8,7 @@ from bench import fuzz
 from clipmill.base.errors import ItemError
 from clipmill.media.probe import probe
 from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
+from pipeline.stages.ingest.ingest import IngestSettings, read_sources
 from pipeline.stages.transcribe.speech import extract_speech
 
 
@@ -23,6 +24,20 @@ def test_mutated_videos_and_subtitles_give_results_or_classed_errors(seeds):
     assert tally.findings == [] and tally.num_cases == 16
     classes = {outcome for _, outcome in tally.outcomes}
     assert "ok" in classes and len(classes) > 2, "too few failures to prove anything"
+
+
+@pytest.mark.slow
+def test_mutated_lists_give_rows_or_classed_errors(tmp_path):
+    lists = fuzz.made_lists(tmp_path)
+    tally = fuzz.fuzz([], [], seed=7, numbers=iter(range(24)), limit_s=600, lists=lists)
+    assert tally.findings == [] and tally.num_cases == 24
+    assert tally.outcomes["list", "ok"] > 8
+
+
+@pytest.mark.parametrize("number", range(11))
+def test_the_lists_to_mutate_are_read_without_a_problem(tmp_path, number):
+    listed = read_sources([str(fuzz.made_lists(tmp_path)[number])], IngestSettings())
+    assert {problem.error_class for problem in listed.problems} <= {"unread-spans"} and listed.table.num_rows >= 4
 
 
 def test_sound_of_no_known_kind_costs_the_sound_alone(seeds, tmp_path):

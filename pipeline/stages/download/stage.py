@@ -24,10 +24,10 @@ WANTED = """
     QUALIFY row_number() OVER (PARTITION BY video_id ORDER BY ordinal, fragment) = 1
 """
 
-CURRENT_VIDEOS = """
+VIDEO_COPIES = """
     -- Only the first of several videos with the same bytes is cut. A video with reference texts never counts as a
     -- copy, because its texts would be lost with it.
-    CREATE OR REPLACE TEMP TABLE current_videos AS
+    CREATE OR REPLACE TEMP TABLE video_copies AS
     WITH contents AS (
         SELECT v.video_id, min(s.ordinal) AS ordinal,
                if(bool_or(len(s.texts) > 0), 'video ' || v.video_id, any_value(v.sha256)) AS content
@@ -35,8 +35,34 @@ CURRENT_VIDEOS = """
     ), canonical AS (
         SELECT content, arg_min(video_id, ordinal) AS video_id FROM contents GROUP BY content
     )
-    SELECT v.*, nullif(c.video_id, v.video_id) AS duplicate_of
-    FROM all_videos v JOIN contents k USING (video_id) JOIN canonical c USING (content) SEMI JOIN scope USING (unit)
+    SELECT k.video_id, k.ordinal, c.video_id AS first_id FROM contents k JOIN canonical c USING (content)
+"""
+
+CURRENT_VIDEOS = """
+    CREATE OR REPLACE TEMP TABLE current_videos AS
+    SELECT v.*, nullif(c.first_id, v.video_id) AS duplicate_of
+    FROM all_videos v JOIN video_copies c USING (video_id) SEMI JOIN scope USING (unit)
+"""
+
+# The spans that a list gives for copies of a video and not for the video, which is cut for all of them.
+COPIED_SPANS = """
+    CREATE OR REPLACE TEMP TABLE copied_spans AS
+    WITH each AS (
+        SELECT c.first_id, c.ordinal, unnest(s.spans, max_depth := 2), generate_subscripts(s.spans, 1) AS position
+        FROM video_copies c JOIN sources s ON s.video_id = c.video_id
+        WHERE c.video_id <> c.first_id AND len(s.spans) > 0
+    ), own AS (
+        SELECT video_id AS first_id, unnest(spans, max_depth := 2) FROM sources
+        WHERE len(spans) > 0 AND video_id IN (SELECT first_id FROM each)
+    ), missing AS (
+        SELECT e.* FROM each e WHERE NOT EXISTS (
+            SELECT 1 FROM own o
+            WHERE o.first_id = e.first_id AND o.start_s = e.start_s AND o.end_s IS NOT DISTINCT FROM e.end_s)
+        QUALIFY row_number() OVER (PARTITION BY first_id, start_s, end_s ORDER BY ordinal, position) = 1
+    )
+    SELECT first_id AS video_id,
+           list(struct_pack(n := n, start_s := start_s, end_s := end_s) ORDER BY ordinal, position) AS spans
+    FROM missing GROUP BY first_id
 """
 
 PAYLOAD = """
@@ -103,7 +129,9 @@ DOWNLOAD = Stage(
     wanted=WANTED,
     current=(
         f"CREATE OR REPLACE TEMP TABLE all_videos AS {chosen_rows('download', 'downloads')}",
+        VIDEO_COPIES,
         CURRENT_VIDEOS,
+        COPIED_SPANS,
         "DELETE FROM state_download WHERE unit NOT IN (SELECT unit FROM scope)",
     ),
     payload=PAYLOAD,

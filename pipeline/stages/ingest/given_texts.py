@@ -7,11 +7,9 @@ import json
 
 import pyarrow as pa
 
-from pipeline.stages.ingest.given_spans import SPANS
+from pipeline.stages.ingest.given_spans import SPANS, TEXTS
 from pipeline.stages.ingest.list_files import is_unicode
-from shards.corpus.schema import REFERENCE
 
-TEXTS = pa.list_(REFERENCE)
 WHOLE = [{"n": 0, "start_s": 0.0, "end_s": None}]  # spans of a source that has texts but no spans
 
 BadText = tuple[int, int, str, str]  # row, position in its list, error class, message

@@ -4,13 +4,15 @@ The result is a pure function of the lists and of the sources that the corpus al
 """
 
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipmill.base.errors import UserError
+from pipeline.stages.ingest.added_spans import add_rows, replaced
+from pipeline.stages.ingest.given_texts import WHOLE
 from pipeline.stages.ingest.settings import IngestSettings
 from pipeline.stages.ingest.source_lists import Problem, SourceList, read_sources
 from shards.corpus.schema import TABLES
@@ -27,8 +29,11 @@ class Ingested:
     table: pa.Table
     problems: list[Problem]
     num_seen: int  # valid rows of the lists
-    num_duplicates: int  # rows among these whose source is in the corpus, or earlier in the lists
+    num_duplicates: int  # rows among these that say nothing about a source of the corpus or of an earlier row
     num_forgotten: int = 0  # rows among these whose source was forgotten with `clipmill forget`
+
+    num_added: int = 0  # rows among these that add spans or texts to a source of the corpus or of an earlier row
+    grown: pa.Table | None = None  # known sources with more spans or texts than before, columns as in `known`
 
     def splits(self) -> list[tuple[str, int, int, int]]:
         """Count (split, videos, texts, texts that equal another of the split) of a benchmark's new sources."""
@@ -48,36 +53,53 @@ def ingest(
     known: pa.Table,
     forgotten: Collection[str] = (),
     listed: SourceList | None = None,
+    known_rows: Callable[[list[str]], pa.Table] | None = None,
 ) -> Ingested:
-    """Return the sources in the arguments' lists that are not in `known`.
+    """Return the sources in the arguments' lists that are not in `known`, and those of `known` that have grown.
 
-    known      the corpus's sources: video_id, url, unit, ordinal, split, texts
-    forgotten  SHA-256 of canonical URLs and ids to leave out; such rows are counted and not reported
-    listed     content of the arguments' lists, if they were read before: standard input can be read once
+    known       the corpus's sources: video_id, url, unit, ordinal, split, texts
+    forgotten   SHA-256 of canonical URLs and ids to leave out; such rows are counted and not reported
+    listed      content of the arguments' lists, if they were read before: standard input can be read once
+    known_rows  gives all columns of these known sources, in this order; by default from `known`
 
-    Rows with the same canonical URL are one source; the first wins. An id that another URL has is a problem
-    "duplicate-id"; the first wins as well. Raises UserError as `read_sources` does, and for a known source with another
-    split or other reference texts.
+    Rows with the same canonical URL are one source: the first row's, with the spans of all (`added_spans`). An id that
+    another URL has is a problem "duplicate-id", and the first wins. Raises UserError as `read_sources` does, and for a
+    known source with another split or other reference texts.
     """
     listed = listed or read_sources(arguments, settings)
     table, num_forgotten = _without(listed.table.combine_chunks(), forgotten)
     canonical = _array(table, "canonical")
     ids = video_ids(canonical, pc.coalesce(_array(table, "video_id"), _array(table, "source_id")))
     _require_same_references(canonical.to_pylist(), table, known)
-    new, clashes = _new_rows(canonical.to_pylist(), ids.to_pylist(), known)
+    rows = _assign_rows(canonical.to_pylist(), ids.to_pylist(), table, known)
     problems = listed.problems + [
         Problem(
             table["location"][row].as_py(),
             "duplicate-id",
             f"the id {ids[row]} belongs to another URL; {table['url'][row]} is left out, give it another id",
         )
-        for row in clashes
+        for row in rows.clashes
     ]
-    rows = pa.array(new, pa.int64())
-    picked = table.drop_columns("video_id").take(rows).append_column("video_id", [ids.take(rows)])
-    sources = _with_units(picked, settings.unit_videos, known)
-    num_duplicates = table.num_rows - len(new) - len(clashes)
-    return Ingested(sources, problems, table.num_rows + num_forgotten, num_duplicates, num_forgotten)
+    new = pa.array(rows.new, pa.int64())
+    picked = table.drop_columns("video_id").take(new).append_column("video_id", [ids.take(new)])
+    changed, values, num_added = add_rows(picked, table.take(pa.array(rows.more, pa.int64())), rows.owners)
+    sources = _with_units(replaced(picked, changed, values), settings.unit_videos, known)
+    grown, num_grown_rows = None, 0
+    if rows.more_of_known:
+        videos = list(dict.fromkeys(rows.known_owners))
+        index = {video_id: i for i, video_id in enumerate(videos)}
+        before = known_rows(videos) if known_rows else _rows_of(known, videos)
+        more, owners = table.take(pa.array(rows.more_of_known, pa.int64())), [index[v] for v in rows.known_owners]
+        changed, values, num_grown_rows = add_rows(before, more, owners)
+        grown = replaced(before, changed, values).take(pa.array(changed, pa.int64()))
+    num_added += num_grown_rows
+    num_duplicates = table.num_rows - len(rows.new) - len(rows.clashes) - num_added
+    num_seen = table.num_rows + num_forgotten
+    return Ingested(sources, problems, num_seen, num_duplicates, num_forgotten, num_added, grown)
+
+
+def _rows_of(known: pa.Table, video_ids: list[str]) -> pa.Table:
+    return known.take(pc.index_in(pa.array(video_ids), known["video_id"].combine_chunks()))
 
 
 def _without(table: pa.Table, forgotten: Collection[str]) -> tuple[pa.Table, int]:
@@ -96,36 +118,63 @@ def _array(table: pa.Table, name: str) -> pa.Array:
     return column if isinstance(column, pa.Array) else pa.array([], column.type)
 
 
-def _new_rows(canonical: list[str], ids: list[str], known: pa.Table) -> tuple[list[int], list[int]]:
-    """Return (indices of new rows, indices of rows whose id belongs to another URL), in order."""
-    has_known = known.num_rows > 0
-    seen_urls = set(canonical_urls(_array(known, "url")).to_pylist()) if has_known else set()
-    seen_ids = set(known["video_id"].to_pylist()) if has_known else set()
-    new, clashes = [], []
+@dataclass
+class _Assigned:
+    """Indices of the rows of the lists, in order: of new sources, of more rows about these, about known sources."""
+
+    new: list[int] = field(default_factory=list)
+    clashes: list[int] = field(default_factory=list)  # rows whose id belongs to another URL
+    more: list[int] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)  # position in `new` of the source of each of `more`
+    more_of_known: list[int] = field(default_factory=list)
+    known_owners: list[str] = field(default_factory=list)  # video_id of the source of each of `more_of_known`
+
+
+def _assign_rows(canonical: list[str], ids: list[str], table: pa.Table, known: pa.Table) -> _Assigned:
+    """Find the source of each row. Rows without spans add nothing to an earlier row and belong to none."""
+    known_ids = known["video_id"].to_pylist() if known.num_rows else []
+    of_known = dict(zip(canonical_urls(_array(known, "url")).to_pylist(), known_ids, strict=True)) if known_ids else {}
+    has_spans = pc.fill_null(pc.greater(pc.list_value_length(_array(table, "spans")), 0), False).to_pylist()
+    seen_ids, of_new, rows = set(known_ids), {}, _Assigned()
     for row, (url, video_id) in enumerate(zip(canonical, ids, strict=True)):
-        if url in seen_urls:
-            continue
-        seen_urls.add(url)
-        if video_id in seen_ids:
-            clashes.append(row)
-            continue
-        seen_ids.add(video_id)
-        new.append(row)
-    return new, clashes
+        if url in of_known:
+            if has_spans[row]:
+                rows.more_of_known.append(row)
+                rows.known_owners.append(of_known[url])
+        elif url in of_new:
+            if has_spans[row] and of_new[url] is not None:
+                rows.more.append(row)
+                rows.owners.append(of_new[url])
+        elif video_id in seen_ids:
+            of_new[url] = None
+            rows.clashes.append(row)
+        else:
+            seen_ids.add(video_id)
+            of_new[url] = len(rows.new)
+            rows.new.append(row)
+    return rows
 
 
 def _require_same_references(canonical: list[str], table: pa.Table, known: pa.Table) -> None:
-    """Raise UserError for a row that gives a known source another split or other texts. A row may leave both out."""
+    """Raise UserError for a row that gives a known source another split, or its whole or a benchmark other texts.
+
+    A row may leave both out. Rows with spans of their own add texts, unless they are those of a benchmark.
+    """
     if table["split"].null_count == table["texts"].null_count == table.num_rows:
         return
     references: dict[str, tuple] = {}
     if known.num_rows:
         given = zip(known["split"].to_pylist(), known["texts"].to_pylist(), strict=True)
         references = dict(zip(canonical_urls(_array(known, "url")).to_pylist(), given, strict=True))
-    rows = zip(canonical, table["split"].to_pylist(), table["texts"].to_pylist(), table["location"], strict=True)
-    for url, split, texts, location in rows:
+    columns = [table[name].to_pylist() for name in ("split", "texts", "spans", "video_id", "location")]
+    for url, split, texts, spans, video_id, location in zip(canonical, *columns, strict=True):
         before = references.setdefault(url, (split, texts))
-        if (split, texts) not in ((None, None), before):
+        of_benchmark, whole = video_id is not None, spans == WHOLE
+        if (split, texts) == (None, None) or (not of_benchmark and not whole and split == before[0]):
+            continue
+        numbers = {span["n"] for span in spans or WHOLE}
+        of_spans = [text for text in before[1] or () if text["n"] in numbers] or None
+        if (split, texts) != (before[0], of_spans):
             raise UserError(
                 f"SOURCES: {location}: {url} has "
                 + (f"split {split}, but split {before[0]}" if before[0] != split else "other reference texts than")

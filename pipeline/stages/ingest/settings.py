@@ -15,5 +15,8 @@ class IngestSettings(Settings):
     url_column: str | None = None
     # The column that holds the id; by default the first of id, video_id, videoid, source_id, …
     id_column: str | None = None
+    # Read spans from columns of start and end times and from columns that list spans. false: only from clip, clips and
+    # spans; the others are kept in `extra`.
+    read_spans: bool = True
     # Most bytes that a packed list (.gz) may unpack to, because a few megabytes can be made to fill any memory.
     max_unpacked_bytes: int = operational(4_000_000_000, ge=1)

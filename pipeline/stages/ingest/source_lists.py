@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -23,11 +24,13 @@ import pyarrow.compute as pc
 from clipmill.base.errors import UserError
 from clipmill.base.text import sql_identifier, sql_literal
 from pipeline.stages.ingest.benchmarks.sources import BENCHMARKS, is_benchmark, read_benchmark
-from pipeline.stages.ingest.given_spans import SPANS, spans_from_json
-from pipeline.stages.ingest.given_texts import TEXTS, texts_from_json
+from pipeline.stages.ingest.delimited import read_delimited
+from pipeline.stages.ingest.given_spans import SPAN_FIELDS, SPANS, TEXTS, given_spans
+from pipeline.stages.ingest.given_texts import texts_from_json
 from pipeline.stages.ingest.list_files import VIDEO_EXTENSIONS, Problem, decode
 from pipeline.stages.ingest.settings import IngestSettings
 from pipeline.stages.ingest.sidecars import SUBTITLE_EXTENSIONS, leads_out, sidecars
+from pipeline.stages.ingest.span_columns import SpanColumns, are_spans, span_columns, unit_of, unread_spans
 from shards.corpus.source_ids import SCHEME_PATTERN, canonical_urls
 
 LIST_EXTENSIONS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")  # all but Parquet also with .gz
@@ -55,6 +58,7 @@ LISTED = pa.schema(
     + [("video_id", pa.string())]  # null: made from source_id and URL
 )
 
+_SAMPLE = 1000  # values of a column that decide whether it holds spans
 _CHUNK_LINES = 200_000  # JSON lines passed to DuckDB at once: bounds memory for lists of many gigabytes
 
 
@@ -68,7 +72,10 @@ class SourceList:
 
 @dataclass
 class _Rows:
-    """One list file as read. `table` has `line` (int64) and any of the fields as strings (JSON_FIELDS as JSON text)."""
+    """One list file as read. `table` has `line` (int64) and any of the fields as strings (JSON_FIELDS as JSON text).
+
+    It may also have the other SPAN_FIELDS, from which spans are read.
+    """
 
     name: str  # for locations
     folder: Path  # base of the relative paths in the list
@@ -88,7 +95,10 @@ def read_sources(arguments: list[str], settings: IngestSettings) -> SourceList:
     for argument in _expand(arguments):
         for rows in _read(argument, settings):
             tables.append(_listed(rows))
+            if settings.read_spans:
+                _report_unread_spans(rows, tables[-1])
             problems.extend(rows.problems)
+    problems = list(dict.fromkeys(problems))  # a long list is read in parts, which may have the same problem
     return SourceList(pa.concat_tables(tables) if tables else LISTED.empty_table(), problems)
 
 
@@ -178,31 +188,34 @@ def _unpacked(path: Path, settings: IngestSettings) -> bytes:
 
 def _read_csv(path: Path, data: bytes, delimiter: str | None, settings: IngestSettings) -> _Rows:
     """Read a table with a header line; rows with another number of columns become problems."""
-    from csv import reader as csv_rows
+    from csv import Error
 
     from pyarrow import csv
 
     text, problem = decode(str(path), data)
-    header = text.partition("\n")[0]
-    if delimiter is None:  # spreadsheets in many languages write semicolons into .csv
-        delimiter = max(",;\t", key=header.count)
+    url_names = (settings.url_column.lower(),) if settings.url_column else SYNONYMS["url"]
+    try:
+        found = read_delimited(text, delimiter, url_names)
+    except Error as error:
+        raise UserError(f"SOURCES: the header of {path} cannot be read: {error}") from error
+    if "url" not in _columns(found.names, settings):
+        raise _no_url_column(path, found.names)
     invalid: list[tuple[int, str]] = []
 
     def skip(row) -> str:
+        unclosed = found.unclosed_row(row.text)
         message = f"{row.actual_columns} columns, but the header has {row.expected_columns}: {row.text}"
+        if unclosed is not None:
+            message = f"a quotation mark is opened and not closed: {unclosed}"
         invalid.append((row.number or 0, message))
         return "skip"
 
-    names = next(csv_rows([header.rstrip("\r")], delimiter=delimiter), [])
-    names = [name if name not in names[:i] else f"{name}.{i}" for i, name in enumerate(names)]  # distinct
-    if "url" not in _columns(names, settings):
-        raise _no_url_column(path, names)
-    strings = {name: pa.string() for name in names}
+    strings = {name: pa.string() for name in found.names}
     try:
         table = csv.read_csv(
-            pa.py_buffer(text.encode("utf-8", "replace")),
-            csv.ReadOptions(use_threads=False, skip_rows=1, column_names=names, block_size=1 << 24),
-            csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip),
+            pa.py_buffer(found.text.encode("utf-8", "replace")),
+            csv.ReadOptions(use_threads=False, skip_rows=1, column_names=found.names, block_size=1 << 24),
+            csv.ParseOptions(delimiter=found.delimiter, newlines_in_values=True, invalid_row_handler=skip),
             csv.ConvertOptions(column_types=strings, strings_can_be_null=True, null_values=[""]),
         )
     except pa.ArrowInvalid as error:
@@ -220,23 +233,103 @@ def _fields_of_table(path: Path, table: pa.Table, line: pa.Array, settings: Inge
     """Convert known columns to strings, and the others to one JSON object per row (`extra`)."""
     import duckdb
 
-    columns = _columns(table.column_names, settings)
+    names = table.column_names
+    names = [name if name not in names[:i] else f"{name}.{i}" for i, name in enumerate(names)]  # distinct
+    columns = _columns(names, settings)
     if "url" not in columns:
-        raise _no_url_column(path, table.column_names)
-    known = {name: names[0] for name, names in columns.items()}
-    others = [name for name in table.column_names if name not in known.values()]
-    picks = [f"CAST({sql_identifier(known[name])} AS VARCHAR) AS {name}" for name in TEXT_FIELDS if name in known]
-    for name in JSON_FIELDS:
-        if name in known:
-            column = sql_identifier(known[name])
-            is_text = pa.types.is_string(table.schema.field(known[name]).type)
-            picks.append(f"{column if is_text else f'CAST(to_json({column}) AS VARCHAR)'} AS {name}")
-    if others:
-        pairs = ", ".join(f"{sql_identifier(name)} := {sql_identifier(name)}" for name in others)
-        picks.append(f"nullif(json_merge_patch('{{}}', to_json(struct_pack({pairs}))), '{{}}') AS extra")
+        raise _no_url_column(path, names)
+    table = pa.table({f"c{i}": _plain_column(table.column(i)) for i in range(table.num_columns)})
+    # DuckDB takes names that differ by case for one, so columns have numbers there.
+    text = {name: _text_sql(f"c{i}", table.schema.field(i).type) for i, name in enumerate(names)}
+    known = {name: found[0] for name, found in columns.items()}
     with duckdb.connect() as connection:
-        result = connection.from_arrow(table).query("listed", f"SELECT {', '.join(picks)} FROM listed").to_arrow_table()
+        listed = connection.from_arrow(table)
+
+        def values(name: str) -> list[str]:
+            column = f"SELECT {text[name]} AS v FROM listed"
+            return [v for (v,) in listed.query("listed", f"FROM ({column}) WHERE v <> '' LIMIT {_SAMPLE}").fetchall()]
+
+        spans = _choose_span_columns(names, known, values, settings)
+        picks = [f"{text[known[name]]} AS {name}" for name in known]
+        used, given = set(known.values()), []
+        for start, end in spans.pairs[:1]:
+            units = {"start_unit": unit_of(start), "end_unit": unit_of(end)}
+            picks += [f"{text[start]} AS start", f'{text[end]} AS "end"']
+            picks += [f"{sql_literal(unit)} AS {name}" for name, unit in units.items()]
+            used, given = used | {start, end}, [text[start], text[end]]
+        for name in spans.timestamps[: 0 if spans.pairs else 1]:
+            picks.append(f"{text[name]} AS timestamps")
+            used, given = used | {name}, [text[name]]
+        has_spans = " OR ".join(f"coalesce(trim({value}), '') <> ''" for value in given)
+        shown = {name: f"c{i}" for i, name in enumerate(names) if name not in used}
+        for name in spans.captions[:1]:  # a row without spans keeps its caption as a column
+            picks.append(f"CASE WHEN {has_spans} THEN {text[name]} END AS captions")
+            shown[name] = f"CASE WHEN NOT ({has_spans}) THEN {shown[name]} END"
+        if shown:
+            pairs = ", ".join(f"{sql_literal(name)}, {value}" for name, value in shown.items())
+            picks.append(f"nullif(json_merge_patch('{{}}', json_object({pairs})), '{{}}') AS extra")
+        result = listed.query("listed", f"SELECT {', '.join(picks)} FROM listed").to_arrow_table()
     return result.append_column("line", pa.chunked_array([line]))
+
+
+def _text_sql(column: str, type: pa.DataType) -> str:
+    """Return SQL for a column as text: JSON for lists and structs."""
+    return f"CAST({f'to_json({column})' if pa.types.is_nested(type) else column} AS VARCHAR)"
+
+
+def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Convert Arrow's other kinds of strings and lists, dictionaries and UTF-8 bytes to strings and lists."""
+    for type in (_plain_type(column.type, text_in_bytes=True), _plain_type(column.type, text_in_bytes=False)):
+        try:
+            plain = column.cast(type)
+            plain.validate()
+            return plain
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # bytes that are not text; more than 2 GB of text
+            continue
+    if pa.types.is_nested(column.type):  # pyarrow converts views of lists in views of lists to damaged arrays
+        return pa.chunked_array([pa.array(column.to_pylist(), type)])
+    return column
+
+
+def _plain_type(type: pa.DataType, *, text_in_bytes: bool) -> pa.DataType:
+    kinds, plain = pa.types, partial(_plain_type, text_in_bytes=text_in_bytes)
+    if isinstance(type, pa.BaseExtensionType):
+        return plain(type.storage_type)
+    if kinds.is_dictionary(type):
+        return plain(type.value_type)
+    if kinds.is_large_string(type) or kinds.is_string_view(type):
+        return pa.string()
+    if kinds.is_binary(type) or kinds.is_large_binary(type) or kinds.is_binary_view(type):
+        return pa.string() if text_in_bytes else pa.binary()
+    if kinds.is_list(type) or kinds.is_large_list(type) or kinds.is_list_view(type) or kinds.is_large_list_view(type):
+        return pa.list_(plain(type.value_type))
+    if kinds.is_fixed_size_list(type):
+        return pa.list_(plain(type.value_type))
+    if kinds.is_struct(type):
+        return pa.struct([pa.field(child.name, plain(child.type)) for child in type.fields])
+    return type
+
+
+def _choose_span_columns(
+    names: list[str], known: dict, values: Callable[[str], list[str]], settings: IngestSettings
+) -> SpanColumns:
+    """Return the columns from which the spans of a list are read: its pairs, or else the lists of spans.
+
+    `known` maps fields to columns (or lists of them). A column "clip" that holds something else, as the name of a file,
+    is taken out of it if there is a pair. `values` gives some values of a column as text.
+    """
+    found = span_columns(names) if settings.read_spans else SpanColumns([], [], [])
+    taken = {name for column in known.values() for name in ([column] if isinstance(column, str) else column)}
+    pairs = [pair for pair in found.pairs if taken.isdisjoint(pair)]
+    spans = known.get("spans", [])
+    given = [value for name in ([spans] if isinstance(spans, str) else spans) for value in values(name)]
+    if pairs and given and not are_spans(given):
+        del known["spans"]
+    if "spans" in known:
+        return SpanColumns([], [], [])
+    timestamps = [name for name in found.timestamps if name not in taken and are_spans(values(name))]
+    captions = [name for name in found.captions if name not in taken and "texts" not in known]
+    return SpanColumns(pairs, timestamps, captions if pairs or timestamps else [])
 
 
 def _no_url_column(path: Path, names: list[str]) -> UserError:
@@ -247,12 +340,12 @@ def _no_url_column(path: Path, names: list[str]) -> UserError:
 
 
 def _columns(names: list[str], settings: IngestSettings) -> dict[str, list[str]]:
-    """Return the names that stand for each field, best first.
+    """Return the names that stand for each field, best first: of names that differ by case, the one in lower case.
 
     A column named by a setting is the only one for its field.
     """
     lowered: dict[str, list[str]] = {}
-    for name in names:
+    for name in sorted(names, key=lambda name: name != name.lower()):
         lowered.setdefault(name.strip().lower(), []).append(name)
     found = {}
     for wanted, synonyms in SYNONYMS.items():
@@ -320,28 +413,61 @@ def _read_json_lines(rows: _Rows, settings: IngestSettings) -> _Rows:
             rows.problem(line, "bad-line", f"neither a JSON object nor a string: {text[:200]}")
         keys = "SELECT DISTINCT unnest(json_keys(text)) AS key FROM parsed WHERE type = 'OBJECT' ORDER BY key"
         names = [key for (key,) in connection.execute(keys).fetchall()]
-        picks = _json_picks(names, _columns(names, settings))
+
+        def values(name: str) -> list[str]:
+            column = f"SELECT text->>{_pointer(name)} AS v FROM parsed WHERE type = 'OBJECT'"
+            return [v for (v,) in connection.execute(f"FROM ({column}) WHERE v <> '' LIMIT {_SAMPLE}").fetchall()]
+
+        columns = _columns(names, settings)
+        spans = _choose_span_columns(names, columns, values, settings)
+        picks = _json_picks(columns, spans)
         good = f"SELECT line, {picks} FROM parsed WHERE type IN ('OBJECT', 'VARCHAR') ORDER BY line"
         rows.table = connection.sql(good).to_arrow_table()
     return rows
 
 
-def _json_picks(names: list[str], columns: dict[str, list[str]]) -> str:
-    """Return the SELECT list that takes the fields out of the JSON column `text`. Other keys become `extra`."""
+def _pointer(key: str) -> str:
+    """Return the JSON pointer to a key as an SQL literal."""
+    return sql_literal("/" + key.replace("~", "~0").replace("/", "~1"))
 
-    def pick(name: str) -> str:
-        pointers = ["/" + key.replace("~", "~0").replace("/", "~1") for key in columns.get(name, [])]
-        values = [f"text->>{sql_literal(pointer)}" for pointer in pointers]
-        if name == "url":
-            values.append("CASE WHEN type = 'VARCHAR' THEN text->>'$' END")
-        return f"coalesce({', '.join(values)}, NULL) AS {name}"
 
-    picks = [pick(name) for name in SYNONYMS if name in columns or name == "url"]
-    used = {key for keys in columns.values() for key in keys}
-    if set(names) - used:
-        nothing = sql_literal(json.dumps(dict.fromkeys(sorted(used))))
-        rest = f"json_merge_patch('{{}}', json_merge_patch(text, {nothing}))"
-        picks.append(f"CASE WHEN type = 'OBJECT' THEN nullif({rest}, '{{}}') END AS extra")
+def _json_picks(columns: dict[str, list[str]], spans: SpanColumns) -> str:
+    """Return the SELECT list that takes the fields out of the JSON column `text`. Other keys become `extra`.
+
+    Objects may use other keys for one field. The first key with a value gives it, and the others stay in `extra`.
+    """
+    picks, extra = [], "text"
+
+    def pick(name: str, choices: list[tuple[str, str, list[str]]], default: str = "NULL") -> None:
+        """Take the value of the first of (condition, value, keys) that holds, and its keys out of `extra`."""
+        nonlocal extra
+        cases = "".join(f" WHEN {condition} THEN {taken}" for condition, taken, _ in choices) or " WHEN false THEN NULL"
+        picks.append(f"CASE{cases} ELSE {default} END AS {sql_identifier(name)}")
+        unused = [(condition, sql_literal(json.dumps(dict.fromkeys(keys)))) for condition, _, keys in choices if keys]
+        gone = "".join(f" WHEN {condition} THEN {nulls}" for condition, nulls in unused)
+        extra = f"json_merge_patch({extra}, CASE{gone} ELSE '{{}}' END)" if gone else extra
+
+    def value(key: str) -> str:
+        return f"text->>{_pointer(key)}"
+
+    for name in SYNONYMS:
+        if name in columns or name == "url":
+            choices = [(f"{value(key)} IS NOT NULL", value(key), [key]) for key in columns.get(name, [])]
+            pick(name, choices, "CASE WHEN type = 'VARCHAR' THEN text->>'$' END" if name == "url" else "NULL")
+    given = [(f"coalesce({value(start)}, {value(end)}) IS NOT NULL", start, end) for start, end in spans.pairs]
+    if given:
+        pick("start", [(condition, value(start), [start, end]) for condition, start, end in given])
+        pick("end", [(condition, value(end), []) for condition, _, end in given])
+        pick("start_unit", [(condition, sql_literal(unit_of(start)), []) for condition, start, _ in given])
+        pick("end_unit", [(condition, sql_literal(unit_of(end)), []) for condition, _, end in given])
+    pairless = "".join(f" AND NOT ({condition})" for condition, _, _ in given)
+    timestamps = [(f"{value(key)} IS NOT NULL{pairless}", value(key), [key]) for key in spans.timestamps]
+    if timestamps:
+        pick("timestamps", timestamps)
+    if spans.captions:
+        has_spans = " OR ".join(condition for condition, *_ in [*given, *timestamps])
+        pick("captions", [(f"({has_spans}) AND {value(key)} IS NOT NULL", value(key), [key]) for key in spans.captions])
+    picks.append(f"CASE WHEN type = 'OBJECT' THEN nullif(json_merge_patch('{{}}', {extra}), '{{}}') END AS extra")
     return ", ".join(picks)
 
 
@@ -396,8 +522,10 @@ def _listed(rows: _Rows) -> pa.Table:
     fields = {name: _text(table, name) for name in TEXT_FIELDS}
     kind, url, refusals = _addresses(fields["url"], rows.folder)
     canonical = canonical_urls(url)
-    spans, bad_spans = spans_from_json(_text(table, "spans"))
-    texts, spans, bad_texts = texts_from_json(_text(table, "texts"), spans)
+    given = given_spans({name: _text(table, name) for name in SPAN_FIELDS})
+    bad_spans = given.bad_spans
+    texts, spans, bad_texts = texts_from_json(_text(table, "texts"), given.spans)
+    texts = pc.if_else(pc.is_null(texts), given.texts, texts)
     line = table["line"].combine_chunks() if count else pa.array([], pa.int64())
     location = pc.binary_join_element_wise(rows.name, pc.cast(line, pa.string()), ":")
     columns = {
@@ -417,6 +545,8 @@ def _listed(rows: _Rows) -> pa.Table:
         rows.problem(line[index].as_py(), error_class, message)
     for index, message in bad_spans:
         rows.problem(line[index].as_py(), "bad-span", message)
+    for index, message in given.bad_texts:
+        rows.problem(line[index].as_py(), "bad-text", message)
     for index, position, error_class, message in bad_texts:
         rows.problem(f"{line[index]}#/texts/{position}", error_class, message)
     # A row whose spans are all bad gives no source, since no clip could be cut from it.
@@ -425,6 +555,21 @@ def _listed(rows: _Rows) -> pa.Table:
     dropped = pc.and_(empty, pc.is_in(pa.array(range(count), pa.int64()), value_set=with_bad_spans))
     listed = pa.table([columns[name] for name in LISTED.names], schema=LISTED)
     return listed.filter(pc.and_not(pc.is_valid(canonical), dropped))
+
+
+def _report_unread_spans(rows: _Rows, listed: pa.Table) -> None:
+    """Report columns, and fragments of URLs, that look like spans in a list from which no span was read."""
+    if listed["spans"].null_count < listed.num_rows:
+        return
+    message = unread_spans(listed["extra"])
+    if message:
+        rows.problems.append(Problem(rows.name, "unread-spans", message))
+    timed = pc.match_substring_regex(listed["url"], r"^[A-Za-z][A-Za-z0-9+.-]*://[^#]*#(?:.*&)?t=[^&]*\d")
+    if pc.any(timed).as_py():
+        message = (
+            "URLs that end in #t=START,END stand for the whole video; list spans in columns such as start_s and end_s"
+        )
+        rows.problems.append(Problem(rows.name, "unread-spans", message))
 
 
 def _text(table: pa.Table, name: str) -> pa.Array:

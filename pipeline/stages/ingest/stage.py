@@ -4,18 +4,29 @@ It runs in the driver: a list is read once, and only one process may assign sour
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from clipmill.base.errors import ItemError
 from clipmill.base.settings import digest
+from pipeline.stages.ingest.added_spans import CHANGED, replaced
 from pipeline.stages.ingest.benchmarks.sources import is_benchmark
 from pipeline.stages.ingest.ingest import Ingested, Problem, ingest
 from pipeline.stages.ingest.settings import IngestSettings
 from pipeline.stages.ingest.source_lists import SourceList
 from pipeline.stages.stage import DriverStage
-from shards.corpus.fragments import commit_name, ledger_row, table_schema, write_commit
+from shards.corpus.fragments import (
+    commit_name,
+    fragment_path,
+    ledger_row,
+    outputs_of,
+    table_schema,
+    write_commit,
+)
 from shards.corpus.schema import LEDGER
 from shards.corpus.tombstones import read_tombstones
 
@@ -30,6 +41,8 @@ class IngestReport:
     num_problems: int
     splits: list[tuple[str, int, int, int]]  # split, videos, texts, repeated texts: of the new sources of a benchmark
     num_forgotten: int = 0  # left out because they were forgotten with `clipmill forget`
+    num_added: int = 0  # rows that add spans or texts to a source of the corpus or of an earlier row
+    num_grown: int = 0  # known sources that have more spans or texts than before
 
 
 def ingest_sources(session, arguments: list[str], listed: SourceList | None = None) -> IngestReport:
@@ -41,17 +54,64 @@ def ingest_sources(session, arguments: list[str], listed: SourceList | None = No
     known = session.ledger.connection.sql(f"SELECT {columns} FROM sources").to_arrow_table()
     tombstones = read_tombstones(session.corpus.root)
     forgotten = {*tombstones["video_hash"].to_pylist(), *tombstones["url_hash"].to_pylist()}
-    found = ingest(arguments, session.settings.ingest, known, forgotten, listed)
+    known_rows = partial(_known_rows, session.ledger)
+    found = ingest(arguments, session.settings.ingest, known, forgotten, listed, known_rows)
     root, names = session.corpus.root, []
     if found.table.num_rows:
         names.append(_commit_sources(session, found))
     names += _commit_problems(session, arguments, found.problems)
     session.ledger.load(names)
+    num_grown = 0
+    if found.grown is not None and found.grown.num_rows:
+        num_grown = found.grown.num_rows
+        _commit_grown(session, found.grown)
     assert (root / "fragments").is_dir()
     num_new, num_problems = found.table.num_rows, len(found.problems)
     return IngestReport(
-        found.num_seen, num_new, found.num_duplicates, num_problems, found.splits(), found.num_forgotten
+        found.num_seen,
+        num_new,
+        found.num_duplicates,
+        num_problems,
+        found.splits(),
+        found.num_forgotten,
+        found.num_added,
+        num_grown,
     )
+
+
+def _known_rows(ledger, video_ids: list[str]) -> pa.Table:
+    """Return the rows of `sources` of these videos, in this order, each with the name of its commit as `fragment`."""
+    ledger.connection.register("named", pa.table({"video_id": video_ids, "position": list(range(len(video_ids)))}))
+    rows = ledger.connection.sql(
+        "SELECT s.* FROM sources s JOIN named USING (video_id) "
+        "QUALIFY row_number() OVER (PARTITION BY video_id ORDER BY s.ordinal, s.fragment) = 1 ORDER BY position"
+    ).to_arrow_table()
+    ledger.connection.unregister("named")
+    return rows
+
+
+def _commit_grown(session, grown: pa.Table) -> None:
+    """Write the commits of known sources again with their new spans and texts, each in place of the earlier one."""
+    root, schema = session.corpus.root, table_schema("sources")
+    for fragment in pc.unique(grown["fragment"]).to_pylist():
+        new = grown.filter(pc.equal(grown["fragment"], fragment))
+        keys = [f"ingested {digest(row)}" for row in new.select(CHANGED.names).to_pylist()]
+        new = new.set_column(new.column_names.index("key"), "key", pa.array(keys, pa.string()))
+        data = pq.read_table(fragment_path(root, "sources", fragment))
+        data = pa.concat_tables([schema.empty_table(), data], promote_options="default").select(schema.names)
+        indices = pc.index_in(new["video_id"], data["video_id"]).to_pylist()
+        data = replaced(data, indices, new.select([*CHANGED.names, "key"]))
+        items = zip(data["item_id"].to_pylist(), data["key"].to_pylist(), strict=True)
+        name = commit_name("ingest", data["unit"][0].as_py(), items)
+        path = fragment_path(root, "ledger", fragment)
+        outputs, [row] = outputs_of(path), pq.read_table(path).to_pylist()
+        ledger = pa.Table.from_pylist([{**row, "item_id": name}], LEDGER)
+        write_commit(root, name, {"sources": data}, ledger, [], replaces=fragment)
+        # Before the cache loads the new commit: the next `sync` removes what a commit replaces when it loads that.
+        session.corpus.files.remove(str(path.relative_to(root)))
+        session.corpus.files.remove(*outputs)
+        session.ledger.forget([fragment])
+        session.ledger.load([name])
 
 
 def _commit_sources(session, found: Ingested) -> str:

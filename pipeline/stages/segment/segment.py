@@ -156,6 +156,24 @@ def segment_video(
     return Segmented(sentence_rows, span_rows, dict(sorted((+dropped).items())))
 
 
+def why_no_spans(
+    segmented: Segmented, words: Sequence[Word], duration_s: float | None, settings: SegmentSettings
+) -> ItemError:
+    """Return the reason why a video has no spans, as a class and a sentence."""
+    if segmented.dropped:
+        reason = max(segmented.dropped, key=lambda name: (segmented.dropped[name], name))
+        counts = ", ".join(f"{name} {count}" for name, count in segmented.dropped.items())
+        unit = "shots" if set(segmented.dropped) == {"short-shot"} else "words"
+        return ItemError(reason, f"no span is left; {unit} left out by reason: {counts}")
+    if words:
+        return ItemError("no-span", f"none of {len(words):,} words is in a span")
+    if not duration_s or duration_s <= 0:
+        return ItemError("unknown-duration", "it has no words, and its header gives no duration")
+    if settings.wordless == "skip":
+        return ItemError("no-words", "it has no words, and segment.wordless is skip")
+    return ItemError("too-short", f"it has no words and lasts {duration_s:g} s; segment.min_s is {settings.min_s:g} s")
+
+
 def _given(span: dict, duration_s: float | None) -> _Span:
     """Convert a given span; raises ItemError "unknown-duration"."""
     if span["end_s"] is None and not duration_s:

@@ -3,7 +3,8 @@
 from pipeline.runtime.source_file import unchanged
 from pipeline.runtime.task import Result, Stopwatch, Task, sandbox
 from pipeline.runtime.watchdog import time_limit
-from pipeline.stages.segment.segment import SegmentSettings, needs_shots, segment_video
+from pipeline.stages.ingest.added_spans import united_spans
+from pipeline.stages.segment.segment import SegmentSettings, needs_shots, segment_video, why_no_spans
 from pipeline.stages.segment.shots import detect_shots
 from pipeline.stages.stage import Stage
 from pipeline.stages.transcribe.words import Word
@@ -15,8 +16,9 @@ WANTED = """
     -- key, so that the video is segmented again when its words are there, even if these are the same.
     SELECT t.video_id AS item_id, t.unit, coalesce(v.duration_s, 0) / 100 AS cost,
            md5(concat_ws('|', $fingerprint, t.digest, s.spans::VARCHAR, v.duration_s, v.sha256,
-                         nullif(t.source_sha256, v.sha256))) AS key
+                         nullif(t.source_sha256, v.sha256), c.spans::VARCHAR)) AS key
     FROM current_transcripts t JOIN current_videos v USING (video_id) JOIN sources s USING (video_id)
+    LEFT JOIN copied_spans c USING (video_id)
 """
 
 # The reference texts of given spans; they describe only those parts of the video.
@@ -34,9 +36,10 @@ CURRENT_TEXTS = """
 
 PAYLOAD = """
     SELECT w.item_id, w.key, w.attempts, w.cost, v.video_id, v.path, v.sha256, v.file_stamp, v.duration_s, t.words,
-           t.asr_segments, coalesce(t.source_sha256, v.sha256) AS words_sha256, s.spans AS given_spans
+           t.asr_segments, coalesce(t.source_sha256, v.sha256) AS words_sha256, s.spans AS given_spans,
+           c.spans AS copied_spans
     FROM work w JOIN current_videos v ON v.video_id = w.item_id JOIN current_transcripts t ON t.video_id = w.item_id
-    JOIN sources s ON s.video_id = w.item_id
+    JOIN sources s ON s.video_id = w.item_id LEFT JOIN copied_spans c ON c.video_id = w.item_id
     ORDER BY w.item_id
 """
 
@@ -46,7 +49,8 @@ def run_segment(task: Task) -> Result:
     outcomes, settings = [], task.settings
     for item in task.items:
         with Stopwatch(item["item_id"]) as outcome:
-            words, given = [Word(**word) for word in item["words"]], item["given_spans"]
+            words = [Word(**word) for word in item["words"]]
+            given = united_spans(item["given_spans"] or (), item.get("copied_spans") or ())
             shots = None
             if needs_shots(words, given, settings):
                 limit_s = settings.timeout_base_s + settings.timeout_per_second * (item["duration_s"] or 0)
@@ -61,6 +65,8 @@ def run_segment(task: Task) -> Result:
             stamp = {"source_sha256": item["words_sha256"]}
             outcome.rows["sentences"] = [{**row, **stamp} for row in segmented.sentences]
             outcome.rows["spans"] = [{**row, **stamp} for row in segmented.spans]
+            if not segmented.spans:
+                outcome.note = why_no_spans(segmented, words, item["duration_s"], settings)
         outcomes.append(outcome)
     return outcomes, []
 
