@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.file_lock import lock_file
 from pipeline.runtime.watchdog import GRACE_S, time_limit
-from pipeline.stages.download.address_guard import EgressGuard
+from pipeline.stages.download.address_guard import EgressGuard, LeastRate
 from pipeline.stages.download.errors import RETRIED, DownloadError, from_os_error
 from pipeline.stages.download.host_limiter import HostRateLimiter, hold, host_of
 from pipeline.stages.download.http_fetch import CHUNK_BYTES, HttpFile, download_http
@@ -66,6 +66,12 @@ class _Fetched:
 def new_rate_limiter(settings: DownloadSettings) -> HostRateLimiter:
     """Create a HostRateLimiter with the limits of the settings."""
     return HostRateLimiter(settings.per_host, settings.min_interval_s, patience_s=settings.lockout_patience_s)
+
+
+def new_guard(settings: DownloadSettings, timeout_s: float) -> EgressGuard:
+    """Create the EgressGuard of one attempt, with the limits of the settings."""
+    least_rate = LeastRate(settings.min_bytes_per_s, settings.rate_window_s)
+    return EgressGuard(settings.allow_private_addresses, timeout_s, least_rate, settings.refused_networks)
 
 
 def fetch(
@@ -244,7 +250,7 @@ class _Job:
                 started = time.monotonic()
                 try:
                     limit = time_limit(left_s + GRACE_S, f"downloading {url}")
-                    with EgressGuard(settings.allow_private_addresses, left_s) as guard, limit:
+                    with new_guard(settings, left_s) as guard, limit:
                         return attempt(guard)
                 except DownloadError as error:
                     failure = error
