@@ -227,7 +227,7 @@ class _Exchange:
     def _send(self, headers: dict[str, str]):
         """Return the response to one request, without following redirects. Raises DownloadError, UserError."""
         import requests
-        from urllib3.exceptions import HTTPError, LocationParseError
+        from urllib3.exceptions import HTTPError
 
         settings = self.settings
         if urlsplit(self.url).scheme.lower() not in ("http", "https"):
@@ -249,7 +249,9 @@ class _Exchange:
                 message = f"download.proxy = {settings.proxy!r}: SOCKS needs the package PySocks; install it"
                 raise UserError(message) from error
             raise DownloadError("unsupported-url", f"{self.url} cannot be requested: {error}") from error
-        except (LocationParseError, ValueError) as error:  # such as requests' InvalidURL and MissingSchema
+        except requests.exceptions.InvalidHeader as error:
+            raise DownloadError("connection", f"{self.url}: {error}") from error
+        except ValueError as error:  # such as requests' InvalidURL and MissingSchema
             raise DownloadError("unsupported-url", f"{self.url} is not a valid URL: {error}") from error
         except (requests.RequestException, HTTPError, http.client.HTTPException) as error:
             self.guard.check()
