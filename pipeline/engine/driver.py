@@ -144,9 +144,13 @@ class Engine:
             on_tick(self)
 
     def _room(self) -> int:
-        """Return how many further units may be looked at. A unit that only waits for downloads takes no room."""
-        idle = self.pools.num_free_sources > 0 and self.waiting.next_in_s() > 0 and len(self.waiting) < MAX_WAITING
-        return max(0, self.pools.active_units - len(self.busy.keys() | self.downloaded_at.keys())) if idle else 0
+        """Return how many further units may be looked at. A unit that only waits for downloads takes no room.
+
+        While there are places for downloads, all that wait do so for their hosts.
+        """
+        if self.pools.num_free_sources <= 0 or len(self.waiting) >= MAX_WAITING:
+            return 0
+        return max(0, self.pools.active_units - len(self.busy.keys() | self.downloaded_at.keys()))
 
     def _start(self, flight: InFlightTask) -> None:
         self.in_flight[self.pools.start(flight)] = flight

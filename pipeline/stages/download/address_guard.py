@@ -128,22 +128,23 @@ class LeastRate:
         self._num_bytes, self._waited_s = 0, 0.0
 
     def measure(self, read: Callable[[], bytes]) -> bytes:
-        """Return what `read` returns. Raises DownloadError "stalled" at the end of a window with too few bytes."""
+        """Return what `read` returns. Raises DownloadError "stalled" after a window with too few bytes."""
+        if self._waited_s >= self.window_s:  # found before a read, so that no bytes are lost that have arrived
+            self._check(self._num_bytes / self._waited_s)
+            self._num_bytes, self._waited_s = 0, 0.0
         begun = self._clock()
         data = read()
         self._waited_s += self._clock() - begun
         self._num_bytes += len(data)
-        if self._waited_s < self.window_s:
-            return data
-        rate = self._num_bytes / self._waited_s
-        if data and rate < self.bytes_per_s:
+        return data
+
+    def _check(self, rate: float) -> None:
+        if rate < self.bytes_per_s:
             raise DownloadError(
                 "stalled",
                 f"{rate:,.0f} bytes per second over {self._waited_s:.0f} s, fewer than download.min_bytes_per_s "
                 f"= {self.bytes_per_s:,.0f}",
             )
-        self._num_bytes, self._waited_s = 0, 0.0
-        return data
 
 
 class EgressGuard:

@@ -190,6 +190,7 @@ class _Exchange:
 
         session = self._session = requests.Session()
         session.trust_env = False  # proxy, .netrc and certificates come from the settings, not from the environment
+        session.get_redirect_target = lambda response: None  # redirects are followed here, one by one
         session.headers.update({"User-Agent": self.settings.user_agent, "Accept": "*/*", "Accept-Encoding": "identity"})
         if self.settings.cookies_file:
             session.cookies = load_cookies(self.settings.cookies_file)
