@@ -18,7 +18,7 @@ from shards.corpus.fragments import is_whole
 from shards.corpus.ledger import Ledger
 from shards.corpus.near_duplicates import duplicate_groups
 from shards.corpus.schema import INDEX, MANIFEST, catalog_columns
-from shards.corpus.tombstones import FORGOTTEN, read_tombstones
+from shards.corpus.tombstones import read_tombstones
 from shards.storage.local import MANIFEST_NAME, UNFINISHED
 from shards.storage.mirror import files_of
 
@@ -103,7 +103,9 @@ def _prepare(ledger: Ledger, groups: bool) -> None:
     connection.unregister("groups")
     _load_parquet(connection, "indexed_samples", ledger.root / "shards", INDEX)
     _load_parquet(connection, "recorded_runs", ledger.root / "fragments" / "runs", MANIFEST["runs"])
-    _load_parquet(connection, "tombstones", ledger.root / "fragments" / FORGOTTEN, MANIFEST["forgotten"])
+    connection.register("read", read_tombstones(ledger.root))
+    connection.execute("CREATE OR REPLACE TEMP TABLE tombstones AS SELECT * FROM read")
+    connection.unregister("read")
     connection.execute(
         "DELETE FROM indexed_samples WHERE video_id IN (SELECT video_id FROM (SELECT DISTINCT video_id FROM "
         "indexed_samples) WHERE sha256(video_id) IN (SELECT video_hash FROM tombstones))"

@@ -97,6 +97,7 @@ def fetch(
     rate_limiter=None,
     probe: Callable[[Path], Any] | None = None,
     require_lock: Callable[[], None] = lambda: None,
+    refuse: Callable[[list[str]], None] = lambda spellings: None,
     client: str | None = None,
     longest_wait_s: float = math.inf,
 ) -> dict[str, Any]:
@@ -106,6 +107,7 @@ def fetch(
     rate_limiter  a HostRateLimiter or a Ray actor of one; default: a new one for this call
     probe         returns a `clipmill.media.probe.MediaInfo` for a path or raises ItemError
     require_lock  called before the first write and before files get their final names; an exception ends the download
+    refuse        called with addresses and names of the source as they become known; an ItemError ends the download
     client        name under which the host's turn is asked for; default: one of this thread
     longest_wait_s  seconds to wait for a turn at once
 
@@ -115,7 +117,7 @@ def fetch(
     from clipmill.media import probe as media
 
     job = _Job(source, Path(folder), settings, rate_limiter or new_rate_limiter(settings))
-    job.client, job.longest_wait_s = client or job.client, longest_wait_s
+    job.client, job.longest_wait_s, job.refuse = client or job.client, longest_wait_s, refuse
     try:
         with job.exclusive(require_lock):
             given = job.given_subtitles()
@@ -142,6 +144,7 @@ class _Job:
         self.lock = folder / f"{self.video_id}.part.lock"
         self.client = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}:{self.video_id}"
         self.longest_wait_s = math.inf
+        self.refuse: Callable[[list[str]], None] = lambda spellings: None
         self.so_far: dict[str, Any] = {"used_s": 0.0} | (source.get("so_far") or {})
         self.truncated_sha256 = ""  # of the last file that ended too early
         self.notes: list[dict[str, str]] = []  # subtitle files that could not be read
@@ -189,10 +192,12 @@ class _Job:
 
         A page that a direct download meets goes to the generic extractor.
         """
-        from pipeline.stages.download.site_fetch import site_extractor
+        from pipeline.stages.download.site_fetch import site_extractor, site_key_of
 
         with time_limit(GRACE_S, f"looking up {self.url}"):
             extractor = site_extractor(self.url)
+            key = site_key_of(self.url) if extractor else None
+        self.refuse([self.url, key] if key else [self.url])
         if extractor:
             return self._attempts("site", self.url, lambda guard: self._site(guard, generic=False))
         extension = os.path.splitext(urlsplit(self.url).path)[1].lstrip(".").lower()
@@ -210,7 +215,9 @@ class _Job:
         file = download_http(self.url, self.work, self.settings, guard, max_bytes=self.settings.max_bytes)
         self._retry_if_truncated(file)
         meta = {"content_type": file.content_type} if file.content_type else {}
-        meta |= {"final_url": file.final_url} if file.final_url != self.url else {}
+        if file.final_url != self.url:
+            self.refuse([file.final_url])
+            meta["final_url"] = file.final_url
         return _Fetched(file.path, file.num_bytes, file.sha256, "http", meta=meta)
 
     def _retry_if_truncated(self, file: HttpFile) -> None:
@@ -228,7 +235,7 @@ class _Job:
     def _site(self, guard, *, generic: bool) -> _Fetched:
         from pipeline.stages.download.site_fetch import download_site, metadata
 
-        video = download_site(self.url, self.work, self.settings, guard, generic=generic)
+        video = download_site(self.url, self.work, self.settings, guard, generic=generic, refuse=self.refuse)
         columns = metadata(video.info)
         meta = json.loads(columns.pop("meta"))
         num_bytes, digest = hash_file(video.path)

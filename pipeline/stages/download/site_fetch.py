@@ -11,8 +11,9 @@ import itertools
 import json
 import optparse
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,27 @@ def site_extractor(url: str) -> str | None:
     return None
 
 
+# Extractors that give no id of a site's own: the same id may be that of any page.
+_NO_SITES = frozenset(("generic", "http", "file", "fsspec", "html5mediaembed", "commonmistakes"))
+
+
+def site_key(extractor: str, video_id: str) -> str | None:
+    """Return the name of a video at a site, the same for all its addresses; None if the extractor knows no site.
+
+    extractor  yt-dlp's key, or what `downloads.extractor` says
+    """
+    return None if extractor.lower() in _NO_SITES else f"{extractor.lower()}:{video_id}"
+
+
+def site_key_of(url: str) -> str | None:
+    """Return the `site_key` that an address itself shows, None if it does not. Asks nobody."""
+    from yt_dlp.extractor import get_info_extractor
+
+    extractor = site_extractor(url) if "://" in url else None
+    found = get_info_extractor(extractor).get_temp_id(url) if extractor else None
+    return site_key(extractor, found) if found else None
+
+
 def download_site(
     url: str,
     work: Path,
@@ -119,16 +141,18 @@ def download_site(
     *,
     generic: bool = False,
     extractors: tuple = (),
+    refuse: Callable[[list[str]], None] = lambda spellings: None,
 ) -> SiteVideo:
     """Make one attempt at the video of a page.
 
     generic     look for a video in a page of any site
     extractors  yt-dlp extractor instances to use in place of yt-dlp's own
+    refuse      called with the names of what was found, before its files are fetched; an ItemError ends the download
 
-    Raises DownloadError, and UserError for settings that yt-dlp does not accept.
+    Raises DownloadError, what `refuse` raises, and UserError for settings that yt-dlp does not accept.
     """
     try:
-        with _GuardedYoutubeDL(_parameters(work, settings, guard), settings, guard, work) as downloader:
+        with _GuardedYoutubeDL(_parameters(work, settings, guard, refuse), settings, guard, work) as downloader:
             for extractor in extractors:
                 downloader.add_info_extractor(extractor)
             if not extractors:
@@ -337,7 +361,9 @@ class _SilentLogger:
     info = warning = error = debug
 
 
-def _parameters(work: Path, settings: DownloadSettings, guard: EgressGuard) -> dict:
+def _parameters(
+    work: Path, settings: DownloadSettings, guard: EgressGuard, refuse: Callable[[list[str]], None]
+) -> dict:
     """Return the parameters of YoutubeDL. Raises UserError for options and cookie files that cannot be used."""
     import imageio_ffmpeg
 
@@ -364,7 +390,7 @@ def _parameters(work: Path, settings: DownloadSettings, guard: EgressGuard) -> d
         "proxy": settings.proxy or "",
         "ratelimit": settings.rate_limit_bytes_per_s,
         "progress_hooks": [_LimitHook(settings.max_bytes, guard)],
-        "match_filter": _refuse_live,
+        "match_filter": partial(_check_found, refuse),
         "updatetime": False,
         "color": {"stdout": "no_color", "stderr": "no_color"},
     }
@@ -431,7 +457,11 @@ class _LimitHook:
             raise DownloadError("too-large", message)
 
 
-def _refuse_live(info: dict, *, incomplete: bool = False) -> None:
+def _check_found(refuse: Callable[[list[str]], None], info: dict, *, incomplete: bool = False) -> None:
+    """Raise an ItemError for a video that must not be downloaded, by what its extraction found."""
+    key = site_key(info.get("extractor_key") or "generic", str(info.get("id") or ""))
+    addresses = [info.get(name) for name in ("webpage_url", "original_url")]
+    refuse([key, *addresses] if key else addresses)
     if info.get("is_live") or info.get("live_status") in ("is_live", "is_upcoming", "post_live"):
         status = info.get("live_status") or "is_live"
         raise DownloadError("live-stream", f"{info.get('webpage_url')} is a live stream ({status}), not yet a video")

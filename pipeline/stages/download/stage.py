@@ -14,8 +14,9 @@ from pipeline.stages.download.fetch import GivenBack, fetch, new_rate_limiter
 from pipeline.stages.download.host_limiter import host_of
 from pipeline.stages.download.settings import DownloadSettings
 from pipeline.stages.stage import Stage
+from shards.corpus.source_ids import source_spellings
 from shards.corpus.stage_query import chosen_rows
-from shards.corpus.tombstones import FORGOTTEN, read_tombstones
+from shards.corpus.tombstones import FORGOTTEN, all_hashes, is_forgotten, read_tombstones
 from shards.storage.mirror import files_of
 
 # Of all units, not only those in scope, because a video may be a copy of any other video.
@@ -59,6 +60,13 @@ def host(item: dict) -> str | None:
     return None if item["kind"] == "file" else host_of(item["url"])
 
 
+def _spellings(address: str) -> list[str]:
+    try:
+        return source_spellings(address) if "://" in address else []
+    except ValueError:
+        return []
+
+
 def run_download(task: Task) -> Result | NotNow:
     """Download sources in parallel. One whose host makes it wait is given back, if the driver can wait for it."""
     root = Path(task.root)
@@ -71,7 +79,14 @@ def run_download(task: Task) -> Result | NotNow:
         limiter = ray.get_actor(HOST_LIMITER) if ray.is_initialized() else new_rate_limiter(task.settings)
         if ray.is_initialized() and len(task.items) == 1:
             waits = {"client": task.client, "longest_wait_s": WAITS_IN_PLACE_S}
-    forgotten = set(read_tombstones(root)["sha256"].to_pylist())
+    tombstones = read_tombstones(root)
+    forgotten, hashes = set(tombstones["sha256"].to_pylist()), all_hashes(tombstones)
+
+    def refuse(spellings: list[str | None]) -> None:
+        """Raise ItemError for a name or an address of a forgotten video."""
+        for spelling in filter(None, spellings):
+            if hashes and is_forgotten([spelling, *_spellings(spelling)], hashes):
+                raise ItemError(FORGOTTEN, "the video was forgotten with `clipmill forget`, under another address")
 
     call = sandbox().call  # before the threads start, so that they share one sandbox
 
@@ -85,6 +100,7 @@ def run_download(task: Task) -> Result | NotNow:
                 rate_limiter=limiter,
                 probe=partial(call, probe, timeout_s=task.settings.probe_timeout_s),
                 require_lock=partial(require_lock, task),
+                refuse=refuse,
                 **waits,
             )
             if row["sha256"] in forgotten:

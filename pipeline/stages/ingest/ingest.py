@@ -14,8 +14,8 @@ from clipmill.base.errors import UserError
 from pipeline.stages.ingest.settings import IngestSettings
 from pipeline.stages.ingest.source_lists import Problem, read_sources
 from shards.corpus.schema import TABLES
-from shards.corpus.source_ids import canonical_urls, video_ids
-from shards.corpus.tombstones import hash_of
+from shards.corpus.source_ids import canonical_urls, source_spellings, video_ids
+from shards.corpus.tombstones import is_forgotten
 
 UNIT = pa.string()
 
@@ -48,7 +48,7 @@ def ingest(
     """Return the sources in the arguments' lists that are not in `known`.
 
     known      the corpus's sources: video_id, url, unit, ordinal, split, texts
-    forgotten  SHA-256 of canonical URLs and ids to leave out; such rows are counted and not reported
+    forgotten  SHA-256 of spellings of URLs and of ids to leave out; such rows are counted and not reported
 
     Rows with the same canonical URL are one source; the first wins. An id that another URL has is a problem
     "duplicate-id"; the first wins as well. Raises UserError as `read_sources` does, and for a known source with another
@@ -82,7 +82,7 @@ def _without(table: pa.Table, forgotten: Collection[str]) -> tuple[pa.Table, int
     canonical = _array(table, "canonical")
     ids = video_ids(canonical, pc.coalesce(_array(table, "video_id"), _array(table, "source_id")))
     pairs = zip(canonical.to_pylist(), ids.to_pylist(), strict=True)
-    stays = [hash_of(url) not in forgotten and hash_of(video_id) not in forgotten for url, video_id in pairs]
+    stays = [not is_forgotten([video_id, *source_spellings(url)], forgotten) for url, video_id in pairs]
     return table.filter(pa.array(stays, pa.bool_())), stays.count(False)
 
 

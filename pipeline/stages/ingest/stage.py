@@ -16,7 +16,7 @@ from pipeline.stages.ingest.settings import IngestSettings
 from pipeline.stages.stage import DriverStage
 from shards.corpus.fragments import commit_name, ledger_row, table_schema, write_commit
 from shards.corpus.schema import LEDGER
-from shards.corpus.tombstones import read_tombstones
+from shards.corpus.tombstones import all_hashes, read_tombstones
 
 INGEST = DriverStage("ingest", help="source lists → sources", settings=IngestSettings)
 
@@ -35,8 +35,7 @@ def ingest_sources(session, arguments: list[str]) -> IngestReport:
     """Read the lists and commit new sources and unreadable lines. `session`: of `pipeline.engine.build`."""
     columns = "video_id, url, unit, ordinal, split, texts"
     known = session.ledger.connection.sql(f"SELECT {columns} FROM sources").to_arrow_table()
-    tombstones = read_tombstones(session.corpus.root)
-    forgotten = {*tombstones["video_hash"].to_pylist(), *tombstones["url_hash"].to_pylist()}
+    forgotten = all_hashes(read_tombstones(session.corpus.root))
     found = ingest(arguments, session.settings.ingest, known, forgotten)
     root, names = session.corpus.root, []
     if found.table.num_rows:
