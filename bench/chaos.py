@@ -440,7 +440,7 @@ def title_of(process: psutil.Process) -> str:
 
 
 def _is_actor(title: str) -> bool:
-    return title.startswith(("ray::ModelWorker", "ray::HostRateLimiter"))
+    return title.startswith(("ray::ModelWorker", "ray::HostRateLimiter", "ray::DownloadWorker"))
 
 
 class CommitCount:

@@ -32,8 +32,8 @@ from clipmill.base.errors import ItemError, UserError
 from clipmill.media.probe import probe
 from clipmill.media.sandbox import Sandbox
 from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
-from pipeline.stages.ingest.sidecars import SUBTITLE_EXTENSIONS
 from pipeline.stages.ingest.ingest import IngestSettings, ingest
+from pipeline.stages.ingest.sidecars import SUBTITLE_EXTENSIONS
 from pipeline.stages.segment.shots import detect_shots
 from pipeline.stages.transcribe.cues import SubtitleSettings
 from pipeline.stages.transcribe.speech import extract_speech
@@ -126,6 +126,8 @@ def _subtitle(path: str) -> int:
 def _tracks(path: str) -> int:
     """Read the subtitle tracks of a video; return the number of their cues."""
     return sum(len(read_track(path, track["track"], SubtitleSettings()).cues) for track in subtitle_tracks(path))
+
+
 def _list(path: str) -> int:
     """Ingest a list twice; return its number of sources. The second time adds nothing, and no row is lost silently."""
     import pyarrow as pa

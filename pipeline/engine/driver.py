@@ -4,6 +4,9 @@ One loop, one thread, one writer. Units move through the stages independently: w
 ledger is asked for the unit's next pending items. So downloads, cutting and captioning of different units overlap, and
 only the names of units are kept in memory.
 
+Downloads hold nothing up: each is a task and a commit of its own, waits for its host outside the pools, and what is
+downloaded of a unit goes on while the rest of it is awaited.
+
 Ray's own retries are off. A task whose worker dies is submitted again here, item by item if its workers die again, and
 then becomes a failure of the item. At the end such items get one last round: workers that died in a row, perhaps for
 lack of memory, prove little about the item, and packing waits for its rows. If the node that connects this
@@ -18,12 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from clipmill.base.errors import ItemError
+from pipeline.engine.host_queue import HostQueue
 from pipeline.engine.pools import InFlightTask, Pools, WorkerFailure
 from pipeline.engine.registry import fingerprints, stages
 from pipeline.engine.settings import CorpusSettings
 from pipeline.runtime.source_file import file_stamp
-from pipeline.runtime.task import Outcome, Task, commit
+from pipeline.runtime.task import NotNow, Outcome, Task, commit
 from pipeline.runtime.watchdog import take_report
+from pipeline.stages.download.host_limiter import LOCKED_OUT, locked_out
 from pipeline.stages.stage import Stage
 from shards.corpus.folder import Corpus
 from shards.corpus.fragments import Commit
@@ -31,6 +36,8 @@ from shards.corpus.ledger import Ledger, SourceFile
 from shards.corpus.manifest import publish
 
 MAX_LOST = 12  # times that a task may be lost with this process's node before that counts as a worker failure
+MAX_WAITING = 10_000  # sources that wait for their hosts before no further unit is looked at
+UNIT_WAITS_S = 30.0  # that a unit's finished downloads wait for its other ones, so that they go on in one task
 MAX_WORKER_FAILURES = 3  # before the last of them a task is split into items; a task of one item then fails
 
 
@@ -63,6 +70,9 @@ class Engine:
         self.in_flight: dict[object, InFlightTask] = {}  # by Ray's reference to the result
         self.queues: dict[str, list] = {"io": [], "cpu": [], "model": []}  # heaps: later stages first, then longest
         self.busy: dict[str, int] = {}  # unit → number of its tasks that are queued or in flight
+        self.waiting = HostQueue()  # downloads that wait for their hosts
+        self.downloads: dict[str, set[str]] = {}  # unit → videos that wait or are being downloaded
+        self.downloaded_at: dict[str, float] = {}  # unit → first of its downloads that the ledger was not asked about
         self.order = 0
         self.published_at, self.publish_cost_s = -math.inf, 0.0
         self.exhausted: list[tuple[str, str, int]] = []  # (stage, item, attempts) whose workers died too often
@@ -114,7 +124,8 @@ class Engine:
         for flight in self.in_flight.values():
             self.report.by_stage[flight.task.stage].in_flight -= len(flight.task.items)
             self._enqueue(flight.stage, flight.task, flight.num_failures, flight.num_lost + 1)
-            self.busy[flight.task.unit] -= 1
+            if flight.host is None:
+                self.busy[flight.task.unit] -= 1
         self.in_flight.clear()
         self.pools.leave()
         self._join()
@@ -122,18 +133,65 @@ class Engine:
     def _run_units(self, waiting: deque[str], on_tick: Callable[["Engine"], None]) -> None:
         """Run tasks until nothing of these units is pending."""
         examine: list[str] = []
-        while waiting or examine or self.in_flight or any(self.queues.values()):
-            room = self.pools.active_units - len(self.busy) - len(examine)
-            examine += [waiting.popleft() for _ in range(min(max(room, 0), len(waiting)))]
+        while waiting or examine or self.in_flight or self.waiting or self.downloaded_at or any(self.queues.values()):
+            examine += [waiting.popleft() for _ in range(min(self._room() - len(examine), len(waiting)))]
             self._examine(examine)
+            self._start_downloads()
             for pool, queue in self.queues.items():
                 while queue and self.pools.has_room(pool):
                     flight = heapq.heappop(queue)[-1]
-                    self.in_flight[self.pools.start(flight)] = flight
-                    self.report.by_stage[flight.task.stage].in_flight += len(flight.task.items)
+                    self._start(flight)
+            if not self.in_flight and (self.waiting or self.downloaded_at):
+                time.sleep(min(0.5, self.waiting.next_in_s()))
             examine = self._collect()
             self._publish_when_due()
             on_tick(self)
+
+    def _room(self) -> int:
+        """Return how many further units may be looked at. A unit that only waits for downloads takes no room.
+
+        While there are places for downloads, all that wait do so for their hosts.
+        """
+        if self.pools.num_free_sources <= 0 or len(self.waiting) >= MAX_WAITING:
+            return 0
+        return max(0, self.pools.active_units - len(self.busy.keys() | self.downloaded_at.keys()))
+
+    def _start(self, flight: InFlightTask) -> None:
+        self.in_flight[self.pools.start(flight)] = flight
+        self.report.by_stage[flight.task.stage].in_flight += len(flight.task.items)
+
+    def _start_downloads(self) -> None:
+        """Start the downloads whose hosts give them their turn, as many as there are places for."""
+        while due := self.waiting.due(self.pools.num_free_sources):
+            for flight, wait_s in zip(due, self.pools.turns(due), strict=True):
+                if wait_s > 0:
+                    self.waiting.wait(flight, wait_s)
+                    continue
+                self.waiting.remove(flight)
+                if wait_s == LOCKED_OUT:
+                    error = locked_out(flight.host)
+                    outcomes = [Outcome(item["item_id"], failure=error) for item in flight.task.items]
+                    self._load([commit(flight.task, outcomes, [])])
+                    self._download_ended(flight.task)
+                else:
+                    self._start(flight)
+
+    def _download_ended(self, task: Task) -> None:
+        """Note that a download is committed, and that the ledger has to be asked about its unit."""
+        videos = self.downloads[task.unit]
+        videos.difference_update(item["item_id"] for item in task.items)
+        if not videos:
+            del self.downloads[task.unit]
+        self.downloaded_at.setdefault(task.unit, time.monotonic())
+
+    def _downloaded_units(self) -> list[str]:
+        """Return the units whose finished downloads go on now: no other download of theirs ends within UNIT_WAITS_S."""
+        now = time.monotonic()
+        return [
+            unit
+            for unit, at in self.downloaded_at.items()
+            if unit not in self.busy and (unit not in self.downloads or now - at >= UNIT_WAITS_S)
+        ]
 
     def _last_round(self) -> deque[str]:
         """Make the exhausted items pending once more, if they have attempts left; return their units."""
@@ -154,6 +212,8 @@ class Engine:
         self.refresh_state(units)
         if self._fetch_lost_sources():
             self.refresh_state(units)
+        for unit in units:
+            self.downloaded_at.pop(unit, None)
         taken: set[str] = set()
         for stage in self.stages:
             by_unit: dict[str, list[dict]] = {}
@@ -162,11 +222,24 @@ class Engine:
                 for item in self.ledger.work(stage.name):
                     by_unit.setdefault(units[item["item_id"]], []).append(item)
             for unit, items in by_unit.items():
-                if unit not in taken:
+                if unit in taken:
+                    continue
+                waiting = self._enqueue_downloads(stage, unit, items) if stage.host else set()
+                items = [item for item in items if item["item_id"] not in waiting]
+                if items:
                     taken.add(unit)
-                    for batch in self._batches(stage, items):
-                        self._enqueue(stage, self._task(stage, unit, batch))
+                for batch in self._batches(stage, items):
+                    self._enqueue(stage, self._task(stage, unit, batch))
         self.report.loop_s += time.perf_counter() - started
+
+    def _enqueue_downloads(self, stage: Stage, unit: str, items: list[dict]) -> set[str]:
+        """Make a task of each item that waits for a host, unless there is one; return the ids of these items."""
+        waiting = {item["item_id"] for item in items if stage.host(item) is not None}
+        running = self.downloads.get(unit, set())
+        for item in items:
+            if item["item_id"] in waiting - running:
+                self._enqueue(stage, self._task(stage, unit, [item]))
+        return waiting
 
     def _fetch_lost_sources(self) -> bool:
         """Download again the sources that a pending item has to read and that were deleted or changed.
@@ -219,7 +292,12 @@ class Engine:
             fsync=self.settings.engine.fsync and self.corpus.store is None,  # a store keeps what it has accepted
         )
 
-    def _enqueue(self, stage: Stage, task: Task, num_failures: int = 0, num_lost: int = 0) -> None:
+    def _enqueue(self, stage: Stage, task: Task, num_failures: int = 0, num_lost: int = 0, wait_s: float = 0.0) -> None:
+        host = stage.host(task.items[0]) if stage.host else None
+        if host is not None:
+            self.downloads.setdefault(task.unit, set()).add(task.items[0]["item_id"])
+            self.waiting.add(InFlightTask(stage, task, num_failures, num_lost, host=host), wait_s)
+            return
         self.order += 1
         rank = -self.stages.index(stage)
         entry = (rank, -task.cost, self.order, InFlightTask(stage, task, num_failures, num_lost))
@@ -234,10 +312,18 @@ class Engine:
             unit = flight.task.unit
             self.report.by_stage[flight.task.stage].in_flight -= len(flight.task.items)
             result = self.pools.result(reference, flight)
-            if isinstance(result, Commit):
-                commits.append(result)
-            else:
-                commits += self._after_worker_failure(flight, result)
+            if isinstance(result, NotNow):
+                item = flight.task.items[0] | {"so_far": result.so_far}
+                task = self._task(flight.stage, unit, [item])
+                self._enqueue(flight.stage, task, flight.num_failures, flight.num_lost, result.wait_s)
+                continue
+            made = [result] if isinstance(result, Commit) else self._after_worker_failure(flight, result)
+            commits += made
+            if flight.host is not None:
+                self.waiting.ask_now(flight.host)
+                if made:
+                    self._download_ended(flight.task)
+                continue
             self.busy[unit] -= 1
             if not self.busy[unit]:
                 del self.busy[unit]
@@ -245,7 +331,7 @@ class Engine:
         self._load(commits)
         if self.pools.cut_off:
             self._join_again()
-        return free
+        return list(dict.fromkeys([*free, *self._downloaded_units()]))
 
     def _after_worker_failure(self, flight: InFlightTask, failure: WorkerFailure) -> list[Commit]:
         """Submit the task again, then item by item, and finally commit a failure of the item.

@@ -1,18 +1,20 @@
-"""Run tasks with Ray: two pools of small tasks, and actors that hold models."""
+"""Run tasks with Ray: two pools of small tasks, actors that hold models, and actors that download."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from clipmill.base.errors import UserError
 from clipmill.base.ray_cluster import start_ray
-from pipeline.runtime.task import HOST_LIMITER, Result, Task, execute, limit_threads, load_model
+from pipeline.runtime.task import HOST_LIMITER, NotNow, Result, Task, execute, limit_threads, load_model
 from pipeline.stages.download.host_limiter import HostRateLimiter
 from pipeline.stages.stage import Stage
 from shards.corpus.fragments import Commit
 
 CHECK_CLUSTER_EVERY_S = 3.0  # for nodes that joined or left
+SOURCES_PER_PROCESS = 32  # downloads at a time in a process, in which they mostly wait
+FEW_SOURCES = 8  # in every process, before another one is started
 
 
 @dataclass(eq=False)  # compared by identity: two of them may hold equal tasks
@@ -22,6 +24,7 @@ class InFlightTask:
     num_failures: int = 0  # workers that died while they ran it
     num_lost: int = 0
     actor: object | None = None
+    host: str | None = None  # whose turn its one item has to wait for
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Pools:
         self._check_cluster()
         self.actors: dict[object, list[InFlightTask]] = {}  # actor → its tasks, of which the first is running
         self.dead: dict[object, list[InFlightTask]] = {}  # actor that died → its tasks
+        self.downloaders: dict[object, set[InFlightTask]] = {}  # actor → its tasks, all of which are running
+        self.num_sources = 0  # tasks of one source that are running, here or alone
         self.host_limiter = None
         self.remote_run = ray.remote(max_retries=0)(_run)
 
@@ -58,6 +63,7 @@ class Pools:
         cpus, self.gpus = max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
         self.limits = {
             "io": self.settings.downloads_per_node * max(1, nodes),
+            "source": self.settings.downloads_per_node * max(1, nodes) * SOURCES_PER_PROCESS,
             "cpu": cpus + max(1, cpus // 4),  # a few more than run at once, so that no core waits for the driver
         }
         self.active_units = self.settings.active_units or 4 * cpus + self.limits["io"]
@@ -65,6 +71,27 @@ class Pools:
         available = min((int(resources.get(name, 0) / amount) for name, amount in needs.items()), default=0)
         self.num_actors = self.settings.model_workers or available or max(1, cpus // 8)
         self.checked_at = time.monotonic()
+
+    @property
+    def num_free_sources(self) -> int:
+        return self.limits["source"] - self.num_sources
+
+    def turns(self, flights: Sequence[InFlightTask]) -> list[float]:
+        """Ask for the turn of each task: 0.0 if it is given, else the seconds after which to ask again, or LOCKED_OUT.
+
+        A turn that is given must be used by `start` at once.
+        """
+        if self.host_limiter is None:
+            limits, actor = flights[0].task.settings, self.ray.remote(num_cpus=0)(HostRateLimiter)
+            actor = actor.options(name=HOST_LIMITER, max_restarts=-1, max_task_retries=-1)
+            patience_s = limits.lockout_patience_s
+            self.host_limiter = actor.remote(limits.per_host, limits.min_interval_s, patience_s=patience_s)
+        wanted = [(flight.host, flight.task.client) for flight in flights]
+        try:
+            return self.ray.get(self.host_limiter.acquire_all.remote(wanted))
+        except self.ray.exceptions.RayError as error:
+            self.cut_off = self.cut_off or self._is_lost(error)
+            return [CHECK_CLUSTER_EVERY_S] * len(wanted)  # it is restarted by then
 
     def has_room(self, pool: str) -> bool:
         if pool != "model":
@@ -89,12 +116,15 @@ class Pools:
             self.actors[actor].append(flight)
             flight.actor = actor
             return actor.run.remote(flight.stage.run, task)
-        self.running[pool] += 1
-        if pool == "io" and self.host_limiter is None and any(item.get("kind") == "url" for item in task.items):
-            limits, actor = task.settings, self.ray.remote(num_cpus=0)(HostRateLimiter)
-            actor = actor.options(name=HOST_LIMITER, max_restarts=-1, max_task_retries=-1)
-            patience_s = limits.lockout_patience_s
-            self.host_limiter = actor.remote(limits.per_host, limits.min_interval_s, patience_s=patience_s)
+        if flight.host is not None:
+            self.num_sources += 1
+            if not flight.num_failures:  # a task whose worker died runs in a process of its own, to endanger no other
+                flight.actor = self._downloader()
+                self.downloaders[flight.actor].add(flight)
+                return flight.actor.run.remote(flight.stage.run, task)
+            flight.actor = None
+        else:
+            self.running[pool] += 1
         options = {"num_cpus": 1} if pool == "cpu" else {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
         return self.remote_run.options(**options, name=f"{task.stage} {task.unit}").remote(flight.stage.run, task)
 
@@ -110,18 +140,33 @@ class Pools:
         ready, _ = self.ray.wait(references, num_returns=1, timeout=0.5)
         return ready
 
-    def result(self, reference, flight: InFlightTask) -> Commit | WorkerFailure:
-        """Return a finished task's commit, or the failure of its worker.
+    def _downloader(self):
+        """Return the download process with the fewest tasks; start another one if all have a few."""
+        fewest = min(self.downloaders, key=lambda actor: len(self.downloaders[actor]), default=None)
+        num_allowed = self.limits["source"] // SOURCES_PER_PROCESS
+        if fewest is None or (len(self.downloaders[fewest]) >= FEW_SOURCES and len(self.downloaders) < num_allowed):
+            options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": SOURCES_PER_PROCESS}
+            fewest = self.ray.remote(**options, scheduling_strategy="SPREAD")(DownloadWorker).remote()
+            self.downloaders[fewest] = set()
+        return fewest
+
+    def result(self, reference, flight: InFlightTask) -> Commit | NotNow | WorkerFailure:
+        """Return a finished task's commit, the wait for its host, or the failure of its worker.
 
         Raises UserError or OSError of the worker: a setting that only it could check, a disk that is full.
         """
-        if flight.actor is None:
+        if flight.host is not None:
+            self.num_sources -= 1
+        elif flight.actor is None:
             self.running[flight.stage.pool] -= 1
         try:
             result = self.ray.get(reference)
             self._remove_from_actor(flight)
             return result
         except self.ray.exceptions.RayActorError as error:
+            if flight.host is not None:
+                self.downloaders.pop(flight.actor, None)
+                return WorkerFailure(str(error))
             if flight.actor in self.actors:
                 self.dead[flight.actor] = self.actors.pop(flight.actor)
             return WorkerFailure(str(error), not_started=self.dead[flight.actor][0] is not flight)
@@ -130,12 +175,17 @@ class Pools:
             cause = getattr(error, "cause", None)
             if isinstance(cause, (UserError, OSError)):
                 raise cause from None
-            lost = self.started_ray and isinstance(error, self.ray.exceptions.LocalRayletDiedError)
+            lost = self._is_lost(error)
             self.cut_off = self.cut_off or lost
             return WorkerFailure(str(error), lost=lost)
 
+    def _is_lost(self, error: Exception) -> bool:
+        return self.started_ray and isinstance(error, self.ray.exceptions.LocalRayletDiedError)
+
     def _remove_from_actor(self, flight: InFlightTask) -> None:
-        if flight.actor is not None:
+        if flight.host is not None:
+            self.downloaders.get(flight.actor, set()).discard(flight)
+        elif flight.actor is not None:
             (self.actors.get(flight.actor) or self.dead[flight.actor]).remove(flight)
 
     def _start_actors(self) -> None:
@@ -149,7 +199,7 @@ class Pools:
         self.ray.shutdown()
 
     def close(self) -> None:
-        for actor in [*self.actors, *([self.host_limiter] if self.host_limiter else [])]:
+        for actor in [*self.actors, *self.downloaders, *([self.host_limiter] if self.host_limiter else [])]:
             self.ray.kill(actor)
         if self.started_ray:
             self.ray.shutdown()
@@ -167,6 +217,13 @@ class ModelWorker:
         return _run(run, task)
 
 
-def _run(run: Callable[[Task], Result], task: Task) -> Commit:
+class DownloadWorker:
+    """An actor: downloads many sources at a time, each in a thread and as a task of its own."""
+
+    def run(self, run: Callable[[Task], Result | NotNow], task: Task) -> Commit | NotNow:
+        return _run(run, task)
+
+
+def _run(run: Callable[[Task], Result | NotNow], task: Task) -> Commit | NotNow:
     limit_threads()
     return execute(run, task)

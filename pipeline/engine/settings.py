@@ -17,7 +17,8 @@ class EngineSettings(Settings):
     address: str | None = None
     # CPUs that Ray may use when it starts on this machine; null: all.
     cpus: int | None = Field(None, ge=1)
-    # Download tasks on a node at a time, each with the videos of one unit; download.per_host limits each host.
+    # Download processes on a node; each downloads up to 32 sources at a time, or copies the local files of one unit.
+    # download.per_host limits each host, and a source that waits for its host takes no place.
     downloads_per_node: int = Field(4, ge=1)
     # Actors that hold models. null: as many as GPUs or model_resources allow, else one per 8 CPUs.
     model_workers: int | None = Field(None, ge=1)

@@ -4,6 +4,7 @@ forget    finds videos by id, URL or SQL, and all copies of their files, and wri
 compact   removes everything with a tombstone from shards, clips, sources and fragments
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,11 @@ from pathlib import Path
 from clipmill.base.errors import UserError
 from pipeline.engine.build import session
 from pipeline.engine.settings import resolve
+from pipeline.stages.download.site_fetch import site_key, site_key_of
 from pipeline.stages.pack import planned
 from shards.corpus.folder import Corpus
-from shards.corpus.source_ids import canonical_url, video_id_for
-from shards.corpus.tombstones import hash_of, read_tombstones, write_tombstones
+from shards.corpus.source_ids import canonical_url, normal_url, source_spellings, video_id_for
+from shards.corpus.tombstones import all_hashes, hash_of, is_forgotten, read_tombstones, write_tombstones
 from shards.packing.compact import (
     CompactReport,
     ForgottenIndex,
@@ -53,8 +55,7 @@ class ForgetPlan:
 def find(root: str | Path, ids: Sequence[str], urls: Sequence[str], where: str | None) -> ForgetPlan:
     """Find the named videos and those with the same bytes. Raises UserError for an option that finds nothing."""
     here = for_reading(root, MANIFEST_NAME, "fragments/forgotten/")
-    tombstones = read_tombstones(here)
-    forgotten = {*tombstones["url_hash"].to_pylist(), *tombstones["video_hash"].to_pylist()}
+    forgotten = all_hashes(read_tombstones(here))
     if not (ids or urls or where):
         raise UserError(
             "nothing to forget is given: add --video ID, --url URL or --where SQL (a condition on `videos`)."
@@ -66,10 +67,9 @@ def find(root: str | Path, ids: Sequence[str], urls: Sequence[str], where: str |
         by_url = {}
         for url in urls:
             try:
-                canonical = canonical_url(url if "://" in url else str(Path(url).absolute()))
+                by_url[url] = _video_in_any_spelling(connection, url if "://" in url else str(Path(url).absolute()))
             except ValueError as error:
                 raise UserError(f"--url {url}: {error}; give a whole URL or a file's path.") from error
-            by_url[url] = video_of_url(connection, canonical)
         named += [video_id for video_id in by_url.values() if video_id]
         if where:
             named += rows_of(connection, f"SELECT video_id FROM ({selection(where, 'videos', 'video_id')})")
@@ -77,7 +77,16 @@ def find(root: str | Path, ids: Sequence[str], urls: Sequence[str], where: str |
             raise UserError(f"--where {where}: no video meets this condition.")
         unknown = [url for url, video_id in by_url.items() if video_id is None]
         videos = connection.sql(_NAMED_AND_COPIES, params={"ids": sorted(set(named))}).to_arrow_table().to_pylist()
-    return ForgetPlan(videos, [url for url in unknown if hash_of(canonical_url(url)) not in forgotten])
+    return ForgetPlan(videos, [url for url in unknown if not is_forgotten(source_spellings(url), forgotten)])
+
+
+def _video_in_any_spelling(connection, url: str) -> str | None:
+    """Return the id of the video with this URL or path, else of one whose URL leads to the same place."""
+    if found := video_of_url(connection, canonical_url(url)):
+        return found
+    wanted = normal_url(url)
+    rows = connection.execute("SELECT video_id, url FROM videos ORDER BY video_id").fetchall()
+    return next((video_id for video_id, known in rows if normal_url(known) == wanted), None)
 
 
 _NAMED_AND_COPIES = """
@@ -87,7 +96,7 @@ found AS (
     WHERE v.video_id IN (SELECT video_id FROM named)
        OR v.sha256 IN (SELECT sha256 FROM videos SEMI JOIN named USING (video_id))
 )
-SELECT d.video_id, d.url, d.kind, d.title, d.path, d.num_bytes, d.sha256, d.is_copy,
+SELECT d.video_id, d.url, d.kind, d.title, d.path, d.num_bytes, d.sha256, d.extractor, d.meta, d.is_copy,
        (SELECT count(*) FROM clips c WHERE c.video_id = d.video_id) AS num_clips,
        (SELECT count(*) FROM samples s WHERE s.video_id = d.video_id) AS num_samples,
        (SELECT count(*) FROM captions t WHERE split_part(t.clip_id, '.', 1) = d.video_id) AS num_captions,
@@ -116,13 +125,19 @@ def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:
         {
             "video_hash": hash_of(video["video_id"]),
             "url_hash": hash_of(canonical_url(video["url"])),
+            "other_hashes": _other_hashes(video["url"], video["extractor"], video["meta"]),
             "sha256": video["sha256"],
             "places": slots.get(video["video_id"], []),
         }
         for video in plan.videos
     ]
     rows += [
-        {"video_hash": hash_of(video_id_for(url)), "url_hash": hash_of(canonical_url(url)), "places": []}
+        {
+            "video_hash": hash_of(video_id_for(url)),
+            "url_hash": hash_of(canonical_url(url)),
+            "other_hashes": _other_hashes(url),
+            "places": [],
+        }
         for url in plan.urls
     ]
     write_tombstones(corpus.root, [{**row, "reason": reason, "at": at} for row in rows])
@@ -134,6 +149,13 @@ def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:
             return False
         raise
     return True
+
+
+def _other_hashes(url: str, extractor: str | None = None, meta: str | None = None) -> list[str]:
+    """Return the hashes of a source's normal URL, and of its site with its id there, as far as they are known."""
+    found = json.loads(meta or "{}").get("id")
+    at_site = [site_key(extractor, found)] if extractor and found else []
+    return sorted({hash_of(key) for key in [normal_url(url), *at_site, site_key_of(url)] if key})
 
 
 def _slots_of(corpus: Corpus, plan: ForgetPlan) -> dict[str, list[dict]]:

@@ -48,6 +48,11 @@ class Task:
         return sum(item["cost"] for item in self.items)
 
     @property
+    def client(self) -> str:
+        """Name under which a task of one item takes its host's turn, whichever process asks."""
+        return f"{self.run_id}:{self.items[0]['item_id']}"
+
+    @property
     def name(self) -> str:
         return commit_name(self.stage, self.unit, [(item["item_id"], item["key"]) for item in self.items])
 
@@ -71,6 +76,21 @@ class Outcome:
 Result = tuple[list[Outcome], list[str]]  # an outcome per item, and the media files written, relative to the corpus
 
 
+class Postponed(Exception):
+    """An item that can go on only later, which is neither done nor failed."""
+
+
+@dataclass(frozen=True)
+class NotNow:
+    """Result of a task of one item whose host wants to be left alone: the driver runs it again after `wait_s`.
+
+    so_far: what the item has used of its limits, which comes back as `item["so_far"]`.
+    """
+
+    wait_s: float
+    so_far: dict
+
+
 def require_lock(task: Task) -> None:
     """Raise UserError if another process has become the writer of the corpus since the task was submitted.
 
@@ -83,13 +103,16 @@ def require_lock(task: Task) -> None:
         )
 
 
-def execute(run: Callable[[Task], Result], task: Task) -> Commit:
+def execute(run: Callable[[Task], Result | NotNow], task: Task) -> Commit | NotNow:
     """Run a stage's function on a task and commit the result. An error of one item becomes that item's failure."""
     started = time.perf_counter()
     if task.store:
         mirror(Path(task.root), task.store)
     with reporting(Path(task.root), task.name):
-        outcomes, media = run(task)
+        result = run(task)
+    if isinstance(result, NotNow):
+        return result
+    outcomes, media = result
     return commit(task, outcomes, media, time.perf_counter() - started)
 
 
@@ -151,10 +174,10 @@ class Stopwatch:
             return False
         if isinstance(error, ItemError):
             self.outcome.failure = error
-        elif isinstance(error, Exception) and not isinstance(error, UserError):
+        elif isinstance(error, Exception) and not isinstance(error, UserError | Postponed):
             self.outcome.failure = failure_of(error)
         else:
-            return False  # an interrupt, or a setting that only the worker could check: ends the run
+            return False  # an interrupt, a setting that only the worker could check (both end the run), a postponement
         self.outcome.rows.clear()
         return True
 

@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 from clipmill.base.settings import Settings, digest
-from pipeline.runtime.task import Result, Task
+from pipeline.runtime.task import NotNow, Result, Task
 from shards.corpus.stage_query import StageQuery
 
 
@@ -37,19 +37,22 @@ class Stage(StageQuery):
         identity: hash of the settings and other inputs, such as weights; None: of the settings.
         switch: the setting that is null when the stage is off.
         load: loads the stage's model; the actors of pool "model" call it before the first task.
+        host: returns the host whose turn an item waits for, or None. Such an item is a task of its own, and takes a
+            place among the downloads only when it has its turn.
         reads_source: `run` reads the video's file, which is downloaded again if it was deleted after cutting.
     """
 
     _: KW_ONLY
     help: str
     settings: type[Settings]
-    run: Callable[[Task], Result]
+    run: Callable[[Task], Result | NotNow]
     item: Literal["video", "clip"]
     pool: Literal["io", "cpu", "model"] = "cpu"
     version: int = 1
     identity: Callable[[Any], str] | None = None
     switch: str | None = None
     load: Callable[[Any], object] | None = None
+    host: Callable[[dict], str | None] | None = None
     reads_source: bool = False
 
     def is_off(self, settings: Settings) -> bool:

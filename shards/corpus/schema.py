@@ -405,6 +405,7 @@ _PUBLISHED: dict[str, Columns] = {
     "forgotten": _columns(
         video_hash=STRING,  # SHA-256 of the video_id
         url_hash=STRING,  # SHA-256 of the canonical URL
+        other_hashes=pa.list_(STRING),  # SHA-256 of its normal URL, and of its site and its id there
         sha256=STRING,  # of the video file; null: never downloaded
         reason=STRING,  # as --reason gave it, or null
         at=pa.timestamp("us", tz="UTC"),

@@ -6,9 +6,10 @@ ordinary cases in a vectorised pass and apply the rule for one string to unusual
 """
 
 import hashlib
+import posixpath
 import re
 from pathlib import PurePath
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, unquote_to_bytes, urlsplit, urlunsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -75,6 +76,105 @@ def _canonical_netloc(parts, scheme: str) -> str:
     port = parts.port
     shown_port = "" if port in (None, _DEFAULT_PORTS[scheme]) else f":{port}"
     return f"{userinfo}@{host}{shown_port}" if userinfo else f"{host}{shown_port}"
+
+
+# --- the same source in any spelling -------------------------------------------------------------------------------
+
+_YOUTUBE_HOST = re.compile(r"(?:.+\.)?(?:youtube|youtube-nocookie|youtubekids)\.com|youtube\.googleapis\.com")
+_YOUTUBE_SHORT = {"youtu.be", "www.youtu.be", "yt.be", "y2u.be"}
+_YOUTUBE_PATHS = {"shorts", "embed", "live", "v", "vi", "e", "watch"}
+_YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
+_VIMEO_HOST = re.compile(r"(?:.+\.)?(?:vimeo|vimeopro)\.com")
+_UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
+
+
+def source_spellings(url: str) -> list[str]:
+    """Return strings of which two URLs of one source share at least one: by them a forgotten source is recognised.
+
+    They are the canonical URL, also with the other of http and https, and `normal_url`. Raises ValueError for an
+    invalid URL.
+    """
+    canonical, normal = canonical_url(url), normal_url(url)
+    schemes = re.subn(r"^https?:", "", canonical)
+    both = [f"http:{schemes[0]}", f"https:{schemes[0]}"] if schemes[1] else []
+    return list(dict.fromkeys([canonical, *both, normal]))
+
+
+def normal_url(url: str) -> str:
+    """Return a URL in the normal form of RFC 3986, 6.2.2 and 6.2.3, with https for http and one URL for each video.
+
+    It sees more spellings as one than `canonical_url`, from which ids are made and which therefore never changes: host
+    names in Unicode, needless or lower-case escapes, dots in paths, user names. Videos of YouTube and Vimeo have one
+    URL, whichever page or player shows them. A local path is returned unchanged. Raises ValueError as `canonical_url`.
+    """
+    if not _SCHEME.match(url):
+        return url
+    parts = urlsplit(canonical_url(url))
+    if parts.scheme not in _DEFAULT_PORTS:
+        return urlunsplit(parts)
+    host, port = _normal_host(parts.hostname or ""), f":{parts.port}" if parts.port else ""
+    path, query, fragment = (_normal_escapes(part) for part in parts[2:])
+    segments = [unquote(part) for part in path.split("/") if part]
+    if found := _youtube_video(host, segments, parts) or _vimeo_video(host, segments, query):
+        return found
+    folder = posixpath.normpath(re.sub("^/+", "/", path))
+    path = folder + ("/" if path.endswith(("/", "/.", "/..")) and folder != "/" else "")
+    return urlunsplit(("https", host + port, path, query, fragment))
+
+
+def _normal_host(host: str) -> str:
+    host = unquote(host).lower().rstrip(".")
+    if ":" in host:
+        return f"[{host}]"
+    try:
+        return host.encode("idna").decode()
+    except UnicodeError:  # a label that is empty or too long: compared as it is
+        return host
+
+
+def _normal_escapes(text: str) -> str:
+    """Decode the escapes of characters that need none; escape all that needs it, in capitals (RFC 3986, 6.2.2)."""
+
+    def escape(match: re.Match[str]) -> str:
+        byte = unquote_to_bytes(match[0])
+        return byte.decode() if byte[0] in _UNRESERVED else match[0].upper()
+
+    text = quote(re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", text), safe="%!$&'()*+,/:;=?@[]~", errors="surrogatepass")
+    return re.sub(r"%[0-9A-Fa-f]{2}", escape, text)
+
+
+def _youtube_video(host: str, segments: list[str], parts: SplitResult) -> str | None:
+    """Return the watch URL of a YouTube video on any of the site's pages and players, else None."""
+    if host in _YOUTUBE_SHORT:
+        found = segments[:1]
+    elif _YOUTUBE_HOST.fullmatch(host):
+        if parts.fragment:  # "#/watch?v=" and "#!v=" are paths of the site's old pages
+            old = urlsplit(f"//{host}/{parts.fragment.lstrip('!/')}".replace("/v=", "/watch?v=", 1))
+            return _youtube_video(host, [part for part in old.path.split("/") if part], old)
+        named = [value for name, value in parse_qsl(parts.query) if name.lower() in ("v", "vi")]
+        nested = [value for name, value in parse_qsl(parts.query) if name in ("u", "url", "q") and "watch" in value]
+        if nested and not named:
+            inner = urlsplit(nested[0] if "://" in nested[0] else f"https://{host}{nested[0]}")
+            return _youtube_video(inner.hostname or "", inner.path.strip("/").split("/"), inner)
+        found = segments[1:2] if len(segments) > 1 and segments[0].lower() in _YOUTUBE_PATHS else named
+    else:
+        return None
+    match = _YOUTUBE_ID.match(found[0]) if found else None
+    known = match and match[0] not in NOT_YOUTUBE_IDS
+    return f"https://www.youtube.com/watch?v={match[0]}" if known else None
+
+
+def _vimeo_video(host: str, segments: list[str], query: str) -> str | None:
+    """Return the page of a Vimeo video on any of the site's pages and players, else None."""
+    if not _VIMEO_HOST.fullmatch(host):
+        return None
+    numbers = [part for part in segments if re.fullmatch(r"[0-9]+", part)]
+    named = [value for name, value in parse_qsl(query) if name == "clip_id"]
+    after = [part for word, part in zip(segments, segments[1:], strict=False) if word in ("video", "videos")]
+    if segments and segments[0] in numbers:
+        numbers = numbers[:1]
+    found = next((part for part in [*after, *numbers[-1:], *named] if re.fullmatch(r"[0-9]+", part)), None)
+    return f"https://vimeo.com/{int(found)}" if found else None
 
 
 def video_id_for(url: str, given_id: str | None = None) -> str:

@@ -8,7 +8,7 @@ tombstone long before their bytes are removed (`shards.packing.compact`).
 import hashlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,17 @@ def read_tombstones(root: Path) -> pa.Table:
     """Return all tombstones, in order of the files' names. Raises UserError for a damaged file."""
     paths = [_folder(root) / name for name in tombstone_files(root)]
     return pa.concat_tables([TOMBSTONE.empty_table(), *map(_read, paths)])
+
+
+def all_hashes(tombstones: pa.Table) -> set[str]:
+    """Return the hashes of every spelling of every forgotten video: ids, URLs, ids at sites."""
+    others = [hash_ for hashes in tombstones["other_hashes"].to_pylist() for hash_ in hashes or ()]
+    return {*tombstones["video_hash"].to_pylist(), *tombstones["url_hash"].to_pylist(), *others}
+
+
+def is_forgotten(spellings: Iterable[str], hashes: Collection[str]) -> bool:
+    """Return whether one of these spellings of a source is among the hashes of `all_hashes`."""
+    return any(hash_of(spelling) in hashes for spelling in spellings)
 
 
 def _read(path: Path) -> pa.Table:

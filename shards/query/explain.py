@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from clipmill.base.errors import UserError
 from shards.corpus.fragments import fragment_path
 from shards.corpus.schema import LEDGER
-from shards.corpus.source_ids import canonical_url
+from shards.corpus.source_ids import canonical_url, source_spellings
 from shards.corpus.tombstones import hash_of, read_tombstones
 from shards.query.sql import open_manifest, video_of_url
 from shards.storage.local import MANIFEST_NAME
@@ -100,10 +100,17 @@ def _canonical(name: str) -> str:
         return name
 
 
+def _spellings(name: str) -> list[str]:
+    try:
+        return source_spellings(name if "://" in name else str(Path(name).absolute()))
+    except ValueError:
+        return []
+
+
 def _forgotten(root: Path, name: str) -> Story | None:
-    hashes = {hash_of(name), hash_of(name.rpartition(".")[0] or name), hash_of(_canonical(name))}
+    hashes = {hash_of(word) for word in (name, name.rpartition(".")[0] or name, *_spellings(name))}
     for row in read_tombstones(root).to_pylist():
-        if hashes & {row["video_hash"], row["url_hash"]}:
+        if hashes & {row["video_hash"], row["url_hash"], *(row.pop("other_hashes") or ())}:
             row["num_clips"] = len(row.pop("places") or ())
             return Story("forgotten", name, tombstone=_plain(row))
     return None

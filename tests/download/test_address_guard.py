@@ -2,23 +2,41 @@
 
 import http.server
 import ipaddress
+import os
 import socket
+import ssl
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 
+import psutil
 import pytest
 import requests
+import urllib3
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clipmill.base.errors import ItemError
 from pipeline.stages.download import address_guard
-from pipeline.stages.download.address_guard import EgressGuard, is_public, resolve
+from pipeline.stages.download.address_guard import EgressGuard, is_own, is_public, resolve, why_refused
 from pipeline.stages.download.fetch import DownloadSettings, fetch
 from tests.helpers.http import media_server
 
 PRIVATE = [
-    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16",
-    "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4",
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
+    "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
+    "224.0.0.0/4", "240.0.0.0/4", "168.63.129.16/32", "161.26.0.0/16", "166.8.0.0/14", "192.80.8.124/32",
+]  # fmt: skip
+PRIVATE_V6 = [
+    "::/128", "::1/128", "64:ff9b:1::/48", "100::/64", "100:0:0:1::/64", "2001::/23", "2001::/32", "2001:1::1/128",
+    "2001:2::/48", "2001:3::/32", "2001:10::/28", "2001:20::/28", "2001:30::/28", "2001:db8::/32", "3ffe::/16",
+    "3fff::/20", "4000::/2", "5f00::/16", "8000::/1", "fc00::/7", "fe80::/10", "fec0::/10", "ff00::/8",
+    "::ffff:0:0:0/96",
 ]  # fmt: skip
 SETTINGS = DownloadSettings(retries=0, timeout_s=600)
 
@@ -37,6 +55,14 @@ def test_private_addresses_are_refused_however_they_are_wrapped(ip):
     assert not is_public(f"64:ff9b::{ip}")
     assert not is_public(str(ipaddress.IPv6Address(0x2002 << 112 | number << 80)))  # 6to4
     assert not is_public(str(ipaddress.IPv6Address(number)))  # compatible
+    for isatap in (0x00005EFE, 0x02005EFE):
+        assert not is_public(str(ipaddress.IPv6Address(0x26064700 << 96 | isatap << 32 | number)))
+
+
+@given(st.sampled_from(PRIVATE_V6), st.integers(0, 2**128 - 1))
+def test_special_ipv6_networks_are_refused(network, offset):
+    found = ipaddress.ip_network(network)
+    assert not is_public(str(found[offset % found.num_addresses]))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +85,9 @@ def test_special_addresses_are_refused(address):
 
 
 @pytest.mark.parametrize(
-    "address", ["8.8.8.8", "93.184.215.14", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8"]
+    "address",
+    ["8.8.8.8", "93.184.215.14", "168.63.129.15", "192.0.1.1", "192.88.98.1", "203.0.112.1", "2606:4700::1111"]
+    + ["::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "2002:808:808::1", "2001:200::1", "3ffd::1"],
 )
 def test_public_addresses_are_allowed(address):
     assert is_public(address)
@@ -104,6 +132,35 @@ def public_loopback(monkeypatch):
     """Let 127.0.0.2 stand for a public address, so that the test needs no other machine."""
     real = is_public
     monkeypatch.setattr(address_guard, "is_public", lambda ip: ip == "127.0.0.2" or real(ip))
+
+
+def own_addresses() -> list[str]:
+    """Return this machine's addresses, as its interfaces have them."""
+    found = [address for entries in psutil.net_if_addrs().values() for address in entries]
+    return [entry.address for entry in found if entry.family in (socket.AF_INET, socket.AF_INET6)]
+
+
+def test_this_machine_is_refused_under_each_of_its_addresses(monkeypatch):
+    """Also where its own address is a public one."""
+    monkeypatch.setattr(address_guard, "is_public", lambda ip: True)
+    own = [address for address in own_addresses() if not address.startswith(("127.", "fe80"))]
+    for address in ["127.0.0.1", *own]:
+        assert is_own(address), address
+        with pytest.raises(ItemError, match="an address of this machine"):
+            resolve(address, 80, allow_private=False)
+        if "." in address:
+            assert is_own(f"::ffff:{address}") and is_own(f"64:ff9b::{address}")
+    assert not is_own("8.8.8.8") and not is_own("2606:4700::1111")
+    assert resolve("127.0.0.1", 80, allow_private=True)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"])
+def test_networks_of_the_settings_are_refused_however_they_are_spelt(address):
+    networks = DownloadSettings(refused_networks=["8.8.8.0/24"]).refused_networks
+    with pytest.raises(ItemError, match="refused_networks"):
+        resolve(address, 80, False, networks)
+    assert why_refused("8.8.9.1", networks) is None
+    assert DownloadSettings().fingerprint() == DownloadSettings(refused_networks=["8.8.8.0/24"]).fingerprint()
 
 
 class Redirecting:
@@ -227,14 +284,114 @@ def test_behind_a_proxy_the_target_is_still_checked(tmp_path):
         assert server.requests[0][0] == "http://8.8.8.8/a.mp4"
 
 
-def test_the_deadline_ends_a_connection_that_is_waiting_for_bytes():
-    """The read has no limit of its own that matters: only the guard can end it, and the server learns of it."""
-    with socket.create_server(("127.0.0.1", 0)) as server, EgressGuard(True, timeout_s=3) as guard:
-        waiting = guard.connect("127.0.0.1", server.getsockname()[1], timeout=120)
-        peer, _ = server.accept()
-        peer.settimeout(120)
-        with waiting, peer:
-            assert waiting.recv(1) == b"", "ended by the guard, not by its own limit"
-            assert peer.recv(1) == b""
-        with pytest.raises(ItemError, match="not finished within 3 s"):
-            guard.check()
+# --- the deadline
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """Return the files of a certificate for 127.0.0.1 that it signs itself, and its key."""
+    folder = tmp_path_factory.mktemp("certificate")
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=2))
+    signed = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
+    files = [folder / "certificate.pem", folder / "key.pem"]
+    files[0].write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    unencrypted = serialization.NoEncryption()
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    files[1].write_bytes(key.private_bytes(pem, pkcs8, unencrypted))
+    return files
+
+
+@contextmanager
+def silent_server(begin, context: ssl.SSLContext | None = None) -> Iterator[tuple[int, threading.Event]]:
+    """Serve one connection, send `begin`, then nothing; yield (port, event of the client having closed it)."""
+    closed = threading.Event()
+
+    def serve(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.settimeout(60)
+            with context.wrap_socket(connection, server_side=True) if context else connection as stream:
+                if begin is not None:
+                    stream.recv(65536)
+                    stream.sendall(begin)
+                with suppress(ConnectionError, ssl.SSLEOFError):
+                    while stream.recv(65536):
+                        pass
+                closed.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=lambda: serve(listener.accept()[0]), daemon=True)
+        thread.start()
+        yield listener.getsockname()[1], closed
+        thread.join(60)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("begin", [None, b"", b"HTTP/1.1 200 OK\r\nX: ", HEAD, HEAD + b"x" * 10])
+def test_the_deadline_closes_every_connection_whatever_it_waits_for(scheme, begin, certificate):
+    """A read of its own limit would wait for 60 s; a connection that is not closed fails the server's wait as well."""
+    context = None
+    if scheme == "https" and begin is not None:  # None: the server never answers, not even the handshake
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+    with silent_server(begin, context) as (port, closed), requests.Session() as session:
+        with EgressGuard(allow_private=True, timeout_s=0.5) as guard:
+            guard.mount(session)
+            with pytest.raises((requests.RequestException, urllib3.exceptions.HTTPError, ItemError)):
+                body = session.get(f"{scheme}://127.0.0.1:{port}/", timeout=60, verify=certificate[0], stream=True)
+                body.raw.read()
+                guard.check()  # a connection that was shut may read as an end
+            assert guard.expired and guard.expired.error_class == "timeout"
+            assert closed.wait(30), "the connection is still open"
+
+
+def test_a_connection_made_at_the_deadline_is_closed(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener, EgressGuard(allow_private=True, timeout_s=600) as guard:
+        real = guard._track
+        monkeypatch.setattr(guard, "_track", lambda sock: (guard._expire(guard._out_of_time()), real(sock)))
+        connection = guard.connect("127.0.0.1", listener.getsockname()[1], 60)
+        assert connection.recv(1) == b""
+        connection.close()
+        with pytest.raises(ItemError, match="timeout"):
+            guard.connect("127.0.0.1", listener.getsockname()[1], 60)
+
+
+def num_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("closes", [True, False], ids=["a connection each", "one connection"])
+def test_a_connection_that_is_closed_keeps_no_file_descriptor(closes):
+    """A long stream of segments is more connections than a process may have open."""
+    with (
+        media_server() as server,
+        EgressGuard(allow_private=True, timeout_s=600) as guard,
+        requests.Session() as session,
+    ):
+        guard.mount(session)
+        url = server.add("/a", b"x", headers={"Connection": "close"} if closes else {})
+        session.get(url)
+        before = num_descriptors()
+        most = max(num_descriptors() for _ in range(100) if session.get(url).content)
+        assert most <= before + 3, "each request may be about to close, on both sides"
+        assert len(guard._sockets) <= 2
+
+
+def test_a_tls_connection_that_is_closed_keeps_no_file_descriptor(certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    with EgressGuard(allow_private=True, timeout_s=600) as guard, requests.Session() as session:
+        guard.mount(session)
+        before = num_descriptors()
+        for _ in range(5):
+            with silent_server(HEAD.replace(b"1000", b"2") + b"ok", context) as (port, closed):
+                assert session.get(f"https://127.0.0.1:{port}/", verify=certificate[0], timeout=60).content == b"ok"
+                session.close()
+                assert closed.wait(30)
+        assert num_descriptors() <= before + 1

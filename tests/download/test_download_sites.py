@@ -13,7 +13,7 @@ from yt_dlp.utils import ExtractorError, GeoRestrictedError, UserNotLive
 
 from clipmill.base.errors import ItemError, UserError
 from pipeline.stages.download import site_fetch
-from pipeline.stages.download.address_guard import EgressGuard
+from pipeline.stages.download.address_guard import EgressGuard, LeastRate
 from pipeline.stages.download.errors import ERROR_CLASSES
 from pipeline.stages.download.fetch import DownloadSettings, fetch
 from pipeline.stages.download.site_fetch import (
@@ -24,7 +24,7 @@ from pipeline.stages.download.site_fetch import (
     site_extractor,
     user_options,
 )
-from tests.helpers.http import MediaServer, make_video, media_server
+from tests.helpers.http import MediaServer, http_answer, make_video, media_server, scripted_server
 
 SETTINGS = DownloadSettings(allow_private_addresses=True, backoff_s=0.01, stall_timeout_s=600, retries=0)
 GUARDED = SETTINGS.model_copy(update={"allow_private_addresses": False})
@@ -175,6 +175,92 @@ def test_a_stream_of_segments_becomes_one_file(server, media, tmp_path):
     row = fetch({"video_id": "v", "url": url, "kind": "url"}, tmp_path / "sources", SETTINGS)
     assert len(server.requests_for("/seg.ts")) == 2
     assert row["width"] == 160 and row["extractor"] == "Generic"
+
+
+def test_a_long_stream_of_segments_keeps_no_file_descriptors(server, media, tmp_path):
+    """One that stays open for each segment ends the video at the process's limit."""
+    urls = [server.add(f"/{n}.ts", media["segment"], headers={"Connection": "close"}) for n in range(60)]
+    lines = "".join(f"#EXTINF:0.4,\n{url}\n" for url in urls)
+    playlist = server.add("/p.m3u8", f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n{lines}#EXT-X-ENDLIST\n".encode())
+    answer = {"formats": [{"format_id": "h", "url": playlist, "ext": "mp4", "protocol": "m3u8_native"}]}
+    most, original = [0], site_fetch._LimitHook.__call__
+
+    def count(hook, progress):
+        most[0] = max(most[0], len(os.listdir("/proc/self/fd")))
+        original(hook, progress)
+
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(site_fetch._LimitHook, "__call__", count)
+        site(answer, tmp_path / "w")
+    assert most[0] <= before + 15 and len(server.requests_for("/59.ts")) == 1
+
+
+def test_halves_of_two_files_are_never_joined_by_an_extractor(media, tmp_path):
+    """yt-dlp continues a partial file wherever the offset fits; the site has another file meanwhile."""
+    old, new = media["120"], media["120"][:-500] + bytes(500)
+    broken = iter([True])
+
+    def answer(_target, asked, send):
+        if "range" in asked:
+            start = int(asked["range"][6:].rstrip("-"))
+            span = f"bytes {start}-{len(new) - 1}/{len(new)}"
+            send(http_answer("206 Partial Content", new[start:], ETag='"new"', Content_Range=span))
+        elif next(broken, False):
+            send(http_answer("200 OK", old, len(old) // 2, ETag='"old"', Accept_Ranges="bytes"))
+        else:
+            send(http_answer("200 OK", new, ETag='"new"'))
+
+    with scripted_server(answer) as server:
+        settings = SETTINGS.model_copy(update={"retries": 3})
+        video = site({"url": server.url("/v.mp4"), "ext": "mp4"}, tmp_path / "w", settings)
+        first, second, third = (headers.get("range") for _, headers in server.requests)
+    assert first is None and second.startswith("bytes=") and third is None
+    assert video.path.read_bytes() == new
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the same file", "another file"])
+def test_a_later_attempt_continues_the_same_file_only(media, tmp_path, same):
+    """A later attempt has another URL: validators are compared, not addresses."""
+    body = media["120"]
+    half = len(body) // 2
+
+    def answer(target, asked, send):
+        etag = '"new"' if "second" in target and not same else '"old"'
+        start = int(asked["range"][6:].rstrip("-")) if "range" in asked else 0
+        span = {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
+        status, cut = ("206 Partial Content" if start else "200 OK"), half if "first" in target else None
+        send(http_answer(status, body[start:], cut, ETag=etag, **span))
+
+    with scripted_server(answer) as server:
+        site_failure({"url": server.url("/first.mp4"), "ext": "mp4"}, tmp_path / "w")
+        server.requests.clear()
+        video = site({"url": server.url("/second.mp4"), "ext": "mp4"}, tmp_path / "w")
+        ranges = [headers.get("range") for _, headers in server.requests]
+    assert video.path.read_bytes() == body
+    assert len(ranges) == (1 if same else 2) and ranges[0].startswith("bytes=") and ranges[1:] in ([], [None])
+
+
+def test_a_site_that_trickles_ends(server, media, tmp_path):
+    url = server.add("/120.mp4", media["120"], bytes_per_s=2000)
+    extractor, work = FakeSiteIE({"url": url, "ext": "mp4"}), tmp_path / "w"
+    work.mkdir()
+    with EgressGuard(True, 600, LeastRate(1e12, 1e-9)) as guard, pytest.raises(ItemError, match="min_bytes_per_s"):
+        download_site("https://fake.example/x1", work, SETTINGS, guard, extractors=(extractor,))
+
+
+@pytest.mark.parametrize("location", ["/caf\u00e9/\u0432.mp4".encode(), "/caf\u00e9.mp4".encode("latin-1")])
+def test_a_site_may_redirect_to_letters_outside_ascii(media, tmp_path, location):
+    def answer(target, _asked, send):
+        found = (
+            http_answer("200 OK", media["120"]) if target != "/100%25_a%20b" else http_answer("302 x", Location="TO")
+        )
+        send(found.replace(b"TO", location))
+
+    with scripted_server(answer) as server:
+        site({"url": server.url("/100%_a%20b"), "ext": "mp4"}, tmp_path / "w")
+        wanted = "".join(f"%{byte:02X}" if byte > 127 else chr(byte) for byte in location)
+        assert [target for target, _ in server.requests] == ["/100%25_a%20b", wanted]
 
 
 def test_a_stream_with_a_hole_is_no_video(server, media, tmp_path):

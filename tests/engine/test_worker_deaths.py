@@ -25,6 +25,7 @@ class Workers:
     """
 
     active_units = 8
+    num_free_sources = 8
     cut_off = False
 
     def __init__(self, corpus: FragmentCorpus, deaths: Counter):
@@ -36,6 +37,9 @@ class Workers:
 
     def leave(self) -> None:
         self.cut_off = False
+
+    def turns(self, flights: list) -> list[float]:
+        return [0.0] * len(flights)
 
     def has_room(self, pool: str) -> bool:
         return True

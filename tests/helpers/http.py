@@ -1,12 +1,13 @@
 """Serve media over loopback HTTP with scripted faults such as dropped connections and wrong lengths."""
 
 import gzip
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -79,6 +80,17 @@ def media_server() -> Iterator[MediaServer]:
         yield server
     finally:
         server.close()
+
+
+@dataclass
+class ScriptedServer:
+    """Requests to a `scripted_server` as (target, headers), in order."""
+
+    port: int = 0
+    requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
 
 
 class _Server(ThreadingHTTPServer):
@@ -179,6 +191,54 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(0.05)
         if drop is not None or route.length_delta or not route.announce:
             self.close_connection = True
+
+
+@contextmanager
+def scripted_server(answer: Callable[[str, dict[str, str], Callable[[bytes], None]], None]) -> Iterator[ScriptedServer]:
+    """Serve answers written out byte by byte: `answer(target, headers, send)` is called for every connection.
+
+    Header names are in lower case. A connection takes one request and is closed after its answer.
+    """
+    listener, server = socket.create_server(("127.0.0.1", 0), backlog=50), ScriptedServer()
+    server.port = listener.getsockname()[1]
+
+    def serve(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            data = b""
+            while b"\r\n\r\n" not in data:
+                part = connection.recv(65536)
+                if not part:
+                    return
+                data += part
+            line, *lines = data.decode("latin-1").split("\r\n")
+            target = line.split(" ")[1]
+            headers = {name.lower(): value.strip() for name, _, value in (each.partition(":") for each in lines)}
+            server.requests.append((target, headers))
+            answer(target, headers, connection.sendall)
+
+    def accept() -> None:
+        with suppress(OSError):  # the listener was closed
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield server
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def http_answer(status: str, body: bytes = b"", cut: int | None = None, **headers: str | int | None) -> bytes:
+    """Write an HTTP answer out. `cut`: send only this many bytes of the body; a header that is None is left out.
+
+    Underscores in names of headers become hyphens.
+    """
+    date = {"Date": "Tue, 02 Jan 2024 00:00:00 GMT"}
+    fields = {"Connection": "close", "Content-Type": "video/mp4", "Content-Length": len(body), **date}
+    fields |= {name.replace("_", "-"): value for name, value in headers.items()}
+    lines = [f"{name}: {value}\r\n".encode() for name, value in fields.items() if value is not None]
+    return b"".join([f"HTTP/1.1 {status}\r\n".encode(), *lines, b"\r\n", body[:cut]])
 
 
 def make_video(path: Path, *, duration_s: float = 1.0, size: str = "160x120", audio_only: bool = False) -> bytes:

@@ -42,7 +42,7 @@ class FragmentCorpus:
         self.ledger.close()
         self.open()
 
-    def add_sources(self, *video_ids: str, unit: str = "u000000") -> None:
+    def add_sources(self, *video_ids: str, unit: str = "u000000", host: str = "127.0.0.1") -> None:
         known = self.ledger.connection.execute("SELECT count(*) FROM sources").fetchall()[0][0]
         rows = [
             {
@@ -50,7 +50,7 @@ class FragmentCorpus:
                 "unit": unit,
                 "key": "i",
                 "video_id": v,
-                "url": f"http://127.0.0.1/{v}",
+                "url": f"http://{host}/{v}",
                 "kind": "url",
                 "ordinal": known + i,
             }

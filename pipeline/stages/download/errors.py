@@ -16,12 +16,12 @@ ERROR_CLASSES: dict[str, tuple[bool, str]] = {
     "not-found": (False, "HTTP 404, or a local file or object that does not exist"),
     "forbidden": (False, "HTTP 403, or a file without read permission"),
     "http-error": (False, "another HTTP status that refuses the request"),
-    "server-error": (True, "HTTP 5xx"),
     "source-changed": (True, "a local file was changed while it was read"),
+    "server-error": (True, 'HTTP 5xx, or an answer that means "not yet"'),
     "unknown-host": (False, "the host name does not exist (retryable if only the name server did not answer)"),
     "connection": (True, "refused, reset or broken connection, or an invalid certificate"),
     "timeout": (True, "not finished within download.timeout_s"),
-    "stalled": (True, "no byte received for download.stall_timeout_s"),
+    "stalled": (True, "no byte for download.stall_timeout_s, or fewer than download.min_bytes_per_s"),
     "truncated": (True, "fewer bytes than announced (retryable), or a file that ends before its own index says"),
     "too-large": (False, "more than download.max_bytes"),
     "empty-file": (False, "no bytes"),
@@ -79,8 +79,9 @@ def from_os_error(error: OSError) -> DownloadError:
 
 
 def from_http_status(status: int, reason: str, retry_after_s: float | None = None) -> DownloadError:
-    """Return the DownloadError for an HTTP status of 300 or above."""
+    """Return the DownloadError for an HTTP status that does not come with the file."""
     classes = {401: "login-required", 403: "forbidden", 404: "not-found", 408: "timeout", 410: "removed"}
-    classes |= {429: "rate-limited", 451: "geo-blocked"}
-    error_class = classes.get(status) or ("server-error" if status >= 500 else "http-error")
+    classes |= {420: "rate-limited", 429: "rate-limited", 451: "geo-blocked", 204: "empty-file", 205: "empty-file"}
+    classes |= {202: "server-error", 425: "server-error"}  # not ready yet
+    error_class = classes.get(status) or ("server-error" if 500 <= status < 600 else "http-error")
     return DownloadError(error_class, f"HTTP {status} {reason}".strip(), retry_after_s=retry_after_s)

@@ -8,6 +8,7 @@ During a download its files are in FOLDER/VIDEO_ID.part/, where a later attempt 
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -25,10 +26,11 @@ from urllib.parse import urlsplit
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.file_lock import lock_file
 from pipeline.runtime.source_file import CHANGED, file_stamp
+from pipeline.runtime.task import Postponed
 from pipeline.runtime.watchdog import GRACE_S, time_limit
-from pipeline.stages.download.address_guard import EgressGuard
+from pipeline.stages.download.address_guard import EgressGuard, LeastRate
 from pipeline.stages.download.errors import RETRIED, DownloadError, from_os_error
-from pipeline.stages.download.host_limiter import HostRateLimiter, hold, host_of
+from pipeline.stages.download.host_limiter import HostBusy, HostRateLimiter, Slot, hold, host_of
 from pipeline.stages.download.http_fetch import CHUNK_BYTES, HttpFile, download_http
 from pipeline.stages.download.settings import DownloadSettings
 from pipeline.stages.download.sniff import (
@@ -65,9 +67,27 @@ class _Fetched:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+class GivenBack(Postponed):
+    """A source whose host's turn does not come soon; what it has so far stays for the next attempt.
+
+    wait_s  seconds after which to try again
+    so_far  its counts: used_s, and by way of downloading [failures, lockouts]
+    """
+
+    def __init__(self, wait_s: float, so_far: dict[str, Any]):
+        super().__init__(f"try again after {wait_s:.1f} s")
+        self.wait_s, self.so_far = wait_s, so_far
+
+
 def new_rate_limiter(settings: DownloadSettings) -> HostRateLimiter:
     """Create a HostRateLimiter with the limits of the settings."""
     return HostRateLimiter(settings.per_host, settings.min_interval_s, patience_s=settings.lockout_patience_s)
+
+
+def new_guard(settings: DownloadSettings, timeout_s: float) -> EgressGuard:
+    """Create the EgressGuard of one attempt, with the limits of the settings."""
+    least_rate = LeastRate(settings.min_bytes_per_s, settings.rate_window_s)
+    return EgressGuard(settings.allow_private_addresses, timeout_s, least_rate, settings.refused_networks)
 
 
 def fetch(
@@ -79,6 +99,9 @@ def fetch(
     rate_limiter=None,
     probe: Callable[[Path], Any] | None = None,
     require_lock: Callable[[], None] = lambda: None,
+    refuse: Callable[[list[str]], None] = lambda spellings: None,
+    client: str | None = None,
+    longest_wait_s: float = math.inf,
 ) -> dict[str, Any]:
     """Download a source (a row of `sources`) into `folder`; return its row of `downloads`.
 
@@ -86,13 +109,17 @@ def fetch(
     rate_limiter  a HostRateLimiter or a Ray actor of one; default: a new one for this call
     probe         returns a `clipmill.media.probe.MediaInfo` for a path or raises ItemError
     require_lock  called before the first write and before files get their final names; an exception ends the download
+    refuse        called with addresses and names of the source as they become known; an ItemError ends the download
+    client        name under which the host's turn is asked for; default: one of this thread
+    longest_wait_s  seconds to wait for a turn at once
 
-    Raises ItemError. After a permanent failure partial files are removed, after a transient one they stay, so that the
-    next attempt resumes.
+    Raises ItemError, and GivenBack if a turn does not come in time; `source["so_far"]` continues its counts. After a
+    permanent failure partial files are removed, after a transient one they stay, so that the next attempt resumes.
     """
     from clipmill.media import probe as media
 
     job = _Job(source, Path(folder), settings, rate_limiter or new_rate_limiter(settings))
+    job.client, job.longest_wait_s, job.refuse = client or job.client, longest_wait_s, refuse
     try:
         with job.exclusive(require_lock):
             given = job.given_subtitles()
@@ -118,7 +145,9 @@ class _Job:
         self.work = folder / f"{self.video_id}.part"
         self.lock = folder / f"{self.video_id}.part.lock"
         self.client = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}:{self.video_id}"
-        self.used_s = 0.0
+        self.longest_wait_s = math.inf
+        self.refuse: Callable[[list[str]], None] = lambda spellings: None
+        self.so_far: dict[str, Any] = {"used_s": 0.0} | (source.get("so_far") or {})
         self.truncated_sha256 = ""  # of the last file that ended too early
         self.notes: list[dict[str, str]] = []  # subtitle files that could not be read
 
@@ -155,7 +184,7 @@ class _Job:
         if scheme in ("http", "https"):
             return self._web()
         if scheme in self.settings.object_store_schemes and "::" not in self.url:
-            return self._attempts(self.url, lambda guard: self._object())
+            return self._attempts("object", self.url, lambda guard: self._object())
         allowed = ", ".join(["http", "https", *self.settings.object_store_schemes])
         message = f"{self.url}: scheme {scheme!r} is not one of {allowed} (download.object_store_schemes)"
         raise DownloadError("unsupported-url", message)
@@ -165,28 +194,32 @@ class _Job:
 
         A page that a direct download meets goes to the generic extractor.
         """
-        from pipeline.stages.download.site_fetch import site_extractor
+        from pipeline.stages.download.site_fetch import site_extractor, site_key_of
 
         with time_limit(GRACE_S, f"looking up {self.url}"):
             extractor = site_extractor(self.url)
+            key = site_key_of(self.url) if extractor else None
+        self.refuse([self.url, key] if key else [self.url])
         if extractor:
-            return self._attempts(self.url, lambda guard: self._site(guard, generic=False))
+            return self._attempts("site", self.url, lambda guard: self._site(guard, generic=False))
         extension = os.path.splitext(urlsplit(self.url).path)[1].lstrip(".").lower()
         if extension in PLAYLIST_EXTENSIONS and self.settings.generic_pages:
-            return self._attempts(self.url, lambda guard: self._site(guard, generic=True))
+            return self._attempts("page", self.url, lambda guard: self._site(guard, generic=True))
         try:
-            return self._attempts(self.url, self._link)
+            return self._attempts("link", self.url, self._link)
         except DownloadError as error:  # a media link that returns a page is broken, not a page with a video
             if not (error.is_page and self.settings.generic_pages) or extension in MEDIA_EXTENSIONS:
                 raise
-        return self._attempts(self.url, lambda guard: self._site(guard, generic=True))
+        return self._attempts("page", self.url, lambda guard: self._site(guard, generic=True))
 
     def _link(self, guard) -> _Fetched:
         """Download a direct link."""
         file = download_http(self.url, self.work, self.settings, guard, max_bytes=self.settings.max_bytes)
         self._retry_if_truncated(file)
         meta = {"content_type": file.content_type} if file.content_type else {}
-        meta |= {"final_url": file.final_url} if file.final_url != self.url else {}
+        if file.final_url != self.url:
+            self.refuse([file.final_url])
+            meta["final_url"] = file.final_url
         return _Fetched(file.path, file.num_bytes, file.sha256, "http", meta=meta)
 
     def _retry_if_truncated(self, file: HttpFile) -> None:
@@ -204,7 +237,7 @@ class _Job:
     def _site(self, guard, *, generic: bool) -> _Fetched:
         from pipeline.stages.download.site_fetch import download_site, metadata
 
-        video = download_site(self.url, self.work, self.settings, guard, generic=generic)
+        video = download_site(self.url, self.work, self.settings, guard, generic=generic, refuse=self.refuse)
         columns = metadata(video.info)
         meta = json.loads(columns.pop("meta"))
         num_bytes, digest = hash_file(video.path)
@@ -236,38 +269,49 @@ class _Job:
 
     # --- rate limit and retries
 
-    def _attempts(self, url: str, attempt: Callable[[Any], Any]) -> Any:
-        """Call `attempt(guard)` under the host's rate limit, with retries.
+    def _attempts(self, way: str, url: str, attempt: Callable[[Any], Any]) -> Any:
+        """Call `attempt(guard)` under the host's rate limit, with retries, which are counted for each way.
 
         Raises the DownloadError of the last attempt.
         """
-        settings, num_failures, num_lockouts = self.settings, 0, 0
+        settings, so_far = self.settings, self.so_far
+        counts = so_far.setdefault(way, {"failures": 0, "lockouts": 0})
         while True:
-            left_s = max(0.001, settings.timeout_s - self.used_s)
-            with hold(self.rate_limiter, host_of(url), self.client) as slot:
+            left_s = max(0.001, settings.timeout_s - so_far["used_s"])
+            with self._turn(url) as slot:
                 started = time.monotonic()
                 try:
                     limit = time_limit(left_s + GRACE_S, f"downloading {url}")
-                    with EgressGuard(settings.allow_private_addresses, left_s) as guard, limit:
+                    with new_guard(settings, left_s) as guard, limit:
                         return attempt(guard)
                 except DownloadError as error:
                     failure = error
                 finally:
-                    self.used_s += time.monotonic() - started
+                    so_far["used_s"] += time.monotonic() - started
                 if failure.retry_after_s is not None and failure.error_class in ("rate-limited", "server-error"):
                     slot.penalty_s = failure.retry_after_s
                 elif failure.error_class == "rate-limited":
                     slot.penalty_s = settings.cooldown_s
             if failure.error_class == "rate-limited":
-                num_lockouts += 1  # `hold` waits for the host's cool-down
-                if num_lockouts > settings.lockout_retries:
+                counts["lockouts"] += 1  # the next turn comes after the host's cool-down
+                if counts["lockouts"] > settings.lockout_retries:
                     raise failure
                 continue
-            num_failures += 1
-            if not failure.transient or failure.error_class not in RETRIED or num_failures > settings.retries:
+            counts["failures"] += 1
+            if not failure.transient or failure.error_class not in RETRIED or counts["failures"] > settings.retries:
                 raise failure
             if not slot.penalty_s:
-                time.sleep(backoff_s(settings.backoff_s, num_failures, url))
+                time.sleep(backoff_s(settings.backoff_s, counts["failures"], url))
+
+    @contextmanager
+    def _turn(self, url: str) -> Iterator[Slot]:
+        """Wait for the turn of this URL's host. Raises GivenBack if it does not come in time."""
+        with ExitStack() as stack:
+            try:
+                slot = stack.enter_context(hold(self.rate_limiter, host_of(url), self.client, self.longest_wait_s))
+            except HostBusy as busy:
+                raise GivenBack(busy.wait_s, self.so_far) from busy
+            yield slot
 
     # --- subtitles that come with the source
 
@@ -297,7 +341,7 @@ class _Job:
         try:
             if urlsplit(address).scheme.lower() not in ("http", "https"):
                 raise DownloadError("unsupported-url", f"subtitle {address} is neither an http(s) URL nor a path")
-            return self._attempts(address, attempt)
+            return self._attempts("subtitle", address, attempt)
         except DownloadError as error:
             if error.transient:
                 raise

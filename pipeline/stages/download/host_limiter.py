@@ -1,18 +1,20 @@
 """Per-host download limiter: concurrency cap, delay between starts, cool-down after HTTP 429.
 
 `HostRateLimiter` is a plain object: the threads of one process use it directly, a cluster uses it as a named Ray actor.
-A download calls `acquire(host, client)` until it returns 0, keeps its lease alive with `renew` and returns it with
-`release`; a client that dies stops renewing and loses its lease. Waiters are served in order of arrival. After a
-lockout (a release with a penalty) no download gets the host until the cool-down is over; then a single client tries,
-and the others follow only when it has succeeded. For a host that stays locked for `patience_s`, `acquire` returns
-`LOCKED_OUT` at once.
+In a build the driver asks for the turn of a source before it starts the download, which then has its lease already, so
+that waiting costs neither a process nor a thread. A download calls `acquire(host, client)` until it returns 0, keeps
+its lease alive with `renew` and returns it with `release`; a client that dies stops renewing and loses its lease.
+Waiters are served in order of arrival. After a lockout (a release with a penalty) no download gets the host until the
+cool-down is over; then a single client tries, and the others follow only when it has succeeded. For a host that stays
+locked for `patience_s`, `acquire` returns `LOCKED_OUT` at once.
 """
 
 import contextlib
+import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -79,6 +81,10 @@ class HostRateLimiter:
             state.leases[client] = (now, now)
             state.started_at = now
             return 0.0
+
+    def acquire_all(self, wanted: Sequence[tuple[str, str]]) -> list[float]:
+        """Call `acquire` for each (host, client)."""
+        return [self.acquire(host, client) for host, client in wanted]
 
     def renew(self, host: str, client: str) -> bool:
         """Keep a lease alive; return False if it has expired already."""
@@ -167,18 +173,35 @@ class Slot:
     penalty_s: float = 0.0
 
 
+class HostBusy(Exception):
+    """The turn of a download does not come soon. `wait_s`: seconds after which to ask again."""
+
+    def __init__(self, wait_s: float):
+        super().__init__(f"not before {wait_s:.1f} s from now")
+        self.wait_s = wait_s
+
+
+def locked_out(host: str) -> DownloadError:
+    """Return the error of a download whose host stayed locked."""
+    message = f"{host} has refused downloads for longer than download.lockout_patience_s; a later build retries"
+    return DownloadError("rate-limited", message)
+
+
 @contextlib.contextmanager
-def hold(limiter, host: str, client: str) -> Iterator[Slot]:
+def hold(limiter, host: str, client: str, longest_wait_s: float = math.inf) -> Iterator[Slot]:
     """Wait for a lease on the host, renew it while the block runs, then return it.
 
     `limiter` is a HostRateLimiter or a Ray actor of one. Raises DownloadError "rate-limited" when the host has been
-    locked for longer than the limiter's patience.
+    locked for longer than the limiter's patience, HostBusy when the turn does not come within `longest_wait_s`.
     """
-    while wait := _call(limiter, "acquire", host, client):
-        if wait == LOCKED_OUT:
-            message = f"{host} has refused downloads for longer than download.lockout_patience_s; a later build retries"
-            raise DownloadError("rate-limited", message)
-        time.sleep(wait)
+    waited_s = 0.0
+    while wait_s := _call(limiter, "acquire", host, client):
+        if wait_s == LOCKED_OUT:
+            raise locked_out(host)
+        waited_s += wait_s
+        if waited_s > longest_wait_s:
+            raise HostBusy(wait_s)
+        time.sleep(wait_s)
     slot, done = Slot(), threading.Event()
 
     def keep_alive() -> None:

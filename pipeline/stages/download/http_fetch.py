@@ -2,13 +2,15 @@
 
 Input is an untrusted URL: the server may redirect anywhere, announce a wrong length, stall, send a page instead of a
 video, or never stop sending. The file in `work` is `media`; `media.json` beside it holds the validators (ETag,
-Last-Modified) that decide whether the rest of the same bytes can be requested. Only the caller gives it a final name.
+Last-Modified, size) of the response that it began with. The rest of the file is appended only if the response that
+brings it has the same ones. Only the caller gives the file a final name.
 """
 
 import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,7 +18,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import UserError
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
     import requests
 
 MAX_REDIRECTS = 10
+REDIRECTS = {300, 301, 302, 303, 307, 308}
 CHUNK_BYTES = 1 << 18
+MAX_RETRY_AFTER_S = 86400.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,32 @@ class HttpFile:
 
 
 @dataclass(frozen=True)
+class Validators:
+    """What a response says about the version of the file that it is from, as in RFC 9110, 8.8 and 14.4."""
+
+    etag: str = ""
+    last_modified: str = ""
+    num_bytes: int | None = None  # of the whole file
+
+    @classmethod
+    def of(cls, status: int, headers) -> "Validators":
+        """Read the validators of a response of this status. `headers`: a mapping that ignores case."""
+        size = _content_range(headers)[2] if status in (206, 416) else _number(headers.get("Content-Length"))
+        return cls(headers.get("ETag", "").strip(), headers.get("Last-Modified", "").strip(), size)
+
+    def prove_same_file(self, other: "Validators") -> bool:
+        """Return True if both are of one version of a file: at least one of ETag and date agrees, nothing differs."""
+        pairs = [(self.etag, other.etag), (self.last_modified, other.last_modified)]
+        agree = any(ours and ours == theirs for ours, theirs in pairs)
+        return agree and not self.contradict(other)
+
+    def contradict(self, other: "Validators") -> bool:
+        """Return True if something that both have differs."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return any(ours and theirs and ours != theirs for ours, theirs in pairs)
+
+
+@dataclass(frozen=True)
 class _State:
     """Identity of the file that a partial file belongs to."""
 
@@ -51,11 +81,16 @@ class _State:
     etag: str = ""
     last_modified: str = ""
     content_type: str = ""  # of the first response: a later 416 has a content type of its own
+    num_bytes: int | None = None  # of the whole file, if announced
 
     @property
-    def validator(self) -> str:
+    def if_range(self) -> str:
         """Return the value for If-Range: a strong ETag, else the date; "" if the server sends neither."""
         return self.etag if self.etag and not self.etag.startswith("W/") else self.last_modified
+
+    @property
+    def validators(self) -> Validators:
+        return Validators(self.etag, self.last_modified, self.num_bytes)
 
 
 def download_http(
@@ -70,37 +105,75 @@ def download_http(
         state = _State(**json.loads(state_path.read_text()))
     except (FileNotFoundError, ValueError, TypeError):  # absent, or damaged by a crash: start over
         state = _State("")
-    have = part.stat().st_size if state.url == url and state.validator and part.exists() else 0
+    have = part.stat().st_size if state.url == url and state.if_range and part.exists() else 0
     try:
-        with _Exchange(url, settings, guard) as exchange:
-            response = exchange.get({"Range": f"bytes={have}-", "If-Range": state.validator} if have else {})
-            start = _start_of_body(response, have)
-            if start is None:
-                part.unlink(missing_ok=True)
-                raise DownloadError("truncated", f"{url}: the server no longer has the rest of the file")
-            if start == 0:
-                part.unlink(missing_ok=True)  # before the new validators are written, which do not fit the old bytes
-                headers = response.headers
-                # Ranges of a compressed body are not ranges of the file on disk: it cannot be resumed.
-                plain = headers.get("Content-Encoding", "identity").lower() == "identity"
-                validators = [headers.get(name, "") if plain else "" for name in ("ETag", "Last-Modified")]
-                state = _State(url, *validators, headers.get("Content-Type", ""))
-                write_text(state_path, json.dumps(asdict(state)))
-            digest, num_bytes = _save(response, part, start, _Limits(max_bytes, media, guard, url))
-            return HttpFile(part, num_bytes, digest, exchange.url, state.content_type)
+        while True:
+            with _Exchange(url, settings, guard) as exchange:
+                response = exchange.get({"Range": f"bytes={have}-", "If-Range": state.if_range} if have else {})
+                start, end = _body_range(response, have, state)
+                if start is None and have:
+                    have = 0  # the rest is of another file, or cannot be proven to be of this one
+                    continue
+                if start is None:
+                    span = response.headers.get("Content-Range", "")
+                    raise DownloadError("truncated", f"{url}: the server sends a part of the file only ({span})")
+                if start == 0:
+                    part.unlink(missing_ok=True)  # before new validators are written, which do not fit the old bytes
+                    state = _state_of(url, response)
+                    write_text(state_path, json.dumps(asdict(state)))
+                digest, have = _save(response, part, start, _Limits(max_bytes, media, guard, url))
+                if end is None or have >= end:
+                    return HttpFile(part, have, digest, exchange.url, state.content_type)
+                if have == start or not state.if_range:  # without validators, the next piece may be of another file
+                    raise DownloadError("truncated", f"{url}: the server sent {have} of {end} bytes")
     except OSError as error:
         guard.check()
         raise from_os_error(error) from error
 
 
-def _start_of_body(response, have: int) -> int | None:
-    """Return the offset in bytes at which the body begins, None if the partial file cannot be continued."""
-    if response.status_code == 416:
-        total = response.headers.get("Content-Range", "").rpartition("/")[2]
-        return have if have and total == str(have) else None
-    if response.status_code != 206:
-        return 0
-    return have if response.headers.get("Content-Range", "").startswith(f"bytes {have}-") else None
+def _state_of(url: str, response) -> _State:
+    """Return the state of a file that begins with this response."""
+    found, headers = Validators.of(response.status_code, response.headers), response.headers
+    # Ranges of a compressed body are not ranges of the file on disk: it cannot be resumed.
+    if headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+        found = Validators()
+    date = found.last_modified if _is_strong_date(found.last_modified, headers.get("Date", "")) else ""
+    return _State(url, found.etag, date, headers.get("Content-Type", ""), found.num_bytes)
+
+
+def _is_strong_date(last_modified: str, date: str) -> bool:
+    """Return True if a file may not have changed twice within its Last-Modified second (RFC 9110, 8.8.2.2)."""
+    changed, sent = _http_date(last_modified), _http_date(date)
+    return changed is not None and sent is not None and (sent - changed).total_seconds() >= 1
+
+
+def _body_range(response, have: int, state: _State) -> tuple[int | None, int | None]:
+    """Return (offset at which the body begins, size of the whole file if the response says it) in bytes.
+
+    The offset is None if the body is neither the whole file, or its beginning, nor the rest of the partial file.
+    """
+    status, headers = response.status_code, response.headers
+    if status not in (206, 416):
+        return 0, None
+    found = Validators.of(status, headers)
+    if status == 416:  # it has no body: the partial file is the whole one
+        announced = Validators(state.etag, state.last_modified)  # without the size, which the server corrects
+        return (have if have and found.num_bytes == have and not found.contradict(announced) else None), None
+    start, _end, total = _content_range(headers)
+    if not have:  # a server that answers 206 without being asked for a range sends the file, unless it says otherwise
+        is_part = start or headers.get("Content-Type", "").lower().startswith("multipart/byteranges")
+        return (None if is_part else 0), total
+    is_plain = headers.get("Content-Encoding", "identity").strip().lower() == "identity"
+    is_rest = start == have and is_plain and found.prove_same_file(state.validators)
+    return (have if is_rest else None), total
+
+
+def _content_range(headers) -> tuple[int | None, int | None, int | None]:
+    """Return (first byte, last byte, bytes of the whole file) of Content-Range, None for what it does not say."""
+    value = headers.get("Content-Range", "").strip()
+    match = re.fullmatch(r"bytes[ =]+(?:([0-9]{1,18})-([0-9]{1,18})|\*)\s*/\s*([0-9]{1,18}|\*)", value, re.IGNORECASE)
+    numbers = match.groups() if match else (None, None, None)
+    return tuple(int(number) if number and number != "*" else None for number in numbers)
 
 
 class _Exchange:
@@ -117,6 +190,7 @@ class _Exchange:
 
         session = self._session = requests.Session()
         session.trust_env = False  # proxy, .netrc and certificates come from the settings, not from the environment
+        session.get_redirect_target = lambda response: None  # redirects are followed here, one by one
         session.headers.update({"User-Agent": self.settings.user_agent, "Accept": "*/*", "Accept-Encoding": "identity"})
         if self.settings.cookies_file:
             session.cookies = load_cookies(self.settings.cookies_file)
@@ -129,18 +203,24 @@ class _Exchange:
     def get(self, headers: dict[str, str]):
         """Return the response after redirects, with its body unread.
 
-        Raises DownloadError unless the status is 200, 206 or 416.
+        Raises DownloadError unless the status is 416 or one that comes with a file: 200, 203, 206, or another of
+        2xx that RFC 9110, 15 lets a client treat as 200.
         """
         for _hop in range(MAX_REDIRECTS + 1):
             response = self._send(headers)
-            if not response.is_redirect:
+            target = response.headers.get("Location") if response.status_code in REDIRECTS else None
+            if target is None:
                 break
-            self.url = urljoin(self.url, response.headers["Location"])
             response.close()
+            try:
+                self.url = redirect_target(self.url, target)
+            except ValueError as error:
+                raise DownloadError("unsupported-url", f"redirected to {target!r}: {error}") from error
         else:
             raise DownloadError("redirect-loop", f"more than {MAX_REDIRECTS} redirects; the last goes to {self.url}")
-        if response.status_code not in (200, 206, 416):
-            error = from_http_status(response.status_code, response.reason or "", _retry_after_s(response))
+        status = response.status_code
+        if status in (202, 204, 205) or not (200 <= status < 300 or status == 416):
+            error = from_http_status(status, response.reason or "", retry_after_s(response.headers))
             response.close()
             raise error
         return response
@@ -154,38 +234,41 @@ class _Exchange:
         if urlsplit(self.url).scheme.lower() not in ("http", "https"):
             raise DownloadError("unsupported-url", f"redirected to {self.url}, which is not an http(s) URL")
         if settings.proxy:
-            check_behind_proxy(self.url, settings.allow_private_addresses)
+            check_behind_proxy(self.url, settings)
         try:
-            return self._session.get(
-                self.url,
-                headers=headers,
-                stream=True,
-                allow_redirects=False,
-                timeout=(settings.stall_timeout_s, settings.stall_timeout_s),
-                proxies={"http": settings.proxy, "https": settings.proxy} if settings.proxy else None,
-            )
+            with self.guard.answer_within(settings.answer_timeout_s):
+                return self._session.get(
+                    request_url(self.url),
+                    headers=headers,
+                    stream=True,
+                    allow_redirects=False,
+                    timeout=(settings.stall_timeout_s, settings.stall_timeout_s),
+                    proxies={"http": settings.proxy, "https": settings.proxy} if settings.proxy else None,
+                )
         except requests.exceptions.InvalidSchema as error:
             if "SOCKS" in str(error):
                 message = f"download.proxy = {settings.proxy!r}: SOCKS needs the package PySocks; install it"
                 raise UserError(message) from error
             raise DownloadError("unsupported-url", f"{self.url} cannot be requested: {error}") from error
-        except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, UnicodeError) as error:
+        except requests.exceptions.InvalidHeader as error:
+            raise DownloadError("connection", f"{self.url}: {error}") from error
+        except ValueError as error:  # such as requests' InvalidURL and MissingSchema
             raise DownloadError("unsupported-url", f"{self.url} is not a valid URL: {error}") from error
         except (requests.RequestException, HTTPError, http.client.HTTPException) as error:
             self.guard.check()
             raise _from_network_error(self.url, error) from error
 
 
-def check_behind_proxy(url: str, allow_private: bool) -> None:
+def check_behind_proxy(url: str, settings: DownloadSettings) -> None:
     """Raise DownloadError "private-address" if the host resolves to one here.
 
     A name that does not resolve here is allowed: the proxy may resolve it.
     """
     host = urlsplit(url).hostname
-    if allow_private or not host:
+    if settings.allow_private_addresses or not host:
         return
     try:
-        resolve(host, None, False)
+        resolve(host, None, False, settings.refused_networks)
     except DownloadError as error:
         if error.error_class != "unknown-host":
             raise
@@ -219,15 +302,65 @@ def _from_network_error(url: str, error: Exception) -> DownloadError:
     return DownloadError("connection", f"{url}: {text}")
 
 
-def _retry_after_s(response) -> float | None:
-    """Return Retry-After in seconds, whether it is a number or a date; None if it is absent or malformed."""
-    value = response.headers.get("Retry-After", "").strip()
-    if value.isdigit():
-        return float(value)
+# --- addresses and numbers in headers -------------------------------------------------------------------------------
+
+_STRAY_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_NOT_IN_A_URL = re.compile(r"[^\x21\x23-\x3b\x3d\x3f-\x5b\x5d\x5f\x61-\x7a\x7e]+")
+
+
+def request_url(url: str) -> str:
+    """Return a URL with everything escaped that a request line cannot hold, in UTF-8 as browsers do it.
+
+    A percent sign that begins no escape becomes %25. Escapes stay, so that the URL leads where it did. The host is
+    returned as it is; bytes that are not UTF-8 (surrogate escapes) become the escapes of these bytes.
+    """
+    match = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*", url)
+    if not match:
+        return url
+    rest = _STRAY_PERCENT.sub("%25", url[match.end() :])
+    return match[0] + _NOT_IN_A_URL.sub(lambda part: quote(part[0], safe="%", errors="surrogateescape"), rest)
+
+
+def redirect_target(url: str, location: str) -> str:
+    """Return the URL that a Location header leads to. Servers send letters outside ASCII as UTF-8 bytes.
+
+    location  the header as `http.client` gives it: one character per byte
+    """
     try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()) if value else None
-    except (ValueError, TypeError):  # malformed, or a date without a time zone
+        raw = location.strip().encode("latin-1")
+    except UnicodeEncodeError:  # decoded by somebody else already
+        return request_url(urljoin(url, location.strip()))
+    return request_url(urljoin(url, raw.decode("utf-8", "surrogateescape")))
+
+
+def _number(value: str | None) -> int | None:
+    """Return a header's number, None if it is absent or not ASCII digits. A repeated one counts once."""
+    values = {part.strip() for part in (value or "").split(",")}
+    number = values.pop() if len(values) == 1 else ""
+    return int(number) if re.fullmatch(r"[0-9]{1,18}", number) else None
+
+
+def _http_date(value: str) -> datetime | None:
+    """Return a header's date, None if it is absent or malformed. A date without a time zone is in UTC."""
+    try:
+        found = parsedate_to_datetime(value)
+        return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    except (ValueError, TypeError, IndexError, OverflowError):
         return None
+
+
+def retry_after_s(headers, now: datetime | None = None) -> float | None:
+    """Return the seconds that Retry-After asks to wait, whether it is a number or a date, at most a day.
+
+    None if it is absent, malformed, negative, zero or in the past: the caller's own pause holds then.
+    """
+    value = headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", value):
+        seconds = float(value[:20])
+    else:
+        at = _http_date(value)
+        seconds = (at - (now or datetime.now(UTC))).total_seconds() if at else 0.0
+    return min(seconds, MAX_RETRY_AFTER_S) if seconds > 0 else None
 
 
 # --- the body -------------------------------------------------------------------------------------------------------
@@ -288,7 +421,7 @@ def _chunks(response, url: str, guard: EgressGuard) -> Iterator[bytes]:
     announced, raw = _announced_bytes(response), response.raw
     before = raw.tell()
     try:
-        while chunk := raw.read1(CHUNK_BYTES, decode_content=True):
+        while chunk := guard.least_rate.measure(lambda: raw.read1(CHUNK_BYTES, decode_content=True)):
             guard.check()
             yield chunk
     except (HTTPError, http.client.HTTPException) as error:
@@ -301,8 +434,7 @@ def _chunks(response, url: str, guard: EgressGuard) -> Iterator[bytes]:
 
 
 def _announced_bytes(response) -> int | None:
-    value = response.headers.get("Content-Length", "")
-    return int(value) if value.isdigit() and response.status_code != 416 else None
+    return None if response.status_code == 416 else _number(response.headers.get("Content-Length"))
 
 
 def _refuse_page(head: bytes, response, url: str) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, IPvAnyNetwork
 
 from clipmill.base.settings import Settings, operational
 
@@ -39,6 +39,9 @@ class DownloadSettings(Settings):
     # Allow loopback, private, link-local and reserved addresses. Off, so that neither a list of URLs nor a redirect can
     # reach into the local network.
     allow_private_addresses: bool = operational(False)
+    # Further networks ("203.0.113.0/24") that no download may connect to: what leads back to this machine or into its
+    # network by public addresses, such as that of its router.
+    refused_networks: list[IPvAnyNetwork] = operational([])
     # Schemes read through fsspec; all others but http(s) are refused.
     object_store_schemes: list[str] = operational(
         ["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hdfs", "oss"]
@@ -48,6 +51,13 @@ class DownloadSettings(Settings):
     timeout_s: float = operational(7200, gt=0)
     # Seconds without a byte before a connection counts as dead.
     stall_timeout_s: float = operational(30, gt=0)
+    # Bytes per second that must arrive, over rate_window_s; a slower download ends as stalled, and a retry continues
+    # it. 0: without limit.
+    min_bytes_per_s: float = operational(1000.0, ge=0)
+    # Seconds over which min_bytes_per_s is measured.
+    rate_window_s: float = operational(60.0, gt=0)
+    # Seconds until the headers of an answer are complete, however they trickle.
+    answer_timeout_s: float = operational(120.0, gt=0)
     # Seconds for probing a downloaded file before it counts as one that hangs the decoder.
     probe_timeout_s: float = operational(60, gt=0)
     # Most bytes of a file; a larger one is refused by its header, or else while it is downloaded.

@@ -11,8 +11,9 @@ import itertools
 import json
 import optparse
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,20 @@ from yt_dlp.networking.common import Response
 from yt_dlp.networking.exceptions import HTTPError, RequestError, TransportError
 from yt_dlp.utils import GeoRestrictedError, UnsupportedError
 
+from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import ItemError, UserError
 from clipmill.media.probe import CONTAINERS
 from pipeline.stages.download.address_guard import EgressGuard
 from pipeline.stages.download.errors import DownloadError, from_http_status, from_os_error
-from pipeline.stages.download.http_fetch import CHUNK_BYTES, check_behind_proxy, load_cookies
+from pipeline.stages.download.http_fetch import (
+    CHUNK_BYTES,
+    Validators,
+    check_behind_proxy,
+    load_cookies,
+    redirect_target,
+    request_url,
+    retry_after_s,
+)
 from pipeline.stages.download.settings import DownloadSettings
 
 # Downloaders that fetch through yt-dlp's request director only.
@@ -102,6 +112,27 @@ def site_extractor(url: str) -> str | None:
     return None
 
 
+# Extractors that give no id of a site's own: the same id may be that of any page.
+_NO_SITES = frozenset(("generic", "http", "file", "fsspec", "html5mediaembed", "commonmistakes"))
+
+
+def site_key(extractor: str, video_id: str) -> str | None:
+    """Return the name of a video at a site, the same for all its addresses; None if the extractor knows no site.
+
+    extractor  yt-dlp's key, or what `downloads.extractor` says
+    """
+    return None if extractor.lower() in _NO_SITES else f"{extractor.lower()}:{video_id}"
+
+
+def site_key_of(url: str) -> str | None:
+    """Return the `site_key` that an address itself shows, None if it does not. Asks nobody."""
+    from yt_dlp.extractor import get_info_extractor
+
+    extractor = site_extractor(url) if "://" in url else None
+    found = get_info_extractor(extractor).get_temp_id(url) if extractor else None
+    return site_key(extractor, found) if found else None
+
+
 def download_site(
     url: str,
     work: Path,
@@ -110,21 +141,24 @@ def download_site(
     *,
     generic: bool = False,
     extractors: tuple = (),
+    refuse: Callable[[list[str]], None] = lambda spellings: None,
 ) -> SiteVideo:
     """Make one attempt at the video of a page.
 
     generic     look for a video in a page of any site
     extractors  yt-dlp extractor instances to use in place of yt-dlp's own
+    refuse      called with the names of what was found, before its files are fetched; an ItemError ends the download
 
-    Raises DownloadError, and UserError for settings that yt-dlp does not accept.
+    Raises DownloadError, what `refuse` raises, and UserError for settings that yt-dlp does not accept.
     """
     try:
-        with _GuardedYoutubeDL(_parameters(work, settings, guard), settings, guard) as downloader:
+        with _GuardedYoutubeDL(_parameters(work, settings, guard, refuse), settings, guard, work) as downloader:
             for extractor in extractors:
                 downloader.add_info_extractor(extractor)
             if not extractors:
                 downloader.add_default_info_extractors()
             info = downloader.extract_info(url, download=True, ie_key="Generic" if generic else None)
+            downloader.parts.path.unlink(missing_ok=True)
             return _result(downloader, downloader.sanitize_info(info), url, work)
     except OSError as error:
         raise from_os_error(error) from error
@@ -153,30 +187,43 @@ def _result(downloader: "_GuardedYoutubeDL", info: dict | None, url: str, work: 
 class _GuardedYoutubeDL(yt_dlp.YoutubeDL):
     """YoutubeDL with guarded requests and downloaders, one video per page and our choice of subtitles."""
 
-    def __init__(self, parameters: dict, settings: DownloadSettings, guard: EgressGuard):
+    def __init__(self, parameters: dict, settings: DownloadSettings, guard: EgressGuard, work: Path):
         self.settings = settings
         self.guard = guard
+        self.parts = _Parts(work)
         self.subtitle_kinds: dict[str, str] = {}
         super().__init__(parameters, auto_init=False)
 
     def build_request_director(self, handlers, preferences=None):
         """Build a director with the guarded handler alone: any other handler would bypass the guard."""
-        guard, settings = self.guard, self.settings
+        guard, settings, parts = self.guard, self.settings, self.parts
 
         class GuardedRH(RequestsRH):
             def _create_instance(self, **kwargs):
                 session = super()._create_instance(**kwargs)
+                session.get_redirect_target = _redirect_target
                 guard.mount(session)
                 return session
 
             def _send(self, request):
                 try:
-                    guard.check()
-                    if settings.proxy:
-                        check_behind_proxy(request.url, settings.allow_private_addresses)
-                    return _bounded(super()._send(request), request.url, guard)
+                    request.url = request_url(request.url)
+                    response = self._answer(request)
+                    if not parts.fits(request, response):
+                        response.close()
+                        request = request.copy()
+                        del request.headers["Range"]  # yt-dlp begins again when it gets the whole file
+                        response = self._answer(request)
+                    return _bounded(response, request.url, guard)
                 except ItemError as error:  # the director treats any other class as a bug of the handler
                     raise RequestError(str(error), cause=error) from error
+
+            def _answer(self, request):
+                guard.check()
+                if settings.proxy:
+                    check_behind_proxy(request.url, settings)
+                with guard.answer_within(settings.answer_timeout_s):
+                    return super()._send(request)
 
         return super().build_request_director([GuardedRH], preferences)
 
@@ -223,24 +270,82 @@ class _GuardedYoutubeDL(yt_dlp.YoutubeDL):
             self.params = parameters
 
 
-def _bounded(response: Response, url: str, guard: EgressGuard) -> Response:
-    """Limit reading a whole body at once to MAX_PAGE_BYTES: extractors read pages into memory."""
-    read = response.read
+def _redirect_target(response) -> str | None:
+    """Return the URL that a response of `requests` redirects to, None if it does not."""
+    return redirect_target(response.url, response.headers["location"]) if response.is_redirect else None
 
-    def bounded(amt: int | None = None) -> bytes:
-        if amt is not None and amt >= 0:
-            return read(amt)
+
+class _Parts:
+    """Decide whether a response continues a partial file of yt-dlp, which itself compares nothing but offsets.
+
+    Validators of the responses so far are kept in the work folder, by the size of the whole file: a later attempt
+    extracts anew, and the same file then has another URL.
+    """
+
+    def __init__(self, work: Path):
+        self.work = work
+        self.path = work / "responses.json"
+        self.fresh: set[int] = set()  # sizes of the files of this attempt
+        try:
+            self.known = {int(size): Validators(*pair) for size, pair in json.loads(self.path.read_text()).items()}
+        except (OSError, ValueError, TypeError, AttributeError):  # absent, or damaged by a crash
+            self.known = {}
+
+    def fits(self, request, response: Response) -> bool:
+        """Return False for a response to a request for the rest of a partial file that may be of another file."""
+        match = re.match(r"bytes=([0-9]+)-", request.headers.get("Range", ""))
+        start, found = int(match[1]) if match else 0, Validators.of(response.status, response.headers)
+        resumes = start and response.status == 206 and start in self._part_sizes()
+        if resumes:
+            before = self.known.get(found.num_bytes)
+            has_none = before is not None and not (before.etag or before.last_modified)
+            same_attempt = found.num_bytes in self.fresh and has_none  # a server that never sends validators
+            if before is None or not (before.prove_same_file(found) or same_attempt and not before.contradict(found)):
+                return False
+        elif found.num_bytes:
+            self.fresh.add(found.num_bytes)
+            self._remember(found.num_bytes, found)
+        return True
+
+    def _part_sizes(self) -> set[int]:
+        return {path.stat().st_size for path in self.work.glob("*.part")}
+
+    def _remember(self, size: int, found: Validators) -> None:
+        pair = [found.etag, found.last_modified]
+        if self.known.get(size) != Validators(*pair):
+            self.known[size] = Validators(*pair)
+            kept = {key: [value.etag, value.last_modified] for key, value in self.known.items()}
+            write_text(self.path, json.dumps(kept))
+
+
+def _bounded(response: Response, url: str, guard: EgressGuard) -> Response:
+    """Limit reading a whole body at once to MAX_PAGE_BYTES: extractors read pages into memory.
+
+    Bytes are read as they arrive, so that the guard's deadline and least rate hold within a block, too.
+    """
+
+    def arriving(amt: int | None = None) -> bytes:
         parts, num_bytes = [], 0
-        while part := read(CHUNK_BYTES):
+        limit = amt if amt is not None and amt >= 0 else None
+        while limit is None or num_bytes < limit:
+            step = CHUNK_BYTES if limit is None else min(CHUNK_BYTES, limit - num_bytes)
+            part = guard.least_rate.measure(lambda step=step: response.fp.read1(step, decode_content=True))
             guard.check()
+            if not part:
+                break
             num_bytes += len(part)
-            if num_bytes > MAX_PAGE_BYTES:
-                error = DownloadError("too-large", f"{url}: the page has more than {MAX_PAGE_BYTES} bytes")
-                raise RequestError(str(error), cause=error)
             parts.append(part)
+            if limit is None and num_bytes > MAX_PAGE_BYTES:
+                raise DownloadError("too-large", f"{url}: the page has more than {MAX_PAGE_BYTES} bytes")
         return b"".join(parts)
 
-    response.read = bounded
+    def bounded(amt: int | None = None) -> bytes:
+        try:
+            return arriving(amt)
+        except ItemError as error:
+            raise RequestError(str(error), cause=error) from error
+
+    response._real_read = bounded
     return response
 
 
@@ -256,7 +361,9 @@ class _SilentLogger:
     info = warning = error = debug
 
 
-def _parameters(work: Path, settings: DownloadSettings, guard: EgressGuard) -> dict:
+def _parameters(
+    work: Path, settings: DownloadSettings, guard: EgressGuard, refuse: Callable[[list[str]], None]
+) -> dict:
     """Return the parameters of YoutubeDL. Raises UserError for options and cookie files that cannot be used."""
     import imageio_ffmpeg
 
@@ -283,7 +390,7 @@ def _parameters(work: Path, settings: DownloadSettings, guard: EgressGuard) -> d
         "proxy": settings.proxy or "",
         "ratelimit": settings.rate_limit_bytes_per_s,
         "progress_hooks": [_LimitHook(settings.max_bytes, guard)],
-        "match_filter": _refuse_live,
+        "match_filter": partial(_check_found, refuse),
         "updatetime": False,
         "color": {"stdout": "no_color", "stderr": "no_color"},
     }
@@ -350,7 +457,11 @@ class _LimitHook:
             raise DownloadError("too-large", message)
 
 
-def _refuse_live(info: dict, *, incomplete: bool = False) -> None:
+def _check_found(refuse: Callable[[list[str]], None], info: dict, *, incomplete: bool = False) -> None:
+    """Raise an ItemError for a video that must not be downloaded, by what its extraction found."""
+    key = site_key(info.get("extractor_key") or "generic", str(info.get("id") or ""))
+    addresses = [info.get(name) for name in ("webpage_url", "original_url")]
+    refuse([key, *addresses] if key else addresses)
     if info.get("is_live") or info.get("live_status") in ("is_live", "is_upcoming", "post_live"):
         status = info.get("live_status") or "is_live"
         raise DownloadError("live-stream", f"{info.get('webpage_url')} is a live stream ({status}), not yet a video")
@@ -423,7 +534,7 @@ def classify(error: BaseException) -> DownloadError:
     from_message = next((name for pattern, name in _MESSAGES if pattern.search(message)), None)
     status = next((cause for cause in chain if isinstance(cause, HTTPError)), None)
     if status is not None and from_message in (None, "forbidden", "connection", "login-required"):
-        return from_http_status(status.status, message)
+        return from_http_status(status.status, message, retry_after_s(status.response.headers))
     if from_message:
         return DownloadError(from_message, message)
     if any(isinstance(cause, TransportError) for cause in chain):

@@ -1,5 +1,6 @@
 """The download stage: a URL, path or page → the video's file, its subtitle files and its metadata."""
 
+import contextvars
 import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -7,13 +8,15 @@ from pathlib import Path
 
 from clipmill.base.errors import ItemError
 from clipmill.media.probe import probe
-from pipeline.runtime.task import HOST_LIMITER, Outcome, Result, Stopwatch, Task, require_lock, sandbox
-from pipeline.stages.download.fetch import fetch, new_rate_limiter
+from pipeline.runtime.task import HOST_LIMITER, NotNow, Outcome, Result, Stopwatch, Task, require_lock, sandbox
+from pipeline.stages.download.fetch import GivenBack, fetch, new_rate_limiter
+from pipeline.stages.download.host_limiter import host_of
 from pipeline.stages.download.settings import DownloadSettings
 from pipeline.stages.stage import Stage
 from shards.corpus.fragments import sync_files
+from shards.corpus.source_ids import source_spellings
 from shards.corpus.stage_query import chosen_rows
-from shards.corpus.tombstones import FORGOTTEN, read_tombstones
+from shards.corpus.tombstones import FORGOTTEN, all_hashes, is_forgotten, read_tombstones
 from shards.storage.mirror import files_of
 
 # Of all units, not only those in scope, because a video may be a copy of any other video.
@@ -73,17 +76,43 @@ PAYLOAD = """
 """
 
 
-def run_download(task: Task) -> Result:
-    """Download the unit's sources in parallel: they wait for the network, and each host has its own limit."""
+# Seconds that a source waits for a further turn of its host, before a retry, and keeps its place among the downloads.
+# For a longer pause it gives its place to another source.
+WAITS_IN_PLACE_S = 5.0
+
+
+def host(item: dict) -> str | None:
+    """Return the host whose turn a source has to wait for; None for a local file."""
+    return None if item["kind"] == "file" else host_of(item["url"])
+
+
+def _spellings(address: str) -> list[str]:
+    try:
+        return source_spellings(address) if "://" in address else []
+    except ValueError:
+        return []
+
+
+def run_download(task: Task) -> Result | NotNow:
+    """Download sources in parallel. One whose host makes it wait is given back, if the driver can wait for it."""
     root = Path(task.root)
     folder = root / "sources" / task.unit
-    limiter = None
+    limiter, waits = None, {}
     if any(item["kind"] != "file" for item in task.items):
         import ray
 
         # The driver starts the cluster's one limiter of requests per host with the first URL.
         limiter = ray.get_actor(HOST_LIMITER) if ray.is_initialized() else new_rate_limiter(task.settings)
-    forgotten = set(read_tombstones(root)["sha256"].to_pylist())
+        if ray.is_initialized() and len(task.items) == 1:
+            waits = {"client": task.client, "longest_wait_s": WAITS_IN_PLACE_S}
+    tombstones = read_tombstones(root)
+    forgotten, hashes = set(tombstones["sha256"].to_pylist()), all_hashes(tombstones)
+
+    def refuse(spellings: list[str | None]) -> None:
+        """Raise ItemError for a name or an address of a forgotten video."""
+        for spelling in filter(None, spellings):
+            if hashes and is_forgotten([spelling, *_spellings(spelling)], hashes):
+                raise ItemError(FORGOTTEN, "the video was forgotten with `clipmill forget`, under another address")
 
     call = sandbox().call  # before the threads start, so that they share one sandbox
 
@@ -97,6 +126,8 @@ def run_download(task: Task) -> Result:
                 rate_limiter=limiter,
                 probe=partial(call, probe, timeout_s=task.settings.probe_timeout_s),
                 require_lock=partial(require_lock, task),
+                refuse=refuse,
+                **waits,
             )
             if row["sha256"] in forgotten:
                 for path in folder.glob(f"{item['video_id']}.*"):
@@ -115,8 +146,14 @@ def run_download(task: Task) -> Result:
                 outcome.parts.append((f"{row['video_id']}.subtitle{number}", error))
         return outcome
 
+    if len(task.items) == 1:
+        try:
+            return [download(task.items[0])], []
+        except GivenBack as given_back:
+            return NotNow(given_back.wait_s, given_back.so_far)
     with ThreadPoolExecutor(max_workers=len(task.items), thread_name_prefix="download") as pool:
-        return list(pool.map(download, task.items)), []
+        contexts = [contextvars.copy_context() for _ in task.items]
+        return list(pool.map(lambda context, item: context.run(download, item), contexts, task.items)), []
 
 
 DOWNLOAD = Stage(
@@ -125,6 +162,7 @@ DOWNLOAD = Stage(
     settings=DownloadSettings,
     item="video",
     pool="io",
+    host=host,
     after=(),
     wanted=WANTED,
     current=(

@@ -16,8 +16,8 @@ from pipeline.stages.ingest.given_texts import WHOLE
 from pipeline.stages.ingest.settings import IngestSettings
 from pipeline.stages.ingest.source_lists import Problem, SourceList, read_sources
 from shards.corpus.schema import TABLES
-from shards.corpus.source_ids import canonical_urls, video_ids
-from shards.corpus.tombstones import hash_of
+from shards.corpus.source_ids import canonical_urls, source_spellings, video_ids
+from shards.corpus.tombstones import is_forgotten
 
 UNIT = pa.string()
 
@@ -58,7 +58,7 @@ def ingest(
     """Return the sources in the arguments' lists that are not in `known`, and those of `known` that have grown.
 
     known       the corpus's sources: video_id, url, unit, ordinal, split, texts
-    forgotten   SHA-256 of canonical URLs and ids to leave out; such rows are counted and not reported
+    forgotten   SHA-256 of spellings of URLs and of ids to leave out; such rows are counted and not reported
     listed      content of the arguments' lists, if they were read before: standard input can be read once
     known_rows  gives all columns of these known sources, in this order; by default from `known`
 
@@ -109,7 +109,7 @@ def _without(table: pa.Table, forgotten: Collection[str]) -> tuple[pa.Table, int
     canonical = _array(table, "canonical")
     ids = video_ids(canonical, pc.coalesce(_array(table, "video_id"), _array(table, "source_id")))
     pairs = zip(canonical.to_pylist(), ids.to_pylist(), strict=True)
-    stays = [hash_of(url) not in forgotten and hash_of(video_id) not in forgotten for url, video_id in pairs]
+    stays = [not is_forgotten([video_id, *source_spellings(url)], forgotten) for url, video_id in pairs]
     return table.filter(pa.array(stays, pa.bool_())), stays.count(False)
 
 

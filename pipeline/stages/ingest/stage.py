@@ -28,7 +28,7 @@ from shards.corpus.fragments import (
     write_commit,
 )
 from shards.corpus.schema import LEDGER
-from shards.corpus.tombstones import read_tombstones
+from shards.corpus.tombstones import all_hashes, read_tombstones
 
 INGEST = DriverStage("ingest", help="source lists → sources", settings=IngestSettings)
 
@@ -52,8 +52,7 @@ def ingest_sources(session, arguments: list[str], listed: SourceList | None = No
     """
     columns = "video_id, url, unit, ordinal, split, texts"
     known = session.ledger.connection.sql(f"SELECT {columns} FROM sources").to_arrow_table()
-    tombstones = read_tombstones(session.corpus.root)
-    forgotten = {*tombstones["video_hash"].to_pylist(), *tombstones["url_hash"].to_pylist()}
+    forgotten = all_hashes(read_tombstones(session.corpus.root))
     known_rows = partial(_known_rows, session.ledger)
     found = ingest(arguments, session.settings.ingest, known, forgotten, listed, known_rows)
     root, names = session.corpus.root, []
