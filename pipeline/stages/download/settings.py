@@ -18,7 +18,8 @@ class DownloadSettings(Settings):
     subtitle_kinds: list[Literal["manual", "auto"]] = ["manual", "auto"]
     # Subtitle formats, best first; the first that a site offers is fetched. vtt and json3 carry word times on YouTube.
     subtitle_formats: list[Literal["vtt", "srt", "ttml", "json3", "srv3", "ass"]] = ["vtt", "json3", "ttml", "srt"]
-    # Any further option of yt-dlp by its long name: {"sleep-requests": 1, "extractor-args": "youtube:lang=en"}.
+    # Further options of yt-dlp by their long names: {"sleep-requests": 1, "extractor-args": "youtube:lang=en"}. Options
+    # that run programs, open files or choose addresses are refused.
     ytdlp_options: dict[str, Any] = {}
     # Search other pages, which are neither media files nor of a known site, for a video.
     generic_pages: bool = True
