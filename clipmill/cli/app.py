@@ -140,6 +140,14 @@ def status(corpus: CorpusArgument, set_: TrySetOption = None) -> None:
 
 
 @app.command()
+def trust(corpus: CorpusArgument) -> None:
+    """Confirm the settings of a corpus from elsewhere that run code, open addresses or read other files."""
+    from clipmill.cli.display import show_trust
+
+    show_trust(corpus)
+
+
+@app.command()
 def sql(
     corpus: CorpusArgument,
     query: Annotated[
@@ -425,7 +433,10 @@ def demo(
 
 
 def _command() -> str:
-    return shlex.join(["clipmill", *sys.argv[1:]])
+    """Return the command as it is recorded: without credentials."""
+    from clipmill.base.credentials import strip_credentials
+
+    return shlex.join(["clipmill", *map(strip_credentials, sys.argv[1:])])
 
 
 def main() -> None:
@@ -436,9 +447,10 @@ def _run() -> int:
     try:
         app()
     except UserError as error:
+        from clipmill.base.credentials import strip_credentials
         from clipmill.base.text import visible
 
-        typer.echo(f"clipmill: {visible(str(error), keep=chr(10))}", err=True)
+        typer.echo(f"clipmill: {visible(strip_credentials(str(error)), keep=chr(10))}", err=True)
         return 2
     except KeyboardInterrupt:
         typer.echo("\nclipmill: interrupted. Run the same command again to resume.", err=True)

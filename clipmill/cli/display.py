@@ -14,6 +14,7 @@ from clipmill.base.console import one_line, plain_console, print_failures
 from pipeline.engine.build import BuildReport, Status, status
 from pipeline.engine.driver import Engine
 from pipeline.engine.registry import stages
+from pipeline.engine.trust import confirm, lines
 from pipeline.stages.ingest.stage import IngestReport
 from pipeline.stages.pack import PACK
 from shards.corpus.folder import Corpus
@@ -217,6 +218,21 @@ def _show_idle(console: Console, current: Status) -> None:
         hint = "failed engine.max_attempts times; `clipmill run STAGE --where quarantined` retries"
         console.print(f"[dim]quarantined: {hint}[/]")
     print_failures(console, current.failures)
+    if current.untrusted:
+        console.print("[yellow]not yours:[/] these settings take effect after `clipmill trust`, or a --set of them:")
+        for line in current.untrusted:
+            console.print(f"  {escape(one_line(line))}", soft_wrap=True)
+
+
+def show_trust(root: str | Path) -> None:
+    """Confirm the settings that reach outside the corpus, and print them."""
+    console = plain_console()
+    confirmed = confirm(root)
+    for line in lines(confirmed):
+        console.print(escape(one_line(line)), soft_wrap=True)
+    console.print(
+        "Confirmed: they take effect from now on." if confirmed else "Nothing to confirm: all of it is yours."
+    )
 
 
 def verify_corpus(root: str | Path, decode: bool) -> int:

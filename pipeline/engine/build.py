@@ -16,11 +16,14 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from clipmill.base.credentials import strip_credentials
 from clipmill.base.errors import UserError
 from pipeline.engine import registry
 from pipeline.engine.driver import Engine, EngineReport
 from pipeline.engine.settings import CorpusSettings, resolve
+from pipeline.engine.trust import RUNS_CODE, Trust, assigned, lines, trust_in, without_foreign_code
 from pipeline.runtime.watchdog import sweep_reports
+from pipeline.stages.download.ytdlp_options import check_names
 from pipeline.stages.ingest.stage import IngestReport, ingest_sources
 from pipeline.stages.pack import PackReport, pack_corpus, pack_state
 from pipeline.stages.stage import Stage
@@ -56,8 +59,9 @@ class BuildReport:
 class Session:
     """A corpus opened for writing: settings saved, leftovers swept, every fragment loaded."""
 
-    def __init__(self, corpus: Corpus, settings: CorpusSettings, ledger: Ledger, command: str):
-        self.corpus, self.settings, self.ledger, self.command = corpus, settings, ledger, command
+    def __init__(self, corpus: Corpus, settings: CorpusSettings, ledger: Ledger, command: str, trust: Trust):
+        self.corpus, self.settings, self.ledger, self.trust = corpus, settings, ledger, trust
+        self.command = strip_credentials(command)
         self.started_at = datetime.now(UTC)
         self.run_id = f"{self.started_at:%Y%m%dT%H%M%S}-{os.getpid()}"
 
@@ -110,7 +114,13 @@ def session(
     if not create:
         corpus.require()
     saved = corpus.load_settings() if corpus.exists else None
-    settings = resolve(saved, recipe, assignments)
+    settings = resolve(saved, recipe, assignments).without_plain_secrets(saved)
+    if saved is not None and not recipe:
+        saved = resolve(saved, None, []).model_dump(mode="json")  # settings that are new since then have their defaults
+    trust = trust_in(corpus, settings, given=None if saved is None or recipe else assigned(assignments))
+    trust.require(reaches=RUNS_CODE)
+    if saved is None or saved["download"]["ytdlp_options"] != settings.download.ytdlp_options:
+        check_names(settings.download.ytdlp_options)
     if corpus.store and settings.pack.shard_bytes > MOST_COPIED_BYTES:
         raise UserError(
             f"pack.shard_bytes = {settings.pack.shard_bytes}: at most {MOST_COPIED_BYTES} for a corpus in a store, "
@@ -120,8 +130,8 @@ def session(
     resolved = settings.model_dump(mode="json")
     corpus.create()
     with corpus.writer():
-        if resolved != saved:
-            corpus.save_settings(resolved)
+        if resolved != saved or trust.marks != corpus.load_marks():
+            corpus.save_settings(resolved, trust.marks)
         sweep_temporaries(corpus.root)
         sweep_reports(corpus.root)
         if fresh:
@@ -130,7 +140,7 @@ def session(
         try:
             ledger.sync()
             ledger.remove_orphans()
-            yield Session(corpus, settings, ledger, command), difference(saved, resolved) if saved else []
+            yield Session(corpus, settings, ledger, command, trust), difference(saved, resolved) if saved else []
         finally:
             ledger.close()
 
@@ -187,6 +197,7 @@ def _run_stages(current: Session, stages: Sequence[str], report: BuildReport, di
     names = [stage.name for stage in registry.stages() if stage.name in stages]
     if not current.ledger.units_with_work(names):
         return
+    current.trust.require([*names, "engine"])
     current.record_run(ended=False)
     engine = current.engine(names)
     with display.progress(engine, report.pending_before):
@@ -228,6 +239,7 @@ class Status:
     failures: list[tuple[str, str, int, str]]
     pack: dict[str, int]
     changed: list[str]
+    untrusted: list[str] = field(default_factory=list)  # settings that are not the user's own
 
 
 def status(root: str | Path, assignments: list[str]) -> Status:
@@ -235,18 +247,22 @@ def status(root: str | Path, assignments: list[str]) -> Status:
     corpus = Corpus(root).require()
     saved = corpus.load_settings()
     settings = resolve(saved, None, assignments)
+    trust = trust_in(corpus, settings, assigned(assignments))
+    settings = without_foreign_code(settings, trust)
     with corpus.alone_here(), corpus.files.local_only():
         corpus.files.pull()
         ledger = Ledger(corpus.root, registry.stages(), memory_limit=settings.engine.driver_memory)
         try:
             ledger.sync()
-            current = Session(corpus, settings, ledger, "status")
+            current = Session(corpus, settings, ledger, "status", trust)
             current.refresh_state()
             if (corpus.root / MANIFEST_NAME).exists() and not is_current(corpus.root):
                 publish(ledger)  # another version wrote it, so it may lack columns that packing reads
-            changed = difference(saved, settings.model_dump(mode="json"))
+            changed = difference(resolve(saved, None, []).model_dump(mode="json"), settings.model_dump(mode="json"))
             off = [stage.name for stage in registry.stages() if stage.is_off(getattr(settings, stage.name))]
-            return Status(ledger.counts(), off, current.failures(), pack_state(current), changed)
+            return Status(
+                ledger.counts(), off, current.failures(), pack_state(current), changed, lines(trust.untrusted)
+            )
         finally:
             ledger.close()
 

@@ -55,8 +55,9 @@ class Engine:
     """Run stages over a corpus whose lock the caller holds."""
 
     def __init__(self, corpus: Corpus, settings: CorpusSettings, ledger: Ledger, run_id: str, names: Sequence[str]):
-        self.corpus, self.settings, self.ledger, self.run_id = corpus, settings, ledger, run_id
+        self.corpus, self.settings, self.ledger, self.run_id = corpus, settings.revealed(), ledger, run_id
         self.fingerprints = fingerprints(settings)
+        self.secrets = {stage.name: self._secrets_of(settings, stage.name) for stage in stages()}
         self.stages = [stage for stage in stages() if stage.name in names and self.fingerprints[stage.name]]
         self.report = EngineReport(by_stage={stage.name: StageProgress() for stage in self.stages})
         self.in_flight: dict[object, InFlightTask] = {}  # by Ray's reference to the result
@@ -65,6 +66,9 @@ class Engine:
         self.order = 0
         self.published_at, self.publish_cost_s = -math.inf, 0.0
         self.exhausted: list[tuple[str, str, int]] = []  # (stage, item, attempts) whose workers died too often
+
+    def _secrets_of(self, settings: CorpusSettings, stage: str) -> tuple[str, ...]:
+        return tuple(getattr(self.settings, stage).known_secrets(getattr(settings, stage)))
 
     def refresh_state(self, units: Sequence[str] | None = None) -> None:
         self.ledger.refresh_state(
@@ -199,6 +203,7 @@ class Engine:
             run_id=self.run_id,
             store=self.corpus.store,
             lock_owner=self.corpus.lock_owner,
+            secrets=self.secrets[stage.name],
         )
 
     def _enqueue(self, stage: Stage, task: Task, num_failures: int = 0, num_lost: int = 0) -> None:

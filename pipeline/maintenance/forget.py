@@ -14,6 +14,7 @@ from pathlib import Path
 from clipmill.base.errors import UserError
 from pipeline.engine.build import session
 from pipeline.engine.settings import resolve
+from pipeline.engine.trust import RUNS_CODE, trust_in
 from pipeline.stages.pack import planned
 from shards.corpus.folder import Corpus
 from shards.corpus.source_ids import canonical_url, video_id_for
@@ -111,6 +112,7 @@ def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:
     Returns True if the manifest is published without them, False if a running build will publish it.
     """
     corpus, at = Corpus(root).require(), datetime.now(UTC)
+    trust_in(corpus, resolve(corpus.load_settings(), None, [])).require(reaches=RUNS_CODE)
     slots = _slots_of(corpus, plan)
     rows = [
         {

@@ -96,6 +96,8 @@ def _write_all(session, connection, plans: list[ShardPlan], display) -> list[tup
     root, fsync = session.corpus.root, session.settings.pack.fsync
     failures: list[tuple[str, ItemError]] = []
     few = len(plans) <= FEW_SHARDS
+    if not few:
+        session.trust.require(["engine"])
     with nullcontext(_InThisProcess()) if few else _RayTasks(session.settings) as submit:
         waiting, num_done = deque(), 0
         for piece in chain(rows_by_shard(connection, plans), [None]):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from clipmill.base.errors import ItemError, UserError
-from clipmill.base.settings import operational
+from clipmill.base.settings import operational, setting
 from pipeline.runtime.watchdog import time_limit
 from pipeline.stages.transcribe.subtitles import (
     Cue,
@@ -53,7 +53,7 @@ class TranscribeSettings(SubtitleSettings):
 
     # Speech recognition for videos without a usable subtitle: a model's name (tiny, base, small, turbo …), a path of
     # weights, or null for no transcript. base understands clear English and keeps up with speech on one core.
-    whisper: str | None = "base"
+    whisper: str | None = setting("base", reaches="reads a file", unless=r"[a-z0-9-]+(\.en)?")
     # The spoken language as Whisper's code (en, de …); null: recognised from the first 30 s.
     whisper_language: str | None = None
     # Beams of the search: 5 as in Whisper's paper; 1 decodes greedily, about twice as fast.
@@ -69,7 +69,7 @@ class TranscribeSettings(SubtitleSettings):
     # "cuda" or "cpu"; null: a GPU if torch finds one.
     whisper_device: str | None = operational(None)
     # Folder of downloaded models; null: Whisper's own cache.
-    whisper_folder: str | None = operational(None)
+    whisper_folder: str | None = operational(None, reaches="reads and writes that folder")
 
     # Seconds that reading a video's subtitles, and decoding its sound, may each take before they count as hung. Half an
     # hour is enough for hours of video from a slow disk.
