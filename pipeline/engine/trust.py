@@ -27,7 +27,7 @@ Marks = dict[str, list[str]]  # setting → marks of everybody who set or confir
 
 @dataclass(frozen=True)
 class Trust:
-    """What of a corpus's settings this user has set or confirmed on this machine."""
+    """The settings of a corpus that this user has set or confirmed on this machine, and the others."""
 
     corpus: str  # its name
     marks: Marks = field(default_factory=dict)  # to be saved with the settings

@@ -126,7 +126,9 @@ class _RayTasks:
         import ray
 
         engine = self.settings.engine
-        self.ray, self.started = ray, start_ray(engine.address, engine.cpus, setting="engine.address")
+        allow_open = engine.allow_open_cluster
+        self.started = start_ray(engine.address, engine.cpus, setting="engine.address", allow_open=allow_open)
+        self.ray = ray
         self.width = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self.task = ray.remote(num_cpus=1)(_write)  # writing again gives the same bytes, so Ray may retry
         return self
