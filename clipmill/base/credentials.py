@@ -31,8 +31,8 @@ _ENCODED_PARAMETER = re.compile(r"""(%3F|%26|%23)([\w.$~-]+)(%3D)((?:(?!%26|%23)
 _HEADER = re.compile(
     r"""\b((?:proxy-)?authorization|(?:set-)?cookie)(["']?\s*[:=]\s*["']?)(?!\s)([^\r\n"']+)""", re.IGNORECASE
 )
-_SCHEME = re.compile(r"\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
-_PAIR = re.compile(r"""([\w.-]+)(["']?\s*=\s*["']?|["']\s*:\s*["']?|:\s+["']?)([^\s"'&,;}\]]+)""")
+_SCHEME = re.compile(r"\b(bearer|basic)\s+(?=[A-Za-z._~+/=-]*\d)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
+_PAIR = re.compile(r"""([\w.-]+)(["']?\s*=\s*["']?|["']\s*:\s*["']?|:\s+["']?)([^\s"'&,;}\]{\[][^\s"'&,;}\]]*)""")
 _SURE = re.compile(r"pass(word|wd|phrase)|pwd|secret|api_?-?key|(access|auth)_?-?token|twofactor", re.IGNORECASE)
 
 
@@ -47,7 +47,9 @@ def is_secret_name(name: str, value: str | None = None) -> bool:
         return True
     if "key" in words and not _WITH_KEY.isdisjoint(words):
         return True
-    return value is not None and not _AMBIGUOUS.isdisjoint(words) and _RANDOM.fullmatch(value) is not None
+    return (
+        value is not None and not _AMBIGUOUS.isdisjoint(words) and _RANDOM.fullmatch(value.rstrip(":.,)")) is not None
+    )
 
 
 def strip_url_credentials(text: str) -> str:

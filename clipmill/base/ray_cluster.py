@@ -137,8 +137,8 @@ def _check_cluster(address: str, allow_open: bool, names: str, setting: str) -> 
                 f"{setting.partition('.')[0]}.allow_open_cluster" if "." in setting else "train.allow_open_cluster"
             )
             raise UserError(
-                f"{names}: the Ray cluster at {address} has no token authentication, so everybody who reaches it can run "
-                f"code on its nodes: {_HINT}; or set {allowed}=true if nobody else can reach it."
+                f"{names}: the Ray cluster at {address} has no token authentication, so everybody who reaches it can "
+                f"run code on its nodes: {_HINT}; or set {allowed}=true if nobody else can reach it."
             )
         return
     token = _token()

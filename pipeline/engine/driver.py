@@ -23,6 +23,7 @@ from pipeline.engine.registry import fingerprints, stages
 from pipeline.engine.settings import CorpusSettings
 from pipeline.runtime.task import Outcome, Task, commit
 from pipeline.runtime.watchdog import take_report
+from pipeline.stages.ingest.private_urls import full_urls
 from pipeline.stages.stage import Stage
 from shards.corpus.folder import Corpus
 from shards.corpus.fragments import Commit
@@ -193,6 +194,8 @@ class Engine:
             yield batch
 
     def _task(self, stage: Stage, unit: str, items: list[dict]) -> Task:
+        if stage.name == "download":
+            items = _with_full_urls(items)
         return Task(
             stage=stage.name,
             unit=unit,
@@ -275,3 +278,14 @@ class Engine:
         if time.perf_counter() - self.published_at >= wait_s:
             self.publish()
             self.report.loop_s += self.publish_cost_s
+
+
+def _with_full_urls(items: list[dict]) -> list[dict]:
+    """Put the passwords and signatures of URLs back, which are in the user's state folder and not in the corpus."""
+    full = full_urls(item["item_id"] for item in items)
+    if not full:
+        return items
+    return [
+        item | {name: full.get((item["item_id"], item[name]), item[name]) for name in ("url", "subtitle")}
+        for item in items
+    ]

@@ -15,6 +15,7 @@ from clipmill.base.errors import UserError
 from pipeline.engine.build import session
 from pipeline.engine.settings import resolve
 from pipeline.engine.trust import RUNS_CODE, trust_in
+from pipeline.stages.ingest import private_urls
 from pipeline.stages.pack import planned
 from shards.corpus.folder import Corpus
 from shards.corpus.source_ids import canonical_url, video_id_for
@@ -168,6 +169,7 @@ def compact(root: str | Path) -> CompactReport:
             compact_shards(corpus.root, connection, plans, forgotten, report)
         redact(corpus.root, forgotten, report)
         remove_sources(corpus.root, forgotten, report)
+        private_urls.forget(forgotten.covers)
         compact_commits(corpus.root, forgotten, report)
     with session(corpus.root, None, [], "compact", create=False, fresh=True) as (current, _):
         current.publish()

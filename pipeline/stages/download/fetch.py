@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from clipmill.base.credentials import REMOVED, strip_credentials, strip_url_credentials
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.file_lock import lock_file
 from pipeline.runtime.watchdog import GRACE_S, time_limit
@@ -149,6 +150,12 @@ class _Job:
         """Get the video's file by the way that fits the source. Raises DownloadError."""
         if self.source["kind"] == "file":
             return self._local()
+        if REMOVED in self.url and strip_url_credentials(self.url) == self.url and "://" in self.url:
+            raise DownloadError(
+                "login-required",
+                f"{self.url}: its password or signature is kept only by the user and machine that listed it; "
+                "give the list again to `clipmill build`",
+            )
         scheme = urlsplit(self.url).scheme.lower()
         if scheme in ("http", "https"):
             return self._web()
@@ -165,7 +172,7 @@ class _Job:
         """
         from pipeline.stages.download.site_fetch import site_extractor
 
-        with time_limit(GRACE_S, f"looking up {self.url}"):
+        with time_limit(GRACE_S, f"looking up {strip_credentials(self.url)}"):
             extractor = site_extractor(self.url)
         if extractor:
             return self._attempts(self.url, lambda guard: self._site(guard, generic=False))
@@ -243,7 +250,7 @@ class _Job:
             with hold(self.rate_limiter, host_of(url), self.client) as slot:
                 started = time.monotonic()
                 try:
-                    limit = time_limit(left_s + GRACE_S, f"downloading {url}")
+                    limit = time_limit(left_s + GRACE_S, f"downloading {strip_credentials(url)}")
                     with EgressGuard(settings.allow_private_addresses, left_s) as guard, limit:
                         return attempt(guard)
                 except DownloadError as error:

@@ -47,7 +47,7 @@ class HttpFile:
 class _State:
     """Identity of the file that a partial file belongs to."""
 
-    url: str
+    url: str  # SHA-256 of the address
     etag: str = ""
     last_modified: str = ""
     content_type: str = ""  # of the first response: a later 416 has a content type of its own
@@ -70,7 +70,8 @@ def download_http(
         state = _State(**json.loads(state_path.read_text()))
     except (FileNotFoundError, ValueError, TypeError):  # absent, or damaged by a crash: start over
         state = _State("")
-    have = part.stat().st_size if state.url == url and state.validator and part.exists() else 0
+    address = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()  # the URL may hold a password
+    have = part.stat().st_size if state.url == address and state.validator and part.exists() else 0
     try:
         with _Exchange(url, settings, guard) as exchange:
             response = exchange.get({"Range": f"bytes={have}-", "If-Range": state.validator} if have else {})
@@ -84,7 +85,7 @@ def download_http(
                 # Ranges of a compressed body are not ranges of the file on disk: it cannot be resumed.
                 plain = headers.get("Content-Encoding", "identity").lower() == "identity"
                 validators = [headers.get(name, "") if plain else "" for name in ("ETag", "Last-Modified")]
-                state = _State(url, *validators, headers.get("Content-Type", ""))
+                state = _State(address, *validators, headers.get("Content-Type", ""))
                 write_text(state_path, json.dumps(asdict(state)))
             digest, num_bytes = _save(response, part, start, _Limits(max_bytes, media, guard, url))
             return HttpFile(part, num_bytes, digest, exchange.url, state.content_type)

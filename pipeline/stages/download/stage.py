@@ -3,13 +3,16 @@
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from clipmill.base.errors import ItemError
+from clipmill.base.credentials import Redactor, credentials_in_url
+from clipmill.base.errors import ItemError, UserError
 from clipmill.media.probe import probe
 from pipeline.runtime.task import HOST_LIMITER, Outcome, Result, Stopwatch, Task, require_lock, sandbox
 from pipeline.stages.download.fetch import fetch, new_rate_limiter
+from pipeline.stages.download.http_fetch import load_cookies
 from pipeline.stages.download.settings import DownloadSettings
 from pipeline.stages.stage import Stage
 from shards.corpus.stage_query import chosen_rows
@@ -47,6 +50,10 @@ PAYLOAD = """
 """
 
 
+# Columns whose text a server wrote. Paths are left as they are.
+FROM_OUTSIDE = ("title", "categories", "licence", "channel", "language", "meta")
+
+
 def run_download(task: Task) -> Result:
     """Download the unit's sources in parallel: they wait for the network, and each host has its own limit."""
     root = Path(task.root)
@@ -62,6 +69,7 @@ def run_download(task: Task) -> Result:
     call = sandbox().call  # before the threads start, so that they share one sandbox
 
     def download(item: dict) -> Outcome:
+        redactor = Redactor(secrets_of(item, task))
         with Stopwatch(item["item_id"]) as outcome:
             row = fetch(
                 item,
@@ -80,15 +88,27 @@ def run_download(task: Task) -> Result:
                 )
             if not os.path.isabs(row["path"]):
                 files_of(root).upload(*(str(p.relative_to(root)) for p in folder.glob(f"{item['video_id']}.*")))
+            row |= redactor.data({name: row[name] for name in FROM_OUTSIDE})
             outcome.rows["downloads"] = [row]
             # An unreadable subtitle is a failure of its own; the video is kept.
             for number, problem in enumerate(json.loads(row["meta"] or "{}").get("subtitle_errors", [])):
                 error = ItemError(problem["error_class"], f"{problem['subtitle']}: {problem['message']}")
                 outcome.parts.append((f"{row['video_id']}.subtitle{number}", error))
+        if outcome.failure:
+            outcome.failure.message = redactor.text(outcome.failure.message)
         return outcome
 
     with ThreadPoolExecutor(max_workers=len(task.items), thread_name_prefix="download") as pool:
         return list(pool.map(download, task.items)), []
+
+
+def secrets_of(item: dict, task: Task) -> list[str]:
+    """Return what must not be recorded of a download: the secrets of its settings, its cookies and its URLs."""
+    found = [*task.secrets, *credentials_in_url(item["url"]), *credentials_in_url(item["subtitle"] or "")]
+    if task.settings.cookies_file:
+        with suppress(UserError):  # the download itself fails with it
+            found += [cookie.value for cookie in load_cookies(task.settings.cookies_file) if cookie.value]
+    return found
 
 
 DOWNLOAD = Stage(

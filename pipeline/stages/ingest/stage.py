@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from clipmill.base.credentials import strip_credentials
 from clipmill.base.errors import ItemError
 from clipmill.base.settings import digest
+from pipeline.stages.ingest import private_urls
 from pipeline.stages.ingest.benchmarks.sources import is_benchmark
 from pipeline.stages.ingest.ingest import Ingested, Problem, ingest
 from pipeline.stages.ingest.settings import IngestSettings
@@ -39,6 +41,8 @@ def ingest_sources(session, arguments: list[str]) -> IngestReport:
     forgotten = {*tombstones["video_hash"].to_pylist(), *tombstones["url_hash"].to_pylist()}
     found = ingest(arguments, session.settings.ingest, known, forgotten)
     root, names = session.corpus.root, []
+    refreshed = private_urls.save(found.private)  # first: without them the sources could not be downloaded
+    session.ledger.mark_pending("download", _failed_downloads(session, refreshed))
     if found.table.num_rows:
         names.append(_commit_sources(session, found))
     names += _commit_problems(session, arguments, found.problems)
@@ -48,6 +52,15 @@ def ingest_sources(session, arguments: list[str]) -> IngestReport:
     return IngestReport(
         found.num_seen, num_new, found.num_duplicates, num_problems, found.splits(), found.num_forgotten
     )
+
+
+def _failed_downloads(session, video_ids: list[str]) -> list[str]:
+    """Return those whose download failed: with another password or signature it is tried again."""
+    failed = session.ledger.connection.execute(
+        "SELECT DISTINCT item_id FROM ledger WHERE stage = 'download' AND status = 'failed' "
+        "AND item_id NOT IN (SELECT video_id FROM downloads)"
+    ).fetchall()
+    return sorted({item_id for (item_id,) in failed} & set(video_ids))
 
 
 def _commit_sources(session, found: Ingested) -> str:
@@ -71,7 +84,8 @@ def _commit_problems(session, arguments: list[str], problems: list[Problem]) -> 
     rows = []
     for problem in problems:
         error = ItemError(problem.error_class, problem.message)
-        rows.append(ledger_row("ingest", problem.location, name, run_id=session.run_id, error=error))
+        location = strip_credentials(problem.location)
+        rows.append(ledger_row("ingest", location, name, run_id=session.run_id, error=error))
     known = session.ledger.connection.execute(
         "SELECT item_id, error_class, message FROM ledger WHERE fragment = ? ORDER BY ALL", [name]
     ).fetchall()
