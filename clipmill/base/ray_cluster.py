@@ -103,13 +103,14 @@ def _init(**options) -> None:
     def expire(*_) -> None:
         raise TimeoutError(f"no answer within {START_TIMEOUT_S:.0f} s")
 
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, START_TIMEOUT_S)
+    handler, started = signal.signal(signal.SIGALRM, expire), time.monotonic()
+    left_s, every_s = signal.setitimer(signal.ITIMER_REAL, START_TIMEOUT_S)
     try:
         ray.init(**options)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
+        left_s = max(0.001, left_s - (time.monotonic() - started)) if left_s else 0  # of somebody else's timer
+        signal.setitimer(signal.ITIMER_REAL, left_s, every_s)
 
 
 @contextmanager
@@ -150,9 +151,14 @@ def _check_cluster(address: str, allow_open: bool, names: str, setting: str) -> 
         )
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         os.environ["RAY_AUTH_MODE"] = "token"
-        from ray._raylet import Config
+        _read_environment_again()
 
-        Config.initialize("")  # Ray has read its environment already
+
+def _read_environment_again() -> None:
+    """Make Ray, which reads its environment when it is imported, notice another RAY_AUTH_MODE."""
+    from ray._raylet import Config
+
+    Config.initialize("")
 
 
 def _token() -> str | None:

@@ -21,7 +21,7 @@ class DownloadSettings(Settings):
     subtitle_formats: list[Literal["vtt", "srt", "ttml", "json3", "srv3", "ass"]] = ["vtt", "json3", "ttml", "srt"]
     # Further options of yt-dlp by their long names: {"sleep-requests": 1, "extractor-args": "youtube:lang=en"}. Options
     # that run programs, open files or choose addresses are refused. A
-    # password is $NAME, an environment variable, or file:PATH (docs/building.md, "Secrets").
+    # password is $NAME, an environment variable, or file:PATH (docs/reliability.md, "Secrets").
     ytdlp_options: dict[str, Any] = setting(
         {}, reaches="sends a secret of this machine", unless=rf'(?:(?!"(?:{REFERENCE})")[\s\S])*', secret=True
     )
