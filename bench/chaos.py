@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -515,7 +516,8 @@ def local_cluster(num_nodes: int = 2) -> Iterator[RayNodes]:
     """Run a Ray cluster whose files have their own folder, so that no other process joins it by chance."""
     with tempfile.TemporaryDirectory(prefix="cmc-", ignore_cleanup_errors=True) as folder:
         before = os.environ.get("RAY_TMPDIR")
-        os.environ.update(RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0")
+        os.environ.update(RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         nodes = RayNodes(num_nodes)
         try:
             yield nodes

@@ -17,6 +17,7 @@ from captioning.model_identity import demo_identity, file_sha256, folder_identit
 from captioning.settings import CAPTIONERS, CaptionSettings
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.plugins import load_attribute
+from clipmill.base.secrets import for_fingerprint
 from clipmill.base.settings import digest
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def fingerprint_of(settings: CaptionSettings) -> str:
     Raises UserError for a missing file, folder or module.
     """
     chosen = settings.model_dump(mode="json", exclude=settings._operational() | {"model", "pretrained", "revision"})
+    chosen["options"] = for_fingerprint("caption.options", chosen["options"])
     return digest([CODE_VERSION, chosen, _model_identity(settings)])
 
 

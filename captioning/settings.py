@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from clipmill.base.settings import Settings, operational
+from clipmill.base.settings import Settings, operational, setting
 
 COCA_MODEL, COCA_PRETRAINED = "coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k"
 CLIP_MODEL, CLIP_PRETRAINED = "ViT-B-32", "datacomp_xl_s13b_b90k"
@@ -39,13 +39,13 @@ class CaptionSettings(ModelSettings):
 
     # coca, huggingface, demo or MODULE:ATTRIBUTE (docs/captioning.md); null: no captions. coca runs on open_clip, which
     # scores need anyway.
-    captioner: CaptionerName | None = "coca"
+    captioner: CaptionerName | None = setting("coca", reaches="runs code", unless="demo|null")
     # The captioner's model: an open_clip name or local-dir:FOLDER for coca, a name or folder for huggingface. The
     # default is the largest CoCa that is published.
-    model: str = COCA_MODEL
+    model: str = setting(COCA_MODEL, reaches="loads a model from a file or address", unless=r"[\w-]+")
     # Weights of the model: open_clip's tag, or a local .safetensors or .pt file. The default is fine-tuned on captions.
     # local-dir and captioners other than coca do not use this setting.
-    pretrained: str = COCA_PRETRAINED
+    pretrained: str = setting(COCA_PRETRAINED, reaches="reads a file", unless=r"[\w-]+")
     # huggingface only: a commit, tag or branch of the model. A commit makes captions repeatable.
     revision: str | None = None
     # fp32 gives the same captions on CPU and GPU; bf16 and fp16 are faster.
@@ -74,7 +74,8 @@ class CaptionSettings(ModelSettings):
     seed: int = Field(0, ge=0)
 
     # Options for a MODULE:ATTRIBUTE captioner, which gets them with these settings; others ignore them.
-    options: dict[str, Any] = {}
+    # A secret in them is $NAME, an environment variable, or file:PATH.
+    options: dict[str, Any] = setting({}, reaches="tells other code what to do", secret=True)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -99,9 +100,9 @@ class ScoreSettings(ModelSettings):
 
     # Name of an open_clip model, local-dir:FOLDER, or demo for the demo world's model; null: no scores. ViT-B-32 is
     # the fastest of the usual CLIP models.
-    model: str | None = CLIP_MODEL
+    model: str | None = setting(CLIP_MODEL, reaches="loads a model from a file or address", unless=r"[\w-]+")
     # Weights of the model: open_clip's tag, or a local .safetensors or .pt file. local-dir and demo do not use it.
-    pretrained: str = CLIP_PRETRAINED
+    pretrained: str = setting(CLIP_PRETRAINED, reaches="reads a file", unless=r"[\w-]+")
     # fp32 gives the same scores on CPU and GPU to five decimals; bf16 and fp16 are faster.
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +24,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
 os.environ.setdefault("RAY_health_check_timeout_ms", "60000")
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1200")
+
+# Keys and secrets of the tests are not the user's. Processes of one run share them.
+if "PYTEST_STATE" not in os.environ:
+    os.environ["PYTEST_STATE"] = os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="clipmill-tests-")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

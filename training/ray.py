@@ -29,10 +29,11 @@ def train_on_ray(request: Request, num_workers: int, address: str | None = None)
     from ray.train.torch import TorchConfig, TorchTrainer
 
     folder = RunFolder(request.run)
-    device = requested_settings(request, folder).train.device
+    settings = requested_settings(request, folder).train
+    device = settings.device
     folder.create()  # before Ray writes there, because a folder with only Ray's files is refused as not a run
     cpus = max(num_workers + 1, os.cpu_count() or 1)  # allows more workers than this machine has cores
-    with ray_cluster(address, cpus, setting="--address", show_output=True):
+    with ray_cluster(address, cpus, setting="--address", allow_open=settings.allow_open_cluster, show_output=True):
         use_gpu = device != "cpu" and ray.cluster_resources().get("GPU", 0) >= num_workers
         trainer = TorchTrainer(
             _worker,

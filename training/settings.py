@@ -127,6 +127,9 @@ class TrainSettings(Settings):
     # CPU threads of a process on the CPU; None: cores divided by processes.
     threads: int | None = operational(None, ge=1)
 
+    # Join a Ray cluster without token authentication too: whoever reaches its ports can run code on all its nodes.
+    allow_open_cluster: bool = operational(False)
+
     # Steps between checkpoints.
     checkpoint_every: int = operational(500, ge=1)
     # Latest checkpoints to keep; the best one is kept besides.

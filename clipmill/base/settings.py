@@ -5,13 +5,17 @@ Modules that define settings import nothing heavy at the top (no av, torch, ray)
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from clipmill.base.errors import UserError
+from clipmill.base.secrets import for_fingerprint, reveal, secret_values, without_plain_secrets
 
 
 class Settings(BaseModel):
@@ -20,13 +24,15 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     def fingerprint(self) -> str:
-        """Return a hash of all settings that can change the stage's output, without operational ones.
+        """Return a hash of all settings that can change the stage's output, without operational ones and secrets.
 
         A setting of a later version is left out, too, while it has its default: finished work stays done.
         """
         defaults = type(self)()
         unchanged = {name for name in self._marked("added_later") if getattr(self, name) == getattr(defaults, name)}
-        return digest(self.model_dump(mode="json", exclude=self._operational() | unchanged))
+        counted = self.model_dump(mode="json", exclude=self._operational() | unchanged)
+        return digest({name: for_fingerprint(name, value) if name in self._marked("secret") else value
+                       for name, value in counted.items()})  # fmt: skip
 
     @classmethod
     def _operational(cls) -> set[str]:
@@ -34,21 +40,96 @@ class Settings(BaseModel):
 
     @classmethod
     def _marked(cls, mark: str) -> set[str]:
-        return {
-            name
-            for name, field in cls.model_fields.items()
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get(mark)
-        }
+        extras = ((name, field.json_schema_extra) for name, field in cls.model_fields.items())
+        return {name for name, extra in extras if isinstance(extra, dict) and extra.get(mark)}
+
+    def reaching_out(self, prefix: str = "") -> Iterator["ReachingSetting"]:
+        """Yield every setting whose value makes a build reach outside the corpus; see `reaches`."""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Settings):
+                yield from value.reaching_out(f"{prefix}{name}.")
+                continue
+            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            if "reaches" in extra and value != field.get_default(call_default_factory=True):
+                text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+                if not (extra["unless"] and re.fullmatch(extra["unless"], text)):
+                    yield ReachingSetting(prefix + name, value, extra["reaches"])
+
+    def revealed(self, prefix: str = "") -> Self:
+        """Return a copy with the secrets that settings refer to, for work and never to be saved. Raises UserError."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        found = {name: each.revealed(f"{prefix}{name}.") for name, each in values.items() if isinstance(each, Settings)}
+        found |= {name: reveal(prefix + name, values[name]) for name in self._marked("secret")}
+        return self.model_copy(update=found)
+
+    def known_secrets(self, before: Self) -> list[str]:
+        """Return the secrets in these revealed settings. `before`: the settings from which they were revealed."""
+        texts = [secret_values(getattr(self, name), getattr(before, name)) for name in self._marked("secret")]
+        return [secret for found in texts for secret in found]
+
+    def without_plain_secrets(self, saved: dict[str, Any] | None = None, prefix: str = "") -> Self:
+        """Return a copy in which every plain secret has been moved to the user's state folder.
+
+        saved  plain data of the settings in corpus.yaml, whose references to the same secrets stay
+        """
+        saved, changed = saved if isinstance(saved, dict) else {}, {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Settings):
+                changed[name] = value.without_plain_secrets(saved.get(name), f"{prefix}{name}.")
+            elif name in self._marked("secret"):
+                changed[name] = without_plain_secrets(name, value, saved.get(name))
+        return self.model_copy(update=changed)
+
+
+@dataclass(frozen=True)
+class ReachingSetting:
+    """A setting by which a corpus reaches outside itself: its dotted name, its value and what it does."""
+
+    name: str
+    value: Any
+    reaches: str
 
 
 def operational(default: Any, **kwargs: Any) -> Any:
-    """Define a setting that changes how fast or safely work is done, not its result: it is not in the fingerprint."""
-    return Field(default, json_schema_extra={"operational": True}, **kwargs)
+    """Define a setting that changes how fast or safely work is done, not its result: it is not in the fingerprint.
+
+    `kwargs`: of pydantic's `Field`, and of `setting`.
+    """
+    return setting(default, operational=True, **kwargs)
+
+
+def setting(
+    default: Any,
+    *,
+    operational: bool = False,
+    added_later: bool = False,
+    reaches: str | None = None,
+    unless: str | None = None,
+    secret: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Define a setting with marks; without any of them, pydantic's `Field` or a plain default is enough.
+
+    Args:
+        operational: it is not in the fingerprint.
+        added_later: its default is not in the fingerprint.
+        reaches: what a value other than the default may do, such as "runs a program". A corpus from somebody else may
+            not decide it: see `pipeline.engine.trust`.
+        unless: pattern of further values that reach nothing; of a list or mapping, of its JSON with sorted keys.
+        secret: it may refer to secrets, see `clipmill.base.secrets`; plain ones are moved out of corpus.yaml.
+    """
+    marks = {"operational": operational, "added_later": added_later, "secret": secret}
+    extra: dict[str, Any] = {name: True for name, is_set in marks.items() if is_set}
+    if reaches:
+        extra |= {"reaches": reaches, "unless": unless}
+    return Field(default, json_schema_extra=extra, **kwargs)
 
 
 def added_later(default: Any, **kwargs: Any) -> Any:
-    """Define a setting that earlier versions lack: its default is not in the fingerprint."""
-    return Field(default, json_schema_extra={"added_later": True}, **kwargs)
+    """Define a setting that earlier versions lack: its default is not in the fingerprint. `kwargs`: of `setting`."""
+    return setting(default, added_later=True, **kwargs)
 
 
 def digest(value: Any) -> str:

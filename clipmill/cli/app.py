@@ -189,6 +189,14 @@ def status(corpus: CorpusArgument, set_: TrySetOption = None) -> None:
     show_status(corpus, set_ or [])
 
 
+@app.command()
+def trust(corpus: CorpusArgument) -> None:
+    """Confirm the settings of a corpus from elsewhere that run code, open addresses or read other files."""
+    from clipmill.cli.display import show_trust
+
+    show_trust(corpus)
+
+
 @app.command(cls=_TakesDashes)
 def sql(
     corpus: CorpusArgument,
@@ -478,7 +486,10 @@ def demo(
 
 
 def _command() -> str:
-    return shlex.join(["clipmill", *sys.argv[1:]])
+    """Return the command as it is recorded: without credentials."""
+    from clipmill.base.credentials import strip_credentials
+
+    return shlex.join(["clipmill", *map(strip_credentials, sys.argv[1:])])
 
 
 def main() -> None:
@@ -511,9 +522,10 @@ def _run() -> int:
 def _code_of(error: BaseException) -> int:
     """Print why a command ended early; return its exit code. 1 is not among them: it is for items that failed."""
     if isinstance(error, UserError):
+        from clipmill.base.credentials import strip_credentials
         from clipmill.base.text import visible
 
-        typer.echo(f"clipmill: {visible(str(error), keep=chr(10))}", err=True)
+        typer.echo(f"clipmill: {visible(strip_credentials(str(error)), keep=chr(10))}", err=True)
         return 2
     if BrokenPipeError in (type(error), type(error.__context__)):  # rich turns it into an exit
         return PIPE_CLOSED

@@ -15,6 +15,7 @@ from clipmill.base.text import visible
 from pipeline.engine.build import BuildReport, Status, status
 from pipeline.engine.driver import Engine
 from pipeline.engine.registry import stages
+from pipeline.engine.trust import confirm, lines
 from pipeline.stages.ingest.stage import IngestReport
 from pipeline.stages.pack import PACK
 from shards.corpus.folder import Corpus
@@ -247,6 +248,21 @@ def _show_idle(console: Console, current: Status) -> None:
         console.print(f"[dim]quarantined: {hint}[/]")
     print_failures(console, current.failures)
     _print_without_clips(console, current.without_clips)
+    if current.untrusted:
+        console.print("[yellow]not yours:[/] these settings take effect after `clipmill trust`, or a --set of them:")
+        for line in current.untrusted:
+            console.print(f"  {escape(one_line(line))}", soft_wrap=True)
+
+
+def show_trust(root: str | Path) -> None:
+    """Confirm the settings that reach outside the corpus, and print them."""
+    console = plain_console()
+    confirmed = confirm(root)
+    for line in lines(confirmed):
+        console.print(escape(one_line(line)), soft_wrap=True)
+    console.print(
+        "Confirmed: they take effect from now on." if confirmed else "Nothing to confirm: all of it is yours."
+    )
 
 
 def _print_without_clips(console: Console, reasons: list[tuple[str, int, str]]) -> None:

@@ -129,7 +129,8 @@ class CorpusBackend:
         with self._session() as current:
             root, lock_owner = str(current.corpus.root), current.corpus.lock_owner
             plan = Plan(root, self.editing, self.settings, current.settings.cut, current.run_id, lock_owner)
-            with pool(plan, self.options.workers, self.settings.train.device) as editors:
+            train = self.settings.train
+            with pool(plan, self.options.workers, train.device, allow_open=train.allow_open_cluster) as editors:
                 jobs = self._jobs(state, editors)
                 pending = [
                     job for job in jobs if not fragment_path(Path(root), "ledger", work_of(plan, job).name).exists()

@@ -21,14 +21,18 @@ class Editors(Protocol):
 
 
 @contextmanager
-def pool(plan: Plan, num_workers: int, device: str) -> Iterator[Editors]:
-    """Open editors: this process or Ray actors. Raises UserError if actors keep dying."""
+def pool(plan: Plan, num_workers: int, device: str, *, allow_open: bool = False) -> Iterator[Editors]:
+    """Open editors: this process or Ray actors. Raises UserError if actors keep dying.
+
+    allow_open  see `clipmill.base.ray_cluster.start_ray`
+    """
     if num_workers == 1:
         yield _Here(plan)
         return
     import ray
 
-    with ray_cluster(cpus=max(num_workers, os.cpu_count() or 1), show_output=True):
+    cpus = max(num_workers, os.cpu_count() or 1)
+    with ray_cluster(cpus=cpus, allow_open=allow_open, show_output=True):
         use_gpu = device != "cpu" and ray.cluster_resources().get("GPU", 0) >= num_workers
         actor = ray.remote(Editor).options(num_gpus=int(use_gpu), max_restarts=2, max_task_retries=2)
         actors = [actor.remote(plan) for _ in range(num_workers)]

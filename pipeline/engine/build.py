@@ -18,12 +18,15 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from clipmill.base.credentials import strip_credentials
 from clipmill.base.errors import UserError
 from pipeline.engine import registry
 from pipeline.engine.driver import Engine, EngineReport
 from pipeline.engine.repair import find_rot, repair
 from pipeline.engine.settings import CorpusSettings, resolve
+from pipeline.engine.trust import RUNS_CODE, Trust, assigned, lines, trust_in, without_foreign_code
 from pipeline.runtime.watchdog import sweep_reports
+from pipeline.stages.download.ytdlp_options import check_names
 from pipeline.stages.ingest.source_lists import SourceList, read_sources
 from pipeline.stages.ingest.stage import IngestReport, ingest_sources
 from pipeline.stages.pack import PackReport, check_where, pack_corpus, pack_state
@@ -65,8 +68,9 @@ class BuildReport:
 class Session:
     """A corpus opened for writing: settings saved, leftovers swept, every fragment loaded."""
 
-    def __init__(self, corpus: Corpus, settings: CorpusSettings, ledger: Ledger, command: str):
-        self.corpus, self.settings, self.ledger, self.command = corpus, settings, ledger, command
+    def __init__(self, corpus: Corpus, settings: CorpusSettings, ledger: Ledger, command: str, trust: Trust):
+        self.corpus, self.settings, self.ledger, self.trust = corpus, settings, ledger, trust
+        self.command = strip_credentials(command)
         self.started_at = datetime.now(UTC)
         self.run_id = f"{self.started_at:%Y%m%dT%H%M%S}-{os.getpid()}"
 
@@ -141,8 +145,12 @@ def session(
     corpus = Corpus(root)
     if not create:
         corpus.require()
-    saved = corpus.load_settings() if corpus.exists else None
-    settings = resolve(saved, recipe, assignments)
+    saved = with_defaults(corpus.load_settings()) if corpus.exists else None
+    settings = resolve(saved, recipe, assignments).without_plain_secrets(saved)
+    trust = trust_in(corpus, settings, given=None if saved is None or recipe else assigned(assignments))
+    trust.require(reaches=RUNS_CODE)
+    if saved is None or saved["download"]["ytdlp_options"] != settings.download.ytdlp_options:
+        check_names(settings.download.ytdlp_options)
     if corpus.store and settings.pack.shard_bytes > MOST_COPIED_BYTES:
         raise UserError(
             f"pack.shard_bytes = {settings.pack.shard_bytes}: at most {MOST_COPIED_BYTES} for a corpus in a store, "
@@ -156,8 +164,9 @@ def session(
         check(corpus, settings)
     corpus.create()
     with corpus.writer():
-        if resolved != saved:
-            corpus.save_settings(resolved)
+        marks = corpus.load_marks()
+        if resolved != saved or trust.marks != marks:
+            corpus.save_settings(resolved, trust.marks)
         sweep_temporaries(corpus.root)
         sweep_reports(corpus.root)
         if fresh:
@@ -166,11 +175,10 @@ def session(
         try:
             ledger.sync(replace_sources=replace_sources)
             ledger.remove_orphans()
-            changed = difference(with_defaults(saved), resolved) if saved else []
-            yield Session(corpus, settings, ledger, command), changed
+            yield Session(corpus, settings, ledger, command, trust), difference(saved, resolved) if saved else []
         except UserError:
             if saved and resolved != saved and lock_owner(corpus.root, corpus.store) == corpus.lock_owner:
-                corpus.save_settings(saved)
+                corpus.save_settings(saved, marks)
             raise
         finally:
             ledger.close()
@@ -248,6 +256,7 @@ def _run_stages(current: Session, stages: Sequence[str], report: BuildReport, di
     names = [stage.name for stage in registry.stages() if stage.name in stages]
     if not current.ledger.units_with_work(names):
         return
+    current.trust.require([*names, "engine"])
     current.record_run(ended=False)
     engine = current.engine(names)
     with display.progress(engine, report.pending_before):
@@ -301,6 +310,7 @@ class Status:
     problems: list[str]  # why something is unknown; with a problem in the settings, `counts` has only done and failed
     writer: str  # the process that is writing the corpus, else ""
     without_clips: list[tuple[str, int, str]]  # as in BuildReport
+    untrusted: list[str] = field(default_factory=list)  # settings that are not the user's own
 
 
 def status(root: str | Path, assignments: list[str]) -> Status:
@@ -312,8 +322,10 @@ def status(root: str | Path, assignments: list[str]) -> Status:
     corpus = Corpus(root).require()
     settings, problems = None, []
     try:
-        saved = corpus.load_settings()
+        saved = with_defaults(corpus.load_settings())
         settings = resolve(saved, None, assignments)
+        trust = trust_in(corpus, settings, assigned(assignments))
+        settings = without_foreign_code(settings, trust)
         registry.fingerprints(settings)
         if any(text.startswith("pack.where") for text in assignments):
             check_where(settings.pack, corpus.root)
@@ -347,7 +359,7 @@ def status(root: str | Path, assignments: list[str]) -> Status:
                     raise
         if settings is None:
             return Status(ledger.recorded_counts(), [], [], None, [], [], problems, writer, [])
-        current = Session(corpus, settings, ledger, "status")
+        current = Session(corpus, settings, ledger, "status", trust)
         current.refresh_state()
         if not cache and (corpus.root / MANIFEST_NAME).exists() and not is_current(corpus.root):
             publish(ledger)  # another version wrote it, so it may lack columns that packing reads
@@ -357,10 +369,20 @@ def status(root: str | Path, assignments: list[str]) -> Status:
             pack = pack_state(current)
         except UserError as error:  # a condition that does not fit, or a manifest of another version
             problems.append(str(error))
-        changed = difference(with_defaults(saved), settings.model_dump(mode="json"))
-        without = ledger.without_clips()
-        failures = ledger.standing_failures()
-        return Status(ledger.counts(), off, failures, pack, changed, current.damaged, problems, writer, without)
+        changed = difference(saved, settings.model_dump(mode="json"))
+        without, untrusted = ledger.without_clips(), lines(trust.untrusted)
+        return Status(
+            ledger.counts(),
+            off,
+            ledger.standing_failures(),
+            pack,
+            changed,
+            current.damaged,
+            problems,
+            writer,
+            without,
+            untrusted,
+        )
 
 
 def versions() -> dict[str, str]:

@@ -29,6 +29,7 @@ from pipeline.runtime.source_file import file_stamp
 from pipeline.runtime.task import NotNow, Outcome, Task, commit
 from pipeline.runtime.watchdog import take_report
 from pipeline.stages.download.host_limiter import LOCKED_OUT, locked_out
+from pipeline.stages.ingest.private_urls import full_urls
 from pipeline.stages.stage import Stage
 from shards.corpus.folder import Corpus
 from shards.corpus.fragments import Commit
@@ -63,8 +64,9 @@ class Engine:
     """Run stages over a corpus whose lock the caller holds."""
 
     def __init__(self, corpus: Corpus, settings: CorpusSettings, ledger: Ledger, run_id: str, names: Sequence[str]):
-        self.corpus, self.settings, self.ledger, self.run_id = corpus, settings, ledger, run_id
+        self.corpus, self.settings, self.ledger, self.run_id = corpus, settings.revealed(), ledger, run_id
         self.fingerprints = fingerprints(settings)
+        self.secrets = {stage.name: self._secrets_of(settings, stage.name) for stage in stages()}
         self.stages = [stage for stage in stages() if stage.name in names and self.fingerprints[stage.name]]
         self.report = EngineReport(by_stage={stage.name: StageProgress() for stage in self.stages})
         self.in_flight: dict[object, InFlightTask] = {}  # by Ray's reference to the result
@@ -76,6 +78,9 @@ class Engine:
         self.order = 0
         self.published_at, self.publish_cost_s = -math.inf, 0.0
         self.exhausted: list[tuple[str, str, int]] = []  # (stage, item, attempts) whose workers died too often
+
+    def _secrets_of(self, settings: CorpusSettings, stage: str) -> tuple[str, ...]:
+        return tuple(getattr(self.settings, stage).known_secrets(getattr(settings, stage)))
 
     def refresh_state(self, units: Sequence[str] | None = None) -> None:
         self.ledger.refresh_state(
@@ -279,6 +284,8 @@ class Engine:
             yield batch
 
     def _task(self, stage: Stage, unit: str, items: list[dict]) -> Task:
+        if stage.name == "download":
+            items = _with_full_urls(items)
         return Task(
             stage=stage.name,
             unit=unit,
@@ -290,6 +297,7 @@ class Engine:
             store=self.corpus.store,
             lock_owner=self.corpus.lock_owner,
             fsync=self.settings.engine.fsync and self.corpus.store is None,  # a store keeps what it has accepted
+            secrets=self.secrets[stage.name],
         )
 
     def _enqueue(self, stage: Stage, task: Task, num_failures: int = 0, num_lost: int = 0, wait_s: float = 0.0) -> None:
@@ -374,3 +382,14 @@ class Engine:
         if time.perf_counter() - self.published_at >= wait_s:
             self.publish()
             self.report.loop_s += self.publish_cost_s
+
+
+def _with_full_urls(items: list[dict]) -> list[dict]:
+    """Put the passwords and signatures of URLs back, which are in the user's state folder and not in the corpus."""
+    full = full_urls(item["item_id"] for item in items)
+    if not full:
+        return items
+    return [
+        item | {name: full.get((item["item_id"], item[name]), item[name]) for name in ("url", "subtitle")}
+        for item in items
+    ]

@@ -46,7 +46,9 @@ class Pools:
         import ray
 
         self.ray, self.settings = ray, settings
-        self.started_ray = start_ray(settings.address, settings.cpus, setting="engine.address")
+        self.started_ray = start_ray(
+            settings.address, settings.cpus, setting="engine.address", allow_open=settings.allow_open_cluster
+        )
         self.cut_off = False  # the node that connects this process to the cluster died
         self.running = {"io": 0, "cpu": 0}
         self._check_cluster()

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, PositiveFloat, create_model
 
-from clipmill.base.settings import Settings, resolve_settings, validate_settings
+from clipmill.base.settings import Settings, resolve_settings, setting, validate_settings
 from pipeline.engine.registry import STAGES, all_stages
 
 
@@ -14,7 +14,9 @@ class EngineSettings(Settings):
     """Settings of spreading tasks over a cluster. None of them changes the content of a corpus."""
 
     # Ray cluster to join ("auto", "ray://HOST:PORT"). null: the one in RAY_ADDRESS, else Ray starts on this machine.
-    address: str | None = None
+    address: str | None = setting(None, reaches="sends all work to that cluster")
+    # Join a Ray cluster without token authentication too: whoever reaches its ports can run code on all its nodes.
+    allow_open_cluster: bool = setting(False, reaches="joins a cluster in which others can run code")
     # CPUs that Ray may use when it starts on this machine; null: all.
     cpus: int | None = Field(None, ge=1)
     # Download processes on a node; each downloads up to 32 sources at a time, or copies the local files of one unit.

@@ -15,7 +15,9 @@ from pathlib import Path
 from clipmill.base.errors import UserError
 from pipeline.engine.build import session
 from pipeline.engine.settings import resolve
+from pipeline.engine.trust import RUNS_CODE, trust_in
 from pipeline.stages.download.site_fetch import site_key, site_key_of
+from pipeline.stages.ingest import private_urls
 from pipeline.stages.pack import planned
 from shards.corpus.folder import Corpus
 from shards.corpus.source_ids import canonical_url, normal_url, source_spellings, video_id_for
@@ -120,6 +122,7 @@ def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:
     Returns True if the manifest is published without them, False if a running build will publish it.
     """
     corpus, at = Corpus(root).require(), datetime.now(UTC)
+    trust_in(corpus, resolve(corpus.load_settings(), None, [])).require(reaches=RUNS_CODE)
     slots = _slots_of(corpus, plan)
     rows = [
         {
@@ -188,6 +191,7 @@ def compact(root: str | Path) -> CompactReport:
             compact_shards(corpus.root, connection, plans, forgotten, report)
         redact(corpus.root, forgotten, report)
         remove_sources(corpus.root, forgotten, report)
+        private_urls.forget(forgotten.covers)
         compact_commits(corpus.root, forgotten, report)
     with session(corpus.root, None, [], "compact", create=False, fresh=True) as (current, _):
         current.publish()

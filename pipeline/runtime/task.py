@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from clipmill.base.credentials import Redactor
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import Settings
 from clipmill.media.sandbox import Sandbox
@@ -42,6 +43,7 @@ class Task:
     store: Store | None = None  # the corpus's store, if it is not a folder: `root` is then each node's mirror of it
     lock_owner: str = ""  # owner of the corpus lock when the task was submitted
     fsync: bool = False  # flush what the commit rests on to the disk
+    secrets: tuple[str, ...] = field(default=(), repr=False)  # of the settings; no message of a failure repeats them
 
     @property
     def cost(self) -> float:
@@ -121,7 +123,7 @@ def commit(task: Task, outcomes: list[Outcome], media: list[str], wall_s: float 
     items = {item["item_id"]: item for item in task.items}
     assert set(items) == {outcome.item_id for outcome in outcomes}, f"stage {task.stage}: not one outcome per item"
     outcomes = sorted(outcomes, key=lambda outcome: outcome.item_id)
-    tables, ledger = {}, []
+    tables, ledger, redactor = {}, [], Redactor(task.secrets)
     for outcome in outcomes:
         item = items[outcome.item_id]
         for table, rows in outcome.rows.items():
@@ -137,6 +139,7 @@ def commit(task: Task, outcomes: list[Outcome], media: list[str], wall_s: float 
                 row |= {"error_class": outcome.note.error_class, "message": outcome.note.message}
             ledger.append(row)
         for item_id, error in failures:
+            error.message = redactor.text(error.message)
             ledger.append(ledger_row(task.stage, item_id, item["key"], error=error, **common))
     data = {name: pa.Table.from_pylist(rows, table_schema(name)) for name, rows in tables.items() if rows}
     require_lock(task)

@@ -112,6 +112,8 @@ def _write_all(session, connection, plans: list[ShardPlan], display) -> list[tup
     root, fsync = session.corpus.root, session.settings.pack.fsync
     failures: list[tuple[str, ItemError]] = []
     few = len(plans) <= FEW_SHARDS
+    if not few:
+        session.trust.require(["engine"])
     with nullcontext(_InThisProcess()) if few else _RayTasks(session.settings) as submit:
         waiting, num_done = deque(), 0
         for piece in chain(rows_by_shard(connection, plans), [None]):
@@ -140,7 +142,9 @@ class _RayTasks:
         import ray
 
         engine = self.settings.engine
-        self.ray, self.started = ray, start_ray(engine.address, engine.cpus, setting="engine.address")
+        allow_open = engine.allow_open_cluster
+        self.started = start_ray(engine.address, engine.cpus, setting="engine.address", allow_open=allow_open)
+        self.ray = ray
         self.width = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self.task = ray.remote(num_cpus=1)(_write)  # writing again gives the same bytes, so Ray may retry
         return self

@@ -106,9 +106,24 @@ class Corpus:
             raise UserError(f"{self.settings_path} cannot be read as a corpus's settings: they are {settings!r}")
         return settings
 
-    def save_settings(self, settings: dict) -> None:
+    def load_marks(self) -> dict[str, list]:
+        """Return the marks of settings, see `pipeline.engine.trust`; {} in a corpus.yaml without any."""
+        if not self.exists:
+            return {}
+        try:
+            marks = read_yaml(self.settings_path.read_text()).get("trusted")
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+            return {}  # `load_settings` says what is wrong
+        return (
+            {name: found for name, found in marks.items() if isinstance(found, list)} if isinstance(marks, dict) else {}
+        )
+
+    def save_settings(self, settings: dict, marks: dict[str, list] | None = None) -> None:
+        """Write corpus.yaml. `marks`: see `load_marks`; None: those that it has."""
+        marks = self.load_marks() if marks is None else marks
         text = "# Settings of this corpus, resolved. Change them with `clipmill build|run … --set stage.key=value`.\n"
-        text += yaml.safe_dump({"format": FORMAT, "settings": settings}, sort_keys=False, allow_unicode=True)
+        content = {"format": FORMAT, "settings": settings} | ({"trusted": marks} if marks else {})
+        text += yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         write_text(self.settings_path, text, fsync=True)
         self.files.upload("README.txt", SETTINGS)
 

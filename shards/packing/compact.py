@@ -45,6 +45,7 @@ from shards.storage.mirror import files_of
 from shards.storage.sealed_parquet import DamagedFile, read_parquet, write_parquet
 
 REDACTED = "[forgotten]"
+_NAMES = ("run_id", "item_id", "unit", "key", "editing")  # of rows that are of no video
 
 
 @dataclass
@@ -268,11 +269,14 @@ def remove_sources(root: Path, forgotten: ForgottenIndex, report: CompactReport)
 
 
 def redact(root: Path, forgotten: ForgottenIndex, report: CompactReport) -> None:
-    """Remove forgotten names from the commands of runs and from the problems of lists."""
+    """Remove forgotten names from all texts of runs and edits, and from the problems of lists."""
     for path in _fragments(root, "runs"):
         table = read_parquet(path)
-        rows = [{**row, "command": forgotten.pattern.sub(REDACTED, row["command"])} for row in table.to_pylist()]
-        _replace(root, path, table, pa.Table.from_pylist(rows, table.schema), report)
+        _replace(root, path, table, _redacted(table, forgotten), report)
+    for path in _fragments(root, "edit_rounds"):
+        table = read_parquet(path)
+        if not (redacted := _redacted(table, forgotten)).equals(table):
+            _rewrite_commit(root, path.stem, {"edit_rounds": redacted}, report)
     for path in [
         *(root / "fragments" / "ledger").glob("ingest-problems-*.parquet"),
         fragment_path(root, "ledger", "pack"),
@@ -286,6 +290,25 @@ def redact(root: Path, forgotten: ForgottenIndex, report: CompactReport) -> None
                 and not forgotten.pattern.search(f"{row['item_id']} {row['message'] or ''}")
             ]
             _replace(root, path, table, pa.Table.from_pylist(kept, table.schema), report)
+
+
+def _redacted(table: pa.Table, forgotten: ForgottenIndex) -> pa.Table:
+    texts = [field.name for field in table.schema if field.type == pa.string() and field.name not in _NAMES]
+    rows = [
+        row | {name: forgotten.pattern.sub(REDACTED, row[name]) for name in texts if row[name]}
+        for row in table.to_pylist()
+    ]
+    return pa.Table.from_pylist(rows, table.schema)
+
+
+def _rewrite_commit(root: Path, old: str, tables: dict[str, pa.Table], report: CompactReport) -> None:
+    """Write a commit without media again under another name: its ledger fragment has the sizes of its files."""
+    path = fragment_path(root, "ledger", old)
+    outputs = outputs_of(path)
+    report.num_commits += 1
+    write_commit(root, f"{old}r", tables, read_parquet(path), [], replaces=old)
+    files_of(root).remove(str(path.relative_to(root)))
+    files_of(root).remove(*outputs)
 
 
 def _replace(root: Path, path: Path, before: pa.Table, after: pa.Table, report: CompactReport) -> None:

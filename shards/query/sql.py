@@ -14,6 +14,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipmill.base.credentials import strip_url_credentials
 from clipmill.base.errors import UserError
 from clipmill.base.text import sql_identifier, sql_literal
 from shards.corpus.source_ids import canonical_urls
@@ -151,7 +152,10 @@ def selection(where: str, table: str = "catalog", key: str = "clip_id") -> str:
 def video_of_url(connection: duckdb.DuckDBPyConnection, canonical: str) -> str | None:
     """Return the id of the video whose canonical URL or absolute path this is; None if the corpus lacks it."""
     videos = connection.sql("SELECT video_id, url FROM videos").to_arrow_table().combine_chunks()
-    row = pc.index(canonical_urls(pa.array(videos["url"].to_pylist(), pa.string())), canonical).as_py()
+    known = canonical_urls(pa.array(videos["url"].to_pylist(), pa.string()))
+    row = pc.index(known, canonical).as_py()
+    if row < 0:
+        row = pc.index(known, strip_url_credentials(canonical)).as_py()
     return videos["video_id"][row].as_py() if row >= 0 else None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from pipeline.stages.download.site_fetch import (
     site_extractor,
     user_options,
 )
+from pipeline.stages.download.ytdlp_options import ALLOWED
 from tests.helpers.http import MediaServer, http_answer, make_video, media_server, scripted_server
 
 SETTINGS = DownloadSettings(allow_private_addresses=True, backoff_s=0.01, stall_timeout_s=600, retries=0)
@@ -483,19 +485,100 @@ def test_one_track_per_language_in_the_order_of_the_settings():
     assert chosen(tracks("en"), {}, subtitle_languages=[]) == {}
 
 
-def test_any_option_of_yt_dlp_can_be_set():
+def test_harmless_options_of_yt_dlp_can_be_set():
     settings = SETTINGS.model_copy(
-        update={"ytdlp_options": {"sleep-requests": 1.5, "geo_bypass": False, "no-part": True}}
+        update={
+            "ytdlp_options": {
+                "sleep-requests": 1.5,
+                "geo_bypass": False,
+                "--no-part": True,
+                "extractor-args": ["youtube:player-client=web,tv;lang=en", "generic:is_live=false"],
+            }
+        }
     )
-    assert user_options(settings) == {"sleep_interval_requests": 1.5, "nopart": True}
+    arguments = {"youtube": {"player_client": ["web", "tv"], "lang": ["en"]}, "generic": {"is_live": ["false"]}}
+    assert user_options(settings) == {"sleep_interval_requests": 1.5, "nopart": True, "extractor_args": arguments}
+
+
+def test_every_option_of_yt_dlp_is_allowed_by_name_or_refused():
+    """What a later yt-dlp adds is refused, and none that takes a command, a path or an address is on the list."""
+    from yt_dlp.options import create_parser
+
+    known = {name[2:] for group in create_parser().option_groups for each in group.option_list
+             for name in each._long_opts}  # fmt: skip
+    assert ALLOWED < known
+    words = (
+        r"exec|netrc|ffmpeg|downloader|proxy|path|^output|(?<!no-cache)-dir|location|plugin|config|runtime|component"
+    )
+    words += r"|preset|alias|postprocessor|ppa|archive|sponsorblock|thumbnail|write|print|certificate$"
+    assert [name for name in sorted(ALLOWED) if re.search(words, name)] == []
 
 
 @pytest.mark.parametrize(
-    "options", [{"no-such-option": 1}, {"output": "/etc/x"}, {"proxy": "http://x"}, {"downloader": "aria2c"}]
+    "options",
+    [
+        {"exec": "touch RAN"},
+        {"--exec": "touch RAN"},
+        {"exec_before_download": "touch RAN"},
+        {"exe": "touch RAN"},  # optparse takes abbreviations
+        {"exec=touch RAN": True},
+        {"netrc-cmd": "touch RAN"},
+        {"netrc_cmd": "touch RAN"},
+        {"ffmpeg-location": "/tmp/x"},
+        {"ffmpeg_location": "/tmp/x"},
+        {"js-runtimes": "deno:/tmp/x"},
+        {"remote-components": "ejs:github"},
+        {"geo-verification-proxy": "http://127.0.0.1:1"},
+        {"external_downloader": {"default": "aria2c"}},
+        {"downloader": "aria2c"},
+        {"downloader-args": "ffmpeg:-i x"},
+        {"postprocessor-args": "ffmpeg:-i x"},
+        {"postprocessors": [{"key": "Exec", "exec_cmd": "touch RAN"}]},
+        {"use-postprocessor": "Exec:exec_cmd=touch"},
+        {"plugin-dirs": "/tmp/x"},
+        {"cookiesfrombrowser": ["firefox"]},
+        {"cookies-from-browser": "firefox"},
+        {"cookiefile": "/etc/passwd"},
+        {"config-locations": "/tmp/x"},
+        {"load-info-json": "/etc/passwd"},
+        {"batch-file": "/etc/passwd"},
+        {"client-certificate": "/etc/passwd"},
+        {"cache-dir": "/tmp/x"},
+        {"print-to-file": ["title", "/tmp/x"]},
+        {"write-info-json": True},
+        {"bidi-workaround": True},
+        {"alias": "x -j"},
+        {"preset-alias": "mp3"},
+        {"enable-file-urls": True},
+        {"sponsorblock-api": "http://127.0.0.1"},
+        {"compat-options": "allow-unsafe-ext"},
+        {"output": "/etc/x"},
+        {"proxy": "http://x"},
+        {"no-such-option": 1},
+        {"": "x"},
+    ],
 )
-def test_options_that_cannot_be_set_are_the_users_mistake(options):
-    with pytest.raises(UserError, match="download.ytdlp_options"):
-        user_options(GUARDED.model_copy(update={"ytdlp_options": options}))
+def test_options_that_run_programs_open_files_or_choose_addresses_are_refused(options, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (name,) = options
+    for allow_private in (True, False):
+        settings = SETTINGS.model_copy(
+            update={"ytdlp_options": {"sleep-requests": 1, **options}, "allow_private_addresses": allow_private}
+        )
+        with pytest.raises(UserError, match=f"download.ytdlp_options: .*{re.escape(name)}"):
+            user_options(settings)
+    assert not (tmp_path / "RAN").exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["youtube:innertube_host=evil.example", "youtube:lang=en;Innertube-Host=evil.example", "tiktok:api_hostname=evil"]
+    + ["generic:hls_key=http://evil.example", "youtubepot-bgutilscript:script_path=/tmp/x"],
+)
+def test_arguments_of_extractors_are_allowed_by_name_too(value):
+    for given in (value, ["youtube:lang=en", value]):
+        with pytest.raises(UserError, match=r"download.ytdlp_options: extractor-args \S+:\w+ cannot be set"):
+            user_options(SETTINGS.model_copy(update={"ytdlp_options": {"extractor-args": given}}))
 
 
 def test_private_addresses_are_refused_in_every_request_of_a_site(server, media, tmp_path):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from clipmill.base.credentials import REMOVED, strip_credentials, strip_url_credentials
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.file_lock import lock_file
 from pipeline.runtime.source_file import CHANGED, file_stamp
@@ -180,6 +181,12 @@ class _Job:
         """Get the video's file by the way that fits the source. Raises DownloadError."""
         if self.source["kind"] == "file":
             return self._local()
+        if REMOVED in self.url and strip_url_credentials(self.url) == self.url and "://" in self.url:
+            raise DownloadError(
+                "login-required",
+                f"{self.url}: its password or signature is kept only by the user and machine that listed it; "
+                "give the list again to `clipmill build`",
+            )
         scheme = urlsplit(self.url).scheme.lower()
         if scheme in ("http", "https"):
             return self._web()
@@ -196,7 +203,7 @@ class _Job:
         """
         from pipeline.stages.download.site_fetch import site_extractor, site_key_of
 
-        with time_limit(GRACE_S, f"looking up {self.url}"):
+        with time_limit(GRACE_S, f"looking up {strip_credentials(self.url)}"):
             extractor = site_extractor(self.url)
             key = site_key_of(self.url) if extractor else None
         self.refuse([self.url, key] if key else [self.url])
@@ -281,7 +288,7 @@ class _Job:
             with self._turn(url) as slot:
                 started = time.monotonic()
                 try:
-                    limit = time_limit(left_s + GRACE_S, f"downloading {url}")
+                    limit = time_limit(left_s + GRACE_S, f"downloading {strip_credentials(url)}")
                     with new_guard(settings, left_s) as guard, limit:
                         return attempt(guard)
                 except DownloadError as error:

@@ -77,7 +77,7 @@ class Validators:
 class _State:
     """Identity of the file that a partial file belongs to."""
 
-    url: str
+    url: str  # SHA-256 of the address
     etag: str = ""
     last_modified: str = ""
     content_type: str = ""  # of the first response: a later 416 has a content type of its own
@@ -105,7 +105,8 @@ def download_http(
         state = _State(**json.loads(state_path.read_text()))
     except (FileNotFoundError, ValueError, TypeError):  # absent, or damaged by a crash: start over
         state = _State("")
-    have = part.stat().st_size if state.url == url and state.if_range and part.exists() else 0
+    address = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()  # the URL may hold a password
+    have = part.stat().st_size if state.url == address and state.if_range and part.exists() else 0
     try:
         while True:
             with _Exchange(url, settings, guard) as exchange:
@@ -119,7 +120,7 @@ def download_http(
                     raise DownloadError("truncated", f"{url}: the server sends a part of the file only ({span})")
                 if start == 0:
                     part.unlink(missing_ok=True)  # before new validators are written, which do not fit the old bytes
-                    state = _state_of(url, response)
+                    state = _state_of(address, response)
                     write_text(state_path, json.dumps(asdict(state)))
                 digest, have = _save(response, part, start, _Limits(max_bytes, media, guard, url))
                 if end is None or have >= end:

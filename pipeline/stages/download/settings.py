@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from pydantic import Field, IPvAnyNetwork
 
-from clipmill.base.settings import Settings, operational
+from clipmill.base.secrets import REFERENCE
+from clipmill.base.settings import Settings, operational, setting
 
 
 class DownloadSettings(Settings):
@@ -18,33 +19,41 @@ class DownloadSettings(Settings):
     subtitle_kinds: list[Literal["manual", "auto"]] = ["manual", "auto"]
     # Subtitle formats, best first; the first that a site offers is fetched. vtt and json3 carry word times on YouTube.
     subtitle_formats: list[Literal["vtt", "srt", "ttml", "json3", "srv3", "ass"]] = ["vtt", "json3", "ttml", "srt"]
-    # Any further option of yt-dlp by its long name: {"sleep-requests": 1, "extractor-args": "youtube:lang=en"}.
-    ytdlp_options: dict[str, Any] = {}
+    # Further options of yt-dlp by their long names: {"sleep-requests": 1, "extractor-args": "youtube:lang=en"}. Options
+    # that run programs, open files or choose addresses are refused. A
+    # password is $NAME, an environment variable, or file:PATH (docs/reliability.md, "Secrets").
+    ytdlp_options: dict[str, Any] = setting(
+        {}, reaches="sends a secret of this machine", unless=rf'(?:(?!"(?:{REFERENCE})")[\s\S])*', secret=True
+    )
     # Search other pages, which are neither media files nor of a known site, for a video.
     generic_pages: bool = True
     # Use local files in place; false copies them into the corpus.
     reference_local_files: bool = True
 
     # Netscape cookie file for sites that want an account.
-    cookies_file: str | None = operational(None)
+    cookies_file: str | None = operational(None, reaches="reads a file")
     # BROWSER[:PROFILE] to read cookies from, as yt-dlp names them (firefox, chrome …).
-    cookies_from_browser: str | None = operational(None)
-    # http://, https:// or socks5:// proxy. Proxies of the environment are ignored, so that a build depends on its
-    # settings alone.
-    proxy: str | None = operational(None, pattern=r"^(https?|socks[45][ah]?)://.+")
+    cookies_from_browser: str | None = operational(None, reaches="reads the cookies of a browser")
+    # http://, https:// or socks5:// proxy; with a password $NAME, an environment variable that holds the URL, or
+    # file:PATH. Proxies of the environment are ignored, so that a build depends on its settings alone.
+    proxy: str | None = operational(
+        None, pattern=rf"^((https?|socks[45][ah]?)://.+|{REFERENCE})$", reaches="sends all traffic there", secret=True
+    )
     # Bytes per second of one download from a site; null: without limit.
     rate_limit_bytes_per_s: int | None = operational(None, ge=1)
     # User-Agent header of all requests; some sites refuse names that they do not know.
     user_agent: str = operational("Mozilla/5.0 (compatible; clipmill/0.1)", min_length=1)
     # Allow loopback, private, link-local and reserved addresses. Off, so that neither a list of URLs nor a redirect can
     # reach into the local network.
-    allow_private_addresses: bool = operational(False)
+    allow_private_addresses: bool = operational(False, reaches="opens addresses of this machine and its network")
     # Further networks ("203.0.113.0/24") that no download may connect to: what leads back to this machine or into its
     # network by public addresses, such as that of its router.
     refused_networks: list[IPvAnyNetwork] = operational([])
     # Schemes read through fsspec; all others but http(s) are refused.
     object_store_schemes: list[str] = operational(
-        ["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hdfs", "oss"]
+        ["s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hdfs", "oss"],
+        reaches="opens addresses and files",
+        unless=r'\[(?:"(?:s3|s3a|gs|gcs|az|abfs|abfss|adl|hdfs|oss)"(?:, )?)*\]',
     )
 
     # Seconds for one source without waiting for its host's turn; 2 h allow for a long video on a slow line.

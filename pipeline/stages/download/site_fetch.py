@@ -39,14 +39,10 @@ from pipeline.stages.download.http_fetch import (
     retry_after_s,
 )
 from pipeline.stages.download.settings import DownloadSettings
+from pipeline.stages.download.ytdlp_options import check_extractor_arguments, check_names, command_line
 
 # Downloaders that fetch through yt-dlp's request director only.
 GUARDED_DOWNLOADERS = {"HttpFD", "HlsFD", "DashSegmentsFD", "IsmFD", "F4mFD"}
-# Options that would change where files are written or hide errors, or that a setting of clipmill sets.
-RESERVED_OPTIONS = frozenset(
-    "outtmpl paths simulate skip_download ignoreerrors noplaylist cookiefile proxy cookiesfrombrowser ratelimit "
-    "socket_timeout format_sort writesubtitles enable_file_urls".split()
-)
 MAX_PAGE_BYTES = 1 << 26  # for a page, a playlist or a site's data
 _FFMPEG_STEPS = "merger fixupm3u8 fixupm4a fixupstretched fixupduplicatemoov fixuptimestamp fixupduration".split()
 
@@ -407,29 +403,15 @@ def _parameters(
 def user_options(settings: DownloadSettings) -> dict[str, Any]:
     """Parse `download.ytdlp_options` with yt-dlp's own parser; return parameters of YoutubeDL.
 
-    Raises UserError for an option that yt-dlp does not know or that clipmill sets itself.
+    Raises UserError for an option that is not allowed, see `ytdlp_options`, and for a value that yt-dlp refuses.
     """
-    arguments = []
-    for name, value in settings.ytdlp_options.items():
-        option = "--" + name.lstrip("-").replace("_", "-")
-        for single in value if isinstance(value, list) else [value]:
-            arguments += [] if single is False else [option] if single is True else [f"{option}={single}"]
+    check_names(settings.ytdlp_options)
+    arguments = list(command_line(settings.ytdlp_options))
     if not arguments:
         return {}
     given, default = _parsed(arguments), _parsed([])
-    changed = {key: value for key, value in given.items() if value != default.get(key)}
-    reserved = sorted(RESERVED_OPTIONS.intersection(changed))
-    if reserved:
-        raise UserError(
-            f"download.ytdlp_options: {', '.join(reserved)} cannot be set here, since clipmill sets it; "
-            "remove it, or use the setting of clipmill for it"
-        )
-    if "external_downloader" in changed and not settings.allow_private_addresses:
-        raise UserError(
-            "download.ytdlp_options: the connections of an external downloader cannot be checked; remove it, or set "
-            "download.allow_private_addresses: true"
-        )
-    return changed
+    check_extractor_arguments(given["extractor_args"])
+    return {key: value for key, value in given.items() if value != default.get(key)}
 
 
 def _parsed(arguments: list[str]) -> dict[str, Any]:

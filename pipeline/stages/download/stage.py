@@ -3,14 +3,17 @@
 import contextvars
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from clipmill.base.errors import ItemError
+from clipmill.base.credentials import Redactor, credentials_in_url
+from clipmill.base.errors import ItemError, UserError
 from clipmill.media.probe import probe
 from pipeline.runtime.task import HOST_LIMITER, NotNow, Outcome, Result, Stopwatch, Task, require_lock, sandbox
 from pipeline.stages.download.fetch import GivenBack, fetch, new_rate_limiter
 from pipeline.stages.download.host_limiter import host_of
+from pipeline.stages.download.http_fetch import load_cookies
 from pipeline.stages.download.settings import DownloadSettings
 from pipeline.stages.stage import Stage
 from shards.corpus.fragments import sync_files
@@ -93,6 +96,10 @@ def _spellings(address: str) -> list[str]:
         return []
 
 
+# Columns whose text a server wrote. Paths are left as they are.
+FROM_OUTSIDE = ("title", "categories", "licence", "channel", "language", "meta")
+
+
 def run_download(task: Task) -> Result | NotNow:
     """Download sources in parallel. One whose host makes it wait is given back, if the driver can wait for it."""
     root = Path(task.root)
@@ -117,6 +124,7 @@ def run_download(task: Task) -> Result | NotNow:
     call = sandbox().call  # before the threads start, so that they share one sandbox
 
     def download(item: dict) -> Outcome:
+        redactor = Redactor(secrets_of(item, task))
         with Stopwatch(item["item_id"]) as outcome:
             row = fetch(
                 item,
@@ -139,11 +147,14 @@ def run_download(task: Task) -> Result | NotNow:
             if task.fsync:
                 sync_files(root, copied)
             files_of(root).upload(*copied)
+            row |= redactor.data({name: row[name] for name in FROM_OUTSIDE})
             outcome.rows["downloads"] = [row]
             # An unreadable subtitle is a failure of its own; the video is kept.
             for number, problem in enumerate(json.loads(row["meta"] or "{}").get("subtitle_errors", [])):
                 error = ItemError(problem["error_class"], f"{problem['subtitle']}: {problem['message']}")
                 outcome.parts.append((f"{row['video_id']}.subtitle{number}", error))
+        if outcome.failure:
+            outcome.failure.message = redactor.text(outcome.failure.message)
         return outcome
 
     if len(task.items) == 1:
@@ -154,6 +165,15 @@ def run_download(task: Task) -> Result | NotNow:
     with ThreadPoolExecutor(max_workers=len(task.items), thread_name_prefix="download") as pool:
         contexts = [contextvars.copy_context() for _ in task.items]
         return list(pool.map(lambda context, item: context.run(download, item), contexts, task.items)), []
+
+
+def secrets_of(item: dict, task: Task) -> list[str]:
+    """Return what must not be recorded of a download: the secrets of its settings, its cookies and its URLs."""
+    found = [*task.secrets, *credentials_in_url(item["url"]), *credentials_in_url(item["subtitle"] or "")]
+    if task.settings.cookies_file:
+        with suppress(UserError):  # the download itself fails with it
+            found += [cookie.value for cookie in load_cookies(task.settings.cookies_file) if cookie.value]
+    return found
 
 
 DOWNLOAD = Stage(

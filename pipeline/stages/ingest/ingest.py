@@ -4,15 +4,17 @@ The result is a pure function of the lists and of the sources that the corpus al
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipmill.base.credentials import REMOVED, strip_credentials, strip_url_credentials
 from clipmill.base.errors import UserError
 from pipeline.stages.ingest.added_spans import add_rows, replaced
 from pipeline.stages.ingest.given_texts import WHOLE
+from pipeline.stages.ingest.private_urls import PrivateUrl
 from pipeline.stages.ingest.settings import IngestSettings
 from pipeline.stages.ingest.source_lists import Problem, SourceList, read_sources
 from shards.corpus.schema import TABLES
@@ -31,7 +33,7 @@ class Ingested:
     num_seen: int  # valid rows of the lists
     num_duplicates: int  # rows among these that say nothing about a source of the corpus or of an earlier row
     num_forgotten: int = 0  # rows among these whose source was forgotten with `clipmill forget`
-
+    private: tuple[PrivateUrl, ...] = ()  # full URLs of all rows, new or known, whose URL has a password or signature
     num_added: int = 0  # rows among these that add spans or texts to a source of the corpus or of an earlier row
     grown: pa.Table | None = None  # known sources with more spans or texts than before, columns as in `known`
 
@@ -71,6 +73,8 @@ def ingest(
     canonical = _array(table, "canonical")
     ids = video_ids(canonical, pc.coalesce(_array(table, "video_id"), _array(table, "source_id")))
     _require_same_references(canonical.to_pylist(), table, known)
+    given = table  # with credentials
+    table = _without_credentials(table)
     rows = _assign_rows(canonical.to_pylist(), ids.to_pylist(), table, known)
     problems = listed.problems + [
         Problem(
@@ -95,21 +99,56 @@ def ingest(
     num_added += num_grown_rows
     num_duplicates = table.num_rows - len(rows.new) - len(rows.clashes) - num_added
     num_seen = table.num_rows + num_forgotten
-    return Ingested(sources, problems, num_seen, num_duplicates, num_forgotten, num_added, grown)
+    private = tuple(_private(given, table, ids, rows.clashes, known))
+    return Ingested(sources, problems, num_seen, num_duplicates, num_forgotten, private, num_added, grown)
 
 
 def _rows_of(known: pa.Table, video_ids: list[str]) -> pa.Table:
     return known.take(pc.index_in(pa.array(video_ids), known["video_id"].combine_chunks()))
 
 
+def _without_credentials(table: pa.Table) -> pa.Table:
+    """Return the rows as the corpus shows them. Ids are made from the full URLs before, as they always were."""
+    for name in ("url", "subtitle", "source_id", "title", "extra"):
+        column = table[name].to_pylist()
+        strip = strip_credentials if name == "extra" else strip_url_credentials
+        shown = [value and strip(value) for value in column]
+        if shown != column:
+            table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), [shown])
+    return table
+
+
+def _private(
+    given: pa.Table, shown: pa.Table, ids: pa.Array, clashes: Collection[int], known: pa.Table
+) -> Iterator[PrivateUrl]:
+    """Yield the full URLs that the corpus does not show.
+
+    A known video's own `url` in the corpus counts: a newly signed URL has another date beside its signature.
+    """
+    in_corpus = (
+        dict(zip(known["video_id"].to_pylist(), known["url"].to_pylist(), strict=True)) if known.num_rows else {}
+    )
+    skipped = set(clashes)
+    for name in ("url", "subtitle"):
+        for row, (full, short) in enumerate(zip(given[name].to_pylist(), shown[name].to_pylist(), strict=True)):
+            if full != short and row not in skipped:
+                video_id = ids[row].as_py()
+                known_as = in_corpus.get(video_id, short) if name == "url" else short
+                yield PrivateUrl(video_id, known_as, full)
+
+
 def _without(table: pa.Table, forgotten: Collection[str]) -> tuple[pa.Table, int]:
     """Return (the rows that are not forgotten, number of forgotten rows)."""
+    forgotten = set(forgotten)
     if not forgotten:
         return table, 0
     canonical = _array(table, "canonical")
     ids = video_ids(canonical, pc.coalesce(_array(table, "video_id"), _array(table, "source_id")))
     pairs = zip(canonical.to_pylist(), ids.to_pylist(), strict=True)
-    stays = [not is_forgotten([video_id, *source_spellings(url)], forgotten) for url, video_id in pairs]
+    stays = [
+        not is_forgotten([video_id, *source_spellings(url), *source_spellings(strip_url_credentials(url))], forgotten)
+        for url, video_id in pairs
+    ]
     return table.filter(pa.array(stays, pa.bool_())), stays.count(False)
 
 
@@ -131,12 +170,20 @@ class _Assigned:
 
 
 def _assign_rows(canonical: list[str], ids: list[str], table: pa.Table, known: pa.Table) -> _Assigned:
-    """Find the source of each row. Rows without spans add nothing to an earlier row and belong to none."""
+    """Find the source of each row. Rows without spans add nothing to an earlier row and belong to none.
+
+    canonical  of the full URLs
+    table      the rows without credentials: with the same id, a URL is known whatever its password or signature is
+    """
     known_ids = known["video_id"].to_pylist() if known.num_rows else []
     of_known = dict(zip(canonical_urls(_array(known, "url")).to_pylist(), known_ids, strict=True)) if known_ids else {}
     has_spans = pc.fill_null(pc.greater(pc.list_value_length(_array(table, "spans")), 0), False).to_pylist()
-    seen_ids, of_new, rows = set(known_ids), {}, _Assigned()
-    for row, (url, video_id) in enumerate(zip(canonical, ids, strict=True)):
+    known_urls = known["url"].to_pylist() if known_ids else []
+    same_id = {video_id: url for url, video_id in of_known.items()}  # canonical URL of each id
+    seen_ids, of_new, rows = dict(zip(known_ids, known_urls, strict=True)), {}, _Assigned()
+    for row, (url, video_id, address) in enumerate(zip(canonical, ids, table["url"].to_pylist(), strict=True)):
+        if REMOVED in address and video_id in seen_ids and _place(seen_ids[video_id]) == _place(address):
+            url = same_id[video_id]
         if url in of_known:
             if has_spans[row]:
                 rows.more_of_known.append(row)
@@ -149,10 +196,16 @@ def _assign_rows(canonical: list[str], ids: list[str], table: pa.Table, known: p
             of_new[url] = None
             rows.clashes.append(row)
         else:
-            seen_ids.add(video_id)
+            seen_ids[video_id] = address
+            same_id[video_id] = url
             of_new[url] = len(rows.new)
             rows.new.append(row)
     return rows
+
+
+def _place(url: str) -> str:
+    """Return scheme, host and path of a URL, which stay when it is signed anew."""
+    return strip_url_credentials(url).replace(f"{REMOVED}@", "").partition("?")[0]
 
 
 def _require_same_references(canonical: list[str], table: pa.Table, known: pa.Table) -> None:

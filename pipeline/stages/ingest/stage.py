@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clipmill.base.credentials import strip_credentials
 from clipmill.base.errors import ItemError
 from clipmill.base.settings import digest
+from pipeline.stages.ingest import private_urls
 from pipeline.stages.ingest.added_spans import CHANGED, replaced
 from pipeline.stages.ingest.benchmarks.sources import is_benchmark
 from pipeline.stages.ingest.ingest import Ingested, Problem, ingest
@@ -56,6 +58,8 @@ def ingest_sources(session, arguments: list[str], listed: SourceList | None = No
     known_rows = partial(_known_rows, session.ledger)
     found = ingest(arguments, session.settings.ingest, known, forgotten, listed, known_rows)
     root, names = session.corpus.root, []
+    refreshed = private_urls.save(found.private)  # first: without them the sources could not be downloaded
+    session.ledger.mark_pending("download", _failed_downloads(session, refreshed))
     if found.table.num_rows:
         names.append(_commit_sources(session, found))
     names += _commit_problems(session, arguments, found.problems)
@@ -113,6 +117,15 @@ def _commit_grown(session, grown: pa.Table) -> None:
         session.ledger.load([name])
 
 
+def _failed_downloads(session, video_ids: list[str]) -> list[str]:
+    """Return those whose download failed: with another password or signature it is tried again."""
+    failed = session.ledger.connection.execute(
+        "SELECT DISTINCT item_id FROM ledger WHERE stage = 'download' AND status = 'failed' "
+        "AND item_id NOT IN (SELECT video_id FROM downloads)"
+    ).fetchall()
+    return sorted({item_id for (item_id,) in failed} & set(video_ids))
+
+
 def _commit_sources(session, found: Ingested) -> str:
     table = found.table
     ids, units = table["video_id"].combine_chunks(), table["unit"].combine_chunks()
@@ -136,7 +149,8 @@ def _commit_problems(session, arguments: list[str], problems: list[Problem]) -> 
     rows = []
     for problem in problems:
         error = ItemError(problem.error_class, problem.message)
-        rows.append(ledger_row("ingest", problem.location, name, run_id=session.run_id, error=error))
+        location = strip_credentials(problem.location)
+        rows.append(ledger_row("ingest", location, name, run_id=session.run_id, error=error))
     known = session.ledger.connection.execute(
         "SELECT item_id, error_class, message FROM ledger WHERE fragment = ? ORDER BY ALL", [name]
     ).fetchall()

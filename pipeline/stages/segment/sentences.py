@@ -16,7 +16,7 @@ from pydantic import Field
 
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.plugins import load_attribute
-from clipmill.base.settings import Settings
+from clipmill.base.settings import Settings, setting
 from pipeline.stages.transcribe.words import Word, join_words, tokens
 
 
@@ -33,7 +33,7 @@ class SentenceSettings(Settings):
     # are rarer than transcripts without punctuation.
     words_per_stop: int = Field(80, ge=1)
     # "module:function" that restores punctuation; null: punctuation stays as it is.
-    punctuate: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
+    punctuate: str | None = setting(None, pattern=r"^[\w.]+:\w+$", reaches="runs code")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from pydantic import Field, field_validator
 
 from clipmill.base.errors import ItemError, UserError
-from clipmill.base.settings import added_later, operational
+from clipmill.base.settings import added_later, operational, setting
 from pipeline.runtime.watchdog import time_limit
 from pipeline.stages.transcribe.cues import Cue, Mark, SubtitleSettings
 from pipeline.stages.transcribe.subtitles import clean, words_of
@@ -41,7 +41,7 @@ class RecognitionSettings(SubtitleSettings):
     engine: Literal["whisper", "faster-whisper"] = added_later("whisper")
     # A model's name (tiny, base, small, turbo …), a path of weights (a file; a folder for faster-whisper), or null for
     # no transcript. base understands clear English and keeps up with speech on one core.
-    whisper: str | None = "base"
+    whisper: str | None = setting("base", reaches="reads a file", unless=r"[a-z0-9-]+(\.en)?")
     # The spoken language as Whisper's code (en, de …); null: the one that the list or the site gives, else recognised
     # from the first 30 s of speech.
     whisper_language: str | None = None
@@ -66,7 +66,7 @@ class RecognitionSettings(SubtitleSettings):
     # "cuda" or "cpu"; null: a GPU if torch finds one.
     whisper_device: str | None = operational(None)
     # Folder of downloaded models; null: the package's own cache.
-    whisper_folder: str | None = operational(None)
+    whisper_folder: str | None = operational(None, reaches="reads and writes that folder")
 
     @field_validator("whisper", mode="before")
     @classmethod
