@@ -68,7 +68,7 @@ def run_transcribe(task: Task) -> Result:
                     local(item["path"]),
                     settings,
                     _whisper,
-                    lambda path: in_sandbox(extract_speech, path, settings.timeout_s, settings.max_speech_s),
+                    lambda path: in_sandbox(extract_speech, path, settings.max_speech_s),
                     problems,
                     lambda files, settings: in_sandbox(transcript_of_subtitles, files, settings),
                 )
