@@ -135,7 +135,7 @@ def audio_stream(container):
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a stored picture is displayed: mirrored left to right or not, then turned clockwise by degrees."""
+    """Display of a stored picture: mirrored left to right or not, then turned clockwise by degrees."""
 
     mirrored: bool = False
     clockwise: int = 0  # 0, 90, 180, 270

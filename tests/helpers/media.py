@@ -85,6 +85,12 @@ def make_video(folder: Path, shape: Shape, first_number: int = 0) -> Path:
     return path
 
 
+def ffmpeg(*arguments) -> None:
+    """Run FFmpeg with these arguments; the last one is the file it writes."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)]
+    subprocess.run(command, check=True)
+
+
 def numbered_frame(number: int, shape: Shape) -> av.VideoFrame:
     """Draw a drifting gradient, a moving square and the number, stored so that it is upright after rotation."""
     width, height = shape.size if shape.rotation % 180 == 0 else shape.size[::-1]

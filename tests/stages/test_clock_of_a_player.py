@@ -1,10 +1,8 @@
 """Times are those that a player shows, whatever a file's timestamps and headers say."""
 
 import struct
-import subprocess
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 
@@ -14,16 +12,11 @@ from clipmill.media.probe import probe
 from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
 from pipeline.stages.segment.shots import detect_shots
 from pipeline.stages.transcribe.speech import SPEECH_RATE, extract_speech
-from tests.helpers.media import OPEN_GOP, SHORT_GOP, Shape, make_video, numbers_in, piece
+from tests.helpers.media import OPEN_GOP, SHORT_GOP, Shape, ffmpeg, make_video, numbers_in, piece
 
 FPS = 10
 ULTRAFAST = {"preset": "ultrafast", "crf": "20", "g": "20"}
 VP8 = {"deadline": "realtime", "cpu-used": "8", "b": "800k", "g": "20"}
-
-
-def ffmpeg(*arguments) -> None:
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)]
-    subprocess.run(command, check=True)
 
 
 def numbered(folder: Path, name: str, numbers: range, **settings) -> Path:

@@ -48,7 +48,7 @@ class DownloadSettings(Settings):
     timeout_s: float = operational(7200, gt=0)
     # Seconds without a byte before a connection counts as dead.
     stall_timeout_s: float = operational(30, gt=0)
-    # Seconds for probing a downloaded file before it counts as one that hangs the decoder.
+    # Seconds for probing a downloaded file, plus one for every 10 MB, before it counts as one that hangs the decoder.
     probe_timeout_s: float = operational(60, gt=0)
     # Most bytes of a file; a larger one is refused by its header, or else while it is downloaded.
     max_bytes: int = operational(20_000_000_000, ge=1)

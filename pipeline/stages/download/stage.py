@@ -2,12 +2,13 @@
 
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from clipmill.base.errors import ItemError
-from clipmill.media.probe import probe
+from clipmill.media.probe import MediaInfo, probe
 from pipeline.runtime.task import HOST_LIMITER, Outcome, Result, Stopwatch, Task, require_lock, sandbox
 from pipeline.stages.download.fetch import fetch, new_rate_limiter
 from pipeline.stages.download.settings import DownloadSettings
@@ -69,7 +70,7 @@ def run_download(task: Task) -> Result:
                 task.settings,
                 corpus_root=root,
                 rate_limiter=limiter,
-                probe=partial(call, probe, timeout_s=task.settings.probe_timeout_s),
+                probe=partial(_probe, call, task.settings.probe_timeout_s),
                 require_lock=partial(require_lock, task),
             )
             if row["sha256"] in forgotten:
@@ -89,6 +90,13 @@ def run_download(task: Task) -> Result:
 
     with ThreadPoolExecutor(max_workers=len(task.items), thread_name_prefix="download") as pool:
         return list(pool.map(download, task.items)), []
+
+
+PROBED_BYTES_PER_S = 10_000_000  # of a slow network disk: probing reads the whole file, for its real duration
+
+
+def _probe(call: Callable, base_s: float, path: Path) -> MediaInfo:
+    return call(probe, path, timeout_s=base_s + path.stat().st_size / PROBED_BYTES_PER_S)
 
 
 DOWNLOAD = Stage(
