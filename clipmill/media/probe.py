@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from clipmill.base.errors import ItemError
+from clipmill.media.matroska import joined_pieces
 
 # Demuxers of files that contain media themselves. Playlists and scripts (hls, dash, concat, image2, lavfi …) are left
 # out on purpose: they make FFmpeg open other files or addresses than the one it was given.
@@ -52,7 +53,8 @@ def open_media(path: str | Path):
     if path.stat().st_size == 0:
         raise ItemError("empty-file", f"{path.name} has no bytes")
     try:
-        return av.open(f"file:{path}", options=NO_REFERENCES, metadata_errors="replace")
+        source = joined_pieces(path) or f"file:{path}"
+        return av.open(source, options=NO_REFERENCES, metadata_errors="replace")
     except (av.FFmpegError, ValueError) as error:
         raise ItemError("not-a-video", f"{path.name}: {error}") from error
 

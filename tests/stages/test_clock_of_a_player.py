@@ -8,6 +8,7 @@ import pytest
 
 from clipmill.base.errors import ItemError
 from clipmill.media.clock import Untrusted, part_shifts, part_starts
+from clipmill.media.matroska import joined_pieces
 from clipmill.media.probe import probe
 from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
 from pipeline.stages.segment.shots import detect_shots
@@ -130,6 +131,30 @@ def test_pieces_put_one_behind_another_play_on(tmp_path, suffix, settings, num_p
     assert detect_shots(path)[-1][1] == pytest.approx(len(numbers) / FPS, abs=0.15)
     if num_parts == 3:
         assert shown(path, tmp_path, (9.5, 13.0)) == [numbers[95:130]]
+
+
+def test_pieces_of_a_recorder_that_wrote_no_sizes_play_on(tmp_path):
+    """Segments of unknown size, as browsers record them."""
+    for suffix, settings in (("webm", {"codec": "libvpx", "options": VP8}), ("mkv", {"options": SHORT_GOP})):
+        parts = []
+        for k in range(3):
+            part = numbered(tmp_path, f"v{k}.{suffix}", range(50 * k, 50 * k + 50), **settings)
+            parts.append(tmp_path / f"{k}.{suffix}")
+            ffmpeg("-i", part, "-c", "copy", "-live", "1", parts[-1])
+        path = joined(tmp_path, f"all.{suffix}", *parts)
+        assert shown(path, tmp_path, (4.0, 8.0), (11.0, 14.0)) == [[*range(40, 80)], [*range(110, 140)]]
+        assert probe(path).duration_s == pytest.approx(15.0, abs=0.15)
+
+
+def test_one_matroska_file_is_read_as_it_is(tmp_path):
+    path = numbered(tmp_path, "v.mkv", range(20))
+    assert joined_pieces(path) is None
+    path.write_bytes(path.read_bytes() + b"\x1a\x45\xdf\xa3" * 100)
+    assert joined_pieces(path) is None
+    assert shown(path, tmp_path, (0.0, 2.0)) == [[*range(20)]]
+    for size in range(4, 60):
+        (tmp_path / "short.mkv").write_bytes(path.read_bytes()[:size])
+        assert joined_pieces(tmp_path / "short.mkv") is None
 
 
 @pytest.mark.parametrize("second_s", [1000.0, 100.0, 3.0, 95_000.0])
