@@ -71,11 +71,12 @@ def part_shifts(ticks: np.ndarray, starts: list[int]) -> list[int]:
     """
     if len(ticks) == 0:
         raise ItemError("undecodable", "the video stream has no frames")
-    shifts, end, step = [0], 0, 1
-    for number, part in enumerate(np.split(ticks, starts[1:])):
-        if number:
-            shifts.append(end - int(part.min()))
-        if len(steps := np.diff(np.unique(part))):  # a part of one frame is as long as one of the part before
-            step = max(1, int(np.median(steps)))
-        end = int(part.max()) + shifts[-1] + step
+    parts = np.split(ticks, starts[1:])
+    steps = [np.diff(np.unique(part)) for part in parts]
+    all_steps = np.concatenate(steps)
+    usual = int(np.median(all_steps)) if len(all_steps) else 1  # the length of a part of one frame
+    shifts, end = [], int(parts[0].min())
+    for part, own in zip(parts, steps, strict=True):
+        shifts.append(end - int(part.min()))
+        end = int(part.max()) + shifts[-1] + (int(np.median(own)) if len(own) else usual)
     return shifts

@@ -195,7 +195,7 @@ def _decode(
                 gap = counts.num_sent > 0
                 continue
             if gap:
-                yield from shape.of_frames(_send(decoder, None, counts))
+                yield from ((frame, shape.of(frame)) for frame in _send(decoder, None, counts))
                 decoder.flush_buffers()
                 gap = False
             if action != level:
@@ -204,39 +204,38 @@ def _decode(
             counts.num_skippable += action == REFERENCES
         counts.num_sent += 1
         frames = _send(decoder, packet, counts)
-        shape.sent(packet)
-        yield from shape.of_frames(frames)
-    yield from shape.of_frames(_send(decoder, None, counts))
+        if packet.is_keyframe:
+            shape.sent(packet)
+        for frame in frames:
+            yield frame, shape.of(frame)
+    yield from ((frame, shape.of(frame)) for frame in _send(decoder, None, counts))
 
 
 class _PixelAspect:
-    """The shape of the pixels of each frame, which may change at a packet, such as from 4:3 to 16:9.
+    """The shape of the pixels of each frame, which may change at a keyframe, such as from 4:3 to 16:9.
 
     A decoder knows that of the packet it was given last, whose frame comes out later. The container's own shape, where
     it contradicts the stream, holds for all frames, as in players.
     """
 
     def __init__(self, stream):
-        self.stream_says = stream.codec_context.sample_aspect_ratio or Fraction(1)
-        given = stream.sample_aspect_ratio or Fraction(1)
-        self.fixed = given if given != self.stream_says else None
         self.decoder = stream.codec_context
+        of_stream = self.decoder.sample_aspect_ratio or Fraction(1)
+        self.first = stream.sample_aspect_ratio or Fraction(1)
+        self.fixed = self.first != of_stream
         self.changes: list[tuple[int, Fraction]] = []  # (timestamp from which it holds, shape), newest last
 
     def sent(self, packet) -> None:
-        if self.fixed is None:
-            latest = self.changes[-1][1] if self.changes else self.stream_says
-            now = self.decoder.sample_aspect_ratio or Fraction(1)
-            if now != latest:
-                self.changes.append((NEVER if packet.pts is None else packet.pts, now))
+        """Note the shape that begins with a packet that the decoder has just been given."""
+        now = self.decoder.sample_aspect_ratio or Fraction(1)
+        if not self.fixed and now != (self.changes[-1][1] if self.changes else self.first):
+            self.changes.append((NEVER if packet.pts is None else packet.pts, now))
 
-    def of_frames(self, frames: list[av.VideoFrame]) -> Iterator[tuple[av.VideoFrame, Fraction]]:
-        for frame in frames:
-            if self.fixed is not None:
-                yield frame, self.fixed
-                continue
-            later = (shape for since, shape in reversed(self.changes) if frame.pts is None or since <= frame.pts)
-            yield frame, next(later, self.stream_says)
+    def of(self, frame: av.VideoFrame) -> Fraction:
+        for since, shape in reversed(self.changes):
+            if frame.pts is None or since <= frame.pts:
+                return shape
+        return self.first
 
 
 def _send(decoder, packet, counts: DecodeCounts) -> list[av.VideoFrame]:

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipmill.base.errors import ItemError
 from clipmill.media.clock import Untrusted, part_shifts, part_starts
 from clipmill.media.matroska import joined_pieces
 from clipmill.media.probe import probe
 from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
+from pipeline.stages.segment.segment import SegmentSettings, segment_video
 from pipeline.stages.segment.shots import detect_shots
 from pipeline.stages.transcribe.speech import SPEECH_RATE, extract_speech
+from pipeline.stages.transcribe.words import Word
 from tests.helpers.media import OPEN_GOP, SHORT_GOP, Shape, ffmpeg, make_video, numbers_in, piece
 
 FPS = 10
@@ -113,11 +114,10 @@ FORMATS = [
     ("ts", {"options": OPEN_GOP}),
     ("webm", {"codec": "libvpx", "options": VP8}),
     ("mkv", {"options": SHORT_GOP}),
-    ("mpg", {"codec": "mpeg2video", "options": {"g": "12", "bf": "2", "b": "2M"}, "fps_of_format": 25}),
 ]
 
 
-@pytest.mark.parametrize("suffix, settings", FORMATS[:5])
+@pytest.mark.parametrize("suffix, settings", FORMATS)
 @pytest.mark.parametrize("num_parts", [2, 3])
 def test_pieces_put_one_behind_another_play_on(tmp_path, suffix, settings, num_parts):
     parts = [
@@ -177,24 +177,17 @@ def test_the_clock_of_a_transport_stream_may_overflow(tmp_path):
     assert probe(path).duration_s == pytest.approx(10.0, abs=0.15)
 
 
-def test_a_single_wrong_time_costs_no_other_picture(tmp_path):
-    """A damaged header dates one picture hours ahead."""
-    import av
-
-    source, path = numbered(tmp_path, "v.mkv", range(60)), tmp_path / "wrong.ts"
-    with av.open(str(source)) as read, av.open(str(path), "w") as write:
-        stream = write.add_stream_from_template(read.streams.video[0])
-        for number, packet in enumerate(read.demux(video=0)):
-            if packet.size:
-                packet.pts += 0 if number < 30 else (20_000_000 if number == 30 else 0)
-                packet.dts = None
-                packet.stream = stream
-                packet.dts = packet.pts if number <= 30 else packet.pts + 0
-                try:
-                    write.mux(packet)
-                except av.FFmpegError:
-                    pytest.skip("this FFmpeg writes no falling times")
-    assert shown(path, tmp_path, (2.0, 5.0)) == [[*range(20, 50)]]
+@pytest.mark.parametrize("number", [1, 30, 59])
+def test_a_single_wrong_time_costs_no_other_picture(tmp_path, number):
+    """A damaged header dates one picture of a transport stream 23 hours ahead."""
+    path = numbered(tmp_path, "v.ts", range(60))
+    data = bytearray(path.read_bytes())
+    headers = [at for at in range(len(data)) if data[at : at + 4] == b"\x00\x00\x01\xe0"]
+    assert len(headers) == 60
+    data[headers[number] + 9] |= 0x0E  # the three highest of the 33 bits
+    path.write_bytes(data)
+    ((*before, _), after) = shown(path, tmp_path, (0.0, 2.0), (4.0, 5.5))
+    assert before == [*range(19)] and after == [*range(40, 55)]
 
 
 def test_still_pictures_may_last_in_a_file_whose_clock_does_not_leap(tmp_path):
@@ -264,6 +257,16 @@ def test_the_duration_is_that_of_the_pictures(tmp_path, suffix, factor):
     assert probe(path).duration_s == pytest.approx(10.0, abs=0.06)
 
 
+def test_words_after_the_end_that_a_header_states_have_a_clip(tmp_path):
+    path = numbered(tmp_path, "v.webm", range(100), codec="libvpx", options=VP8)
+    with_duration(path, b"\x44\x89\x88", 0, ">d", 3000.0)
+    words = [Word("Early.", 0.5, 2.5), Word("Late.", 6.0, 9.0)]
+    segmented = segment_video("v", words, probe(path).duration_s, None, None, SegmentSettings())
+    assert [span["text"] for span in segmented.spans] == ["Early.", "Late."] and not segmented.dropped
+    spans = [(span["start_s"], span["end_s"]) for span in segmented.spans]
+    assert [len(numbers) for numbers in shown(path, tmp_path, *spans)] == [20, 30]
+
+
 def test_a_stream_without_any_duration_has_that_of_its_pictures(tmp_path):
     raw = numbered(tmp_path, "v.h264", range(100))
     ffmpeg(
@@ -292,9 +295,3 @@ def test_a_span_in_milliseconds_has_the_frames_of_its_scene(tmp_path):
         (row,) = cut_video(path, request, CutSettings(fps=15.0), tmp_path / "out").rows
         numbers = numbers_in(piece(tmp_path / "out", row["mp4_offset"], row["num_bytes"]))
         assert set(numbers) <= {*range(first, stop)}
-
-
-def test_a_wrong_header_costs_no_limit_error(tmp_path):
-    """A file that the cut would refuse keeps the duration of its header."""
-    with pytest.raises(ItemError):
-        probe(tmp_path / "missing.mp4")
