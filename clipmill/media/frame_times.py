@@ -1,12 +1,15 @@
 """Choose the source frames of a clip: pure arithmetic on frame times, without media.
 
-Times are seconds from the first displayed frame. The rule, for a span [start_s, end_s) and an output rate:
+Times are seconds from the start of play: the first picture or sound. The rule, for a span [start_s, end_s) and an
+output rate:
 - output frame k is the source frame nearest to start_s + k / rate (of two equally near ones the earlier), for every k
   with start_s + k / rate < end_s; a source frame is repeated when the source is slower than the output;
-- no frame whose time is end_s or later is used;
-- at rate "source" the clip starts with the frame nearest to start_s and has every frame from there to end_s.
-Real frame times count, never a header: a span that exceeds the end of the video is cut to what exists, one that begins
-at or after the end fails as "span-past-end".
+- no frame whose time is end_s or later is used, and none less than a millisecond earlier, because spans are rounded to
+  milliseconds and the frame may be the first of the next scene;
+- at rate "source" the clip starts with the frame nearest to start_s and ends before the frame nearest to end_s; it has
+  at least one frame.
+Real frame times count, never a header: a span that begins before the first picture or exceeds the end of the video is
+cut to what exists; one without any picture fails as "span-before-start" or "span-past-end".
 """
 
 import math
@@ -18,11 +21,13 @@ from clipmill.base.errors import ItemError
 
 # Times are decimals and rationals converted to doubles; times that differ by less than this are equal.
 SAME_MOMENT_S = 1e-6
+# Error of a span whose ends are rounded to milliseconds.
+SPAN_ROUNDING_S = 1e-3
 
 
 @dataclass(frozen=True)
 class FrameTimes:
-    """Times at which the displayed frames of a video begin, ascending from 0.0, and at which the last one ends."""
+    """Times at which the displayed frames of a video begin, ascending, and at which the last one ends."""
 
     times_s: np.ndarray  # float64 [N]
     end_s: float
@@ -34,16 +39,17 @@ class FrameTimes:
         return len(self.times_s)
 
 
-def frame_times(ticks: np.ndarray, seconds_per_tick: float, last_duration: int = 0) -> FrameTimes:
+def frame_times(ticks: np.ndarray, seconds_per_tick: float, last_duration: int = 0, first_s: float = 0.0) -> FrameTimes:
     """Make FrameTimes from presentation timestamps in any order, with duplicates, from any origin.
 
     last_duration  ticks that the last frame lasts; 0 (the container does not say it): the median distance of frames
+    first_s        time of the first frame, in seconds from the start of play
     Raises ItemError "undecodable" for no frames.
     """
     if len(ticks) == 0:
         raise ItemError("undecodable", "the video stream has no frames")
     ordered = np.unique(np.asarray(ticks, dtype=np.int64))
-    times = (ordered - ordered[0]) * seconds_per_tick
+    times = (ordered - ordered[0]) * seconds_per_tick + first_s
     usual = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
     last = last_duration * seconds_per_tick or usual or 1.0 / 25
     return FrameTimes(times, float(times[-1] + last))
@@ -54,18 +60,27 @@ def choose_frames(
 ) -> np.ndarray:
     """Return indices into `frames`, one per output frame, ascending; `rate` None keeps every frame of the span.
 
-    Raises ItemError: bad-span (not 0 <= start_s < end_s), span-past-end (fewer than `min_frames` before the video
-    ends), span-too-short (fewer than `min_frames` although the video continues).
+    Raises ItemError: bad-span (not 0 <= start_s < end_s), span-before-start (no picture is shown yet), span-past-end
+    (fewer than `min_frames` before the video ends), span-too-short (fewer than `min_frames` although the video
+    continues).
     """
     if not (0.0 <= start_s < end_s < math.inf):
         raise ItemError("bad-span", f"a span must have 0 <= start_s < end_s, got [{start_s}, {end_s})")
     if start_s >= frames.end_s - SAME_MOMENT_S:
         raise ItemError("span-past-end", f"the span starts at {start_s:.3f} s, the video ends at {frames.end_s:.3f} s")
-    num_before_end = max(1, int(np.searchsorted(frames.times_s, end_s - SAME_MOMENT_S, side="left")))
+    if end_s <= frames.times_s[0] + SAME_MOMENT_S:
+        first_s = frames.times_s[0]
+        raise ItemError("span-before-start", f"the span ends at {end_s:.3f} s, the first picture is at {first_s:.3f} s")
+    start_s = max(start_s, float(frames.times_s[0]))
+    earliest_end_s = end_s - SPAN_ROUNDING_S - SAME_MOMENT_S
+    num_before_end = max(1, int(np.searchsorted(frames.times_s, earliest_end_s, side="left")))
     if rate is None:
-        chosen = np.arange(min(_nearest(frames, np.array([start_s]))[0], num_before_end - 1), num_before_end)
+        boundaries = FrameTimes(np.append(frames.times_s, frames.end_s), frames.end_s)
+        first, stop = _nearest(boundaries, np.array([start_s, end_s])).tolist()
+        first = min(first, num_before_end - 1)
+        chosen = np.arange(first, max(stop, first + 1))
     else:
-        count = max(1, math.ceil((min(end_s, frames.end_s) - start_s - SAME_MOMENT_S) * rate))
+        count = max(1, math.ceil((min(earliest_end_s, frames.end_s - SAME_MOMENT_S) - start_s) * rate))
         slots = start_s + np.arange(count) / rate
         chosen = np.minimum(_nearest(frames, slots), num_before_end - 1)
     if len(chosen) < min_frames:

@@ -13,17 +13,21 @@ from typing import Literal
 import numpy as np
 
 from clipmill.base.errors import ItemError
+from clipmill.media.clock import (
+    LEAP_S,
+    NEVER,
+    RESTART_S,
+    Untrusted,
+    leap_s,
+    part_shifts,
+    part_starts,
+    play_start_s,
+)
 from clipmill.media.frame_times import FrameTimes, frame_times
 from clipmill.media.probe import open_media, video_stream
 
 # Decoders whose skip level can change with every packet (dav1d reads it once, when it is opened).
 SKIPPING = {"h264", "hevc", "vp8", "mpeg4", "mpeg2video", "mpeg1video", "vc1"}
-
-NEVER = np.iinfo(np.int64).min  # tick of a packet without a displayed frame
-
-
-class Untrusted(Exception):
-    """The packets' timestamps do not describe the frames that come out of the decoder."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,11 @@ class SourceFrames:
     """Frames of a video in display order, and the packets they come from in decode order."""
 
     times: FrameTimes
-    origin_s: float  # time of the first displayed frame on the container's clock, which its audio shares
+    origin_s: float  # start of play on the container's clock, which its audio shares: the first picture or sound
+    shifts_s: tuple[float, ...]  # for each part of the file (see `clock`), seconds to add to the container's clock
     match: Literal["pts", "order"]  # decoded frames are recognised by their timestamps, or by their order
     ticks: np.ndarray  # int64 [frames], ascending: timestamp of each frame; empty if match is "order"
-    packet_ticks: np.ndarray  # int64 [packets]: timestamp of the frame that it shows, or NEVER
+    packet_ticks: np.ndarray  # int64 [packets]: timestamp, shifted by its part, of the frame that it shows, or NEVER
     packet_keys: np.ndarray  # bool [packets]
     may_drop: bool  # decoding may start at any keyframe, so packets between can be left out
     may_skip: bool  # the decoder may skip frames that no other frame refers to
@@ -53,20 +58,27 @@ def list_frames(path: str | Path, limits: Limits) -> SourceFrames:
 
     Raises Untrusted, and ItemError: no-video-stream, not-a-video, empty-file, undecodable, too-large, too-many-frames.
     """
-    ticks, keys = array("q"), array("b")
-    last_tick, last_duration, all_have_pts = NEVER, 0, True
+    ticks, keys, falls = array("q"), array("b"), array("b")
+    last_tick, last_duration, all_have_pts, last_dts, reconfigured = NEVER, 0, True, None, False
     with open_media(path) as container:
         stream = video_stream(container)
         check_size(stream.codec_context, limits)
         by_dts = container.format.name == "avi"  # it has no presentation times; guessed ones are wrong for B-frames
         shows, has_layers = _shown_test(stream), _layer_test(stream)
-        layered = False
+        layered, restart_ticks = False, RESTART_S / stream.time_base
+        dts_given = leap_s(container) == LEAP_S  # elsewhere FFmpeg may guess decoding times, wrongly after a restart
         for packet in packets_of(container, stream):
-            tick = packet.dts if by_dts else packet.pts
+            dts = packet.dts
+            tick = dts if by_dts else packet.pts
             all_have_pts &= tick is not None
-            shown = tick is not None and not (packet.is_discard or packet.is_corrupt) and shows(packet)
+            # A packet that the container calls corrupt may decode; the decoder has the last word.
+            shown = tick is not None and not packet.is_discard and shows(packet)
             ticks.append(tick if shown else NEVER)
             keys.append(packet.is_keyframe)
+            fallen = dts_given and None not in (dts, last_dts) and dts < last_dts - restart_ticks
+            falls.append(packet.is_keyframe or fallen)
+            last_dts = last_dts if dts is None else dts
+            reconfigured = reconfigured or (len(ticks) > 1 and packet.has_sidedata("new_extradata"))
             layered = layered or has_layers(packet)
             if shown and tick > last_tick:
                 last_tick, last_duration = tick, packet.duration or 0
@@ -76,25 +88,50 @@ def list_frames(path: str | Path, limits: Limits) -> SourceFrames:
             raise Untrusted("packets without presentation timestamps")
         may_skip = stream.codec_context.name in SKIPPING and not layered
         indexed = bool({"mov", "matroska"} & set(container.format.name.split(",")))
-        time_base = float(stream.time_base)
-    packet_ticks, packet_keys = np.frombuffer(ticks, np.int64), np.frombuffer(keys, np.int8) != 0
-    packet_ticks = _without_leading(packet_ticks, packet_keys)
-    shown_ticks = packet_ticks[packet_ticks != NEVER]
-    times = frame_times(shown_ticks, time_base, last_duration)
-    origin_s = float(shown_ticks.min()) * time_base
+        time_base, leap_ticks = float(stream.time_base), leap_s(container) / stream.time_base
+        packet_ticks, packet_keys = np.frombuffer(ticks, np.int64), np.frombuffer(keys, np.int8) != 0
+        packet_ticks = _without_leading(packet_ticks, packet_keys)
+        may_fall = np.frombuffer(falls, np.int8) != 0
+        packet_ticks, shifts = _joined(packet_ticks, may_fall, float(leap_ticks), float(restart_ticks))
+        shown_ticks = packet_ticks[packet_ticks != NEVER]
+        if len(shown_ticks) == 0:
+            raise ItemError("undecodable", "the video stream has no frames")
+        first_s = float(shown_ticks.min()) * time_base
+        origin_s = play_start_s(container, first_s)
+    times = frame_times(shown_ticks, time_base, last_duration, first_s - origin_s)
+    shifts_s = tuple(shift * time_base for shift in shifts)
     if by_dts:
-        return SourceFrames(times, origin_s, "order", shown_ticks[:0], packet_ticks, packet_keys, False, False)
-    return SourceFrames(times, origin_s, "pts", np.unique(shown_ticks), packet_ticks, packet_keys, indexed, may_skip)
+        nothing = shown_ticks[:0]
+        return SourceFrames(times, origin_s, shifts_s, "order", nothing, packet_ticks, packet_keys, False, False)
+    may_drop = indexed and not reconfigured  # a packet with a new configuration must reach the decoder
+    ticks_shown = np.unique(shown_ticks)
+    return SourceFrames(times, origin_s, shifts_s, "pts", ticks_shown, packet_ticks, packet_keys, may_drop, may_skip)
 
 
-def packets_of(container, stream):
-    """Yield the stream's packets that hold data, in decode order, which is the same each time the file is read.
+def _joined(
+    ticks: np.ndarray, may_fall: np.ndarray, leap_ticks: float, restart_ticks: float
+) -> tuple[np.ndarray, list[int]]:
+    """Make the packets' clock run on where it restarts or leaps; return the ticks and the shift of each part."""
+    shown = np.flatnonzero(ticks != NEVER)
+    if len(shown) == 0:
+        return ticks, [0]
+    starts = part_starts(ticks[shown], may_fall[shown], leap_ticks, restart_ticks)
+    shifts = part_shifts(ticks[shown], starts)
+    if len(starts) > 1:
+        ticks = ticks.copy()
+        lengths = np.diff([*starts, len(shown)])
+        ticks[shown] += np.repeat(shifts, lengths)
+    return ticks, shifts
+
+
+def packets_of(container, streams):
+    """Yield the packets of a stream or of several that hold data, in decode order, the same each time a file is read.
 
     A truncated file ends where it breaks off; the packets before are valid.
     """
     import av
 
-    packets = container.demux(stream)
+    packets = container.demux(streams)
     while True:
         try:
             packet = next(packets)

@@ -55,7 +55,7 @@ class Shape:
         return self.name.endswith((".mkv", ".webm", ".flv"))
 
 
-def make_video(folder: Path, shape: Shape) -> Path:
+def make_video(folder: Path, shape: Shape, first_number: int = 0) -> Path:
     path = folder / shape.name
     with av.open(str(path), "w", container_options=shape.muxer) as container:
         stream = container.add_stream(shape.codec, rate=shape.fps, options={"flags": "+frame_duration"} | shape.options)
@@ -72,7 +72,7 @@ def make_video(folder: Path, shape: Shape) -> Path:
         if sound is not None:
             sound.codec_context.layout = "mono"
         for i in range(shape.num_frames):
-            frame = numbered_frame(i, shape)
+            frame = numbered_frame(first_number + i, shape)
             tick = shape.ticks[i] if shape.ticks else i
             frame.pts, frame.time_base = tick + round(shape.start_s / clock), clock
             if shape.ticks:
@@ -83,6 +83,12 @@ def make_video(folder: Path, shape: Shape) -> Path:
         if sound is not None:
             _add_tone(container, sound, shape)
     return path
+
+
+def ffmpeg(*arguments) -> None:
+    """Run FFmpeg with these arguments; the last one is the file it writes."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)]
+    subprocess.run(command, check=True)
 
 
 def numbered_frame(number: int, shape: Shape) -> av.VideoFrame:
@@ -133,14 +139,20 @@ def luma_of(frame: av.VideoFrame) -> np.ndarray:
 def expected_numbers(
     times_s: list[Fraction], end_s: Fraction, start: float, end: float, rate: float | None
 ) -> list[int]:
-    """Apply the rule literally: the nearest source frame to each output time, the earlier of two, none past the end."""
+    """Apply the rule literally: the nearest source frame to each output time, the earlier of two, none past the end.
+
+    At the source's rate the end is rounded like the start. Else what begins in the last millisecond is past the end.
+    """
     start, end = Fraction(start).limit_denominator(10**6), Fraction(end).limit_denominator(10**6)
-    allowed = [i for i, t in enumerate(times_s) if t < end]
+    start, millisecond = max(start, times_s[0]), Fraction(1, 1000)
+    allowed = [i for i, t in enumerate(times_s) if t < end - millisecond] or [0]
     nearest = lambda moment: min(allowed, key=lambda i: (abs(times_s[i] - moment), i))  # noqa: E731
     if rate is None:
-        return list(range(nearest(start), len(allowed)))
+        edges = [*times_s, end_s]
+        stop = min(range(len(edges)), key=lambda i: (abs(edges[i] - end), i))
+        return list(range(nearest(start), max(stop, nearest(start) + 1)))
     step, numbers, k = 1 / Fraction(rate).limit_denominator(1001), [], 0
-    while start + k * step < min(end, end_s):
+    while k == 0 or start + k * step < min(end - millisecond, end_s):
         numbers.append(nearest(start + k * step))
         k += 1
     return numbers

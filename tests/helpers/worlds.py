@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipmill.media.probe import open_media, rotation_of
+from clipmill.media.probe import open_media, orientation_of
 from pipeline.demo.grammar import Background, Scene, Thing
 from pipeline.demo.render import COLOUR_RGB
 
@@ -17,7 +17,7 @@ def decode(path: Path) -> tuple[np.ndarray, list[np.ndarray]]:
     with open_media(path) as container:
         for frame in container.decode(video=0):
             times.append(float(frame.pts * frame.time_base))
-            pictures.append(np.rot90(frame.to_ndarray(format="rgb24"), -rotation_of(frame) // 90))
+            pictures.append(orientation_of(frame).upright(frame.to_ndarray(format="rgb24")))
     return np.array(times) - times[0], pictures
 
 

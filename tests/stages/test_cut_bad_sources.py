@@ -94,7 +94,7 @@ def test_a_header_that_lies_about_its_duration_is_not_believed(tmp_path, claimed
     data = bytearray(path.read_bytes())
     struct.pack_into(">d", data, data.index(b"\x44\x89\x88") + 3, claimed_s * 1000)  # the segment's Duration
     path.write_bytes(data)
-    assert probe(path).duration_s == pytest.approx(claimed_s)
+    assert probe(path).duration_s == pytest.approx(3.0, abs=0.01)
     result = cut(path, tmp_path, request(0.0, 2.0), request(2.0, 9.0, 1), request(4.0, 9.0, 2))
     assert numbers(result, tmp_path) == [[0, 10, 20, 30, 40, 50], [60, 70, 80]]
     assert [(clip_id, error.error_class) for clip_id, error in result.failures] == [("v.2", "span-past-end")]
@@ -166,7 +166,7 @@ def test_spans_are_judged_one_by_one(tmp_path):
     assert not nothing.rows and (tmp_path / "out").stat().st_size == 0 and nothing.counts["num_passes"] == 0
 
 
-def test_a_picture_that_changes_size_keeps_the_first_one(tmp_path):
+def test_a_clip_whose_pictures_change_size_keeps_the_first_one(tmp_path):
     small = make_video(tmp_path, Shape("small.ts", num_frames=30, options=SHORT_GOP))
     large = make_video(tmp_path, Shape("large.ts", num_frames=60, size=(640, 360), options=SHORT_GOP, start_s=1.0))
     joined = tmp_path / "joined.ts"

@@ -1,5 +1,6 @@
 """The choice of source frames for a clip: properties of the rule on arbitrary frame times."""
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -45,8 +46,30 @@ def test_at_the_source_rate_every_frame_of_the_span_is_kept_once(distances, span
     assume(exactly(span[0]) < end_s)
     chosen = choose_frames(frames, *span, None).tolist()
     assert chosen == expected_numbers(exact, end_s, *span, None)
-    inside = [i for i, t in enumerate(exact) if exactly(span[0]) <= t < exactly(span[1])]
-    assert set(inside) <= set(chosen) and len(chosen) <= len(inside) + 1
+    ends = [*exact[1:], end_s]
+    inside = [i for i, t in enumerate(exact) if exactly(span[0]) <= t and ends[i] <= exactly(span[1])]
+    assert set(inside) <= set(chosen) and len(chosen) <= len(inside) + 2
+
+
+@given(DISTANCES, st.lists(st.integers(0, 12_000), min_size=2, max_size=6, unique=True))
+def test_spans_that_follow_each_other_share_and_lose_no_frame_at_the_source_rate(distances, edges):
+    frames, _, end_s = timeline(distances)
+    edges = [edge / 1000 for edge in sorted(edges) if edge / 1000 < end_s]
+    cut = [choose_frames(frames, *span, None).tolist() for span in itertools.pairwise(edges)]
+    for before, after in itertools.pairwise(cut):
+        # A span too short for a frame has one all the same, which is its neighbour's, too.
+        assert after[0] == before[-1] + 1 or min(len(before), len(after)) == 1
+
+
+@given(st.lists(st.integers(5, 300), min_size=3, max_size=40), st.integers(0, 10**6), st.data())
+def test_rounding_a_scene_to_milliseconds_neither_adds_nor_loses_a_frame(distances, fraction, data):
+    """Scenes lie between frames, whose times are no milliseconds."""
+    ticks = np.cumsum([0, *distances]) * 1_000_003 + fraction
+    frames = frame_times(ticks[:-1], 1e-9, distances[-1] * 1_000_003)
+    first = data.draw(st.integers(0, len(frames) - 1))
+    stop = data.draw(st.integers(first + 1, len(frames)))
+    edges = np.append(frames.times_s, frames.end_s)
+    assert choose_frames(frames, round(edges[first], 3), round(edges[stop], 3), None).tolist() == [*range(first, stop)]
 
 
 @given(DISTANCES, SPANS, st.one_of(RATES, st.none()))

@@ -120,7 +120,7 @@ def test_wanted_frames_are_bit_identical_to_a_full_decode(folder, shape):
 
 def _pixels(path, source, indices) -> dict[int, bytes]:
     found = wanted_frames(path, source, np.array(indices), Limits(), DecodeCounts())
-    return {index: pixels_of(frame) for index, frame in found}
+    return {index: pixels_of(frame) for index, frame, _ in found}
 
 
 def test_one_pass_and_no_more_work_than_needed(folder, tmp_path):

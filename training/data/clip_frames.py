@@ -29,7 +29,7 @@ from clipmill.base.errors import ItemError
 from clipmill.media.decode import DecodeCounts, list_by_decoding, wanted_frames
 from clipmill.media.encode import JPEG_MAGIC, jpeg_frames
 from clipmill.media.packets import Limits, Untrusted, check_size, list_frames
-from clipmill.media.probe import rotation_of
+from clipmill.media.probe import FrameOrientations
 from training.data.frame_sampling import Fit, resize
 from training.data.mp4_index import Track, plain_track
 
@@ -158,10 +158,9 @@ def _from_container(data: Bytes, choose: Choose, picture: Picture) -> tuple[Pixe
             try:
                 source = listed(counts)
                 shown, places = np.unique(np.asarray(choose(len(source.times))), return_inverse=True)
-                gather = _Gather(picture)
-                for _, frame in wanted_frames(path, source, shown, LIMITS, counts):
-                    pixels, clockwise = _rgb(frame), rotation_of(frame)
-                    gather.add(np.rot90(pixels, -clockwise // 90) if clockwise in (90, 180, 270) else pixels)
+                gather, orientations = _Gather(picture), FrameOrientations()
+                for _, frame, _ in wanted_frames(path, source, shown, LIMITS, counts):
+                    gather.add(orientations.of(frame).upright(_rgb(frame)))
             except Untrusted:
                 continue
             if gather.num_added == len(shown) and not counts.num_errors:

@@ -16,14 +16,15 @@ import numpy as np
 
 from clipmill.base.errors import ItemError
 from clipmill.media.decode import DecodeCounts, list_by_decoding, wanted_frames
-from clipmill.media.encode import ENCODINGS, ClipEncoder, JpegSequence
+from clipmill.media.encode import AUDIO_RATE, ENCODINGS, ClipEncoder, JpegSequence
 from clipmill.media.frame_stats import ClipStats, FrameStats, Thumbnailer, perceptual_hash
 from clipmill.media.frame_times import FrameTimes, caption_frames, choose_frames
 from clipmill.media.packets import Limits, SourceFrames, Untrusted, list_frames
-from clipmill.media.probe import open_media, video_stream
-from pipeline.stages.cut.audio_track import AudioTrack
-from pipeline.stages.cut.picture import PictureMaker
+from clipmill.media.sound import SoundTrack
+from pipeline.stages.cut.picture import PictureMaker, fitted
 from pipeline.stages.cut.settings import CutResult, CutSettings, SpanRequest
+
+FRAME_SAMPLES = 1024  # of an AAC frame
 
 
 class ClipFrame:
@@ -31,6 +32,12 @@ class ClipFrame:
 
     def __init__(self, picture: av.VideoFrame, thumbnailer: Thumbnailer, jpeg_quality: int):
         self.picture, self._thumbnailer, self._quality = picture, thumbnailer, jpeg_quality
+
+    def in_size(self, size: tuple[int, int]) -> "ClipFrame":
+        """Return this frame, or one of another size where the shape of the video changes within a clip."""
+        if (self.picture.width, self.picture.height) == size:
+            return self
+        return ClipFrame(fitted(self.picture, size), self._thumbnailer, self._quality)
 
     @cached_property
     def stats(self) -> FrameStats:
@@ -65,7 +72,7 @@ class Clip:
 
     @property
     def sound_start_s(self) -> float:
-        return self.start_s if self.rate is None else self.span.start_s
+        return self.start_s if self.rate is None else max(self.span.start_s, self.times.times_s[0].item())
 
     @property
     def complete(self) -> bool:
@@ -79,6 +86,7 @@ class Clip:
         """Append source frame `index` as often as the clip contains it."""
         if self.encoder is None:
             self._open(frame.picture, with_sound)
+        frame = frame.in_size(self.size)
         begins_s = self.times.times_s[index].item() - self.start_s
         while not self.complete and self.chosen[self.cursor] == index:
             self.encoder.add(frame.picture, begins_s, self.times.end_of(index) - self.start_s)
@@ -158,7 +166,7 @@ class Cutter:
         if not waiting:
             return []
         wanted = np.unique(np.concatenate([clip.chosen for clip in waiting]))
-        sound = AudioTrack(self.path, source.origin_s) if self.settings.audio else None
+        sound = SoundTrack(self.path, source, AUDIO_RATE, "stereo") if self.settings.audio else None
         live: list[Clip] = []
         broken: list[SpanRequest] = []
         for index, frame in self._frames(source, wanted):
@@ -190,13 +198,11 @@ class Cutter:
     def _frames(self, source: SourceFrames, wanted: np.ndarray) -> Iterator[tuple[int, ClipFrame]]:
         """Yield (source frame index, clip picture) of the wanted frames in display order."""
         short_side = None if self.settings.short_side == "source" else self.settings.short_side
-        with open_media(self.path) as container:
-            maker = PictureMaker(video_stream(container).sample_aspect_ratio, short_side)
-        thumbnailer = Thumbnailer()
-        for index, frame in wanted_frames(self.path, source, wanted, self.limits, self.counts):
-            yield index, ClipFrame(maker(frame), thumbnailer, self.settings.jpeg_quality)
+        maker, thumbnailer = PictureMaker(None, short_side), Thumbnailer()
+        for index, frame, pixel_aspect in wanted_frames(self.path, source, wanted, self.limits, self.counts):
+            yield index, ClipFrame(maker(frame, pixel_aspect), thumbnailer, self.settings.jpeg_quality)
 
-    def _feed(self, clip: Clip, index: int, frame: ClipFrame, sound: AudioTrack | None) -> None:
+    def _feed(self, clip: Clip, index: int, frame: ClipFrame, sound: SoundTrack | None) -> None:
         """Add a frame to a clip; with the last one, write the clip and release its encoder."""
         try:
             clip.add(index, frame, with_sound=sound is not None and sound.present)
@@ -207,10 +213,10 @@ class Cutter:
         except av.FFmpegError as error:
             self._fail(clip.span, ItemError("encode-failed", str(error)))
 
-    def _write(self, clip: Clip, sound: AudioTrack | None) -> None:
+    def _write(self, clip: Clip, sound: SoundTrack | None) -> None:
         """Append a complete clip and its caption frames to the output file and record its row of `clips`."""
         has_audio = getattr(clip.encoder, "sound", None) is not None
-        data = clip.encoder.finish(sound.sound(clip.sound_start_s, clip.duration_s) if has_audio else None)
+        data = clip.encoder.finish(_audio_frames(sound, clip) if has_audio else None)
         clip.encoder = None
         row = clip.columns() | {
             "has_audio": has_audio,
@@ -237,3 +243,13 @@ class Cutter:
 
     def _fail(self, span: SpanRequest, error: ItemError) -> None:
         self.failures[span.clip_id] = error
+
+
+def _audio_frames(sound: SoundTrack, clip: Clip) -> Iterator[av.AudioFrame]:
+    """Yield AAC-sized frames of a clip's sound."""
+    samples = sound.samples(clip.sound_start_s, clip.duration_s)
+    for begin in range(0, samples.shape[1], FRAME_SAMPLES):
+        piece = np.ascontiguousarray(samples[:, begin : begin + FRAME_SAMPLES])
+        frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts = AUDIO_RATE, begin
+        yield frame

@@ -15,7 +15,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 
-from clipmill.media.probe import rotation_of
+from clipmill.media.probe import AS_STORED, FrameOrientations, Orientation
 
 # Bit-exact code paths: the same pixels on every processor.
 SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
@@ -42,26 +42,27 @@ def _even(length: Fraction) -> int:
 
 
 class PictureMaker:
-    """Convert the frames of one video to clip pictures of one size, which the first frame decides."""
+    """Convert the frames of one video to clip pictures, each in its own shape, which may change midway."""
 
     def __init__(self, pixel_aspect: Fraction | None, short_side: int | None):
         self.pixel_aspect = pixel_aspect or Fraction(1)
         self.short_side = short_side
-        self.size: tuple[int, int] | None = None
+        self.shape: tuple = ()  # of the frame before
+        self.size = (0, 0)  # of its picture before it is turned
+        self.orientations = FrameOrientations()
         self.scaler = VideoReformatter()
 
-    def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
-        """Return a new yuv420p frame in limited range, without the source's timestamps, types or side data."""
-        if self.size is None:
-            self.size = target_size(frame.width, frame.height, self.pixel_aspect, self.short_side)
+    def __call__(self, frame: av.VideoFrame, pixel_aspect: Fraction | None = None) -> av.VideoFrame:
+        """Return a new yuv420p frame in limited range, without the source's timestamps, types or side data.
+
+        pixel_aspect  of this frame; None: that of the video
+        """
+        shape = (frame.width, frame.height, pixel_aspect or self.pixel_aspect)
+        if shape != self.shape:
+            self.shape, self.size = shape, target_size(*shape, self.short_side)
         wide = frame.color_trc in HDR_CURVES or frame.color_primaries == BT2020
         small, matrix = self._mapped(frame) if wide else self._scaled(frame)
-        packed = _turned(small.to_ndarray(), rotation_of(frame))
-        picture = av.VideoFrame.from_ndarray(packed, format="yuv420p")
-        picture.colorspace, picture.color_range = matrix, ColorRange.MPEG
-        picture.color_primaries = ColorPrimaries.BT709 if matrix == BT709 else ColorPrimaries.SMPTE170M
-        picture.color_trc = ColorTrc.BT709 if matrix == BT709 else ColorTrc.SMPTE170M
-        return picture
+        return _picture(_upright(small.to_ndarray(), self.orientations.of(frame)), matrix)
 
     def _scaled(self, frame: av.VideoFrame) -> tuple[av.VideoFrame, int]:
         """Scale an SDR frame; return (yuv420p frame, its AVColorSpace)."""
@@ -102,16 +103,41 @@ def _mapper() -> VideoReformatter:
     return VideoReformatter()
 
 
-def _turned(packed: np.ndarray, clockwise: int) -> np.ndarray:
-    """Rotate a picture by 90, 180 or 270 degrees; ignore other angles.
+def fitted(picture: av.VideoFrame, size: tuple[int, int]) -> av.VideoFrame:
+    """Scale a clip picture to fit into another size, with black bars, as players do where the shape changes midway."""
+    scale = min(Fraction(size[0], picture.width), Fraction(size[1], picture.height))
+    inner = _even(picture.width * scale), _even(picture.height * scale)
+    small = VideoReformatter().reformat(picture, *inner, "yuv420p", interpolation=SCALING, threads=1)
+    left, top = (size[0] - inner[0]) // 4 * 2, (size[1] - inner[1]) // 4 * 2
+    planes = []
+    for plane, step, black in zip(_planes(small.to_ndarray()), (1, 2, 2), (16, 128, 128), strict=True):
+        whole = np.full((size[1] // step, size[0] // step), black, np.uint8)
+        whole[top // step :, left // step :][: plane.shape[0], : plane.shape[1]] = plane
+        planes.append(whole)
+    return _picture(_packed(planes), picture.colorspace)
 
-    `packed` is yuv420p as one uint8 array [H * 3/2, W].
-    """
-    if clockwise not in (90, 180, 270):
+
+def _picture(packed: np.ndarray, matrix: int) -> av.VideoFrame:
+    """Return yuv420p samples [H * 3/2, W] as a frame of an SDR picture with this AVColorSpace."""
+    picture = av.VideoFrame.from_ndarray(packed, format="yuv420p")
+    picture.colorspace, picture.color_range = matrix, ColorRange.MPEG
+    picture.color_primaries = ColorPrimaries.BT709 if matrix == BT709 else ColorPrimaries.SMPTE170M
+    picture.color_trc = ColorTrc.BT709 if matrix == BT709 else ColorTrc.SMPTE170M
+    return picture
+
+
+def _upright(packed: np.ndarray, orientation: Orientation) -> np.ndarray:
+    """Mirror and turn a picture for display; yuv420p as one uint8 array [H * 3/2, W]."""
+    if orientation == AS_STORED:
         return packed
+    return _packed([orientation.upright(plane) for plane in _planes(packed)])
+
+
+def _planes(packed: np.ndarray) -> list[np.ndarray]:
     width, height = packed.shape[1], packed.shape[0] * 2 // 3
-    luma, chroma = packed[:height], packed[height:].reshape(2, height // 2, width // 2)
-    turns = -clockwise // 90
-    planes = [np.rot90(plane, turns) for plane in (luma, *chroma)]
+    return [packed[:height], *packed[height:].reshape(2, height // 2, width // 2)]
+
+
+def _packed(planes: list[np.ndarray]) -> np.ndarray:
     joined = np.concatenate([np.ascontiguousarray(plane).reshape(-1) for plane in planes])
     return joined.reshape(-1, planes[0].shape[1])

@@ -46,7 +46,7 @@ class CutSettings(Settings):
 
 @dataclass(frozen=True)
 class SpanRequest:
-    """A piece of a video that is to become a clip, in seconds from the first displayed frame, end exclusive."""
+    """A piece of a video that is to become a clip, in seconds from the start of play, end exclusive."""
 
     clip_id: str
     n: int

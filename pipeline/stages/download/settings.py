@@ -67,7 +67,7 @@ class DownloadSettings(Settings):
     rate_window_s: float = operational(60.0, gt=0)
     # Seconds until the headers of an answer are complete, however they trickle.
     answer_timeout_s: float = operational(120.0, gt=0)
-    # Seconds for probing a downloaded file before it counts as one that hangs the decoder.
+    # Seconds for probing a downloaded file, plus one for every 10 MB, before it counts as one that hangs the decoder.
     probe_timeout_s: float = operational(60, gt=0)
     # Most bytes of a file; a larger one is refused by its header, or else while it is downloaded.
     max_bytes: int = operational(20_000_000_000, ge=1)

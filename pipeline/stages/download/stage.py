@@ -2,6 +2,7 @@
 
 import contextvars
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from clipmill.base.credentials import Redactor, credentials_in_url
 from clipmill.base.errors import ItemError, UserError
-from clipmill.media.probe import probe
+from clipmill.media.probe import MediaInfo, probe
 from pipeline.runtime.task import HOST_LIMITER, NotNow, Outcome, Result, Stopwatch, Task, require_lock, sandbox
 from pipeline.stages.download.fetch import GivenBack, fetch, new_rate_limiter
 from pipeline.stages.download.host_limiter import host_of
@@ -132,7 +133,7 @@ def run_download(task: Task) -> Result | NotNow:
                 task.settings,
                 corpus_root=root,
                 rate_limiter=limiter,
-                probe=partial(call, probe, timeout_s=task.settings.probe_timeout_s),
+                probe=partial(_probe, call, task.settings.probe_timeout_s),
                 require_lock=partial(require_lock, task),
                 refuse=refuse,
                 **waits,
@@ -174,6 +175,13 @@ def secrets_of(item: dict, task: Task) -> list[str]:
         with suppress(UserError):  # the download itself fails with it
             found += [cookie.value for cookie in load_cookies(task.settings.cookies_file) if cookie.value]
     return found
+
+
+PROBED_BYTES_PER_S = 10_000_000  # of a slow network disk: probing reads the whole file, for its real duration
+
+
+def _probe(call: Callable, base_s: float, path: Path) -> MediaInfo:
+    return call(probe, path, timeout_s=base_s + path.stat().st_size / PROBED_BYTES_PER_S)
 
 
 DOWNLOAD = Stage(

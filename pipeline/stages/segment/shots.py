@@ -13,19 +13,23 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from clipmill.base.errors import ItemError
 from clipmill.base.settings import Settings
 
+if TYPE_CHECKING:
+    from clipmill.media.packets import SourceFrames
+
 log = logging.getLogger(__name__)
 
 # Cheap to process, and the width to which PySceneDetect itself scales: its thresholds are tuned at this size.
 FRAME_WIDTH = 256
+TICK_S = 1e-9  # of the times that PySceneDetect is given
 
 
 class ShotSettings(Settings):
@@ -46,22 +50,38 @@ class ShotSettings(Settings):
 
 
 def detect_shots(path: str | Path, settings: ShotSettings | None = None) -> list[tuple[float, float]]:
-    """Return (start_s, end_s) of each shot, in seconds from the first frame; together they cover the video.
+    """Return (start_s, end_s) of each shot, in seconds from the start of play; together they cover all pictures.
 
-    Raises ItemError: source-missing, empty-file, not-a-video, no-video-stream, undecodable.
+    Raises ItemError: source-missing, empty-file, not-a-video, no-video-stream, undecodable, too-large,
+    too-many-frames.
     """
-    settings = settings or ShotSettings()
+    from clipmill.media.decode import DecodeCounts, list_by_decoding
+    from clipmill.media.packets import Limits, Untrusted, list_frames
+
+    path, settings = Path(path), settings or ShotSettings()
+    try:
+        return _shots(path, list_frames(path, Limits()), settings)
+    except Untrusted:
+        return _shots(path, list_by_decoding(path, Limits(), DecodeCounts()), settings)
+
+
+def _shots(path: Path, source: "SourceFrames", settings: ShotSettings) -> list[tuple[float, float]]:
+    """Return the shots; raises Untrusted if the listed frames are not those that the decoder returns."""
+    from clipmill.media.packets import Untrusted
+
     detector, recent, cuts, first = _detector(settings), deque(maxlen=8), [], None
-    for timecode, picture, duration_s in _small_frames(Path(path), settings.precision):
+    for timecode, picture in _small_frames(path, source, settings.precision == "fast"):
         first = first or timecode
         recent.append((timecode, picture))
         cuts += [cut for cut in detector.process_frame(timecode, picture) if _is_change(cut, recent, settings)]
-        end_s = timecode.seconds + duration_s
     if first is None:
-        raise ItemError("undecodable", f"{Path(path).name}: no frame can be decoded")
+        if source.match == "pts":
+            raise Untrusted("no listed frame comes out of the decoder")
+        raise ItemError("undecodable", f"{path.name}: no frame can be decoded")
+    first_s, end_s = float(source.times.times_s[0]), source.times.end_s
     cuts += detector.post_process(timecode)
-    inside = sorted({cut.seconds - first.seconds for cut in cuts if first.seconds < cut.seconds < end_s})
-    return list(pairwise([0.0, *inside, end_s - first.seconds]))
+    inside = sorted({cut.seconds for cut in cuts if first.seconds < cut.seconds < end_s})
+    return list(pairwise([first_s, *inside, end_s]))
 
 
 def _is_change(cut: Any, recent: Sequence[tuple[Any, Any]], settings: ShotSettings) -> bool:
@@ -98,49 +118,25 @@ def _detector(settings: ShotSettings) -> Any:
     )
 
 
-def _small_frames(path: Path, precision: str) -> Iterator[tuple[Any, Any, float]]:
-    """Yield (FrameTimecode, BGR picture [H, W, 3], duration in seconds) of each decoded frame, in display order."""
+def _small_frames(path: Path, source: "SourceFrames", fast: bool) -> Iterator[tuple[Any, Any]]:
+    """Yield (FrameTimecode, BGR picture [H, W, 3]) of each decoded frame, in display order.
+
+    A broken packet loses its own frames only, as in any player; they are logged. Raises Untrusted.
+    """
+    import numpy as np
     from scenedetect.common import FrameTimecode, Timecode
 
-    from clipmill.media.probe import open_media, video_stream
+    from clipmill.media.decode import DecodeCounts, wanted_frames
+    from clipmill.media.packets import Limits
 
-    with open_media(path) as container:
-        stream = video_stream(container)
-        rate, time_base = Fraction(stream.average_rate or 0), Fraction(stream.time_base or Fraction(1, 90_000))
-        if not Fraction(1, 3600) <= rate <= 10_000:
-            rate = Fraction(25)  # a damaged header may say anything; cuts are placed by the frames' own times
-        if precision == "fast":
-            stream.codec_context.skip_frame = "NONREF"
-        frame_ticks, next_pts, last_pts = max(1, round(1 / (rate * time_base))), 0, None
-        for frame in _decoded(container, stream, path.name):
-            pts = frame.pts if frame.pts is not None else next_pts
-            if last_pts is not None and pts <= last_pts:
-                continue  # PySceneDetect needs increasing times
-            ticks = frame.duration or frame_ticks
-            last_pts, next_pts = pts, pts + ticks
-            height = max(2, round(frame.height * FRAME_WIDTH / frame.width))
-            size = (FRAME_WIDTH, height) if frame.width > FRAME_WIDTH else (frame.width, frame.height)
-            picture = frame.to_ndarray(format="bgr24", width=size[0], height=size[1], interpolation="AREA")
-            yield FrameTimecode(Timecode(pts, time_base), rate), picture, float(ticks * time_base)
-
-
-def _decoded(container: Any, stream: Any, name: str) -> Iterator[Any]:
-    """Yield the frames that can be decoded. A broken packet loses its own frames only, as in any player; log them."""
-    import av
-
-    from clipmill.media.packets import Limits, check_size, packets_of
-
-    decoder, num_bad, message = stream.codec_context, 0, ""
-    decoder.thread_count = 1  # a worker has one core
-    check_size(decoder, Limits())
-    for packet in chain(packets_of(container, stream), [None]):
-        try:
-            frames = decoder.decode(packet)
-        except av.MemoryError:
-            raise
-        except av.FFmpegError as error:
-            num_bad, message = num_bad + 1, str(error)
-            continue
-        yield from frames
-    if num_bad:
-        log.warning("%s: %d packets cannot be decoded (%s)", name, num_bad, message)
+    times, counts = source.times, DecodeCounts()
+    rate = Fraction(len(times) / (times.end_s - times.times_s[0])).limit_denominator(1001)
+    everything = np.arange(len(times))
+    for index, frame, _ in wanted_frames(path, source, everything, Limits(), counts, references_only=fast):
+        height = max(2, round(frame.height * FRAME_WIDTH / frame.width))
+        size = (FRAME_WIDTH, height) if frame.width > FRAME_WIDTH else (frame.width, frame.height)
+        picture = frame.to_ndarray(format="bgr24", width=size[0], height=size[1], interpolation="AREA")
+        timecode = Timecode(round(times.times_s[index] / TICK_S), Fraction(TICK_S).limit_denominator(10**9))
+        yield FrameTimecode(timecode, rate or Fraction(25)), picture
+    if counts.num_errors:
+        log.warning("%s: %d packets cannot be decoded (%s)", path.name, counts.num_errors, min(counts.messages))

@@ -73,7 +73,7 @@ def run_transcribe(task: Task) -> Result:
 
             def extract(path: Path, item: dict = item):
                 with unchanged(path, item["sha256"], item["file_stamp"]):
-                    return in_sandbox(extract_speech, path, settings.timeout_s, settings.max_speech_s)
+                    return in_sandbox(extract_speech, path, settings.max_speech_s)
 
             try:
                 tracks = in_sandbox(subtitle_tracks, local(item["path"]))
