@@ -111,7 +111,7 @@ class Trainer:
         learner.step = num_steps_done(self.spec, checkpoint.state["plan"])
         if learner.ema and checkpoint.averaged:
             averaged = models.read(checkpoint.averaged, self.settings.model, self.settings.data.seed)
-            learner.ema.restore(dict(averaged.named_parameters()))
+            learner.ema.restore(averaged.state_dict())
         if learner.feedback and learner.feedback.is_first and (checkpoint.path / FEEDBACK_FILE).exists():
             learner.feedback.load(checkpoint.path / FEEDBACK_FILE)
         set_random_state(checkpoint.random)
@@ -179,7 +179,7 @@ class Trainer:
         with self.log.paused():
             self.log.check()
             tensors, optimiser = full_state(learner.model, learner.optimiser)
-            averaged = learner.ema.full_state() if learner.ema else None
+            averaged = tensors | learner.ema.full_state() if learner.ema else None
             if learner.feedback:
                 learner.feedback.collect()
             self.process.first(lambda: self._write(tensors, optimiser, averaged))
