@@ -30,7 +30,7 @@ _NEVER = -1e9  # score of a beam that is still a copy of the first
 
 @dataclass(frozen=True)
 class Decoder:
-    """A CoCa and the decoding of its captions: `generate`. A caption has at most `max_tokens` ids, both ends included."""
+    """A CoCa and how it decodes captions of at most `max_tokens` ids, both ends included."""
 
     model: open_clip.CoCa
     settings: CaptionSettings

@@ -1,6 +1,7 @@
 """Keep an exponential moving average of a model's trained weights (EMA), for evaluation.
 
-Frozen weights and buffers have no average: a checkpoint's averaged weights hold the model's own instead. The average of a sharded parameter (FSDP2) is sharded alike, so an update changes this process's part without exchange.
+Frozen weights and buffers have no average: a checkpoint's averaged weights hold the model's own instead. The average of
+a sharded parameter (FSDP2) is sharded alike, so an update changes this process's part without exchange.
 """
 
 import torch
