@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CODE_VERSION = 1  # raise it when captions change for the same settings: all captions become pending
+# Major versions of the libraries behind captions that give the captions of existing corpora. Another one is part of the
+# fingerprint, so that captions are made again; a minor one is not. Add a major here once its captions are known to be
+# the same (tests/captioning/test_coca_decoding.py).
+SAME_CAPTIONS = {"open_clip_torch": {"2", "3"}, "torch": {"2"}, "transformers": {"4", "5"}}
+LIBRARIES = {"coca": ("open_clip_torch", "torch", "transformers"), "huggingface": ("torch", "transformers")}
 SCORE_DECIMALS = 4  # float32 sums differ in the sixth decimal between batch sizes and processors
 
 
@@ -76,7 +82,13 @@ def fingerprint_of(settings: CaptionSettings) -> str:
     """
     chosen = settings.model_dump(mode="json", exclude=settings._operational() | {"model", "pretrained", "revision"})
     chosen["options"] = for_fingerprint("caption.options", chosen["options"])
-    return digest([CODE_VERSION, chosen, _model_identity(settings)])
+    return digest([CODE_VERSION, chosen, _model_identity(settings), *_changed_libraries(settings.captioner)])
+
+
+def _changed_libraries(captioner: str | None) -> list[str]:
+    """Return name and major version of the libraries whose captions may differ from those of existing corpora."""
+    majors = {name: metadata.version(name).partition(".")[0] for name in LIBRARIES.get(captioner, ())}
+    return [f"{name} {major}" for name, major in majors.items() if major not in SAME_CAPTIONS[name]]
 
 
 def _model_identity(settings: CaptionSettings) -> list:

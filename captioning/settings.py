@@ -54,9 +54,10 @@ class CaptionSettings(ModelSettings):
     # Decoding; the defaults of this and the following settings are those of CoCa's authors. top_k with top_k = 1 is
     # greedy and fastest.
     generation: Literal["beam_search", "top_k", "top_p"] = "beam_search"
-    # beam_search: number of hypotheses kept.
+    # beam_search: number of hypotheses kept; of coca, in all groups.
     num_beams: int = Field(6, ge=1, le=64)
-    # beam_search of coca: groups of beams that are made to differ; has to divide num_beams.
+    # beam_search of coca: groups that num_beams is divided into. As in open_clip, groups do not see each other and find
+    # the same captions, so num_beams / num_beam_groups hypotheses are kept; it has to divide num_beams.
     num_beam_groups: int = Field(3, ge=1, le=64)
     # top_k: draw among this many of the likeliest tokens; 1 always takes the likeliest.
     top_k: int = Field(1, ge=1)

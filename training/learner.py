@@ -46,7 +46,7 @@ class Learner:
             published_decay=settings.published_decay,
             rate_factors=settings.lr_factors,
         )
-        self.optimiser = build_optimiser(groups, settings.update)
+        self.optimiser = build_optimiser(groups, settings.update, settings.parameter_clip)
         self.ema = Ema(self.model, settings.ema) if settings.ema else None
         self.feedback, self.seed = feedback, seed
         self.step = 0

@@ -96,6 +96,7 @@ class Wrapped:
 
     def score(self, text_BC: Tensor, frames_KFC: Tensor) -> Tensor:
         """Score pairs, [B, K]. DDP averages the gradients although this runs outside of its `forward`."""
+        self.model.first_text = self.process.rank * len(text_BC)  # every process has equally many clips
         with self._autocast():
             return score_pairs(self.model, text_BC, frames_KFC)
 

@@ -16,11 +16,9 @@ from training.run.folder import RunFolder
 from training.run.setup import Request, requested_settings
 from training.trainer import Report, train
 
-MAX_RESTARTS = 3  # after deaths of workers or nodes; limited, because a run may be what kills its workers
-
 
 def train_on_ray(request: Request, num_workers: int, address: str | None = None) -> Report:
-    """Train a run with `num_workers` processes. Raises UserError, also if workers die more than `MAX_RESTARTS` times.
+    """Train a run with `num_workers` processes. Raises UserError, also after `train.max_restarts` restarts.
 
     address  address of a Ray cluster; None: the surrounding one or RAY_ADDRESS, else Ray starts on this machine
     """
@@ -30,18 +28,19 @@ def train_on_ray(request: Request, num_workers: int, address: str | None = None)
 
     folder = RunFolder(request.run)
     settings = requested_settings(request, folder).train
-    device = settings.device
     folder.create()  # before Ray writes there, because a folder with only Ray's files is refused as not a run
     cpus = max(num_workers + 1, os.cpu_count() or 1)  # allows more workers than this machine has cores
     with ray_cluster(address, cpus, setting="--address", allow_open=settings.allow_open_cluster, show_output=True):
-        use_gpu = device != "cpu" and ray.cluster_resources().get("GPU", 0) >= num_workers
+        use_gpu = settings.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= num_workers
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"request": asdict(request)},
             scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
             run_config=RunConfig(
-                name="ray", storage_path=str(Path(request.run).absolute()), failure_config=FailureConfig(MAX_RESTARTS)
+                name="ray",
+                storage_path=str(Path(request.run).absolute()),
+                failure_config=FailureConfig(max_failures=settings.max_restarts),
             ),
         )
         try:

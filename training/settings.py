@@ -109,8 +109,13 @@ class TrainSettings(Settings):
     published_decay: bool = False
     # Update rule: torch's AdamW, or that of a method's released code.
     update: Update = "adamw"
-    # Clip the gradient to this norm; None: not clipped.
+    # Clip the gradient to this norm; None: not clipped. The gradient is that of the whole batch's loss, the sum of both
+    # directions. CLIP4Clip's and UniPT's released code halves this loss and divides its gradient by the number of GPUs
+    # before it clips, so its norm of 1.0 is 2 x GPUs here.
     grad_clip: float | None = Field(5.0, gt=0)
+    # Norm to which update = clip4clip clips the gradient of each parameter alone. The released 1.0 is 2 x GPUs here, as
+    # for grad_clip.
+    parameter_clip: float = Field(1.0, gt=0)
     # Decay of averaged weights (EMA), kept beside the trained ones; None: no average.
     ema: float | None = Field(None, gt=0, lt=1)
 
@@ -129,7 +134,9 @@ class TrainSettings(Settings):
 
     # Join a Ray cluster without token authentication too: whoever reaches its ports can run code on all its nodes.
     allow_open_cluster: bool = operational(False)
-
+    # Restarts of a run under Ray Train after deaths of its processes or nodes; limited, because the run itself may be
+    # what kills them. 0: none. -1: any number.
+    max_restarts: int = operational(3, ge=-1)
     # Steps between checkpoints.
     checkpoint_every: int = operational(500, ge=1)
     # Latest checkpoints to keep; the best one is kept besides.

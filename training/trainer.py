@@ -27,7 +27,7 @@ from training.data.epoch_plan import PlanSpec, locate, num_steps_done, rank_slot
 from training.data.loader import Loader, default_processes
 from training.data.sample_reader import Failure, SampleReader
 from training.data.stateless_random import mix
-from training.evaluation.retrieval import evaluate
+from training.evaluation.retrieval import EvaluationStopped, evaluate
 from training.learner import Learner, Values
 from training.losses import load_loss
 from training.models import registry as models
@@ -111,7 +111,7 @@ class Trainer:
         learner.step = num_steps_done(self.spec, checkpoint.state["plan"])
         if learner.ema and checkpoint.averaged:
             averaged = models.read(checkpoint.averaged, self.settings.model, self.settings.data.seed)
-            learner.ema.restore(dict(averaged.named_parameters()))
+            learner.ema.restore(averaged.state_dict())
         if learner.feedback and learner.feedback.is_first and (checkpoint.path / FEEDBACK_FILE).exists():
             learner.feedback.load(checkpoint.path / FEEDBACK_FILE)
         set_random_state(checkpoint.random)
@@ -124,7 +124,7 @@ class Trainer:
         peak = train.peak_tflops * 1e12 if train.peak_tflops else peak_flops(process.device, train.precision)
         throughput = Throughput(process.device, None if peak is None else peak * process.world_size)
         with ExitStack() as stack:
-            stop = stack.enter_context(stop_on_signals())
+            self.stop = stop = stack.enter_context(stop_on_signals())
             self.log = stack.enter_context(
                 RunLog(
                     self.folder.root,
@@ -141,8 +141,9 @@ class Trainer:
             self.loader = stack.enter_context(self._open_loader())
             self._announce()
             self._write_best()
-            self._evaluate_if_due()
-            batches = self.loader.batches(self.epochs, self.slots, self.start_step, self.total_steps)
+            is_stopped = not self._evaluate_if_due()
+            last_step = self.step if is_stopped else self.total_steps
+            batches = self.loader.batches(self.epochs, self.slots, self.start_step, last_step)
             for batch in throughput.waiting(batches):
                 values = self.learner.train_step(batch.to(process.device))
                 slots = np.arange(self.slots.start, self.slots.stop, dtype=np.uint64) << np.uint64(32)
@@ -150,14 +151,20 @@ class Trainer:
                 # the sum of all processes' row hashes identifies the batch
                 num_stops, digest = process.sum(int(stop.name is not None), int(hashes.sum().astype(np.int64)))
                 self._log_step(values, batch, digest)
-                if num_stops:
+                if is_stopped := num_stops > 0 and self.step < self.total_steps:
                     break
                 if self.step % train.checkpoint_every == 0:
                     self._save()
-                self._evaluate_if_due()
-            self._save()
-        stopped_by = stop.name if self.step < self.total_steps else None
+                if is_stopped := not self._evaluate_if_due():
+                    break
+            if self.step:  # a run stopped before its first step has nothing to save, and may still change settings
+                self._save()
+        stopped_by = (stop.name or "a signal to another process") if is_stopped else None
         return Report(self.folder.root, self.step, self.total_steps, stopped_by or "done")
+
+    def _is_stopped(self) -> bool:
+        """Return whether any process got a stop signal; all processes call this together."""
+        return self.process.sum(int(self.stop.name is not None))[0] > 0
 
     def _log_step(self, values: Values, batch: Batch, digest: int) -> None:
         epoch = locate(self.spec, self.step - 1)[0]
@@ -179,7 +186,7 @@ class Trainer:
         with self.log.paused():
             self.log.check()
             tensors, optimiser = full_state(learner.model, learner.optimiser)
-            averaged = learner.ema.full_state() if learner.ema else None
+            averaged = tensors | learner.ema.full_state() if learner.ema else None
             if learner.feedback:
                 learner.feedback.collect()
             self.process.first(lambda: self._write(tensors, optimiser, averaged))
@@ -202,25 +209,31 @@ class Trainer:
             feedback.write(self.folder.feedback_path, self.prepared.selection)
         self.epochs.tidy(locate(self.spec, self.step)[0])
 
-    def _evaluate_if_due(self) -> None:
+    def _evaluate_if_due(self) -> bool:
         """Evaluate before the first step, after the last, and every `eval.every` in between, once per step.
 
-        A new best checkpoint is saved before its line is written, so that the best step in eval.jsonl always has a
-        checkpoint.
+        Return False if a stop signal ended the evaluation, which is then made when the run resumes. A new best
+        checkpoint is saved before its line is written, so that the best step in eval.jsonl always has a checkpoint.
         """
         if self.prepared.held_out is None or not self._evaluation_is_due():
-            return
+            return True
         if self.process.first(lambda: self.log.has_evaluation(self.step)):
-            return
-        with self.log.paused():
-            model = self.learner.whole_model()
-            metrics = evaluate(model, self.prepared.held_out, self.settings, self.process)
+            return True
+        try:
+            with self.log.paused():
+                model = self.learner.whole_model()
+                held_out = self.prepared.held_out
+                metrics = evaluate(model, held_out, self.settings, self.process, should_stop=self._is_stopped)
+        except EvaluationStopped:
+            self.log.say(f"The evaluation at step {self.step:,} was stopped; it is made when the run resumes.")
+            return False
         if self.settings.eval.selects and self.step > 0:
             if self.process.first(lambda: self._best({"step": self.step, **metrics}).step == self.step):
                 self._save()
         self.log.evaluation(self.step, metrics)
         self.log.say(_evaluation_line(self.step, metrics))
         self._write_best()
+        return True
 
     def _evaluation_is_due(self) -> bool:
         settings = self.settings.eval
@@ -310,7 +323,9 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Record SIGTERM, SIGUSR1, SIGUSR2 or the first Ctrl-C as a stop after the current step; a second Ctrl-C raises.
+    """Record SIGTERM, SIGUSR1, SIGUSR2 or the first Ctrl-C as a stop; a second Ctrl-C raises.
+
+    It is obeyed after the current step, or after the current batch or block of an evaluation.
 
     Does nothing in a thread other than the main one (Ray Train's workers), where signals cannot be caught.
     """

@@ -27,7 +27,7 @@ def load(settings: CaptionSettings) -> "HuggingFaceCaptioner":
     where = str(folder) if folder.is_dir() else settings.model
     try:
         common = {"revision": settings.revision} if settings.revision and not folder.is_dir() else {}
-        processor = AutoImageProcessor.from_pretrained(where, use_fast=False, **common)
+        processor = AutoImageProcessor.from_pretrained(where, backend="pil", **common)
         tokenizer = AutoTokenizer.from_pretrained(where, **common)
         model = AutoModelForImageTextToText.from_pretrained(where, **common)
     except (OSError, ValueError, KeyError) as error:

@@ -386,7 +386,8 @@ def status(root: str | Path, assignments: list[str]) -> Status:
 
 
 def versions() -> dict[str, str]:
-    names = ("clipmill", "av", "duckdb", "open_clip_torch", "pyarrow", "ray", "torch", "webdataset", "yt-dlp")
+    names = ("clipmill", "av", "duckdb", "open_clip_torch", "pyarrow", "ray", "torch", "transformers")
+    names += ("webdataset", "yt-dlp")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 

@@ -1,8 +1,9 @@
 """Publish `manifest.duckdb`, the snapshot that all other commands read.
 
 The file is written beside the old one and renamed over it. So a reader always opens a whole, consistent manifest, can
-keep it open for any time, and never waits for a lock. It holds the tables of
-`shards.corpus.schema.MANIFEST` and the views of `views.sql` beside this file.
+keep it open for any time, and never waits for a lock. It has the storage version of DuckDB 1.0, which clients of all
+later versions read. It holds the tables of `shards.corpus.schema.MANIFEST` and the views of `views.sql` beside this
+file.
 """
 
 from importlib import resources
@@ -22,6 +23,8 @@ from shards.storage.local import MANIFEST_NAME, UNFINISHED
 from shards.storage.mirror import files_of
 from shards.storage.sealed_parquet import DamagedFile, check_parquet
 
+STORAGE_VERSION = "v1.0.0"  # of DuckDB's files
+
 
 def publish(ledger: Ledger, *, groups: bool = True) -> None:
     """Write the manifest. The ledger's last `refresh_state` must have been for all units.
@@ -32,7 +35,7 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
     path = ledger.root / MANIFEST_NAME
     _prepare(ledger, groups)
     with atomic_path(path) as temporary:
-        connection.execute(f"ATTACH {sql_literal(temporary)} AS manifest")
+        connection.execute(f"ATTACH {sql_literal(temporary)} AS manifest (STORAGE_VERSION '{STORAGE_VERSION}')")
         try:
             for table, schema in MANIFEST.items():
                 select = _SELECT.get(table, _SELECT_STAGE.replace("$table", table))

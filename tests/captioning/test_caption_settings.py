@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from captioning import captioner
 from captioning import model_identity as identity
 from captioning.captioner import fingerprint_of
 from captioning.scorer import fingerprint_of as score_fingerprint_of
@@ -111,3 +112,19 @@ heavy = {"torch", "open_clip", "transformers", "numpy", "PIL"} & set(sys.modules
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_only_another_major_of_a_library_makes_captions_pending(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"open_clip_torch": "3.3.0", "torch": "2.15.0+cu130", "transformers": "5.24.0"}
+    monkeypatch.setattr(captioner.metadata, "version", installed.__getitem__)
+    coca, named = CaptionSettings(), CaptionSettings(captioner="huggingface", model="a/model")
+    first = fingerprint_of(coca), fingerprint_of(named)
+    installed |= {"open_clip_torch": "2.30.0", "torch": "2.99.1", "transformers": "4.56.2"}
+    assert (fingerprint_of(coca), fingerprint_of(named)) == first
+    installed["open_clip_torch"] = "4.0.0"
+    assert fingerprint_of(coca) != first[0] and fingerprint_of(named) == first[1]
+    installed |= {"open_clip_torch": "3.4.0", "transformers": "6.0.1"}
+    assert fingerprint_of(coca) != first[0] and fingerprint_of(named) != first[1]
+    six = fingerprint_of(coca)
+    installed["transformers"] = "6.5.0"
+    assert fingerprint_of(coca) == six

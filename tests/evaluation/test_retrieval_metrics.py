@@ -12,6 +12,7 @@ from clipmill.base.errors import UserError
 from tests.helpers.clip_vip import numbers, tensors
 from training.evaluation import metrics as evaluate
 from training.evaluation.metrics import chance, dual_softmax, ranks_of, retrieval_metrics
+from training.evaluation.retrieval import CosineBlocks
 
 SQUARE = ("square", "ties_quantised", "ties_some", "ties_constant")
 TIED = SQUARE[1:]
@@ -201,3 +202,62 @@ def test_wrong_matrices_are_named() -> None:
             retrieval_metrics(*arguments)
     with pytest.raises(UserError, match="pessimistic"):
         retrieval_metrics(np.eye(2), ties="kind")
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_blocks_of_any_size_have_the_metrics_of_the_whole_matrix(data: st.DataObject) -> None:
+    """Texts repeat, videos may have several or none, and features repeat, so that there are ties."""
+    num_videos = data.draw(st.integers(1, 9))
+    generator = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    owner = generator.integers(0, num_videos, data.draw(st.integers(1, 20)))
+    distinct = generator.integers(0, 6, len(owner))
+    text_UD, video_ND = (
+        torch.nn.functional.normalize(torch.from_numpy(generator.integers(-1, 2, (n, 3)) + 0.5).float(), dim=1)
+        for n in (6, num_videos)
+    )
+    whole = ((text_UD.double() @ video_ND.double().T).float())[distinct].numpy()
+    blocks = CosineBlocks(text_UD, torch.from_numpy(distinct), video_ND)
+    for dsl in (None, "per_direction", "published"):
+        expected = whole_matrix_metrics(whole, owner, dsl)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate, "_BLOCK", data.draw(st.integers(1, 200)))
+            assert retrieval_metrics(blocks, owner, dsl=dsl) == expected
+            assert retrieval_metrics(whole, owner, dsl=dsl) == expected
+
+
+def whole_matrix_metrics(sim: np.ndarray, owner: np.ndarray, dsl: str | None) -> dict[str, Any]:
+    """Rank a whole matrix in one piece, as the definition says."""
+
+    def of(matrix: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
+        asked = np.unique(owner)
+        nearest = np.stack([matrix[owner == video].max(axis=0)[asked] for video in asked])
+        forth = [(row >= row[own]).sum() for row, own in zip(matrix, owner, strict=True)]
+        back = [(column >= column[own]).sum() for own, column in enumerate(nearest.T)]
+        return evaluate.summarise(np.array(forth, float)), evaluate.summarise(np.array(back, float))
+
+    metrics = dict(zip(("t2v", "v2t"), of(sim), strict=True))
+    if dsl is not None:
+        metrics["t2v_dsl"] = of(dual_softmax(sim, axis=0))[0]
+        metrics["v2t_dsl"] = of(dual_softmax(sim, axis=0 if dsl == "published" else 1))[1]
+    return metrics
+
+
+def test_ranking_never_makes_the_whole_matrix() -> None:
+    shapes = []
+
+    class Watched(CosineBlocks):
+        def row_blocks(self):
+            yield from self.watched(super().row_blocks())
+
+        def column_blocks(self):
+            yield from self.watched(super().column_blocks())
+
+        def watched(self, blocks):
+            for part, block in blocks:
+                shapes.append(block.size)
+                yield part, block
+
+    features = torch.nn.functional.normalize(torch.randn(4000, 8), dim=1)
+    retrieval_metrics(Watched(features, torch.arange(4000), features))
+    assert max(shapes) <= evaluate._BLOCK < 4000**2 and sum(shapes) == 2 * 4000**2

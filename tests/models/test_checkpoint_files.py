@@ -19,6 +19,7 @@ from training.models.clip_vip.config_formats import config_from_dict, config_to_
 from training.models.clip_vip.model import ClipVip
 from training.models.clip_vip.weight_names import to_published
 from training.models.clip_vip.weights import from_open_clip_model, load_clip_vip, load_model
+from training.models.registry import ModelSettings, load
 
 
 def published(model: ClipVip, prefix: str = "clipmodel.") -> dict[str, Tensor]:
@@ -189,8 +190,8 @@ def hf_clip(folder: Path, **save_options: Any) -> Any:
 def assert_equals_hf(ours: ClipVip, theirs: Any) -> None:
     pixels, ids = random_pixels(3, 1), random_texts(3)
     with torch.no_grad():
-        image = theirs.get_image_features(pixels[:, 0])
-        text = theirs.get_text_features(ids)
+        image = theirs.get_image_features(pixels[:, 0]).pooler_output
+        text = theirs.get_text_features(ids).pooler_output
         assert (ours.encode_video(pixels) - image / image.norm(dim=-1, keepdim=True)).abs().max() <= 1e-5
         assert (ours.encode_text(ids) - text / text.norm(dim=-1, keepdim=True)).abs().max() <= 1e-5
 
@@ -207,6 +208,42 @@ def test_a_hugging_face_folder_is_read_as_plain_clip_or_as_clip_vip(options: dic
     assert (proxies.config.num_added, proxies.config.num_times) == (3, 12)
     assert set(proxies.new_tensors) == {"vision.added_embedding", "vision.time_embedding"}
     assert load_model(tmp_path, pooling="mean").config.num_proxies == 1
+
+
+def test_what_is_saved_with_proxies_does_not_pass_for_a_clip_of_hugging_face(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoConfig, AutoModel, CLIPModel, CLIPVisionModel
+    from transformers.utils import logging
+
+    models = {
+        "clip_vip": tiny_model(),
+        "times alone": tiny_model(num_added=0),
+        "clip4clip": load(ModelSettings(init="demo", method="clip4clip")),
+        "unipt": load(ModelSettings(init="demo", method="unipt", pooling="mean")),
+    }
+    logging.enable_propagation()
+    try:
+        for name, model in models.items():
+            save(model, tmp_path / name)
+            for factory in (AutoConfig, AutoModel):
+                with pytest.raises(ValueError, match="model type"):
+                    factory.from_pretrained(tmp_path / name)
+            for factory in (CLIPModel, CLIPVisionModel) if name in ("clip_vip", "times alone") else (CLIPModel,):
+                caplog.clear()
+                factory.from_pretrained(tmp_path / name)
+                assert "You are using a model of type" in caplog.text, f"{factory.__name__} of {name} opens silently"
+    finally:
+        logging.disable_propagation()
+
+
+def test_a_checkpoint_that_calls_itself_a_clip_as_those_of_earlier_versions_is_read(tmp_path: Path) -> None:
+    model = tiny_model()
+    save(model, tmp_path)
+    old = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "clip", "architectures": ["CLIPModel"]}
+    old["vision_config"]["model_type"] = "clip_vision_model"
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert_same(load_model(tmp_path), model)
 
 
 def test_what_is_saved_without_proxies_opens_in_transformers(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_recipes_have_the_published_optimisation(recipe: str) -> None:
     assert settings.model.method == "unipt"
     train = settings.train
     assert (train.batch_size, train.lr, train.weight_decay, train.warmup_ratio) == (128, 1e-4, 0.2, 0.1)
-    assert (train.update, train.decay, train.loss, train.grad_clip) == ("clip4clip", "clip4clip", "vs", 1.0)
+    assert (train.update, train.decay, train.loss, train.grad_clip) == ("clip4clip", "clip4clip", "vs", 8.0)
     assert train.lr_factors == {} and settings.data.num_frames == 12
     assert "test" not in settings.data.where
 

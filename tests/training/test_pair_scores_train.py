@@ -15,6 +15,7 @@ from tests.models.test_clip4clip_reference import features, inputs, load
 from training.data.batch import Batch
 from training.learner import Learner
 from training.losses.pair_matching import matching_loss
+from training.models.clip4clip.heads import PairDropout, pair_keys
 from training.models.clip4clip.model import Clip4Clip
 from training.models.clip4clip.settings import Clip4ClipSettings
 from training.parallel.distributed import Process
@@ -24,7 +25,7 @@ SETTINGS = Clip4ClipSettings(head="tightTransf", num_layers=2)
 
 def small(dropout: float = 0.0) -> Clip4Clip:
     model = Clip4Clip(tiny_model(embed_dim=24, num_added=0, num_times=0), SETTINGS)
-    model.head.dropout.p = dropout  # otherwise the processes draw masks for other pairs than a single process
+    model.head.dropout.p = dropout
     model.pairs_at_a_time = 10
     return model
 
@@ -77,10 +78,42 @@ def test_with_its_dropout_it_fits_a_batch() -> None:
 
 @pytest.mark.slow
 def test_processes_change_no_update() -> None:
-    expected = alone(settings(loss="vs"), whole_batch, small)
-    for outcomes in together(2, [settings(loss="vs")], whole_batch, small):
+    """Its dropout is a function of the pair, so every number of processes drops the same."""
+    expected = alone(settings(loss="vs"), whole_batch, dropping)
+    for outcomes in together(2, [settings(loss="vs")], whole_batch, dropping):
         for outcome in outcomes:
             assert_same(outcome, expected)
+
+
+def dropping() -> Clip4Clip:
+    torch.manual_seed(3)  # as a run does on every process
+    return small(dropout=0.5)
+
+
+def test_dropout_does_not_depend_on_who_scores_a_pair() -> None:
+    model = small(dropout=0.5).train()
+    texts, frames = torch.randn(6, 24), torch.randn(5, 3, 24)
+
+    def scores(first: int, last: int, pairs_at_a_time: int = 7) -> Tensor:
+        torch.manual_seed(1)
+        model.first_text, model.pairs_at_a_time = first, pairs_at_a_time
+        return model.similarity(texts[first:last], frames).detach()
+
+    whole = scores(0, 6)
+    torch.testing.assert_close(torch.cat([scores(0, 2), scores(2, 6)]), whole)
+    torch.testing.assert_close(scores(0, 6, pairs_at_a_time=30), whole)
+    assert not torch.allclose(model.similarity(texts, frames), whole)  # the next step drops others
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_its_share_and_keeps_the_mean(p: float) -> None:
+    dropout, tokens = PairDropout(p).train(), torch.ones(400, 5, 24)
+    keys = pair_keys(7, torch.arange(400) // 20, torch.arange(400) % 20)
+    dropped = dropout(tokens, keys)
+    assert (dropped == 0).float().mean() == pytest.approx(p, abs=0.01)
+    assert dropped.mean() == pytest.approx(1, abs=0.02)
+    assert (dropped == 0).float().mean(dim=0).std() < 0.05 and (dropped == 0).float().mean(dim=(1, 2)).std() < 0.06
+    assert torch.equal(dropout.eval()(tokens, keys), tokens)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,10 @@ from training.run.setup import Request
 from training.trainer import train
 
 METHODS = {
+    "clip4clip, LSTM and 3-D patches": [
+        "model.method=clip4clip",
+        "model.clip4clip={head: seqLSTM, stem: 3d, frozen_layers: 1}",
+    ],
     "clip4clip, mean": ["model.method=clip4clip"],
     "clip4clip, transformer": ["model.method=clip4clip", "model.clip4clip={head: seqTransf}"],
     "clip4clip, pairs": ["model.method=clip4clip", "model.clip4clip={head: tightTransf}"],

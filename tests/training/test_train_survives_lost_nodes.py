@@ -6,6 +6,7 @@
 import os
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,23 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(tmp_path, watchfu
                 process.wait()
     assert code == 0, (tmp_path / "output").read_text()[-3000:]
     assert_same_run(run, undisturbed)
+
+
+def test_a_run_is_restarted_as_often_as_its_setting_says(tmp_path, monkeypatch):
+    """Ray Train gets the setting; nothing is started."""
+    given = []
+
+    def stopped(train, *, run_config, **_):
+        given.append(run_config.failure_config.max_failures)
+        raise UserError("far enough")
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", stopped)
+    monkeypatch.setattr("training.ray.ray_cluster", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("ray.cluster_resources", dict)
+    for number, chosen in enumerate([(), ("train.max_restarts=0",), ("train.max_restarts=-1",)]):
+        with pytest.raises(UserError, match="far enough"):
+            train_on_ray(Request(str(tmp_path / str(number)), "nowhere", "demo", chosen), num_workers=2)
+    assert given == [3, 0, -1]
 
 
 def test_a_folder_that_is_no_run_is_refused_before_ray_writes_to_it(tmp_path):

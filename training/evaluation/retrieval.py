@@ -4,7 +4,9 @@
    batches r, r + W, r + 2W, …: batches do not depend on the process, so features do not depend on W.
 2. Every process gathers all features with their ids and sorts them by id, without padding or repeats. A clip that
    cannot be read is left out and reported.
-3. Every process then ranks the whole matrix [texts, videos] (`training.evaluation.metrics`), so all return the same.
+3. Every process then ranks all texts and videos (`training.evaluation.metrics`), so all return the same. Cosines are
+   computed in blocks, so 100,000 clips of 512 numbers are ranked in 2 GB (`python -m bench.retrieval`); the scores of a
+   model that scores pairs are all in memory.
 
 A sentence of several clips counts as in the published benchmarks: it is a query of each clip, and only that clip is
 right. From video to text the other clips' sentences are exactly as near, and a tie counts against the query, so such
@@ -16,11 +18,11 @@ Legend: N clips that could be read, M texts, U distinct texts, D the features' s
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -36,14 +38,48 @@ from training.data.loader import Loader, default_processes
 from training.data.reader_pool import Request
 from training.data.sample_reader import Failure, SampleReader
 from training.data.selection import Selection
-from training.evaluation.metrics import Dsl, chance, retrieval_metrics
+from training.evaluation.metrics import Dsl, Similarities, WholeMatrix, chance, retrieval_metrics, slices
 from training.models.encode import encode_clips, needs_pairs, score_pairs, text_encoder
 from training.parallel.all_gather import gather_counts, gather_rows
 from training.parallel.distributed import Process
 from training.run.settings import RunSettings
 
+Result = TypeVar("Result")
 Progress = Callable[[int, int], None]  # (clips this process has encoded, clips it has to encode)
+ShouldStop = Callable[[], bool]  # asked equally often on all processes, which must all get the same answer
 _CPU = torch.device("cpu")
+_VIDEOS_AT_A_TIME = 1024  # whose pairs with a batch of texts are scored between two questions whether to stop
+
+
+class EvaluationStopped(Exception):
+    """The evaluation ended without a result, because `should_stop` returned True."""
+
+
+@dataclass(frozen=True)
+class CosineBlocks:
+    """Cosines [M, N] of unit vectors, computed in blocks.
+
+    They are computed in float64, so that the order of summation in a matrix product changes no rank.
+    """
+
+    text_UD: Tensor
+    distinct_M: Tensor  # row in `text_UD` of each text
+    video_ND: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.distinct_M), len(self.video_ND)
+
+    def row_blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        video_DN = self.video_ND.double().T
+        for part in slices(*self.shape):
+            yield part, (self.text_UD[self.distinct_M[part]].double() @ video_DN).float().numpy()
+
+    def column_blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield blocks in which equal sentences have exactly equal similarities."""
+        text_UD = self.text_UD.double()
+        for part in slices(*self.shape[::-1]):
+            yield part, (text_UD @ self.video_ND[part].double().T).float()[self.distinct_M].numpy()
 
 
 @dataclass(frozen=True)
@@ -57,11 +93,30 @@ class EvalFeatures:
     clip_ids: list[str]  # N
     video_ND: Tensor
     texts: list[str]  # M: none, one or several per clip
-    text_MD: Tensor
+    text_UD: Tensor
     text_to_video_M: Tensor  # int64: row in `video_ND` of each text's clip
-    distinct_M: Tensor  # int64: equal for texts with equal tokens
-    similarity_MN: Tensor  # larger is nearer
+    distinct_M: Tensor  # int64: row in `text_UD` of each text, equal for texts with equal tokens
+    scores_UN: Tensor | None  # of a model that scores pairs
     failures: list[dict[str, str]]  # clip_id, error_class and message of the clips that could not be read
+
+    @property
+    def text_MD(self) -> Tensor:
+        return self.text_UD[self.distinct_M]
+
+    @property
+    def similarities(self) -> Similarities:
+        """Return the similarities [M, N] in blocks; larger is nearer."""
+        if self.scores_UN is not None:
+            return WholeMatrix(self.scores_UN.numpy(), self.distinct_M.numpy())
+        return CosineBlocks(self.text_UD, self.distinct_M, self.video_ND)
+
+    @property
+    def similarity_MN(self) -> Tensor:
+        """Return the whole matrix, which takes 4 bytes for each text and video."""
+        matrix = np.empty(self.similarities.shape, dtype=np.float32)
+        for part, block in self.similarities.row_blocks():
+            matrix[part] = block
+        return torch.from_numpy(matrix)
 
 
 def evaluate(
@@ -73,17 +128,23 @@ def evaluate(
     dsl: Dsl | None = None,
     save_similarity: str | Path | None = None,
     progress: Progress | None = None,
+    should_stop: ShouldStop = lambda: False,
 ) -> dict[str, Any]:
-    """Compute the `features` of a selection and their metrics; the first process writes `save_similarity`."""
+    """Compute the `features` of a selection and their metrics; the first process writes `save_similarity`.
+
+    Raises EvaluationStopped, on all processes, once `should_stop` is true: it is asked after every batch and block.
+    """
     if save_similarity is not None:
         similarity_format(save_similarity)
-    made = features(model, selection, settings, process, progress)
+    made = features(model, selection, settings, process, progress, should_stop)
     if save_similarity is not None and process.is_first:
         write_similarity(made, save_similarity)
-    return metrics_of(made, settings.eval.text, dsl)
+    return metrics_of(made, settings.eval.text, dsl, should_stop)
 
 
-def metrics_of(made: EvalFeatures, text: str, dsl: Dsl | None = None) -> dict[str, Any]:
+def metrics_of(
+    made: EvalFeatures, text: str, dsl: Dsl | None = None, should_stop: ShouldStop = lambda: False
+) -> dict[str, Any]:
     """Compute retrieval in both directions as plain JSON.
 
     Keys are `t2v` and `v2t` (with `dsl` also `t2v_dsl` and `v2t_dsl`) as of `retrieval_metrics`, the same for guessing
@@ -96,7 +157,9 @@ def metrics_of(made: EvalFeatures, text: str, dsl: Dsl | None = None) -> dict[st
             f"eval.text = {text!r}: of the clips selected for evaluation {len(made.clip_ids)} could be read and "
             f"{len(made.failures)} could not, and none has such a text. Choose another eval.text or eval.where."
         )
-    metrics: dict[str, Any] = retrieval_metrics(made.similarity_MN, made.text_to_video_M, dsl=dsl)
+    metrics: dict[str, Any] = retrieval_metrics(
+        made.similarities, made.text_to_video_M, dsl=dsl, between_blocks=lambda: _stop_if(should_stop)
+    )
     num_asking = metrics["v2t"]["num_queries"]
     return metrics | {
         "chance": {"t2v": chance(len(made.clip_ids)), "v2t": chance(num_asking)},
@@ -120,23 +183,29 @@ def features(
     settings: RunSettings,
     process: Process,
     progress: Progress | None = None,
+    should_stop: ShouldStop = lambda: False,
 ) -> EvalFeatures:
     """Encode the clips of a selection and the texts in its column `eval.text`, together with the other processes.
 
     model  a `VideoTextModel`, whole on every process, on `process.device`; its training mode is restored
-    Frames are `eval_indices`, never jittered. The precision is `train.precision`.
+    Frames are `eval_indices`, never jittered. The precision is `train.precision`. Raises EvaluationStopped, see
+    `evaluate`.
     """
     rows, texts = queries(selection.column(settings.eval.text))
     ids_UL, distinct = _distinct(text_encoder(model.config, settings.data.max_text_tokens)(texts))
     with _evaluating(model):
-        video_ND, read, failures = _videos(model, selection, settings, process, progress)
+        video_ND, read, failures = _videos(model, selection, settings, process, progress, should_stop)
         encode = model.text_features if needs_pairs(model) else model.encode_text
         mine = _share(len(ids_UL), settings.eval.batch_size, process)
-        parts = [_encoded(encode, settings, ids_UL[numbers].to(process.device)) for numbers in mine]
+        texts_of = (_encoded(encode, settings, ids_UL[numbers].to(process.device)) for numbers in mine)
+        rounds = _num_rounds(len(ids_UL), settings.eval.batch_size, process)
+        parts = list(_asking(texts_of, rounds, should_stop))
         text_UD = _of_all(_tensors(mine), parts, (model.config.embed_dim,), process)[1]
         if not needs_pairs(model):  # bf16 leaves unit vectors a few thousandths too long or too short
             video_ND, text_UD = normalize(video_ND, dim=1), normalize(text_UD, dim=1)
-        similarity_UN = _similarity(model, text_UD, video_ND, settings, process)
+        scores_UN = None
+        if needs_pairs(model):
+            scores_UN = _pair_scores(model, text_UD, video_ND.to(process.device), settings, process, should_stop)
     column = np.full(selection.num_clips, -1)
     column[read] = np.arange(len(read))
     readable = np.flatnonzero(column[rows] >= 0)
@@ -145,10 +214,10 @@ def features(
         clip_ids=selection.take(read)["clip_id"].to_pylist(),
         video_ND=video_ND,
         texts=[texts[i] for i in readable],
-        text_MD=text_UD[distinct_M],
+        text_UD=text_UD,
         text_to_video_M=torch.from_numpy(column[rows[readable]]),
         distinct_M=distinct_M,
-        similarity_MN=similarity_UN[distinct_M],
+        scores_UN=scores_UN,
         failures=failures,
     )
 
@@ -161,7 +230,12 @@ def queries(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
 
 
 def _videos(
-    model: nn.Module, selection: Selection, settings: RunSettings, process: Process, progress: Progress | None
+    model: nn.Module,
+    selection: Selection,
+    settings: RunSettings,
+    process: Process,
+    progress: Progress | None,
+    should_stop: ShouldStop,
 ) -> tuple[Tensor, np.ndarray, list[dict[str, str]]]:
     """Encode clips: [N, D] (or [N, frames, D]), the row of each, and the clips that could not be read."""
     mine = _share(selection.num_clips, settings.eval.batch_size, process)
@@ -170,7 +244,8 @@ def _videos(
     failures: list[Failure] = []
     parts, rows = [], []
     with _loader(model, selection, settings, process, failures) as loader:
-        for batch in loader.read(Request(numbers, 0) for numbers in mine):
+        rounds = _num_rounds(selection.num_clips, settings.eval.batch_size, process)
+        for batch in _asking(loader.read(Request(numbers, 0) for numbers in mine), rounds, should_stop):
             clips = batch.video_BT3SS.to(process.device), batch.frame_mask_BT.to(process.device)
             parts.append(_encoded(encode_clips, settings, model, *clips)[batch.video_mask_B])
             rows.append(batch.rows_B[batch.video_mask_B])
@@ -204,17 +279,26 @@ def _distinct(ids_ML: Tensor) -> tuple[Tensor, Tensor]:
     return ids_UL, distinct_M
 
 
-def _similarity(model: nn.Module, text_UD: Tensor, video_ND: Tensor, settings: RunSettings, process: Process) -> Tensor:
-    """Compute similarities [U, N] of distinct texts, so that equal sentences have equal similarities.
-
-    Cosines are computed in float64, so that the order of summation in a matrix product changes no rank.
-    """
-    if not needs_pairs(model):
-        return (text_UD.double() @ video_ND.double().T).float()
-    video_ND = video_ND.to(process.device)
+def _pair_scores(
+    model: nn.Module,
+    text_UD: Tensor,
+    video_NFD: Tensor,
+    settings: RunSettings,
+    process: Process,
+    should_stop: ShouldStop,
+) -> Tensor:
+    """Score the pairs [U, N] of distinct texts, so that equal sentences have equal scores."""
     mine = _share(len(text_UD), settings.eval.batch_size, process)
-    parts = [_encoded(score_pairs, settings, model, text_UD[numbers].to(process.device), video_ND) for numbers in mine]
-    return _of_all(_tensors(mine), parts, (len(video_ND),), process)[1]
+    videos = video_NFD.split(_VIDEOS_AT_A_TIME)
+    scored = (
+        _encoded(score_pairs, settings, model, text_UD[numbers].to(process.device), some)
+        for numbers in mine
+        for some in videos
+    )
+    rounds = _num_rounds(len(text_UD), settings.eval.batch_size, process) * len(videos)
+    blocks = list(_asking(scored, rounds, should_stop))
+    parts = [torch.cat(blocks[start : start + len(videos)], dim=1) for start in range(0, len(blocks), len(videos))]
+    return _of_all(_tensors(mine), parts, (len(video_NFD),), process)[1]
 
 
 def _encoded(encode: Callable[..., Tensor], settings: RunSettings, *inputs: Any) -> Tensor:
@@ -240,6 +324,27 @@ def _share(num_items: int, size: int, process: Process) -> list[np.ndarray]:
     """Return the items of this process's batches, every W-th of all batches."""
     starts = range(process.rank * size, num_items, process.world_size * size)
     return [np.arange(start, min(start + size, num_items)) for start in starts]
+
+
+def _num_rounds(num_items: int, size: int, process: Process) -> int:
+    """Return the largest number of batches of any process."""
+    return -(-num_items // (size * process.world_size))
+
+
+def _asking(results: Iterable[Result], num_rounds: int, should_stop: ShouldStop) -> Iterator[Result]:
+    """Yield results, and ask after each of `num_rounds` whether to stop, also if there are fewer results."""
+    num_results = 0
+    for result in results:
+        yield result
+        _stop_if(should_stop)
+        num_results += 1
+    for _ in range(num_rounds - num_results):
+        _stop_if(should_stop)
+
+
+def _stop_if(should_stop: ShouldStop) -> None:
+    if should_stop():
+        raise EvaluationStopped
 
 
 def _tensors(arrays: list[np.ndarray]) -> list[Tensor]:

@@ -17,6 +17,9 @@ class VideoTextModel(nn.Module):
 
     method: str  # value of `model.method`; chooses the format of the weight files
     needs_pairs = False  # has no vectors: scores pairs by `text_features`, `frame_features` and `similarity`
+    first_text = (
+        0  # of the texts that `similarity` scores: its place in the batch of all processes, which all draw alike
+    )
     takes_frame_mask = False  # `encode_video` takes a mask [B, T], true for real frames
 
     def encode_video(self, pixels: Tensor, video_mask: Tensor | None = None) -> Tensor:

@@ -61,11 +61,17 @@ def parameter_groups(
     return list(groups.values())
 
 
-def build_optimiser(groups: list[dict[str, Any]], update: Update = "adamw") -> Optimizer:
-    """Build torch's fused AdamW, or a published update; `set_learning_rate` sets rates before every step."""
+def build_optimiser(groups: list[dict[str, Any]], update: Update = "adamw", parameter_clip: float = 1.0) -> Optimizer:
+    """Build torch's fused AdamW, or a published update; `set_learning_rate` sets rates before every step.
+
+    parameter_clip  of `BertAdam`
+    """
     if update == "adamw":
         return AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, fused=True)
-    return (PublishedAdamW if update == "clip_vip" else BertAdam)(groups, lr=0.0, betas=BETAS, eps=EPS)
+    optimiser = (PublishedAdamW if update == "clip_vip" else BertAdam)(groups, lr=0.0, betas=BETAS, eps=EPS)
+    if isinstance(optimiser, BertAdam):
+        optimiser.max_norm = parameter_clip
+    return optimiser
 
 
 def set_learning_rate(optimiser: Optimizer, rate: float) -> None:

@@ -94,7 +94,7 @@ class Checkpoints:
         """Write a checkpoint, then remove all but the latest `keep` and those of the steps in `also_keep`.
 
         write                    writes weights to a folder or a .safetensors file (`training.models.registry.writer`)
-        tensors, optimiser, ema  results of `full_state` and `Ema.full_state` on the first process
+        tensors, optimiser, ema  results of `full_state` on the first process; `ema` is `tensors` with averages in it
         state                    JSON data: position in the plan and settings
         attach                   further files by name, each written by its function before the checkpoint is sealed
         A whole checkpoint of this step that already exists is not written again.

@@ -26,7 +26,8 @@ def read(weights: Path, settings: ModelSettings, seed: int = 0) -> Clip4Clip:
 
 
 def file_header(model: Clip4Clip) -> dict[str, Any]:
-    return config_to_dict(model.config) | {"model_type": "clip4clip", "clip4clip": model.settings.model_dump()}
+    own = {"model_type": "clip4clip", "architectures": ["Clip4Clip"], "clip4clip": model.settings.model_dump()}
+    return config_to_dict(model.config) | own
 
 
 def file_tensors(model: Clip4Clip, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from training.models.clip_vip.model import Block, TowerConfig
 NORM_EPS = 1e-12  # of every norm in a head; CLIP's own are 1e-5
 MASKED_SCORE = -1e6  # added to the attention scores of padding frames
 DROPOUT = 0.1  # of tightTransf's input, in training
+_GOLDEN, _MIX1, _MIX2 = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def pooled(frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
@@ -88,21 +89,54 @@ class TransformerHead(_MaskedTransformer):
         return frames_BFC + self.run(self.positioned(frames_BFC), mask_BF)
 
 
+def pair_keys(seed: int, texts_P: Tensor, videos_P: Tensor) -> Tensor:
+    """Hash a seed and the places of a pair's text and video in the whole batch, [P] int64, for its dropout."""
+    return _mixed(_mixed(texts_P + seed) + videos_P)
+
+
+class PairDropout(nn.Module):
+    """Dropout that is a function of a pair's key, so that it is the same whichever process or chunk scores the pair."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, tokens_PSC: Tensor, key_P: Tensor | None) -> Tensor:
+        if not self.training or self.p == 0 or key_P is None:
+            return tokens_PSC
+        places_SC = torch.arange(tokens_PSC[0].numel(), device=tokens_PSC.device).view(tokens_PSC.shape[1:])
+        bits_PSC = _mixed(key_P[:, None, None] + places_SC * _GOLDEN)
+        is_kept_PSC = _shifted(bits_PSC, 40) >= int(self.p * 2**24)
+        return torch.where(is_kept_PSC, tokens_PSC / (1 - self.p), 0)
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """Hash int64 values (splitmix64's finaliser; torch's int64 wraps around)."""
+    values = (values ^ _shifted(values, 30)) * _MIX1
+    values = (values ^ _shifted(values, 27)) * _MIX2
+    return values ^ _shifted(values, 31)
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """Shift right as unsigned numbers."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
 class PairHead(_MaskedTransformer):
     """tightTransf: a transformer over [text, frames] of a pair; its output at the text gives the score."""
 
     def __init__(self, config: TowerConfig, num_positions: int):
         super().__init__(config, num_positions)
-        self.dropout = nn.Dropout(DROPOUT)
+        self.dropout = PairDropout(DROPOUT)
         self.pool_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.pool_dense = nn.Linear(config.width, config.width)
         self.score = nn.Linear(config.width, 1)
 
-    def forward(self, text_PC: Tensor, frames_PFC: Tensor, mask_PF: Tensor) -> Tensor:
-        """Score pairs, [P], without temperature."""
+    def forward(self, text_PC: Tensor, frames_PFC: Tensor, mask_PF: Tensor, key_P: Tensor | None = None) -> Tensor:
+        """Score pairs, [P], without temperature; without keys there is no dropout."""
         tokens_PSC = torch.cat([text_PC.unsqueeze(1), frames_PFC], dim=1)
         mask_PS = F.pad(mask_PF, (1, 0), value=1)
-        tokens_PSC = self.run(self.dropout(self.positioned(tokens_PSC)), mask_PS)
+        tokens_PSC = self.run(self.dropout(self.positioned(tokens_PSC), key_P), mask_PS)
         hidden_PC = self.pool_dense(self.pool_norm(tokens_PSC[:, 0]))
         return self.score(hidden_PC * torch.sigmoid(1.702 * hidden_PC)).squeeze(1)
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from clipmill.base.errors import UserError
-from training.models.clip4clip.heads import NORM_EPS, PairHead, build_head, pooled
+from training.models.clip4clip.heads import NORM_EPS, PairHead, build_head, pair_keys, pooled
 from training.models.clip4clip.settings import Clip4ClipSettings
 from training.models.clip4clip.weight_names import stem_of
 from training.models.clip_vip.model import (
@@ -236,9 +236,12 @@ class Clip4Clip(VideoTextModel):
         return pooled(_in_dtype(frames_BFC.dtype, self.head, frames_BFC, mask_BF), mask_BF)
 
     def _score_pairs(self, text_NC: Tensor, frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
+        seed = int(torch.randint(2**62, (), device="cpu")) if self.training else 0
+
         def score(pairs_P: Tensor) -> Tensor:
             texts_P, videos_P = pairs_P // len(frames_BFC), pairs_P % len(frames_BFC)
-            return _in_dtype(text_NC.dtype, self.head, text_NC[texts_P], frames_BFC[videos_P], mask_BF[videos_P])
+            key_P = pair_keys(seed, texts_P + self.first_text, videos_P) if self.training else None
+            return _in_dtype(text_NC.dtype, self.head, text_NC[texts_P], frames_BFC[videos_P], mask_BF[videos_P], key_P)
 
         chunks = torch.arange(len(text_NC) * len(frames_BFC), device=text_NC.device).split(self.pairs_at_a_time)
         if len(chunks) > 1 and torch.is_grad_enabled():

@@ -73,6 +73,8 @@ def _read(weights: str | Path, config: Config) -> tuple[ClipVip, dict[str, Tenso
     if (path / "model.safetensors").is_file():
         path = path / "model.safetensors"
     theirs = tidy(read_tensors(path)) if path.is_file() else {}
+    if path.name == "ema.safetensors" and (whole := path.with_name("model.safetensors")).is_file():
+        theirs = tidy(read_tensors(whole)) | theirs  # clipmill 0.1 left buffers out of averaged weights
     if "clip.visual.class_embedding" not in theirs:
         if config is None:
             return load_model(weights, num_added=0, num_times=0, pooling="mean"), {}

@@ -68,17 +68,23 @@ def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
-    """Return the JSON beside weights in published names; HF reads part of it, `config_from_dict` all of it."""
+    """Return the JSON beside weights in published names, which `config_from_dict` reads.
+
+    Only a plain CLIP has HF's `model_type`: HF's `CLIPModel` would drop proxies and times and compute something else.
+    By another type `AutoModel` refuses the folder, and `CLIPModel` warns.
+    """
+    is_plain = not (config.num_added or config.num_times)
     vision = _to_hf(config.vision) | {"image_size": config.image_size, "patch_size": config.patch_size}
     text = _to_hf(config.text) | {"vocab_size": config.vocab_size, "max_position_embeddings": config.context_length}
     # HF pools at eos_token_id; CLIP's start and end tokens are the two largest ids
     text |= {"bos_token_id": config.vocab_size - 2, "eos_token_id": config.vocab_size - 1}
+    vision_type = "clip_vision_model" if is_plain else "clip_vip_vision_model"
     return {
-        "model_type": "clip",
-        "architectures": ["CLIPModel"],
+        "model_type": "clip" if is_plain else "clip_vip",
+        "architectures": ["CLIPModel" if is_plain else "ClipVip"],
         "projection_dim": config.embed_dim,
         "logit_scale_init_value": config.log_scale_init,
-        "vision_config": vision | {"projection_dim": config.embed_dim, "model_type": "clip_vision_model"},
+        "vision_config": vision | {"projection_dim": config.embed_dim, "model_type": vision_type},
         "text_config": text | {"projection_dim": config.embed_dim, "model_type": "clip_text_model"},
         "vision_additional_config": {
             "type": "ViP" if config.pooling == "proxy" else "mean",

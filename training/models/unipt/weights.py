@@ -24,7 +24,8 @@ from training.models.unipt.settings import UniPtSettings
 def unipt_header(model: UniPtClip) -> dict[str, Any]:
     """Describe the side networks and their backbone for the header of a file."""
     settings = model.settings.model_dump(mode="json")
-    return {"model_type": "unipt", "unipt": settings, "backbone": backbone_digest(model.backbone)}
+    own = {"model_type": "unipt", "architectures": ["UniPtClip"]}
+    return own | {"unipt": settings, "backbone": backbone_digest(model.backbone)}
 
 
 def load_unipt(weights: str | Path, backbone: ClipVip | None = None) -> UniPtClip:
