@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from clipmill.media.clock import play_start_s
 from clipmill.media.probe import open_media
 from pipeline.stages.transcribe.cues import Cue, Cues, Reading, SubtitleSettings, marked_up_cue, moved, unreadable
 from pipeline.stages.transcribe.line_formats import ASS_FIELDS, ass_cue
@@ -93,10 +94,10 @@ def _codec(stream) -> str:
 
 
 def _start_of_play_s(container) -> float:
-    """Return the time at which a player starts: that of the earliest picture or sound, in seconds."""
-    streams = [*container.streams.video, *container.streams.audio]
-    starts = [float(one.start_time * one.time_base) for one in streams if one.start_time is not None]
-    return min(starts, default=(container.start_time or 0) / 1_000_000)
+    """Return the time on the container's clock, in seconds, at which a player starts."""
+    known = [stream for stream in container.streams.video if stream.start_time is not None]
+    pictures = [float(stream.start_time * stream.time_base) for stream in known]
+    return play_start_s(container, min(pictures, default=(container.start_time or 0) / 1_000_000))
 
 
 def _cues_of(packet, codec: str, start_s: float, end_s: float, reading: Reading) -> list[Cue]:
