@@ -37,6 +37,7 @@ import psutil
 
 from bench.same_corpus import differences, orphans
 from clipmill.base.atomic_file import atomic_file
+from clipmill.base.ray_cluster import own_token, use_token
 
 STALL_S = 8.0  # what a busy machine's own server does not take for an answer
 
@@ -516,8 +517,10 @@ def local_cluster(num_nodes: int = 2) -> Iterator[RayNodes]:
     """Run a Ray cluster whose files have their own folder, so that no other process joins it by chance."""
     with tempfile.TemporaryDirectory(prefix="cmc-", ignore_cleanup_errors=True) as folder:
         before = os.environ.get("RAY_TMPDIR")
-        os.environ.update(RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.update(RAY_TMPDIR=folder, RAY_USAGE_STATS_ENABLED="0")
+        if own_token() is None:
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        use_token()
         nodes = RayNodes(num_nodes)
         try:
             yield nodes

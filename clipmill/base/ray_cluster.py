@@ -146,26 +146,30 @@ def _check_cluster(address: str, allow_open: bool, names: str, setting: str) -> 
                 f"run code on its nodes: {_HINT}; or set {allowed}=true if nobody else can reach it."
             )
         return
-    token = _token()
+    token = own_token()
     if token is None or _is_refused(place, token):
         problem = "wants another token than this user's" if token else "wants a token, and this user has none"
         raise UserError(
             f"{names}: the Ray cluster at {address} {problem}: save what `ray get-auth-token` prints on its head as "
             "~/.ray/auth_token, or set RAY_AUTH_TOKEN_PATH."
         )
+    use_token()
+
+
+def use_token() -> None:
+    """Make this process and its children present the user's token, also if Ray has been imported already."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         os.environ["RAY_AUTH_MODE"] = "token"
         _read_environment_again()
 
 
 def _read_environment_again() -> None:
-    """Make Ray, which reads its environment when it is imported, notice another RAY_AUTH_MODE."""
     from ray._raylet import Config
 
     Config.initialize("")
 
 
-def _token() -> str | None:
+def own_token() -> str | None:
     """Return the token that Ray would present, from the same places in the same order; None if there is none."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token.strip()

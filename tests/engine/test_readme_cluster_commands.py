@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -36,30 +37,56 @@ def command(start: str) -> list[str]:
 
 @contextmanager
 def head(environment: dict[str, str], folder: Path) -> Iterator[tuple[str, str]]:
-    """Run what `ray up` runs on a head; yield (address of the cluster, of its dashboard). Ends what it started."""
-    log = folder / "head.log"
+    """Run what `ray up` runs on a head; yield (address of the cluster, of its dashboard). Ends what it started.
+
+    On a busy machine Ray gives its own parts too little time to start, so a head that ends at once is started again.
+    """
     words = [str(BIN / "ray"), "start", "--head", "--block", "--port=0", "--dashboard-port=0", "--num-cpus=2"]
-    words += ["--include-dashboard=true", f"--temp-dir={folder}/r", "--disable-usage-stats"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(words, env=environment, stdout=output, stderr=output, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 600
-        session = folder / "r" / "session_latest"
-        while True:
-            text = log.read_text()
-            address = re.search(r"--address='([\d.:]+)'", text)
-            dashboard = re.search(r"http://([\d.]+:\d+)", text)
-            if address and dashboard:
-                break
-            assert process.poll() is None and time.monotonic() < deadline, text + str(list(session.glob("logs/*.err")))
-            time.sleep(0.2)
-        yield address[1], f"http://{dashboard[1]}"
-    finally:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for each in reversed(family):
-            if each.is_running():
-                each.kill()
-        psutil.wait_procs(family, 30)
+    words += ["--include-dashboard=true", "--disable-usage-stats"]
+    for attempt in range(5):
+        log = folder / f"{attempt}.log"
+        with log.open("wb") as output:
+            own = [f"--temp-dir={folder}/{attempt}", f"--ray-client-server-port={free_port()}"]
+            process = subprocess.Popen(
+                [*words, *own], env=environment, stdout=output, stderr=output, start_new_session=True
+            )
+        try:
+            if found := started(process, log):
+                yield found
+                return
+        finally:
+            end_all(folder)
+            process.wait()
+    pytest.fail(f"no head started: {log.read_text()}")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
+
+
+def end_all(folder: Path) -> None:
+    """End the processes of a head, each of which has its folder in its command line."""
+    family = [each for each in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(each.info["cmdline"] or [])]
+    for each in family:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(family, 30)
+
+
+def started(process: subprocess.Popen, log: Path) -> tuple[str, str] | None:
+    """Wait until a head serves; return the addresses of the cluster and its dashboard, None if the head ended."""
+    while process.poll() is None:
+        text = re.sub(r"\x1b\[[\d;]*m", "", log.read_text())
+        address, dashboard = (
+            re.search(r"--address='([\d.:]+)'", text),
+            re.search(r"\s([\d.]+:\d+)\n.*If connection to the", text),
+        )
+        if address and dashboard and "block forever" in text:
+            return None if "exited unexpectedly" in text else (address[1], f"http://{dashboard[1]}")
+        time.sleep(0.2)
+    return None
 
 
 def status_of(url: str, token: str | None = None) -> int:
