@@ -20,7 +20,7 @@ from clipmill.base.errors import UserError
 from pipeline.engine import registry
 from pipeline.engine.driver import Engine, EngineReport
 from pipeline.engine.repair import find_rot, repair
-from pipeline.engine.settings import CorpusSettings, resolve
+from pipeline.engine.settings import CorpusSettings, resolve, validate
 from pipeline.runtime.watchdog import sweep_reports
 from pipeline.stages.ingest.stage import IngestReport, ingest_sources
 from pipeline.stages.pack import PackReport, pack_corpus, pack_state
@@ -154,7 +154,7 @@ def session(
         try:
             ledger.sync(replace_sources=replace_sources)
             ledger.remove_orphans()
-            yield Session(corpus, settings, ledger, command), difference(saved, resolved) if saved else []
+            yield Session(corpus, settings, ledger, command), changes(saved, resolved) if saved else []
         finally:
             ledger.close()
 
@@ -239,6 +239,15 @@ def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
         return rows_of(connection, sql)
 
 
+def changes(saved: dict, settings: dict) -> list[str]:
+    """Return `difference` without the settings that are newer than the saved ones and have their default."""
+    try:
+        saved = validate(saved).model_dump(mode="json")
+    except UserError:
+        pass  # a saved value that is not allowed any more, which the new settings replace
+    return difference(saved, settings)
+
+
 def difference(before: dict, after: dict, prefix: str = "") -> list[str]:
     """Return a line such as "cut.fps: 3.0 → 2.0" for every setting that differs."""
     lines = []
@@ -275,7 +284,7 @@ def status(root: str | Path, assignments: list[str]) -> Status:
             current.refresh_state()
             if (corpus.root / MANIFEST_NAME).exists() and not is_current(corpus.root):
                 publish(ledger)  # another version wrote it, so it may lack columns that packing reads
-            changed = difference(saved, settings.model_dump(mode="json"))
+            changed = changes(saved, settings.model_dump(mode="json"))
             off = [stage.name for stage in registry.stages() if stage.is_off(getattr(settings, stage.name))]
             return Status(ledger.counts(), off, current.failures(), pack_state(current), changed, current.damaged)
         finally:
