@@ -1,6 +1,8 @@
 """Lists of spreadsheets, pandas and polars: quotes, line ends, encodings, names that differ by case, Arrow types."""
 
+import gzip
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -191,6 +193,26 @@ def test_every_kind_of_list_is_a_list(tmp_path, outer, inner):
     assert [(span["start_s"], span["end_s"]) for span in row["spans"]] == [(1.0, 2.0), (3.0, 4.0)]
     assert [text["text"] for text in row["texts"]] == ["a", "b"]
     assert json.loads(row["extra"]) == {"tags": ["x", "y"]}
+
+
+def test_text_that_is_not_utf8_is_read_and_reported(tmp_path):
+    """`bench.fuzz --seed 6` found this case."""
+    wrong = pa.array([b"\xfcber", b"fine", None], pa.binary()).view(pa.string())
+    listed = read(tmp_path, "a.parquet", pa.table({"url": ["http://h/1", "http://h/2", "http://h/3"], "title": wrong}))
+    assert listed.table["title"].to_pylist() == ["\ufffdber", "fine", None]
+    assert [problem.error_class for problem in listed.problems] == ["bad-encoding"]
+
+
+def test_a_packed_list_takes_the_memory_of_its_content(tmp_path):
+    """`bench.fuzz --seed 6` found that it took what a packed list is allowed to have."""
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(gzip.compress(b"url\nhttp://h/1\n"))
+    tracemalloc.start()
+    try:
+        assert read_sources([str(path)], IngestSettings()).table.num_rows == 1
+        assert tracemalloc.get_traced_memory()[1] < 1 << 27
+    finally:
+        tracemalloc.stop()
 
 
 def test_bytes_that_are_no_text_are_kept(tmp_path):

@@ -59,6 +59,7 @@ LISTED = pa.schema(
 )
 
 _SAMPLE = 1000  # values of a column that decide whether it holds spans
+_PIECE_BYTES = 1 << 24
 _CHUNK_LINES = 200_000  # JSON lines passed to DuckDB at once: bounds memory for lists of many gigabytes
 
 
@@ -157,8 +158,9 @@ def _read_list(path: Path, settings: IngestSettings) -> Iterator[_Rows]:
 
             table = pq.read_table(path)
             line = pa.array(range(1, table.num_rows + 1), pa.int64())
+            table, problems = _with_valid_text(path, table)
             fields = _fields_of_table(path, table, line, settings)
-            yield _Rows(str(path), path.parent.absolute(), fields)
+            yield _Rows(str(path), path.parent.absolute(), fields, problems)
             return
         data = _unpacked(path, settings) if packed else path.read_bytes()
     except (OSError, EOFError, pa.ArrowInvalid) as error:
@@ -173,14 +175,16 @@ def _read_list(path: Path, settings: IngestSettings) -> Iterator[_Rows]:
 
 def _unpacked(path: Path, settings: IngestSettings) -> bytes:
     """Decompress a gzip file. Raises UserError for more than `ingest.max_unpacked_bytes`."""
-    with gzip.open(path) as file:
-        data = file.read(settings.max_unpacked_bytes + 1)
+    data = bytearray()
+    with gzip.open(path) as file:  # in pieces, because `read` allocates as many bytes as it is asked for
+        while len(data) <= settings.max_unpacked_bytes and (piece := file.read(_PIECE_BYTES)):
+            data += piece
     if len(data) > settings.max_unpacked_bytes:
         raise UserError(
             f"SOURCES: {path} decompresses to more than ingest.max_unpacked_bytes = {settings.max_unpacked_bytes:,} "
             "bytes; raise that setting if the list is really this long"
         )
-    return data
+    return bytes(data)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -238,7 +242,7 @@ def _fields_of_table(path: Path, table: pa.Table, line: pa.Array, settings: Inge
     columns = _columns(names, settings)
     if "url" not in columns:
         raise _no_url_column(path, names)
-    table = pa.table({f"c{i}": _plain_column(table.column(i)) for i in range(table.num_columns)})
+    table = table.rename_columns([f"c{i}" for i in range(table.num_columns)])
     # DuckDB takes names that differ by case for one, so columns have numbers there.
     text = {name: _text_sql(f"c{i}", table.schema.field(i).type) for i, name in enumerate(names)}
     known = {name: found[0] for name, found in columns.items()}
@@ -270,6 +274,26 @@ def _fields_of_table(path: Path, table: pa.Table, line: pa.Array, settings: Inge
             picks.append(f"nullif(json_merge_patch('{{}}', json_object({pairs})), '{{}}') AS extra")
         result = listed.query("listed", f"SELECT {', '.join(picks)} FROM listed").to_arrow_table()
     return result.append_column("line", pa.chunked_array([line]))
+
+
+def _with_valid_text(path: Path, table: pa.Table) -> tuple[pa.Table, list[Problem]]:
+    """Return the table with plain types, and a problem for each column with text that is not UTF-8.
+
+    Its wrong bytes become U+FFFD. Raises pa.ArrowInvalid for a damaged column of another type.
+    """
+    columns, problems = [], []
+    for name, column in zip(table.column_names, map(_plain_column, table.columns), strict=True):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if not pa.types.is_string(column.type):
+                raise
+            values = column.cast(pa.binary()).to_pylist()
+            text = [None if value is None else value.decode("utf-8", "replace") for value in values]
+            column = pa.chunked_array([pa.array(text, pa.string())])
+            problems.append(Problem(str(path), "bad-encoding", f"column {name}: {error}"))
+        columns.append(column)
+    return pa.Table.from_arrays(columns, table.column_names), problems
 
 
 def _text_sql(column: str, type: pa.DataType) -> str:
