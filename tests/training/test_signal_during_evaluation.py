@@ -10,7 +10,7 @@ from tests.helpers.training import assert_same_run, lines, small_corpus, train_h
 from training.evaluation import retrieval
 from training.run.folder import RunFolder
 
-SETTINGS = ("train.max_steps=4", "eval.where=true", "eval.overlap=allow", "eval.every=2", "eval.batch_size=8")
+SETTINGS = ("train.max_steps=4", "eval.where=1 = 1", "eval.overlap=allow", "eval.every=2", "eval.batch_size=8")
 NUM_BATCHES = 6  # of an evaluation of 48 clips
 
 
