@@ -1,5 +1,7 @@
 """Fuzz everything that reads sources with mutated videos and subtitles: `python -m bench.fuzz [--count N] [--seed S]`.
 
+`--target answers` mutates the answers of servers instead (`bench.fuzz_answers`).
+
 Each case is a pure function of (seed, number): a real or made video or subtitle with bytes flipped, pieces overwritten,
 moved, repeated or removed, and sizes and counts replaced by extreme ones. A video passes through probe, shots, speech,
 cut and the trainer's decoder, a subtitle through reading and word times, each in a sandbox as in a build. A step may
@@ -27,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from bench.fuzz_answers import fuzz_answers
 from clipmill.base.errors import ItemError
 from clipmill.media.probe import probe
 from clipmill.media.sandbox import Sandbox
@@ -223,12 +226,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--only", type=int, help="run this case alone")
+    parser.add_argument("--target", choices=["media", "answers"], default="media", help="what is mutated")
     parser.add_argument("--limit-s", type=float, default=20.0, help="seconds per step of a case")
     parser.add_argument("--footage", type=Path, help="folder of videos and subtitles to mutate as well")
     given = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     numbers = [given.only] if given.only is not None else range(given.first, given.first + given.count)
+    if given.target == "answers":
+        tally, begun = Tally(), time.monotonic()
+        fuzz_answers(given.seed, iter(numbers), tally)
+        report(tally, given.seed, time.monotonic() - begun)
+        return 1 if tally.findings else 0
     with TemporaryDirectory() as folder:
         videos, subtitles = made_seeds(Path(folder))
         for path in sorted(given.footage.rglob("*")) if given.footage else []:
