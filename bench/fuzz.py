@@ -3,9 +3,12 @@
 Each case is a pure function of (seed, number): a real or made video, subtitle or source list with bytes flipped, pieces
 overwritten, moved, repeated or removed, and sizes and counts replaced by extreme ones. A video passes through probe,
 shots, speech, its subtitle tracks, cut and the trainer's decoder, a subtitle through reading and word times, each in a
-sandbox as in a build. A list passes through ingest, into an empty corpus and into the resulting one; `--only-lists`
-leaves out the others. A step may return a result or raise an error with a class of its own ("refused": a list that is
-the user's mistake as a whole). Anything else is a finding, printed with the number that reproduces it:
+sandbox as in a build. A list passes through ingest, into an empty corpus and into the resulting one; `--target lists`
+leaves out the others. `--target answers` mutates the answers of servers instead (`bench.fuzz_answers`), `--target
+fragments` the files of tables (`bench.fuzz_fragments`).
+
+A step may return a result or raise an error with a class of its own ("refused": a list that is the user's mistake as a
+whole). Anything else is a finding, printed with the number that reproduces it:
 
   internal-error   an exception without a class
   hang             a time limit was reached (informational: a build records it and continues)
@@ -28,6 +31,8 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from bench.fuzz_answers import fuzz_answers
+from bench.fuzz_fragments import fuzz_fragments
 from clipmill.base.errors import ItemError, UserError
 from clipmill.media.probe import probe
 from clipmill.media.sandbox import Sandbox
@@ -327,15 +332,26 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--only", type=int, help="run this case alone")
-    parser.add_argument("--only-lists", action="store_true", help="mutate source lists and nothing else")
+    targets = ["sources", "lists", "answers", "fragments"]
+    parser.add_argument(
+        "--target", choices=targets, default="sources", help="what is mutated; sources: media and lists"
+    )
     parser.add_argument("--limit-s", type=float, default=20.0, help="seconds per step of a case")
     parser.add_argument("--footage", type=Path, help="folder of videos and subtitles to mutate as well")
     given = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     numbers = [given.only] if given.only is not None else range(given.first, given.first + given.count)
+    if given.target in ("answers", "fragments"):
+        tally, begun = Tally(), time.monotonic()
+        if given.target == "answers":
+            fuzz_answers(given.seed, iter(numbers), tally)
+        else:
+            fuzz_fragments(given.seed, iter(numbers), tally, mutated)
+        report(tally, given.seed, time.monotonic() - begun)
+        return 1 if tally.findings else 0
     with TemporaryDirectory() as folder:
-        videos, subtitles = ([], []) if given.only_lists else made_seeds(Path(folder))
+        videos, subtitles = ([], []) if given.target == "lists" else made_seeds(Path(folder))
         lists = made_lists(Path(folder))
         for path in sorted(given.footage.rglob("*")) if given.footage else []:
             if path.is_file() and path.stat().st_size < 3_000_000:

@@ -52,7 +52,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None, schema: pa.Sc
             schema=schema,
             page_checksum_verification=True,
         )
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, error) from error
 
 
@@ -60,7 +60,7 @@ def read_metadata(path: Path) -> dict[bytes, bytes]:
     """Read the file's key-value metadata and verify all bytes. Raises DamagedFile, FileNotFoundError."""
     try:
         return pq.read_schema(pa.BufferReader(checked_bytes(path))).metadata or {}
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, error) from error
 
 
@@ -93,7 +93,7 @@ def check_parquet(path: Path, schema: pa.Schema | None = None) -> bool:
         table.validate(full=True)
         for column in table.schema if schema else ():
             table[column.name].cast(schema.field(column.name).type)
-    except (pa.ArrowException, KeyError) as error:
+    except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
         raise _damaged(path, error) from error
     return False
 

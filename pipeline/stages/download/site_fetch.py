@@ -161,6 +161,10 @@ def download_site(
     except (yt_dlp.utils.YoutubeDLError, TransportError) as error:
         guard.check()
         raise classify(error) from error
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError) as error:
+        # An answer that yt-dlp takes for impossible: it guards its extractors against such errors, not its downloaders.
+        guard.check()
+        raise DownloadError("extractor", f"{url}: {type(error).__name__}: {str(error)[:500]}") from error
 
 
 def _result(downloader: "_GuardedYoutubeDL", info: dict | None, url: str, work: Path) -> SiteVideo:
