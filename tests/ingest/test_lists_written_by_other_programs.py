@@ -1,5 +1,6 @@
 """Lists of spreadsheets, pandas and polars: quotes, line ends, encodings, names that differ by case, Arrow types."""
 
+import contextlib
 import gzip
 import json
 import tracemalloc
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipmill.base.errors import UserError
 from pipeline.stages.ingest.ingest import IngestSettings, read_sources
 
 
@@ -213,6 +215,18 @@ def test_a_packed_list_takes_the_memory_of_its_content(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 1 << 27
     finally:
         tracemalloc.stop()
+
+
+def test_a_damaged_packed_list_is_the_users_mistake(tmp_path):
+    """`bench.fuzz --seed 8` found this case."""
+    data = gzip.compress("".join(f"http://h/{n}\n" for n in range(200)).encode(), mtime=0)
+    for at in range(12, len(data), 7):
+        (tmp_path / "a.txt.gz").write_bytes(data[:at] + bytes(reversed(data[at : at + 6])) + data[at + 6 :])
+        with contextlib.suppress(UserError):
+            read_sources([str(tmp_path / "a.txt.gz")], IngestSettings())
+    (tmp_path / "a.txt.gz").write_bytes(data[:10] + b"\xff" * 20)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_sources([str(tmp_path / "a.txt.gz")], IngestSettings())
 
 
 def test_bytes_that_are_no_text_are_kept(tmp_path):

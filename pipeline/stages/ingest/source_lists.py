@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -163,7 +164,7 @@ def _read_list(path: Path, settings: IngestSettings) -> Iterator[_Rows]:
             yield _Rows(str(path), path.parent.absolute(), fields, problems)
             return
         data = _unpacked(path, settings) if packed else path.read_bytes()
-    except (OSError, EOFError, pa.ArrowInvalid) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowInvalid) as error:
         raise UserError(f"SOURCES: {path} cannot be read: {error}") from error
     if extension in (".csv", ".tsv"):
         yield _read_csv(path, data, "\t" if extension == ".tsv" else None, settings)
