@@ -15,6 +15,7 @@ def show_report(report: Report) -> None:
         text = f"Training finished: {report.run}, {report.total_steps:,} steps."
         text += f"\n  clipmill eval --run {report.run}"
     else:
-        text = f"Stopped by {report.reason}; step {report.step:,} of {report.total_steps:,} is saved."
+        saved = f"step {report.step:,} of {report.total_steps:,} is saved" if report.step else "no step was made yet"
+        text = f"Stopped by {report.reason}; {saved}."
         text += f"\n  clipmill train --run {report.run}    resumes"
     Console(highlight=False).print(text, soft_wrap=True)
