@@ -49,7 +49,7 @@ class HttpFile:
 
 @dataclass(frozen=True)
 class Validators:
-    """What a response says about the version of the file that it is from, as in RFC 9110, 8.8 and 14.4."""
+    """Version of a file, as the headers of a response state it (RFC 9110, 8.8 and 14.4)."""
 
     etag: str = ""
     last_modified: str = ""
