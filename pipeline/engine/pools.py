@@ -7,7 +7,7 @@ from typing import Any
 
 from clipmill.base.errors import UserError
 from clipmill.base.ray_cluster import start_ray
-from pipeline.runtime.task import HOST_LIMITER, NotNow, Result, Task, execute, limit_threads, load_model
+from pipeline.runtime.task import HOST_LIMITER, NotNow, Result, Task, execute, limit_threads, load_model, sandbox
 from pipeline.stages.download.host_limiter import HostRateLimiter
 from pipeline.stages.stage import Stage
 from shards.corpus.fragments import Commit
@@ -221,6 +221,9 @@ class ModelWorker:
 
 class DownloadWorker:
     """An actor: downloads many sources at a time, each in a thread and as a task of its own."""
+
+    def __init__(self):
+        sandbox()  # before the threads start, so that they share one
 
     def run(self, run: Callable[[Task], Result | NotNow], task: Task) -> Commit | NotNow:
         return _run(run, task)

@@ -6,6 +6,7 @@ and fragments, and returns a `Commit`.
 
 import os
 import resource
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -105,11 +106,15 @@ def require_lock(task: Task) -> None:
         )
 
 
+_one_mirror = threading.Lock()  # of a store in this process, which may begin several tasks at once
+
+
 def execute(run: Callable[[Task], Result | NotNow], task: Task) -> Commit | NotNow:
     """Run a stage's function on a task and commit the result. An error of one item becomes that item's failure."""
     started = time.perf_counter()
     if task.store:
-        mirror(Path(task.root), task.store)
+        with _one_mirror:
+            mirror(Path(task.root), task.store)
     with reporting(Path(task.root), task.name):
         result = run(task)
     if isinstance(result, NotNow):

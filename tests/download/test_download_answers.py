@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from clipmill.base.errors import ItemError
 from pipeline.stages.download.address_guard import EgressGuard, LeastRate
 from pipeline.stages.download.errors import ERROR_CLASSES, DownloadError
-from pipeline.stages.download.fetch import DownloadSettings, fetch
+from pipeline.stages.download.fetch import DownloadSettings, GivenBack, fetch
+from pipeline.stages.download.host_limiter import HostRateLimiter
 from pipeline.stages.download.http_fetch import (
     MAX_RETRY_AFTER_S,
     Validators,
@@ -402,3 +403,53 @@ def test_what_a_redirect_led_to_is_recorded(tmp_path, video):
 
     with scripted_server(answer) as server:
         assert json.loads(get(server.url("/a"), tmp_path)["meta"])["final_url"] == server.url("/b%20c.mp4")
+
+
+def test_a_redirect_to_a_forgotten_address_is_refused(tmp_path, video):
+    def answer(target, _asked, send):
+        send(http_answer("200 OK", video) if target != "/a" else http_answer("301 x", Location="/b.mp4"))
+
+    def refuse(spellings: list[str]) -> None:
+        if any(spelling.endswith("/b.mp4") for spelling in spellings):
+            raise ItemError("forgotten", "it was forgotten")
+
+    with scripted_server(answer) as server, pytest.raises(ItemError, match="it was forgotten"):
+        source = {"video_id": "v", "url": server.url("/a"), "kind": "url"}
+        fetch(source, tmp_path / "sources", SETTINGS, refuse=refuse)
+    assert list((tmp_path / "sources").iterdir()) == []
+
+
+def test_a_download_gives_its_place_back_to_wait_and_goes_on_later(tmp_path, video):
+    """The driver waits for the host; what had arrived and the counts are kept."""
+    answers = iter([http_answer("200 OK", video, HALF, **OLD), http_answer("429 x", Retry_After=3600)])
+    span = f"bytes {HALF}-{len(video) - 1}/{len(video)}"
+    rest = http_answer("206 Partial Content", video[HALF:], Content_Range=span, **OLD)
+    limiter, now = HostRateLimiter(clock=lambda: now[0]), [0.0]
+    source = {"video_id": "v", "url": "", "kind": "url"}
+    with scripted_server(lambda target, asked, send: send(next(answers, rest))) as server:
+        source["url"] = server.url("/v.mp4")
+        options = {"rate_limiter": limiter, "client": "run:v", "longest_wait_s": 5.0, "corpus_root": tmp_path}
+        with pytest.raises(GivenBack) as given_back:
+            fetch(source, tmp_path / "sources", SETTINGS, **options)
+        assert given_back.value.wait_s > 5 and given_back.value.so_far["link"] == {"failures": 1, "lockouts": 1}
+        assert limiter.state()["127.0.0.1"]["num_active"] == 0
+        now[0] += 3600
+        row = fetch({**source, "so_far": given_back.value.so_far}, tmp_path / "sources", SETTINGS, **options)
+    assert (tmp_path / row["path"]).read_bytes() == video
+    assert [headers.get("range") for _, headers in server.requests] == [None, *[f"bytes={HALF}-"] * 2]
+
+
+def test_lockouts_are_counted_over_all_the_places_a_download_has_had(tmp_path):
+    limiter, now, so_far = HostRateLimiter(clock=lambda: now[0]), [0.0], None
+    options = {"rate_limiter": limiter, "client": "run:v", "longest_wait_s": 5.0}
+    settings = SETTINGS.model_copy(update={"lockout_retries": 2})
+    with scripted_server(lambda target, asked, send: send(http_answer("429 x", Retry_After=60))) as server:
+        source = {"video_id": "v", "url": server.url("/v.mp4"), "kind": "url"}
+        for _ in range(2):
+            with pytest.raises(GivenBack) as given_back:
+                fetch({**source, "so_far": so_far}, tmp_path / "sources", settings, **options)
+            so_far = given_back.value.so_far
+            now[0] += 3600
+        with pytest.raises(ItemError, match="rate-limited"):
+            fetch({**source, "so_far": so_far}, tmp_path / "sources", settings, **options)
+    assert len(server.requests) == 3

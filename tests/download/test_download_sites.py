@@ -179,6 +179,22 @@ def test_a_stream_of_segments_becomes_one_file(server, media, tmp_path):
     assert row["width"] == 160 and row["extractor"] == "Generic"
 
 
+def test_a_video_that_must_not_be_downloaded_is_known_by_its_extraction(server, media, tmp_path):
+    """An address may show only after the extraction which video it leads to."""
+    url, names = server.add("/120.mp4", media["120"]), []
+
+    def refuse(spellings: list[str]) -> None:
+        names.extend(spellings)
+        if "fakesite:x1" in spellings:
+            raise ItemError("forgotten", "it was forgotten")
+
+    extractor, work = FakeSiteIE({"url": url, "ext": "mp4", "extractor_key": "FakeSite"}), tmp_path / "w"
+    work.mkdir()
+    with EgressGuard(True, 600) as guard, pytest.raises(ItemError, match="it was forgotten"):
+        download_site("https://fake.example/x1", work, SETTINGS, guard, extractors=(extractor,), refuse=refuse)
+    assert "https://fake.example/x1" in names and server.requests == [] and os.listdir(work) == []
+
+
 def test_a_long_stream_of_segments_keeps_no_file_descriptors(server, media, tmp_path):
     """One that stays open for each segment ends the video at the process's limit."""
     urls = [server.add(f"/{n}.ts", media["segment"], headers={"Connection": "close"}) for n in range(60)]

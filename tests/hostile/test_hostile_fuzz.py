@@ -4,12 +4,14 @@ import random
 
 import pytest
 
-from bench import fuzz
+from bench import fuzz, fuzz_answers
 from clipmill.base.errors import ItemError
 from clipmill.media.probe import probe
 from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
+from pipeline.stages.download.fetch import DownloadSettings, fetch
 from pipeline.stages.ingest.ingest import IngestSettings, read_sources
 from pipeline.stages.transcribe.speech import extract_speech
+from tests.helpers.http import http_answer, scripted_server
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +67,32 @@ def test_an_unforeseen_exception_is_a_finding(seeds, monkeypatch):
     monkeypatch.setattr(fuzz, "VIDEO_STEPS", {"cut": fuzz.mutated})  # called without its second argument
     tally = fuzz.fuzz(seeds[0][:1], [], seed=1, numbers=iter([0]), limit_s=600)
     assert len(tally.findings) == 1 and tally.findings[0].startswith("internal-error: cut --seed 1 --only 0")
+
+
+def test_mutated_answers_of_servers_give_files_or_classed_errors(monkeypatch):
+    monkeypatch.setattr(fuzz_answers, "LIMIT_S", float("inf"))  # the machine may be slow
+    tally = fuzz.Tally()
+    fuzz_answers.fuzz_answers(7, iter(range(24)), tally)
+    assert tally.findings == [] and tally.num_cases == 24
+    assert ("answers", "ok") in tally.outcomes and len(tally.outcomes) > 4, "too few failures to prove anything"
+
+
+def test_an_unforeseen_exception_in_a_download_is_a_finding(monkeypatch):
+    monkeypatch.setattr(fuzz_answers, "fetch", lambda *args, **options: 1 / 0)
+    tally = fuzz.Tally()
+    fuzz_answers.fuzz_answers(1, iter([0]), tally)
+    assert tally.findings == ["--target answers --seed 1 --only 0: FINDING: ZeroDivisionError: division by zero"]
+
+
+def test_a_length_in_letters_is_an_error_of_the_site(tmp_path):
+    """`bench.fuzz --target answers --seed 1` found this case: yt-dlp reads the length of a segment unchecked."""
+    segment = http_answer("200 OK", bytes(5000), Content_Length="letters")
+    playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/s.ts\n#EXT-X-ENDLIST\n"
+
+    def answer(target, _asked, send):
+        send(segment if target == "/s.ts" else http_answer("200 OK", playlist, Content_Type="application/x-mpegurl"))
+
+    settings = DownloadSettings(allow_private_addresses=True, retries=0)
+    with scripted_server(answer) as server, pytest.raises(ItemError) as caught:
+        fetch({"video_id": "v", "url": server.url("/v.m3u8"), "kind": "url"}, tmp_path / "sources", settings)
+    assert caught.value.error_class == "extractor" and caught.value.transient

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -23,7 +24,8 @@ from pipeline.stages.download.stage import run_download
 from pipeline.stages.ingest.stage import ingest_sources
 from pipeline.stages.pack import pack_state
 from shards.corpus.manifest import is_current
-from shards.corpus.tombstones import FORGOTTEN, read_tombstones, write_tombstones
+from shards.corpus.source_ids import video_id_for
+from shards.corpus.tombstones import FORGOTTEN, TOMBSTONE, hash_of, read_tombstones, write_tombstones
 from shards.packing.tar import Blob, read_member, write_clips_tar
 from shards.packing.verify import verify
 from shards.query.sql import open_manifest
@@ -241,6 +243,53 @@ def test_its_bytes_from_another_address_are_refused(corpus, tmp_path):
     item = {"item_id": "other", "key": "k", "attempts": 0, "cost": 1, **source}
     work = Task("download", "u000009", [item], DownloadSettings(reference_local_files=False), "f", str(corpus), "run")
     outcomes, _ = run_download(work)
+    assert outcomes[0].failure.error_class == FORGOTTEN, outcomes[0].failure
+    assert list((corpus / "sources" / "u000009").iterdir()) == []
+
+
+@pytest.mark.parametrize("spell", [lambda url: url.replace("video-", "%76ideo%2D"), lambda url: f"{url}#t=10"])
+def test_a_video_is_forgotten_by_any_spelling_of_its_url(corpus, spell):
+    url = spell(url_of(GONE)).replace("http://", "HTTPS://")
+    plan = find(corpus, [], [url], None)
+    assert [video["video_id"] for video in plan.videos] == [GONE] and plan.urls == []
+
+
+def test_tombstones_of_earlier_versions_know_the_spellings_that_follow_from_their_hashes(corpus, tmp_path):
+    """They hold no further hashes; the other scheme and YouTube's pages are found all the same."""
+    old = TOMBSTONE.remove(TOMBSTONE.get_field_index("other_hashes"))
+    urls = ["http://e.example/x.mp4", "https://www.youtube.com/watch?v=dQw4w9WgXcQ"]
+    rows = [
+        {"video_hash": hash_of(video_id_for(url)), "url_hash": hash_of(url), "at": datetime.now(UTC)} for url in urls
+    ]
+    path = corpus / "fragments" / FORGOTTEN / "forget-old.parquet"
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, old), path)
+    listed = tmp_path / "list.txt"
+    listed.write_text(
+        "https://e.example:443/x.mp4\nhttp://youtube-nocookie.com:80/embed/dQw4w9WgXcQ\nhttp://e.example/y.mp4\n"
+    )
+    with session(corpus, None, [], "test", create=False) as (current, _):
+        report = ingest_sources(current, [str(listed)])
+        current.publish()
+    assert (report.num_new, report.num_forgotten) == (1, 2)
+    assert ask(corpus, "SELECT count(*) FROM forgotten WHERE other_hashes IS NULL") == [(2,)]
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "listed"),
+    [
+        ("https://vimeo.com/76979871", "https://player.vimeo.com/video/76979871?h=1"),
+        ("https://www.dailymotion.com/video/x5kesuj", "https://dai.ly/x5kesuj"),
+        ("https://youtu.be/dQw4w9WgXcQ", "https://yewtu.be/watch?v=dQw4w9WgXcQ"),
+        ("http://127.0.0.1/a%7eb.mp4", "https://127.0.0.1:443/./a~b.mp4"),
+    ],
+)
+def test_a_source_listed_before_is_refused_before_anybody_is_asked(corpus, forgotten, listed):
+    """A video may have been listed at another address before it was forgotten at this one."""
+    forget(corpus, find(corpus, [], [forgotten], None), None)
+    item = {"item_id": "other", "key": "k", "attempts": 0, "cost": 1, "video_id": "other", "url": listed, "kind": "url"}
+    settings = DownloadSettings(proxy="http://127.0.0.1:9")  # whoever is asked, it fails otherwise
+    outcomes, _ = run_download(Task("download", "u000009", [item], settings, "f", str(corpus), "run"))
     assert outcomes[0].failure.error_class == FORGOTTEN, outcomes[0].failure
     assert list((corpus / "sources" / "u000009").iterdir()) == []
 

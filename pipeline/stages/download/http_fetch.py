@@ -49,7 +49,7 @@ class HttpFile:
 
 @dataclass(frozen=True)
 class Validators:
-    """The parts of a response that identify the version of its file, as in RFC 9110, 8.8 and 14.4."""
+    """Version of a file, as the headers of a response state it (RFC 9110, 8.8 and 14.4)."""
 
     etag: str = ""
     last_modified: str = ""
