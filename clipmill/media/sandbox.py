@@ -263,12 +263,19 @@ def _answer(request: bytes) -> list[bytes | memoryview]:
         return [pickle.dumps(("raised", error))]
     except Exception as error:
         return [pickle.dumps(("raised", _item_error(error)))]
+    finally:
+        _limit(UNLIMITED, UNLIMITED)  # the next request, and what it imports, need not fit in the limits of this one
+
+
+UNLIMITED = resource.RLIM_INFINITY
 
 
 def _limit(memory_bytes: int, file_bytes: int) -> None:
     for kind, limit in ((resource.RLIMIT_DATA, memory_bytes), (resource.RLIMIT_FSIZE, file_bytes)):
         _, most = resource.getrlimit(kind)
-        resource.setrlimit(kind, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
+        if most != resource.RLIM_INFINITY:
+            limit = most if limit == UNLIMITED else min(limit, most)
+        resource.setrlimit(kind, (limit, most))
 
 
 def _item_error(error: Exception) -> ItemError:

@@ -143,6 +143,15 @@ def test_memory_beyond_the_limit_is_refused(sandbox):
     assert sandbox.call(balloon, 50, timeout_s=ENOUGH_S) == 50 * MB
 
 
+def test_a_low_limit_holds_for_its_own_call_only():
+    with Sandbox() as sandbox:
+        child = sandbox.call(pid, timeout_s=ENOUGH_S)
+        with pytest.raises(ItemError, match="out-of-memory"):
+            sandbox.call(balloon, 50, timeout_s=ENOUGH_S, memory_bytes=20 * MB)
+        assert sandbox.call(len, bytes(100 * MB), timeout_s=ENOUGH_S) == 100 * MB
+        assert sandbox.call(pid, timeout_s=ENOUGH_S) == child
+
+
 def test_address_space_that_is_never_written_does_not_count(sandbox):
     assert sandbox.call(reserve_without_touching, 4000, timeout_s=ENOUGH_S) == 4000 * MB
 
