@@ -183,7 +183,7 @@ def _assign_rows(canonical: list[str], ids: list[str], table: pa.Table, known: p
     seen_ids, of_new, rows = dict(zip(known_ids, known_urls, strict=True)), {}, _Assigned()
     for row, (url, video_id, address) in enumerate(zip(canonical, ids, table["url"].to_pylist(), strict=True)):
         if REMOVED in address and video_id in seen_ids and _place(seen_ids[video_id]) == _place(address):
-            url = same_id[video_id]
+            url = same_id.get(video_id, url)
         if url in of_known:
             if has_spans[row]:
                 rows.more_of_known.append(row)
