@@ -229,22 +229,21 @@ class Engine:
             for unit, items in by_unit.items():
                 if unit in taken:
                     continue
-                waiting = self._enqueue_downloads(stage, unit, items) if stage.host else set()
-                items = [item for item in items if item["item_id"] not in waiting]
+                if stage.host:
+                    self._enqueue_downloads(stage, unit, items)
+                downloading = self.downloads.get(unit, set())  # no stage may read a source that is being replaced
+                items = [item for item in items if item["item_id"] not in downloading]
                 if items:
                     taken.add(unit)
                 for batch in self._batches(stage, items):
                     self._enqueue(stage, self._task(stage, unit, batch))
         self.report.loop_s += time.perf_counter() - started
 
-    def _enqueue_downloads(self, stage: Stage, unit: str, items: list[dict]) -> set[str]:
-        """Make a task of each item that waits for a host, unless there is one; return the ids of these items."""
-        waiting = {item["item_id"] for item in items if stage.host(item) is not None}
-        running = self.downloads.get(unit, set())
+    def _enqueue_downloads(self, stage: Stage, unit: str, items: list[dict]) -> None:
+        """Make a task of each item that waits for a host, unless there is one."""
         for item in items:
-            if item["item_id"] in waiting - running:
+            if stage.host(item) is not None and item["item_id"] not in self.downloads.get(unit, set()):
                 self._enqueue(stage, self._task(stage, unit, [item]))
-        return waiting
 
     def _fetch_lost_sources(self) -> bool:
         """Download again the sources that a pending item has to read and that were deleted or changed.

@@ -106,7 +106,11 @@ def test_sources_can_be_deleted_after_cutting_and_are_fetched_again_when_needed(
 def test_a_mistake_that_only_a_worker_can_see_ends_the_run_as_a_mistake(footage, tmp_path, local_ray):
     with pytest.raises(UserError, match="transcribe.whisper"):
         build_here(
-            tmp_path / "corpus", [str(footage / "nasa_13013.mp4")], "transcribe.whisper=enormous", stages=WORDLESS
+            tmp_path / "corpus",
+            [str(footage / "nasa_13013.mp4")],
+            "transcribe.min_words=1000",  # the video has a subtitle track
+            "transcribe.whisper=enormous",
+            stages=WORDLESS,
         )
 
 
