@@ -139,7 +139,7 @@ class Engine:
         """Run tasks until nothing of these units is pending."""
         examine: list[str] = []
         while waiting or examine or self.in_flight or self.waiting or self.downloaded_at or any(self.queues.values()):
-            examine += [waiting.popleft() for _ in range(min(self._room() - len(examine), len(waiting)))]
+            examine += [waiting.popleft() for _ in range(min(self._room(examine), len(waiting)))]
             self._examine(examine)
             self._start_downloads()
             for pool, queue in self.queues.items():
@@ -152,14 +152,14 @@ class Engine:
             self._publish_when_due()
             on_tick(self)
 
-    def _room(self) -> int:
-        """Return how many further units may be looked at. A unit that only waits for downloads takes no room.
+    def _room(self, examine: Sequence[str]) -> int:
+        """Return how many units may be looked at besides these. A unit that only waits for downloads takes no room.
 
         While there are places for downloads, all that wait do so for their hosts.
         """
         if self.pools.num_free_sources <= 0 or len(self.waiting) >= MAX_WAITING:
             return 0
-        return max(0, self.pools.active_units - len(self.busy.keys() | self.downloaded_at.keys()))
+        return max(0, self.pools.active_units - len({*self.busy, *self.downloaded_at, *examine}))
 
     def _start(self, flight: InFlightTask) -> None:
         self.in_flight[self.pools.start(flight)] = flight

@@ -3,12 +3,14 @@
 The engine runs with functions as workers, without Ray or media; `test_build_from_urls.py` has real ones.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable
 
 import pytest
 
 from pipeline.engine import driver as engines
+from pipeline.engine.build import build
 from pipeline.engine.driver import Engine
 from pipeline.engine.host_queue import HostQueue
 from pipeline.engine.pools import InFlightTask
@@ -17,6 +19,7 @@ from pipeline.runtime.task import NotNow, Task, commit
 from pipeline.stages.download.host_limiter import LOCKED_OUT, HostRateLimiter
 from pipeline.stages.download.stage import DOWNLOAD
 from shards.corpus.folder import Corpus
+from tests.helpers.http import http_answer, make_video, scripted_server
 from tests.helpers.ledgers import STAGES, FragmentCorpus
 
 
@@ -231,3 +234,40 @@ def test_a_task_with_a_wait_of_its_own_leaves_its_host_to_others():
 def test_several_turns_are_asked_for_at_once():
     limiter = HostRateLimiter(per_host=1)
     assert limiter.acquire_all([("a", "x"), ("a", "y"), ("b", "z")]) == [0.0, limiter.poll_s, 0.0]
+
+
+# --- on a real local Ray
+
+
+def test_a_real_build_commits_what_is_downloaded_while_the_rest_is_awaited(tmp_path, local_ray):
+    """Two answers are withheld until all others are committed; one host is locked for longer than a source waits."""
+    video, meanwhile = make_video(tmp_path / "v.mp4", duration_s=0.5), []
+    locked = iter([http_answer("429 Too Many Requests", Retry_After=6)])
+    fragments = tmp_path / "corpus" / "fragments" / "downloads"
+
+    def num_committed() -> int:
+        return len(list(fragments.glob("[!.]*.parquet")))
+
+    def answer(target, headers, send):
+        ends_at = time.monotonic() + 300
+        while "slow" in target and num_committed() < 4 and time.monotonic() < ends_at:
+            time.sleep(0.05)  # asked for by nobody but this test
+        if "slow" in target:
+            meanwhile.append(num_committed())
+        refusal = next(locked, None) if headers["host"].startswith("localhost") else None
+        send(refusal or http_answer("200 OK", video + target.encode()))
+
+    with scripted_server(answer) as server:
+        urls = [server.url(f"/{name}.mp4") for name in ("slow1", "slow2", "a", "b", "c")]
+        urls.append(server.url("/locked.mp4").replace("127.0.0.1", "localhost"))
+        listed = tmp_path / "list.txt"
+        listed.write_text("\n".join(urls) + "\n")
+        limits = ["download.per_host=8", "download.stall_timeout_s=600", "download.answer_timeout_s=600"]
+        limits += ["download.probe_timeout_s=600", "download.allow_private_addresses=true"]
+        stages = ("ingest", "download")
+        report = build(
+            tmp_path / "corpus", [str(listed)], stages=stages, recipe="demo", assignments=limits, command="t"
+        )
+    assert report.engine.by_stage["download"].done == 6 == num_committed()
+    assert min(meanwhile) == 4, "the others waited for the slow ones"
+    assert [target for target, _ in server.requests].count("/locked.mp4") == 2
