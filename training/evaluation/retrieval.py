@@ -5,7 +5,7 @@
 2. Every process gathers all features with their ids and sorts them by id, without padding or repeats. A clip that
    cannot be read is left out and reported.
 3. Every process then ranks all texts and videos (`training.evaluation.metrics`), so all return the same. Cosines are
-   computed in blocks, so 100,000 clips of 512 numbers are ranked in 2 GB (`python -m bench.retrieval`); the scores of a
+   computed in blocks, so memory holds features and a block (`python -m bench.retrieval` measures it); the scores of a
    model that scores pairs are all in memory.
 
 A sentence of several clips counts as in the published benchmarks: it is a query of each clip, and only that clip is
