@@ -4,6 +4,7 @@ Call these inside a sandbox (`clipmill.media.sandbox`): a hostile file can crash
 """
 
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -65,18 +66,25 @@ def video_stream(container):
     It is neither a cover picture nor a set of thumbnails. Of several, one with more than one picture comes before a
     still, one that is enabled by default before others, then the first of those that last (nearly) the longest.
     """
-    from av.stream import Discard, Disposition
+    from av.stream import Discard
 
-    stills = Disposition.attached_pic | Disposition.timed_thumbnails
-    moving = [stream for stream in container.streams.video if not stream.disposition & stills]
-    if not moving:
-        raise ItemError("no-video-stream", f"none of the {len(container.streams)} streams is video")
-    shown = _most_shown(moving) if len(moving) > 1 else moving[0]
+    shown = _shown_stream(container)
     for stream in container.streams:
         stream.discard = Discard.default if stream is shown else Discard.all
     if shown.codec_context is None:
         raise ItemError("undecodable", "no decoder for the video stream")
     return shown
+
+
+def _shown_stream(container):
+    """Return the video stream that players show. Raises ItemError "no-video-stream"."""
+    from av.stream import Disposition
+
+    stills = Disposition.attached_pic | Disposition.timed_thumbnails
+    moving = [stream for stream in container.streams.video if not stream.disposition & stills]
+    if not moving:
+        raise ItemError("no-video-stream", f"none of the {len(container.streams)} streams is video")
+    return _most_shown(moving) if len(moving) > 1 else moving[0]
 
 
 def _most_shown(streams: list):
@@ -130,7 +138,8 @@ def audio_stream(container):
 
     streams = list(container.streams.audio)
     if len(streams) > 1 and len(container.streams.video) > 1:
-        return container.streams.best("audio", related=video_stream(container))
+        with suppress(ItemError):  # cover pictures only
+            return container.streams.best("audio", related=_shown_stream(container))
     enabled = [stream for stream in streams if stream.disposition & Disposition.default]
     return next(iter(enabled or streams), None)
 

@@ -281,9 +281,10 @@ def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
 
 def with_defaults(saved: dict) -> dict:
     """Return settings as an earlier version saved them, completed by the defaults of settings that are new since."""
-    return {
-        section: defaults | (saved.get(section) or {})
-        for section, defaults in resolve(None, None, []).model_dump(mode="json").items()
+    defaults = resolve(None, None, []).model_dump(mode="json")
+    known = {section: saved.get(section) or {} for section in defaults}
+    return saved | {
+        section: defaults[section] | values for section, values in known.items() if isinstance(values, dict)
     }
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from clipmill.media.probe import FrameOrientations, Orientation, orientation_of, probe
 from pipeline.stages.cut.cut import CutSettings, SpanRequest, cut_video
+from pipeline.stages.transcribe.speech import extract_speech
 from tests.helpers.media import SHORT_GOP, Shape, decoded, ffmpeg, make_video, numbers_in, piece
 from training.data.clip_frames import Picture, decode_clip
 
@@ -218,6 +219,15 @@ def test_the_default_sound_is_taken(tmp_path):
     ((_, clip),) = cut(path, tmp_path, (0.0, 3.0), audio=True)
     with av.open(io.BytesIO(clip)) as container:
         assert max(np.abs(frame.to_ndarray()).max() for frame in container.decode(audio=0)) < 0.01
+
+
+def test_the_sound_of_several_beside_several_videos_is_heard(tmp_path):
+    first, second = numbered(tmp_path, "a.mp4", range(30)), numbered(tmp_path, "b.mp4", range(30))
+    tone = ("-f", "lavfi", "-i", "sine=440:duration=3")
+    maps = [part for source in ("0:v", "2:a", "1:v", "3:a") for part in ("-map", source)]
+    path = tmp_path / "four.mp4"
+    ffmpeg("-i", first, "-i", second, *tone, *tone, *maps, "-c:v", "copy", "-c:a", "aac", path)
+    assert len(extract_speech(path)) == pytest.approx(3 * 16_000, rel=0.05)
 
 
 # --- packets that are called corrupt ----------------------------------------------------------------------------------
