@@ -103,5 +103,6 @@ def test_without_its_package_the_corpus_says_which_settings_it_does_not_know(cor
     run(corpus)
     monkeypatch.setattr(registry, "ENTRY_POINTS", "none.of.these")
     registry.all_stages.cache_clear()
+    assert "setting toy: there is no such setting" in status(corpus, []).problems[0]
     with pytest.raises(UserError, match="setting toy: there is no such setting"):
-        status(corpus, [])
+        run(corpus)
