@@ -145,7 +145,8 @@ def session(
     corpus = Corpus(root)
     if not create:
         corpus.require()
-    saved = with_defaults(corpus.load_settings()) if corpus.exists else None
+    recorded = corpus.load_settings() if corpus.exists else None
+    saved = None if recorded is None else with_defaults(recorded)
     settings = resolve(saved, recipe, assignments).without_plain_secrets(saved)
     trust = trust_in(corpus, settings, given=None if saved is None or recipe else assigned(assignments))
     trust.require(reaches=RUNS_CODE)
@@ -165,7 +166,7 @@ def session(
     corpus.create()
     with corpus.writer():
         marks = corpus.load_marks()
-        if resolved != saved or trust.marks != marks:
+        if resolved != recorded or trust.marks != marks:
             corpus.save_settings(resolved, trust.marks)
         sweep_temporaries(corpus.root)
         sweep_reports(corpus.root)
