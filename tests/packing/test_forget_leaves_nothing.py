@@ -288,6 +288,7 @@ def test_a_source_listed_before_is_refused_before_anybody_is_asked(corpus, forgo
     """A video may have been listed at another address before it was forgotten at this one."""
     forget(corpus, find(corpus, [], [forgotten], None), None)
     item = {"item_id": "other", "key": "k", "attempts": 0, "cost": 1, "video_id": "other", "url": listed, "kind": "url"}
+    item["subtitle"] = None
     settings = DownloadSettings(proxy="http://127.0.0.1:9")  # whoever is asked, it fails otherwise
     outcomes, _ = run_download(Task("download", "u000009", [item], settings, "f", str(corpus), "run"))
     assert outcomes[0].failure.error_class == FORGOTTEN, outcomes[0].failure
