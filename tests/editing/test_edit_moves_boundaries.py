@@ -197,7 +197,7 @@ def test_an_unreadable_video_is_a_failure_and_the_others_are_edited(numbered, tm
     played = edit(corpus, tmp_path / "edit")
     assert played[-1]["num_failed"] == 1 and played[-1]["num_accepted"] > 0
     failures = rows(corpus, "SELECT * FROM failures WHERE stage = 'edit' AND error_class <> 'no-text'")
-    assert [(row["item_id"], row["error_class"]) for row in failures] == [(broken, "not-a-video")]
+    assert [(row["item_id"], row["error_class"]) for row in failures] == [(broken, "source-changed")]
     assert broken not in {row["video_id"] for row in edits(corpus)}
     training, _ = freeze_run(tmp_path, corpus, DataSettings(edits=1), EvalSettings())
     assert training.num_edited == played[-1]["num_accepted"]

@@ -120,7 +120,7 @@ def test_a_video_without_a_clip_says_why(tmp_path):
         (found,) = current.ledger.without_clips()
         assert found[:2] == ("too-short", 3) and "a: it has no words and lasts 1 s; segment.min_s is 2 s" in found[2]
         assert reasons(root) == dict.fromkeys("abc", "too-short")
-        assert current.failures() == []
+        assert current.ledger.standing_failures() == []
     with duckdb.connect(str(root / "manifest.duckdb"), read_only=True) as connection:
         assert connection.sql("SELECT step, num_items, kept FROM funnel WHERE step LIKE 'no clip%'").fetchall() == [
             ("no clip: too-short", 3, 1.0)
