@@ -100,7 +100,14 @@ class FragmentCorpus:
         content = sha(self.bytes_of.get(item["video_id"], item["video_id"]))
         return {
             "downloads": [
-                {"video_id": item["video_id"], "path": "x", "sha256": content, "duration_s": 60.0, "subtitles": []}
+                {
+                    "video_id": item["video_id"],
+                    "path": "/x",
+                    "extractor": "file",
+                    "sha256": content,
+                    "duration_s": 60.0,
+                    "subtitles": [],
+                }
             ]
         }
 
