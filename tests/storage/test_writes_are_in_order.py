@@ -1,4 +1,4 @@
-"""What a reader, a second writer or a power cut may find: renames, flushes and locks come in the promised order."""
+"""Renames, flushes and locks come in the promised order, whatever a reader, a second writer or a power cut meets."""
 
 import fcntl
 import json

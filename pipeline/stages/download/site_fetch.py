@@ -121,7 +121,7 @@ def site_key(extractor: str, video_id: str) -> str | None:
 
 
 def site_key_of(url: str) -> str | None:
-    """Return the `site_key` that an address itself shows, None if it does not. Asks nobody."""
+    """Return the `site_key` that an address itself shows, None if it does not. Send no request."""
     from yt_dlp.extractor import get_info_extractor
 
     extractor = site_extractor(url) if "://" in url else None
