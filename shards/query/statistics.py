@@ -146,7 +146,8 @@ def _overview(stats: Statistics) -> Table:
     table.add_row("hours of clips", _hours(totals["clip_hours"]), _hours(HD_VILA["clip_hours"]))
     by_height: Counter[int] = Counter()
     for row in stats.resolutions:
-        by_height[min(row["width"], row["height"])] += row["num_videos"]
+        if row["width"] is not None:  # a file without a picture has none
+            by_height[min(row["width"], row["height"])] += row["num_videos"]
     usual = max(by_height, key=lambda height: (by_height[height], height), default=None)
     table.add_row("resolution of most videos", f"{usual}p" if usual else "–", HD_VILA["resolution"])
     table.add_row("samples in shards", f"{totals['num_samples']:,} in {totals['num_shards']:,}", "")
@@ -220,9 +221,9 @@ def _category_table(rows: list[Row]) -> Table | None:
 
 
 def _resolution_table(rows: list[Row]) -> Table | None:
-    def cells(row: Row) -> list[str]:
-        counts = [f"{row['num_videos']:,}", f"{row['num_clips']:,}"]
-        return [f"{row['width']}×{row['height']}", *counts, _hours(row["hours"])]
+    def cells(row: Row) -> list[Text | str]:
+        size = None if row["width"] is None else f"{row['width']}×{row['height']}"
+        return [_name(size), f"{row['num_videos']:,}", f"{row['num_clips']:,}", _hours(row["hours"])]
 
     return _data_table(("size", "videos", "clips", "hours"), rows, cells)
 

@@ -517,7 +517,7 @@ def test_harmless_options_of_yt_dlp_can_be_set():
 
 
 def test_every_option_of_yt_dlp_is_allowed_by_name_or_refused():
-    """What a later yt-dlp adds is refused, and none that takes a command, a path or an address is on the list."""
+    """Refuse what a later yt-dlp adds; no allowed option takes a command, a path or an address."""
     from yt_dlp.options import create_parser
 
     known = {name[2:] for group in create_parser().option_groups for each in group.option_list

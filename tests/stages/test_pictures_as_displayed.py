@@ -234,7 +234,7 @@ def test_the_sound_of_several_beside_several_videos_is_heard(tmp_path):
 
 
 def test_a_packet_called_corrupt_that_decodes_is_kept(tmp_path):
-    """Where segments of a stream are joined its continuity counters jump, so FFmpeg flags the last packet but one."""
+    """Keep the packet that FFmpeg flags where segments are joined: continuity counters jump there."""
     parts = [numbered(tmp_path, f"{first}.ts", range(first, first + 50), start_s=first / 10) for first in (0, 50)]
     path = joined(tmp_path, "cc.ts", *parts)
     with av.open(str(path)) as container:

@@ -52,7 +52,11 @@ class LstmHead(nn.Module):
 
     def forward(self, frames_BFC: Tensor, mask_BF: Tensor) -> Tensor:
         # the LSTM runs forward only, so frames beyond a video's end change no earlier state and need no packing
-        states_BFC, _ = self.lstm(frames_BFC)
+        if frames_BFC.is_cpu and torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):  # few processors have an LSTM of half precision
+                states_BFC, _ = self.lstm(frames_BFC.to(self.lstm.weight_ih_l0.dtype))
+        else:
+            states_BFC, _ = self.lstm(frames_BFC)
         places_F = torch.arange(frames_BFC.shape[1], device=frames_BFC.device)
         before_end_BF = places_F < mask_BF.sum(dim=1, keepdim=True)
         return frames_BFC + states_BFC * before_end_BF.unsqueeze(2)
