@@ -165,7 +165,7 @@ _SELECT_STAGE = "SELECT $columns FROM current_$table ORDER BY clip_id"
 
 _SELECT = {
     "videos": """
-        SELECT s.video_id, s.unit, s.url, s.kind, s.source_id, coalesce(s.title, v.title) AS title,
+        SELECT s.video_id, s.unit, coalesce(s.volume, 0) AS volume, s.url, s.kind, s.source_id, coalesce(s.title, v.title) AS title,
                coalesce(s.category, v.categories[1]) AS category,
                coalesce(s.language, t.language, v.language) AS language, coalesce(s.licence, v.licence) AS licence,
                v.channel, v.upload_date, v.path, v.num_bytes, v.sha256, v.duplicate_of, v.container, v.duration_s,

@@ -117,6 +117,7 @@ _FRAGMENTS: dict[str, Columns] = {
         texts=pa.list_(REFERENCE),  # reference texts, in their order; null: none given
         extra=STRING,  # the list's other columns as a JSON object, or null
         ordinal=INT64,  # position in order of first sight, over the life of the corpus
+        volume=INT32,  # the volume of its unit; null in rows older than this column: volume 0
     ),
     # download: one row per downloaded video
     "downloads": _columns(
@@ -326,6 +327,7 @@ _PUBLISHED: dict[str, Columns] = {
     "videos": _columns(
         video_id=STRING,
         unit=STRING,
+        volume=column(INT32, in_catalog=True),
         url=column(STRING, in_catalog=True),
         kind=column(STRING, in_catalog=True),
         source_id=STRING,
@@ -443,7 +445,7 @@ def add_table(table: str, **columns: pa.DataType | Column) -> None:
 _CATALOG_ORDER = (
     "caption", "captioner", "caption_score", "subtitle_similarity", "caption_similarity", "text_similarity",
     "words_per_s", "repeated_word_ratio", "duplicate_group", "title", "category", "channel", "licence", "url", "kind",
-    "upload_date", "transcript_origin", "word_times", "video_height", "split", "texts", "shard", "position",
+    "upload_date", "transcript_origin", "word_times", "video_height", "split", "texts", "shard", "position", "volume",
 )  # fmt: skip
 
 

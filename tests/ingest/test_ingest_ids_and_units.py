@@ -15,7 +15,7 @@ from shards.corpus.source_ids import ID_PATTERN, canonical_url, canonical_urls, 
 YOUTUBE = "https://www.youtube.com/watch?v=dQw4w9WgXcQ"
 NOTHING = pa.table(
     {"video_id": pa.array([], pa.string()), "url": pa.array([], pa.string()), "unit": pa.array([], pa.string()),
-     "ordinal": pa.array([], pa.int64())}
+     "ordinal": pa.array([], pa.int64()), "volume": pa.array([], pa.int32())}
 )  # fmt: skip
 
 words = st.text(st.sampled_from("abAB09._-~%/?&=#:@!+ é\0\n'\";$`<>\\"), max_size=30)
@@ -215,3 +215,28 @@ def test_in_two_parts_or_in_one_the_same_sources_come_out(tmp_path_factory, pick
 def test_the_same_lists_give_the_same_table(tmp_path):
     lines = [f"http://h/{i % 7}.mp4" for i in range(20)]
     assert make(tmp_path, *lines).table.equals(make(tmp_path, *lines).table)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 3), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_volumes_are_filled_in_order_and_never_change(tmp_path_factory, counts, unit_videos, volume_units):
+    path, known = tmp_path_factory.mktemp("l") / "list.txt", NOTHING
+    for count in counts:  # each list has further sources than all before
+        path.write_text("\n".join(f"http://h/{known.num_rows + i}.mp4" for i in range(count)))
+        chosen = IngestSettings(unit_videos=unit_videos, volume_units=volume_units)
+        known = pa.concat_tables([known, ingest([str(path)], chosen, known).table.select(known.column_names)])
+    units: dict[int, set[str]] = {}
+    for unit, volume in zip(known["unit"].to_pylist(), known["volume"].to_pylist(), strict=True):
+        units.setdefault(volume, set()).add(unit)
+    assert list(units) == list(range(len(units)))
+    assert sum(map(len, units.values())) == len({*known["unit"].to_pylist()})  # no unit is in two volumes
+    assert all(len(units[volume]) == volume_units for volume in list(units)[:-1])
+
+
+def test_sources_of_a_corpus_without_volumes_are_those_of_the_first(tmp_path):
+    known = make(tmp_path, *(f"http://h/{i}.mp4" for i in range(4))).table
+    known = known.set_column(known.schema.get_field_index("volume"), "volume", pa.nulls(4, pa.int32()))
+    path = tmp_path / "more.txt"
+    path.write_text("\n".join(f"http://h/{i}.mp4" for i in range(4, 10)))
+    found = ingest([str(path)], IngestSettings(unit_videos=2, volume_units=3), known).table
+    assert found["volume"].to_pylist() == [0, 0, 1, 1, 1, 1]

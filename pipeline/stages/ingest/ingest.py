@@ -1,4 +1,4 @@
-"""Ingest: source lists → rows of `sources`, each with a unit that never changes.
+"""Ingest: source lists → rows of `sources`, each with a unit and a volume that never change.
 
 The result is a pure function of the lists and of the sources that the corpus already has.
 """
@@ -59,7 +59,7 @@ def ingest(
 ) -> Ingested:
     """Return the sources in the arguments' lists that are not in `known`, and those of `known` that have grown.
 
-    known       the corpus's sources: video_id, url, unit, ordinal, split, texts
+    known       the corpus's sources: video_id, url, unit, volume, ordinal, split, texts
     forgotten   SHA-256 of spellings of URLs and of ids to leave out; such rows are counted and not reported
     listed      content of the arguments' lists, if they were read before: standard input can be read once
     known_rows  gives all columns of these known sources, in this order; by default from `known`
@@ -87,7 +87,7 @@ def ingest(
     new = pa.array(rows.new, pa.int64())
     picked = table.drop_columns("video_id").take(new).append_column("video_id", [ids.take(new)])
     changed, values, num_added = add_rows(picked, table.take(pa.array(rows.more, pa.int64())), rows.owners)
-    sources = _with_units(replaced(picked, changed, values), settings.unit_videos, known)
+    sources = _with_units(replaced(picked, changed, values), settings, known)
     grown, num_grown_rows = None, 0
     if rows.more_of_known:
         videos = list(dict.fromkeys(rows.known_owners))
@@ -236,16 +236,26 @@ def _require_same_references(canonical: list[str], table: pa.Table, known: pa.Ta
             )
 
 
-def _with_units(picked: pa.Table, unit_videos: int, known: pa.Table) -> pa.Table:
-    """Add ordinals and units after the largest known ones; return the columns of `sources`."""
-    next_ordinal, next_unit = 0, 0
+def _with_units(picked: pa.Table, settings: IngestSettings, known: pa.Table) -> pa.Table:
+    """Add ordinals, units and volumes after the largest known ones; return the columns of `sources`."""
+    next_ordinal = next_unit = volume = num_units = 0
     if known.num_rows:
         next_ordinal = pc.max(known["ordinal"]).as_py() + 1
         numbers = pc.cast(pc.utf8_slice_codeunits(known["unit"], 1), pa.int64())
         next_unit = pc.max(numbers).as_py() + 1
+        volumes = pc.fill_null(known["volume"], 0)
+        volume = pc.max(volumes).as_py()
+        num_units = len(pc.unique(known["unit"].filter(pc.equal(volumes, volume))))
     count = picked.num_rows
-    units = [f"u{next_unit + row // unit_videos:06d}" for row in range(count)]
-    picked = picked.append_column("ordinal", [pa.array(range(next_ordinal, next_ordinal + count), pa.int64())])
+    places = [row // settings.unit_videos for row in range(count)]  # 0: the first new unit
+    if num_units >= settings.volume_units:
+        volume, num_units = volume + 1, 0
+    columns = {
+        "ordinal": pa.array(range(next_ordinal, next_ordinal + count), pa.int64()),
+        "unit": pa.array([f"u{next_unit + place:06d}" for place in places], UNIT),
+        "volume": pa.array([volume + (num_units + place) // settings.volume_units for place in places], pa.int32()),
+    }
+    for name, values in columns.items():
+        picked = picked.append_column(name, [values])
     schema = TABLES["sources"].append(pa.field("unit", UNIT))
-    picked = picked.append_column("unit", [pa.array(units, UNIT)])
     return picked.select(schema.names).cast(schema)

@@ -52,7 +52,7 @@ def ingest_sources(session, arguments: list[str], listed: SourceList | None = No
 
     listed: content of the arguments' lists; None: read here.
     """
-    columns = "video_id, url, unit, ordinal, split, texts"
+    columns = "video_id, url, unit, volume, ordinal, split, texts"
     known = session.ledger.connection.sql(f"SELECT {columns} FROM sources").to_arrow_table()
     forgotten = all_hashes(read_tombstones(session.corpus.root))
     known_rows = partial(_known_rows, session.ledger)
