@@ -1,40 +1,27 @@
-"""The working database: it holds the rows of all fragments, and derives from them current, pending and failed items.
+"""The ledger: which items of a volume are current, pending and failed, derived from the rows of all fragments.
 
-It is private to the process that holds the corpus lock (`.clipmill/ledger.duckdb`), a cache of the fragments that can
-be deleted at any time. Readers get the published `manifest.duckdb` instead (`shards.corpus.manifest`).
+Readers get the published `manifest.duckdb` instead (`shards.corpus.manifest`).
 
 A stage describes itself to the ledger by its `StageQuery`: SQL for the items that ought to exist, each with a key that
 hashes the stage's fingerprint and the item's inputs. An item is done when a row has its present key. So a changed
 setting, a changed input, a lost fragment and a new source are one case: a key without a row.
+
+Items are derived volume by volume, into temporary tables. What a volume has in all is kept in the index: counts,
+failures, videos without clips. A volume is derived again when its rows, the settings or the tombstones have changed.
 """
 
-import fcntl
-import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import duckdb
 import pyarrow as pa
 
-from clipmill.base.errors import UserError
 from clipmill.base.settings import digest
-from clipmill.base.text import sql_identifier, sql_literal
-from shards.corpus.fragments import fragment_path, outputs_of, replaced_by, table_schema, write_commit
-from shards.corpus.schema import LEDGER, TABLES
+from clipmill.base.text import sql_literal
+from shards.corpus.copies import Copies
 from shards.corpus.stage_query import StageQuery, chosen_rows
-from shards.corpus.tombstones import read_tombstones, tombstone_files
-from shards.storage.local import Files
-from shards.storage.mirror import files_of
-from shards.storage.sealed_parquet import DamagedFile, check_parquet
-
-
-@dataclass(frozen=True)
-class FragmentFile:
-    name: str
-    num_bytes: int
-    mtime_ns: int
+from shards.corpus.tombstones import tombstone_files
+from shards.corpus.working_database import INDEX, WorkingDatabase
 
 
 @dataclass(frozen=True)
@@ -48,225 +35,110 @@ class SourceFile:
     stamp: str | None
 
 
-class Ledger:
-    """The connection to the working database. `memory_limit` bounds DuckDB; no rows are kept in Python.
+@dataclass(frozen=True)
+class Scope:
+    """What the temporary tables were derived for."""
 
-    cache: folder of the database of a process without the corpus lock, which removes nothing from the corpus.
-    """
+    volume: int
+    units: frozenset[str] | None  # None: all of the volume
+    fingerprints: dict[str, str | None]
+    run_id: str
+    max_attempts: int
+
+
+class Ledger(WorkingDatabase):
+    """The working database, and what it says of the stages' items."""
 
     def __init__(
         self, root: Path, stages: Sequence[StageQuery], *, memory_limit: str = "1GB", cache: Path | None = None
     ):
-        self.root, self.files, self.owns_corpus = root, files_of(root), cache is None
         self.stages = {stage.name: stage for stage in stages}
-        self.path = (cache or root / ".clipmill") / "ledger.duckdb"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.connection = _connect(self.path, memory_limit)
-        self.tombstones: tuple[str, ...] = ()  # names of the tombstone files applied to the tables
-        self.damaged: dict[str, str] = {}  # file → what is wrong with it, of the commits that `sync` removed for it
         self.fingerprints: dict[str, str | None] = {}  # of the stages, at the last `refresh_state`
-        self._create_tables()
-
-    def close(self) -> None:
-        self.connection.close()
-
-    # -- fragments ------------------------------------------------------------------------------------------------
-
-    def sync(self, *, replace_sources: bool = False) -> tuple[int, int]:
-        """Load new fragments; forget those that are deleted, damaged or lack an output; return (loaded, forgotten).
-
-        Raises UserError for a damaged commit of sources, which only their list can make again. With `replace_sources`
-        it is removed like any other, because the caller is about to read lists.
-        """
-        present = {file.name: file for file in _scan(self.root / "fragments" / "ledger")}
-        known = {
-            name: (size, mtime) for name, size, mtime in self._rows("SELECT name, num_bytes, mtime_ns FROM fragments")
-        }
-        listing = _Listing(self.files)
-        whole, outputs = {}, dict(self._rows("SELECT name, outputs FROM fragments"))
-        for name, file in present.items():
-            unchanged = known.get(name) == (file.num_bytes, file.mtime_ns)
-            try:
-                named = outputs[name] if unchanged else self._checked_outputs(name)
-            except DamagedFile as error:  # torn by a crash, or rotten
-                self.damaged[str(error.path.relative_to(self.root))] = error.reason
-                if not (name in known and _is_list(name) and listing.has_all(outputs[name])):
-                    continue
-                self.rewrite(name)  # no stage can make it again
-                named, unchanged = outputs[name], True
-            if listing.has_all(named):
-                whole[name] = (file, named, unchanged)
-        deleted = [name for name in known if name not in whole]
-        new = [name for name, (_, _, unchanged) in whole.items() if not unchanged]
-        lost = set(present) - set(whole)  # a commit that lacks one of its files counts as never made
-        if not replace_sources:
-            self._refuse_to_lose_sources(lost)
-        # A writer that was killed before it cleaned up leaves the commits that it superseded.
-        replaced = {old for name in new for old in replaced_by(fragment_path(self.root, "ledger", name))} & set(whole)
-        if self.owns_corpus:
-            self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(lost | replaced)))
-        self.forget([*deleted, *replaced])
-        self.load([name for name in new if name not in replaced])
-        return len(new), len(deleted)
-
-    def _checked_outputs(self, name: str) -> dict[str, int]:
-        """Return path → size of the files of a commit after checking its fragments. Raises DamagedFile."""
-        path = fragment_path(self.root, "ledger", name)
-        outputs = outputs_of(path)
-        check_parquet(path, LEDGER)
-        for relative in outputs:
-            table = _table_of(relative)
-            if table in TABLES and (self.root / relative).is_file():
-                check_parquet(self.root / relative, table_schema(table))
-        return outputs
-
-    def _refuse_to_lose_sources(self, lost: Iterable[str]) -> None:
-        """Raise UserError if a commit of sources is among these: without it the next packing would remove clips."""
-        for name in sorted(lost):
-            if _is_list(name):
-                of_it = [f"{path}: {why}" for path, why in self.damaged.items() if Path(path).stem == name]
-                what = "".join(of_it) or f"a file of fragments/ledger/{name}.parquet is missing"
-                raise UserError(
-                    f"{self.root}: a record of sources is damaged ({what}). "
-                    "Put a copy of the file back, or give `clipmill build` all lists of this corpus again."
-                )
-
-    def remove_orphans(self) -> int:
-        """Delete files that no commit names, left by workers that were killed; return how many.
-
-        Call it right after `sync`, while no worker is writing.
-        """
-        owned = {relative for _, outputs in self._rows("SELECT name, outputs FROM fragments") for relative in outputs}
-        folders = [*(f"fragments/{table}" for table in TABLES), "clips"]
-        there = [f"{folder}/{name}" for folder in folders for name in self.files.sizes(folder)]
-        orphans = [relative for relative in there if relative not in owned]
-        self.files.remove(*orphans)
-        return len(orphans)
-
-    def rewrite(self, name: str) -> None:
-        """Write the fragments of a commit again from the rows in this database, which were checked when loaded."""
-        outputs = dict(self._rows("SELECT name, outputs FROM fragments WHERE name = ?", [name])).get(name)
-        if outputs is None:
-            return  # not loaded: `sync` has removed it
-        ((num_rows, written),) = self._rows(
-            "SELECT (SELECT count(*) FROM sources WHERE fragment = $1), sum(num_rows) FROM ledger WHERE fragment = $1",
-            [name],
-        )
-        if _is_list(name) and num_rows != written:  # forgotten sources are not in this database any more
-            self._refuse_to_lose_sources([name])
-        tables = {
-            table: self._rows_of(name, table, table_schema(table))
-            for table in sorted({_table_of(relative) for relative in outputs} & set(TABLES))
-        }
-        media = [relative for relative in outputs if _table_of(relative) is None]
-        write_commit(self.root, name, tables, self._rows_of(name, "ledger", LEDGER), media, fsync=True)
-        self.load([name])
-
-    def _rows_of(self, commit: str, table: str, schema: pa.Schema) -> pa.Table:
-        columns = ", ".join(sql_identifier(column) for column in schema.names)
-        sql = f"SELECT {columns} FROM {table} WHERE fragment = $name ORDER BY rowid"
-        return self.connection.sql(sql, params={"name": commit}).to_arrow_table().cast(schema)
-
-    def drawn_files(self, seed: str, most: int) -> list[tuple[str, int]]:
-        """Return (path, bytes) of fragments in an order that depends on the seed."""
-        return self._rows(
-            "WITH files AS (SELECT 'fragments/ledger/' || name || '.parquet' AS path, num_bytes FROM fragments "
-            "UNION ALL SELECT o.key, o.value FROM (SELECT unnest(map_entries(outputs)) AS o FROM fragments)) "
-            "SELECT path, num_bytes FROM files WHERE path LIKE 'fragments/%' ORDER BY hash(path || ?) LIMIT ?",
-            [seed, most],
-        )
-
-    def drop_superseded(self, stage: str) -> int:
-        """Delete a stage's commits without a row that still counts; return how many.
-
-        Call it after `refresh_state` for all units. The ledger fragment is deleted first, so that a kill leaves orphans
-        and never half a commit.
-        """
-        names = [
-            name
-            for (name,) in self._rows(
-                f"SELECT fragment FROM ledger WHERE stage = '{stage}' GROUP BY fragment "
-                f"HAVING NOT bool_or(key IN (SELECT key FROM input_{stage})) "
-                f"AND NOT bool_or(fragment IN (SELECT fragment FROM chosen_{stage}))"
-            )
-        ]
-        for name in names:
-            outputs = self._rows("SELECT outputs FROM fragments WHERE name = ?", [name])[0][0]
-            self.files.remove(f"fragments/ledger/{name}.parquet")
-            self.files.remove(*outputs)
-        self.forget(names)
-        return len(names)
-
-    def forget(self, names: Sequence[str]) -> None:
-        if not names:
-            return
-        self.connection.register("removed", pa.table({"name": list(names)}))
-        for table in ["ledger", *TABLES]:
-            self.connection.execute(f"DELETE FROM {table} WHERE fragment IN (SELECT name FROM removed)")
-        self.connection.execute("DELETE FROM fragments WHERE name IN (SELECT name FROM removed)")
-        self.connection.unregister("removed")
-
-    def load(self, names: Sequence[str]) -> None:
-        """Load the rows of whole commits, replacing those loaded before."""
-        if not names:
-            return
-        self.forget(names)
-        files, by_table = [], {table: [] for table in TABLES}
-        for name in names:
-            path = fragment_path(self.root, "ledger", name)
-            named, stat = outputs_of(path), path.stat()
-            files.append((name, stat.st_size, stat.st_mtime_ns, named))
-            for relative in named:
-                if (table := _table_of(relative)) in by_table:  # else of a stage whose package is not installed
-                    by_table[table].append(str(self.root / relative))
-        self.connection.execute("BEGIN")
-        ledger_files = [str(fragment_path(self.root, "ledger", name)) for name in names]
-        try:
-            self._insert("ledger", ledger_files)
-            for table, paths in by_table.items():
-                if paths:
-                    self._insert(table, paths)
-        except duckdb.BinderException as error:
-            raise UserError(f"{self.root} has columns of a newer clipmill: {error}") from error
-        self.connection.executemany("INSERT INTO fragments VALUES (?, ?, ?, ?)", files)
-        self.connection.execute("COMMIT")
-        if by_table["sources"]:
-            self.tombstones = ()  # the new sources may have been forgotten
-
-    def _insert(self, table: str, paths: list[str]) -> None:
-        self.connection.execute(
-            f"INSERT INTO {table} BY NAME SELECT * EXCLUDE (filename), parse_filename(filename, true) AS fragment "
-            "FROM read_parquet(?, filename = true, hive_partitioning = false, union_by_name = true)",
-            [paths],
-        )
+        self.scope: Scope | None = None
+        super().__init__(root, memory_limit=memory_limit, cache=cache)
+        for table, columns in _SUMMARY_TABLES.items():
+            self.connection.execute(f"CREATE TABLE IF NOT EXISTS {INDEX}.{table} ({columns})")
+        self.connection.execute("CREATE TEMP TABLE forced (stage VARCHAR, item_id VARCHAR)")
+        self.connection.execute("CREATE TEMP TABLE once_more (stage VARCHAR, item_id VARCHAR, attempts INT)")
+        self._derived = {volume for (volume,) in self._rows(f"SELECT volume FROM {INDEX}.derived")}
+        self.copies = Copies(self)
 
     # -- state ----------------------------------------------------------------------------------------------------
 
     def refresh_state(
         self, fingerprints: dict[str, str | None], *, units: Iterable[str] | None, run_id: str, max_attempts: int
     ) -> None:
-        """Fill the temporary tables `input_S`, `chosen_S`, `state_S` and `current_…` for these units (None: all).
+        """Derive the items of these units, which are of one volume; None: those of every volume that has changed.
 
-        A stage without a fingerprint is off: it has no items, and the rows it made before do not count.
+        Fills the temporary tables `input_S`, `chosen_S`, `state_S` and `current_…`, for the units or for the last
+        volume that was derived. A stage without a fingerprint is off: it has no items, and the rows it made before do
+        not count.
         """
         self.leave_out_forgotten()
         self.fingerprints = fingerprints
-        if units is None:
+        if units is not None:
+            units = frozenset(units)
+            [volume] = {self.volume_of(unit) for unit in units} or {self.active or 0}
+            self._derive(Scope(volume, units, fingerprints, run_id, max_attempts))
+            return
+        again = True
+        while again:  # a volume may bring another one copies of its videos
+            again = [volume for volume in self.volumes() if not self._is_derived(volume, run_id, max_attempts)]
+            for volume in again:
+                self.derive_volume(volume, run_id=run_id, max_attempts=max_attempts)
+        if len(self.volumes()) == 1:
+            self.derive_volume(self.volumes()[0], run_id=run_id, max_attempts=max_attempts)
+
+    def derive_volume(self, volume: int, *, run_id: str, max_attempts: int) -> None:
+        """Fill the temporary tables for a volume, and keep what it has in all. Does nothing if they are as wanted."""
+        scope = Scope(volume, None, self.fingerprints, run_id, max_attempts)
+        if self.scope == scope and self.active == volume and volume in self._derived:
+            return
+        self._derive(scope)
+        self._keep_summary(scope)
+
+    def changed(self, volume: int) -> None:
+        """Note that the rows of a volume have changed."""
+        self.scope = None
+        self.copies.changed(volume)
+        if volume in self._derived:
+            self._derived.discard(volume)
+            self._execute(f"DELETE FROM {INDEX}.derived WHERE volume = ?", [volume])
+
+    def _is_derived(self, volume: int, run_id: str, max_attempts: int) -> bool:
+        """Return whether the summary of a volume is that of its rows, the settings and the tombstones."""
+        if volume not in self._derived:
+            return False
+        [(made_with, of_run)] = self._rows(f"SELECT made_with, run_id FROM {INDEX}.derived WHERE volume = ?", [volume])
+        return made_with == self._made_with(max_attempts) and of_run in (None, run_id)
+
+    def _made_with(self, max_attempts: int) -> str:
+        return digest([self.fingerprints, max_attempts, tombstone_files(self.root)])
+
+    def _derive(self, scope: Scope) -> None:
+        self._fill_tables(scope)
+        if self.copies.register(scope.volume):
+            self._fill_tables(scope)
+
+    def _fill_tables(self, scope: Scope) -> None:
+        self.activate(scope.volume)
+        self.scope = None
+        if scope.units is None:
             self.connection.execute("CREATE OR REPLACE TEMP TABLE scope AS SELECT DISTINCT unit FROM sources")
         else:
-            self.connection.register("wanted", pa.table({"unit": pa.array(list(units), pa.string())}))
-            self.connection.execute("CREATE OR REPLACE TEMP TABLE scope AS SELECT unit FROM wanted")
-            self.connection.unregister("wanted")
+            with self._as_table("named_units", sorted(scope.units)):
+                self.connection.execute("CREATE OR REPLACE TEMP TABLE scope AS SELECT name AS unit FROM named_units")
+        self.copies.load(scope.volume)
         for stage in self.stages.values():
-            fingerprint = fingerprints[stage.name]
+            fingerprint = scope.fingerprints[stage.name]
             wanted = stage.wanted.replace("$fingerprint", sql_literal(fingerprint or ""))
             wanted = wanted if fingerprint else f"SELECT * FROM ({wanted}) WHERE false"
             self.connection.execute(f"CREATE OR REPLACE TEMP TABLE input_{stage.name} AS {wanted}")
             self.connection.execute(_CHOOSE.replace("$stage", stage.name))
             self.connection.execute(
                 _STATE.replace("$stage", stage.name)
-                .replace("$run_id", sql_literal(run_id))
-                .replace("$max_attempts", str(int(max_attempts)))
+                .replace("$run_id", sql_literal(scope.run_id))
+                .replace("$max_attempts", str(int(scope.max_attempts)))
             )
             if stage.table:
                 rows = chosen_rows(stage.name, stage.table)
@@ -275,29 +147,52 @@ class Ledger:
                 )
             for statement in stage.current:
                 self.connection.execute(statement)
+        self.scope = scope
 
-    def leave_out_forgotten(self) -> None:
-        """Delete the sources that have a tombstone; every query but that for failures of lists starts from sources.
-
-        Their other rows stay in this cache until `clipmill compact` rebuilds it.
-        """
-        files = tombstone_files(self.root)
-        if files == self.tombstones:
-            return
-        self.connection.register("to_forget", read_tombstones(self.root))
-        self.connection.execute("DELETE FROM sources WHERE sha256(video_id) IN (SELECT video_hash FROM to_forget)")
-        self.connection.execute(
-            "DELETE FROM ledger WHERE stage = 'pack' "
-            "AND sha256(split_part(item_id, '.', 1)) IN (SELECT video_hash FROM to_forget)"
+    def _keep_summary(self, scope: Scope) -> None:
+        """Keep the counts, failures and videos without clips of the volume that was derived."""
+        volume = scope.volume
+        statements = [f"DELETE FROM {INDEX}.{table} WHERE volume = {volume}" for table in _SUMMARY_TABLES]
+        for stage in self.stages:
+            statements.append(f"INSERT INTO {INDEX}.counts SELECT {volume}, '{stage}', * FROM ({self._count_sql(stage)})")
+        statements.append(f"INSERT INTO {INDEX}.standing BY NAME SELECT {volume} AS volume, * FROM ({self._failures_sql()})")
+        statements.append(
+            f"INSERT INTO {INDEX}.without_clips BY NAME SELECT {volume} AS volume, * FROM ({self._without_clips_sql()})"
         )
-        self.connection.unregister("to_forget")
-        self.tombstones = files
+        tried = " UNION ALL ".join(f"SELECT retryable FROM state_{stage}" for stage in self.stages)
+        ((of_run,),) = self._rows(f"SELECT bool_or(retryable) FROM ({tried})")
+        forced = bool(self._rows("SELECT 1 FROM forced UNION ALL SELECT 1 FROM once_more LIMIT 1"))
+        rows = 'count(*), coalesce(bit_xor(hash(fragment, item_id, key, status, attempts, epoch_us("at"))), 0)'
+        ((num_rows, rows_hash),) = self._rows(f"SELECT {rows} FROM ledger")
+        self.connection.execute("BEGIN")
+        for statement in statements:
+            self.connection.execute(statement)
+        self._execute(
+            f"INSERT INTO {INDEX}.derived VALUES (?, ?, ?, ?)",
+            [volume, self._made_with(scope.max_attempts), scope.run_id if of_run or forced else None,
+             digest([num_rows, rows_hash])],
+        )  # fmt: skip
+        self.connection.execute("COMMIT")
+        self._derived.add(volume)
+
+    def content_of(self, volume: int) -> str:
+        """Hash what a volume's part of the manifest is made from: its rows, the settings, the tombstones."""
+        [(made_with, rows_hash)] = self._rows(
+            f"SELECT made_with, rows_hash FROM {INDEX}.derived WHERE volume = ?", [volume]
+        )
+        return digest([made_with, rows_hash])
 
     def mark_pending(self, stage: str, item_ids: Sequence[str]) -> None:
         """Make done or failed items pending once in this run."""
-        self.connection.register("named", pa.table({"item_id": pa.array(list(item_ids), pa.string())}))
-        self.connection.execute(f"INSERT INTO forced SELECT '{stage}', item_id FROM named")
-        self.connection.unregister("named")
+        if not item_ids:
+            return
+        with self._as_table("named_items", item_ids):
+            self.connection.execute(f"INSERT INTO forced SELECT '{stage}', name FROM named_items")
+        self._changed_items(item_ids)
+
+    def _changed_items(self, item_ids: Iterable[str]) -> None:
+        for volume in self.volumes_of({item_id.partition(".")[0] for item_id in item_ids}):
+            self.changed(volume)
 
     def try_again(self, tried: Sequence[tuple[str, str, int]]) -> None:
         """Give retryable failures one more attempt in the run in which they failed.
@@ -307,9 +202,10 @@ class Ledger:
         self.connection.execute("DELETE FROM once_more")
         if tried:
             self.connection.executemany("INSERT INTO once_more VALUES (?, ?, ?)", list(tried))
+            self._changed_items(item_id for _, item_id, _ in tried)
 
     def work(self, stage: str) -> list[dict]:
-        """Return the payload of every pending item of a stage, in item order, in the units of the last refresh."""
+        """Return the payload of every pending item of a stage, in item order, of what was derived last."""
         self.connection.execute(
             f"CREATE OR REPLACE TEMP TABLE work AS SELECT * FROM state_{stage} WHERE status IN ('pending', 'retry')"
         )
@@ -347,7 +243,9 @@ class Ledger:
         return [item_id for _, item_id, _ in rows]
 
     def sources_cut(self) -> list[str]:
-        """Return the paths of the videos that were copied into the corpus and whose clips are all cut."""
+        """Return the paths of the videos that were copied into the corpus and whose clips are all cut, of the volume
+        that was derived last.
+        """
         sql = (
             "SELECT path FROM current_videos WHERE path NOT LIKE '/%' AND video_id IN "
             "(SELECT item_id FROM state_cut WHERE status = 'done') ORDER BY path"
@@ -355,6 +253,7 @@ class Ledger:
         return [path for (path,) in self._rows(sql)]
 
     def items_of(self, stage: str) -> list[str]:
+        """Return the items of a stage, of what was derived last."""
         return [item_id for (item_id,) in self._rows(f"SELECT item_id FROM state_{stage} ORDER BY 1")]
 
     def standing_failures(self, run_id: str | None = None) -> list[tuple[str, str, int, str]]:
@@ -364,12 +263,12 @@ class Ledger:
         """
         only = f"AND run_id = {sql_literal(run_id)} " if run_id else ""
         return self._rows(
-            f"SELECT stage, error_class, count(*), min(failed_id || ': ' || message) FROM ({self.failures_sql()}) "
-            f"WHERE stage <> 'edit' {only}GROUP BY ALL ORDER BY ALL"
+            "SELECT stage, error_class, count(*), min(failed_id || ': ' || message) "
+            f"FROM {INDEX}.standing WHERE stage <> 'edit' {only}GROUP BY ALL ORDER BY ALL"
         )
 
-    def failures_sql(self) -> str:
-        """Return a SELECT of the failures that stand, one row per item, after `refresh_state` for all units.
+    def _failures_sql(self) -> str:
+        """Return a SELECT of the failures of a derived volume that stand, one row per item.
 
         quarantined: the failure is retryable, but its attempts are used up; only `clipmill run --where` tries it again.
         """
@@ -390,8 +289,8 @@ class Ledger:
                                    AND d.item_id = l.failed_id AND d.key = l.failed_key))
         """
 
-    def without_clips_sql(self) -> str:
-        """Return a SELECT of the videos that are there and have no clip, with the reason, after `refresh_state`.
+    def _without_clips_sql(self) -> str:
+        """Return a SELECT of the videos of a derived volume that are there and have no clip, with the reason.
 
         The reason is the class of a failure of the last stage that has one, of the spans' absence, or "pending".
         """
@@ -404,7 +303,7 @@ class Ledger:
                 SELECT split_part(failed_id, '.', 1) AS video_id,
                        arg_max(error_class, list_position({stages}, stage)) AS error_class,
                        arg_max(message, list_position({stages}, stage)) AS message
-                FROM ({self.failures_sql()}) WHERE stage IN (SELECT unnest({stages})) GROUP BY 1
+                FROM ({self._failures_sql()}) WHERE stage IN (SELECT unnest({stages})) GROUP BY 1
             ), noted AS (
                 SELECT l.item_id AS video_id, l.error_class, l.message FROM ledger l JOIN chosen_segment c
                 ON l.item_id = c.item_id AND l.key = c.key AND l.fragment = c.fragment WHERE l.stage = 'segment'
@@ -421,7 +320,7 @@ class Ledger:
         """Return (reason, number of videos, example) of the videos that no stage will make clips of."""
         return self._rows(
             "SELECT reason, count(*), min(video_id || ': ' || message) "
-            f"FROM ({self.without_clips_sql()}) WHERE reason <> 'pending' GROUP BY ALL ORDER BY ALL"
+            f"FROM {INDEX}.without_clips WHERE reason <> 'pending' GROUP BY ALL ORDER BY ALL"
         )
 
     def has_work(self, stage: str) -> bool:
@@ -432,20 +331,27 @@ class Ledger:
         return dict(self._rows(f"SELECT item_id, unit FROM state_{stage} WHERE status IN ('pending', 'retry')"))
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Return stage → status → number of items, in the units of the last refresh.
+        """Return stage → status → number of items: of the units of the last refresh, else of the whole corpus.
 
         Besides pending, retry, done and failed: `waiting`, done items whose video has pending items in an earlier
         stage, which may make them pending; `quarantined`, items whose attempts are used up.
         """
-        return {name: dict(self._rows(self._count_sql(name))) for name in self.stages}
+        if self.scope and self.scope.units is not None:
+            return {name: dict(self._rows(self._count_sql(name))) for name in self.stages}
+        counts: dict[str, dict[str, int]] = {name: {} for name in self.stages}
+        sql = f"SELECT stage, status, sum(num)::BIGINT FROM {INDEX}.counts GROUP BY ALL ORDER BY ALL"
+        for stage, status, num in self._rows(sql):
+            counts.setdefault(stage, {})[status] = num
+        return counts
 
     def recorded_counts(self) -> dict[str, dict[str, int]]:
         """Return stage → done or failed → number of items by their last attempt, whatever the settings are now."""
         last = 'SELECT stage, item_id, arg_max(status, "at") AS status FROM ledger GROUP BY ALL'
         counts: dict[str, dict[str, int]] = {name: {} for name in self.stages}
-        for stage, ended, count in self._rows(f"SELECT stage, status, count(*) FROM ({last}) GROUP BY ALL"):
-            if stage in counts:
-                counts[stage][ended] = count
+        for _ in self.each_volume():
+            for stage, ended, count in self._rows(f"SELECT stage, status, count(*) FROM ({last}) GROUP BY ALL"):
+                if stage in counts:
+                    counts[stage][ended] = counts[stage].get(ended, 0) + count
         return counts
 
     def _count_sql(self, stage: str) -> str:
@@ -464,26 +370,36 @@ class Ledger:
         return sorted({*direct, *(a for name in direct for a in self._ancestors(name))})
 
     def units_with_work(self, stages: Iterable[str]) -> list[str]:
-        """Return the units with pending items in these stages; [] without stages, as when only packing is left."""
+        """Return the units with pending items in these stages, of what was derived last; [] without stages."""
         union = " UNION ALL ".join(
             ["SELECT '' AS unit WHERE false"]
             + [f"SELECT unit FROM state_{stage} WHERE status IN ('pending', 'retry')" for stage in stages]
         )
         return [unit for (unit,) in self._rows(f"SELECT DISTINCT unit FROM ({union}) ORDER BY unit")]
 
-    # -- plumbing -------------------------------------------------------------------------------------------------
+    def volumes_with_work(self, stages: Iterable[str]) -> list[int]:
+        """Return the volumes with pending items in these stages, in order, after `refresh_state` for all units."""
+        with self._as_table("named_stages", list(stages)):
+            return [
+                volume
+                for (volume,) in self._rows(
+                    f"SELECT DISTINCT volume FROM {INDEX}.counts WHERE status IN ('pending', 'retry') "
+                    "AND stage IN (SELECT name FROM named_stages) ORDER BY 1"
+                )
+            ]
 
-    def _rows(self, sql: str, parameters: Sequence = ()) -> list[tuple]:
-        return self.connection.execute(sql, list(parameters)).fetchall()
-
-    def _create_tables(self) -> None:
-        for table, schema in _schemas().items():
-            self.connection.register("columns", schema.empty_table())
-            self.connection.execute(f"CREATE TABLE IF NOT EXISTS {table} AS SELECT * FROM columns")
-            self.connection.unregister("columns")
-        self.connection.execute(f"CREATE TABLE IF NOT EXISTS fragments ({_FRAGMENTS})")
-        self.connection.execute("CREATE TEMP TABLE forced (stage VARCHAR, item_id VARCHAR)")
-        self.connection.execute("CREATE TEMP TABLE once_more (stage VARCHAR, item_id VARCHAR, attempts INT)")
+    def drop_superseded(self, stage: str) -> int:
+        """Delete the commits of a stage, in the volume that was derived last, without a row that still counts."""
+        names = [
+            name
+            for (name,) in self._rows(
+                f"SELECT fragment FROM ledger WHERE stage = '{stage}' AND fragment = commit GROUP BY fragment "
+                f"HAVING NOT bool_or(key IN (SELECT key FROM input_{stage})) "
+                f"AND NOT bool_or(fragment IN (SELECT fragment FROM chosen_{stage}))"
+            )
+        ]
+        self.remove_commits(names)
+        return len(names)
 
 
 # The row that counts for an item: the one made with the item's present key, else the newest of another key.
@@ -509,7 +425,8 @@ SELECT i.item_id, i.unit, i.key, i.cost, coalesce(t.attempts, 0) AS attempts,
             WHEN t.attempts IS NULL THEN 'pending'
             WHEN t.transient AND t.attempts >= $max_attempts THEN 'quarantined'
             WHEN t.transient AND (NOT t.in_this_run OR o.item_id IS NOT NULL) THEN 'retry'
-            ELSE 'failed' END AS status
+            ELSE 'failed' END AS status,
+       coalesce(t.transient AND t.attempts < $max_attempts, false) AS retryable
 FROM input_$stage i
 LEFT JOIN chosen_$stage c ON c.item_id = i.item_id AND c.up_to_date
 LEFT JOIN tried t ON t.item_id = i.item_id AND t.key = i.key
@@ -525,95 +442,14 @@ QUALIFY row_number() OVER (PARTITION BY stage, item_id, key ORDER BY "at" DESC, 
 """
 
 
-class _Listing:
-    """The sizes of files, found by one listing per folder instead of one stat per file."""
 
-    def __init__(self, files: Files):
-        self.files, self.folders = files, {}
-
-    def has_all(self, outputs: dict[str, int]) -> bool:
-        return all(self._size(relative) == num_bytes for relative, num_bytes in outputs.items())
-
-    def _size(self, relative: str) -> int | None:
-        folder, _, name = relative.rpartition("/")
-        if folder not in self.folders:
-            self.folders[folder] = self.files.sizes(folder)
-        return self.folders[folder].get(name)
-
-
-def _scan(folder: Path) -> list[FragmentFile]:
-    if not folder.is_dir():
-        return []
-    files = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or not entry.is_file():
-                continue
-            stat = entry.stat()
-            files.append(FragmentFile(entry.name.removesuffix(".parquet"), stat.st_size, stat.st_mtime_ns))
-    return sorted(files, key=lambda file: file.name)
-
-
-def _is_list(commit: str) -> bool:
-    """Return whether a commit holds sources, which only the lists of the user can make again."""
-    return commit.startswith("ingest-") and not commit.startswith("ingest-problems-")
-
-
-def _table_of(relative: str) -> str | None:
-    """Return the table of a fragment, None for another file of a commit."""
-    folder, *rest = Path(relative).parts
-    return rest[0] if folder == "fragments" and len(rest) == 2 else None
-
-
-_FRAGMENTS = "name VARCHAR, num_bytes BIGINT, mtime_ns BIGINT, outputs MAP(VARCHAR, BIGINT)"
-
-
-def _schemas() -> dict[str, pa.Schema]:
-    """Return the columns of the tables that hold the rows of fragments, each with the fragment it came from."""
-    schemas = {"ledger": LEDGER, **{table: table_schema(table) for table in TABLES}}
-    return {table: schema.append(pa.field("fragment", pa.string())) for table, schema in schemas.items()}
-
-
-def _layout() -> str:
-    """Hash the columns of the working database. A file with another hash is rebuilt from the fragments."""
-    columns = {table: [f"{field.name} {field.type}" for field in schema] for table, schema in _schemas().items()}
-    return digest([columns, _FRAGMENTS])
-
-
-def _connect(path: Path, memory_limit: str) -> duckdb.DuckDBPyConnection:
-    config = {"memory_limit": memory_limit, "threads": 1, "preserve_insertion_order": False}
-    for attempt in (1, 2):
-        try:
-            connection = duckdb.connect(str(path), config=config)
-            connection.execute("CREATE TABLE IF NOT EXISTS layout AS SELECT ? AS version", [_layout()])
-            if connection.execute("SELECT version FROM layout").fetchall() == [(_layout(),)]:
-                connection.execute("SET TimeZone = 'UTC'")
-                return connection
-            connection.close()
-        except duckdb.Error:
-            if attempt == 2:
-                raise
-        _remove(path)  # a cache: of another layout or torn, it is rebuilt from the fragments
-    raise AssertionError("unreachable")
-
-
-def remove_cache(root: Path) -> None:
-    """Delete the working database of a corpus. Raises UserError if a process has it open."""
-    _remove(root / ".clipmill" / "ledger.duckdb")
-
-
-def _remove(path: Path) -> None:
-    """Delete a database that no process has open: one that cannot be opened may be another process's and whole.
-
-    Raises UserError if a process holds DuckDB's lock on it.
-    """
-    with suppress(FileNotFoundError), open(path, "r+b") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{path} is in use by another process, which may be writing this corpus from another container or "
-                "host. Stop it, or wait for its end, and run the command again."
-            ) from error
-        path.unlink()
-    path.with_name(path.name + ".wal").unlink(missing_ok=True)
+# In the index, by volume: what its last derivation for all units found.
+_SUMMARY_TABLES = {
+    "counts": "volume INTEGER, stage VARCHAR, status VARCHAR, num BIGINT",
+    "standing": "volume INTEGER, stage VARCHAR, failed_id VARCHAR, failed_key VARCHAR, unit VARCHAR, "
+    "error_class VARCHAR, message VARCHAR, transient BOOLEAN, attempts INTEGER, \"at\" TIMESTAMPTZ, run_id VARCHAR, "
+    "quarantined BOOLEAN",
+    "without_clips": "volume INTEGER, video_id VARCHAR, reason VARCHAR, message VARCHAR",
+    # made_with: hash of the settings and tombstones; run_id: the only run for which it holds, null: for every run
+    "derived": "volume INTEGER, made_with VARCHAR, run_id VARCHAR, rows_hash VARCHAR",
+}

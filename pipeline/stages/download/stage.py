@@ -31,18 +31,25 @@ WANTED = """
     QUALIFY row_number() OVER (PARTITION BY video_id ORDER BY ordinal, fragment) = 1
 """
 
+# A video with reference texts never counts as a copy, because its texts would be lost with it.
+VIDEO_CONTENTS = """
+    CREATE OR REPLACE TEMP TABLE video_contents AS
+    SELECT v.video_id, min(s.ordinal) AS ordinal,
+           if(bool_or(len(s.texts) > 0), 'video ' || v.video_id, any_value(v.sha256)) AS content,
+           any_value(s.spans) AS spans
+    FROM all_videos v JOIN sources s USING (video_id) GROUP BY v.video_id
+"""
+
+# Only the first of several videos with the same bytes is cut. `outside_copies`: those of other volumes.
 VIDEO_COPIES = """
-    -- Only the first of several videos with the same bytes is cut. A video with reference texts never counts as a
-    -- copy, because its texts would be lost with it.
     CREATE OR REPLACE TEMP TABLE video_copies AS
     WITH contents AS (
-        SELECT v.video_id, min(s.ordinal) AS ordinal,
-               if(bool_or(len(s.texts) > 0), 'video ' || v.video_id, any_value(v.sha256)) AS content
-        FROM all_videos v JOIN sources s USING (video_id) GROUP BY v.video_id
+        SELECT video_id, ordinal, content, spans FROM video_contents
+        UNION ALL SELECT video_id, ordinal, content, spans FROM outside_copies
     ), canonical AS (
         SELECT content, arg_min(video_id, ordinal) AS video_id FROM contents GROUP BY content
     )
-    SELECT k.video_id, k.ordinal, c.video_id AS first_id FROM contents k JOIN canonical c USING (content)
+    SELECT k.video_id, k.ordinal, k.spans, c.video_id AS first_id FROM contents k JOIN canonical c USING (content)
 """
 
 CURRENT_VIDEOS = """
@@ -55,9 +62,8 @@ CURRENT_VIDEOS = """
 COPIED_SPANS = """
     CREATE OR REPLACE TEMP TABLE copied_spans AS
     WITH each AS (
-        SELECT c.first_id, c.ordinal, unnest(s.spans, max_depth := 2), generate_subscripts(s.spans, 1) AS position
-        FROM video_copies c JOIN sources s ON s.video_id = c.video_id
-        WHERE c.video_id <> c.first_id AND len(s.spans) > 0
+        SELECT first_id, ordinal, unnest(spans, max_depth := 2), generate_subscripts(spans, 1) AS position
+        FROM video_copies WHERE video_id <> first_id AND len(spans) > 0
     ), own AS (
         SELECT video_id AS first_id, unnest(spans, max_depth := 2) FROM sources
         WHERE len(spans) > 0 AND video_id IN (SELECT first_id FROM each)
@@ -195,6 +201,7 @@ DOWNLOAD = Stage(
     wanted=WANTED,
     current=(
         f"CREATE OR REPLACE TEMP TABLE all_videos AS {chosen_rows('download', 'downloads')}",
+        VIDEO_CONTENTS,
         VIDEO_COPIES,
         CURRENT_VIDEOS,
         COPIED_SPANS,
