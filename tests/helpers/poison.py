@@ -17,7 +17,7 @@ def expire_limits() -> None:
     """Expire this process's time limits at once, so that tests do not wait and only hanging work reaches them."""
     limits = watchdog._limits
     with limits.lock:
-        limits.running = {number: (0.0, words) for number, (_, words) in limits.running.items()}
+        limits.running = {number: (0.0, *rest) for number, (_, *rest) in limits.running.items()}
         limits._arm()
 
 

@@ -3,7 +3,10 @@
 import builtins
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clipmill.base.errors import UserError
 from pipeline.stages.transcribe.recognition import SAMPLE_RATE, load_recogniser, recognise
@@ -42,6 +45,24 @@ def test_both_engines_agree_on_words_times_language_and_confidences(both):
         )  # a token lasts 0.02 s
     for one, other in zip(first.segments, second.segments, strict=True):
         assert one == pytest.approx(other, rel=1e-3)
+
+
+@given(num_samples=st.integers(1600, 48_000))
+def test_no_part_ends_behind_the_last_frame_of_the_sound(num_samples):
+    """Whisper counts whole frames of 10 ms; it never reached an end behind the last one, and never came back."""
+    given_parts = []
+
+    class Listener:
+        is_multilingual, on_cpu = False, True
+
+        def transcribe(self, samples, parts, language, options):
+            given_parts.extend(parts)
+            return []
+
+    settings = TranscribeSettings(whisper="tiny", voice_activity=False)
+    recognise(np.zeros(num_samples, np.float32), lambda _: Listener(), settings)
+    ((start_s, end_s),) = given_parts
+    assert start_s == 0 and round(end_s * 100) == num_samples // 160
 
 
 def test_a_model_that_the_engine_does_not_know_is_the_user_s_mistake(tmp_path):

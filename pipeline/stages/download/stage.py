@@ -115,9 +115,10 @@ def run_download(task: Task) -> Result | NotNow:
     if any(item["kind"] != "file" for item in task.items):
         import ray
 
-        # The driver starts the cluster's one limiter of requests per host with the first URL.
-        limiter = ray.get_actor(HOST_LIMITER) if ray.is_initialized() else new_rate_limiter(task.settings)
-        if ray.is_initialized() and len(task.items) == 1:
+        # The driver starts the cluster's one limiter of requests per host with the first URL, for its workers.
+        in_worker = ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+        limiter = ray.get_actor(HOST_LIMITER) if in_worker else new_rate_limiter(task.settings)
+        if in_worker and len(task.items) == 1:
             waits = {"client": task.client, "longest_wait_s": WAITS_IN_PLACE_S}
     tombstones = read_tombstones(root)
     forgotten, hashes = set(tombstones["sha256"].to_pylist()), all_hashes(tombstones)

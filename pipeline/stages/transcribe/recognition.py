@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SAMPLE_RATE = 16_000  # Hz, Whisper's input
+FRAME = 160  # samples of a frame of Whisper's spectrogram
 WINDOW_S = 30.0  # Whisper reads windows of this length
 START_S = 300.0  # allowed for starting recognition of a sound of any length
 
@@ -262,6 +263,13 @@ def _joined(parts: Sequence[Interval]) -> list[Interval]:
     return joined
 
 
+def _inside(parts: Sequence[Interval], num_samples: int) -> list[Interval]:
+    """Cut off what is behind the last whole frame: Whisper never reaches such an end, and would go on for ever."""
+    last_s = num_samples // FRAME * FRAME / SAMPLE_RATE
+    bounded = ((start_s, min(end_s, last_s)) for start_s, end_s in parts)
+    return [(start_s, end_s) for start_s, end_s in bounded if end_s > start_s]
+
+
 # -- recognition -------------------------------------------------------------------------------------------------------
 
 
@@ -332,7 +340,7 @@ def _transcribe(
         "condition_on_previous_text": settings.whisper_condition_on_previous,
         "word_timestamps": True,
     }
-    return model.transcribe(samples, _joined(parts), language, options), language
+    return model.transcribe(samples, _inside(_joined(parts), len(samples)), language, options), language
 
 
 def whisper_code(language: str | None) -> str | None:
