@@ -3,6 +3,7 @@
 A writer that is killed leaves a file whose name begins with TEMPORARY, which the owner of the folder may delete.
 """
 
+import fcntl
 import os
 import shutil
 import uuid
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 TEMPORARY = ".tmp-"  # prefix of every file that is being written
+FICLONE = 0x40049409  # the call of Linux that clones a file
 
 
 @contextmanager
@@ -38,6 +40,17 @@ def atomic_path(path: str | Path, *, fsync: bool = False) -> Iterator[Path]:
         raise
     if fsync:
         sync(path.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file: where the file system can, both share the bytes until one is changed, which takes no time."""
+    with open(source, "rb") as old, open(target, "wb") as new:
+        try:
+            fcntl.ioctl(new, FICLONE, old.fileno())
+            return
+        except OSError:  # another file system
+            pass
+    shutil.copyfile(source, target)
 
 
 @contextmanager

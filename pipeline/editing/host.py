@@ -101,8 +101,8 @@ class CorpusBackend:
     def _recorded(self, videos: Sequence[VideoClips]) -> tuple[list[dict[str, Any]], State] | None:
         """Return the recorded rows and the state after them; None for a new editing."""
         with self._session() as current:
-            query = "SELECT * EXCLUDE (item_id, unit, key, fragment) FROM edit_rounds WHERE editing = ? ORDER BY round"
-            table = current.ledger.connection.sql(query, params=[self.editing]).to_arrow_table()
+            query = "SELECT * EXCLUDE (item_id, unit, key, fragment, commit) FROM edit_rounds WHERE editing = ?"
+            table = current.ledger.rows_of_volumes(query, [self.editing]).sort_by("round")
             if not table.num_rows:
                 return None
             edits = pa.concat_tables(self._rows_of(current, number) for number in table["round"].to_pylist())
@@ -167,15 +167,19 @@ class CorpusBackend:
 
     def _rows_of(self, current: Session, round_number: int) -> pa.Table:
         columns = ", ".join(EDITS.names)
-        sql = f"SELECT {columns} FROM clip_edits WHERE editing = ? AND round = ? ORDER BY video_id, start_s, clip_id"
-        connection = current.ledger.connection
-        return connection.sql(sql, params=[self.editing, round_number]).to_arrow_table().cast(EDITS)
+        sql = f"SELECT {columns} FROM clip_edits WHERE editing = ? AND round = ?"
+        table = current.ledger.rows_of_volumes(sql, [self.editing, round_number]).cast(EDITS)
+        return table.sort_by([(name, "ascending") for name in ("video_id", "start_s", "clip_id")])
 
     def _failures_of(self, current: Session, plan: Plan, jobs: Sequence[Job]) -> list[tuple[str, ItemError]]:
         keys = {plan.key(video.video_id, job.round_number): video.video_id for job in jobs for video in job.videos}
         sql = "SELECT key, item_id, error_class, message FROM ledger WHERE stage = 'edit' AND status = 'failed'"
-        rows = current.ledger.connection.execute(sql + " ORDER BY item_id").fetchall()
-        return [(item, ItemError(name, message)) for key, item, name, message in rows if keys.get(key) == item]
+        rows = current.ledger.rows_of_volumes(sql).sort_by("item_id").to_pylist()
+        return [
+            (row["item_id"], ItemError(row["error_class"], row["message"]))
+            for row in rows
+            if keys.get(row["key"]) == row["item_id"]
+        ]
 
     def _record(self, videos: Sequence[VideoClips], result: Round) -> dict[str, Any]:
         [row] = result.row.to_pylist()

@@ -33,9 +33,10 @@ from pipeline.stages.pack import PackReport, check_where, pack_corpus, pack_stat
 from pipeline.stages.stage import Stage
 from shards.corpus.folder import Corpus, NewerCorpus, lock_owner
 from shards.corpus.fragments import fragment_path, sweep_temporaries
-from shards.corpus.ledger import Ledger, remove_cache
+from shards.corpus.ledger import Ledger
 from shards.corpus.manifest import MANIFEST_NAME, is_current, publish
 from shards.corpus.schema import MANIFEST
+from shards.corpus.working_database import remove_cache
 from shards.packing.verify import Problem
 from shards.query.sql import open_manifest, rows_of
 from shards.storage.s3 import MOST_COPIED_BYTES
@@ -228,8 +229,12 @@ def build(
             current.repair_damage(display)
         if redo or where:
             for stage in (stage for stage in registry.stages() if stage.name in stages):
-                named = _items_named(current.corpus, stage, where) if where else current.ledger.items_of(stage.name)
-                current.ledger.mark_pending(stage.name, named)
+                if where:
+                    current.ledger.mark_pending(stage.name, _items_named(current.corpus, stage, where))
+                    continue
+                for volume in current.ledger.volumes():
+                    current.ledger.show(volume)
+                    current.ledger.mark_pending(stage.name, current.ledger.items_of(stage.name))
             current.refresh_state()
         report.pending_before = current.ledger.counts()
         display.plan(report.pending_before, stages)
@@ -238,9 +243,10 @@ def build(
             current.publish()
         if "pack" in stages or report.engine.num_done:
             report.pack = pack_corpus(current, display, write="pack" in stages, redo=redo and "pack" in stages)
-            current.ledger.drop_superseded("cut")
-        if not current.settings.download.keep_sources:
-            current.corpus.files.remove(*current.ledger.sources_cut())
+        current.refresh_state()
+        current.ledger.tidy(
+            clips="pack" in stages or bool(report.engine.num_done), sources=not current.settings.download.keep_sources
+        )
         if report.did_something:
             current.record_run(ended=True)
         # An earlier build may have been killed between packing and publishing, or a video may have been forgotten.
@@ -255,7 +261,7 @@ def build(
 
 def _run_stages(current: Session, stages: Sequence[str], report: BuildReport, display) -> None:
     names = [stage.name for stage in registry.stages() if stage.name in stages]
-    if not current.ledger.units_with_work(names):
+    if not current.ledger.volumes_with_work(names):
         return
     current.trust.require([*names, "engine"])
     current.record_run(ended=False)

@@ -60,6 +60,24 @@ class EngineReport:
     loop_s: float = 0.0  # time of the driver's own work: ledger, publishing
 
 
+class Backlog:
+    """The units with pending items in some stages, read from the ledger a volume at a time."""
+
+    def __init__(self, ledger: Ledger, stages: Sequence[str]):
+        self.ledger, self.stages = ledger, stages
+        self.volumes, self.units = deque(ledger.volumes_with_work(stages)), deque()
+
+    def __bool__(self) -> bool:
+        return bool(self.volumes or self.units)
+
+    def take(self, most: int) -> list[str]:
+        """Return the next units, fewer at the end of a volume."""
+        if most > 0 and not self.units and self.volumes:
+            self.ledger.show(self.volumes.popleft())
+            self.units.extend(self.ledger.units_with_work(self.stages))
+        return [self.units.popleft() for _ in range(min(most, len(self.units)))]
+
+
 class Engine:
     """Run stages over a corpus whose lock the caller holds."""
 
@@ -98,7 +116,7 @@ class Engine:
 
     def run(self, on_tick: Callable[["Engine"], None]) -> EngineReport:
         """Run tasks until nothing is pending. Call `refresh_state` for all units just before."""
-        waiting = deque(self.ledger.units_with_work(stage.name for stage in self.stages))
+        waiting = Backlog(self.ledger, [stage.name for stage in self.stages])
         if not waiting:
             return self.report
         self._publish_when_due()  # before Ray starts, so that queries see the new sources at once
@@ -107,7 +125,7 @@ class Engine:
             self._run_units(waiting, on_tick)
             # A copy that was downloaded after its video had been cut may bring spans for it.
             self.refresh_state()
-            self._run_units(deque(self.ledger.units_with_work(stage.name for stage in self.stages)), on_tick)
+            self._run_units(Backlog(self.ledger, waiting.stages), on_tick)
             if self.exhausted:
                 self._run_units(self._last_round(), on_tick)
         finally:
@@ -135,11 +153,11 @@ class Engine:
         self.pools.leave()
         self._join()
 
-    def _run_units(self, waiting: deque[str], on_tick: Callable[["Engine"], None]) -> None:
+    def _run_units(self, waiting: "Backlog", on_tick: Callable[["Engine"], None]) -> None:
         """Run tasks until nothing of these units is pending."""
         examine: list[str] = []
         while waiting or examine or self.in_flight or self.waiting or self.downloaded_at or any(self.queues.values()):
-            examine += [waiting.popleft() for _ in range(min(self._room(examine), len(waiting)))]
+            examine += waiting.take(self._room(examine))
             self._examine(examine)
             self._start_downloads()
             for pool, queue in self.queues.items():
@@ -198,7 +216,7 @@ class Engine:
             if unit not in self.busy and (unit not in self.downloads or now - at >= UNIT_WAITS_S)
         ]
 
-    def _last_round(self) -> deque[str]:
+    def _last_round(self) -> "Backlog":
         """Make the exhausted items pending once more, if they have attempts left; return their units."""
         self.ledger.try_again(self.exhausted)
         self.refresh_state()
@@ -207,13 +225,19 @@ class Engine:
             num_again = counts[stage.name].get("retry", 0)
             self.report.by_stage[stage.name].failed -= num_again
             self.report.num_failed -= num_again
-        return deque(self.ledger.units_with_work(stage.name for stage in self.stages))
+        return Backlog(self.ledger, [stage.name for stage in self.stages])
 
     def _examine(self, units: list[str]) -> None:
         """Find the pending items of these units; queue tasks of the first stage with any, for each unit."""
-        if not units:
-            return
         started = time.perf_counter()
+        by_volume: dict[int, list[str]] = {}
+        for unit in units:
+            by_volume.setdefault(self.ledger.volume_of(unit), []).append(unit)
+        for of_volume in by_volume.values():
+            self._examine_volume(of_volume)
+        self.report.loop_s += time.perf_counter() - started
+
+    def _examine_volume(self, units: list[str]) -> None:
         self.refresh_state(units)
         if self._fetch_lost_sources():
             self.refresh_state(units)
@@ -237,7 +261,6 @@ class Engine:
                     taken.add(unit)
                 for batch in self._batches(stage, items):
                     self._enqueue(stage, self._task(stage, unit, batch))
-        self.report.loop_s += time.perf_counter() - started
 
     def _enqueue_downloads(self, stage: Stage, unit: str, items: list[dict]) -> None:
         """Make a task of each item that waits for a host, unless there is one."""

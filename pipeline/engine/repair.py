@@ -40,18 +40,22 @@ def write_suspects(corpus: Corpus, problems: Iterable[Problem]) -> None:
 def find_rot(corpus: Corpus, ledger: Ledger, check_bytes: int, run_id: str) -> list[Problem]:
     """Check the suspects and a random part of a corpus in a folder; a store checks its objects itself.
 
-    The ledger's last `refresh_state` was for all units.
+    The ledger's last `refresh_state` was for all units. The random part is of one volume.
     """
     if corpus.store:
         return []
     root, suspects = corpus.root, _read_suspects(corpus)
+    ledger.show(random.Random(run_id).choice(ledger.volumes()))
     fragments, sources, clips = _drawn(ledger, check_bytes, run_id)
     fragments |= {problem.path for problem in suspects if is_bad_fragment(problem)}
     videos = {problem.item for problem in suspects if problem.kind == "changed-source"}
-    sources += [file for file in video_files(ledger.connection, "current_videos") if file.item in videos]
-    for tar in sorted({problem.path for problem in suspects if problem.kind == "changed-clip"}):
-        rest = f"WHERE tar = {sql_literal(tar)} ORDER BY mp4_offset"
-        clips += clip_ranges(ledger.connection, ["current_clips"], rest)
+    of_clips = [problem for problem in suspects if problem.kind == "changed-clip"]
+    for volume in ledger.volumes_of([*videos, *(problem.item.partition(".")[0] for problem in of_clips)]):
+        ledger.show(volume)
+        sources += [file for file in video_files(ledger.connection, "current_videos") if file.item in videos]
+        for tar in sorted({problem.path for problem in of_clips}):
+            rest = f"WHERE tar = {sql_literal(tar)} ORDER BY mp4_offset"
+            clips += clip_ranges(ledger.connection, ["current_clips"], rest)
     problems = [
         *fragment_problems(root, sorted(path for path in fragments if (root / path).is_file())),
         *file_problems(root, sources, "changed-source"),

@@ -16,7 +16,7 @@ MERGE_AT = 100_000  # contents in the set before they are merged into the sorted
 
 
 class Copies:
-    """The contents of all volumes' videos. The temporary table `outside_copies` has those that the active one shares."""
+    """The contents of all volumes' videos. The temporary table `outside_copies` has those that one volume shares."""
 
     def __init__(self, ledger: "Ledger"):
         self.ledger = ledger
@@ -67,7 +67,9 @@ class Copies:
             lost = "video_id IN (SELECT video_id FROM old_contents)"
             others |= {v for (v,) in execute(f"SELECT DISTINCT volume FROM {INDEX}.copies WHERE {lost}").fetchall()}
             execute(f"DELETE FROM {INDEX}.copies WHERE {lost}")
-            shared = "content IN (SELECT content FROM old_contents) AND content NOT IN (SELECT content FROM video_contents)"
+            shared = (
+                "content IN (SELECT content FROM old_contents) AND content NOT IN (SELECT content FROM video_contents)"
+            )
             execute(f"DELETE FROM {INDEX}.copies WHERE volume = {volume} AND {shared}")
             execute(f"DELETE FROM {here} AND {lost}")
         known = self._known(hashes)
@@ -75,7 +77,7 @@ class Copies:
         if known:
             execute(
                 "CREATE OR REPLACE TEMP TABLE shared AS "
-                f"SELECT * FROM {INDEX}.contents WHERE volume <> {volume} AND content IN (SELECT content FROM new_contents)"
+                f"SELECT c.* FROM {INDEX}.contents c SEMI JOIN new_contents USING (content) WHERE volume <> {volume}"
             )
             others |= {v for (v,) in execute("SELECT DISTINCT volume FROM shared").fetchall()}
             execute(

@@ -14,8 +14,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-
 from clipmill.base.settings import digest
 from clipmill.base.text import sql_literal
 from shards.corpus.copies import Copies
@@ -55,6 +53,7 @@ class Ledger(WorkingDatabase):
         self.stages = {stage.name: stage for stage in stages}
         self.fingerprints: dict[str, str | None] = {}  # of the stages, at the last `refresh_state`
         self.scope: Scope | None = None
+        self._run = ("", 0)  # run_id and max_attempts of the last `refresh_state`
         super().__init__(root, memory_limit=memory_limit, cache=cache)
         for table, columns in _SUMMARY_TABLES.items():
             self.connection.execute(f"CREATE TABLE IF NOT EXISTS {INDEX}.{table} ({columns})")
@@ -62,6 +61,7 @@ class Ledger(WorkingDatabase):
         self.connection.execute("CREATE TEMP TABLE once_more (stage VARCHAR, item_id VARCHAR, attempts INT)")
         self._derived = {volume for (volume,) in self._rows(f"SELECT volume FROM {INDEX}.derived")}
         self.copies = Copies(self)
+        self.activate(self.volumes()[0])
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -75,7 +75,7 @@ class Ledger(WorkingDatabase):
         not count.
         """
         self.leave_out_forgotten()
-        self.fingerprints = fingerprints
+        self.fingerprints, self._run = fingerprints, (run_id, max_attempts)
         if units is not None:
             units = frozenset(units)
             [volume] = {self.volume_of(unit) for unit in units} or {self.active or 0}
@@ -83,15 +83,15 @@ class Ledger(WorkingDatabase):
             return
         again = True
         while again:  # a volume may bring another one copies of its videos
-            again = [volume for volume in self.volumes() if not self._is_derived(volume, run_id, max_attempts)]
+            again = [volume for volume in self.volumes() if not self._is_derived(volume)]
             for volume in again:
-                self.derive_volume(volume, run_id=run_id, max_attempts=max_attempts)
+                self.show(volume)
         if len(self.volumes()) == 1:
-            self.derive_volume(self.volumes()[0], run_id=run_id, max_attempts=max_attempts)
+            self.show(self.volumes()[0])
 
-    def derive_volume(self, volume: int, *, run_id: str, max_attempts: int) -> None:
-        """Fill the temporary tables for a volume, and keep what it has in all. Does nothing if they are as wanted."""
-        scope = Scope(volume, None, self.fingerprints, run_id, max_attempts)
+    def show(self, volume: int) -> None:
+        """Fill the temporary tables for all units of a volume, and keep what it has in all, unless it is done."""
+        scope = Scope(volume, None, self.fingerprints, *self._run)
         if self.scope == scope and self.active == volume and volume in self._derived:
             return
         self._derive(scope)
@@ -105,15 +105,15 @@ class Ledger(WorkingDatabase):
             self._derived.discard(volume)
             self._execute(f"DELETE FROM {INDEX}.derived WHERE volume = ?", [volume])
 
-    def _is_derived(self, volume: int, run_id: str, max_attempts: int) -> bool:
+    def _is_derived(self, volume: int) -> bool:
         """Return whether the summary of a volume is that of its rows, the settings and the tombstones."""
         if volume not in self._derived:
             return False
         [(made_with, of_run)] = self._rows(f"SELECT made_with, run_id FROM {INDEX}.derived WHERE volume = ?", [volume])
-        return made_with == self._made_with(max_attempts) and of_run in (None, run_id)
+        return made_with == self._made_with() and of_run in (None, self._run[0])
 
-    def _made_with(self, max_attempts: int) -> str:
-        return digest([self.fingerprints, max_attempts, tombstone_files(self.root)])
+    def _made_with(self) -> str:
+        return digest([self.fingerprints, self._run[1], tombstone_files(self.root)])
 
     def _derive(self, scope: Scope) -> None:
         self._fill_tables(scope)
@@ -154,8 +154,12 @@ class Ledger(WorkingDatabase):
         volume = scope.volume
         statements = [f"DELETE FROM {INDEX}.{table} WHERE volume = {volume}" for table in _SUMMARY_TABLES]
         for stage in self.stages:
-            statements.append(f"INSERT INTO {INDEX}.counts SELECT {volume}, '{stage}', * FROM ({self._count_sql(stage)})")
-        statements.append(f"INSERT INTO {INDEX}.standing BY NAME SELECT {volume} AS volume, * FROM ({self._failures_sql()})")
+            statements.append(
+                f"INSERT INTO {INDEX}.counts SELECT {volume}, '{stage}', * FROM ({self._count_sql(stage)})"
+            )
+        statements.append(
+            f"INSERT INTO {INDEX}.standing BY NAME SELECT {volume} AS volume, * FROM ({self._failures_sql()})"
+        )
         statements.append(
             f"INSERT INTO {INDEX}.without_clips BY NAME SELECT {volume} AS volume, * FROM ({self._without_clips_sql()})"
         )
@@ -168,19 +172,19 @@ class Ledger(WorkingDatabase):
         for statement in statements:
             self.connection.execute(statement)
         self._execute(
-            f"INSERT INTO {INDEX}.derived VALUES (?, ?, ?, ?)",
-            [volume, self._made_with(scope.max_attempts), scope.run_id if of_run or forced else None,
-             digest([num_rows, rows_hash])],
-        )  # fmt: skip
+            f"INSERT INTO {INDEX}.derived VALUES (?, ?, ?, ?, '')",
+            [volume, self._made_with(), scope.run_id if of_run or forced else None, digest([num_rows, rows_hash])],
+        )
         self.connection.execute("COMMIT")
         self._derived.add(volume)
 
     def content_of(self, volume: int) -> str:
-        """Hash what a volume's part of the manifest is made from: its rows, the settings, the tombstones."""
-        [(made_with, rows_hash)] = self._rows(
-            f"SELECT made_with, rows_hash FROM {INDEX}.derived WHERE volume = ?", [volume]
-        )
-        return digest([made_with, rows_hash])
+        """Hash what a volume's part of the manifest is made from: its rows, the settings, the tombstones.
+
+        "" if the volume has changed since it was derived.
+        """
+        rows = self._rows(f"SELECT made_with, rows_hash FROM {INDEX}.derived WHERE volume = ?", [volume])
+        return digest(list(rows[0])) if rows else ""
 
     def mark_pending(self, stage: str, item_ids: Sequence[str]) -> None:
         """Make done or failed items pending once in this run."""
@@ -388,6 +392,21 @@ class Ledger(WorkingDatabase):
                 )
             ]
 
+    def tidy(self, *, clips: bool, sources: bool) -> None:
+        """Delete the clips that no row counts any more, and the copied videos whose clips are all cut.
+
+        Call it after `refresh_state` for all units. It looks only at volumes that have changed since it last did.
+        """
+        wanted = ["clips"] * clips + ["sources"] * sources
+        for volume, done in self._rows(f"SELECT volume, tidied FROM {INDEX}.derived ORDER BY volume"):
+            if not set(wanted) <= set(done.split()):
+                self.show(volume)
+                if sources:
+                    self.files.remove(*self.sources_cut())
+                if not clips or not self.drop_superseded("cut"):
+                    tidied = " ".join(sorted({*done.split(), *wanted}))
+                    self._execute(f"UPDATE {INDEX}.derived SET tidied = ? WHERE volume = ?", [tidied, volume])
+
     def drop_superseded(self, stage: str) -> int:
         """Delete the commits of a stage, in the volume that was derived last, without a row that still counts."""
         names = [
@@ -442,14 +461,13 @@ QUALIFY row_number() OVER (PARTITION BY stage, item_id, key ORDER BY "at" DESC, 
 """
 
 
-
 # In the index, by volume: what its last derivation for all units found.
 _SUMMARY_TABLES = {
     "counts": "volume INTEGER, stage VARCHAR, status VARCHAR, num BIGINT",
     "standing": "volume INTEGER, stage VARCHAR, failed_id VARCHAR, failed_key VARCHAR, unit VARCHAR, "
-    "error_class VARCHAR, message VARCHAR, transient BOOLEAN, attempts INTEGER, \"at\" TIMESTAMPTZ, run_id VARCHAR, "
+    'error_class VARCHAR, message VARCHAR, transient BOOLEAN, attempts INTEGER, "at" TIMESTAMPTZ, run_id VARCHAR, '
     "quarantined BOOLEAN",
     "without_clips": "volume INTEGER, video_id VARCHAR, reason VARCHAR, message VARCHAR",
     # made_with: hash of the settings and tombstones; run_id: the only run for which it holds, null: for every run
-    "derived": "volume INTEGER, made_with VARCHAR, run_id VARCHAR, rows_hash VARCHAR",
+    "derived": "volume INTEGER, made_with VARCHAR, run_id VARCHAR, rows_hash VARCHAR, tidied VARCHAR",
 }

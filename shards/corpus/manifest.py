@@ -6,18 +6,19 @@ later versions read. It holds the tables of `shards.corpus.schema.MANIFEST` and 
 file.
 """
 
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 
-from clipmill.base.atomic_file import atomic_path
+from clipmill.base.atomic_file import atomic_path, copy_file
 from clipmill.base.settings import digest
 from clipmill.base.text import sql_identifier, sql_literal
 from shards.corpus.ledger import Ledger
 from shards.corpus.near_duplicates import duplicate_groups
-from shards.corpus.schema import INDEX, MANIFEST, catalog_columns
+from shards.corpus.schema import GLOBAL_TABLES, INDEX, MANIFEST, catalog_columns
 from shards.corpus.tombstones import read_tombstones
 from shards.storage.local import MANIFEST_NAME, UNFINISHED
 from shards.storage.mirror import files_of
@@ -27,27 +28,139 @@ STORAGE_VERSION = "v1.0.0"  # of DuckDB's files
 
 
 def publish(ledger: Ledger, *, groups: bool = True) -> None:
-    """Write the manifest. The ledger's last `refresh_state` must have been for all units.
+    """Write the manifest: the volumes that have changed, into a copy of the one that is there.
+
+    Call `refresh_state` for all units before. A corpus of one volume is written whole, in the order of its ids.
 
     groups: False leaves out the near-duplicate groups, which take seconds for a million clips.
     """
-    connection = ledger.connection
-    path = ledger.root / MANIFEST_NAME
-    _prepare(ledger, groups)
+    connection, path, volumes = ledger.connection, ledger.root / MANIFEST_NAME, ledger.volumes()
+    contents = {volume: ledger.content_of(volume) for volume in volumes}
     with atomic_path(path) as temporary:
+        kept = _copy(path, temporary) if len(volumes) > 1 else {}
         connection.execute(f"ATTACH {sql_literal(temporary)} AS manifest (STORAGE_VERSION '{STORAGE_VERSION}')")
         try:
-            for table, schema in MANIFEST.items():
-                select = _SELECT.get(table, _SELECT_STAGE.replace("$table", table))
-                select = select.replace("$columns", _columns(schema))
-                connection.execute(f"CREATE TABLE manifest.{table} AS {select}")
+            if not kept:
+                _create_tables(connection)
+            for volume in volumes:
+                if kept.get(volume) != contents[volume]:
+                    ledger.show(volume)
+                    _write_volume(ledger, volume, groups=groups and len(volumes) == 1)
+            if groups and len(volumes) > 1:
+                _group_duplicates(connection)
+            _write_samples(ledger)
+            _write_global(ledger)
+            connection.execute("DELETE FROM manifest.volumes")
+            connection.executemany("INSERT INTO manifest.volumes VALUES (?, ?)", list(contents.items()))
+            connection.execute(
+                f"COMMENT ON TABLE manifest.videos IS '{_made_from(ledger) if groups else 'unfinished'}'"
+            )
         finally:
             connection.execute("DETACH manifest")
-        with duckdb.connect(str(temporary)) as manifest:
-            manifest.execute(view_statements())
-            manifest.execute(f"COMMENT ON VIEW catalog IS '{_layout()}'")
-            manifest.execute(f"COMMENT ON TABLE videos IS '{_made_from(ledger) if groups else 'unfinished'}'")
+        if not kept:
+            with duckdb.connect(str(temporary)) as manifest:
+                manifest.execute(view_statements())
+                manifest.execute(f"COMMENT ON VIEW catalog IS '{_layout()}'")
     files_of(ledger.root).upload(MANIFEST_NAME)
+
+
+def _copy(path: Path, temporary: Path) -> dict[int, str]:
+    """Copy the manifest, if its tables and views are this version's; return volume → content of its parts."""
+    try:
+        with duckdb.connect() as connection:
+            connection.execute(f"ATTACH {sql_literal(path)} AS manifest (READ_ONLY)")
+            if _comment(connection, "view", "catalog") != _layout():
+                return {}
+            volumes = dict(connection.execute("SELECT volume, content FROM manifest.volumes").fetchall())
+    except duckdb.Error:  # none, or damaged
+        return {}
+    copy_file(path, temporary)
+    return volumes
+
+
+def _create_tables(connection: duckdb.DuckDBPyConnection) -> None:
+    for table, schema in MANIFEST.items():
+        connection.register("columns", schema.empty_table())
+        connection.execute(f"CREATE TABLE manifest.{table} AS SELECT * FROM columns")
+        connection.unregister("columns")
+    connection.execute("CREATE TABLE manifest.volumes (volume INTEGER, content VARCHAR)")
+    connection.execute("CREATE TABLE manifest.shard_files (shard VARCHAR, num_bytes BIGINT, mtime_ns BIGINT)")
+
+
+def _write_volume(ledger: Ledger, volume: int, *, groups: bool) -> None:
+    """Replace the rows of the volume that the ledger shows."""
+    connection = ledger.connection
+    only = "" if groups else " WHERE false"
+    hashes = connection.sql(f"SELECT clip_id, phash FROM current_clips{only} ORDER BY clip_id").to_arrow_table()
+    connection.register("duplicate_groups", duplicate_groups(hashes))
+    for table, schema in MANIFEST.items():
+        if table not in GLOBAL_TABLES:
+            select = _SELECT.get(table, _SELECT_STAGE.replace("$table", table)).replace("$volume", str(volume))
+            select = select.replace("$columns", _columns(name for name in schema.names if name != "volume"))
+            connection.execute(f"DELETE FROM manifest.{table} WHERE volume = {volume}")
+            connection.execute(
+                f"INSERT INTO manifest.{table} BY NAME SELECT *, {volume}::INTEGER AS volume FROM ({select})"
+            )
+    connection.unregister("duplicate_groups")
+
+
+def _group_duplicates(connection: duckdb.DuckDBPyConnection) -> None:
+    """Find the near-duplicates among the clips of all volumes, and change the groups that differ."""
+    hashes = connection.sql("SELECT clip_id, phash FROM manifest.clips ORDER BY clip_id").to_arrow_table()
+    connection.register("duplicate_groups", duplicate_groups(hashes))
+    connection.execute(
+        "UPDATE manifest.scores SET duplicate_group = new.duplicate_group FROM ("
+        "SELECT s.clip_id, g.duplicate_group FROM manifest.scores s LEFT JOIN duplicate_groups g USING (clip_id) "
+        "WHERE s.duplicate_group IS DISTINCT FROM g.duplicate_group) new WHERE scores.clip_id = new.clip_id"
+    )
+    connection.unregister("duplicate_groups")
+
+
+def _write_samples(ledger: Ledger) -> None:
+    """Bring `samples` up to date with the indexes of the shards, which say where each clip is packed."""
+    connection = ledger.connection
+    known = dict(
+        (shard, stamp)
+        for shard, *stamp in connection.execute(
+            "SELECT shard, num_bytes, mtime_ns FROM manifest.shard_files"
+        ).fetchall()
+    )
+    there = {}
+    for path in sorted((ledger.root / "shards").glob("[!.]*.parquet")):
+        stat = path.stat()
+        there[f"{path.stem}.tar"] = [stat.st_size, stat.st_mtime_ns]
+    gone = [shard for shard in known if known[shard] != there.get(shard)]
+    new = [shard for shard in there if known.get(shard) != there[shard]]
+    connection.register("gone_shards", pa.table({"shard": pa.array([*gone, *new], pa.string())}))
+    for table in ("samples", "shard_files"):
+        connection.execute(f"DELETE FROM manifest.{table} WHERE shard IN (FROM gone_shards)")
+    connection.unregister("gone_shards")
+    _insert_parquet(
+        connection, "samples", [ledger.root / "shards" / f"{Path(shard).stem}.parquet" for shard in new], INDEX
+    )
+    if new:
+        rows = [[shard, *there[shard]] for shard in new]
+        connection.executemany("INSERT INTO manifest.shard_files VALUES (?, ?, ?)", rows)
+    tombstones = read_tombstones(ledger.root)
+    if tombstones.num_rows:
+        connection.register("tombstones", tombstones)
+        connection.execute(
+            "DELETE FROM manifest.samples WHERE video_id IN (SELECT video_id FROM (SELECT DISTINCT video_id FROM "
+            "manifest.samples) WHERE sha256(video_id) IN (SELECT video_hash FROM tombstones))"
+        )
+        connection.unregister("tombstones")
+
+
+def _write_global(ledger: Ledger) -> None:
+    connection = ledger.connection
+    connection.execute("DELETE FROM manifest.runs")
+    _insert_parquet(
+        connection, "runs", sorted((ledger.root / "fragments" / "runs").glob("[!.]*.parquet")), MANIFEST["runs"]
+    )
+    connection.register("tombstones", read_tombstones(ledger.root))
+    connection.execute("DELETE FROM manifest.forgotten")
+    connection.execute('INSERT INTO manifest.forgotten SELECT * FROM tombstones ORDER BY "at", video_hash')
+    connection.unregister("tombstones")
 
 
 def is_current(root: Path, ledger: Ledger | None = None) -> bool:
@@ -71,14 +184,18 @@ def _is_current(path: Path, root: Path, ledger: Ledger | None) -> bool:
             connection.execute(f"ATTACH {sql_literal(path)} AS manifest (READ_ONLY)")
         except duckdb.Error:  # torn
             return False
-        sql = "SELECT comment FROM duckdb_views() WHERE database_name = 'manifest' AND view_name = 'catalog'"
-        if connection.execute(sql).fetchall() != [(_layout(),)]:
+        if _comment(connection, "view", "catalog") != _layout():
             return False
-        sql = "SELECT comment FROM duckdb_tables() WHERE database_name = 'manifest' AND table_name = 'videos'"
-        if ledger and connection.execute(sql).fetchall() != [(_made_from(ledger),)]:
+        if ledger and _comment(connection, "table", "videos") != _made_from(ledger):
             return False
         num_applied = connection.execute("SELECT count(*) FROM manifest.forgotten").fetchall()[0][0]
     return num_applied == read_tombstones(root).num_rows
+
+
+def _comment(connection: duckdb.DuckDBPyConnection, kind: str, name: str) -> str | None:
+    sql = f"SELECT comment FROM duckdb_{kind}s() WHERE database_name = 'manifest' AND {kind}_name = '{name}'"
+    rows = connection.execute(sql).fetchall()
+    return rows[0][0] if rows else None
 
 
 def empty_manifest() -> duckdb.DuckDBPyConnection:
@@ -95,7 +212,7 @@ def empty_manifest() -> duckdb.DuckDBPyConnection:
 def view_statements() -> str:
     """Return the SQL that creates the views, `catalog` with the columns that the schema declares for it."""
     columns = catalog_columns()
-    further = dict.fromkeys(table for table, _, _ in columns if table not in _SELECT)
+    further = dict.fromkeys(table for table, _, _ in columns if table not in (*_SELECT, *GLOBAL_TABLES))
     joins = [f"LEFT JOIN {table} ON {table}.clip_id = clips.clip_id" for table in further]
     shown = [f"{table}.{name}" + ("" if name == alias else f" AS {alias}") for table, name, alias in columns]
     template = resources.files("shards.corpus").joinpath("views.sql").read_text()
@@ -111,41 +228,23 @@ def _layout() -> str:
 
 def _made_from(ledger: Ledger) -> str:
     """Hash the inputs of a manifest: the settings, every row of the ledger, the shards that are in place."""
-    rows = 'count(*), bit_xor(hash(fragment, item_id, key, status, attempts, epoch_us("at")))'
-    ((num_rows, rows_hash),) = ledger.connection.execute(f"SELECT {rows} FROM ledger").fetchall()
+    contents = [(volume, ledger.content_of(volume)) for volume in ledger.volumes()]
     shards = sorted(item for item in ledger.files.sizes("shards").items() if item[0].endswith(".parquet"))
-    return f"made from {digest([ledger.fingerprints, num_rows, rows_hash, shards])}"
+    return f"made from {digest([ledger.fingerprints, contents, shards])}"
 
 
-def _prepare(ledger: Ledger, groups: bool) -> None:
-    """Load the inputs of the manifest that are not in the ledger: near-duplicate groups, shard indexes, runs."""
-    connection = ledger.connection
-    only = "" if groups else " WHERE false"
-    hashes = connection.sql(f"SELECT clip_id, phash FROM current_clips{only} ORDER BY clip_id").to_arrow_table()
-    connection.register("groups", duplicate_groups(hashes))
-    connection.execute("CREATE OR REPLACE TEMP TABLE duplicate_groups AS SELECT * FROM groups")
-    connection.unregister("groups")
-    _load_parquet(connection, "indexed_samples", ledger.root / "shards", INDEX)
-    _load_parquet(connection, "recorded_runs", ledger.root / "fragments" / "runs", MANIFEST["runs"])
-    connection.register("all_tombstones", read_tombstones(ledger.root))
-    connection.execute("CREATE OR REPLACE TEMP TABLE tombstones AS SELECT * FROM all_tombstones")
-    connection.unregister("all_tombstones")
-    connection.execute(
-        "DELETE FROM indexed_samples WHERE video_id IN (SELECT video_id FROM (SELECT DISTINCT video_id FROM "
-        "indexed_samples) WHERE sha256(video_id) IN (SELECT video_hash FROM tombstones))"
-    )
-    connection.execute(f"CREATE OR REPLACE TEMP TABLE without_clips AS {ledger.without_clips_sql()}")
-    connection.execute(f"CREATE OR REPLACE TEMP TABLE standing_failures AS {ledger.failures_sql()}")
-
-
-def _load_parquet(connection: duckdb.DuckDBPyConnection, table: str, folder: Path, schema: pa.Schema) -> None:
-    connection.register("empty", schema.empty_table())
-    connection.execute(f"CREATE OR REPLACE TEMP TABLE {table} AS SELECT * FROM empty")
-    connection.unregister("empty")
-    # A file may be damaged: a shard is then packed again, the record of a run is lost.
-    files = sorted(str(path) for path in folder.glob("[!.]*.parquet") if _is_sound(path))
+def _insert_parquet(
+    connection: duckdb.DuckDBPyConnection, table: str, paths: Iterable[Path], schema: pa.Schema
+) -> None:
+    """Insert the rows of files. One may be damaged: a shard is then packed again, the record of a run is lost."""
+    files = [str(path) for path in paths if _is_sound(path)]
     if files:
-        connection.execute(f"INSERT INTO {table} BY NAME SELECT {_columns(schema)} FROM read_parquet(?)", [files])
+        order = {"samples": "shard, position", "runs": "started_at"}[table]
+        connection.execute(
+            f"INSERT INTO manifest.{table} BY NAME SELECT {_columns(schema.names)} "
+            f"FROM read_parquet(?, union_by_name = true) ORDER BY {order}",
+            [files],
+        )
 
 
 def _is_sound(path: Path) -> bool:
@@ -156,8 +255,8 @@ def _is_sound(path: Path) -> bool:
     return True
 
 
-def _columns(schema: pa.Schema) -> str:
-    return ", ".join(sql_identifier(name) for name in schema.names)  # `at` is a reserved word
+def _columns(names: Iterable[str]) -> str:
+    return ", ".join(sql_identifier(name) for name in names)  # `at` is a reserved word
 
 
 # For tables without an entry below: `current_TABLE` holds the rows that count.
@@ -165,7 +264,7 @@ _SELECT_STAGE = "SELECT $columns FROM current_$table ORDER BY clip_id"
 
 _SELECT = {
     "videos": """
-        SELECT s.video_id, s.unit, coalesce(s.volume, 0) AS volume, s.url, s.kind, s.source_id, coalesce(s.title, v.title) AS title,
+        SELECT s.video_id, s.unit, s.url, s.kind, s.source_id, coalesce(s.title, v.title) AS title,
                coalesce(s.category, v.categories[1]) AS category,
                coalesce(s.language, t.language, v.language) AS language, coalesce(s.licence, v.licence) AS licence,
                v.channel, v.upload_date, v.path, v.num_bytes, v.sha256, v.duplicate_of, v.container, v.duration_s,
@@ -174,7 +273,7 @@ _SELECT = {
                t.encoding_guessed AS subtitle_encoding_guessed, t.repairs AS subtitle_repairs, s.split, s.ordinal,
                s.extra, v.meta, w.reason AS no_clip_reason
         FROM sources s LEFT JOIN current_videos v USING (video_id) LEFT JOIN current_transcripts t USING (video_id)
-        LEFT JOIN without_clips w USING (video_id)
+        LEFT JOIN (SELECT video_id, reason FROM ledger.main.without_clips WHERE volume = $volume) w USING (video_id)
         ORDER BY s.ordinal
     """,
     "sentences": "SELECT $columns FROM current_sentences ORDER BY video_id, n",
@@ -186,23 +285,20 @@ _SELECT = {
     """,
     "captions": "SELECT $columns FROM current_captions ORDER BY clip_id, frame_index, fingerprint",
     "scores": """
-        SELECT s.* EXCLUDE (item_id, unit, key, fragment, up_to_date), g.duplicate_group
+        SELECT s.* EXCLUDE (item_id, unit, key, fragment, commit, up_to_date), g.duplicate_group
         FROM current_scores s LEFT JOIN duplicate_groups g USING (clip_id) ORDER BY s.clip_id
     """,
-    "samples": "SELECT $columns FROM indexed_samples ORDER BY shard, position",
     "clip_edits": "SELECT $columns FROM clip_edits SEMI JOIN sources USING (video_id) ORDER BY editing, round, clip_id",
     "edited_clips": """
         SELECT $columns FROM edited_clips SEMI JOIN sources USING (video_id) ORDER BY editing, round, clip_id
     """,
     "edit_rounds": """
-        SELECT r.* EXCLUDE (item_id, unit, key, fragment), l."at"
+        SELECT r.* EXCLUDE (item_id, unit, key, fragment, commit), l."at"
         FROM edit_rounds r JOIN ledger l ON l.stage = 'edit' AND l.item_id = r.item_id AND l.key = r.key
         ORDER BY r.editing, r.round
     """,
     "failures": """
         SELECT stage, failed_id AS item_id, error_class, message, transient, attempts, "at", unit, quarantined
-        FROM standing_failures ORDER BY stage, item_id
+        FROM ledger.main.standing WHERE volume = $volume ORDER BY stage, item_id
     """,
-    "forgotten": 'SELECT $columns FROM tombstones ORDER BY "at", video_hash',
-    "runs": "SELECT $columns FROM recorded_runs ORDER BY started_at",
 }

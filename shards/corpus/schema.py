@@ -327,7 +327,7 @@ _PUBLISHED: dict[str, Columns] = {
     "videos": _columns(
         video_id=STRING,
         unit=STRING,
-        volume=column(INT32, in_catalog=True),
+        volume=INT32,
         url=column(STRING, in_catalog=True),
         kind=column(STRING, in_catalog=True),
         source_id=STRING,
@@ -426,8 +426,18 @@ _PUBLISHED: dict[str, Columns] = {
 # A stage's table of clips is published unchanged, unless it has other columns above.
 _PUBLISHED |= {table: each for table, each in _FRAGMENTS.items() if "clip_id" in each and table not in _PUBLISHED}
 
+# Tables of the manifest whose rows do not belong to a volume.
+GLOBAL_TABLES = ("samples", "forgotten", "runs")
+
+
+def _published(table: str, columns: Columns) -> pa.Schema:
+    """Return the columns of a table of the manifest; rows of a volume name it, so that they can be replaced alone."""
+    named = table in GLOBAL_TABLES or "volume" in columns
+    return _arrow(columns if named else {**columns, "volume": Column(INT32)})
+
+
 TABLES: dict[str, pa.Schema] = {table: _arrow(columns) for table, columns in _FRAGMENTS.items()}
-MANIFEST: dict[str, pa.Schema] = {table: _arrow(columns) for table, columns in _PUBLISHED.items()}
+MANIFEST: dict[str, pa.Schema] = {table: _published(table, columns) for table, columns in _PUBLISHED.items()}
 INDEX = _arrow(_INDEX)
 
 
@@ -438,14 +448,14 @@ def add_table(table: str, **columns: pa.DataType | Column) -> None:
     """
     assert "clip_id" in columns, f"table {table}: it needs a column clip_id"
     _PUBLISHED[table] = _FRAGMENTS[table] = _columns(**columns)
-    MANIFEST[table] = TABLES[table] = _arrow(_columns(**columns))
+    TABLES[table], MANIFEST[table] = _arrow(_columns(**columns)), _published(table, _columns(**columns))
 
 
 # `catalog` shows all columns of clips, then these in this fixed order, then all other declared ones.
 _CATALOG_ORDER = (
     "caption", "captioner", "caption_score", "subtitle_similarity", "caption_similarity", "text_similarity",
     "words_per_s", "repeated_word_ratio", "duplicate_group", "title", "category", "channel", "licence", "url", "kind",
-    "upload_date", "transcript_origin", "word_times", "video_height", "split", "texts", "shard", "position", "volume",
+    "upload_date", "transcript_origin", "word_times", "video_height", "split", "texts", "shard", "position",
 )  # fmt: skip
 
 

@@ -91,6 +91,12 @@ class WorkingDatabase:
             self.activate(volume)
             yield volume
 
+    def rows_of_volumes(self, sql: str, parameters: Sequence = ()) -> pa.Table:
+        """Return the rows of a SELECT over the tables of one volume, of all volumes together."""
+        return pa.concat_tables(
+            self.connection.sql(sql, params=list(parameters)).to_arrow_table() for _ in self.each_volume()
+        )
+
     def activate(self, volume: int) -> None:
         """Make SQL work on the tables of this volume."""
         if self.active == volume:
@@ -223,7 +229,9 @@ class WorkingDatabase:
 
         Call it right after `sync`, while no worker is writing.
         """
-        owned = {relative for (outputs,) in self._rows(f"SELECT outputs FROM {INDEX}.fragments") for relative in outputs}
+        owned = {
+            relative for (outputs,) in self._rows(f"SELECT outputs FROM {INDEX}.fragments") for relative in outputs
+        }
         folders = [*(f"fragments/{table}" for table in TABLES), "clips"]
         there = [f"{folder}/{name}" for folder in folders for name in self.files.sizes(folder)]
         orphans = [relative for relative in there if relative not in owned]
@@ -261,8 +269,9 @@ class WorkingDatabase:
     def drawn_files(self, seed: str, most: int) -> list[tuple[str, int]]:
         """Return (path, bytes) of fragments in an order that depends on the seed."""
         return self._rows(
-            f"WITH files AS (SELECT 'fragments/ledger/' || name || '.parquet' AS path, num_bytes FROM {INDEX}.fragments "
-            f"UNION ALL SELECT o.key, o.value FROM (SELECT unnest(map_entries(outputs)) AS o FROM {INDEX}.fragments)) "
+            "WITH files AS (SELECT 'fragments/ledger/' || name || '.parquet' AS path, num_bytes "
+            f"FROM {INDEX}.fragments UNION ALL SELECT o.key, o.value "
+            f"FROM (SELECT unnest(map_entries(outputs)) AS o FROM {INDEX}.fragments)) "
             "SELECT path, num_bytes FROM files WHERE path LIKE 'fragments/%' ORDER BY hash(path || ?) LIMIT ?",
             [seed, most],
         )
@@ -391,7 +400,9 @@ class WorkingDatabase:
         self.connection.unregister("to_forget")
         self._execute(f"DELETE FROM {INDEX}.applied_tombstones")
         if files:
-            self.connection.executemany(f"INSERT INTO {INDEX}.applied_tombstones VALUES (?)", [[name] for name in files])
+            self.connection.executemany(
+                f"INSERT INTO {INDEX}.applied_tombstones VALUES (?)", [[name] for name in files]
+            )
         self._back(active)
 
     # -- plumbing -------------------------------------------------------------------------------------------------

@@ -42,8 +42,10 @@ class FragmentCorpus:
         self.ledger.close()
         self.open()
 
-    def add_sources(self, *video_ids: str, unit: str = "u000000", host: str = "127.0.0.1") -> None:
-        known = self.ledger.connection.execute("SELECT count(*) FROM sources").fetchall()[0][0]
+    def add_sources(
+        self, *video_ids: str, unit: str = "u000000", host: str = "127.0.0.1", volume: int = 0, **columns
+    ) -> None:
+        known = self.ledger.connection.execute("SELECT count(*) FROM ledger.main.all_sources").fetchall()[0][0]
         rows = [
             {
                 "item_id": v,
@@ -53,6 +55,8 @@ class FragmentCorpus:
                 "url": f"http://{host}/{v}",
                 "kind": "url",
                 "ordinal": known + i,
+                "volume": volume,
+                **columns,
             }
             for i, v in enumerate(video_ids)
         ]
@@ -72,9 +76,9 @@ class FragmentCorpus:
         before = dict(self.num_processed)
         for stage in stages:
             self.refresh_state()
-            items = self.ledger.work(stage)
-            if items:
-                self._do(stage, items)
+            for volume in self.ledger.volumes_with_work([stage]):
+                self.ledger.show(volume)
+                self._do(stage, self.ledger.work(stage))
         return {
             stage: self.num_processed[stage] - before[stage]
             for stage in stages

@@ -17,7 +17,7 @@ from clipmill.base.settings import digest
 from pipeline.stages.ingest import private_urls
 from pipeline.stages.ingest.added_spans import CHANGED, replaced
 from pipeline.stages.ingest.benchmarks.sources import is_benchmark
-from pipeline.stages.ingest.ingest import Ingested, Problem, ingest
+from pipeline.stages.ingest.ingest import Problem, ingest
 from pipeline.stages.ingest.settings import IngestSettings
 from pipeline.stages.ingest.source_lists import SourceList
 from pipeline.stages.stage import DriverStage
@@ -31,6 +31,7 @@ from shards.corpus.fragments import (
 )
 from shards.corpus.schema import LEDGER
 from shards.corpus.tombstones import all_hashes, read_tombstones
+from shards.corpus.working_database import INDEX
 
 INGEST = DriverStage("ingest", help="source lists → sources", settings=IngestSettings)
 
@@ -53,15 +54,15 @@ def ingest_sources(session, arguments: list[str], listed: SourceList | None = No
     listed: content of the arguments' lists; None: read here.
     """
     columns = "video_id, url, unit, volume, ordinal, split, texts"
-    known = session.ledger.connection.sql(f"SELECT {columns} FROM sources").to_arrow_table()
+    known = session.ledger.connection.sql(f"SELECT {columns} FROM {INDEX}.all_sources").to_arrow_table()
     forgotten = all_hashes(read_tombstones(session.corpus.root))
     known_rows = partial(_known_rows, session.ledger)
     found = ingest(arguments, session.settings.ingest, known, forgotten, listed, known_rows)
     root, names = session.corpus.root, []
     refreshed = private_urls.save(found.private)  # first: without them the sources could not be downloaded
     session.ledger.mark_pending("download", _failed_downloads(session, refreshed))
-    if found.table.num_rows:
-        names.append(_commit_sources(session, found))
+    for volume in pc.unique(found.table["volume"]).to_pylist():
+        names.append(_commit_sources(session, found.table.filter(pc.equal(found.table["volume"], volume))))
     names += _commit_problems(session, arguments, found.problems)
     session.ledger.load(names)
     num_grown = 0
@@ -86,7 +87,7 @@ def _known_rows(ledger, video_ids: list[str]) -> pa.Table:
     """Return the rows of `sources` of these videos, in this order, each with the name of its commit as `fragment`."""
     ledger.connection.register("named", pa.table({"video_id": video_ids, "position": list(range(len(video_ids)))}))
     rows = ledger.connection.sql(
-        "SELECT s.* FROM sources s JOIN named USING (video_id) "
+        f"SELECT s.* EXCLUDE (commit) FROM {INDEX}.all_sources s JOIN named USING (video_id) "
         "QUALIFY row_number() OVER (PARTITION BY video_id ORDER BY s.ordinal, s.fragment) = 1 ORDER BY position"
     ).to_arrow_table()
     ledger.connection.unregister("named")
@@ -119,15 +120,19 @@ def _commit_grown(session, grown: pa.Table) -> None:
 
 def _failed_downloads(session, video_ids: list[str]) -> list[str]:
     """Return those whose download failed: with another password or signature it is tried again."""
-    failed = session.ledger.connection.execute(
-        "SELECT DISTINCT item_id FROM ledger WHERE stage = 'download' AND status = 'failed' "
-        "AND item_id NOT IN (SELECT video_id FROM downloads)"
-    ).fetchall()
-    return sorted({item_id for (item_id,) in failed} & set(video_ids))
+    failed: set[str] = set()
+    for volume in session.ledger.volumes_of(video_ids):
+        session.ledger.activate(volume)
+        rows = session.ledger.connection.execute(
+            "SELECT DISTINCT item_id FROM ledger WHERE stage = 'download' AND status = 'failed' "
+            "AND item_id NOT IN (SELECT video_id FROM downloads)"
+        ).fetchall()
+        failed |= {item_id for (item_id,) in rows}
+    return sorted(failed & set(video_ids))
 
 
-def _commit_sources(session, found: Ingested) -> str:
-    table = found.table
+def _commit_sources(session, table: pa.Table) -> str:
+    """Commit new sources of one volume."""
     ids, units = table["video_id"].combine_chunks(), table["unit"].combine_chunks()
     keys = pa.array(["ingested"] * len(ids), pa.string())
     columns = {"item_id": ids, "unit": units, "key": keys}
@@ -151,6 +156,7 @@ def _commit_problems(session, arguments: list[str], problems: list[Problem]) -> 
         error = ItemError(problem.error_class, problem.message)
         location = strip_credentials(problem.location)
         rows.append(ledger_row("ingest", location, name, run_id=session.run_id, error=error))
+    session.ledger.activate(0)  # which has the rows without a unit
     known = session.ledger.connection.execute(
         "SELECT item_id, error_class, message FROM ledger WHERE fragment = ? ORDER BY ALL", [name]
     ).fetchall()

@@ -1,0 +1,188 @@
+"""A corpus of many volumes answers as one of a single volume, and a step of work touches the volumes it changes."""
+
+import os
+import shutil
+
+import duckdb
+import pytest
+
+from clipmill.base.errors import ItemError
+from shards.corpus.manifest import is_current, publish
+from shards.corpus.schema import MANIFEST
+from shards.corpus.working_database import INDEX
+from tests.helpers.ledgers import FragmentCorpus, sha
+
+UNITS, VIDEOS = 4, 2  # units, and videos in each
+PRIVATE = {"volume", "at", "run_id"}  # columns that differ between two corpora, or two ways to divide one
+SPANS = [{"n": 0, "start_s": 1.0, "end_s": 7.0}], [{"n": 0, "start_s": 9.0, "end_s": None}]
+
+
+def rows(corpus: FragmentCorpus) -> dict[str, list[dict]]:
+    """Publish the corpus and return the rows of its manifest, table by table."""
+    corpus.refresh_state()
+    publish(corpus.ledger)
+    assert is_current(corpus.root, corpus.ledger)
+    found = {}
+    with duckdb.connect(str(corpus.root / "manifest.duckdb"), read_only=True) as connection:
+        for table in [*MANIFEST, "catalog", "funnel"]:
+            listed = connection.sql(f"FROM {table}").to_arrow_table().to_pylist()
+            listed = [{name: value for name, value in row.items() if name not in PRIVATE} for row in listed]
+            found[table] = sorted(listed, key=repr)
+    return found
+
+
+# What happens to both corpora: units come in any order, videos have equal bytes, items fail, settings change, files of
+# fragments and the cache are lost.
+STEPS = [
+    ("add", 0, None), ("add", 2, SPANS[0]), ("bytes", "v0_1", "a"), ("bytes", "v2_0", "a"), ("work", None, None),
+    ("publish", None, None), ("add", 1, SPANS[1]), ("bytes", "v1_0", "a"), ("fail", "v1_1", "segment"),
+    ("work", None, None), ("lose", 9, None), ("setting", "cut", 2), ("work", None, None), ("drop cache", None, None),
+    ("fail", "v2_1", "cut"), ("bytes", "v0_1", "b"), ("setting", "download", 2), ("publish", None, None),
+    ("work", None, None), ("lose", 4, None), ("add", 3, None), ("work", None, None), ("work", None, None),
+]  # fmt: skip
+
+
+class Divided:
+    """The same sources in two corpora: in one volume, and in a volume for each unit."""
+
+    def __init__(self, folder):
+        self.corpora = [FragmentCorpus(folder / name) for name in ("one", "many")]
+        self.added: list[int] = []
+
+    def do(self, step: str, a, b) -> None:
+        for number, corpus in enumerate(self.corpora):
+            if step == "add" and a not in self.added:
+                ids = [f"v{a}_{n}" for n in range(VIDEOS)]
+                ordinals = {"ordinal": a * VIDEOS}  # later units may come first: then the copy is the earlier video
+                corpus.add_sources(ids[0], unit=f"u{a:06d}", volume=number * a, spans=b, **ordinals)
+                corpus.add_sources(*ids[1:], unit=f"u{a:06d}", volume=number * a, ordinal=a * VIDEOS + 1)
+            elif step == "bytes":
+                corpus.bytes_of[a] = b
+            elif step == "fail":
+                corpus.fail[f"{b}:{a}"] = ItemError("made-up", "it fails", transient=False)
+            elif step == "setting":
+                corpus.fingerprints[a] = f"{a}-{b}"
+            elif step == "lose":
+                paths = sorted(p for p in corpus.root.glob("fragments/*/*.parquet") if not p.stem.startswith("ingest"))
+                if len(paths) > a:
+                    paths[a].unlink()
+                    corpus.reopen()
+            elif step == "work":
+                corpus.work_off()
+            elif step == "drop cache":
+                corpus.ledger.close()
+                shutil.rmtree(corpus.root / ".clipmill")
+                corpus.open()
+            elif step == "publish":
+                corpus.refresh_state()
+                publish(corpus.ledger, groups=False)
+        if step == "add" and a not in self.added:
+            self.added.append(a)
+
+    def close(self) -> None:
+        for corpus in self.corpora:
+            corpus.ledger.close()
+
+
+def test_many_volumes_hold_the_rows_of_one(tmp_path):
+    divided = Divided(tmp_path)
+    for step in STEPS:
+        divided.do(*step)
+    one, many = divided.corpora
+    assert (one.ledger.volumes(), many.ledger.volumes()) == ([0], [0, 1, 2, 3])
+    assert one.refresh_state() == many.refresh_state()
+    expected, found = rows(one), rows(many)
+    for table in expected:
+        assert found[table] == expected[table], table
+    divided.close()
+
+
+@pytest.fixture
+def done(tmp_path) -> FragmentCorpus:
+    """Make a corpus of three volumes with nothing to do."""
+    corpus = FragmentCorpus(tmp_path / "corpus")
+    for unit in range(3):
+        corpus.add_sources(*(f"v{unit}_{n}" for n in range(VIDEOS)), unit=f"u{unit:06d}", volume=unit)
+    corpus.work_off()
+    corpus.refresh_state()
+    publish(corpus.ledger)
+    yield corpus
+    corpus.ledger.close()
+
+
+def test_only_the_volume_that_changed_is_derived_and_published(done, monkeypatch):
+    done.add_sources("new", unit="u000003", volume=2)
+    derived: list[int] = []
+    fill = type(done.ledger)._fill_tables
+    monkeypatch.setattr(
+        type(done.ledger), "_fill_tables", lambda self, scope: derived.append(scope.volume) or fill(self, scope)
+    )
+    done.work_off()
+    done.refresh_state()
+    publish(done.ledger)
+    assert set(derived) == {2}
+
+
+def test_a_copy_in_another_volume_is_found_and_lost_again(done):
+    """The volume of the first video is derived again when a later volume stops to hold a copy, and the other way."""
+    done.bytes_of |= {"v0_0": "same", "v2_1": "same"}
+    done.fingerprints["download"] = "download-2"
+    done.work_off()
+    copies = "SELECT video_id, duplicate_of FROM videos WHERE duplicate_of IS NOT NULL"
+    assert [(row["video_id"], row["duplicate_of"]) for row in rows(done)["videos"] if row["duplicate_of"]] == [
+        ("v2_1", "v0_0")
+    ], copies
+    done.bytes_of["v0_0"] = "other"
+    done.fingerprints["download"] = "download-3"
+    done.work_off()
+    done.work_off()
+    assert not [row for row in rows(done)["videos"] if row["duplicate_of"]]
+    assert {row["video_id"] for row in rows(done)["clips"]} >= {"v0_0", "v2_1"}
+
+
+def test_the_file_of_a_volume_that_is_lost_or_torn_is_made_again(done):
+    expected = rows(done)
+    done.ledger.close()
+    folder = done.root / ".clipmill" / "volumes"
+    (folder / "000000.duckdb").unlink()
+    os.truncate(folder / "000001.duckdb", 5000)
+    shutil.copy(folder / "000002.duckdb", folder / "000001.duckdb.copy")
+    done.open()
+    assert done.synchronised == (0, 0)
+    done.fingerprints["score"] = "score-2"  # so that every volume is read
+    done.work_off()
+    found = rows(done)
+    for table in ("videos", "spans", "clips", "captions"):
+        assert found[table] == expected[table]
+
+
+def test_a_file_of_another_index_is_not_believed(done):
+    expected = rows(done)
+    done.ledger.close()
+    (done.root / ".clipmill" / "ledger.duckdb").unlink()
+    done.open()
+    assert rows(done) == expected
+    assert len(done.ledger._rows(f"FROM {INDEX}.volume_files")) == 3
+
+
+def test_more_volumes_than_are_kept_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("shards.corpus.working_database.MOST_ATTACHED", 2)
+    corpus = FragmentCorpus(tmp_path / "corpus")
+    for unit in range(5):
+        corpus.add_sources(f"v{unit}", unit=f"u{unit:06d}", volume=unit)
+    corpus.work_off()
+    assert {row["video_id"] for row in rows(corpus)["clips"]} == {f"v{unit}" for unit in range(5)}
+    corpus.ledger.close()
+
+
+def test_units_beyond_six_digits_have_their_volume(tmp_path):
+    corpus = FragmentCorpus(tmp_path / "corpus")
+    for volume, unit in enumerate(("u000005", "u999999", "u1000000")):
+        corpus.add_sources(f"v{volume}", unit=unit, volume=volume)
+    assert [corpus.ledger.volume_of(unit) for unit in ("u000005", "u000007", "u999999", "u1000000", "u1000001")] == [
+        0, 0, 1, 2, 2
+    ]  # fmt: skip
+    corpus.work_off()
+    assert {row["video_id"]: row["unit"] for row in rows(corpus)["videos"]}["v2"] == "u1000000"
+    assert sha("v2") in {row["sha256"] for row in rows(corpus)["videos"]}
+    corpus.ledger.close()
