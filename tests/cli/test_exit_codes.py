@@ -22,7 +22,7 @@ from tests.helpers.ledgers import FragmentCorpus
 @pytest.fixture
 def run(monkeypatch):
     """Return a function that runs a command line in this process and returns its exit code."""
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where tests run in parallel
 
     def run(*words: object) -> int:
         monkeypatch.setattr(sys, "argv", ["clipmill", *map(str, words)])
