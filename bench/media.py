@@ -1,8 +1,8 @@
 """Make the benchmark set: three long videos with hard cuts and a frame number in every picture, and spans to cut.
 
-1280x720, 30 fps, H.264 with CABAC, deblocking and 3 B-frames in a pyramid, a keyframe at least every 150 frames, AAC. The
-repo ships no footage, so the content is synthetic (a panned and zoomed texture, moving discs, grain); `--footage DIR`
-takes real videos instead, scaled and padded to the same size. Bit rates should lie between 1.3 and 2.2 Mb/s.
+1280x720, 30 fps, H.264 with CABAC, deblocking and 3 B-frames in a pyramid, a keyframe at least every 150 frames, AAC.
+The repo ships no footage, so the content is synthetic (a panned and zoomed texture, moving discs, grain); with
+`--footage DIR` it is real videos, scaled and padded to the same size. Bit rates should lie between 1.3 and 2.2 Mb/s.
 
 A synthetic video repeats a piece of 20 s, whose packets are copied, so the set is made in under a minute. Frame numbers
 repeat with the piece (`period_s`). Footage does not repeat and takes minutes. Pieces and videos stay in the folder, by

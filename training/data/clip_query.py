@@ -5,6 +5,7 @@ user's condition on them and keeps one bit per row of `samples`. `training.data.
 of a run, `training.data.selection` writes the result.
 """
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,9 @@ from clipmill.base.errors import UserError
 from training.data.plain_tars import Problem, is_tars, open_tars
 
 Tables = Mapping[str, str | Path]  # further tables for conditions: name -> file
+DEFAULT_MEMORY = "2GB"  # DuckDB's limit, see `data.select_memory`
+BATCH_ROWS = 200_000  # of an answer
+SPILL = ".select-"  # prefix of folders with what exceeds it
 
 
 # --- Opening
@@ -39,34 +43,51 @@ class Samples:
     def arrow(self, sql: str, params: Sequence[Any] | None = None) -> pa.Table:
         return self.connection.sql(sql, params=params).to_arrow_table()
 
+    def batches(self, sql: str) -> Iterator[pa.RecordBatch]:
+        """Yield an answer in pieces as it is computed. Another query on the connection ends it."""
+        yield from self.connection.sql(sql).to_arrow_reader(BATCH_ROWS)
+
     def row(self, sql: str) -> tuple[Any, ...]:
         return self.connection.sql(sql).fetchall()[0]
 
 
 @contextmanager
-def open_samples(corpus: str | Path, tables: Tables | None = None, num_neighbours: int = 0) -> Iterator[Samples]:
+def open_samples(
+    corpus: str | Path,
+    tables: Tables | None = None,
+    num_neighbours: int = 0,
+    *,
+    memory: str = DEFAULT_MEMORY,
+    spill_in: Path | None = None,
+) -> Iterator[Samples]:
     """Open a corpus folder, its URL, or a pattern of plain tars. Raises UserError.
 
-    Adds temporary tables by row of `samples`: `_groups` (near-duplicates), `_texts` (reference texts), `_neighbours`
-    (subtitles of clips near in time), and `_copies` (videos with the bytes of an earlier one).
+    Adds temporary tables by row of `samples`: `_groups` (near-duplicates), `_texts` (reference texts, one a row),
+    `_neighbours` (subtitles of clips near in time), and `_copies` (videos with the bytes of an earlier one).
 
     tables          further tables that conditions may use, by name, see `shards.query.sql.open_manifest`
     num_neighbours  clips before and after whose subtitles are needed, see `data.neighbours`
+    memory          DuckDB's limit; tables and joins beyond it go to disk
+    spill_in        folder for that; None: the one for temporary files
     """
     from shards.query.sql import open_manifest
     from shards.storage.s3 import is_url
 
     name, problems = str(corpus), []
     with ExitStack() as stack:
+        if spill_in is not None:
+            spill_in.mkdir(parents=True, exist_ok=True)
+        spill = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=SPILL, dir=spill_in)))
+        limits: dict[str, Any] = {"memory": memory, "spill": spill}
         if is_tars(name):
-            connection, problems = stack.enter_context(open_tars(name, tables))
+            connection, problems = stack.enter_context(open_tars(name, tables, **limits))
             samples = Samples(connection, name, "", "", tuple(problems))
         elif is_url(corpus):
-            connection = stack.enter_context(open_manifest(corpus, tables))
+            connection = stack.enter_context(open_manifest(corpus, tables, **limits))
             samples = Samples(connection, name, name.rstrip("/"), "shards/")
         else:
             path = Path(corpus).expanduser().absolute()
-            connection = stack.enter_context(open_manifest(path, tables))
+            connection = stack.enter_context(open_manifest(path, tables, **limits))
             samples = Samples(connection, name, str(path if path.is_dir() else path.parent), "shards/")
         connection.execute("""
             CREATE TEMP TABLE _groups AS SELECT s.rowid AS row, g.duplicate_group
@@ -76,8 +97,8 @@ def open_samples(corpus: str | Path, tables: Tables | None = None, num_neighbour
         # manifests of older versions have no texts
         texts = "texts" if "texts" in known else "(SELECT '' AS clip_id, '' AS text, 0 AS n LIMIT 0)"
         connection.execute(f"""
-            CREATE TEMP TABLE _texts AS SELECT s.rowid AS row, list(t.text ORDER BY t.n) AS texts
-            FROM {texts} t JOIN samples s USING (clip_id) GROUP BY ALL ORDER BY row
+            CREATE TEMP TABLE _texts AS SELECT s.rowid AS row, t.n, t.text
+            FROM {texts} t JOIN samples s USING (clip_id) ORDER BY row, n
         """)
         connection.execute("""
             CREATE TEMP TABLE _copies AS SELECT video_id, duplicate_of FROM videos WHERE duplicate_of IS NOT NULL
