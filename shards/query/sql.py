@@ -24,6 +24,7 @@ from shards.storage.mirror import for_reading
 from shards.storage.s3 import is_url
 
 BATCH_ROWS = 10_000
+MB_PER_THREAD = 200  # of a connection with a memory limit
 _ALLOWED = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI}  # MULTI: PIVOT
 
 
@@ -64,7 +65,8 @@ def open_manifest(
 def private_connection(memory: str | None = None, spill: Path | None = None) -> duckdb.DuckDBPyConnection:
     """Return an empty database in memory that loads no code and sees no variables of this program.
 
-    memory  DuckDB's limit, such as "1GB"; None: half of the machine's memory
+    memory  DuckDB's limit, "100MB" or "1GB"; None: half of the machine's memory. Every thread needs a share, so a
+            small limit means few threads
     spill   a private, empty folder for what exceeds the limit, which SQL can read; None: no disk is used
     """
     settings = {
@@ -74,6 +76,9 @@ def private_connection(memory: str | None = None, spill: Path | None = None) -> 
         "python_enable_replacements": "false",
         "memory_limit": memory or f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2}B",
     }
+    if memory is not None:
+        megabytes = int(memory[:-2]) * (1000 if memory.endswith("GB") else 1)
+        settings["threads"] = str(max(1, min(os.cpu_count() or 1, megabytes // MB_PER_THREAD)))
     return duckdb.connect(":memory:", config=settings)
 
 

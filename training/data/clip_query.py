@@ -89,36 +89,59 @@ def open_samples(
             path = Path(corpus).expanduser().absolute()
             connection = stack.enter_context(open_manifest(path, tables, **limits))
             samples = Samples(connection, name, str(path if path.is_dir() else path.parent), "shards/")
-        connection.execute("""
-            CREATE TEMP TABLE _groups AS SELECT s.rowid AS row, g.duplicate_group
-            FROM scores g JOIN samples s USING (clip_id) WHERE g.duplicate_group IS NOT NULL ORDER BY row
-        """)
-        known = {row[0] for row in connection.sql("SELECT table_name FROM information_schema.tables").fetchall()}
-        # manifests of older versions have no texts
-        texts = "texts" if "texts" in known else "(SELECT '' AS clip_id, '' AS text, 0 AS n LIMIT 0)"
-        connection.execute(f"""
-            CREATE TEMP TABLE _texts AS SELECT s.rowid AS row, t.n, t.text
-            FROM {texts} t JOIN samples s USING (clip_id) ORDER BY row, n
-        """)
-        connection.execute("""
-            CREATE TEMP TABLE _copies AS SELECT video_id, duplicate_of FROM videos WHERE duplicate_of IS NOT NULL
-        """)
-        # Clips of a video are ordered by their start. Plain tars have no times: there the number after the id's last
-        # dot orders them, and clips without one have no neighbours.
-        clips = "SELECT clip_id, span_start_s AS place, n FROM clips"
-        if "clips" not in known:
-            number = r"TRY_CAST(regexp_extract(clip_id, '\.(\d+)$', 1) AS BIGINT)"
-            clips = f"SELECT clip_id, {number} AS place, 0 AS n FROM samples WHERE {number} IS NOT NULL"
-        offsets = range(1, num_neighbours + 1)
-        near = ", ".join(f"{way}(subtitle, {k}) OVER video" for k in offsets for way in ("lag", "lead"))
-        connection.execute(f"""
-            CREATE TEMP TABLE _neighbours AS
-            SELECT s.rowid AS row, CAST([{near}] AS VARCHAR[]) AS neighbours
-            FROM samples s JOIN ({clips}) c USING (clip_id) WHERE {num_neighbours} > 0
-            WINDOW video AS (PARTITION BY s.video_id ORDER BY c.place, c.n, clip_id)
-            ORDER BY row
-        """)
-        yield samples
+        with _named_limit(memory, spill):
+            _add_tables(samples, num_neighbours)
+            yield samples
+
+
+def _add_tables(samples: Samples, num_neighbours: int) -> None:
+    """Create the temporary tables of `open_samples`."""
+    connection = samples.connection
+    connection.execute("""
+        CREATE TEMP TABLE _groups AS SELECT s.rowid AS row, g.duplicate_group
+        FROM scores g JOIN samples s USING (clip_id) WHERE g.duplicate_group IS NOT NULL ORDER BY row
+    """)
+    known = {row[0] for row in connection.sql("SELECT table_name FROM information_schema.tables").fetchall()}
+    # manifests of older versions have no texts
+    texts = "texts" if "texts" in known else "(SELECT '' AS clip_id, '' AS text, 0 AS n LIMIT 0)"
+    connection.execute(f"""
+        CREATE TEMP TABLE _texts AS SELECT s.rowid AS row, t.n, t.text
+        FROM {texts} t JOIN samples s USING (clip_id) ORDER BY row, n
+    """)
+    connection.execute("""
+        CREATE TEMP TABLE _copies AS SELECT video_id, duplicate_of FROM videos WHERE duplicate_of IS NOT NULL
+    """)
+    # Clips of a video are ordered by their start. Plain tars have no times: there the number after the id's last
+    # dot orders them, and clips without one have no neighbours.
+    clips = "SELECT clip_id, span_start_s AS place, n FROM clips"
+    if "clips" not in known:
+        number = r"TRY_CAST(regexp_extract(clip_id, '\.(\d+)$', 1) AS BIGINT)"
+        clips = f"SELECT clip_id, {number} AS place, 0 AS n FROM samples WHERE {number} IS NOT NULL"
+    offsets = range(1, num_neighbours + 1)
+    near = ", ".join(f"{way}(subtitle, {k}) OVER video" for k in offsets for way in ("lag", "lead"))
+    connection.execute(f"""
+        CREATE TEMP TABLE _neighbours AS
+        SELECT s.rowid AS row, CAST([{near}] AS VARCHAR[]) AS neighbours
+        FROM samples s JOIN ({clips}) c USING (clip_id) WHERE {num_neighbours} > 0
+        WINDOW video AS (PARTITION BY s.video_id ORDER BY c.place, c.n, clip_id)
+        ORDER BY row
+    """)
+
+
+@contextmanager
+def _named_limit(memory: str, spill: Path) -> Iterator[None]:
+    """Turn DuckDB's errors of memory and disk into UserError."""
+    import duckdb
+
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"data.select_memory = {memory} is too little, or the disk of {spill} is full: {first}"
+        ) from error
+    except duckdb.IOException as error:
+        raise UserError(f"{spill}, to which what exceeds data.select_memory goes, cannot be used: {error}") from error
 
 
 # --- Selecting
@@ -182,6 +205,8 @@ def select_clips(samples: Samples, where: str, setting: str = "data.where") -> C
         for batch in samples.connection.sql(sql).to_arrow_reader(1_000_000):
             num_unpacked += batch["row"].null_count
             mask[batch["row"].drop_null().to_numpy()] = True
+    except (duckdb.OutOfMemoryException, duckdb.IOException):
+        raise  # these concern data.select_memory, not the condition
     except (duckdb.Error, pa.ArrowException) as error:  # an error in a row, such as a value that does not convert
         raise UserError(f"{setting}: {error}") from error
     if mask.any():
