@@ -5,11 +5,11 @@
 The plain tower follows the papers and the released checkpoints literally: separate query, key and value matrices,
 explicit scores and softmax, the proxies' keys repeated for every frame, x·sigmoid(1.702 x), every token through the
 last block. Both have the same weights, and nothing is timed before their outputs and gradients agree. Then they
-alternate, A B A B …, so that other work on the machine affects both; the ratio is the median over the rounds. Time is the
-process's CPU time, because other work prolongs wall time by chance, one way and the other.
+alternate, A B A B …, so that other work on the machine affects both; the ratio is the median over the rounds. Time is
+the process's CPU time, because other work prolongs wall time by chance, one way and the other.
 
-Traps: threads that wait for one another spend CPU time, too, so one thread is the default; another number of threads, or
-a batch that exceeds the cache in one case only, changes the ratio; a single pair of runs on a shared machine proves
+Traps: threads that wait for one another spend CPU time, too, so one thread is the default; another number of threads,
+or a batch that exceeds the cache in one case only, changes the ratio; a single pair of runs on a shared machine proves
 nothing.
 """
 
