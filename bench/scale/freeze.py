@@ -1,6 +1,6 @@
 """Check that freezing a selection takes a bounded amount of memory (gate), at several sizes of a synthetic corpus.
 
-    python -m bench.scale.freeze [--clips 100000 300000 1000000] [--memory 400MB] [--neighbours 0]
+    python -m bench.scale.freeze [--clips 100000 300000 1000000] [--memory 200MB] [--neighbours 0]
 
 freeze  all clips but every tenth video's are frozen for training, the others for evaluation, as `clipmill train` does:
         `training.data.selection.freeze_run`. Gate: the peak at the largest size is at most 1.3 times that at the size
@@ -86,7 +86,7 @@ def main() -> int:
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, nargs="+", default=[100_000, 300_000, 1_000_000], help="sizes, ascending")
-    parser.add_argument("--memory", default="400MB", help="DuckDB's limit, the setting data.select_memory")
+    parser.add_argument("--memory", default="200MB", help="DuckDB's limit, the setting data.select_memory")
     parser.add_argument("--neighbours", type=int, default=0, help="data.neighbours")
     options = parser.parse_args()
     print("| clips | manifest MB | frozen | freeze: peak MB | CPU-s | open and plan: peak MB | CPU-s |")

@@ -116,6 +116,7 @@ def selected_rows(samples: Samples, clips: ClipQuery) -> Iterator[pa.RecordBatch
     columns += ", path AS shard, t.texts, duplicate_group, neighbours"
     for table in rows_in_order(samples, clips, columns, joined=True):
         yield from table.select(SELECTION.names).cast(SELECTION).to_batches(max_chunksize=_BATCH_ROWS)
+        del table  # before the next piece is made, so that only one is in memory
 
 
 def rows_in_order(samples: Samples, clips: ClipQuery, columns: str, joined: bool = False) -> Iterator[pa.Table]:
@@ -155,7 +156,9 @@ def rows_in_order(samples: Samples, clips: ClipQuery, columns: str, joined: bool
             """,
             [first, last],
         )
-        yield table.filter(pa.array(mask[table["row"].to_numpy()])).drop_columns("row")
+        table = table.filter(pa.array(mask[table["row"].to_numpy()])).drop_columns("row")
+        yield table
+        del table
 
 
 # --- Reading
