@@ -1,14 +1,16 @@
 """Compare our vision tower with a plain transcription of the published one (gate), forward and backward on CPU.
 
-    python -m bench.model_step [--model b32|b16|small] [--batch 4] [--rounds 5] [--threads 2]
+    python -m bench.model_step [--model b32|b16|small] [--batch 4] [--rounds 5] [--threads 1]
 
 The plain tower follows the papers and the released checkpoints literally: separate query, key and value matrices,
 explicit scores and softmax, the proxies' keys repeated for every frame, x·sigmoid(1.702 x), every token through the
 last block. Both have the same weights, and nothing is timed before their outputs and gradients agree. Then they
-alternate, A B A B …, so that other work on the machine affects both; the ratio is the median over the rounds.
+alternate, A B A B …, so that other work on the machine affects both; the ratio is the median over the rounds. Time is
+the process's CPU time, because other work prolongs wall time by chance, one way and the other.
 
-Traps: another number of threads, or a batch that exceeds the cache in one case only, changes the ratio; a single pair
-of runs on a shared machine proves nothing.
+Traps: threads that wait for one another spend CPU time, too, so one thread is the default; another number of threads,
+or a batch that exceeds the cache in one case only, changes the ratio; a single pair of runs on a shared machine proves
+nothing.
 """
 
 import argparse
@@ -176,9 +178,9 @@ def measure(model_name: str, batch: int, num_frames: int, rounds: int) -> dict[s
     seconds: dict[str, list[float]] = {"ours": [], "plain": []}
     for _ in range(rounds):
         for name, tower in (("ours", ours), ("plain", plain)):
-            started = time.perf_counter()
+            started = time.process_time()
             step(tower, pixels, cotangent)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.process_time() - started)
     ratios = [a / b for a, b in zip(seconds["ours"], seconds["plain"], strict=True)]
     return {
         "bench": "model_step",
@@ -202,7 +204,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="clips")
     parser.add_argument("--frames", type=int, default=12, help="frames of a clip")
     parser.add_argument("--rounds", type=int, default=5, help="pairs of runs")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     result = measure(arguments.model, arguments.batch, arguments.frames, arguments.rounds)

@@ -64,6 +64,8 @@ class DataSettings(Settings):
     # right answers too, because speech often comes a little before or after its picture.
     neighbours: int = Field(0, ge=0, le=10)
 
+    # DuckDB's memory limit while clips are selected and frozen. Tables beyond it go to a folder in the run meanwhile.
+    select_memory: str = operational("2GB", pattern=r"^\d+(MB|GB)$")
     # Share of unreadable samples above which the run stops.
     max_failures: float = operational(0.01, ge=0, le=1)
     # Loader processes per training process; 0: read in the training process. None: one per core, shared evenly.

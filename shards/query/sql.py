@@ -24,21 +24,29 @@ from shards.storage.mirror import for_reading
 from shards.storage.s3 import is_url
 
 BATCH_ROWS = 10_000
+MB_PER_THREAD = 200  # of a connection with a memory limit
 _ALLOWED = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI}  # MULTI: PIVOT
 
 
-def open_manifest(corpus: str | Path, tables: Mapping[str, str | Path] | None = None) -> duckdb.DuckDBPyConnection:
+def open_manifest(
+    corpus: str | Path,
+    tables: Mapping[str, str | Path] | None = None,
+    *,
+    memory: str | None = None,
+    spill: Path | None = None,
+) -> duckdb.DuckDBPyConnection:
     """Open the present manifest for reading; one that a build publishes later is not seen.
 
     corpus  the corpus's folder or URL, or the manifest itself
     tables  additional tables by name: Parquet, JSON lines, CSV or Arrow files, which are copied into memory
+    memory, spill  see `private_connection`
     Raises UserError if the manifest does not exist or a table cannot be read.
     """
     path = for_reading(corpus, MANIFEST_NAME) if is_url(corpus) else Path(corpus)
     path = path / MANIFEST_NAME if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{corpus} has no manifest.duckdb: it is not a corpus, or its build has not published one yet.")
-    connection = private_connection()
+    connection = private_connection(memory, spill)
     try:
         # Attached, not opened: a second opening of a path in one process gives the file of the first.
         connection.execute(f"ATTACH {sql_literal(str(path))} AS manifest (READ_ONLY)")
@@ -54,15 +62,23 @@ def open_manifest(corpus: str | Path, tables: Mapping[str, str | Path] | None = 
     return connection
 
 
-def private_connection() -> duckdb.DuckDBPyConnection:
-    """Return an empty database in memory that loads no code, sees no variables of this program, uses no disk."""
+def private_connection(memory: str | None = None, spill: Path | None = None) -> duckdb.DuckDBPyConnection:
+    """Return an empty database in memory that loads no code and sees no variables of this program.
+
+    memory  DuckDB's limit, "100MB" or "1GB"; None: half of the machine's memory. Every thread needs a share, so a
+            small limit means few threads
+    spill   a private, empty folder for what exceeds the limit, which SQL can read; None: no disk is used
+    """
     settings = {
         "allow_community_extensions": "false",
         "autoload_known_extensions": "false",
-        "temp_directory": "",  # SQL could read and write files there
+        "temp_directory": str(spill or ""),  # SQL can read and write files there, so only where the folder is private
         "python_enable_replacements": "false",
-        "memory_limit": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2}B",
+        "memory_limit": memory or f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2}B",
     }
+    if memory is not None:
+        megabytes = int(memory[:-2]) * (1000 if memory.endswith("GB") else 1)
+        settings["threads"] = str(max(1, min(os.cpu_count() or 1, megabytes // MB_PER_THREAD)))
     return duckdb.connect(":memory:", config=settings)
 
 

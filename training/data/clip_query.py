@@ -5,6 +5,7 @@ user's condition on them and keeps one bit per row of `samples`. `training.data.
 of a run, `training.data.selection` writes the result.
 """
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,9 @@ from clipmill.base.errors import UserError
 from training.data.plain_tars import Problem, is_tars, open_tars
 
 Tables = Mapping[str, str | Path]  # further tables for conditions: name -> file
+DEFAULT_MEMORY = "2GB"  # DuckDB's limit, see `data.select_memory`
+BATCH_ROWS = 200_000  # of an answer
+SPILL = ".select-"  # prefix of folders with what exceeds it
 
 
 # --- Opening
@@ -39,65 +43,105 @@ class Samples:
     def arrow(self, sql: str, params: Sequence[Any] | None = None) -> pa.Table:
         return self.connection.sql(sql, params=params).to_arrow_table()
 
+    def batches(self, sql: str) -> Iterator[pa.RecordBatch]:
+        """Yield an answer in pieces as it is computed. Another query on the connection ends it."""
+        yield from self.connection.sql(sql).to_arrow_reader(BATCH_ROWS)
+
     def row(self, sql: str) -> tuple[Any, ...]:
         return self.connection.sql(sql).fetchall()[0]
 
 
 @contextmanager
-def open_samples(corpus: str | Path, tables: Tables | None = None, num_neighbours: int = 0) -> Iterator[Samples]:
+def open_samples(
+    corpus: str | Path,
+    tables: Tables | None = None,
+    num_neighbours: int = 0,
+    *,
+    memory: str = DEFAULT_MEMORY,
+    spill_in: Path | None = None,
+) -> Iterator[Samples]:
     """Open a corpus folder, its URL, or a pattern of plain tars. Raises UserError.
 
-    Adds temporary tables by row of `samples`: `_groups` (near-duplicates), `_texts` (reference texts), `_neighbours`
-    (subtitles of clips near in time), and `_copies` (videos with the bytes of an earlier one).
+    Adds temporary tables by row of `samples`: `_groups` (near-duplicates), `_texts` (reference texts, one a row),
+    `_neighbours` (subtitles of clips near in time), and `_copies` (videos with the bytes of an earlier one).
 
     tables          further tables that conditions may use, by name, see `shards.query.sql.open_manifest`
     num_neighbours  clips before and after whose subtitles are needed, see `data.neighbours`
+    memory          DuckDB's limit; tables and joins beyond it go to disk
+    spill_in        folder for that; None: the one for temporary files
     """
     from shards.query.sql import open_manifest
     from shards.storage.s3 import is_url
 
     name, problems = str(corpus), []
     with ExitStack() as stack:
+        if spill_in is not None:
+            spill_in.mkdir(parents=True, exist_ok=True)
+        spill = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=SPILL, dir=spill_in)))
+        limits: dict[str, Any] = {"memory": memory, "spill": spill}
         if is_tars(name):
-            connection, problems = stack.enter_context(open_tars(name, tables))
+            connection, problems = stack.enter_context(open_tars(name, tables, **limits))
             samples = Samples(connection, name, "", "", tuple(problems))
         elif is_url(corpus):
-            connection = stack.enter_context(open_manifest(corpus, tables))
+            connection = stack.enter_context(open_manifest(corpus, tables, **limits))
             samples = Samples(connection, name, name.rstrip("/"), "shards/")
         else:
             path = Path(corpus).expanduser().absolute()
-            connection = stack.enter_context(open_manifest(path, tables))
+            connection = stack.enter_context(open_manifest(path, tables, **limits))
             samples = Samples(connection, name, str(path if path.is_dir() else path.parent), "shards/")
-        connection.execute("""
-            CREATE TEMP TABLE _groups AS SELECT s.rowid AS row, g.duplicate_group
-            FROM scores g JOIN samples s USING (clip_id) WHERE g.duplicate_group IS NOT NULL ORDER BY row
-        """)
-        known = {row[0] for row in connection.sql("SELECT table_name FROM information_schema.tables").fetchall()}
-        # manifests of older versions have no texts
-        texts = "texts" if "texts" in known else "(SELECT '' AS clip_id, '' AS text, 0 AS n LIMIT 0)"
-        connection.execute(f"""
-            CREATE TEMP TABLE _texts AS SELECT s.rowid AS row, list(t.text ORDER BY t.n) AS texts
-            FROM {texts} t JOIN samples s USING (clip_id) GROUP BY ALL ORDER BY row
-        """)
-        connection.execute("""
-            CREATE TEMP TABLE _copies AS SELECT video_id, duplicate_of FROM videos WHERE duplicate_of IS NOT NULL
-        """)
-        # Clips of a video are ordered by their start. Plain tars have no times: there the number after the id's last
-        # dot orders them, and clips without one have no neighbours.
-        clips = "SELECT clip_id, span_start_s AS place, n FROM clips"
-        if "clips" not in known:
-            number = r"TRY_CAST(regexp_extract(clip_id, '\.(\d+)$', 1) AS BIGINT)"
-            clips = f"SELECT clip_id, {number} AS place, 0 AS n FROM samples WHERE {number} IS NOT NULL"
-        offsets = range(1, num_neighbours + 1)
-        near = ", ".join(f"{way}(subtitle, {k}) OVER video" for k in offsets for way in ("lag", "lead"))
-        connection.execute(f"""
-            CREATE TEMP TABLE _neighbours AS
-            SELECT s.rowid AS row, CAST([{near}] AS VARCHAR[]) AS neighbours
-            FROM samples s JOIN ({clips}) c USING (clip_id) WHERE {num_neighbours} > 0
-            WINDOW video AS (PARTITION BY s.video_id ORDER BY c.place, c.n, clip_id)
-            ORDER BY row
-        """)
-        yield samples
+        with _named_limit(memory, spill):
+            _add_tables(samples, num_neighbours)
+            yield samples
+
+
+def _add_tables(samples: Samples, num_neighbours: int) -> None:
+    """Create the temporary tables of `open_samples`."""
+    connection = samples.connection
+    connection.execute("""
+        CREATE TEMP TABLE _groups AS SELECT s.rowid AS row, g.duplicate_group
+        FROM scores g JOIN samples s USING (clip_id) WHERE g.duplicate_group IS NOT NULL ORDER BY row
+    """)
+    known = {row[0] for row in connection.sql("SELECT table_name FROM information_schema.tables").fetchall()}
+    # manifests of older versions have no texts
+    texts = "texts" if "texts" in known else "(SELECT '' AS clip_id, '' AS text, 0 AS n LIMIT 0)"
+    connection.execute(f"""
+        CREATE TEMP TABLE _texts AS SELECT s.rowid AS row, t.n, t.text
+        FROM {texts} t JOIN samples s USING (clip_id) ORDER BY row, n
+    """)
+    connection.execute("""
+        CREATE TEMP TABLE _copies AS SELECT video_id, duplicate_of FROM videos WHERE duplicate_of IS NOT NULL
+    """)
+    # Clips of a video are ordered by their start. Plain tars have no times: there the number after the id's last
+    # dot orders them, and clips without one have no neighbours.
+    clips = "SELECT clip_id, span_start_s AS place, n FROM clips"
+    if "clips" not in known:
+        number = r"TRY_CAST(regexp_extract(clip_id, '\.(\d+)$', 1) AS BIGINT)"
+        clips = f"SELECT clip_id, {number} AS place, 0 AS n FROM samples WHERE {number} IS NOT NULL"
+    offsets = range(1, num_neighbours + 1)
+    near = ", ".join(f"{way}(subtitle, {k}) OVER video" for k in offsets for way in ("lag", "lead"))
+    connection.execute(f"""
+        CREATE TEMP TABLE _neighbours AS
+        SELECT s.rowid AS row, CAST([{near}] AS VARCHAR[]) AS neighbours
+        FROM samples s JOIN ({clips}) c USING (clip_id) WHERE {num_neighbours} > 0
+        WINDOW video AS (PARTITION BY s.video_id ORDER BY c.place, c.n, clip_id)
+        ORDER BY row
+    """)
+
+
+@contextmanager
+def _named_limit(memory: str, spill: Path) -> Iterator[None]:
+    """Turn DuckDB's errors of memory and disk into UserError."""
+    import duckdb
+
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"data.select_memory = {memory} is too little, or the disk of {spill} is full: {first}"
+        ) from error
+    except duckdb.IOException as error:
+        raise UserError(f"{spill}, to which what exceeds data.select_memory goes, cannot be used: {error}") from error
 
 
 # --- Selecting
@@ -161,6 +205,8 @@ def select_clips(samples: Samples, where: str, setting: str = "data.where") -> C
         for batch in samples.connection.sql(sql).to_arrow_reader(1_000_000):
             num_unpacked += batch["row"].null_count
             mask[batch["row"].drop_null().to_numpy()] = True
+    except (duckdb.OutOfMemoryException, duckdb.IOException):
+        raise  # these concern data.select_memory, not the condition
     except (duckdb.Error, pa.ArrowException) as error:  # an error in a row, such as a value that does not convert
         raise UserError(f"{setting}: {error}") from error
     if mask.any():

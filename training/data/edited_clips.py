@@ -5,12 +5,11 @@ its caption describes the old middle frame and is left out. An edit applies only
 of the time of the edit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from clipmill.base.errors import UserError
 from training.data.clip_query import ClipQuery, Samples
@@ -39,8 +38,10 @@ def with_edits(samples: Samples, clips: ClipQuery, edits: str | int, exclusive_g
         if not samples.arrow(sql, [editing, number]).num_rows:
             raise UserError(f"data.edits = {edits!r}: editing {editing} has no round {number}.")
     counted = [kept for kept in held if number is None or kept < number] + [number] * (number is not None)
+    _make_table(samples, editing, counted)
     edited = np.zeros_like(clips.mask)
-    edited[_make_table(samples, editing, counted)] = True
+    for batch in samples.batches("SELECT row FROM _edits"):
+        edited[batch["row"].to_numpy()] = True
     return replace(clips, edited=edited & clips.mask, editing=f"{editing}, round {counted[-1]}")
 
 
@@ -59,13 +60,14 @@ def _editing_and_round(samples: Samples, edits: str | int) -> tuple[str, int | N
     return name or known[-1], number
 
 
-def _make_table(samples: Samples, editing: str, rounds: list[int]) -> NDArray[np.int64]:
-    """Create the table `_edits` and return its rows of `samples`.
+def _make_table(samples: Samples, editing: str, rounds: list[int]) -> None:
+    """Create the table `_edits`.
 
     A clip's latest row in these rounds counts; a clip with its first boundaries is not edited.
     """
-    table = samples.arrow(
+    samples.connection.execute(
         """
+        CREATE OR REPLACE TEMP TABLE _edits AS
         WITH present AS (
             SELECT * FROM clip_edits WHERE editing = ? AND list_contains(?, round)
             QUALIFY row_number() OVER (PARTITION BY clip_id ORDER BY round DESC) = 1
@@ -86,21 +88,21 @@ def _make_table(samples: Samples, editing: str, rounds: list[int]) -> NDArray[np
         """,
         [editing, rounds, editing],
     )
-    samples.connection.register("edited_rows", table)
-    samples.connection.execute("CREATE OR REPLACE TEMP TABLE _edits AS SELECT * FROM edited_rows")
-    samples.connection.unregister("edited_rows")
-    return table["row"].to_numpy()
 
 
-def edited_rows(samples: Samples, clips: ClipQuery, columns: str) -> pa.Table:
-    """Return the edited samples by (path, mp4_offset), in the form of `training.data.selection.rows_in_order`."""
+def edited_rows(samples: Samples, clips: ClipQuery, columns: str) -> Iterator[pa.Table]:
+    """Yield the edited samples by (path, mp4_offset), in the form of `training.data.selection.rows_in_order`."""
     assert clips.edited is not None
-    table = samples.arrow(f"""
+    sql = f"""
         SELECT s.row, {columns}
         FROM (SELECT e.*, s.clip_id, s.video_id, s.subtitle, NULL::VARCHAR AS caption
               FROM _edits e JOIN samples s ON s.rowid = e.row) s
-        LEFT JOIN _groups g ON g.row = s.row LEFT JOIN _texts t ON t.row = s.row
+        LEFT JOIN _groups g ON g.row = s.row
+        LEFT JOIN (SELECT row, list(text ORDER BY n) AS texts FROM _texts WHERE row IN (SELECT row FROM _edits)
+                   GROUP BY row) t ON t.row = s.row
         LEFT JOIN _neighbours b ON b.row = s.row
         ORDER BY s.path, s.mp4_offset
-    """)
-    return table.filter(pa.array(clips.edited[table["row"].to_numpy()])).drop_columns("row")
+    """
+    for batch in samples.batches(sql):
+        table = pa.Table.from_batches([batch])
+        yield table.filter(pa.array(clips.edited[table["row"].to_numpy()])).drop_columns("row")

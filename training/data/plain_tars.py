@@ -61,12 +61,18 @@ def is_tars(corpus: str) -> bool:
 
 
 @contextmanager
-def open_tars(pattern: str, tables: Mapping[str, str | Path] | None = None) -> Iterator[tuple[Any, list[Problem]]]:
+def open_tars(
+    pattern: str,
+    tables: Mapping[str, str | Path] | None = None,
+    *,
+    memory: str | None = None,
+    spill: Path | None = None,
+) -> Iterator[tuple[Any, list[Problem]]]:
     """Index tars into a DuckDB connection, locked down like that of a manifest; yield it and the problems found."""
     from shards.query.sql import add_tables, private_connection, shut_in
 
     index = index_tars([pattern])
-    with private_connection() as connection:
+    with private_connection(memory, spill) as connection:
         connection.register("indexed", index.samples)
         connection.execute("""
             CREATE TABLE samples AS

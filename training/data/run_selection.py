@@ -74,7 +74,6 @@ class Shared:
 def overlap(samples: Samples, training: ClipQuery, held_out: ClipQuery) -> Shared:
     """Find training clips of held-out videos (or of copies of their files) and near-duplicates of held-out clips."""
     connection = samples.connection
-    connection.register("training_rows", pa.table({"row": np.flatnonzero(training.mask)}))
     connection.register("held_out_rows", pa.table({"row": np.flatnonzero(held_out.mask)}))
     connection.execute("""
         CREATE OR REPLACE TEMP TABLE _shared AS
@@ -87,15 +86,18 @@ def overlap(samples: Samples, training: ClipQuery, held_out: ClipQuery) -> Share
         SELECT row, clip_id, video IN (SELECT video FROM held_out) AS by_video, video,
                coalesce(duplicate_group IN (SELECT duplicate_group FROM held_out WHERE duplicate_group IS NOT NULL),
                         false) AS by_group, duplicate_group
-        FROM members WHERE row IN (SELECT row FROM training_rows) AND (by_video OR by_group)
+        FROM members WHERE by_video OR by_group ORDER BY row
     """)
-    connection.unregister("training_rows")
     connection.unregister("held_out_rows")
+    # the mask, not a join with all training rows, whose hash table would grow with the selection
+    pieces = (batch["row"].to_numpy() for batch in samples.batches("SELECT row FROM _shared ORDER BY row"))
+    rows = np.concatenate([np.zeros(0, np.int64), *(piece[training.mask[piece]] for piece in pieces)])
+    connection.register("training_rows", pa.table({"row": rows}))
     num_videos, num_groups, examples = samples.row("""
         SELECT count(DISTINCT video) FILTER (by_video), count(DISTINCT duplicate_group) FILTER (by_group),
-               min(clip_id, 3) FROM _shared
+               min(clip_id, 3) FROM _shared WHERE row IN (SELECT row FROM training_rows)
     """)
-    rows = samples.arrow("SELECT row FROM _shared ORDER BY row")["row"].to_numpy()
+    connection.unregister("training_rows")
     connection.execute("DROP TABLE _shared")
     return Shared(rows, num_videos, num_groups, tuple(examples or ()))
 
@@ -106,7 +108,7 @@ def _refuse_test(samples: Samples, held_out: ClipQuery, every: int | str) -> Non
     if "split" not in samples.arrow(columns)["column_name"].to_pylist():
         return
     sql = "SELECT s.rowid AS row FROM samples s JOIN videos v USING (video_id) WHERE v.split = 'test'"
-    num_test = int(np.count_nonzero(held_out.mask[samples.arrow(sql)["row"].to_numpy()]))
+    num_test = sum(int(np.count_nonzero(held_out.mask[batch["row"].to_numpy()])) for batch in samples.batches(sql))
     if num_test:
         raise UserError(
             f"eval.where: {num_test:,} of its {held_out.num_clips:,} clips are of the split 'test', and with eval.every"

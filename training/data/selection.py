@@ -2,13 +2,16 @@
 
 `training.data.clip_query` finds the clips. `write` streams them, a few shards at a time, in order of (shard, offset)
 into `selection.arrow`. Plan, loader and checkpoints identify a clip by its row number there. `Selection` opens the file
-memory-mapped, so any process reads some rows without loading the rest.
+memory-mapped, so any process reads some rows without loading the rest. Freezing needs a byte a clip and a constant: the
+selection is a mask, DuckDB keeps to `data.select_memory` and uses the disk beside the file beyond it, and rows pass in
+pieces.
 
 The file holds the texts of the time it was written, so a resumed run sees the same texts even if the corpus has grown
 or was recaptioned; a new run sees the new ones.
 """
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -22,7 +25,7 @@ from numpy.typing import NDArray
 from clipmill.base.atomic_file import atomic_file
 from clipmill.base.errors import UserError
 from clipmill.base.text import sql_literal
-from training.data.clip_query import ClipQuery, Samples, Tables, open_samples, select_clips
+from training.data.clip_query import SPILL, ClipQuery, Samples, Tables, open_samples, select_clips
 from training.data.edited_clips import edited_rows
 from training.data.epoch_plan import hash_selection
 from training.data.run_selection import choose_run
@@ -44,7 +47,7 @@ def freeze(
 
     Example: `freeze("clips.arrow", "corpus", "duration_s > 5")`
     """
-    with open_samples(corpus, tables) as samples:
+    with open_samples(corpus, tables, spill_in=Path(path).absolute().parent) as samples:
         clips = select_clips(samples, where, setting)
         write(samples, clips, Path(path))
         return replace(clips, problems=samples.problems)
@@ -55,9 +58,13 @@ def freeze_run(
 ) -> tuple[ClipQuery, ClipQuery | None]:
     """Write a run's selections from one state of the corpus: `selection.arrow`, and `eval.arrow` for eval.where.
 
-    `selection.arrow` is written last, so that if it exists, both are complete. Raises UserError.
+    `selection.arrow` is written last, so that if it exists, both are complete. The caller holds the run's lock. Raises
+    UserError.
     """
-    with open_samples(corpus, tables, data.neighbours) as samples:
+    for left in Path(folder).glob(f"{SPILL}*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    limits = {"memory": data.select_memory, "spill_in": Path(folder).absolute()}
+    with open_samples(corpus, tables, data.neighbours, **limits) as samples:
         training, held_out = choose_run(samples, data, evaluation)
         if held_out:
             write(samples, held_out, Path(folder) / EVAL_FILE)
@@ -103,22 +110,26 @@ def _lines(column: pa.ChunkedArray) -> str:
 
 def selected_rows(samples: Samples, clips: ClipQuery) -> Iterator[pa.RecordBatch]:
     """Yield the file's record batches."""
-    joined = ("shard", "texts", "duplicate_group", "neighbours", *HASHES)
-    plain = [name for name in SELECTION.names if name not in joined]
+    kept_apart = ("shard", "texts", "duplicate_group", "neighbours", *HASHES)
+    plain = [name for name in SELECTION.names if name not in kept_apart]
     columns = ", ".join([*plain, *(f"if(length({name}) = 64, TRY(unhex({name})), NULL) AS {name}" for name in HASHES)])
-    for table in rows_in_order(samples, clips, f"{columns}, path AS shard, t.texts, duplicate_group, neighbours"):
+    columns += ", path AS shard, t.texts, duplicate_group, neighbours"
+    for table in rows_in_order(samples, clips, columns, joined=True):
         yield from table.select(SELECTION.names).cast(SELECTION).to_batches(max_chunksize=_BATCH_ROWS)
+        del table  # before the next piece is made, so that only one is in memory
 
 
-def rows_in_order(samples: Samples, clips: ClipQuery, columns: str) -> Iterator[pa.Table]:
+def rows_in_order(samples: Samples, clips: ClipQuery, columns: str, joined: bool = False) -> Iterator[pa.Table]:
     """Yield the selected rows by (path, mp4_offset), a few shards at a time to bound memory.
 
-    `path` is the shard's, from the root. Edited clips come first, in one table, because the paths of their tars do.
+    columns  of `samples`, and `path`, which is the shard's from the root
+    joined   also of `_groups`, `_texts` and `_neighbours`
+    Edited clips come first, because the paths of their tars do.
     """
     mask = clips.mask
     if clips.edited is not None:
         mask = mask & ~clips.edited
-        yield edited_rows(samples, clips, columns)
+        yield from edited_rows(samples, clips, columns)
     prefix = sql_literal(samples.shard_prefix)
     ranges = """
         SELECT min(shard), max(shard), min(low), max(high) FROM (
@@ -129,19 +140,25 @@ def rows_in_order(samples: Samples, clips: ClipQuery, columns: str) -> Iterator[
     for first, last, low, high in samples.connection.sql(ranges, params={"num_rows": _SHARD_ROWS}).fetchall():
         if not mask[low : high + 1].any():
             continue
+        tables = f"""
+            LEFT JOIN (SELECT * FROM _groups WHERE row BETWEEN {low} AND {high}) g ON g.row = s.row
+            LEFT JOIN (SELECT row, list(text ORDER BY n) AS texts FROM _texts
+                       WHERE row BETWEEN {low} AND {high} GROUP BY row) t ON t.row = s.row
+            LEFT JOIN (SELECT * FROM _neighbours WHERE row BETWEEN {low} AND {high}) b ON b.row = s.row
+        """
         table = samples.arrow(
             f"""
             SELECT s.row, {columns}
             FROM (SELECT *, rowid AS row, {prefix} || shard AS path FROM samples
                   WHERE shard BETWEEN ? AND ? AND rowid BETWEEN {low} AND {high}) s
-            LEFT JOIN (SELECT * FROM _groups WHERE row BETWEEN {low} AND {high}) g ON g.row = s.row
-            LEFT JOIN (SELECT * FROM _texts WHERE row BETWEEN {low} AND {high}) t ON t.row = s.row
-            LEFT JOIN (SELECT * FROM _neighbours WHERE row BETWEEN {low} AND {high}) b ON b.row = s.row
+            {tables if joined else ""}
             ORDER BY s.shard, s.mp4_offset
             """,
             [first, last],
         )
-        yield table.filter(pa.array(mask[table["row"].to_numpy()])).drop_columns("row")
+        table = table.filter(pa.array(mask[table["row"].to_numpy()])).drop_columns("row")
+        yield table
+        del table
 
 
 # --- Reading
@@ -197,9 +214,10 @@ class Selection:
         """Return for each kind of group [num_clips] codes, numbered by first appearance; -1: in no group."""
         found = []
         for kind in exclusive_groups:
-            codes = pc.dictionary_encode(self.column(_GROUP_COLUMNS[kind]))
-            chunks = [chunk.indices.fill_null(-1).to_numpy() for chunk in codes.chunks]
-            found.append(np.concatenate([np.zeros(0, np.int32), *chunks]))
+            codes, numbers = pc.dictionary_encode(self.column(_GROUP_COLUMNS[kind])), np.empty(self.num_clips, np.int32)
+            for chunk, end in zip(codes.iterchunks(), self._ends.tolist(), strict=True):
+                numbers[end - len(chunk) : end] = chunk.indices.fill_null(-1).to_numpy()
+            found.append(numbers)
         return found
 
     @cached_property
