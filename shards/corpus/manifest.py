@@ -17,6 +17,7 @@ from clipmill.base.settings import digest
 from clipmill.base.text import sql_identifier, sql_literal
 from shards.corpus.ledger import Ledger
 from shards.corpus.near_duplicates import duplicate_groups
+from shards.corpus.packs import MAIN, folder_of, index_files, named_packs, volume_of
 from shards.corpus.schema import INDEX, MANIFEST, catalog_columns
 from shards.corpus.tombstones import read_tombstones
 from shards.storage.local import MANIFEST_NAME, UNFINISHED
@@ -113,7 +114,12 @@ def _made_from(ledger: Ledger) -> str:
     """Hash the inputs of a manifest: the settings, every row of the ledger, the shards that are in place."""
     rows = 'count(*), bit_xor(hash(fragment, item_id, key, status, attempts, epoch_us("at")))'
     ((num_rows, rows_hash),) = ledger.connection.execute(f"SELECT {rows} FROM ledger").fetchall()
-    shards = sorted(item for item in ledger.files.sizes("shards").items() if item[0].endswith(".parquet"))
+    shards = sorted(
+        (f"{folder_of(pack)}/{name}" if pack else name, size)
+        for pack in (MAIN, *named_packs(ledger.root))
+        for name, size in ledger.files.sizes(folder_of(pack)).items()
+        if name.endswith(".parquet")
+    )
     return f"made from {digest([ledger.fingerprints, num_rows, rows_hash, shards])}"
 
 
@@ -125,17 +131,45 @@ def _prepare(ledger: Ledger, groups: bool) -> None:
     connection.register("groups", duplicate_groups(hashes))
     connection.execute("CREATE OR REPLACE TEMP TABLE duplicate_groups AS SELECT * FROM groups")
     connection.unregister("groups")
-    _load_parquet(connection, "indexed_samples", ledger.root / "shards", INDEX)
+    _load_samples(connection, ledger.root)
     _load_parquet(connection, "recorded_runs", ledger.root / "fragments" / "runs", MANIFEST["runs"])
     connection.register("all_tombstones", read_tombstones(ledger.root))
     connection.execute("CREATE OR REPLACE TEMP TABLE tombstones AS SELECT * FROM all_tombstones")
     connection.unregister("all_tombstones")
-    connection.execute(
-        "DELETE FROM indexed_samples WHERE video_id IN (SELECT video_id FROM (SELECT DISTINCT video_id FROM "
-        "indexed_samples) WHERE sha256(video_id) IN (SELECT video_hash FROM tombstones))"
-    )
+    for table in ("indexed_samples", "indexed_pack_samples"):
+        connection.execute(
+            f"DELETE FROM {table} WHERE video_id IN (SELECT video_id FROM (SELECT DISTINCT video_id FROM "
+            f"{table}) WHERE sha256(video_id) IN (SELECT video_hash FROM tombstones))"
+        )
     connection.execute(f"CREATE OR REPLACE TEMP TABLE without_clips AS {ledger.without_clips_sql()}")
     connection.execute(f"CREATE OR REPLACE TEMP TABLE standing_failures AS {ledger.failures_sql()}")
+
+
+def _load_samples(connection: duckdb.DuckDBPyConnection, root: Path) -> None:
+    """Load the indexes of all packs, each clip of a pack once.
+
+    A clip may be in two shards while `pack.shuffle` changes: the shards of the other way stay until all new ones are
+    in place.
+    """
+    _load_parquet(connection, "indexed_samples", root / "shards", INDEX)
+    _keep_one_way(connection, "indexed_samples", root, MAIN)
+    connection.register("empty", MANIFEST["pack_samples"].empty_table())
+    connection.execute("CREATE OR REPLACE TEMP TABLE indexed_pack_samples AS SELECT * FROM empty")
+    connection.unregister("empty")
+    for pack in named_packs(root):
+        _load_parquet(connection, "of_pack", root / folder_of(pack), INDEX)
+        _keep_one_way(connection, "of_pack", root, pack)
+        rows = f"SELECT {sql_literal(pack)} AS pack, * FROM of_pack"
+        connection.execute(f"INSERT INTO indexed_pack_samples BY NAME {rows}")
+        connection.execute("DROP TABLE of_pack")
+
+
+def _keep_one_way(connection: duckdb.DuckDBPyConnection, table: str, root: Path, pack: str) -> None:
+    if len({volume_of(path.name) is None for path in index_files(root, pack)}) > 1:
+        connection.execute(
+            f"CREATE OR REPLACE TEMP TABLE {table} AS SELECT * FROM {table} "
+            "QUALIFY row_number() OVER (PARTITION BY clip_id ORDER BY contains(shard, '-') DESC, shard) = 1"
+        )
 
 
 def _load_parquet(connection: duckdb.DuckDBPyConnection, table: str, folder: Path, schema: pa.Schema) -> None:
@@ -165,7 +199,8 @@ _SELECT_STAGE = "SELECT $columns FROM current_$table ORDER BY clip_id"
 
 _SELECT = {
     "videos": """
-        SELECT s.video_id, s.unit, coalesce(s.volume, 0) AS volume, s.url, s.kind, s.source_id, coalesce(s.title, v.title) AS title,
+        SELECT s.video_id, s.unit, coalesce(s.volume, 0) AS volume, s.url, s.kind, s.source_id,
+               coalesce(s.title, v.title) AS title,
                coalesce(s.category, v.categories[1]) AS category,
                coalesce(s.language, t.language, v.language) AS language, coalesce(s.licence, v.licence) AS licence,
                v.channel, v.upload_date, v.path, v.num_bytes, v.sha256, v.duplicate_of, v.container, v.duration_s,
@@ -190,6 +225,7 @@ _SELECT = {
         FROM current_scores s LEFT JOIN duplicate_groups g USING (clip_id) ORDER BY s.clip_id
     """,
     "samples": "SELECT $columns FROM indexed_samples ORDER BY shard, position",
+    "pack_samples": "SELECT $columns FROM indexed_pack_samples ORDER BY pack, shard, position",
     "clip_edits": "SELECT $columns FROM clip_edits SEMI JOIN sources USING (video_id) ORDER BY editing, round, clip_id",
     "edited_clips": """
         SELECT $columns FROM edited_clips SEMI JOIN sources USING (video_id) ORDER BY editing, round, clip_id

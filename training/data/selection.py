@@ -38,13 +38,19 @@ _BATCH_ROWS = 65_536  # of the file
 
 
 def freeze(
-    path: str | Path, corpus: str | Path, where: str = "", *, setting: str = "data.where", tables: Tables | None = None
+    path: str | Path,
+    corpus: str | Path,
+    where: str = "",
+    *,
+    setting: str = "data.where",
+    tables: Tables | None = None,
+    pack: str = "",
 ) -> ClipQuery:
-    """Select clips of a corpus into one file. Raises UserError that names the setting.
+    """Select clips of a corpus, or of one of its named packs, into one file. Raises UserError that names the setting.
 
     Example: `freeze("clips.arrow", "corpus", "duration_s > 5")`
     """
-    with open_samples(corpus, tables) as samples:
+    with open_samples(corpus, tables, pack=pack) as samples:
         clips = select_clips(samples, where, setting)
         write(samples, clips, Path(path))
         return replace(clips, problems=samples.problems)
@@ -57,7 +63,7 @@ def freeze_run(
 
     `selection.arrow` is written last, so that if it exists, both are complete. Raises UserError.
     """
-    with open_samples(corpus, tables, data.neighbours) as samples:
+    with open_samples(corpus, tables, data.neighbours, data.pack) as samples:
         training, held_out = choose_run(samples, data, evaluation)
         if held_out:
             write(samples, held_out, Path(folder) / EVAL_FILE)
