@@ -16,7 +16,7 @@ from pipeline.engine.build import build, session, status  # noqa: E402
 from pipeline.engine.registry import stage_names  # noqa: E402
 from pipeline.maintenance.forget import compact, find, forget  # noqa: E402
 from pipeline.maintenance.verify import verify_with_sandbox  # noqa: E402
-from pipeline.stages.pack import planned  # noqa: E402
+from pipeline.stages.pack import Pack, planned  # noqa: E402
 from shards.packing.pack import next_paths, write_shard  # noqa: E402
 from shards.query.explain import explain  # noqa: E402
 from shards.query.sql import open_manifest  # noqa: E402
@@ -139,7 +139,7 @@ def test_training_finds_what_moved_when_the_corpus_was_packed_anew(machine, tmp_
 def test_a_node_that_has_nothing_fetches_what_it_packs(stored, whole, tmp_path):
     """A Ray task on another node does this."""
     with session(stored, None, [], "test", create=False) as (current, _), open_manifest(stored) as connection:
-        plan = planned(connection, current.settings.pack)[0]
+        _, [plan, *_] = next(planned(current.corpus.root, connection, Pack("", current.settings.pack)))
         rows = shard_rows(connection, plan)
         node = mirror(tmp_path / "another node" / "corpus", Store.of(stored))
         assert write_shard(plan, rows, node.root).failures == []
