@@ -234,14 +234,15 @@ def sql(
 
 @app.command()
 def stats(corpus: CorpusArgument) -> None:
-    """Show the corpus in numbers: totals, the funnel from source to sample, histograms."""
+    """Show the corpus in numbers: totals, the funnel from source to sample, histograms, bytes on disk."""
     from rich.console import Console
 
+    from shards.query.disk import disk_use
     from shards.query.sql import open_manifest
     from shards.query.statistics import render, report
 
     with open_manifest(corpus) as connection:
-        render(report(connection), Console())
+        render(report(connection, disk_use(corpus, connection)), Console())
 
 
 @app.command()

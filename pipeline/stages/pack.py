@@ -102,14 +102,13 @@ def _pack_volumes(
 ) -> None:
     """Pack every volume; the shards of one are written while those of the next are planned."""
     waiting: deque[tuple[VolumePacking, Any]] = deque()
-    num_done = num_planned = 0
+    num_done = 0
 
     def collect() -> None:
         nonlocal num_done
         packing, result = waiting.popleft()
         packing.add(result())
         num_done += 1
-        display.packing(num_done, num_planned)
         if packing.is_written:
             report.add(packing.commit())
 
@@ -118,7 +117,6 @@ def _pack_volumes(
         packing = VolumePacking(session, pack, volume, plans, there=there, redo=redo)
         report.num_shards += len(plans)
         report.num_samples += sum(len(plan.clip_ids) for plan in plans)
-        num_planned += len(packing.todo)
         if packing.is_written and packing.has_changed:
             report.add(packing.commit())
         writers.expect(len(packing.todo))
@@ -128,6 +126,8 @@ def _pack_volumes(
                 collect()
     while waiting:
         collect()
+    if num_done:
+        display.packing(num_done, num_done)
 
 
 class VolumePacking:
@@ -201,8 +201,7 @@ def _files_by_volume(root: Path, pack: Pack) -> FilesByVolume:
     for name in shard_files(root, pack.name):
         placed.setdefault(volume_of(name), []).append(name)
     unfinished = files_of(root).sizes(f"{folder_of(pack.name)}/{NEXT}")
-    # "000003-000001-KEY.tar" is shard 1 of volume 3, "000001-KEY.tar" one of the whole corpus
-    return FilesByVolume(placed, {int(name[:6]) if name.count("-") == 2 else None for name in unfinished})
+    return FilesByVolume(placed, {volume_of(f"{name.rpartition('-')[0]}.tar") for name in unfinished})  # SHARD-KEY.tar
 
 
 def planned(
@@ -255,8 +254,6 @@ def named_pack(corpus: Corpus, name: str, settings, assignments: Sequence[str]) 
     Raises UserError for a wrong name or setting, and a condition that the corpus cannot answer.
     """
     check_name(name)
-    if any(assignment.startswith("pack.keep_clips") for assignment in assignments):
-        raise UserError("--set pack.keep_clips: it is a setting of the main pack, give it without --name.")
     pack = Pack(name, _settings_of(corpus.load_packs().get(name) or settings.pack.model_dump(mode="json"), assignments))
     check_shard_bytes(corpus, pack.settings)
     check_where(pack.settings, corpus.root)
