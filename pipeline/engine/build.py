@@ -36,6 +36,7 @@ from pipeline.stages.pack import (
     check_shard_bytes,
     check_where,
     named_pack,
+    note_packed,
     pack_corpus,
     pack_state,
     record_pack,
@@ -45,6 +46,7 @@ from shards.corpus.folder import Corpus, NewerCorpus, lock_owner
 from shards.corpus.fragments import fragment_path, sweep_temporaries
 from shards.corpus.ledger import Ledger, remove_cache
 from shards.corpus.manifest import MANIFEST_NAME, is_current, publish
+from shards.corpus.packs import MAIN
 from shards.corpus.schema import MANIFEST
 from shards.packing.verify import Problem
 from shards.query.sql import open_manifest, rows_of
@@ -263,6 +265,8 @@ def build(
         # An earlier build may have been killed between packing and publishing, or a video may have been forgotten.
         if report.did_something or not is_current(current.corpus.root, current.ledger):
             current.publish()
+        if "pack" in stages:
+            note_packed(current.corpus, named or Pack(MAIN, current.settings.pack), report.pack)
         report.failures = current.ledger.standing_failures(current.run_id)
         num_failures = sum(count for _, _, count, _ in current.ledger.standing_failures())
         report.num_old_failures = num_failures - sum(count for _, _, count, _ in report.failures)

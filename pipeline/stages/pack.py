@@ -5,6 +5,7 @@ with the shards of several of them in flight. It reads the published manifest li
 before and after.
 """
 
+import json
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -16,15 +17,17 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.ray_cluster import start_ray
-from clipmill.base.settings import Settings, resolve_settings
+from clipmill.base.settings import Settings, digest, resolve_settings
 from pipeline.stages.stage import DriverStage
 from shards.corpus.folder import Corpus
 from shards.corpus.fragments import fragment_path, ledger_row, write_commit
 from shards.corpus.manifest import empty_manifest, is_current
 from shards.corpus.packs import MAIN, check_name, folder_of, index_files, samples_of, volume_of
 from shards.corpus.schema import LEDGER
+from shards.corpus.tombstones import tombstone_files
 from shards.packing.index import read_index, refresh_index
 from shards.packing.pack import (
     NEXT,
@@ -86,8 +89,10 @@ def pack_corpus(session, display, *, write: bool, redo: bool, pack: Pack | None 
     pack = pack or Pack(MAIN, session.settings.pack)
     report = PackReport()
     with open_manifest(root) as connection:
+        session.corpus.files.refresh("shards")
+        if not redo and (noted := _noted(session.corpus, connection, pack)):
+            return PackReport(noted["num_shards"], noted["num_samples"], seconds=time.perf_counter() - started)
         if write:
-            session.corpus.files.refresh("shards")
             with Writers(session) as writers:
                 _pack_volumes(session, connection, pack, writers, report, display, redo=redo)
             report.num_written += remove_other_names(root, pack.settings, pack.name)
@@ -304,12 +309,56 @@ def pack_state(session) -> dict[str, int]:
     counts = {"packed": 0, "to_pack": 0}
     if not (root / MANIFEST_NAME).exists():
         return counts
+    pack = Pack(MAIN, session.settings.pack)
     with open_manifest(root) as connection:
-        for _, plans in planned(root, connection, Pack(MAIN, session.settings.pack)):
+        if noted := _noted(session.corpus, connection, pack):
+            return {"packed": noted["num_samples"], "to_pack": 0}
+        for _, plans in planned(root, connection, pack):
             todo = {plan.name for plan in pending_shards(root, plans)}
             for plan in plans:
                 counts["to_pack" if plan.name in todo else "packed"] += len(plan.clip_ids)
     return counts
+
+
+# -- what was packed --------------------------------------------------------------------------------------------------
+
+NOTES = "packed.json"  # in the corpus's private folder: a cache
+
+
+def note_packed(corpus: Corpus, pack: Pack, report: PackReport) -> None:
+    """Note that a pack is up to date with the published manifest, so that it need not be planned to find this."""
+    notes = {name: note for name, note in _read_notes(corpus).items() if name != pack.name}
+    with open_manifest(corpus.root) as connection:
+        state = _state(corpus, connection, pack)
+    if state and not report.failures:  # those that failed are tried again
+        notes[pack.name] = {"state": state, "num_shards": report.num_shards, "num_samples": report.num_samples}
+    write_text(corpus.private / NOTES, json.dumps(notes))
+
+
+def _noted(corpus: Corpus, connection: duckdb.DuckDBPyConnection, pack: Pack) -> dict[str, Any] | None:
+    """Return the note on a pack if nothing has changed since that could change its shards or their texts."""
+    note = _read_notes(corpus).get(pack.name)
+    return note if note and note["state"] == _state(corpus, connection, pack) else None
+
+
+def _read_notes(corpus: Corpus) -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads((corpus.private / NOTES).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _state(corpus: Corpus, connection: duckdb.DuckDBPyConnection, pack: Pack) -> str | None:
+    """Hash what a pack is made from, and its files by size and time; None if the manifest does not say what it has."""
+    sql = "SELECT comment FROM duckdb_tables() WHERE database_name = 'manifest' AND table_name = 'videos'"
+    [(made_from,)] = connection.execute(sql).fetchall() or [(None,)]
+    if not (made_from or "").startswith("made from"):
+        return None
+    folder = corpus.root / folder_of(pack.name)
+    times = {} if corpus.store else {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+    files = [(name, size, times.get(name)) for name, size in corpus.files.sizes(folder_of(pack.name)).items()]
+    unfinished = list(corpus.files.sizes(f"{folder_of(pack.name)}/{NEXT}"))
+    return digest([made_from, tombstone_files(corpus.root), pack.settings.fingerprint(), sorted(files), unfinished])
 
 
 class Writers:

@@ -1,4 +1,4 @@
-"""Where the shards of a pack are. The main pack is `shards/` itself, a named one is the folder `shards/NAME/`.
+"""Names of packs and of their files. The main pack is `shards/` itself, a named one is the folder `shards/NAME/`.
 
 A shard of a volume is `VVVVVV-NNNNNN.tar`: the volume, and the number of the shard in it. A shard of a pack that is
 shuffled over the whole corpus is `NNNNNN.tar`. Each has its index beside it, `.parquet`.

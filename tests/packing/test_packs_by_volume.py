@@ -393,3 +393,33 @@ def test_tombstones_of_earlier_versions_reserve_places_in_volume_0(corpus):
     places = dict(ask(corpus, "SELECT clip_id, shard FROM samples"))
     run_pack(corpus)
     assert dict(ask(corpus, "SELECT clip_id, shard FROM samples")) == places, "no other clip moves"
+
+
+# -- nothing to do ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_up_to_date_is_not_planned_again(corpus, monkeypatch):
+    """Until anything changes: a file, a setting, a row or a tombstone."""
+    calls = []
+    select = pack_stage.select_samples
+    monkeypatch.setattr(pack_stage, "select_samples", lambda *a: calls.append(a) or select(*a))
+
+    def has_planned(*assignments: str, name: str | None = None) -> bool:
+        calls.clear()
+        run_pack(corpus, *assignments, name=name)
+        return bool(calls)
+
+    assert has_planned() and not has_planned() and not has_planned("pack.fsync=true")
+    assert status(corpus, []).pack == {"packed": 24, "to_pack": 0} and not calls
+    assert status(corpus, ["pack.where=video_id = 'video-a'"]).pack == {"packed": 0, "to_pack": 3}
+    assert not has_planned(name="no-twos") and has_planned("pack.seed=1", name="no-twos")
+    assert not has_planned(name="no-twos")
+    index = corpus / "shards" / "000001-000000.parquet"
+    data = index.read_bytes()
+    index.write_bytes(data[:-40] + bytes(8) + data[-32:])  # damage that keeps the size
+    assert has_planned() and index.read_bytes() == data and not has_planned()
+    assert has_planned("pack.max_samples=5") and has_planned("pack.max_samples=4") and not has_planned()
+    assert forget(corpus, find(corpus, ["video-h"], [], None), None)
+    assert has_planned() and not has_planned()
+    shutil.rmtree(corpus / ".clipmill")
+    assert has_planned(), "the note is a cache"
