@@ -33,6 +33,7 @@ from tests.helpers.whole_corpus import build_whole, write_sources
 from tests.packing.test_pack_shards import CLIP_IDS, samples_table
 from training.data.relocation import RelocationIndex
 from training.data.selection import Selection, freeze
+from training.launch import launch_estimate
 
 VIDEOS = [f"video-{letter}" for letter in "abcdefgh"]  # three to a unit, one unit to a volume: abc, def, gh
 PER_UNIT = ["ingest.volume_units=1"]
@@ -315,6 +316,12 @@ def test_training_reads_the_shards_of_the_pack(corpus, tmp_path):
         freeze(tmp_path / "s.arrow", corpus, pack="other")
     with pytest.raises(UserError, match=r"data\.pack"):
         freeze(tmp_path / "s.arrow", f"{corpus}/shards/*.tar", pack="no-twos")
+
+
+def test_plan_counts_the_clips_of_the_pack(packed):
+    tiny = ["train.batch_size=2", "data.where=video_id < 'video-d'"]
+    counts = [launch_estimate(packed, pack=pack, gpus=["H100"], assignments=tiny)[0].data for pack in (None, "no-twos")]
+    assert [count.num_clips for count in counts] == [9, 6]
 
 
 def test_a_clip_of_a_named_pack_is_found_where_it_is_now(corpus):
