@@ -212,14 +212,14 @@ def build(
     display = display or Silent()
     report = BuildReport()
     listed: SourceList | None = None
-    named: Pack | None = None
+    named_one: Pack | None = None  # instead of the main one
     of_pack = [text for text in assignments if text.lstrip().startswith("pack.")] if pack is not None else []
     assignments = [text for text in assignments if text not in of_pack]
 
     def check(corpus: Corpus, settings: CorpusSettings) -> None:
-        nonlocal listed, named
+        nonlocal listed, named_one
         if pack is not None:
-            named = named_pack(corpus, pack, settings, of_pack)
+            named_one = named_pack(corpus, pack, settings, of_pack)
         for stage in registry.stages():
             if list(stages) == [stage.name] and stage.is_off(getattr(settings, stage.name)):
                 raise UserError(f"{stage.name}.{stage.switch} is null, so the stage is off; --set it to turn it on.")
@@ -253,10 +253,10 @@ def build(
         if report.did_something or not is_current(current.corpus.root, current.ledger):
             current.publish()
         if "pack" in stages or report.engine.num_done:
-            if named:
-                record_pack(current.corpus, named)
+            if named_one:
+                record_pack(current.corpus, named_one)
             writes = "pack" in stages
-            report.pack = pack_corpus(current, display, write=writes, redo=redo and writes, pack=named)
+            report.pack = pack_corpus(current, display, write=writes, redo=redo and writes, pack=named_one)
             current.ledger.drop_superseded("cut")
         if not current.settings.download.keep_sources:
             current.corpus.files.remove(*current.ledger.sources_cut())
@@ -266,7 +266,7 @@ def build(
         if report.did_something or not is_current(current.corpus.root, current.ledger):
             current.publish()
         if "pack" in stages:
-            note_packed(current.corpus, named or Pack(MAIN, current.settings.pack), report.pack)
+            note_packed(current.corpus, named_one or Pack(MAIN, current.settings.pack), report.pack)
         report.failures = current.ledger.standing_failures(current.run_id)
         num_failures = sum(count for _, _, count, _ in current.ledger.standing_failures())
         report.num_old_failures = num_failures - sum(count for _, _, count, _ in report.failures)

@@ -430,3 +430,13 @@ def test_what_is_up_to_date_is_not_planned_again(corpus, monkeypatch):
     assert has_planned() and not has_planned()
     shutil.rmtree(corpus / ".clipmill")
     assert has_planned(), "the note is a cache"
+
+
+def test_items_may_be_named_when_a_stage_is_run(corpus):
+    """The items of `--where` are no pack."""
+    arguments = {"stages": ["pack"], "recipe": None, "assignments": [], "command": "test"}
+    for options in ({"where": "clip_id = 'video-a.0'"}, {"redo": True}, {"redo": True, "pack": "no-twos"}):
+        before = shard_files(corpus), shard_files(corpus, "shards/no-twos")
+        build(corpus, [], **arguments, **options)
+        assert (shard_files(corpus), shard_files(corpus, "shards/no-twos")) == before
+    assert settings_in(corpus)["packs"].keys() == {"no-twos"}
