@@ -39,6 +39,7 @@ def launch_training(
     init: str | None = None,
     select: str | None = None,
     where: str | None = None,
+    pack: str | None = None,
     workers: int = 1,
     address: str | None = None,
     assignments: Sequence[str] = (),
@@ -50,12 +51,14 @@ def launch_training(
     corpus         a corpus folder or URL, or a pattern of plain tars; None: the run's
     init           the initial model: a run (its best, else latest checkpoint), or any value of `model.init`
     select, where  a SELECT with clip_id, or a condition on `catalog`: becomes `data.where`
+    pack           name of the pack whose shards are read: becomes `data.pack`
     workers        training processes under Ray Train; 1: this process (which may be one of torchrun's)
     """
     condition = one_condition(select, where)
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1 process is needed.")
     chosen = [f"data.where={yaml_string(condition)}"] if condition else []
+    chosen += [f"data.pack={yaml_string(pack)}"] if pack is not None else []
     chosen += [f"model.init={yaml_string(initial_weights(init))}"] if init else []
     request = Request(
         run=str(Path(run).absolute()),
@@ -120,6 +123,7 @@ def launch_evaluation(
     recipe: str | None = None,
     select: str | None = None,
     where: str | None = None,
+    pack: str | None = None,
     text: str | None = None,
     dsl: bool = False,
     checkpoint: str | None = None,
@@ -135,6 +139,7 @@ def launch_evaluation(
     corpus         None: the run's
     select, where  a SELECT with clip_id, or a condition on `catalog`; neither: eval.where, which is empty by default:
                    every sample
+    pack           name of the pack whose shards are read; None: the run's, if its corpus is searched, else the main one
     checkpoint     of the run, see `training.run.best_checkpoint.chosen_checkpoint`
     ema            evaluate the run's averaged weights
     progress       called as clips are encoded, on the first process
@@ -143,12 +148,15 @@ def launch_evaluation(
     if save_similarity is not None:
         similarity_format(save_similarity)
     assignments = [*assignments, *([f"eval.text={text}"] if text else [])]
+    assignments += [f"data.pack={yaml_string(pack)}"] if pack is not None else []
     subject = open_subject(run, model, recipe, checkpoint, ema, assignments)
-    settings, corpus = subject.settings, corpus or subject.corpus
+    settings = subject.settings
+    read_pack = settings.data.pack if corpus is None or pack is not None else ""
+    corpus = corpus or subject.corpus
     condition = one_condition(select, where) or settings.eval.where
     if corpus is None:
         raise UserError("--corpus is missing: give the corpus of the clips to search.")
-    with join(settings.train.device) as process, _selected(process, corpus, condition) as selection:
+    with join(settings.train.device) as process, _selected(process, corpus, condition, read_pack) as selection:
         metrics = evaluate(
             subject.model.to(process.device),
             selection,
@@ -212,13 +220,13 @@ def _subject_of_run(folder: RunFolder, which: str | None, ema: bool, assignments
 
 
 @contextmanager
-def _selected(process: Process, corpus: str | Path, where: str) -> Iterator[Selection]:
+def _selected(process: Process, corpus: str | Path, where: str, pack: str) -> Iterator[Selection]:
     """Freeze the clips on the first process and copy the file to every other, so that no shared folder is needed."""
     with tempfile.TemporaryDirectory(prefix="clipmill-eval-") as folder:
         path = Path(folder) / "eval.arrow"
 
         def frozen() -> bytes:
-            freeze(path, corpus, where, setting="--where")
+            freeze(path, corpus, where, setting="--where", pack=pack)
             return path.read_bytes()
 
         content = process.first(frozen)
@@ -244,6 +252,7 @@ def launch_estimate(
     recipe: str | None = None,
     select: str | None = None,
     where: str | None = None,
+    pack: str | None = None,
     workers: int = 1,
     gpus: Sequence[str] = (),
     assignments: Sequence[str] = (),
@@ -253,6 +262,7 @@ def launch_estimate(
 
     corpus         a corpus folder or URL, or a pattern of plain tars
     select, where  a SELECT with clip_id, or a condition on `catalog`: becomes `data.where`
+    pack           name of the pack whose shards are read: becomes `data.pack`
     workers        training processes, one device each
     gpus           names such as H100; none: `training.cost.estimate.GPUS`
     Raises UserError.
@@ -261,5 +271,6 @@ def launch_estimate(
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1 process is needed.")
     chosen = [f"data.where={yaml_string(condition)}"] if condition else []
+    chosen += [f"data.pack={yaml_string(pack)}"] if pack is not None else []
     settings = resolve(None, recipe, [*assignments, *chosen])
     return estimate(corpus, settings, num_devices=workers, gpus=gpus or GPUS, tables=tables), settings

@@ -24,6 +24,8 @@ class DataSettings(Settings):
 
     # Clips to train on: an SQL condition on `catalog`, or a SELECT with a clip_id column. Empty: every sample.
     where: str = ""
+    # Name of the pack whose shards are read (`clipmill run pack --name NAME`). Empty: the main pack.
+    pack: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9-]{0,63})?$")] = ""
     # Boundaries from `clipmill edit`: "none", "accepted" (the last round that was kept) or a round's number, of the
     # newest editing; "EDITING:accepted" or "EDITING:3" name another one.
     edits: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^(none|(e[0-9a-f]+:)?(accepted|\d+))$")] = (

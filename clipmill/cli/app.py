@@ -100,6 +100,10 @@ SelectOption = Annotated[str | None, typer.Option(help="Train on the clips that 
 WhereOption = Annotated[
     str | None, typer.Option(help="Train on the clips that match this condition on `catalog`.", metavar="SQL")
 ]
+PackOption = Annotated[
+    str | None,
+    typer.Option(help="Read the shards of this named pack, not those of the main one.", metavar="NAME"),
+]
 FormatOption = Annotated[str, typer.Option(help="table or json.")]
 
 
@@ -158,6 +162,14 @@ def run(
         str | None,
         typer.Option(help="Also redo items that match, e.g. \"error_class = 'timeout'\".", metavar="SQL"),
     ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="With `pack`: write the pack in shards/NAME/, beside the main one; --set pack.… is then for it.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Run one stage on the items that are pending in it."""
@@ -166,6 +178,8 @@ def run(
     from pipeline.engine.build import require_stage
 
     require_stage(stage)
+    if name is not None and stage != "pack":
+        raise UserError(f"--name {name}: it names a pack, so it goes with `clipmill run pack`.")
     report = build_corpus(
         corpus,
         [],
@@ -175,6 +189,7 @@ def run(
         command=_command(),
         redo=redo,
         where=where,
+        pack=name,
         display=(display := Terminal()),
     )
     display.finished(report, corpus)
@@ -219,14 +234,15 @@ def sql(
 
 @app.command()
 def stats(corpus: CorpusArgument) -> None:
-    """Show the corpus in numbers: totals, the funnel from source to sample, histograms."""
+    """Show the corpus in numbers: totals, the funnel from source to sample, histograms, bytes on disk."""
     from rich.console import Console
 
+    from shards.query.disk import disk_use
     from shards.query.sql import open_manifest
     from shards.query.statistics import render, report
 
     with open_manifest(corpus) as connection:
-        render(report(connection), Console())
+        render(report(connection, disk_use(corpus, connection)), Console())
 
 
 @app.command()
@@ -296,6 +312,7 @@ def train(
     ] = None,
     select: SelectOption = None,
     where: WhereOption = None,
+    pack: PackOption = None,
     workers: Annotated[int, typer.Option(help="Training processes; more than one run under Ray Train.")] = 1,
     address: Annotated[str | None, typer.Option(help="The Ray cluster to train on, e.g. auto.")] = None,
     table: TableOption = None,
@@ -313,6 +330,7 @@ def train(
         init=init,
         select=select,
         where=where,
+        pack=pack,
         workers=workers,
         address=address,
         assignments=set_ or [],
@@ -331,6 +349,7 @@ def plan(
     recipe: RunRecipeOption = None,
     select: SelectOption = None,
     where: WhereOption = None,
+    pack: PackOption = None,
     workers: Annotated[int, typer.Option(help="Training processes, one device each.")] = 1,
     gpu: Annotated[
         list[str] | None, typer.Option(help="Estimate for this GPU, e.g. H100. Repeatable.", metavar="NAME")
@@ -350,6 +369,7 @@ def plan(
         recipe=recipe,
         select=select,
         where=where,
+        pack=pack,
         workers=workers,
         gpus=gpu or (),
         assignments=set_ or [],
@@ -377,6 +397,7 @@ def evaluate(
     where: Annotated[
         str | None, typer.Option(help="Search the clips that match. Omit for the setting eval.where.", metavar="SQL")
     ] = None,
+    pack: PackOption = None,
     text: Annotated[str | None, typer.Option(help="Queries: subtitle or caption.")] = None,
     dsl: Annotated[bool, typer.Option("--dsl", help="Also rank with dual softmax over all queries.")] = False,
     checkpoint: Annotated[
@@ -402,6 +423,7 @@ def evaluate(
         recipe=recipe,
         select=select,
         where=where,
+        pack=pack,
         text=text,
         dsl=dsl,
         checkpoint=checkpoint,

@@ -20,26 +20,37 @@ import pyarrow as pa
 
 from clipmill.base.credentials import strip_credentials
 from clipmill.base.errors import UserError
+from clipmill.base.settings import load_recipe
 from pipeline.engine import registry
 from pipeline.engine.driver import Engine, EngineReport
 from pipeline.engine.repair import find_rot, repair
-from pipeline.engine.settings import CorpusSettings, resolve
+from pipeline.engine.settings import RECIPES, CorpusSettings, resolve
 from pipeline.engine.trust import RUNS_CODE, Trust, assigned, lines, trust_in, without_foreign_code
 from pipeline.runtime.watchdog import sweep_reports
 from pipeline.stages.download.ytdlp_options import check_names
 from pipeline.stages.ingest.source_lists import SourceList, read_sources
 from pipeline.stages.ingest.stage import IngestReport, ingest_sources
-from pipeline.stages.pack import PackReport, check_where, pack_corpus, pack_state
+from pipeline.stages.pack import (
+    Pack,
+    PackReport,
+    check_shard_bytes,
+    check_where,
+    named_pack,
+    note_packed,
+    pack_corpus,
+    pack_state,
+    record_pack,
+)
 from pipeline.stages.stage import Stage
 from shards.corpus.folder import Corpus, NewerCorpus, lock_owner
 from shards.corpus.fragments import fragment_path, sweep_temporaries
 from shards.corpus.ledger import Ledger
 from shards.corpus.manifest import MANIFEST_NAME, is_current, publish
+from shards.corpus.packs import MAIN
 from shards.corpus.schema import MANIFEST
 from shards.corpus.working_database import remove_cache
 from shards.packing.verify import Problem
 from shards.query.sql import open_manifest, rows_of
-from shards.storage.s3 import MOST_COPIED_BYTES
 from shards.storage.sealed_parquet import write_parquet
 
 
@@ -148,16 +159,12 @@ def session(
         corpus.require()
     recorded = corpus.load_settings() if corpus.exists else None
     saved = None if recorded is None else with_defaults(recorded)
-    settings = resolve(saved, recipe, assignments).without_plain_secrets(saved)
+    settings = resolve(saved, recipe, _with_shuffle(saved, recipe, assignments)).without_plain_secrets(saved)
     trust = trust_in(corpus, settings, given=None if saved is None or recipe else assigned(assignments))
     trust.require(reaches=RUNS_CODE)
     if saved is None or saved["download"]["ytdlp_options"] != settings.download.ytdlp_options:
         check_names(settings.download.ytdlp_options)
-    if corpus.store and settings.pack.shard_bytes > MOST_COPIED_BYTES:
-        raise UserError(
-            f"pack.shard_bytes = {settings.pack.shard_bytes}: at most {MOST_COPIED_BYTES} for a corpus in a store, "
-            "which puts a shard in place by copying it."
-        )
+    check_shard_bytes(corpus, settings.pack)
     registry.fingerprints(settings)  # raises for a missing model file before settings are saved
     resolved = settings.model_dump(mode="json")
     if resolved != saved:
@@ -196,15 +203,24 @@ def build(
     command: str,
     redo: bool = False,
     where: str | None = None,
+    pack: str | None = None,
     display=None,
 ) -> BuildReport:
-    """Ingest `sources` if any, run the named stages, pack if "pack" is among them, publish."""
+    """Ingest `sources` if any, run the named stages, pack if "pack" is among them, publish.
+
+    pack  name of the pack that is packed instead of the main one; assignments to `pack` change its settings
+    """
     display = display or Silent()
     report = BuildReport()
     listed: SourceList | None = None
+    named_one: Pack | None = None  # instead of the main one
+    of_pack = [text for text in assignments if text.lstrip().startswith("pack.")] if pack is not None else []
+    assignments = [text for text in assignments if text not in of_pack]
 
     def check(corpus: Corpus, settings: CorpusSettings) -> None:
-        nonlocal listed
+        nonlocal listed, named_one
+        if pack is not None:
+            named_one = named_pack(corpus, pack, settings, of_pack)
         for stage in registry.stages():
             if list(stages) == [stage.name] and stage.is_off(getattr(settings, stage.name)):
                 raise UserError(f"{stage.name}.{stage.switch} is null, so the stage is off; --set it to turn it on.")
@@ -242,7 +258,10 @@ def build(
         if report.did_something or not is_current(current.corpus.root, current.ledger):
             current.publish()
         if "pack" in stages or report.engine.num_done:
-            report.pack = pack_corpus(current, display, write="pack" in stages, redo=redo and "pack" in stages)
+            if named_one:
+                record_pack(current.corpus, named_one)
+            writes = "pack" in stages
+            report.pack = pack_corpus(current, display, write=writes, redo=redo and writes, pack=named_one)
         current.refresh_state()
         current.ledger.tidy(
             clips="pack" in stages or bool(report.engine.num_done), sources=not current.settings.download.keep_sources
@@ -252,6 +271,8 @@ def build(
         # An earlier build may have been killed between packing and publishing, or a video may have been forgotten.
         if report.did_something or not is_current(current.corpus.root, current.ledger):
             current.publish()
+        if "pack" in stages:
+            note_packed(current.corpus, named_one or Pack(MAIN, current.settings.pack), report.pack)
         report.failures = current.ledger.standing_failures(current.run_id)
         num_failures = sum(count for _, _, count, _ in current.ledger.standing_failures())
         report.num_old_failures = num_failures - sum(count for _, _, count, _ in report.failures)
@@ -289,10 +310,21 @@ def _items_named(corpus: Corpus, stage: Stage, where: str) -> list[str]:
 def with_defaults(saved: dict) -> dict:
     """Return settings as an earlier version saved them, completed by the defaults of settings that are new since."""
     defaults = resolve(None, None, []).model_dump(mode="json")
+    defaults["pack"]["shuffle"] = "corpus"  # as these versions packed: another way would pack everything again
     known = {section: saved.get(section) or {} for section in defaults}
     return saved | {
         section: defaults[section] | values for section, values in known.items() if isinstance(values, dict)
     }
+
+
+def _with_shuffle(saved: dict | None, recipe: str | None, assignments: list[str]) -> list[str]:
+    """Return assignments that keep the `pack.shuffle` of a corpus, unless the recipe or one of them names it.
+
+    A recipe has the default of all settings that it does not name, and this one would pack everything again.
+    """
+    if not (saved and recipe) or "shuffle" in (load_recipe(RECIPES, recipe).get("pack") or {}):
+        return assignments
+    return [f"pack.shuffle={saved['pack']['shuffle']}", *assignments]
 
 
 def difference(before: dict, after: dict, prefix: str = "") -> list[str]:

@@ -14,6 +14,7 @@ from clipmill.base.atomic_file import write_text
 from clipmill.base.text import sql_literal
 from shards.corpus.folder import Corpus
 from shards.corpus.ledger import Ledger
+from shards.corpus.packs import MAIN, index_files, named_packs
 from shards.packing.deep_verify import (
     Stored,
     clip_ranges,
@@ -106,8 +107,8 @@ def _drawn(ledger: Ledger, check_bytes: int, run_id: str) -> tuple[set[str], lis
 
 
 def _drawn_members(root: Path, check_bytes: int, run_id: str) -> Iterator[Stored]:
-    """Draw clips of one shard."""
-    indexes = sorted((root / "shards").glob("[0-9]*.parquet"))
+    """Draw clips of one shard of any pack."""
+    indexes = [path for pack in (MAIN, *named_packs(root)) for path in index_files(root, pack)]
     if not indexes or not check_bytes:
         return
     chosen = random.Random(run_id).choice(indexes)
@@ -116,7 +117,7 @@ def _drawn_members(root: Path, check_bytes: int, run_id: str) -> Iterator[Stored
     except DamagedFile:
         return  # packing writes this shard again
     rows = [row for row in random.Random(run_id).sample(rows, min(FEW, len(rows))) if row["mp4_offset"] is not None]
-    path = f"shards/{chosen.stem}.tar"
+    path = str(chosen.relative_to(root).with_suffix(".tar"))
     members = [Stored(path, row["clip_id"], row["mp4_sha256"], row["mp4_offset"], row["mp4_bytes"]) for row in rows]
     yield from _up_to([(member, member.num_bytes) for member in members], check_bytes // 4)
 

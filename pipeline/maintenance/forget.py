@@ -10,16 +10,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import duckdb
 
 from clipmill.base.errors import UserError
-from pipeline.engine.build import session
+from pipeline.engine.build import session, with_defaults
 from pipeline.engine.settings import resolve
 from pipeline.engine.trust import RUNS_CODE, trust_in
 from pipeline.stages.download.site_fetch import site_key, site_key_of
 from pipeline.stages.ingest import private_urls
-from pipeline.stages.pack import planned
+from pipeline.stages.pack import Pack, packs_of, planned
 from shards.corpus.folder import Corpus
+from shards.corpus.manifest import is_current
+from shards.corpus.packs import samples_of
 from shards.corpus.source_ids import canonical_url, normal_url, source_spellings, video_id_for
 from shards.corpus.tombstones import all_hashes, hash_of, is_forgotten, read_tombstones, write_tombstones
 from shards.packing.compact import (
@@ -30,7 +36,7 @@ from shards.packing.compact import (
     redact,
     remove_sources,
 )
-from shards.packing.pack import select_samples, slots_of
+from shards.packing.pack import ShardPlan, select_samples, slots_of
 from shards.query.sql import open_manifest, rows_of, selection, video_of_url
 from shards.storage.local import MANIFEST_NAME, UNFINISHED
 from shards.storage.mirror import for_reading, mirror_folder
@@ -78,7 +84,9 @@ def find(root: str | Path, ids: Sequence[str], urls: Sequence[str], where: str |
         if where and not named:
             raise UserError(f"--where {where}: no video meets this condition.")
         unknown = [url for url, video_id in by_url.items() if video_id is None]
-        videos = connection.sql(_NAMED_AND_COPIES, params={"ids": sorted(set(named))}).to_arrow_table().to_pylist()
+        known = connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'pack_samples'").fetchall()
+        sql = _NAMED_AND_COPIES.replace("$more", _IN_NAMED_PACKS if known else "")  # older manifests lack the table
+        videos = connection.sql(sql, params={"ids": sorted(set(named))}).to_arrow_table().to_pylist()
     return ForgetPlan(videos, [url for url in unknown if not is_forgotten(source_spellings(url), forgotten)])
 
 
@@ -100,11 +108,14 @@ found AS (
 )
 SELECT d.video_id, d.url, d.kind, d.title, d.path, d.num_bytes, d.sha256, d.extractor, d.meta, d.is_copy,
        (SELECT count(*) FROM clips c WHERE c.video_id = d.video_id) AS num_clips,
-       (SELECT count(*) FROM samples s WHERE s.video_id = d.video_id) AS num_samples,
+       (SELECT count(*) FROM samples s WHERE s.video_id = d.video_id) $more AS num_samples,
        (SELECT count(*) FROM captions t WHERE split_part(t.clip_id, '.', 1) = d.video_id) AS num_captions,
        (SELECT count(*) FROM sentences s WHERE s.video_id = d.video_id) AS num_sentences
 FROM found d ORDER BY d.is_copy, d.video_id
 """
+
+
+_IN_NAMED_PACKS = "+ (SELECT count(*) FROM pack_samples s WHERE s.video_id = d.video_id)"
 
 
 def _known_id(connection, video_id: str) -> str:
@@ -123,6 +134,7 @@ def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:
     """
     corpus, at = Corpus(root).require(), datetime.now(UTC)
     trust_in(corpus, resolve(corpus.load_settings(), None, [])).require(reaches=RUNS_CODE)
+    _publish_if_older(corpus)
     slots = _slots_of(corpus, plan)
     rows = [
         {
@@ -130,7 +142,7 @@ def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:
             "url_hash": hash_of(canonical_url(video["url"])),
             "other_hashes": _other_hashes(video["url"], video["extractor"], video["meta"]),
             "sha256": video["sha256"],
-            "places": slots.get(video["video_id"], []),
+            **slots[video["video_id"]],
         }
         for video in plan.videos
     ]
@@ -140,6 +152,7 @@ def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:
             "url_hash": hash_of(canonical_url(url)),
             "other_hashes": _other_hashes(url),
             "places": [],
+            "pack_places": [],
         }
         for url in plan.urls
     ]
@@ -154,6 +167,18 @@ def forget(root: str | Path, plan: ForgetPlan, reason: str | None) -> bool:
     return True
 
 
+def _publish_if_older(corpus: Corpus) -> None:
+    """Publish the manifest if an earlier version did, because it may lack columns that packing reads."""
+    if is_current(for_reading(corpus.name, MANIFEST_NAME, "fragments/forgotten/")):
+        return
+    try:
+        with session(corpus.root, None, [], "forget", create=False) as (current, _):
+            current.publish()
+    except UserError:
+        if not corpus.is_being_written():
+            raise
+
+
 def _other_hashes(url: str, extractor: str | None = None, meta: str | None = None) -> list[str]:
     """Return the hashes of a source's normal URL, and of its site with its id there, as far as they are known."""
     found = json.loads(meta or "{}").get("id")
@@ -161,17 +186,32 @@ def _other_hashes(url: str, extractor: str | None = None, meta: str | None = Non
     return sorted({hash_of(key) for key in [normal_url(url), *at_site, site_key_of(url)] if key})
 
 
-def _slots_of(corpus: Corpus, plan: ForgetPlan) -> dict[str, list[dict]]:
-    """Return video → reserved slots of its clips in the order of packing; {} before the first packing."""
-    settings, found = resolve(corpus.load_settings(), None, []).pack, {}
+def _slots_of(corpus: Corpus, plan: ForgetPlan) -> dict[str, dict[str, Any]]:
+    """Return video → its volume and the reserved slots of its clips in the order of packing, of every pack.
+
+    Only of packs that have been packed; a named pack whose condition does not fit any more has none.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    settings = resolve(with_defaults(corpus.load_settings()), None, [])
     with open_manifest(for_reading(corpus.name, MANIFEST_NAME)) as connection:
-        if not rows_of(connection, "SELECT 1 FROM samples LIMIT 1"):
-            return {}
-        samples = select_samples(connection, settings)
-    planned_ids = set(plan.video_ids)
-    for clip_id, slot in slots_of(samples, settings.seed):
-        if (video_id := clip_id.rpartition(".")[0]) in planned_ids:
-            found.setdefault(video_id, []).append(slot)
+        sql = "SELECT video_id, coalesce(volume, 0) AS volume FROM videos WHERE video_id IN (SELECT unnest(?))"
+        for video_id, volume in connection.execute(sql, [plan.video_ids]).fetchall():
+            found[video_id] = {"volume": volume, "places": [], "pack_places": []}
+        volumes = sorted({each["volume"] for each in found.values()})
+        for pack in packs_of(corpus, settings):
+            if not rows_of(connection, f"SELECT 1 FROM {samples_of(pack.name)} LIMIT 1"):
+                continue
+            try:
+                samples = select_samples(connection, pack.settings, volumes)
+            except UserError:
+                if not pack.name:
+                    raise
+                continue
+            for clip_id, slot in slots_of(samples, pack.settings.seed):
+                if each := found.get(clip_id.rpartition(".")[0]):
+                    each["pack_places" if pack.name else "places"].append(
+                        {"pack": pack.name, **slot} if pack.name else slot
+                    )
     return found
 
 
@@ -187,8 +227,8 @@ def compact(root: str | Path) -> CompactReport:
         corpus.files.upload(UNFINISHED)
         forgotten = ForgottenIndex.of(corpus.root)
         with open_manifest(corpus.root) as connection:
-            plans = planned(connection, current.settings.pack)
-            compact_shards(corpus.root, connection, plans, forgotten, report)
+            plans_of = partial(_plans_of, corpus.root, connection, packs_of(corpus, current.settings))
+            compact_shards(corpus.root, connection, plans_of, forgotten, report)
         redact(corpus.root, forgotten, report)
         remove_sources(corpus.root, forgotten, report)
         private_urls.forget(forgotten.covers)
@@ -200,3 +240,17 @@ def compact(root: str | Path) -> CompactReport:
         shutil.rmtree(mirror_folder(corpus.store, "read"), ignore_errors=True)  # this machine's copy for readers
     report.settings = [name for name in forgotten.names if name in corpus.settings_path.read_text()]
     return report
+
+
+def _plans_of(
+    root: Path, connection: duckdb.DuckDBPyConnection, packs: Sequence[Pack], name: str, volume: int | None
+) -> list[ShardPlan]:
+    """Return the shards that a volume of a pack ought to have; [] if this is not known or its shuffle has changed."""
+    for pack in packs:
+        if pack.name == name and (volume is None) == (pack.settings.shuffle == "corpus"):
+            try:
+                return next(planned(root, connection, pack, volumes=None if volume is None else [volume]))[1]
+            except UserError:  # the condition of a named pack does not fit any more
+                if not name:
+                    raise
+    return []

@@ -15,8 +15,9 @@ from clipmill.media.probe import NO_REFERENCES
 from clipmill.media.sandbox import Sandbox
 from pipeline.engine.repair import write_suspects
 from shards.corpus.folder import SETTINGS, Corpus
+from shards.corpus.packs import samples_of
 from shards.packing.deep_verify import deep_problems
-from shards.packing.verify import Problem, verify
+from shards.packing.verify import Problem, packs_in, verify
 from shards.query.sql import open_manifest
 from shards.storage.local import MANIFEST_NAME
 from shards.storage.mirror import for_reading
@@ -58,8 +59,10 @@ def _verify_shards(root: str | Path, decode: bool, console: Console) -> tuple[li
     here = for_reading(root, SETTINGS, MANIFEST_NAME, "fragments/forgotten/", "shards/")
     Corpus(here).require()
     with open_manifest(here) as connection, Progress(console=console, transient=True) as progress:
-        counts = connection.execute("SELECT count(DISTINCT shard), count(*) FROM samples")
-        ((num_shards, num_samples),) = counts.fetchall()
+        packs = packs_in(here, connection)
+        counts = [f"SELECT count(DISTINCT shard) AS s, count(*) AS n FROM {samples_of(pack)}" for pack in packs]
+        sql = f"SELECT sum(s)::BIGINT, sum(n)::BIGINT FROM ({' UNION ALL '.join(counts)})"
+        ((num_shards, num_samples),) = connection.execute(sql).fetchall()
         task = progress.add_task("verify", total=num_shards)
         problems = verify(
             here,

@@ -1,43 +1,67 @@
 """The pack stage: selected clips → shards, written by Ray tasks and put in place by the driver; indexes get new texts.
 
-It reads the published manifest like any reader, so the caller publishes before and after.
+Each volume is packed alone: planned, written, put in place (`VolumePacking`). `pack_corpus` does this for all volumes,
+with the shards of several of them in flight. It reads the published manifest like any reader, so the caller publishes
+before and after.
 """
 
+import json
 import time
 from collections import deque
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.ray_cluster import start_ray
+from clipmill.base.settings import Settings, digest, resolve_settings
 from pipeline.stages.stage import DriverStage
+from shards.corpus.folder import Corpus
 from shards.corpus.fragments import fragment_path, ledger_row, write_commit
 from shards.corpus.manifest import empty_manifest, is_current
+from shards.corpus.packs import MAIN, check_name, folder_of, index_files, samples_of, volume_of
 from shards.corpus.schema import LEDGER
+from shards.corpus.tombstones import tombstone_files
 from shards.packing.index import read_index, refresh_index
 from shards.packing.pack import (
+    NEXT,
+    SHARDS_AT_ONCE,
     PackSettings,
     ShardPlan,
+    clips_by_volume,
     commit_shards,
     pending_shards,
     plan_shards,
+    remove_other_names,
     reserved_slots,
     rows_by_shard,
     select_samples,
+    shard_files,
+    volume_batches,
     write_shard,
 )
 from shards.query.sql import check_selection, open_manifest, rows_of, selection
 from shards.storage.local import MANIFEST_NAME
 from shards.storage.mirror import files_of, mirror
-from shards.storage.s3 import Store
+from shards.storage.s3 import MOST_COPIED_BYTES, Store
 
 PACK = DriverStage("pack", help="clips → shards", settings=PackSettings)
 FEW_SHARDS = 2  # written in this process, because starting Ray would take longer
-FAILURES = "pack"  # name of the one commit that holds the clips that the last packing left out
+FAILURES = "pack"  # begins the names of the commits that hold the clips that the last packing left out
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A pack of a corpus: its name, "" of the main one, and its settings."""
+
+    name: str
+    settings: PackSettings
 
 
 @dataclass
@@ -48,29 +72,221 @@ class PackReport:
     num_refreshed: int = 0  # indexes that got new texts
     seconds: float = 0.0
     failures: list[tuple[str, ItemError]] = field(default_factory=list)
+    committed: set[str] = field(default_factory=set)  # names of the shards of all volumes that have changed
+
+    def add(self, volume: "PackReport") -> None:
+        self.num_written += volume.num_written
+        self.failures += volume.failures
+        self.committed |= volume.committed
 
 
-def pack_corpus(session, display, *, write: bool, redo: bool) -> PackReport:
-    """Bring shards/ up to date with the manifest; without `write` only the texts of the indexes.
+def pack_corpus(session, display, *, write: bool, redo: bool, pack: Pack | None = None) -> PackReport:
+    """Bring a pack, by default the main one, up to date with the manifest; without `write` only its indexes' texts.
 
     `session`: of `pipeline.engine.build`.
     """
-    root, settings, started = session.corpus.root, session.settings.pack, time.perf_counter()
+    root, started = session.corpus.root, time.perf_counter()
+    pack = pack or Pack(MAIN, session.settings.pack)
     report = PackReport()
     with open_manifest(root) as connection:
+        session.corpus.files.refresh("shards")
+        if not redo and (noted := _noted(session.corpus, connection, pack)):
+            return PackReport(noted["num_shards"], noted["num_samples"], seconds=time.perf_counter() - started)
         if write:
-            plans = planned(connection, settings)
-            session.corpus.files.refresh("shards")
-            todo = plans if redo else pending_shards(root, plans, retry_missing=True)
-            report.failures = _write_all(session, connection, todo, display)
-            report.num_written, num_removed = commit_shards(root, plans, fsync=settings.fsync)
-            report.num_written += num_removed
-            report.num_shards, report.num_samples = len(plans), sum(len(plan.clip_ids) for plan in plans)
-            if todo:
-                _record_failures(session, report.failures)
-        report.num_refreshed = _refresh(root, connection)
+            with Writers(session) as writers:
+                _pack_volumes(session, connection, pack, writers, report, display, redo=redo)
+            report.num_written += remove_other_names(root, pack.settings, pack.name)
+            _forget_failures_of_other_names(session, pack)
+        report.num_refreshed = _refresh(root, connection, pack, report.committed)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _pack_volumes(
+    session, connection, pack: Pack, writers: "Writers", report: PackReport, display, *, redo: bool
+) -> None:
+    """Pack every volume; the shards of one are written while those of the next are planned."""
+    waiting: deque[tuple[VolumePacking, Any]] = deque()
+    num_done = 0
+
+    def collect() -> None:
+        nonlocal num_done
+        packing, result = waiting.popleft()
+        packing.add(result())
+        num_done += 1
+        if packing.is_written:
+            report.add(packing.commit())
+
+    there = _files_by_volume(session.corpus.root, pack)
+    for volume, plans in planned(session.corpus.root, connection, pack, there):
+        packing = VolumePacking(session, pack, volume, plans, there=there, redo=redo)
+        report.num_shards += len(plans)
+        report.num_samples += sum(len(plan.clip_ids) for plan in plans)
+        if packing.is_written and packing.has_changed:
+            report.add(packing.commit())
+        writers.expect(len(packing.todo))
+        for task in packing.tasks(connection):
+            waiting.append((packing, writers(*task)))
+            while len(waiting) > 2 * writers.width:
+                collect()
+    while waiting:
+        collect()
+    if num_done:
+        display.packing(num_done, num_done)
+
+
+class VolumePacking:
+    """The packing of one volume, in steps, so that a driver can do other work between them.
+
+    Submit `tasks`, hand the result of each to `add`, and call `commit` when `is_written`.
+
+    there  files of the pack by volume, as `_files_by_volume` lists them; None: listed here
+    redo   write all shards again, not only those that differ from their plan
+    """
+
+    def __init__(
+        self,
+        session,
+        pack: Pack,
+        volume: int | None,
+        plans: list[ShardPlan],
+        *,
+        there: "FilesByVolume | None" = None,
+        redo: bool = False,
+    ):
+        self.session, self.pack, self.volume, self.plans = session, pack, volume, plans
+        root = session.corpus.root
+        there = _files_by_volume(root, pack) if there is None else there
+        self.there = there.placed.get(volume, [])
+        self.todo = plans if redo else pending_shards(root, plans, retry_missing=True)
+        wanted = {name for plan in plans for name in (plan.name, plan.index_name)}
+        self.has_changed = bool(self.todo) or volume in there.next or wanted != set(self.there)
+        self.failures: list[tuple[str, ItemError]] = []
+        self.num_written = 0
+
+    def tasks(self, connection: duckdb.DuckDBPyConnection) -> Iterator[tuple]:
+        """Yield the arguments of `write_task` for each shard to write. Rows are sent to the tasks, media are not."""
+        for plan, rows in rows_by_shard(connection, self.todo):
+            yield plan, rows, self.session.corpus.root, self.session.corpus.store, self.pack.settings.fsync
+
+    def add(self, failures: list[tuple[str, ItemError]]) -> None:
+        self.failures += failures
+        self.num_written += 1
+
+    @property
+    def is_written(self) -> bool:
+        return self.num_written == len(self.todo)
+
+    def commit(self) -> PackReport:
+        """Put the shards in place, remove the volume's other ones, and record the clips that were left out."""
+        num_placed, num_removed = commit_shards(
+            self.session.corpus.root,
+            self.plans,
+            volume=self.volume,
+            pack=self.pack.name,
+            there=self.there,
+            fsync=self.pack.settings.fsync,
+        )
+        if self.todo or not self.plans:
+            _record_failures(self.session, self.pack, self.volume, self.failures)
+        names = {plan.name for plan in self.plans}
+        return PackReport(num_written=num_placed + num_removed, failures=self.failures, committed=names)
+
+
+@dataclass(frozen=True)
+class FilesByVolume:
+    """Names of a pack's files by volume; None: those of a pack that is shuffled over the whole corpus."""
+
+    placed: dict[int | None, list[str]]
+    next: set[int | None]  # volumes with files under `.next`
+
+
+def _files_by_volume(root: Path, pack: Pack) -> FilesByVolume:
+    placed: dict[int | None, list[str]] = {}
+    for name in shard_files(root, pack.name):
+        placed.setdefault(volume_of(name), []).append(name)
+    unfinished = files_of(root).sizes(f"{folder_of(pack.name)}/{NEXT}")
+    return FilesByVolume(placed, {volume_of(f"{name.rpartition('-')[0]}.tar") for name in unfinished})  # SHARD-KEY.tar
+
+
+def planned(
+    root: Path,
+    connection: duckdb.DuckDBPyConnection,
+    pack: Pack,
+    there: FilesByVolume | None = None,
+    volumes: Collection[int] | None = None,
+) -> Iterator[tuple[int | None, list[ShardPlan]]]:
+    """Yield (volume, the shards that it ought to have), from the manifest; one volume's clips are in memory at a time.
+
+    A volume that has shards but no clips any more comes without shards. A pack that is shuffled over the whole corpus
+    is one volume, None.
+
+    volumes  only these
+    """
+    settings, name = pack.settings, pack.name
+    if settings.shuffle == "corpus":
+        samples = select_samples(connection, settings)
+        yield None, plan_shards(samples, settings, reserved_slots(connection, pack=name), pack=name)
+        return
+    there = _files_by_volume(root, pack) if there is None else there
+    counts = {volume: 0 for volume in (*there.placed, *there.next) if volume is not None}
+    counts |= clips_by_volume(connection)
+    if volumes is not None:
+        counts = {volume: counts.get(volume, 0) for volume in volumes}
+    for batch in volume_batches(dict(sorted(counts.items()))):
+        samples = select_samples(connection, settings, batch)
+        for volume in batch:
+            some = samples.filter(pc.field("volume") == volume)
+            yield volume, plan_shards(some, settings, reserved_slots(connection, volume, name), volume, name)
+
+
+# -- named packs ------------------------------------------------------------------------------------------------------
+
+
+class _Section(Settings):
+    pack: PackSettings = PackSettings()
+
+
+def packs_of(corpus: Corpus, settings) -> list[Pack]:
+    """Return the main pack and the named ones that the corpus records. `settings`: a `CorpusSettings`."""
+    named = [Pack(name, _settings_of(recorded, [])) for name, recorded in sorted(corpus.load_packs().items())]
+    return [Pack(MAIN, settings.pack), *named]
+
+
+def named_pack(corpus: Corpus, name: str, settings, assignments: Sequence[str]) -> Pack:
+    """Return a named pack with its recorded settings, changed by `--set pack.…`; a new one has those of the main pack.
+
+    Raises UserError for a wrong name or setting, and a condition that the corpus cannot answer.
+    """
+    check_name(name)
+    pack = Pack(name, _settings_of(corpus.load_packs().get(name) or settings.pack.model_dump(mode="json"), assignments))
+    check_shard_bytes(corpus, pack.settings)
+    check_where(pack.settings, corpus.root)
+    return pack
+
+
+def _settings_of(recorded: dict, assignments: Sequence[str]) -> PackSettings:
+    return resolve_settings(_Section, Path(), {"pack": recorded}, None, list(assignments)).pack
+
+
+def record_pack(corpus: Corpus, pack: Pack) -> None:
+    """Write the settings of a named pack into corpus.yaml, if they differ."""
+    recorded = corpus.load_packs()
+    content = pack.settings.model_dump(mode="json")
+    if recorded.get(pack.name) != content:
+        corpus.save_settings(corpus.load_settings(), packs=recorded | {pack.name: content})
+
+
+def check_shard_bytes(corpus: Corpus, settings: PackSettings) -> None:
+    """Raise UserError for shards that a store cannot put in place."""
+    if corpus.store and settings.shard_bytes > MOST_COPIED_BYTES:
+        raise UserError(
+            f"pack.shard_bytes = {settings.shard_bytes}: at most {MOST_COPIED_BYTES} for a corpus in a store, "
+            "which puts a shard in place by copying it."
+        )
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
 
 
 def check_where(settings: PackSettings, root: Path) -> None:
@@ -87,69 +303,98 @@ def check_where(settings: PackSettings, root: Path) -> None:
                 raise UserError(f"pack.where: {error}") from error
 
 
-def planned(connection, settings: PackSettings) -> list[ShardPlan]:
-    """Return the shards that ought to exist, from the manifest."""
-    return plan_shards(select_samples(connection, settings), settings, reserved_slots(connection))
-
-
 def pack_state(session) -> dict[str, int]:
     """Count the samples that are packed as planned, and those in shards that are to be written or removed."""
     root = session.corpus.root
+    counts = {"packed": 0, "to_pack": 0}
     if not (root / MANIFEST_NAME).exists():
-        return {"packed": 0, "to_pack": 0}
+        return counts
+    pack = Pack(MAIN, session.settings.pack)
     with open_manifest(root) as connection:
-        plans = planned(connection, session.settings.pack)
-    todo = {plan.name for plan in pending_shards(root, plans)}
-    sizes = {plan.name: len(plan.clip_ids) for plan in plans}
-    return {
-        "packed": sum(size for name, size in sizes.items() if name not in todo),
-        "to_pack": sum(sizes[name] for name in todo),
-    }
+        if noted := _noted(session.corpus, connection, pack):
+            return {"packed": noted["num_samples"], "to_pack": 0}
+        for _, plans in planned(root, connection, pack):
+            todo = {plan.name for plan in pending_shards(root, plans)}
+            for plan in plans:
+                counts["to_pack" if plan.name in todo else "packed"] += len(plan.clip_ids)
+    return counts
 
 
-def _write_all(session, connection, plans: list[ShardPlan], display) -> list[tuple[str, ItemError]]:
-    """Write the shards, with Ray if they are many. Rows are sent to the tasks, media are not."""
-    root, fsync = session.corpus.root, session.settings.pack.fsync
-    failures: list[tuple[str, ItemError]] = []
-    few = len(plans) <= FEW_SHARDS
-    if not few:
-        session.trust.require(["engine"])
-    with nullcontext(_InThisProcess()) if few else _RayTasks(session.settings) as submit:
-        waiting, num_done = deque(), 0
-        for piece in chain(rows_by_shard(connection, plans), [None]):
-            if piece is not None:
-                waiting.append(submit(*piece, root, session.corpus.store, fsync))
-            while waiting and (piece is None or len(waiting) > 2 * submit.width):
-                failures += waiting.popleft()()
-                num_done += 1
-                display.packing(num_done, len(plans))
-    return failures
+# -- what was packed --------------------------------------------------------------------------------------------------
+
+NOTES = "packed.json"  # in the corpus's private folder: a cache
 
 
-class _InThisProcess:
-    width = 0
+def note_packed(corpus: Corpus, pack: Pack, report: PackReport) -> None:
+    """Note that a pack is up to date with the published manifest, so that it need not be planned to find this."""
+    notes = {name: note for name, note in _read_notes(corpus).items() if name != pack.name}
+    with open_manifest(corpus.root) as connection:
+        state = _state(corpus, connection, pack)
+    if state and not report.failures:  # those that failed are tried again
+        notes[pack.name] = {"state": state, "num_shards": report.num_shards, "num_samples": report.num_samples}
+    write_text(corpus.private / NOTES, json.dumps(notes))
 
-    def __call__(self, *arguments):
-        failures = _write(*arguments)
-        return lambda: failures
+
+def _noted(corpus: Corpus, connection: duckdb.DuckDBPyConnection, pack: Pack) -> dict[str, Any] | None:
+    """Return the note on a pack if nothing has changed since that could change its shards or their texts."""
+    note = _read_notes(corpus).get(pack.name)
+    return note if note and note["state"] == _state(corpus, connection, pack) else None
 
 
-class _RayTasks:
-    def __init__(self, settings):
-        self.settings = settings
+def _read_notes(corpus: Corpus) -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads((corpus.private / NOTES).read_text())
+    except (OSError, ValueError):
+        return {}
 
-    def __enter__(self):
+
+def _state(corpus: Corpus, connection: duckdb.DuckDBPyConnection, pack: Pack) -> str | None:
+    """Hash what a pack is made from, and its files by size and time; None if the manifest does not say what it has."""
+    sql = "SELECT comment FROM duckdb_tables() WHERE database_name = 'manifest' AND table_name = 'videos'"
+    [(made_from,)] = connection.execute(sql).fetchall() or [(None,)]
+    if not (made_from or "").startswith("made from"):
+        return None
+    folder = corpus.root / folder_of(pack.name)
+    times = {} if corpus.store else {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+    files = [(name, size, times.get(name)) for name, size in corpus.files.sizes(folder_of(pack.name)).items()]
+    unfinished = list(corpus.files.sizes(f"{folder_of(pack.name)}/{NEXT}"))
+    return digest([made_from, tombstone_files(corpus.root), pack.settings.fingerprint(), sorted(files), unfinished])
+
+
+class Writers:
+    """Write shards in this process while they are few, else as Ray tasks. A context manager, and called for each task.
+
+    `width`: tasks that run at a time, 0 in this process.
+    """
+
+    def __init__(self, session):
+        self.session, self.ray, self.started, self.width, self.num_here = session, None, False, 0, 0
+
+    def __enter__(self) -> "Writers":
+        return self
+
+    def expect(self, num_shards: int) -> None:
+        """Start or join Ray if these shards and the earlier ones are more than a few."""
+        self.num_here += num_shards
+        if self.ray is None and self.num_here > FEW_SHARDS:
+            self._start()
+
+    def _start(self) -> None:
         import ray
 
-        engine = self.settings.engine
+        self.session.trust.require(["engine"])
+        engine = self.session.settings.engine
         allow_open = engine.allow_open_cluster
         self.started = start_ray(engine.address, engine.cpus, setting="engine.address", allow_open=allow_open)
         self.ray = ray
         self.width = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        self.task = ray.remote(num_cpus=1)(_write)  # writing again gives the same bytes, so Ray may retry
-        return self
+        self.task = ray.remote(num_cpus=1)(write_task)  # writing again gives the same bytes, so Ray may retry
 
     def __call__(self, *arguments):
+        """Submit a task; return the function that waits for its result."""
+        if self.ray is None:
+            failures = write_task(*arguments)
+            return lambda: failures
         reference = self.task.remote(*arguments)
         return lambda: self.ray.get(reference)
 
@@ -158,37 +403,78 @@ class _RayTasks:
             self.ray.shutdown()
 
 
-def _write(
+def write_task(
     plan: ShardPlan, rows: pa.Table, root: Path, store: Store | None, fsync: bool
 ) -> list[tuple[str, ItemError]]:
+    """Write one shard under `.next`, on any machine; return the clips that were left out, with the reason."""
     if store:
         mirror(root, store)
     return write_shard(plan, rows, root, fsync=fsync).failures
 
 
-def _record_failures(session, failures: list[tuple[str, ItemError]]) -> None:
-    """Commit the clips that this packing left out in place of those of the one before."""
-    rows = [ledger_row("pack", clip_id, FAILURES, run_id=session.run_id, error=error) for clip_id, error in failures]
+def _record_failures(session, pack: Pack, volume: int | None, failures: list[tuple[str, ItemError]]) -> None:
+    """Commit the clips that this packing of a volume left out in place of those of the one before."""
+    name = _failures_name(pack.name, volume)
+    key = f"{FAILURES} {pack.name}".rstrip()
+    rows = [ledger_row("pack", clip_id, key, run_id=session.run_id, error=error) for clip_id, error in failures]
     root = session.corpus.root
     if rows:
-        write_commit(root, FAILURES, {}, pa.Table.from_pylist(rows, LEDGER), [])
-        session.ledger.load([FAILURES])
-    elif fragment_path(root, "ledger", FAILURES).exists():
-        session.corpus.files.remove(f"fragments/ledger/{FAILURES}.parquet")
-        session.ledger.forget([FAILURES])
+        write_commit(root, name, {}, pa.Table.from_pylist(rows, LEDGER), [])
+        session.ledger.load([name])
+    elif fragment_path(root, "ledger", name).exists():
+        session.corpus.files.remove(f"fragments/ledger/{name}.parquet")
+        session.ledger.forget([name])
 
 
-def _refresh(root: Path, connection) -> int:
-    """Write into every index the texts that the manifest has now; return how many indexes changed."""
+def _failures_name(pack: str, volume: int | None) -> str:
+    """Name the commit of a volume's failures. No name of a pack has an underscore."""
+    name = FAILURES if volume is None else f"{FAILURES}-{volume:06d}"
+    return f"{name}_{pack}" if pack else name
+
+
+def _forget_failures_of_other_names(session, pack: Pack) -> None:
+    """Remove the failures of the packing with the other `pack.shuffle`."""
+    ledger = session.corpus.root / "fragments" / "ledger"
+    end = f"_{pack.name}" if pack.name else ""
+    if pack.settings.shuffle == "corpus":
+        names = [path.stem for path in sorted(ledger.glob(f"{FAILURES}-*{end}.parquet"))]
+        names = [name for name in names if name.partition("_")[2] == pack.name]
+    else:
+        names = [_failures_name(pack.name, None)]
+    for name in names:
+        if fragment_path(session.corpus.root, "ledger", name).exists():
+            session.corpus.files.remove(f"fragments/ledger/{name}.parquet")
+            session.ledger.forget([name])
+
+
+# Shards of which a text differs from that of `catalog`. $samples: of the pack.
+_OUTDATED = """
+    SELECT DISTINCT s.shard FROM $samples s JOIN catalog c USING (clip_id)
+    WHERE (s.subtitle, s.caption, s.captioner, s.caption_score, s.language)
+       IS DISTINCT FROM (c.text, c.caption, c.captioner, c.caption_score, c.language)
+"""
+
+
+def _refresh(root: Path, connection: duckdb.DuckDBPyConnection, pack: Pack, committed: Collection[str]) -> int:
+    """Write into the indexes the texts that the manifest has now; return how many indexes changed.
+
+    committed  shards of volumes that were packed now, which the manifest does not have; an earlier run may have written
+               some of them
+    """
     num_changed = 0
-    for path in sorted((root / "shards").glob("[0-9]*.parquet")):
-        connection.register("packed", read_index(path).select(["clip_id"]))
+    outdated = {*rows_of(connection, _OUTDATED.replace("$samples", samples_of(pack.name))), *committed}
+    paths = [path for path in index_files(root, pack.name) if f"{path.stem}.tar" in outdated]
+    for start in range(0, len(paths), SHARDS_AT_ONCE):
+        some = paths[start : start + SHARDS_AT_ONCE]
+        clip_ids = pa.concat_tables([read_index(path).select(["clip_id"]) for path in some])
+        connection.register("packed", clip_ids)
         texts = connection.sql(
             "SELECT c.clip_id, c.text AS subtitle, c.caption, c.captioner, c.caption_score, c.language "
             "FROM catalog c SEMI JOIN packed USING (clip_id)"
         ).to_arrow_table()
         connection.unregister("packed")
-        if refresh_index(path, texts):
-            files_of(root).upload(f"shards/{path.name}")
-            num_changed += 1
+        for path in some:
+            if refresh_index(path, texts):
+                files_of(root).upload(str(path.relative_to(root)))
+                num_changed += 1
     return num_changed

@@ -31,7 +31,7 @@ README = """A clipmill corpus.
   fragments/TABLE/*.parquet   what workers wrote: the source of truth, the manifest can be rebuilt from it
   sources/                    downloaded videos and subtitles
   clips/*.tar                 cut clips, before packing
-  shards/NNNNNN.tar           WebDataset shards, with their index NNNNNN.parquet beside them
+  shards/*.tar                WebDataset shards, each with its index beside it; shards/NAME/ has those of pack NAME
 """
 
 
@@ -108,21 +108,31 @@ class Corpus:
 
     def load_marks(self) -> dict[str, list]:
         """Return the marks of settings, see `pipeline.engine.trust`; {} in a corpus.yaml without any."""
+        return {name: found for name, found in self._section("trusted").items() if isinstance(found, list)}
+
+    def load_packs(self) -> dict[str, dict]:
+        """Return the settings of the named packs by name, as plain data."""
+        return {name: found for name, found in self._section("packs").items() if isinstance(found, dict)}
+
+    def _section(self, name: str) -> dict:
+        """Return a mapping beside the settings in corpus.yaml, {} if there is none."""
         if not self.exists:
             return {}
         try:
-            marks = read_yaml(self.settings_path.read_text()).get("trusted")
+            found = read_yaml(self.settings_path.read_text()).get(name)
         except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
             return {}  # `load_settings` says what is wrong
-        return (
-            {name: found for name, found in marks.items() if isinstance(found, list)} if isinstance(marks, dict) else {}
-        )
+        return found if isinstance(found, dict) else {}
 
-    def save_settings(self, settings: dict, marks: dict[str, list] | None = None) -> None:
-        """Write corpus.yaml. `marks`: see `load_marks`; None: those that it has."""
+    def save_settings(
+        self, settings: dict, marks: dict[str, list] | None = None, packs: dict[str, dict] | None = None
+    ) -> None:
+        """Write corpus.yaml. `marks`, `packs`: see `load_marks` and `load_packs`; None: those that it has."""
         marks = self.load_marks() if marks is None else marks
+        packs = self.load_packs() if packs is None else packs
         text = "# Settings of this corpus, resolved. Change them with `clipmill build|run … --set stage.key=value`.\n"
         content = {"format": FORMAT, "settings": settings} | ({"trusted": marks} if marks else {})
+        content |= {"packs": packs} if packs else {}
         text += yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         write_text(self.settings_path, text, fsync=True)
         self.files.upload("README.txt", SETTINGS)

@@ -18,6 +18,7 @@ from clipmill.base.settings import digest
 from clipmill.base.text import sql_identifier, sql_literal
 from shards.corpus.ledger import Ledger
 from shards.corpus.near_duplicates import duplicate_groups
+from shards.corpus.packs import MAIN, folder_of, index_files, named_packs, volume_of
 from shards.corpus.schema import GLOBAL_TABLES, INDEX, MANIFEST, catalog_columns
 from shards.corpus.tombstones import read_tombstones
 from shards.storage.local import MANIFEST_NAME, UNFINISHED
@@ -84,7 +85,9 @@ def _create_tables(connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute(f"CREATE TABLE manifest.{table} AS SELECT * FROM columns")
         connection.unregister("columns")
     connection.execute("CREATE TABLE manifest.volumes (volume INTEGER, content VARCHAR)")
-    connection.execute("CREATE TABLE manifest.shard_files (shard VARCHAR, num_bytes BIGINT, mtime_ns BIGINT)")
+    connection.execute(
+        "CREATE TABLE manifest.shard_files (pack VARCHAR, shard VARCHAR, num_bytes BIGINT, mtime_ns BIGINT)"
+    )
 
 
 def _write_volume(ledger: Ledger, volume: int, *, groups: bool) -> None:
@@ -117,49 +120,75 @@ def _group_duplicates(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def _write_samples(ledger: Ledger) -> None:
-    """Bring `samples` up to date with the indexes of the shards, which say where each clip is packed."""
-    connection = ledger.connection
-    known = dict(
-        (shard, stamp)
-        for shard, *stamp in connection.execute(
-            "SELECT shard, num_bytes, mtime_ns FROM manifest.shard_files"
+    """Bring `samples` and `pack_samples` up to date with the indexes of the shards, where each clip is packed.
+
+    Rows stay in the order of shards, which is the order of a training's clips. A clip may be in two shards while
+    `pack.shuffle` changes: the shards of the other way stay until all new ones are in place.
+    """
+    connection, tombstones = ledger.connection, read_tombstones(ledger.root)
+    known = {
+        (pack, shard): stamp
+        for pack, shard, *stamp in connection.execute(
+            "SELECT pack, shard, num_bytes, mtime_ns FROM manifest.shard_files"
         ).fetchall()
-    )
-    there = {}
-    for path in sorted((ledger.root / "shards").glob("[!.]*.parquet")):
-        stat = path.stat()
-        there[f"{path.stem}.tar"] = [stat.st_size, stat.st_mtime_ns]
-    gone = [shard for shard in known if known[shard] != there.get(shard)]
-    new = [shard for shard in there if known.get(shard) != there[shard]]
-    connection.register("gone_shards", pa.table({"shard": pa.array([*gone, *new], pa.string())}))
-    for table in ("samples", "shard_files"):
-        connection.execute(f"DELETE FROM manifest.{table} WHERE shard IN (FROM gone_shards)")
-    connection.unregister("gone_shards")
-    _insert_parquet(
-        connection, "samples", [ledger.root / "shards" / f"{Path(shard).stem}.parquet" for shard in new], INDEX
-    )
-    if new:
-        rows = [[shard, *there[shard]] for shard in new]
-        connection.executemany("INSERT INTO manifest.shard_files VALUES (?, ?, ?)", rows)
-    tombstones = read_tombstones(ledger.root)
-    if tombstones.num_rows:
-        connection.register("tombstones", tombstones)
-        connection.execute(
-            "DELETE FROM manifest.samples WHERE video_id IN (SELECT video_id FROM (SELECT DISTINCT video_id FROM "
-            "manifest.samples) WHERE sha256(video_id) IN (SELECT video_hash FROM tombstones))"
-        )
-        connection.unregister("tombstones")
+    }
+    there, mixed = {}, False
+    for pack in (MAIN, *named_packs(ledger.root)):
+        paths = index_files(ledger.root, pack)
+        mixed |= len({volume_of(path.name) is None for path in paths}) > 1
+        for path in paths:
+            stat = path.stat()
+            there[pack, f"{path.stem}.tar"] = [stat.st_size, stat.st_mtime_ns]
+    kept = {key for key in known if known[key] == there.get(key)} if not mixed else set()
+    if kept and any(key not in kept and key < max(kept) for key in there):
+        kept = set()  # rows would be out of order
+    if len(kept) == len(known) == len(there):
+        return
+    connection.register("kept_shards", pa.table([[pack for pack, _ in kept], [shard for _, shard in kept]], _KEPT))
+    connection.execute("DELETE FROM manifest.shard_files WHERE (pack, shard) NOT IN (FROM kept_shards)")
+    connection.execute(f"DELETE FROM manifest.samples WHERE ('{MAIN}', shard) NOT IN (FROM kept_shards)")
+    connection.execute("DELETE FROM manifest.pack_samples WHERE (pack, shard) NOT IN (FROM kept_shards)")
+    connection.unregister("kept_shards")
+    connection.register("tombstones", tombstones)
+    for pack in sorted({pack for pack, _ in there}):
+        shards = sorted(shard for of_pack, shard in there if of_pack == pack and (of_pack, shard) not in kept)
+        paths = [ledger.root / folder_of(pack) / f"{Path(shard).stem}.parquet" for shard in shards]
+        files = [str(path) for path in paths if _is_sound(path)]
+        if files:
+            table = "pack_samples" if pack else "samples"
+            connection.execute(
+                f"INSERT INTO manifest.{table} BY NAME SELECT {f'{sql_literal(pack)} AS pack, ' if pack else ''}"
+                f"{_columns(INDEX.names)} FROM read_parquet(?) "
+                "WHERE sha256(video_id) NOT IN (SELECT video_hash FROM tombstones)"
+                + (_ONE_WAY if mixed else "")
+                + " ORDER BY shard, position",
+                [files],
+            )
+        if shards and not mixed:  # else all are read again next time
+            rows = [[pack, shard, *there[pack, shard]] for shard in shards]
+            connection.executemany("INSERT INTO manifest.shard_files VALUES (?, ?, ?, ?)", rows)
+    connection.unregister("tombstones")
+
+
+_KEPT = pa.schema([("pack", pa.string()), ("shard", pa.string())])
+_ONE_WAY = " QUALIFY row_number() OVER (PARTITION BY clip_id ORDER BY contains(shard, '-') DESC, shard) = 1"
 
 
 def _write_global(ledger: Ledger) -> None:
     connection = ledger.connection
     connection.execute("DELETE FROM manifest.runs")
-    _insert_parquet(
-        connection, "runs", sorted((ledger.root / "fragments" / "runs").glob("[!.]*.parquet")), MANIFEST["runs"]
-    )
+    folder = ledger.root / "fragments" / "runs"
+    files = sorted(str(path) for path in folder.glob("[!.]*.parquet") if _is_sound(path))  # else a record is lost
+    if files:
+        connection.execute(
+            f"INSERT INTO manifest.runs BY NAME SELECT {_columns(MANIFEST['runs'].names)} FROM read_parquet(?) "
+            "ORDER BY started_at",
+            [files],
+        )
     connection.register("tombstones", read_tombstones(ledger.root))
     connection.execute("DELETE FROM manifest.forgotten")
-    connection.execute('INSERT INTO manifest.forgotten SELECT * FROM tombstones ORDER BY "at", video_hash')
+    names = _columns(MANIFEST["forgotten"].names)
+    connection.execute(f'INSERT INTO manifest.forgotten SELECT {names} FROM tombstones ORDER BY "at", video_hash')
     connection.unregister("tombstones")
 
 
@@ -229,22 +258,13 @@ def _layout() -> str:
 def _made_from(ledger: Ledger) -> str:
     """Hash the inputs of a manifest: the settings, every row of the ledger, the shards that are in place."""
     contents = [(volume, ledger.content_of(volume)) for volume in ledger.volumes()]
-    shards = sorted(item for item in ledger.files.sizes("shards").items() if item[0].endswith(".parquet"))
+    shards = sorted(
+        (f"{folder_of(pack)}/{name}" if pack else name, size)
+        for pack in (MAIN, *named_packs(ledger.root))
+        for name, size in ledger.files.sizes(folder_of(pack)).items()
+        if name.endswith(".parquet")
+    )
     return f"made from {digest([ledger.fingerprints, contents, shards])}"
-
-
-def _insert_parquet(
-    connection: duckdb.DuckDBPyConnection, table: str, paths: Iterable[Path], schema: pa.Schema
-) -> None:
-    """Insert the rows of files. One may be damaged: a shard is then packed again, the record of a run is lost."""
-    files = [str(path) for path in paths if _is_sound(path)]
-    if files:
-        order = {"samples": "shard, position", "runs": "started_at"}[table]
-        connection.execute(
-            f"INSERT INTO manifest.{table} BY NAME SELECT {_columns(schema.names)} "
-            f"FROM read_parquet(?, union_by_name = true) ORDER BY {order}",
-            [files],
-        )
 
 
 def _is_sound(path: Path) -> bool:

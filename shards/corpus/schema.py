@@ -32,6 +32,7 @@ FRAME = pa.struct(
 RESERVED_SLOT = pa.struct(
     [("seed", INT64), ("rank", pa.uint64()), ("mp4_bytes", INT64), ("jpg_bytes", INT64), ("txt_bytes", INT64)]
 )
+PACK_SLOT = pa.struct([("pack", STRING), *((field.name, field.type) for field in RESERVED_SLOT)])  # of a named pack
 BIN = pa.struct([("from", DOUBLE), ("num_clips", INT64)])  # of a histogram; the first bin has no lower bound
 REASON = pa.struct([("reason", STRING), ("num_clips", INT64)])
 
@@ -290,12 +291,13 @@ _FRAGMENTS["edited_clips"] = _columns(
     editing=STRING, round=INT32, **{name: each.type for name, each in _FRAGMENTS["clips"].items()}
 )
 
-# shards/NNNNNN.parquet, and the table `samples`: one row per sample of a shard, in the tar's order
+# The index of a shard (see `shards.corpus.packs`), and the table `samples` of the main pack: one row per sample, in the
+# tar's order
 _INDEX = _columns(
     clip_id=STRING,
     video_id=STRING,
     key=STRING,
-    shard=column(STRING, in_catalog=True),  # "000000.tar"
+    shard=column(STRING, in_catalog=True),  # "000000-000000.tar"
     position=column(INT32, in_catalog=True),  # of the sample in its tar
     mp4_offset=INT64,  # of the member's data, not of its header
     mp4_bytes=INT64,
@@ -389,6 +391,7 @@ _PUBLISHED: dict[str, Columns] = {
         duplicate_group=column(STRING, in_catalog=True, in_shard=True),
     ),
     "samples": _INDEX,
+    "pack_samples": _columns(pack=STRING, **{name: each.type for name, each in _INDEX.items()}),  # of named packs
     "clip_edits": _FRAGMENTS["clip_edits"],
     "edited_clips": _FRAGMENTS["edited_clips"],
     "edit_rounds": _columns(**_FRAGMENTS["edit_rounds"], at=pa.timestamp("us", tz="UTC")),
@@ -412,6 +415,8 @@ _PUBLISHED: dict[str, Columns] = {
         reason=STRING,  # as --reason gave it, or null
         at=pa.timestamp("us", tz="UTC"),
         places=pa.list_(RESERVED_SLOT),  # of its clips in the order of packing
+        pack_places=pa.list_(PACK_SLOT),  # the same in named packs
+        volume=INT32,  # of the video; null: forgotten before there were volumes, when all were volume 0
     ),
     "runs": _columns(
         run_id=STRING,
@@ -427,7 +432,7 @@ _PUBLISHED: dict[str, Columns] = {
 _PUBLISHED |= {table: each for table, each in _FRAGMENTS.items() if "clip_id" in each and table not in _PUBLISHED}
 
 # Tables of the manifest whose rows do not belong to a volume.
-GLOBAL_TABLES = ("samples", "forgotten", "runs")
+GLOBAL_TABLES = ("samples", "pack_samples", "forgotten", "runs")
 
 
 def _published(table: str, columns: Columns) -> pa.Schema:

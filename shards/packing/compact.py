@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import digest
 from shards.corpus.fragments import commit_name, fragment_path, outputs_of, write_commit
+from shards.corpus.packs import MAIN, folder_of, index_files, named_packs, volume_of
 from shards.corpus.schema import INDEX, LEDGER, late_columns
 from shards.corpus.tombstones import hash_of, read_tombstones
 from shards.packing.index import Stamp, read_index, read_stamp, write_index
@@ -98,67 +99,80 @@ class ForgottenIndex:
 # -- shards ---------------------------------------------------------------------------------------------------------
 
 
+PlansOf = Callable[[str, int | None], Sequence[ShardPlan]]  # of (pack, volume); None: the pack is one over all volumes
+
+
 def compact_shards(
     root: Path,
     connection: duckdb.DuckDBPyConnection,
-    plans: Sequence[ShardPlan],
+    plans_of: PlansOf,
     forgotten: ForgottenIndex,
     report: CompactReport,
 ) -> None:
-    """Write shards with forgotten samples again. `plans`: the shards that packing plans now, without these samples.
+    """Write shards with forgotten samples again, those of named packs too.
+
+    plans_of  returns the shards that packing plans now, without these samples; called for touched volumes only
 
     Raises UserError for a shard that cannot be read.
     """
-    _settle(root)
+    packs = [MAIN, *named_packs(root)]
+    for pack in packs:
+        _settle(root, pack)
     if not forgotten.hashes:
         return
-    planned = {plan.name: plan for plan in plans}
-    for path in sorted((root / "shards").glob("[0-9]*.parquet")):
-        try:
-            shard = _Shard(root, path)
-            if shard.is_touched(forgotten):
-                shard.rewrite(connection, planned.get(shard.name), forgotten, report)
-            shard.evict()
-        except (ItemError, DamagedFile, OSError) as error:
-            raise UserError(
-                f"{path} or its tar cannot be read ({error}): write it again with `clipmill run pack`."
-            ) from error
-    _settle(root)
+    for pack in packs:
+        planned: tuple[int | None, dict[str, ShardPlan]] = (-1, {})  # of one volume at a time
+        for path in index_files(root, pack):
+            try:
+                shard = _Shard(root, path, pack)
+                if shard.is_touched(forgotten):
+                    volume = volume_of(path.name)
+                    if planned[0] != volume:
+                        planned = volume, {plan.name: plan for plan in plans_of(pack, volume)}
+                    shard.rewrite(connection, planned[1].get(shard.name), forgotten, report)
+                shard.evict()
+            except (ItemError, DamagedFile, OSError) as error:
+                name = f" --name {pack}" if pack else ""
+                raise UserError(
+                    f"{path} or its tar cannot be read ({error}): write it again with `clipmill run pack{name}`."
+                ) from error
+        _settle(root, pack)
 
 
-def _settle(root: Path) -> None:
+def _settle(root: Path, pack: str) -> None:
     """Complete shards that a kill left half in place (see `shards.packing.pack.place`); clear `.next`."""
-    files = files_of(root)
+    files, folder = files_of(root), folder_of(pack)
     files.refresh("shards")
-    for path in sorted((root / "shards" / NEXT).glob("*.parquet")):
-        stamp, name = read_stamp(path), path.name.partition("-")[0]
-        index, next_tar = (f"shards/{NEXT}/{path.stem}{suffix}" for suffix in (".parquet", ".tar"))
-        tar, placed = f"shards/{name}.tar", f"shards/{name}.parquet"
+    for path in sorted((root / folder / NEXT).glob("*.parquet")):
+        stamp, name = read_stamp(path), path.stem.rpartition("-")[0]
+        index, next_tar = (f"{folder}/{NEXT}/{path.stem}{suffix}" for suffix in (".parquet", ".tar"))
+        tar, placed = f"{folder}/{name}.tar", f"{folder}/{name}.parquet"
         if files.size(tar) is None and files.size(next_tar) is not None:
             files.remove(placed)
             files.move(next_tar, tar)
         if files.size(placed) is None and stamp is not None and files.size(tar) == stamp.tar_bytes:
             files.move(index, placed)
-    files.remove_folder(f"shards/{NEXT}")
+    files.remove_folder(f"{folder}/{NEXT}")
 
 
 class _Shard:
     """One shard in place."""
 
-    def __init__(self, root: Path, index: Path):
-        self.root, self.files, self.name = root, files_of(root), f"{index.stem}.tar"
+    def __init__(self, root: Path, index: Path, pack: str):
+        self.root, self.files, self.name, self.pack = root, files_of(root), f"{index.stem}.tar", pack
+        self.relative = f"{folder_of(pack)}/{self.name}"
         self.index, self.stamp = read_index(index), read_stamp(index)
         if self.stamp is None:
             raise ItemError("bad-index", "its metadata do not name the plan that it was written for")
 
     @cached_property
     def tar(self) -> Path:
-        return self.files.local(f"shards/{self.name}")
+        return self.files.local(self.relative)
 
     def evict(self) -> None:
         """Delete the mirror's copy of the tar when the corpus is in a store: its shards need too much room."""
         if self.files.store:
-            (self.root / "shards" / self.name).unlink(missing_ok=True)
+            (self.root / self.relative).unlink(missing_ok=True)
 
     def is_touched(self, forgotten: ForgottenIndex) -> bool:
         if any(forgotten.mask(self.index["video_id"]).to_pylist()):
@@ -184,14 +198,14 @@ class _Shard:
         report.num_samples += self.index.num_rows - len(rows)
         missing = tuple(clip_id for clip_id in self.stamp.missing if not forgotten.covers(clip_id))
         if not rows:
-            self.files.remove(f"shards/{self.tar.stem}.parquet")
-            self.files.remove(f"shards/{self.name}")
+            self.files.remove(str(Path(self.relative).with_suffix(".parquet")))
+            self.files.remove(self.relative)
             report.num_bytes += before
             return
         if plan is None or not self._is_as_planned(connection, plan, rows, missing):
             clip_ids = [row["clip_id"] for row in rows]
             key = digest([self.stamp.plan_key, clip_ids])  # of no plan: the next packing writes this shard again
-            plan = ShardPlan(self.name, pa.array(clip_ids, pa.string()), EXTENSIONS, key)
+            plan = ShardPlan(self.name, pa.array(clip_ids, pa.string()), EXTENSIONS, key, self.pack)
         tar, index = next_paths(plan)
         members = {m.name: m for m in write_tar(self.root / tar, (self._sample(row, forgotten) for row in rows))}
         self.files.upload(tar)
@@ -279,7 +293,7 @@ def redact(root: Path, forgotten: ForgottenIndex, report: CompactReport) -> None
             _rewrite_commit(root, path.stem, {"edit_rounds": redacted}, report)
     for path in [
         *(root / "fragments" / "ledger").glob("ingest-problems-*.parquet"),
-        fragment_path(root, "ledger", "pack"),
+        *(root / "fragments" / "ledger").glob("pack*.parquet"),
     ]:
         if path.is_file():
             table = read_parquet(path)

@@ -15,6 +15,7 @@ import duckdb
 from clipmill.base.errors import ItemError
 from clipmill.base.text import sql_identifier
 from shards.corpus.fragments import outputs_of
+from shards.corpus.packs import pack_of
 from shards.corpus.tombstones import FORGOTTEN
 from shards.packing.verify import Problem
 from shards.storage.local import MANIFEST_NAME
@@ -201,4 +202,9 @@ def repair_of(problem: Problem, corpus: str) -> str:
         return ""
     if problem.kind == "forgotten":
         return f"clipmill compact {corpus}"
+    if problem.kind == "outdated-pack":
+        return f"clipmill run pack --name {Path(problem.path).name} --corpus {corpus}"
+    if is_bad_shard(problem) and (pack := pack_of(problem.path)):
+        build = f"clipmill build --corpus {corpus}"  # removes what is damaged, so that it is packed again
+        return f"{build}, then clipmill run pack --name {pack} --corpus {corpus}"
     return f"clipmill build --corpus {corpus}"

@@ -1,22 +1,25 @@
 """Write a selection of clips as WebDataset shards that any reader of the format can read.
 
-1. `select_samples` asks the manifest for the clips, their sizes, and a digest of the content of their members.
-2. `plan_shards` orders them by a hash of (seed, clip_id) and fills shards up to a size. It is a pure function: the same
-   clips and seed always give the same shards. A plan's key covers every byte of the tar except for
-   the late columns (captions, scores, groups), which KEY.json has as of packing and the index as they are now: new
-   captions never make a shard pending. But a failed caption or score marks the key as awaiting it: the clip is
-   packed without it, and its shard is packed again when it exists.
-3. `write_shard`, one task per pending shard, writes tar and index under `shards/.next/` with the plan's key as a name.
-4. `commit_shards` runs when all are complete: it renames them into place and removes files that belong to no plan.
-   After a kill, the next run reuses what is complete and ends in the same bytes.
+1. `select_samples` asks the manifest for the clips of some volumes, their sizes, and a digest of the content of their
+   members.
+2. `plan_shards` orders the clips of one volume by a hash of (seed, clip_id) and fills shards up to a size. It is a pure
+   function: the same clips and seed always give the same shards, and another volume's clips change none of them. A
+   plan's key covers every byte of the tar except for the late columns (captions, scores, groups), which KEY.json has
+   as of packing and the index as they are now: new captions never make a shard pending. But a failed caption or score
+   marks the key as awaiting it: the clip is packed without it, and its shard is packed again when it exists.
+3. `write_shard`, one task per pending shard, writes tar and index under `.next/` with the plan's key as a name.
+4. `commit_shards` runs when all of a volume are complete: it renames them into place and removes files of the volume
+   that belong to no plan. After a kill, the next run reuses what is complete and ends in the same bytes.
+
+With `pack.shuffle: corpus` the corpus is packed like one volume, under names without a volume. `remove_other_names`
+removes the shards of the other way, when all new ones are in place.
 
 Clips come in as rows of the manifest's `catalog`, media by byte range from `clips/*.tar`.
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +33,7 @@ from pydantic import Field, field_validator
 from clipmill.base.atomic_file import sync
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import Settings, digest, operational
+from shards.corpus.packs import MAIN, folder_of, is_shard_file, volume_of
 from shards.corpus.schema import INDEX, late_columns, sample_key
 from shards.packing.index import FORMAT, Stamp, read_stamp, write_index
 from shards.packing.tar import Member, Sample, member_bytes, read_member, write_tar
@@ -40,6 +44,7 @@ Extension = Literal["mp4", "jpg", "txt", "json"]
 EXTENSIONS: tuple[Extension, ...] = ("mp4", "jpg", "txt", "json")
 NEXT = ".next"  # folder inside shards/ for shards that are complete but not yet in place
 SHARDS_AT_ONCE = 16  # shards whose rows are in memory together
+CLIPS_AT_ONCE = 500_000  # of several volumes, for which one query is made
 JSON_BYTES = 1500  # assumed size of a KEY.json when shards are planned
 
 # Columns of `catalog` that KEY.json holds besides the clip's hashes. Their order is part of every plan's key. The late
@@ -64,7 +69,11 @@ class PackSettings(Settings):
     shard_bytes: int = Field(256_000_000, ge=1_000_000)
     # Most samples in a shard: limits shards of small clips, where the size alone would admit too many to shuffle.
     max_samples: int = Field(10_000, ge=1)
-    # Seed of the shuffle over all shards, which lets readers read shards in order.
+    # What is shuffled: the clips of each volume (see ingest.volume_units), so that a volume is packed as soon as it is
+    # complete and new sources change no shard of another one; or the clips of the whole corpus, where every new source
+    # changes every shard. A corpus that was begun before this setting keeps "corpus".
+    shuffle: Literal["volume", "corpus"] = "volume"
+    # Seed of the shuffle, which lets readers read shards in order.
     seed: int = 0
 
     # Files of a sample. A clip without words has an empty KEY.txt, because readers that infer columns from the first
@@ -86,14 +95,24 @@ class PackSettings(Settings):
 class ShardPlan:
     """Plan of one shard. `clip_ids`: a string array in the tar's order; `key`: digest of its content."""
 
-    name: str  # "000000.tar"
+    name: str  # "000000-000000.tar", see `shards.corpus.packs`
     clip_ids: pa.Array
     members: tuple[Extension, ...]
     key: str
+    pack: str = MAIN
 
     @property
     def index_name(self) -> str:
         return Path(self.name).with_suffix(".parquet").name
+
+    @property
+    def tar(self) -> str:
+        """Return the path of the tar in place, relative to the corpus."""
+        return f"{folder_of(self.pack)}/{self.name}"
+
+    @property
+    def index(self) -> str:
+        return f"{folder_of(self.pack)}/{self.index_name}"
 
 
 @dataclass(frozen=True)
@@ -107,21 +126,44 @@ class Written:
 # -- planning -------------------------------------------------------------------------------------------------------
 
 
-def select_samples(connection: duckdb.DuckDBPyConnection, settings: PackSettings) -> pa.Table:
-    """Return (clip_id, mp4_bytes, jpg_bytes, txt_bytes, content) of all clips of `pack.where`, in order of clip_id.
+def clips_by_volume(connection: duckdb.DuckDBPyConnection) -> dict[int, int]:
+    """Return volume → number of its clips, in order of the volumes."""
+    sql = "SELECT coalesce(v.volume, 0) AS volume, count(*) FROM clips JOIN videos v USING (video_id) GROUP BY 1"
+    return dict(connection.execute(f"{sql} ORDER BY 1").fetchall())
 
-    Raises UserError for an invalid condition.
+
+def volume_batches(counts: dict[int, int]) -> Iterator[list[int]]:
+    """Yield consecutive volumes that together have at most CLIPS_AT_ONCE clips, or one volume that has more."""
+    batch, num_clips = [], 0
+    for volume, count in counts.items():
+        if batch and num_clips + count > CLIPS_AT_ONCE:
+            yield batch
+            batch, num_clips = [], 0
+        batch.append(volume)
+        num_clips += count
+    if batch:
+        yield batch
+
+
+def select_samples(
+    connection: duckdb.DuckDBPyConnection, settings: PackSettings, volumes: Collection[int] | None = None
+) -> pa.Table:
+    """Return (clip_id, mp4_bytes, jpg_bytes, txt_bytes, content) of the clips of `pack.where`, in order of clip_id.
+
+    With `volumes` only of these, and with the column `volume`. Raises UserError for an invalid condition.
     """
     check_selection(connection, settings.where, "pack.where")
     hashed = ", ".join(f"'{name}': {name}" for name in (*FIXED, "sha256", "frame_sha256", "phash", "kind"))
     referred = ", ".join(f"'{name}': {name}" for name in REFERENCES)
+    volume = "" if volumes is None else ", coalesce(volume, 0) AS volume"
+    among = "" if volumes is None else f"WHERE coalesce(volume, 0) IN ({', '.join(map(str, volumes)) or 'NULL'})"
     sql = f"""
         SELECT clip_id, num_bytes AS mp4_bytes, coalesce(frames[1].num_bytes, 0) AS jpg_bytes,
                strlen(text) AS txt_bytes,
                md5(concat(to_json({{{hashed}}})::VARCHAR, if(split IS NULL AND texts IS NULL, NULL,
                                                              to_json({{{referred}}})::VARCHAR),
-                          if(clip_id IN ({_AWAITED}), 'awaited', NULL))) AS content
-        FROM ({selection(settings.where)}) ORDER BY clip_id
+                          if(clip_id IN ({_AWAITED}), 'awaited', NULL))) AS content{volume}
+        FROM ({selection(settings.where)}) {among} ORDER BY clip_id
     """
     try:
         return connection.sql(sql).to_arrow_table()
@@ -137,10 +179,17 @@ _AWAITED = """
 """
 
 
-def plan_shards(samples: pa.Table, settings: PackSettings, slots: pa.Table | None = None) -> list[ShardPlan]:
+def plan_shards(
+    samples: pa.Table,
+    settings: PackSettings,
+    slots: pa.Table | None = None,
+    volume: int | None = None,
+    pack: str = MAIN,
+) -> list[ShardPlan]:
     """Assign clips to shards, in order. A pure function of the samples (not of their order) and the settings.
 
-    slots  see `reserved_slots`: counted like clips; a shard of reserved slots alone is not planned
+    slots   see `reserved_slots`: counted like clips; a shard of reserved slots alone is not planned
+    volume  of all these samples; None: they are the whole corpus, of a pack that is shuffled over it
     """
     samples = samples.take(pc.sort_indices(samples["clip_id"]))  # the id decides between equal ranks
     clip_ids = samples["clip_id"].to_pylist()
@@ -158,16 +207,24 @@ def plan_shards(samples: pa.Table, settings: PackSettings, slots: pa.Table | Non
         piece = samples.take(rows[rows < samples.num_rows])
         if not piece.num_rows:
             continue
-        name, clip_ids = f"{number:06d}.tar", piece["clip_id"].combine_chunks()
+        name = f"{number:06d}.tar" if volume is None else f"{volume:06d}-{number:06d}.tar"
+        clip_ids = piece["clip_id"].combine_chunks()
         content = list(zip(clip_ids.to_pylist(), piece["content"].to_pylist(), strict=True))
         key = digest({"format": FORMAT, "name": name, "members": settings.members, "samples": content})
-        plans.append(ShardPlan(name, clip_ids, settings.members, key))
+        plans.append(ShardPlan(name, clip_ids, settings.members, key, pack))
     return plans
 
 
-def reserved_slots(connection: duckdb.DuckDBPyConnection) -> pa.Table:
-    """Return the slots of forgotten clips, which stay reserved so that no other clip has to move to another shard."""
-    return connection.sql("SELECT unnest(places, max_depth := 2) FROM forgotten").to_arrow_table()
+def reserved_slots(connection: duckdb.DuckDBPyConnection, volume: int | None = None, pack: str = MAIN) -> pa.Table:
+    """Return the slots of forgotten clips, which stay reserved so that no other clip has to move to another shard.
+
+    volume  only of this one; None: of all. Tombstones from before volumes are of volume 0, as their sources were.
+    """
+    among = "" if volume is None else f"WHERE coalesce(volume, 0) = {volume}"
+    if not pack:
+        return connection.sql(f"SELECT unnest(places, max_depth := 2) FROM forgotten {among}").to_arrow_table()
+    slots = connection.sql(f"SELECT unnest(pack_places, max_depth := 2) FROM forgotten {among}").to_arrow_table()
+    return slots.filter(pc.field("pack") == pack).drop_columns("pack")
 
 
 def slots_of(samples: pa.Table, seed: int) -> Iterator[tuple[str, dict[str, int]]]:
@@ -221,7 +278,7 @@ def _stamp_of(root: Path, plan: ShardPlan) -> Stamp | None:
     """
     size_of = files_of(root).size
     next_tar, next_index = next_paths(plan)
-    tar, index = f"shards/{plan.name}", f"shards/{plan.index_name}"
+    tar, index = plan.tar, plan.index
     waiting, placed = read_stamp(root / next_index), read_stamp(root / index)
     if waiting and waiting.plan_key == plan.key:
         if size_of(next_tar) == waiting.tar_bytes:
@@ -235,7 +292,7 @@ def _stamp_of(root: Path, plan: ShardPlan) -> Stamp | None:
 
 def next_paths(plan: ShardPlan) -> tuple[str, str]:
     """Return the relative paths of tar and index of a shard that is not yet in place."""
-    stem = f"shards/{NEXT}/{Path(plan.name).stem}-{plan.key}"
+    stem = f"{folder_of(plan.pack)}/{NEXT}/{Path(plan.name).stem}-{plan.key}"
     return f"{stem}.tar", f"{stem}.parquet"
 
 
@@ -295,30 +352,70 @@ def write_shard(plan: ShardPlan, rows: pa.Table, root: Path, *, fsync: bool = Fa
     return Written(table, failures)
 
 
-def commit_shards(root: Path, plans: list[ShardPlan], *, fsync: bool = False) -> tuple[int, int]:
-    """Put all shards in place, then remove files without a plan; return the numbers (placed, removed).
+def commit_shards(
+    root: Path,
+    plans: Sequence[ShardPlan],
+    *,
+    volume: int | None = None,
+    pack: str = MAIN,
+    there: Collection[str] | None = None,
+    fsync: bool = False,
+) -> tuple[int, int]:
+    """Put the shards of one volume in place, then remove its files without a plan; return how many of each.
 
-    All plans must be complete (see `pending_shards`). After a kill, calling it again continues.
+    All plans must be complete (see `pending_shards`). After a kill, calling it again continues. The caller refreshes
+    `shards`, once for all volumes.
+
+    volume  of the plans, which may be none; None: of a pack that is shuffled over the whole corpus
+    there   names of the volume's shards and indexes in place, if the caller has listed the folder
     """
-    files, folder = files_of(root), root / "shards"
-    files.refresh("shards")
+    files, folder = files_of(root), folder_of(pack)
     for plan in plans:
         assert _stamp_of(root, plan), f"{plan.name} was not written"
     placed = sum(place(root, plan) for plan in plans)
     if fsync and placed:
-        sync(folder)
+        sync(root / folder)
     wanted = {plan.name for plan in plans} | {plan.index_name for plan in plans}
-    is_shard_file = re.compile(r"\d{6,}\.(tar|parquet)").fullmatch
-    stale = [name for name in files.sizes("shards") if is_shard_file(name) and name not in wanted]
-    files.remove(*(f"shards/{name}" for name in stale))
-    files.remove_folder(f"shards/{NEXT}")
+    if there is None:
+        there = [name for name in shard_files(root, pack) if volume_of(name) == volume]
+    stale = [name for name in there if name not in wanted]
+    _remove_shards(root, [f"{folder}/{name}" for name in stale])
+    if volume is None:
+        files.remove_folder(f"{folder}/{NEXT}")
+    else:
+        _remove_shards(root, files.list_prefix(f"{folder}/{NEXT}/{volume:06d}-"))
     return placed, len(stale)
+
+
+def _remove_shards(root: Path, relatives: Collection[str]) -> None:
+    """Remove indexes before tars: a tar without an index is not a shard."""
+    files = files_of(root)
+    files.remove(*(name for name in relatives if name.endswith(".parquet")))
+    files.remove(*(name for name in relatives if not name.endswith(".parquet")))
+
+
+def remove_other_names(root: Path, settings: PackSettings, pack: str = MAIN) -> int:
+    """Remove the shards of the other `pack.shuffle`, and what is under `.next`; return how many files were in place.
+
+    For the end of packing: until then, these are the only shards of clips whose volumes have none yet.
+    """
+    files, folder = files_of(root), folder_of(pack)
+    by_volume = settings.shuffle == "volume"
+    stale = [name for name in shard_files(root, pack) if (volume_of(name) is not None) != by_volume]
+    _remove_shards(root, [f"{folder}/{name}" for name in stale])
+    files.remove_folder(f"{folder}/{NEXT}")
+    return len(stale)
+
+
+def shard_files(root: Path, pack: str = MAIN) -> list[str]:
+    """Return the names of a pack's shards and indexes that are in place, or were until a kill."""
+    return [name for name in files_of(root).sizes(folder_of(pack)) if is_shard_file(name)]
 
 
 def place(root: Path, plan: ShardPlan) -> bool:
     """Move a shard from `.next` into place, the index last (see `_stamp_of`); return False if it is there already."""
     files, (next_tar, next_index) = files_of(root), next_paths(plan)
-    tar, index = f"shards/{plan.name}", f"shards/{plan.index_name}"
+    tar, index = plan.tar, plan.index
     if not (root / next_index).exists():
         return False
     if files.size(next_tar) is not None:

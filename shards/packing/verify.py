@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipmill.base.errors import ItemError
+from shards.corpus.packs import MAIN, folder_of, is_name, named_packs, samples_of
 from shards.corpus.schema import INDEX, origins, sample_key
 from shards.corpus.tombstones import Tombstones
 from shards.packing.index import TEXT_COLUMNS, read_index, read_stamp
@@ -47,8 +48,10 @@ CLIP_FACTS = {  # column of the index → column of `clips` that it has to equal
     "frame_time_s": "frame_time_s",
 }
 
+_OF_ANOTHER_TIME = ("unknown-clip", "clip-mismatch", "stale-text")  # no problem of a named pack, see `verify`
+
 _WARNINGS = (
-    "same-caption", "forgotten", "unknown-origin", "no-checksum", "missing-source", "missing-subtitle",
+    "outdated-pack", "same-caption", "forgotten", "unknown-origin", "no-checksum", "missing-source", "missing-subtitle",
 )  # fmt: skip
 
 Row = dict[str, Any]
@@ -61,8 +64,8 @@ class Problem:
     kinds: missing-file, orphan-file, bad-index, bad-tar, missing-member, extra-member, misplaced-member, hash-mismatch,
     text-mismatch, bad-json, sample-mismatch, clip-mismatch, unknown-clip, stale-text, undecodable, frame-count,
     missing-sample, wrong-pair; of other files (`shards.packing.deep_verify`) damaged, missing-file, changed-source,
-    changed-subtitle, changed-clip; and the warnings same-caption, forgotten, unknown-origin, no-checksum,
-    missing-source, missing-subtitle.
+    changed-subtitle, changed-clip; and the warnings outdated-pack, same-caption, forgotten, unknown-origin,
+    no-checksum, missing-source, missing-subtitle.
     """
 
     path: str
@@ -85,22 +88,42 @@ def verify(
 ) -> list[Problem]:
     """Check all shards of a corpus, `workers` at a time; return problems by shard and sample, warnings last.
 
+    A named pack is as of its last packing, so clips that have changed since are one warning for the pack.
+
     decode_frames  mp4 bytes → number of frames that really decode; raises ItemError; called from several threads
     progress       called with (shards checked, shards in all)
     """
     root = Path(root)
     forgotten = Tombstones(root)
-    problems = _files(root, connection, forgotten)
-    names = _shard_names(connection)
-    for number, found in enumerate(_checked(root, connection, names, forgotten, decode_frames, max(1, workers)), 1):
-        problems += found
-        if progress:
-            progress(number, len(names))
+    problems: list[Problem] = []
+    names = {pack: _shard_names(connection, pack) for pack in packs_in(root, connection)}
+    num_shards, num_done = sum(map(len, names.values())), 0
+    for pack, shards in names.items():
+        problems += _files(root, shards, pack, forgotten)
+        num_outdated = 0
+        for found in _checked(root, connection, pack, shards, forgotten, decode_frames, max(1, workers)):
+            outdated = [problem for problem in found if pack and problem.kind in _OF_ANOTHER_TIME]
+            num_outdated += len({problem.item for problem in outdated})
+            problems += [problem for problem in found if problem not in outdated]
+            num_done += 1
+            if progress:
+                progress(num_done, num_shards)
+        if num_outdated:
+            message = f"{num_outdated:,} of its clips have changed: `clipmill run pack --name {pack}` packs them again"
+            problems.append(Problem(folder_of(pack), "", "outdated-pack", message))
     problems += [*wrong_pairs(connection), *_same_captions(connection)]
     return sorted(problems, key=lambda problem: problem.is_warning)
 
 
-def _checked(root, connection, names, forgotten, decode_frames, workers: int) -> Iterator[list[Problem]]:
+def packs_in(root: Path, connection: duckdb.DuckDBPyConnection) -> list[str]:
+    """Return the main pack, and the named ones that the manifest or the folder has."""
+    named = set(named_packs(root))
+    if connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'pack_samples'").fetchall():
+        named |= {name for (name,) in connection.execute("SELECT DISTINCT pack FROM pack_samples").fetchall()}
+    return [MAIN, *sorted(filter(is_name, named))]
+
+
+def _checked(root, connection, pack, names, forgotten, decode_frames, workers: int) -> Iterator[list[Problem]]:
     """Yield the problems of each shard, in order.
 
     The one thread with the connection queries the rows, and only for the shards that are being read and the next few:
@@ -108,7 +131,7 @@ def _checked(root, connection, names, forgotten, decode_frames, workers: int) ->
     """
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[list[Problem]]] = deque()
-        for shard in _expected_shards(connection, names, forgotten):
+        for shard in _expected_shards(connection, pack, names, forgotten):
             waiting.append(pool.submit(shard.check, root, decode_frames))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
@@ -119,25 +142,26 @@ def _checked(root, connection, names, forgotten, decode_frames, workers: int) ->
 # -- expected shards -----------------------------------------------------------------------------------------------
 
 
-def _shard_names(connection: duckdb.DuckDBPyConnection) -> list[str]:
-    return [row[0] for row in connection.execute("SELECT DISTINCT shard FROM samples ORDER BY shard").fetchall()]
+def _shard_names(connection: duckdb.DuckDBPyConnection, pack: str) -> list[str]:
+    sql = f"SELECT DISTINCT shard FROM {samples_of(pack)} ORDER BY shard"
+    return [row[0] for row in connection.execute(sql).fetchall()]
 
 
 def _expected_shards(
-    connection: duckdb.DuckDBPyConnection, names: list[str], forgotten: Tombstones
+    connection: duckdb.DuckDBPyConnection, pack: str, names: list[str], forgotten: Tombstones
 ) -> Iterator["_Shard"]:
     """Yield the shards of the manifest; one query is for several shards, because each query costs a join."""
     for start in range(0, len(names), SHARDS_AT_ONCE):
         some = names[start : start + SHARDS_AT_ONCE]
         samples = connection.sql(
-            f"SELECT {', '.join(INDEX.names)} FROM samples WHERE shard IN $names ORDER BY shard, position",
+            f"SELECT {', '.join(INDEX.names)} FROM {samples_of(pack)} WHERE shard IN $names ORDER BY shard, position",
             params={"names": some},
         )
         clips = connection.sql(
-            """
+            f"""
             SELECT s.shard AS in_shard, s.clip_id, c.clip_id IS NOT NULL AS known, c.* EXCLUDE (clip_id),
                    c.text AS subtitle
-            FROM samples s LEFT JOIN catalog c ON c.clip_id = s.clip_id WHERE s.shard IN $names
+            FROM {samples_of(pack)} s LEFT JOIN catalog c ON c.clip_id = s.clip_id WHERE s.shard IN $names
             ORDER BY s.shard, s.position
             """,
             params={"names": some},
@@ -145,21 +169,23 @@ def _expected_shards(
         samples, clips = samples.to_arrow_table().cast(INDEX), clips.to_arrow_table()
         for name in some:
             rows = samples.filter(pc.field("shard") == name), clips.filter(pc.field("in_shard") == name)
-            yield _Shard(name, *rows, forgotten)
+            yield _Shard(pack, name, *rows, forgotten)
 
 
-def _files(root: Path, connection: duckdb.DuckDBPyConnection, forgotten: Tombstones) -> list[Problem]:
-    """Find files in shards/ without samples of the manifest, and leftovers of a killed packing."""
-    wanted = {name for shard in _shard_names(connection) for name in (shard, str(Path(shard).with_suffix(".parquet")))}
-    problems, files = [], files_of(root)
-    there = [root / "shards" / name for name in files.sizes("shards")] if files.store else (root / "shards").glob("*")
-    for path in sorted(there):
+def _files(root: Path, shards: list[str], pack: str, forgotten: Tombstones) -> list[Problem]:
+    """Find files of a pack without samples of the manifest, and leftovers of a killed packing."""
+    wanted = {name for shard in shards for name in (shard, str(Path(shard).with_suffix(".parquet")))}
+    problems, files, folder = [], files_of(root), folder_of(pack)
+    there = [root / folder / name for name in files.sizes(folder)] if files.store else (root / folder).glob("*")
+    others = set() if pack else set(named_packs(root))
+    command = f"clipmill run pack --name {pack}" if pack else "clipmill run pack"
+    for path in sorted(path for path in there if path.name not in others):
         if path.name == NEXT:
-            problems.append(Problem(f"shards/{NEXT}", "", "orphan-file", "shards of an unfinished packing"))
+            problems.append(Problem(f"{folder}/{NEXT}", "", "orphan-file", "shards of an unfinished packing"))
         elif path.name not in wanted and _keys_of_forgotten(path.with_suffix(".parquet"), forgotten):
             problems.append(
                 Problem(
-                    f"shards/{path.name}",
+                    f"{folder}/{path.name}",
                     "",
                     "forgotten",
                     "a shard of a forgotten video: `clipmill compact` removes it",
@@ -168,10 +194,10 @@ def _files(root: Path, connection: duckdb.DuckDBPyConnection, forgotten: Tombsto
         elif path.name not in wanted:
             problems.append(
                 Problem(
-                    f"shards/{path.name}",
+                    f"{folder}/{path.name}",
                     "",
                     "orphan-file",
-                    "the manifest has no sample in it; `clipmill run pack` removes it",
+                    f"the manifest has no sample in it; `{command}` removes it",
                 )
             )
     return problems
@@ -274,34 +300,39 @@ def _same_captions(connection: duckdb.DuckDBPyConnection) -> list[Problem]:
 class _Shard:
     """A shard of the manifest: its rows of `samples` and of `catalog`, in the tar's order."""
 
+    pack: str
     name: str
     samples: pa.Table
     clips: pa.Table
     forgotten: Tombstones
 
     @property
-    def index_name(self) -> str:
-        return str(Path(self.name).with_suffix(".parquet"))
+    def relative(self) -> str:
+        return f"{folder_of(self.pack)}/{self.name}"
+
+    @property
+    def index(self) -> str:
+        return str(Path(self.relative).with_suffix(".parquet"))
 
     def check(self, root: Path, decode_frames: Callable[[bytes], int] | None) -> list[Problem]:
-        waiting = _keys_of_forgotten(root / "shards" / self.index_name, self.forgotten)
-        problems = list(self._index_problems(root / "shards" / self.index_name))
+        waiting = _keys_of_forgotten(root / self.index, self.forgotten)
+        problems = list(self._index_problems(root / self.index))
         problems += self._clip_problems()
         if waiting:
             message = f"{len(waiting)} of its samples are forgotten: `clipmill compact` removes them"
             problems.append(self._problem("", "forgotten", message))
-        with _read_here(root, f"shards/{self.name}") as path:
+        with _read_here(root, self.relative) as path:
             if path is None:
                 message = "the manifest has samples in it, but it does not exist"
                 return [*problems, self._problem("", "missing-file", message)]
             return problems + _TarReader(self, decode_frames, waiting).read(path)
 
     def _problem(self, item: str, kind: str, message: str) -> Problem:
-        return Problem(f"shards/{self.name}", item, kind, message)
+        return Problem(self.relative, item, kind, message)
 
     def _index_problems(self, path: Path) -> Iterator[Problem]:
         """Compare the index beside the tar with the manifest's `samples`."""
-        where = f"shards/{self.index_name}"
+        where = self.index
         if not path.is_file():
             yield Problem(where, "", "missing-file", "the shard has no index")
             return
@@ -324,7 +355,7 @@ class _Shard:
 
     def _clip_problems(self) -> list[Problem]:
         """Compare the manifest's `samples` with its clips and their current texts."""
-        where, rows = f"shards/{self.index_name}", self.samples
+        where, rows = self.index, self.samples
         known = self.clips["known"].to_pylist()
         problems = [
             Problem(where, clip_id, "unknown-clip", "the manifest does not have this clip (any more)")

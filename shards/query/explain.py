@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from clipmill.base.errors import UserError
 from shards.corpus.fragments import fragment_path
+from shards.corpus.packs import MAIN, folder_of
 from shards.corpus.schema import LEDGER
 from shards.corpus.source_ids import canonical_url, source_spellings
 from shards.corpus.tombstones import hash_of, read_tombstones
@@ -84,13 +85,19 @@ def _resolve(connection: duckdb.DuckDBPyConnection, name: str) -> tuple[str | No
     """Return (video_id, clip_id or None) of a name; (None, None) for an unknown one."""
     if found := connection.execute("SELECT video_id FROM videos WHERE video_id = ?", [name]).fetchall():
         return found[0][0], None
-    for table, column in (("clips", "clip_id"), ("spans", "clip_id"), ("samples", "key")):
+    for table, column in (("clips", "clip_id"), ("spans", "clip_id"), ("samples", "key"), *_keys_of_packs(connection)):
         sql = f"SELECT video_id, clip_id FROM {table} WHERE {column} = ?"
         if found := connection.execute(sql, [name]).fetchall():
             return found[0]
     if found := connection.execute("SELECT video_id FROM videos WHERE source_id = ?", [name]).fetchall():
         return found[0][0], None
     return video_of_url(connection, _canonical(name)), None
+
+
+def _keys_of_packs(connection: duckdb.DuckDBPyConnection) -> list[tuple[str, str]]:
+    """Return the table of named packs and its column with keys; older manifests lack it."""
+    known = connection.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'pack_samples'").fetchall()
+    return [("pack_samples", "key")] if known else []
 
 
 def _canonical(name: str) -> str:
@@ -158,18 +165,22 @@ def _story_of_clip(connection: duckdb.DuckDBPyConnection, clip_id: str) -> Story
         for n, frame in enumerate(clip["frames"] or ()):
             story.places.append(_place(f"frame {n}", tar, frame["offset"], frame["num_bytes"], frame["sha256"]))
     for sample in _rows(connection, "SELECT * FROM samples WHERE clip_id = ?", clip_id):
-        story.places += _sample_places(sample)
+        story.places += _sample_places(sample, folder_of(MAIN))
+    for table, _ in _keys_of_packs(connection):
+        for sample in _rows(connection, f"SELECT * FROM {table} WHERE clip_id = ? ORDER BY pack", clip_id):
+            story.places += _sample_places(sample, folder_of(sample["pack"]))
     return story
 
 
 # Tables of clips that a story shows in their own form, or leaves out.
 _SHOWN_APART = {
-    "spans", "sentences", "clips", "texts", "captions", "scores", "samples", "clip_edits", "edited_clips",
+    "spans", "sentences", "clips", "texts", "captions", "scores", "samples", "pack_samples", "clip_edits",
+    "edited_clips",
 }  # fmt: skip
 
 
-def _sample_places(sample: Row) -> list[Row]:
-    shard = f"shards/{sample['shard']}"
+def _sample_places(sample: Row, folder: str) -> list[Row]:
+    shard = f"{folder}/{sample['shard']}"
     return [
         _place(f"{sample['key']}.{m}", shard, sample[f"{m}_offset"], sample[f"{m}_bytes"], sample.get(f"{m}_sha256"))
         for m in MEMBERS

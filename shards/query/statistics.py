@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clipmill.base.text import visible
+from shards.query.disk import DiskUse
 
 # HD-VILA-100M as published (arXiv 2111.10337, table 1) and its category shares in percent of videos and of clips, read
 # off the ring charts of its release: a reference for one's own corpus.
@@ -66,9 +67,10 @@ class Statistics:
     words_per_sentence: list[Row]
     languages: list[Row]
     captioners: list[Row]
+    disk: DiskUse | None = None  # None: not listed
 
 
-def report(connection: duckdb.DuckDBPyConnection) -> Statistics:
+def report(connection: duckdb.DuckDBPyConnection, disk: DiskUse | None = None) -> Statistics:
     """Count everything, in one or two seconds for a million clips."""
     views = ("funnel", "categories", "resolutions", "clip_lengths", "words_per_sentence", "languages", "captioners")
     return Statistics(
@@ -77,6 +79,7 @@ def report(connection: duckdb.DuckDBPyConnection) -> Statistics:
         failures=_rows(connection, "SELECT * FROM failures_by_reason"),
         dropped_sentences=_rows(connection, "SELECT count(*) AS n FROM sentences WHERE clip_id IS NULL")[0]["n"],
         **{view: _rows(connection, f"SELECT * FROM {view}") for view in views},
+        disk=disk,
     )
 
 
@@ -99,6 +102,7 @@ def render(stats: Statistics, console: Console) -> None:
         ("Languages", _language_table(stats.languages)),
         ("Captioners", _captioner_table(stats.captioners)),
         ("Failures", _failure_table(stats)),
+        ("Files", _disk_table(stats.disk) if stats.disk else None),
     ]
     for title, part in parts:
         if part is not None:
@@ -255,6 +259,15 @@ def _failure_table(stats: Statistics) -> Table | Text:
     if stats.dropped_sentences:
         table.add_row("segment", "sentences in no span", f"{stats.dropped_sentences:,}", "")
     return _with_rest(table, stats.failures)
+
+
+def _disk_table(disk: DiskUse) -> Group:
+    table = _table("kind", "files", "size")
+    for kind, (num_files, num_bytes) in disk.kinds.items():
+        table.add_row(kind, f"{num_files:,}", _size(num_bytes))
+    table.add_row("in all", f"{disk.num_files:,}", _size(disk.num_bytes))
+    notes = [Text(f"{setting} would free {_size(freed)}", style="dim") for setting, freed in disk.freed.items()]
+    return Group(table, *notes)
 
 
 def _table(first: str, *others: str) -> Table:

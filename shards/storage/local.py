@@ -7,7 +7,7 @@ what it has written. In a plain folder a written file needs nothing more.
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shards.storage.s3 import Store
@@ -52,6 +52,15 @@ class Files:
         """Return path → bytes of all files in a folder and its subfolders."""
         files = sorted(path for path in (self.root / folder).rglob("*") if path.is_file())
         return {str(path.relative_to(self.root)): path.stat().st_size for path in files}
+
+    def list_all(self) -> dict[str, int]:
+        """Return path → bytes of all files of the corpus; of one in a store, those that the store has."""
+        sizes = {}
+        for folder, _, names in os.walk(self.root):
+            for path in (Path(folder, name) for name in names):
+                with suppress(FileNotFoundError):  # a build moves and removes files meanwhile
+                    sizes[str(path.relative_to(self.root))] = path.lstat().st_size
+        return sizes
 
     def upload(self, *relatives: str) -> None:
         """Publish files that are complete in the folder; their order does not matter."""

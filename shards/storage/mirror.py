@@ -102,6 +102,9 @@ class Mirror(Files):
     def below(self, folder: str) -> dict[str, int]:
         return self.list_prefix(f"{folder}/")
 
+    def list_all(self) -> dict[str, int]:
+        return self.list_prefix("")
+
     # --- Writing
 
     @contextmanager

@@ -81,8 +81,8 @@ def test_it_runs_where_it_is_pending_and_its_column_is_in_sql_and_in_samples(cor
 
     assert status(corpus, []).pack["to_pack"] == 0, "a late column makes no shard pending"
     assert run(corpus, stages=("pack",), redo=True).pack.num_samples == NUM_CLIPS
-    [json_member] = [m for m in list_members(corpus / "shards/000000.tar") if m.name.endswith(".json")][:1]
-    sample = json.loads(read_member(corpus / "shards/000000.tar", json_member.offset, json_member.num_bytes))
+    [json_member] = [m for m in list_members(corpus / "shards/000000-000000.tar") if m.name.endswith(".json")][:1]
+    sample = json.loads(read_member(corpus / "shards/000000-000000.tar", json_member.offset, json_member.num_bytes))
     assert sample["frame_size"] == 2 * sizes[sample["clip_id"]]
 
     story = explain(corpus, "video-c.1")

@@ -4,6 +4,7 @@ The file, title, words and pictures of each video are derived from its id, so th
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.engine.build import Silent, session
@@ -27,9 +28,15 @@ def write_sources(path: Path, video_ids: list[str]) -> Path:
     return write_list(path, [{"id": v, "url": url_of(v), "title": f"title of {v}"} for v in video_ids])
 
 
-def build_whole(root: Path, sources: Path, same_file: dict[str, str] | None = None, command: str = "test") -> None:
+def build_whole(
+    root: Path,
+    sources: Path,
+    same_file: dict[str, str] | None = None,
+    command: str = "test",
+    settings: Sequence[str] = (),
+) -> None:
     """Ingest, run all stages and pack. `same_file` maps a video to another one with the same bytes."""
-    with session(root, None, SETTINGS, command, create=True) as (current, _):
+    with session(root, None, [*SETTINGS, *settings], command, create=True) as (current, _):
         current.record_run(ended=True)
         ingest_sources(current, [str(sources)])
         for stage in _MAKERS:

@@ -16,8 +16,10 @@ from pipeline.engine.build import build, session, status  # noqa: E402
 from pipeline.engine.registry import stage_names  # noqa: E402
 from pipeline.maintenance.forget import compact, find, forget  # noqa: E402
 from pipeline.maintenance.verify import verify_with_sandbox  # noqa: E402
-from pipeline.stages.pack import planned  # noqa: E402
+from pipeline.stages import pack as pack_stage  # noqa: E402
+from pipeline.stages.pack import Pack, planned  # noqa: E402
 from shards.packing.pack import next_paths, write_shard  # noqa: E402
+from shards.query.disk import disk_use  # noqa: E402
 from shards.query.explain import explain  # noqa: E402
 from shards.query.sql import open_manifest  # noqa: E402
 from shards.storage import s3 as stores  # noqa: E402
@@ -139,7 +141,7 @@ def test_training_finds_what_moved_when_the_corpus_was_packed_anew(machine, tmp_
 def test_a_node_that_has_nothing_fetches_what_it_packs(stored, whole, tmp_path):
     """A Ray task on another node does this."""
     with session(stored, None, [], "test", create=False) as (current, _), open_manifest(stored) as connection:
-        plan = planned(connection, current.settings.pack)[0]
+        _, [plan, *_] = next(planned(current.corpus.root, connection, Pack("", current.settings.pack)))
         rows = shard_rows(connection, plan)
         node = mirror(tmp_path / "another node" / "corpus", Store.of(stored))
         assert write_shard(plan, rows, node.root).failures == []
@@ -260,3 +262,26 @@ def test_without_the_extra_it_says_which(monkeypatch):
 def test_help_and_folders_need_no_client():
     code = "import sys, clipmill.cli.app, pipeline.engine.build; sys.exit('botocore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 0
+
+
+def test_a_named_pack_is_read_and_forgotten_on_every_machine(server, machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_stage, "FEW_SHARDS", 1000)  # written in this process
+    url = "s3://corpora/named-packs"
+    build_in(url, tmp_path, 3)
+    arguments = {"stages": ["pack"], "recipe": None, "command": "test", "pack": "no-twos"}
+    build(url, [], assignments=["pack.where=clip_id NOT LIKE '%.2'"], **arguments)
+    machine("another machine")
+    assert verify_with_sandbox(url, False, Console(quiet=True))[0] == []
+    freeze(tmp_path / "selection.arrow", url, pack="no-twos")
+    selection = Selection(tmp_path / "selection.arrow")
+    assert selection.num_clips == 6 and selection.column("shard")[0].as_py().startswith("shards/no-twos/")
+    with open_manifest(url) as connection:
+        use = disk_use(url, connection)
+    objects = Store.of(url).list("shards/no-twos/")
+    assert use.kinds["shards/no-twos"] == (len(objects), sum(each.num_bytes for each in objects.values()))
+    assert build(url, [], assignments=[], **arguments).pack.num_written == 0, "with its recorded settings"
+    assert forget(url, find(url, ["video-b"], [], None), None)
+    compact(url)
+    assert not any(b"video-b" in Store.of(url).read(key).data for key in Store.of(url).list("shards/"))
+    assert verify_with_sandbox(url, False, Console(quiet=True))[0] == []
+    assert build(url, [], assignments=[], **arguments).pack.num_written == 0

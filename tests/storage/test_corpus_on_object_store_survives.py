@@ -79,7 +79,7 @@ def die_and_resume_elsewhere(url: str, comes, server, machine, folder: Path) -> 
 
 @pytest.mark.parametrize(
     "lost",
-    ["clips/cut-", "manifest.duckdb", "shards/000001.tar"],
+    ["clips/cut-", "manifest.duckdb", "shards/000000-000001.tar"],
 )
 def test_dead_before_this_object_is_there_it_ends_the_same(lost, quiet, server, machine, stale_at_once, tmp_path):
     url = f"s3://corpora/dead-{lost.replace('/', '-')}"
@@ -97,7 +97,7 @@ def test_dead_at_any_write_it_ends_the_same(quiet, server, machine, stale_at_onc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", ["shards/000000.parquet", "fragments/ledger/cut-"])
+@pytest.mark.parametrize("lost", ["shards/000000-000000.parquet", "fragments/ledger/cut-"])
 def test_dead_while_compacting_it_ends_the_same(lost, server, machine, stale_at_once, tmp_path):
     folder, url = tmp_path / "folder", f"s3://corpora/compacted-{lost[:6]}"
     for corpus in (folder, url):

@@ -127,7 +127,7 @@ def estimate(
     data, train = settings.data, settings.train
     config = models.config_of(settings.model)
     text_encoder(config, data.max_text_tokens)
-    with open_samples(corpus, tables, memory=data.select_memory) as samples:
+    with open_samples(corpus, tables, pack=data.pack, memory=data.select_memory) as samples:
         training, held_out = choose_run(samples, data, settings.eval)
         cost = data_cost(samples, training, held_out, settings)
     spec = spec_without_groups(cost.num_clips, data, train.batch_size)

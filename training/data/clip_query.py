@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from clipmill.base.errors import UserError
+from clipmill.base.text import sql_literal
 from training.data.plain_tars import Problem, is_tars, open_tars
 
 Tables = Mapping[str, str | Path]  # further tables for conditions: name -> file
@@ -57,6 +58,7 @@ def open_samples(
     tables: Tables | None = None,
     num_neighbours: int = 0,
     *,
+    pack: str = "",
     memory: str = DEFAULT_MEMORY,
     spill_in: Path | None = None,
 ) -> Iterator[Samples]:
@@ -67,9 +69,11 @@ def open_samples(
 
     tables          further tables that conditions may use, by name, see `shards.query.sql.open_manifest`
     num_neighbours  clips before and after whose subtitles are needed, see `data.neighbours`
+    pack            name of the pack whose shards are `samples`; "": the main one
     memory          DuckDB's limit; tables and joins beyond it go to disk
     spill_in        folder for that; None: the one for temporary files
     """
+    from shards.corpus.packs import folder_of
     from shards.query.sql import open_manifest
     from shards.storage.s3 import is_url
 
@@ -80,16 +84,21 @@ def open_samples(
         spill = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=SPILL, dir=spill_in)))
         limits: dict[str, Any] = {"memory": memory, "spill": spill}
         if is_tars(name):
+            if pack:
+                raise UserError(f"data.pack = {pack!r}: {name} names tars, and a pack is of a corpus.")
             connection, problems = stack.enter_context(open_tars(name, tables, **limits))
             samples = Samples(connection, name, "", "", tuple(problems))
         elif is_url(corpus):
             connection = stack.enter_context(open_manifest(corpus, tables, **limits))
-            samples = Samples(connection, name, name.rstrip("/"), "shards/")
+            samples = Samples(connection, name, name.rstrip("/"), f"{folder_of(pack)}/")
         else:
             path = Path(corpus).expanduser().absolute()
             connection = stack.enter_context(open_manifest(path, tables, **limits))
-            samples = Samples(connection, name, str(path if path.is_dir() else path.parent), "shards/")
+            root = str(path if path.is_dir() else path.parent)
+            samples = Samples(connection, name, root, f"{folder_of(pack)}/")
         with _named_limit(memory, spill):
+            if pack:
+                _show_pack(connection, name, pack)
             _add_tables(samples, num_neighbours)
             yield samples
 
@@ -142,6 +151,28 @@ def _named_limit(memory: str, spill: Path) -> Iterator[None]:
         ) from error
     except duckdb.IOException as error:
         raise UserError(f"{spill}, to which what exceeds data.select_memory goes, cannot be used: {error}") from error
+
+
+def _show_pack(connection: Any, corpus: str, pack: str) -> None:
+    """Put the samples of a named pack in the place of the main one's, also in `catalog`. Raises UserError."""
+    known = []
+    if connection.sql("SELECT 1 FROM duckdb_tables() WHERE table_name = 'pack_samples'").fetchall():
+        known = [row[0] for row in connection.sql("SELECT DISTINCT pack FROM pack_samples ORDER BY 1").fetchall()]
+    if pack not in known:
+        names = f"has {', '.join(known)}" if known else "has no named pack"
+        raise UserError(
+            f"data.pack = {pack!r}: {corpus} {names}. `clipmill run pack --name {pack}` writes one of that name."
+        )
+    # Row numbers of `pack_samples` are those of its one table, in which a pack's rows are consecutive.
+    connection.execute(f"""
+        CREATE TEMP VIEW samples AS
+        SELECT rowid, * EXCLUDE (pack) FROM pack_samples WHERE pack = {sql_literal(pack)}
+    """)
+    connection.execute("""
+        CREATE TEMP VIEW catalog AS
+        SELECT c.* REPLACE (p.shard AS shard, p.position AS position)
+        FROM manifest.catalog c LEFT JOIN samples p ON p.clip_id = c.clip_id
+    """)
 
 
 # --- Selecting

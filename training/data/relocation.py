@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from shards.corpus.packs import MAIN, index_files, named_packs
 from shards.storage.mirror import files_of, for_reading
 from shards.storage.sealed_parquet import DamagedFile, read_parquet
 from training.data.range_reader import Range
@@ -51,9 +52,9 @@ class RelocationIndex:
         self._refreshed_at = now
         for folder in ("shards", "fragments/edited_clips"):
             files_of(self.root).refresh(folder)
-        indexes = sorted((self.root / "shards").glob("[0-9]*.parquet"))
+        indexes = [path for pack in (MAIN, *named_packs(self.root)) for path in index_files(self.root, pack)]
         edited = sorted((self.root / "fragments" / "edited_clips").glob("[!.]*.parquet"))
-        state = tuple((path.name, path.stat().st_mtime_ns) for path in [*indexes, *edited])
+        state = tuple((str(path), path.stat().st_mtime_ns) for path in [*indexes, *edited])
         if state == self._state:
             return
         members: list[tuple[str, pa.Table]] = []  # (path from the root, members)
@@ -62,7 +63,8 @@ class RelocationIndex:
                 columns = [f"{kind}_sha256", f"{kind}_offset", f"{kind}_bytes"]
                 with suppress(DamagedFile):  # the clips of this shard count as lost until it is packed again
                     table = read_parquet(path, columns).select(columns).rename_columns(_MEMBER.names)
-                    members.append((f"shards/{path.stem}.tar", table.drop_null()))
+                    tar = str(path.relative_to(self.root).with_suffix(".tar"))
+                    members.append((tar, table.drop_null()))
         for path in edited:
             try:
                 rows = read_parquet(path, ["tar", "sha256", "mp4_offset", "num_bytes", "frames"]).to_pylist()

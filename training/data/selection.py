@@ -41,13 +41,19 @@ _BATCH_ROWS = 65_536  # of the file
 
 
 def freeze(
-    path: str | Path, corpus: str | Path, where: str = "", *, setting: str = "data.where", tables: Tables | None = None
+    path: str | Path,
+    corpus: str | Path,
+    where: str = "",
+    *,
+    setting: str = "data.where",
+    tables: Tables | None = None,
+    pack: str = "",
 ) -> ClipQuery:
-    """Select clips of a corpus into one file. Raises UserError that names the setting.
+    """Select clips of a corpus, or of one of its named packs, into one file. Raises UserError that names the setting.
 
     Example: `freeze("clips.arrow", "corpus", "duration_s > 5")`
     """
-    with open_samples(corpus, tables, spill_in=Path(path).absolute().parent) as samples:
+    with open_samples(corpus, tables, pack=pack, spill_in=Path(path).absolute().parent) as samples:
         clips = select_clips(samples, where, setting)
         write(samples, clips, Path(path))
         return replace(clips, problems=samples.problems)
@@ -64,7 +70,7 @@ def freeze_run(
     for left in Path(folder).glob(f"{SPILL}*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     limits = {"memory": data.select_memory, "spill_in": Path(folder).absolute()}
-    with open_samples(corpus, tables, data.neighbours, **limits) as samples:
+    with open_samples(corpus, tables, data.neighbours, pack=data.pack, **limits) as samples:
         training, held_out = choose_run(samples, data, evaluation)
         if held_out:
             write(samples, held_out, Path(folder) / EVAL_FILE)
