@@ -18,7 +18,6 @@ from clipmill.base.settings import digest
 from clipmill.base.text import sql_literal
 from shards.corpus.copies import Copies
 from shards.corpus.stage_query import StageQuery, chosen_rows
-from shards.corpus.tombstones import tombstone_files
 from shards.corpus.working_database import INDEX, WorkingDatabase
 
 
@@ -35,7 +34,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Scope:
-    """What the temporary tables were derived for."""
+    """The volume, the units and the settings that the temporary tables were derived for."""
 
     volume: int
     units: frozenset[str] | None  # None: all of the volume
@@ -106,14 +105,14 @@ class Ledger(WorkingDatabase):
             self._execute(f"DELETE FROM {INDEX}.derived WHERE volume = ?", [volume])
 
     def _is_derived(self, volume: int) -> bool:
-        """Return whether the summary of a volume is that of its rows, the settings and the tombstones."""
+        """Return whether the summary of a volume is that of its rows and the settings."""
         if volume not in self._derived:
             return False
         [(made_with, of_run)] = self._rows(f"SELECT made_with, run_id FROM {INDEX}.derived WHERE volume = ?", [volume])
         return made_with == self._made_with() and of_run in (None, self._run[0])
 
     def _made_with(self) -> str:
-        return digest([self.fingerprints, self._run[1], tombstone_files(self.root)])
+        return digest([self.fingerprints, self._run[1]])
 
     def _derive(self, scope: Scope) -> None:
         self._fill_tables(scope)
@@ -168,18 +167,24 @@ class Ledger(WorkingDatabase):
         forced = bool(self._rows("SELECT 1 FROM forced UNION ALL SELECT 1 FROM once_more LIMIT 1"))
         rows = 'count(*), coalesce(bit_xor(hash(fragment, item_id, key, status, attempts, epoch_us("at"))), 0)'
         ((num_rows, rows_hash),) = self._rows(f"SELECT {rows} FROM ledger")
+        sources = self._rows("SELECT count(*), coalesce(bit_xor(hash(fragment, video_id)), 0) FROM sources")
         self.connection.execute("BEGIN")
         for statement in statements:
             self.connection.execute(statement)
         self._execute(
             f"INSERT INTO {INDEX}.derived VALUES (?, ?, ?, ?, '')",
-            [volume, self._made_with(), scope.run_id if of_run or forced else None, digest([num_rows, rows_hash])],
+            [
+                volume,
+                self._made_with(),
+                scope.run_id if of_run or forced else None,
+                digest([num_rows, rows_hash, *sources[0]]),
+            ],
         )
         self.connection.execute("COMMIT")
         self._derived.add(volume)
 
     def content_of(self, volume: int) -> str:
-        """Hash what a volume's part of the manifest is made from: its rows, the settings, the tombstones.
+        """Hash what a volume's part of the manifest is made from: its sources and other rows, the settings.
 
         "" if the volume has changed since it was derived.
         """
@@ -468,6 +473,6 @@ _SUMMARY_TABLES = {
     'error_class VARCHAR, message VARCHAR, transient BOOLEAN, attempts INTEGER, "at" TIMESTAMPTZ, run_id VARCHAR, '
     "quarantined BOOLEAN",
     "without_clips": "volume INTEGER, video_id VARCHAR, reason VARCHAR, message VARCHAR",
-    # made_with: hash of the settings and tombstones; run_id: the only run for which it holds, null: for every run
+    # made_with: hash of the settings; run_id: the only run for which it holds, null: for every run
     "derived": "volume INTEGER, made_with VARCHAR, run_id VARCHAR, rows_hash VARCHAR, tidied VARCHAR",
 }

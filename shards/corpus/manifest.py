@@ -125,7 +125,15 @@ def _write_samples(ledger: Ledger) -> None:
     Rows stay in the order of shards, which is the order of a training's clips. A clip may be in two shards while
     `pack.shuffle` changes: the shards of the other way stay until all new ones are in place.
     """
-    connection, tombstones = ledger.connection, read_tombstones(ledger.root)
+    connection = ledger.connection
+    connection.register("tombstones", read_tombstones(ledger.root))
+    new = "SELECT video_hash FROM tombstones EXCEPT SELECT video_hash FROM manifest.forgotten"
+    if connection.execute(new).fetchall():
+        for table in ("samples", "pack_samples"):
+            connection.execute(
+                f"DELETE FROM manifest.{table} WHERE video_id IN (SELECT video_id FROM (SELECT DISTINCT video_id FROM "
+                f"manifest.{table}) WHERE sha256(video_id) IN (SELECT video_hash FROM tombstones))"
+            )
     known = {
         (pack, shard): stamp
         for pack, shard, *stamp in connection.execute(
@@ -143,13 +151,13 @@ def _write_samples(ledger: Ledger) -> None:
     if kept and any(key not in kept and key < max(kept) for key in there):
         kept = set()  # rows would be out of order
     if len(kept) == len(known) == len(there):
+        connection.unregister("tombstones")
         return
     connection.register("kept_shards", pa.table([[pack for pack, _ in kept], [shard for _, shard in kept]], _KEPT))
     connection.execute("DELETE FROM manifest.shard_files WHERE (pack, shard) NOT IN (FROM kept_shards)")
     connection.execute(f"DELETE FROM manifest.samples WHERE ('{MAIN}', shard) NOT IN (FROM kept_shards)")
     connection.execute("DELETE FROM manifest.pack_samples WHERE (pack, shard) NOT IN (FROM kept_shards)")
     connection.unregister("kept_shards")
-    connection.register("tombstones", tombstones)
     for pack in sorted({pack for pack, _ in there}):
         shards = sorted(shard for of_pack, shard in there if of_pack == pack and (of_pack, shard) not in kept)
         paths = [ledger.root / folder_of(pack) / f"{Path(shard).stem}.parquet" for shard in shards]

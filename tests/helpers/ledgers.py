@@ -74,11 +74,12 @@ class FragmentCorpus:
         """Run these stages once; return how many items each processed."""
         self.run += 1
         before = dict(self.num_processed)
+        self.refresh_state()
         for stage in stages:
-            self.refresh_state()
-            for volume in self.ledger.volumes_with_work([stage]):
+            for volume in self.ledger.volumes():
                 self.ledger.show(volume)
-                self._do(stage, self.ledger.work(stage))
+                if items := self.ledger.work(stage):
+                    self._do(stage, items)
         return {
             stage: self.num_processed[stage] - before[stage]
             for stage in stages

@@ -41,7 +41,9 @@ def build_whole(
         ingest_sources(current, [str(sources)])
         for stage in _MAKERS:
             current.refresh_state()
-            _do(current, stage, same_file or {})
+            for volume in current.ledger.volumes_with_work([stage]):
+                current.ledger.show(volume)
+                _do(current, stage, same_file or {})
         current.publish()
         pack_here(current)
         current.publish()
