@@ -52,6 +52,7 @@ class Ledger(WorkingDatabase):
         self.stages = {stage.name: stage for stage in stages}
         self.fingerprints: dict[str, str | None] = {}  # of the stages, at the last `refresh_state`
         self.scope: Scope | None = None
+        self._has_views = False  # `chosen_S`, over tables that are made again for each scope
         self._run = ("", 0)  # run_id and max_attempts of the last `refresh_state`
         super().__init__(root, memory_limit=memory_limit, cache=cache)
         for table, columns in _SUMMARY_TABLES.items():
@@ -133,12 +134,13 @@ class Ledger(WorkingDatabase):
             wanted = stage.wanted.replace("$fingerprint", sql_literal(fingerprint or ""))
             wanted = wanted if fingerprint else f"SELECT * FROM ({wanted}) WHERE false"
             self.connection.execute(f"CREATE OR REPLACE TEMP TABLE input_{stage.name} AS {wanted}")
-            self.connection.execute(_CHOOSE.replace("$stage", stage.name))
             self.connection.execute(
                 _STATE.replace("$stage", stage.name)
                 .replace("$run_id", sql_literal(scope.run_id))
                 .replace("$max_attempts", str(int(scope.max_attempts)))
             )
+            if not self._has_views:
+                self.connection.execute(_CHOSEN.replace("$stage", stage.name))
             if stage.table:
                 rows = chosen_rows(stage.name, stage.table)
                 self.connection.execute(
@@ -146,7 +148,7 @@ class Ledger(WorkingDatabase):
                 )
             for statement in stage.current:
                 self.connection.execute(statement)
-        self.scope = scope
+        self.scope, self._has_views = scope, True
 
     def _keep_summary(self, scope: Scope) -> None:
         """Keep the counts, failures and videos without clips of the volume that was derived."""
@@ -167,18 +169,14 @@ class Ledger(WorkingDatabase):
         forced = bool(self._rows("SELECT 1 FROM forced UNION ALL SELECT 1 FROM once_more LIMIT 1"))
         rows = 'count(*), coalesce(bit_xor(hash(fragment, item_id, key, status, attempts, epoch_us("at"))), 0)'
         ((num_rows, rows_hash),) = self._rows(f"SELECT {rows} FROM ledger")
-        sources = self._rows("SELECT count(*), coalesce(bit_xor(hash(fragment, video_id)), 0) FROM sources")
+        [sources] = self._rows("SELECT count(*), coalesce(bit_xor(hash(fragment, video_id)), 0) FROM sources")
+        made_with, of_run = self._made_with(), scope.run_id if of_run or forced else None
         self.connection.execute("BEGIN")
         for statement in statements:
             self.connection.execute(statement)
         self._execute(
             f"INSERT INTO {INDEX}.derived VALUES (?, ?, ?, ?, '')",
-            [
-                volume,
-                self._made_with(),
-                scope.run_id if of_run or forced else None,
-                digest([num_rows, rows_hash, *sources[0]]),
-            ],
+            [volume, made_with, of_run, digest([num_rows, rows_hash, *sources])],
         )
         self.connection.execute("COMMIT")
         self._derived.add(volume)
@@ -426,38 +424,38 @@ class Ledger(WorkingDatabase):
         return len(names)
 
 
-# The row that counts for an item: the one made with the item's present key, else the newest of another key.
-_CHOOSE = """
-CREATE OR REPLACE TEMP TABLE chosen_$stage AS
-SELECT l.item_id, i.unit, l.key, l.fragment, l.key = i.key AS up_to_date
-FROM ledger l JOIN input_$stage i USING (item_id)
-WHERE l.stage = '$stage' AND l.status = 'done'
-QUALIFY row_number() OVER (PARTITION BY l.item_id ORDER BY l.key = i.key DESC, l.at DESC, l.fragment) = 1
-"""
-
+# `chosen`: the row that counts for an item, which is the one made with the item's present key, else the newest of
+# another key. One join for both, because a statement costs milliseconds however few the rows are.
 _STATE = """
 CREATE OR REPLACE TEMP TABLE state_$stage AS
 WITH tried AS (
-    SELECT item_id, key, max(attempts) FILTER (status = 'failed') AS attempts,
-           arg_max(transient, "at") FILTER (status = 'failed') AS transient,
-           bool_or(run_id = $run_id) AS in_this_run
-    FROM ledger WHERE stage = '$stage' GROUP BY ALL
+    SELECT i.item_id, i.unit, i.key, any_value(i.cost) AS cost,
+           arg_min({key: l.key, fragment: l.fragment},
+                   {other: l.key <> i.key, before: -epoch_us(l."at"), fragment: l.fragment})
+               FILTER (l.status = 'done') AS chosen,
+           max(l.attempts) FILTER (l.status = 'failed' AND l.key = i.key) AS attempts,
+           arg_max(l.transient, l."at") FILTER (l.status = 'failed' AND l.key = i.key) AS transient,
+           bool_or(l.run_id = $run_id) FILTER (l.key = i.key) AS in_this_run
+    FROM input_$stage i LEFT JOIN (FROM ledger WHERE stage = '$stage') l ON l.item_id = i.item_id GROUP BY ALL
 )
-SELECT i.item_id, i.unit, i.key, i.cost, coalesce(t.attempts, 0) AS attempts,
+SELECT t.item_id, t.unit, t.key, t.cost, coalesce(t.attempts, 0) AS attempts,
        CASE WHEN f.item_id IS NOT NULL AND NOT coalesce(t.in_this_run, false) THEN 'pending'
-            WHEN c.up_to_date THEN 'done'
+            WHEN t.chosen.key = t.key THEN 'done'
             WHEN t.attempts IS NULL THEN 'pending'
             WHEN t.transient AND t.attempts >= $max_attempts THEN 'quarantined'
             WHEN t.transient AND (NOT t.in_this_run OR o.item_id IS NOT NULL) THEN 'retry'
             ELSE 'failed' END AS status,
-       coalesce(t.transient AND t.attempts < $max_attempts, false) AS retryable
-FROM input_$stage i
-LEFT JOIN chosen_$stage c ON c.item_id = i.item_id AND c.up_to_date
-LEFT JOIN tried t ON t.item_id = i.item_id AND t.key = i.key
-LEFT JOIN (SELECT DISTINCT item_id FROM forced WHERE stage = '$stage') f ON f.item_id = i.item_id
-LEFT JOIN once_more o ON o.stage = '$stage' AND o.item_id = i.item_id AND o.attempts = t.attempts
+       coalesce(t.transient AND t.attempts < $max_attempts, false) AS retryable, t.chosen
+FROM tried t
+LEFT JOIN (SELECT DISTINCT item_id FROM forced WHERE stage = '$stage') f ON f.item_id = t.item_id
+LEFT JOIN once_more o ON o.stage = '$stage' AND o.item_id = t.item_id AND o.attempts = t.attempts
 """
 
+_CHOSEN = """
+CREATE OR REPLACE TEMP VIEW chosen_$stage AS
+SELECT item_id, unit, chosen.key AS key, chosen.fragment AS fragment, chosen.key = state_$stage.key AS up_to_date
+FROM state_$stage WHERE chosen IS NOT NULL
+"""
 
 _LAST_FAILURE = """
 SELECT stage, item_id AS failed_id, key AS failed_key, unit, error_class, message, transient, attempts, "at", run_id
