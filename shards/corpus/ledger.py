@@ -81,6 +81,8 @@ class Ledger(WorkingDatabase):
             [volume] = {self.volume_of(unit) for unit in units} or {self.active or 0}
             self._derive(Scope(volume, units, fingerprints, run_id, max_attempts))
             return
+        if self.scope and self.scope.units is not None:
+            self.scope = None  # `counts` is of the whole corpus again
         again = True
         while again:  # a volume may bring another one copies of its videos
             again = [volume for volume in self.volumes() if not self._is_derived(volume)]

@@ -170,6 +170,11 @@ def test_a_file_of_another_index_is_not_believed(done):
     assert len(done.ledger._rows(f"FROM {INDEX}.volume_files")) == 3
 
 
+def test_counts_are_of_the_units_or_of_the_whole_corpus(done):
+    assert done.refresh_state(units=["u000001"])["cut"] == {"done": 2}
+    assert done.refresh_state()["cut"] == {"done": 6}
+
+
 def test_more_volumes_than_are_kept_open(tmp_path, monkeypatch):
     monkeypatch.setattr("shards.corpus.working_database.MOST_ATTACHED", 2)
     corpus = FragmentCorpus(tmp_path / "corpus")
