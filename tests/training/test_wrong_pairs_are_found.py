@@ -60,7 +60,7 @@ def test_a_text_heard_in_other_bytes_of_the_video_is_found(corpus, table):
 
 def test_a_reference_text_of_another_clip_is_found(corpus):
     one, _ = two_clips(corpus)
-    change_manifest(corpus, f"INSERT INTO texts VALUES ('{one}', 0, 'a text', 'v', 'of another clip')")
+    change_manifest(corpus, f"INSERT INTO texts VALUES ('{one}', 0, 'a text', 'v', 'of another clip', 0)")
     assert found(corpus) == [("wrong-pair", one)]
 
 
