@@ -35,7 +35,7 @@ _SOURCES = f"""
     INSERT INTO {INDEX}.all_sources BY NAME
     SELECT printf('v%08d', i) AS item_id, item_id AS video_id, printf('u%06d', i // {UNIT_VIDEOS}) AS unit,
            'ingested' AS key, 'https://video.example/watch?v=' || item_id AS url, 'url' AS kind, i AS ordinal,
-           $volume AS volume, 'ingest-' || $volume AS fragment, fragment AS commit
+           $volume AS volume, 'ingest-' || $volume AS fragment
     FROM range($first, $last) r(i)
 """
 
@@ -43,11 +43,11 @@ _LEDGER = """
     INSERT INTO ledger BY NAME
     SELECT '$stage' AS stage, item_id, unit, key, '$stage-1' AS fingerprint, 'done' AS status, 1 AS attempts,
            1 AS num_rows, 1.0 AS wall_s, 1.0 AS cpu_s, TIMESTAMPTZ '2024-05-01' AS "at", 'made' AS run_id,
-           '$stage-' || unit || '-0123456789ab' AS fragment, fragment AS commit
+           '$stage-' || unit || '-0123456789ab' AS fragment
     FROM state_$stage WHERE status = 'pending'
 """
 
-_OF_ITEM = "item_id, unit, key, '$stage-' || unit || '-0123456789ab' AS fragment, fragment AS commit"
+_OF_ITEM = "item_id, unit, key, '$stage-' || unit || '-0123456789ab' AS fragment"
 
 # A text of some sixty letters, which no two clips share.
 _TEXT = "md5(clip_id) || ' ' || substr(sha256(clip_id), 1, 28)"

@@ -101,7 +101,7 @@ class CorpusBackend:
     def _recorded(self, videos: Sequence[VideoClips]) -> tuple[list[dict[str, Any]], State] | None:
         """Return the recorded rows and the state after them; None for a new editing."""
         with self._session() as current:
-            query = "SELECT * EXCLUDE (item_id, unit, key, fragment, commit) FROM edit_rounds WHERE editing = ?"
+            query = "SELECT * EXCLUDE (item_id, unit, key, fragment) FROM edit_rounds WHERE editing = ?"
             table = current.ledger.rows_of_volumes(query, [self.editing]).sort_by("round")
             if not table.num_rows:
                 return None

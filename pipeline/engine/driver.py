@@ -153,7 +153,7 @@ class Engine:
         self.pools.leave()
         self._join()
 
-    def _run_units(self, waiting: "Backlog", on_tick: Callable[["Engine"], None]) -> None:
+    def _run_units(self, waiting: Backlog, on_tick: Callable[["Engine"], None]) -> None:
         """Run tasks until nothing of these units is pending."""
         examine: list[str] = []
         while waiting or examine or self.in_flight or self.waiting or self.downloaded_at or any(self.queues.values()):
@@ -216,7 +216,7 @@ class Engine:
             if unit not in self.busy and (unit not in self.downloads or now - at >= UNIT_WAITS_S)
         ]
 
-    def _last_round(self) -> "Backlog":
+    def _last_round(self) -> Backlog:
         """Make the exhausted items pending once more, if they have attempts left; return their units."""
         self.ledger.try_again(self.exhausted)
         self.refresh_state()

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shards.corpus.working_database import INDEX
+
 if TYPE_CHECKING:
     from shards.corpus.ledger import Ledger
 
-INDEX = "ledger.main"
 MERGE_AT = 100_000  # contents in the set before they are merged into the sorted array
 
 
@@ -20,8 +21,6 @@ class Copies:
 
     def __init__(self, ledger: "Ledger"):
         self.ledger = ledger
-        for table, columns in TABLES.items():
-            ledger.connection.execute(f"CREATE TABLE IF NOT EXISTS {INDEX}.{table} ({columns})")
         self.sorted: np.ndarray | None = None  # hashes of all contents but those in `added`; None: not read yet
         self.added: set[int] = set()
         self.unregistered = set(ledger.volumes())
@@ -62,39 +61,47 @@ class Copies:
         gone = execute("SELECT count(*) FROM old_contents").fetchall()[0][0]
         if not (hashes or gone):
             return False
-        others: set[int] = set()
+        known, others = self._known(hashes), set()
+        execute("BEGIN")  # what is noted of a content is noted for all volumes that have it
         if gone:
-            lost = "video_id IN (SELECT video_id FROM old_contents)"
-            others |= {v for (v,) in execute(f"SELECT DISTINCT volume FROM {INDEX}.copies WHERE {lost}").fetchall()}
-            execute(f"DELETE FROM {INDEX}.copies WHERE {lost}")
-            shared = (
-                "content IN (SELECT content FROM old_contents) AND content NOT IN (SELECT content FROM video_contents)"
-            )
-            execute(f"DELETE FROM {INDEX}.copies WHERE volume = {volume} AND {shared}")
-            execute(f"DELETE FROM {here} AND {lost}")
-        known = self._known(hashes)
+            others |= self._forget_old(volume, here)
         execute(f"INSERT INTO {INDEX}.contents BY NAME SELECT *, {volume} AS volume FROM new_contents")
         if known:
-            execute(
-                "CREATE OR REPLACE TEMP TABLE shared AS "
-                f"SELECT c.* FROM {INDEX}.contents c SEMI JOIN new_contents USING (content) WHERE volume <> {volume}"
-            )
-            others |= {v for (v,) in execute("SELECT DISTINCT volume FROM shared").fetchall()}
-            execute(
-                f"INSERT INTO {INDEX}.copies BY NAME SELECT {volume} AS volume, {columns} FROM shared "
-                f"EXCEPT SELECT volume, {columns} FROM {INDEX}.copies"
-            )
-            execute(
-                f"INSERT INTO {INDEX}.copies BY NAME SELECT s.volume, n.video_id, n.ordinal, n.content, n.spans "
-                "FROM new_contents n JOIN (SELECT DISTINCT volume, content FROM shared) s USING (content)"
-            )
-        if not others and not gone:
-            return False
+            others |= self._share_new(volume, columns)
         for other in others - {volume}:
             self.ledger.changed(other)
-        self.unregistered -= others
+        execute("COMMIT")
         self.loaded = None
-        return True
+        return bool(others or gone)
+
+    def _forget_old(self, volume: int, here: str) -> set[int]:
+        """Delete the contents that a volume has no more; return the volumes that had copies of them."""
+        execute, lost = self.ledger.connection.execute, "video_id IN (SELECT video_id FROM old_contents)"
+        others = {v for (v,) in execute(f"SELECT DISTINCT volume FROM {INDEX}.copies WHERE {lost}").fetchall()}
+        execute(f"DELETE FROM {INDEX}.copies WHERE {lost}")
+        execute(
+            f"DELETE FROM {INDEX}.copies WHERE volume = {volume} AND content IN (SELECT content FROM old_contents) "
+            "AND content NOT IN (SELECT content FROM video_contents)"
+        )
+        execute(f"DELETE FROM {here} AND {lost}")
+        return others
+
+    def _share_new(self, volume: int, columns: str) -> set[int]:
+        """Note for a volume and for the others the new contents that both have; return the others."""
+        execute = self.ledger.connection.execute
+        execute(
+            "CREATE OR REPLACE TEMP TABLE shared AS "
+            f"SELECT c.* FROM {INDEX}.contents c SEMI JOIN new_contents USING (content) WHERE volume <> {volume}"
+        )
+        execute(
+            f"INSERT INTO {INDEX}.copies BY NAME SELECT {volume} AS volume, {columns} FROM shared "
+            f"EXCEPT SELECT volume, {columns} FROM {INDEX}.copies"
+        )
+        execute(
+            f"INSERT INTO {INDEX}.copies BY NAME SELECT s.volume, n.video_id, n.ordinal, n.content, n.spans "
+            "FROM new_contents n JOIN (SELECT DISTINCT volume, content FROM shared) s USING (content)"
+        )
+        return {v for (v,) in execute("SELECT DISTINCT volume FROM shared").fetchall()}
 
     def _known(self, hashes: list[int]) -> bool:
         """Return whether one of the hashes may be of an earlier content; add all of them."""
@@ -110,11 +117,3 @@ class Copies:
             self.sorted = np.sort(np.concatenate([self.sorted, np.fromiter(self.added, np.uint64, len(self.added))]))
             self.added = set()
         return known
-
-
-_SPANS = "STRUCT(n INTEGER, start_s DOUBLE, end_s DOUBLE)[]"
-# In the index. contents: of each volume's videos; copies: what other volumes have of the contents of `volume`.
-TABLES = {
-    "contents": f"volume INTEGER, video_id VARCHAR, ordinal BIGINT, content VARCHAR, spans {_SPANS}",
-    "copies": f"volume INTEGER, video_id VARCHAR, ordinal BIGINT, content VARCHAR, spans {_SPANS}",
-}

@@ -20,6 +20,8 @@ from shards.corpus.copies import Copies
 from shards.corpus.stage_query import StageQuery, chosen_rows
 from shards.corpus.working_database import INDEX, WorkingDatabase
 
+_SUMMARY = ("counts", "standing", "without_clips", "derived")  # tables of the index
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -55,8 +57,6 @@ class Ledger(WorkingDatabase):
         self._has_views = False  # `chosen_S`, over tables that are made again for each scope
         self._run = ("", 0)  # run_id and max_attempts of the last `refresh_state`
         super().__init__(root, memory_limit=memory_limit, cache=cache)
-        for table, columns in _SUMMARY_TABLES.items():
-            self.connection.execute(f"CREATE TABLE IF NOT EXISTS {INDEX}.{table} ({columns})")
         self.connection.execute("CREATE TEMP TABLE forced (stage VARCHAR, item_id VARCHAR)")
         self.connection.execute("CREATE TEMP TABLE once_more (stage VARCHAR, item_id VARCHAR, attempts INT)")
         self._derived = {volume for (volume,) in self._rows(f"SELECT volume FROM {INDEX}.derived")}
@@ -115,7 +115,8 @@ class Ledger(WorkingDatabase):
         return made_with == self._made_with() and of_run in (None, self._run[0])
 
     def _made_with(self) -> str:
-        return digest([self.fingerprints, self._run[1]])
+        statements = [(stage.wanted, stage.table, stage.current) for stage in self.stages.values()]
+        return digest([self.fingerprints, self._run[1], statements, _STATE, _LAST_FAILURE])
 
     def _derive(self, scope: Scope) -> None:
         self._fill_tables(scope)
@@ -155,7 +156,7 @@ class Ledger(WorkingDatabase):
     def _keep_summary(self, scope: Scope) -> None:
         """Keep the counts, failures and videos without clips of the volume that was derived."""
         volume = scope.volume
-        statements = [f"DELETE FROM {INDEX}.{table} WHERE volume = {volume}" for table in _SUMMARY_TABLES]
+        statements = [f"DELETE FROM {INDEX}.{table} WHERE volume = {volume}" for table in _SUMMARY]
         for stage in self.stages:
             statements.append(
                 f"INSERT INTO {INDEX}.counts SELECT {volume}, '{stage}', * FROM ({self._count_sql(stage)})"
@@ -252,9 +253,7 @@ class Ledger(WorkingDatabase):
         return [item_id for _, item_id, _ in rows]
 
     def sources_cut(self) -> list[str]:
-        """Return the paths of the videos that were copied into the corpus and whose clips are all cut, of the volume
-        that was derived last.
-        """
+        """Return the paths of the copied videos whose clips are all cut, of the volume that was derived last."""
         sql = (
             "SELECT path FROM current_videos WHERE path NOT LIKE '/%' AND video_id IN "
             "(SELECT item_id FROM state_cut WHERE status = 'done') ORDER BY path"
@@ -417,7 +416,7 @@ class Ledger(WorkingDatabase):
         names = [
             name
             for (name,) in self._rows(
-                f"SELECT fragment FROM ledger WHERE stage = '{stage}' AND fragment = commit GROUP BY fragment "
+                f"SELECT fragment FROM ledger WHERE stage = '{stage}' GROUP BY fragment "
                 f"HAVING NOT bool_or(key IN (SELECT key FROM input_{stage})) "
                 f"AND NOT bool_or(fragment IN (SELECT fragment FROM chosen_{stage}))"
             )
@@ -464,15 +463,3 @@ SELECT stage, item_id AS failed_id, key AS failed_key, unit, error_class, messag
 FROM ledger WHERE status = 'failed'
 QUALIFY row_number() OVER (PARTITION BY stage, item_id, key ORDER BY "at" DESC, attempts DESC) = 1
 """
-
-
-# In the index, by volume: what its last derivation for all units found.
-_SUMMARY_TABLES = {
-    "counts": "volume INTEGER, stage VARCHAR, status VARCHAR, num BIGINT",
-    "standing": "volume INTEGER, stage VARCHAR, failed_id VARCHAR, failed_key VARCHAR, unit VARCHAR, "
-    'error_class VARCHAR, message VARCHAR, transient BOOLEAN, attempts INTEGER, "at" TIMESTAMPTZ, run_id VARCHAR, '
-    "quarantined BOOLEAN",
-    "without_clips": "volume INTEGER, video_id VARCHAR, reason VARCHAR, message VARCHAR",
-    # made_with: hash of the settings; run_id: the only run for which it holds, null: for every run
-    "derived": "volume INTEGER, made_with VARCHAR, run_id VARCHAR, rows_hash VARCHAR, tidied VARCHAR",
-}

@@ -313,7 +313,7 @@ _SELECT = {
     """,
     "captions": "SELECT $columns FROM current_captions ORDER BY clip_id, frame_index, fingerprint",
     "scores": """
-        SELECT s.* EXCLUDE (item_id, unit, key, fragment, commit, up_to_date), g.duplicate_group
+        SELECT s.* EXCLUDE (item_id, unit, key, fragment, up_to_date), g.duplicate_group
         FROM current_scores s LEFT JOIN duplicate_groups g USING (clip_id) ORDER BY s.clip_id
     """,
     "clip_edits": "SELECT $columns FROM clip_edits SEMI JOIN sources USING (video_id) ORDER BY editing, round, clip_id",
@@ -321,7 +321,7 @@ _SELECT = {
         SELECT $columns FROM edited_clips SEMI JOIN sources USING (video_id) ORDER BY editing, round, clip_id
     """,
     "edit_rounds": """
-        SELECT r.* EXCLUDE (item_id, unit, key, fragment, commit), l."at"
+        SELECT r.* EXCLUDE (item_id, unit, key, fragment), l."at"
         FROM edit_rounds r JOIN ledger l ON l.stage = 'edit' AND l.item_id = r.item_id AND l.key = r.key
         ORDER BY r.editing, r.round
     """,

@@ -79,11 +79,10 @@ class WorkingDatabase:
 
     def volumes_of(self, video_ids: Iterable[str]) -> list[int]:
         """Return the volumes of these videos, in order."""
-        self.connection.register("named", pa.table({"video_id": pa.array(list(video_ids), pa.string())}))
-        sql = f"SELECT DISTINCT volume FROM {INDEX}.all_sources SEMI JOIN named USING (video_id) ORDER BY 1"
-        found = [volume for (volume,) in self._rows(sql)]
-        self.connection.unregister("named")
-        return found
+        with self._as_table("named_videos", list(video_ids)):
+            of_them = "video_id IN (SELECT name FROM named_videos)"
+            rows = self._rows(f"SELECT DISTINCT volume FROM {INDEX}.all_sources WHERE {of_them} ORDER BY 1")
+        return [volume for (volume,) in rows]
 
     def each_volume(self) -> Iterator[int]:
         """Activate one volume after another and yield its number."""
@@ -293,9 +292,9 @@ class WorkingDatabase:
                 f"SELECT DISTINCT volume FROM {INDEX}.fragments WHERE name IN (SELECT name FROM removed) ORDER BY 1"
             )
             for (volume,) in volumes:
+                self.changed(volume)  # first, so that a kill leaves no summary of rows that are gone
                 self._use(volume)
                 self._delete_rows()
-                self.changed(volume)
             self._execute(f"DELETE FROM {INDEX}.all_sources WHERE fragment IN (SELECT name FROM removed)")
             self._execute(f"DELETE FROM {INDEX}.fragments WHERE name IN (SELECT name FROM removed)")
         self._back(volumes[-1][0] if volumes else self.active)
@@ -303,7 +302,7 @@ class WorkingDatabase:
     def _delete_rows(self) -> None:
         """Delete the rows of the commits in `removed` from the volume in use."""
         for table in ["ledger", *(table for table in TABLES if table != "sources")]:
-            self.connection.execute(f"DELETE FROM {table} WHERE commit IN (SELECT name FROM removed)")
+            self.connection.execute(f"DELETE FROM {table} WHERE fragment IN (SELECT name FROM removed)")
 
     def load(self, names: Sequence[str]) -> None:
         """Load the rows of whole commits, replacing those loaded before."""
@@ -317,10 +316,10 @@ class WorkingDatabase:
             volume = self._load_list(name) if is_list(name) else self.volume_of(_unit_in(name))
             files.setdefault(volume, []).append((name, stat.st_size, stat.st_mtime_ns, named, volume))
         for volume, rows in files.items():
+            self.changed(volume)  # first, so that a kill leaves no summary of fewer rows
             self._use(volume)
             self._load_rows([name for name, *_ in rows])
             self.connection.executemany(f"INSERT INTO {INDEX}.fragments VALUES (?, ?, ?, ?, ?)", rows)
-            self.changed(volume)
         self._back(volume)
 
     def _back(self, volume: int | None) -> None:
@@ -348,31 +347,28 @@ class WorkingDatabase:
 
     def _load_rows(self, names: Sequence[str]) -> None:
         """Insert the rows of commits into the volume in use, after what a killed load of them may have left."""
-        by_table: dict[tuple[str, bool], list[str]] = {}
+        by_table: dict[str, list[str]] = {"ledger": []}
         for name in names:
             path = fragment_path(self.root, "ledger", name)
-            by_table.setdefault(("ledger", is_sealed(name)), []).append(str(path))
+            by_table["ledger"].append(str(path))
             for relative in outputs_of(path):
                 table = table_of(relative)
                 if table in TABLES and table != "sources":  # else of a stage whose package is not installed
-                    by_table.setdefault((table, is_sealed(name)), []).append(str(self.root / relative))
+                    by_table.setdefault(table, []).append(str(self.root / relative))
         with self._as_table("removed", names):
             self.connection.execute("BEGIN")
             try:
                 self._delete_rows()
-                for (table, sealed), paths in by_table.items():
-                    self._insert(table, paths, sealed=sealed)
+                for table, paths in by_table.items():
+                    self._insert(table, paths)
             except duckdb.BinderException as error:
                 self.connection.execute("ROLLBACK")
                 raise UserError(f"{self.root} has columns of a newer clipmill: {error}") from error
             self.connection.execute("COMMIT")
 
-    def _insert(self, table: str, paths: list[str], *, sealed: bool = False) -> None:
-        """Insert the rows of fragments. Those of a sealed volume name the commit that each row came from."""
-        name = "parse_filename(filename, true)"
+    def _insert(self, table: str, paths: list[str]) -> None:
         self.connection.execute(
-            f"INSERT INTO {table} BY NAME SELECT * EXCLUDE (filename), {name} AS commit"
-            f"{'' if sealed else f', {name} AS fragment'} "
+            f"INSERT INTO {table} BY NAME SELECT * EXCLUDE (filename), parse_filename(filename, true) AS fragment "
             "FROM read_parquet(?, filename = true, hive_partitioning = false, union_by_name = true)",
             [paths],
         )
@@ -388,15 +384,15 @@ class WorkingDatabase:
         self.connection.register("to_forget", read_tombstones(self.root))
         forgotten = "sha256(video_id) IN (SELECT video_hash FROM to_forget)"
         volumes = self._rows(f"SELECT DISTINCT volume FROM {INDEX}.all_sources WHERE {forgotten}")
-        self._execute(f"DELETE FROM {INDEX}.all_sources WHERE {forgotten}")
         active = self.active
         for volume in {0, *(volume for (volume,) in volumes)}:
+            self.changed(volume)
             self._use(volume)
             self.connection.execute(
                 "DELETE FROM ledger WHERE stage = 'pack' "
                 "AND sha256(split_part(item_id, '.', 1)) IN (SELECT video_hash FROM to_forget)"
             )
-            self.changed(volume)
+        self._execute(f"DELETE FROM {INDEX}.all_sources WHERE {forgotten}")  # after all summaries that name them
         self.connection.unregister("to_forget")
         self._execute(f"DELETE FROM {INDEX}.applied_tombstones")
         if files:
@@ -425,7 +421,7 @@ class WorkingDatabase:
         self.connection.register("columns", _all_sources().empty_table())
         self.connection.execute(f"CREATE TABLE IF NOT EXISTS {INDEX}.all_sources AS SELECT * FROM columns")
         self.connection.unregister("columns")
-        for table, columns in _INDEX_TABLES.items():
+        for table, columns in INDEX_TABLES.items():
             self.connection.execute(f"CREATE TABLE IF NOT EXISTS {INDEX}.{table} ({columns})")
 
 
@@ -463,11 +459,6 @@ def is_list(commit: str) -> bool:
     return commit.startswith("ingest-") and not commit.startswith("ingest-problems-")
 
 
-def is_sealed(commit: str) -> bool:
-    """Return whether a commit holds the rows of a whole volume (`shards.corpus.sealing`)."""
-    return commit.startswith("volume-")
-
-
 def table_of(relative: str) -> str | None:
     """Return the table of a fragment, None for another file of a commit."""
     folder, *rest = Path(relative).parts
@@ -475,7 +466,7 @@ def table_of(relative: str) -> str | None:
 
 
 def _unit_in(commit: str) -> str:
-    """Return the unit that a commit's name holds; a sealed volume's name holds its first unit."""
+    """Return the unit that a commit's name holds, "" if it holds none."""
     found = re.fullmatch(r".+-(u\d{6,})-[0-9a-f]+", commit)
     return found[1] if found else ""
 
@@ -488,38 +479,45 @@ def _catalog(volume: int) -> str:
     return f"v{volume:06d}"
 
 
+_SPANS = "STRUCT(n INTEGER, start_s DOUBLE, end_s DOUBLE)[]"
+_FRAGMENT = pa.field("fragment", pa.string())
+
 # Of the index, beside `all_sources`.
-_INDEX_TABLES = {
+INDEX_TABLES = {
     "fragments": "name VARCHAR, num_bytes BIGINT, mtime_ns BIGINT, outputs MAP(VARCHAR, BIGINT), volume INTEGER",
     "volumes": "volume INTEGER PRIMARY KEY, first_unit BIGINT",
     "volume_files": "volume INTEGER, token VARCHAR",  # a file with another token does not belong to this index
     "applied_tombstones": "name VARCHAR",  # files of tombstones whose sources are deleted from `all_sources`
+    # Of `shards.corpus.copies`. contents: of each volume's videos; copies: what other volumes have of them.
+    "contents": f"volume INTEGER, video_id VARCHAR, ordinal BIGINT, content VARCHAR, spans {_SPANS}",
+    "copies": f"volume INTEGER, video_id VARCHAR, ordinal BIGINT, content VARCHAR, spans {_SPANS}",
+    # Of `shards.corpus.ledger`: what the last derivation of a volume for all units found.
+    "counts": "volume INTEGER, stage VARCHAR, status VARCHAR, num BIGINT",
+    "standing": "volume INTEGER, stage VARCHAR, failed_id VARCHAR, failed_key VARCHAR, unit VARCHAR, "
+    'error_class VARCHAR, message VARCHAR, transient BOOLEAN, attempts INTEGER, "at" TIMESTAMPTZ, run_id VARCHAR, '
+    "quarantined BOOLEAN",
+    "without_clips": "volume INTEGER, video_id VARCHAR, reason VARCHAR, message VARCHAR",
+    # made_with: hash of the settings and of the statements; run_id: the only run for which it holds, null: for every
+    # one; tidied: what `Ledger.tidy` has removed since
+    "derived": "volume INTEGER, made_with VARCHAR, run_id VARCHAR, rows_hash VARCHAR, tidied VARCHAR",
 }
 
 
 def _schemas() -> dict[str, pa.Schema]:
-    """Return the columns of the tables that hold the rows of fragments.
-
-    Besides those of the fragments: the commit that wrote the row, `fragment`, and the one whose files hold it now,
-    `commit`, which is another one in a sealed volume.
-    """
+    """Return the columns of the tables that hold the rows of fragments, each with the fragment it came from."""
     schemas = {"ledger": LEDGER, **{table: table_schema(table) for table in TABLES if table != "sources"}}
-    return {table: _with_commit(schema) for table, schema in schemas.items()}
+    return {table: schema.append(_FRAGMENT) for table, schema in schemas.items()}
 
 
 def _all_sources() -> pa.Schema:
-    return _with_commit(table_schema("sources"))
-
-
-def _with_commit(schema: pa.Schema) -> pa.Schema:
-    return pa.schema([*schema, ("fragment", pa.string()), ("commit", pa.string())])
+    return table_schema("sources").append(_FRAGMENT)
 
 
 def _layout() -> str:
     """Hash the columns of the working database. A file with another hash is rebuilt from the fragments."""
     schemas = {**_schemas(), "sources": _all_sources()}
     columns = {table: [f"{field.name} {field.type}" for field in schema] for table, schema in schemas.items()}
-    return digest([columns, _INDEX_TABLES])
+    return digest([columns, INDEX_TABLES])
 
 
 def _connect(path: Path, memory_limit: str) -> duckdb.DuckDBPyConnection:

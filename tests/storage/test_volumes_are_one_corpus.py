@@ -9,6 +9,7 @@ import pytest
 from clipmill.base.errors import ItemError
 from shards.corpus.manifest import is_current, publish
 from shards.corpus.schema import MANIFEST
+from shards.corpus.tombstones import write_tombstones
 from shards.corpus.working_database import INDEX
 from tests.helpers.ledgers import FragmentCorpus, sha
 
@@ -196,3 +197,76 @@ def test_units_beyond_six_digits_have_their_volume(tmp_path):
     assert {row["video_id"]: row["unit"] for row in rows(corpus)["videos"]}["v2"] == "u1000000"
     assert sha("v2") in {row["sha256"] for row in rows(corpus)["videos"]}
     corpus.ledger.close()
+
+
+class Killed(BaseException):
+    pass
+
+
+class DiesAtAWrite:
+    """A connection that ends at its n-th change of the index, as a killed process does."""
+
+    def __init__(self, connection, number: int):
+        self.connection, self.left = connection, number
+
+    def execute(self, sql: str, *parameters):
+        self.count(sql)
+        return self.connection.execute(sql, *parameters)
+
+    def executemany(self, sql: str, *parameters):
+        self.count(sql)
+        return self.connection.executemany(sql, *parameters)
+
+    def count(self, sql: str) -> None:
+        if sql.lstrip().startswith((f"INSERT INTO {INDEX}", f"DELETE FROM {INDEX}", f"UPDATE {INDEX}")):
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+
+    def __getattr__(self, name: str):
+        return getattr(self.connection, name)
+
+
+def test_killed_at_any_change_of_the_index_the_next_process_finds_the_same(tmp_path):
+    """The change: a video of one volume gets the bytes of one in the other volume, and one is forgotten."""
+    begun = FragmentCorpus(tmp_path / "begun")
+    for unit in range(2):
+        begun.add_sources(*(f"v{unit}_{n}" for n in range(VIDEOS)), unit=f"u{unit:06d}", volume=unit)
+    begun.work_off()
+    begun.refresh_state()
+    begun.ledger.close()
+
+    def changed(number: int | None) -> tuple[dict, bool]:
+        root = tmp_path / f"killed-{number}"
+        shutil.copytree(begun.root, root)
+        corpus = FragmentCorpus(root)
+        corpus.bytes_of = {"v1_0": "v0_0"}
+        corpus.fingerprints["download"] = "download-2"
+        corpus.refresh_state()
+        corpus.ledger.show(1)
+        work, died = corpus.ledger.work("download"), False
+        if number is not None:
+            corpus.ledger.connection = DiesAtAWrite(corpus.ledger.connection, number)
+        try:
+            corpus._do("download", work)
+            write_tombstones(root, [{"video_hash": sha("v1_1"), "url_hash": sha("http://x"), "other_hashes": []}])
+            corpus.refresh_state()
+        except Killed:
+            died = True
+        corpus.ledger.close()
+        corpus.open()
+        if died and not list(root.glob("fragments/forgotten/*.parquet")):
+            write_tombstones(root, [{"video_hash": sha("v1_1"), "url_hash": sha("http://x"), "other_hashes": []}])
+        corpus.work_off()
+        found = rows(corpus)
+        corpus.ledger.close()
+        return {table: found[table] for table in ("videos", "spans", "clips", "captions")}, died
+
+    expected, _ = changed(None)
+    assert [row["duplicate_of"] for row in expected["videos"]].count("v0_0") == 1 and len(expected["videos"]) == 3
+    number, died = 0, True
+    while died:
+        found, died = changed(number)
+        assert found == expected, f"killed before change {number} of the index"
+        number += 3
+    assert number > 12

@@ -79,7 +79,7 @@ COPIED_SPANS = """
 """
 
 PAYLOAD = """
-    SELECT w.item_id, w.key, w.attempts, w.cost, s.* EXCLUDE (item_id, key, fragment, commit)
+    SELECT w.item_id, w.key, w.attempts, w.cost, s.* EXCLUDE (item_id, key, fragment)
     FROM work w JOIN sources s ON s.video_id = w.item_id
     QUALIFY row_number() OVER (PARTITION BY w.item_id ORDER BY s.ordinal, s.fragment) = 1
     ORDER BY s.ordinal

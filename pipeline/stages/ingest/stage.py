@@ -87,7 +87,7 @@ def _known_rows(ledger, video_ids: list[str]) -> pa.Table:
     """Return the rows of `sources` of these videos, in this order, each with the name of its commit as `fragment`."""
     ledger.connection.register("named", pa.table({"video_id": video_ids, "position": list(range(len(video_ids)))}))
     rows = ledger.connection.sql(
-        f"SELECT s.* EXCLUDE (commit) FROM {INDEX}.all_sources s JOIN named USING (video_id) "
+        f"SELECT s.* FROM {INDEX}.all_sources s JOIN named USING (video_id) "
         "QUALIFY row_number() OVER (PARTITION BY video_id ORDER BY s.ordinal, s.fragment) = 1 ORDER BY position"
     ).to_arrow_table()
     ledger.connection.unregister("named")
