@@ -10,7 +10,8 @@ demo: env
 
 # The whole suite; `make fast` skips tests marked slow. PROCESSES=N runs N files at a time, 0 runs all in one process.
 PROCESSES ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
+# A test process that dies is not replaced: with --dist loadfile, pytest-xdist 3.8 would wait for ever for its files.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test: env
 	$(PYTEST)

@@ -46,7 +46,9 @@ def head(environment: dict[str, str], folder: Path) -> Iterator[tuple[str, str]]
     for attempt in range(5):
         log = folder / f"{attempt}.log"
         with log.open("wb") as output:
+            # Ports of its own for all that has a fixed one, because another Ray on this machine may have taken it.
             own = [f"--temp-dir={folder}/{attempt}", f"--ray-client-server-port={free_port()}"]
+            own += [f"--dashboard-agent-listen-port={free_port()}"]
             process = subprocess.Popen(
                 [*words, *own], env=environment, stdout=output, stderr=output, start_new_session=True
             )
