@@ -31,7 +31,6 @@ from pipeline.stages.download.ytdlp_options import check_names
 from pipeline.stages.ingest.source_lists import SourceList, read_sources
 from pipeline.stages.ingest.stage import IngestReport, ingest_sources
 from pipeline.stages.pack import (
-    Pack,
     PackReport,
     check_shard_bytes,
     check_where,
@@ -41,6 +40,7 @@ from pipeline.stages.pack import (
     pack_state,
     record_pack,
 )
+from pipeline.stages.pack_notes import Pack
 from pipeline.stages.stage import Stage
 from shards.corpus.folder import Corpus, NewerCorpus, lock_owner
 from shards.corpus.fragments import fragment_path, sweep_temporaries
@@ -87,7 +87,9 @@ class Session:
         self.run_id = f"{self.started_at:%Y%m%dT%H%M%S}-{os.getpid()}"
 
     def engine(self, stages: Sequence[str]) -> Engine:
-        return Engine(self.corpus, self.settings, self.ledger, self.run_id, stages)
+        """Return the engine that runs these stages, and packs the volumes that are complete if "pack" is one."""
+        pack = Pack(MAIN, self.settings.pack) if "pack" in stages else None
+        return Engine(self.corpus, self.settings, self.ledger, self.run_id, stages, pack)
 
     def refresh_state(self) -> None:
         self.ledger.refresh_state(
@@ -262,6 +264,7 @@ def build(
                 record_pack(current.corpus, named_one)
             writes = "pack" in stages
             report.pack = pack_corpus(current, display, write=writes, redo=redo and writes, pack=named_one)
+            report.pack.num_written += report.engine.num_delivered
         current.refresh_state()
         current.ledger.tidy(
             clips="pack" in stages or bool(report.engine.num_done), sources=not current.settings.download.keep_sources
@@ -272,7 +275,8 @@ def build(
         if report.did_something or not is_current(current.corpus.root, current.ledger):
             current.publish()
         if "pack" in stages:
-            note_packed(current.corpus, named_one or Pack(MAIN, current.settings.pack), report.pack)
+            with open_manifest(current.corpus.root) as connection:
+                note_packed(current.corpus, connection, named_one or Pack(MAIN, current.settings.pack), report.pack)
         report.failures = current.ledger.standing_failures(current.run_id)
         num_failures = sum(count for _, _, count, _ in current.ledger.standing_failures())
         report.num_old_failures = num_failures - sum(count for _, _, count, _ in report.failures)
@@ -286,7 +290,7 @@ def _run_stages(current: Session, stages: Sequence[str], report: BuildReport, di
         return
     current.trust.require([*names, "engine"])
     current.record_run(ended=False)
-    engine = current.engine(names)
+    engine = current.engine(stages)
     with display.progress(engine, report.pending_before):
         report.engine = engine.run(lambda engine: display.tick(engine))
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from clipmill.base.errors import ItemError
+from pipeline.engine.delivery import Delivery
 from pipeline.engine.host_queue import HostQueue
 from pipeline.engine.pools import InFlightTask, Pools, WorkerFailure
 from pipeline.engine.registry import fingerprints, stages
@@ -30,6 +31,7 @@ from pipeline.runtime.task import NotNow, Outcome, Task, commit
 from pipeline.runtime.watchdog import take_report
 from pipeline.stages.download.host_limiter import LOCKED_OUT, locked_out
 from pipeline.stages.ingest.private_urls import full_urls
+from pipeline.stages.pack_notes import Pack
 from pipeline.stages.stage import Stage
 from shards.corpus.folder import Corpus
 from shards.corpus.fragments import Commit
@@ -57,7 +59,8 @@ class EngineReport:
     num_done: int = 0
     num_failed: int = 0
     by_stage: dict[str, StageProgress] = field(default_factory=dict)
-    loop_s: float = 0.0  # time of the driver's own work: ledger, publishing
+    loop_s: float = 0.0  # time of the driver's own work: ledger, publishing, planning shards
+    num_delivered: int = 0  # shards of volumes that were packed while others were not complete
 
 
 class Backlog:
@@ -79,9 +82,20 @@ class Backlog:
 
 
 class Engine:
-    """Run stages over a corpus whose lock the caller holds."""
+    """Run stages over a corpus whose lock the caller holds.
 
-    def __init__(self, corpus: Corpus, settings: CorpusSettings, ledger: Ledger, run_id: str, names: Sequence[str]):
+    pack  the pack whose volumes are packed as soon as they are complete; None: none
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        settings: CorpusSettings,
+        ledger: Ledger,
+        run_id: str,
+        names: Sequence[str],
+        pack: Pack | None = None,
+    ):
         self.corpus, self.settings, self.ledger, self.run_id = corpus, settings.revealed(), ledger, run_id
         self.fingerprints = fingerprints(settings)
         self.secrets = {stage.name: self._secrets_of(settings, stage.name) for stage in stages()}
@@ -95,6 +109,8 @@ class Engine:
         self.downloaded_at: dict[str, float] = {}  # unit → first of its downloads that the ledger was not asked about
         self.order = 0
         self.published_at, self.publish_cost_s = -math.inf, 0.0
+        self.pack = pack if pack and pack.has_own_volumes else None
+        self.delivery: Delivery | None = None
         self.exhausted: list[tuple[str, str, int]] = []  # (stage, item, attempts) whose workers died too often
 
     def _secrets_of(self, settings: CorpusSettings, stage: str) -> tuple[str, ...]:
@@ -128,7 +144,10 @@ class Engine:
             self._run_units(Backlog(self.ledger, waiting.stages), on_tick)
             if self.exhausted:
                 self._run_units(self._last_round(), on_tick)
+            self._deliver(to_the_end=True)
         finally:
+            if self.delivery:
+                self.delivery.close()
             self.pools.close()
         return self.report
 
@@ -141,6 +160,8 @@ class Engine:
         ]
         if models:
             self.pools.warm_up(models)
+        if self.pack and not self.delivery:
+            self.delivery = Delivery(self, self.pack, self.pools.num_shards)
 
     def _join_again(self) -> None:
         """Join through another node. The cluster ended all tasks of this process, so they are submitted again."""
@@ -150,6 +171,8 @@ class Engine:
             if flight.host is None:
                 self.busy[flight.task.unit] -= 1
         self.in_flight.clear()
+        if self.delivery:
+            self.delivery.drop()
         self.pools.leave()
         self._join()
 
@@ -168,6 +191,7 @@ class Engine:
                 time.sleep(min(0.5, self.waiting.next_in_s()))
             examine = self._collect()
             self._publish_when_due()
+            self._deliver()
             on_tick(self)
 
     def _room(self, examine: Sequence[str]) -> int:
@@ -404,6 +428,22 @@ class Engine:
         if time.perf_counter() - self.published_at >= wait_s:
             self.publish()
             self.report.loop_s += self.publish_cost_s
+            if self.delivery:
+                self.delivery.offer(self._complete_volumes())
+
+    def _deliver(self, *, to_the_end: bool = False) -> None:
+        """Go on with packing the volumes that are complete."""
+        if self.delivery:
+            started = time.perf_counter()
+            self.delivery.finish() if to_the_end else self.delivery.step()
+            self.report.num_delivered = self.delivery.num_written
+            self.report.loop_s += time.perf_counter() - started
+
+    def _complete_volumes(self) -> list[int]:
+        """Return the volumes without pending work, after `refresh_state` for all units."""
+        again = self.ledger.volumes_of({item_id.partition(".")[0] for _, item_id, _ in self.exhausted})
+        pending = {*self.ledger.volumes_with_work([stage.name for stage in self.stages]), *again}
+        return [volume for volume in self.ledger.volumes() if volume not in pending]
 
 
 def _with_full_urls(items: list[dict]) -> list[dict]:

@@ -68,6 +68,7 @@ class Pools:
             "source": self.settings.downloads_per_node * max(1, nodes) * SOURCES_PER_PROCESS,
             "cpu": cpus + max(1, cpus // 4),  # a few more than run at once, so that no core waits for the driver
         }
+        self.num_shards = max(1, cpus // 8)  # written at a time: their tasks mostly copy
         self.active_units = self.settings.active_units or 4 * cpus + self.limits["io"]
         needs = self.settings.model_resources or ({"GPU": 1} if self.gpus else {})
         available = min((int(resources.get(name, 0) / amount) for name, amount in needs.items()), default=0)

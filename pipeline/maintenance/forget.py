@@ -22,7 +22,8 @@ from pipeline.engine.settings import resolve
 from pipeline.engine.trust import RUNS_CODE, trust_in
 from pipeline.stages.download.site_fetch import site_key, site_key_of
 from pipeline.stages.ingest import private_urls
-from pipeline.stages.pack import Pack, packs_of, planned
+from pipeline.stages.pack import packs_of, planned
+from pipeline.stages.pack_notes import Pack
 from shards.corpus.folder import Corpus
 from shards.corpus.manifest import is_current
 from shards.corpus.packs import samples_of

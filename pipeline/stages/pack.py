@@ -5,7 +5,6 @@ with the shards of several of them in flight. It reads the published manifest li
 before and after.
 """
 
-import json
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -17,20 +16,18 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipmill.base.atomic_file import write_text
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.ray_cluster import start_ray
-from clipmill.base.settings import Settings, digest, resolve_settings
+from clipmill.base.settings import Settings, resolve_settings
+from pipeline.stages.pack_notes import Note, Pack, PackFiles, Volume, current_notes, save_notes, states_of
 from pipeline.stages.stage import DriverStage
 from shards.corpus.folder import Corpus
 from shards.corpus.fragments import fragment_path, ledger_row, write_commit
 from shards.corpus.manifest import empty_manifest, is_current
-from shards.corpus.packs import MAIN, check_name, folder_of, index_files, samples_of, volume_of
+from shards.corpus.packs import MAIN, check_name, index_files, samples_of
 from shards.corpus.schema import LEDGER
-from shards.corpus.tombstones import tombstone_files
 from shards.packing.index import read_index, refresh_index
 from shards.packing.pack import (
-    NEXT,
     SHARDS_AT_ONCE,
     PackSettings,
     ShardPlan,
@@ -42,7 +39,6 @@ from shards.packing.pack import (
     reserved_slots,
     rows_by_shard,
     select_samples,
-    shard_files,
     volume_batches,
     write_shard,
 )
@@ -56,14 +52,6 @@ FEW_SHARDS = 2  # written in this process, because starting Ray would take longe
 FAILURES = "pack"  # begins the names of the commits that hold the clips that the last packing left out
 
 
-@dataclass(frozen=True)
-class Pack:
-    """A pack of a corpus: its name, "" of the main one, and its settings."""
-
-    name: str
-    settings: PackSettings
-
-
 @dataclass
 class PackReport:
     num_shards: int = 0
@@ -73,11 +61,14 @@ class PackReport:
     seconds: float = 0.0
     failures: list[tuple[str, ItemError]] = field(default_factory=list)
     committed: set[str] = field(default_factory=set)  # names of the shards of all volumes that have changed
+    failed: set[Volume] = field(default_factory=set)  # volumes with failures
+    planned: dict[Volume, tuple[int, int]] = field(default_factory=dict)  # volume → its shards and samples
 
     def add(self, volume: "PackReport") -> None:
         self.num_written += volume.num_written
         self.failures += volume.failures
         self.committed |= volume.committed
+        self.failed |= volume.failed
 
 
 def pack_corpus(session, display, *, write: bool, redo: bool, pack: Pack | None = None) -> PackReport:
@@ -90,22 +81,37 @@ def pack_corpus(session, display, *, write: bool, redo: bool, pack: Pack | None 
     report = PackReport()
     with open_manifest(root) as connection:
         session.corpus.files.refresh("shards")
-        if not redo and (noted := _noted(session.corpus, connection, pack)):
-            return PackReport(noted["num_shards"], noted["num_samples"], seconds=time.perf_counter() - started)
-        if write:
-            with Writers(session) as writers:
-                _pack_volumes(session, connection, pack, writers, report, display, redo=redo)
-            report.num_written += remove_other_names(root, pack.settings, pack.name)
-            _forget_failures_of_other_names(session, pack)
-        report.num_refreshed = _refresh(root, connection, pack, report.committed)
+        files = PackFiles.of(root, pack)
+        states = states_of(session.corpus, connection, pack, files)
+        notes = {} if redo else current_notes(session.corpus, states, pack)
+        volumes = [volume for volume in states if volume not in notes]
+        report.num_shards = sum(note.num_shards for note in notes.values())
+        report.num_samples = sum(note.num_samples for note in notes.values())
+        if volumes:
+            only = [volume for volume in volumes if volume is not None] if pack.has_own_volumes else None
+            if write:
+                with Writers(session) as writers:
+                    _pack_volumes(session, connection, pack, files, only, writers, report, display, redo=redo)
+                report.num_written += remove_other_names(root, pack.settings, pack.name)
+                _forget_failures_of_other_names(session, pack)
+            report.num_refreshed = refresh_indexes(root, connection, pack, only, report.committed)
     report.seconds = time.perf_counter() - started
     return report
 
 
 def _pack_volumes(
-    session, connection, pack: Pack, writers: "Writers", report: PackReport, display, *, redo: bool
+    session,
+    connection: duckdb.DuckDBPyConnection,
+    pack: Pack,
+    files: PackFiles,
+    only: Collection[int] | None,
+    writers: "Writers",
+    report: PackReport,
+    display,
+    *,
+    redo: bool,
 ) -> None:
-    """Pack every volume; the shards of one are written while those of the next are planned."""
+    """Pack these volumes, None: all; the shards of one are written while those of the next are planned."""
     waiting: deque[tuple[VolumePacking, Any]] = deque()
     num_done = 0
 
@@ -117,11 +123,11 @@ def _pack_volumes(
         if packing.is_written:
             report.add(packing.commit())
 
-    there = _files_by_volume(session.corpus.root, pack)
-    for volume, plans in planned(session.corpus.root, connection, pack, there):
-        packing = VolumePacking(session, pack, volume, plans, there=there, redo=redo)
-        report.num_shards += len(plans)
-        report.num_samples += sum(len(plan.clip_ids) for plan in plans)
+    for volume, plans in planned(session.corpus.root, connection, pack, files, only):
+        packing = VolumePacking(session, pack, volume, plans, files=files, redo=redo)
+        num_shards, num_samples = report.planned[volume] = _size(plans)
+        report.num_shards += num_shards
+        report.num_samples += num_samples
         if packing.is_written and packing.has_changed:
             report.add(packing.commit())
         writers.expect(len(packing.todo))
@@ -135,12 +141,16 @@ def _pack_volumes(
         display.packing(num_done, num_done)
 
 
+def _size(plans: Collection[ShardPlan]) -> tuple[int, int]:
+    return len(plans), sum(len(plan.clip_ids) for plan in plans)
+
+
 class VolumePacking:
     """The packing of one volume, in steps, so that a driver can do other work between them.
 
     Submit `tasks`, hand the result of each to `add`, and call `commit` when `is_written`.
 
-    there  files of the pack by volume, as `_files_by_volume` lists them; None: listed here
+    files  of the pack; None: listed here
     redo   write all shards again, not only those that differ from their plan
     """
 
@@ -148,19 +158,19 @@ class VolumePacking:
         self,
         session,
         pack: Pack,
-        volume: int | None,
+        volume: Volume,
         plans: list[ShardPlan],
         *,
-        there: "FilesByVolume | None" = None,
+        files: PackFiles | None = None,
         redo: bool = False,
     ):
         self.session, self.pack, self.volume, self.plans = session, pack, volume, plans
         root = session.corpus.root
-        there = _files_by_volume(root, pack) if there is None else there
-        self.there = there.placed.get(volume, [])
+        files = files or PackFiles.of(root, pack)
+        self.there = files.placed.get(volume, [])
         self.todo = plans if redo else pending_shards(root, plans, retry_missing=True)
         wanted = {name for plan in plans for name in (plan.name, plan.index_name)}
-        self.has_changed = bool(self.todo) or volume in there.next or wanted != set(self.there)
+        self.has_changed = bool(self.todo) or volume in files.next or wanted != set(self.there)
         self.failures: list[tuple[str, ItemError]] = []
         self.num_written = 0
 
@@ -190,32 +200,22 @@ class VolumePacking:
         if self.todo or not self.plans:
             _record_failures(self.session, self.pack, self.volume, self.failures)
         names = {plan.name for plan in self.plans}
-        return PackReport(num_written=num_placed + num_removed, failures=self.failures, committed=names)
-
-
-@dataclass(frozen=True)
-class FilesByVolume:
-    """Names of a pack's files by volume; None: those of a pack that is shuffled over the whole corpus."""
-
-    placed: dict[int | None, list[str]]
-    next: set[int | None]  # volumes with files under `.next`
-
-
-def _files_by_volume(root: Path, pack: Pack) -> FilesByVolume:
-    placed: dict[int | None, list[str]] = {}
-    for name in shard_files(root, pack.name):
-        placed.setdefault(volume_of(name), []).append(name)
-    unfinished = files_of(root).sizes(f"{folder_of(pack.name)}/{NEXT}")
-    return FilesByVolume(placed, {volume_of(f"{name.rpartition('-')[0]}.tar") for name in unfinished})  # SHARD-KEY.tar
+        return PackReport(
+            num_written=num_placed + num_removed,
+            failures=self.failures,
+            committed=names,
+            failed={self.volume} if self.failures else set(),
+            planned={self.volume: _size(self.plans)},
+        )
 
 
 def planned(
     root: Path,
     connection: duckdb.DuckDBPyConnection,
     pack: Pack,
-    there: FilesByVolume | None = None,
+    files: PackFiles | None = None,
     volumes: Collection[int] | None = None,
-) -> Iterator[tuple[int | None, list[ShardPlan]]]:
+) -> Iterator[tuple[Volume, list[ShardPlan]]]:
     """Yield (volume, the shards that it ought to have), from the manifest; one volume's clips are in memory at a time.
 
     A volume that has shards but no clips any more comes without shards. A pack that is shuffled over the whole corpus
@@ -228,8 +228,8 @@ def planned(
         samples = select_samples(connection, settings)
         yield None, plan_shards(samples, settings, reserved_slots(connection, pack=name), pack=name)
         return
-    there = _files_by_volume(root, pack) if there is None else there
-    counts = {volume: 0 for volume in (*there.placed, *there.next) if volume is not None}
+    files = files or PackFiles.of(root, pack)
+    counts = {volume: 0 for volume in (*files.placed, *files.next) if volume is not None}
     counts |= clips_by_volume(connection)
     if volumes is not None:
         counts = {volume: counts.get(volume, 0) for volume in volumes}
@@ -311,54 +311,34 @@ def pack_state(session) -> dict[str, int]:
         return counts
     pack = Pack(MAIN, session.settings.pack)
     with open_manifest(root) as connection:
-        if noted := _noted(session.corpus, connection, pack):
-            return {"packed": noted["num_samples"], "to_pack": 0}
-        for _, plans in planned(root, connection, pack):
+        files = PackFiles.of(root, pack)
+        states = states_of(session.corpus, connection, pack, files)
+        notes = current_notes(session.corpus, states, pack)
+        counts["packed"] = sum(note.num_samples for note in notes.values())
+        only = [volume for volume in states if volume is not None and volume not in notes]
+        if not states.keys() - notes.keys():
+            return counts
+        for _, plans in planned(root, connection, pack, files, only if pack.has_own_volumes else None):
             todo = {plan.name for plan in pending_shards(root, plans)}
             for plan in plans:
                 counts["to_pack" if plan.name in todo else "packed"] += len(plan.clip_ids)
     return counts
 
 
-# -- what was packed --------------------------------------------------------------------------------------------------
+def note_packed(corpus: Corpus, connection: duckdb.DuckDBPyConnection, pack: Pack, report: PackReport) -> None:
+    """Note that the volumes of this packing are up to date with a manifest, but for those with failures.
 
-NOTES = "packed.json"  # in the corpus's private folder: a cache
-
-
-def note_packed(corpus: Corpus, pack: Pack, report: PackReport) -> None:
-    """Note that a pack is up to date with the published manifest, so that it need not be planned to find this."""
-    notes = {name: note for name, note in _read_notes(corpus).items() if name != pack.name}
-    with open_manifest(corpus.root) as connection:
-        state = _state(corpus, connection, pack)
-    if state and not report.failures:  # those that failed are tried again
-        notes[pack.name] = {"state": state, "num_shards": report.num_shards, "num_samples": report.num_samples}
-    write_text(corpus.private / NOTES, json.dumps(notes))
-
-
-def _noted(corpus: Corpus, connection: duckdb.DuckDBPyConnection, pack: Pack) -> dict[str, Any] | None:
-    """Return the note on a pack if nothing has changed since that could change its shards or their texts."""
-    note = _read_notes(corpus).get(pack.name)
-    return note if note and note["state"] == _state(corpus, connection, pack) else None
-
-
-def _read_notes(corpus: Corpus) -> dict[str, dict[str, Any]]:
-    try:
-        return json.loads((corpus.private / NOTES).read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def _state(corpus: Corpus, connection: duckdb.DuckDBPyConnection, pack: Pack) -> str | None:
-    """Hash what a pack is made from, and its files by size and time; None if the manifest does not say what it has."""
-    sql = "SELECT comment FROM duckdb_tables() WHERE database_name = 'manifest' AND table_name = 'videos'"
-    [(made_from,)] = connection.execute(sql).fetchall() or [(None,)]
-    if not (made_from or "").startswith("made from"):
-        return None
-    folder = corpus.root / folder_of(pack.name)
-    times = {} if corpus.store else {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
-    files = [(name, size, times.get(name)) for name, size in corpus.files.sizes(folder_of(pack.name)).items()]
-    unfinished = list(corpus.files.sizes(f"{folder_of(pack.name)}/{NEXT}"))
-    return digest([made_from, tombstone_files(corpus.root), pack.settings.fingerprint(), sorted(files), unfinished])
+    `connection`: of the manifest that it was planned from, or of a later one that differs only in what it has written.
+    """
+    states = states_of(corpus, connection, pack, PackFiles.of(corpus.root, pack))
+    notes = current_notes(corpus, states, pack)
+    planned, failed = report.planned, report.failed
+    if planned and not pack.has_own_volumes:
+        planned, failed = {None: (report.num_shards, report.num_samples)}, {None} if failed else set()
+    for volume, (num_shards, num_samples) in planned.items():
+        if (state := states.get(volume)) and volume not in failed:
+            notes[volume] = Note(state, num_shards, num_samples)
+    save_notes(corpus, pack, notes)
 
 
 class Writers:
@@ -447,22 +427,31 @@ def _forget_failures_of_other_names(session, pack: Pack) -> None:
             session.ledger.forget([name])
 
 
-# Shards of which a text differs from that of `catalog`. $samples: of the pack.
+# Shards of which a text differs from that of `catalog`. $samples: of the pack, $volumes: a condition.
 _OUTDATED = """
-    SELECT DISTINCT s.shard FROM $samples s JOIN catalog c USING (clip_id)
+    SELECT DISTINCT s.shard FROM $samples s JOIN (FROM catalog WHERE $volumes) c USING (clip_id)
     WHERE (s.subtitle, s.caption, s.captioner, s.caption_score, s.language)
        IS DISTINCT FROM (c.text, c.caption, c.captioner, c.caption_score, c.language)
 """
 
 
-def _refresh(root: Path, connection: duckdb.DuckDBPyConnection, pack: Pack, committed: Collection[str]) -> int:
+def refresh_indexes(
+    root: Path,
+    connection: duckdb.DuckDBPyConnection,
+    pack: Pack,
+    volumes: Collection[int] | None,
+    committed: Collection[str],
+) -> int:
     """Write into the indexes the texts that the manifest has now; return how many indexes changed.
 
+    volumes    only of these
     committed  shards of volumes that were packed now, which the manifest does not have; an earlier run may have written
                some of them
     """
     num_changed = 0
-    outdated = {*rows_of(connection, _OUTDATED.replace("$samples", samples_of(pack.name))), *committed}
+    among = "true" if volumes is None else f"coalesce(volume, 0) IN ({', '.join(map(str, volumes)) or 'NULL'})"
+    sql = _OUTDATED.replace("$samples", samples_of(pack.name)).replace("$volumes", among)
+    outdated = {*rows_of(connection, sql), *committed}
     paths = [path for path in index_files(root, pack.name) if f"{path.stem}.tar" in outdated]
     for start in range(0, len(paths), SHARDS_AT_ONCE):
         some = paths[start : start + SHARDS_AT_ONCE]

@@ -4,9 +4,11 @@
    members.
 2. `plan_shards` orders the clips of one volume by a hash of (seed, clip_id) and fills shards up to a size. It is a pure
    function: the same clips and seed always give the same shards, and another volume's clips change none of them. A
-   plan's key covers every byte of the tar except for the late columns (captions, scores, groups), which KEY.json has
-   as of packing and the index as they are now: new captions never make a shard pending. But a failed caption or score
+   plan's key covers every byte of the tar except for the late columns (captions, scores), which KEY.json has as of
+   packing and the index as they are now: new captions never make a shard pending. But a failed caption or score
    marks the key as awaiting it: the clip is packed without it, and its shard is packed again when it exists.
+   KEY.json does not name the clip's near-duplicates, because they may be in volumes that do not exist yet. It has the
+   hashes by which a reader finds them.
 3. `write_shard`, one task per pending shard, writes tar and index under `.next/` with the plan's key as a name.
 4. `commit_shards` runs when all of a volume are complete: it renames them into place and removes files of the volume
    that belong to no plan. After a kill, the next run reuses what is complete and ends in the same bytes.
@@ -306,7 +308,8 @@ def rows_by_shard(
 
     One query serves several shards, because finding the rows of one costs as much as a scan of the whole catalog.
     """
-    columns = ", ".join(f"c.{name}" for name in (*FIXED, *late_columns(), *REFERENCES, *MEDIA))
+    late = [name for name in late_columns() if name != "duplicate_group" or _has_groups(plans)]
+    columns = ", ".join(f"c.{name}" for name in (*FIXED, *late, *REFERENCES, *MEDIA))
     for start in range(0, len(plans), SHARDS_AT_ONCE):
         some = plans[start : start + SHARDS_AT_ONCE]
         clip_ids = pa.concat_arrays([plan.clip_ids for plan in some])
@@ -319,6 +322,11 @@ def rows_by_shard(
         for plan in some:
             yield plan, rows.slice(0, len(plan.clip_ids))
             rows = rows.slice(len(plan.clip_ids))
+
+
+def _has_groups(plans: Sequence[ShardPlan]) -> bool:
+    """Return whether KEY.json names near-duplicate groups: only in a pack that is shuffled over the whole corpus."""
+    return any(volume_of(plan.name) is None for plan in plans)
 
 
 def write_shard(plan: ShardPlan, rows: pa.Table, root: Path, *, fsync: bool = False) -> Written:

@@ -3,10 +3,11 @@
 The SQL is untrusted: a statement can neither read another file nor write one, load code or change a setting.
 """
 
+import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -173,6 +174,28 @@ def video_of_url(connection: duckdb.DuckDBPyConnection, canonical: str) -> str |
     if row < 0:
         row = pc.index(known, strip_url_credentials(canonical)).as_py()
     return videos["video_id"][row].as_py() if row >= 0 else None
+
+
+def looks_at_one_row(where: str, but_not: Collection[str]) -> bool:
+    """Return whether a condition picks a clip by that clip alone: without a query in it, and none of these columns."""
+    if not where.strip():
+        return True
+    with duckdb.connect() as connection:
+        [(text,)] = connection.execute("SELECT json_serialize_sql(?)", [selection(where)]).fetchall()
+    tree = json.loads(text)
+    if tree["error"]:
+        return False
+    found: list[dict] = []
+    waiting = [tree["statements"][0]["node"]["where_clause"]]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            found.append(node)
+        waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    paths = [[name.lower() for name in node["column_names"]] for node in found if node.get("column_names")]
+    named = {name for path in paths for name in (path[1:] if path[0] == "catalog" and path[1:] else path)}
+    kinds = {node.get("class") for node in found}
+    return not (named & {"catalog", *but_not} or kinds & {"SUBQUERY", "WINDOW", "STAR"})
 
 
 def check_selection(connection: duckdb.DuckDBPyConnection, where: str, setting: str) -> None:

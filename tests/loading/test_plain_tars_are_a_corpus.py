@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipmill.base.errors import UserError
-from shards.packing.tar import read_member
+from shards.packing.tar import Sample, read_member, write_tar
 from tests.helpers.loaders import select
 from tests.helpers.shards import make_corpus, pack
 from tests.helpers.tars import write_members
@@ -54,6 +54,23 @@ def test_one_clip_of_each_duplicate_group_is_kept_as_with_the_manifest(corpus):
     with_manifest, without = (select(source, "NOT is_duplicate") for source in (corpus, f"{corpus}/shards/*.tar"))
     assert without["clip_id"].to_pylist() == with_manifest["clip_id"].to_pylist()
     assert 0 < without.num_rows < NUM_CLIPS
+
+
+def test_near_duplicates_that_no_json_names_are_found_by_their_hashes(tmp_path):
+    """As in shards of a corpus of several volumes, which may be near-duplicates of each other."""
+    picture, other = [0x0F0F00FF12345678] * 3, [0x123456789ABCDEF0] * 3
+    clips = {"a": picture, "b": other, "c": [picture[0] ^ 1, *picture[1:]], "d": None, "e": other}
+    for n, (key, hashes) in enumerate(clips.items()):
+        facts = {"clip_id": key, "phash": hashes and [f"{value:016x}" for value in hashes]}
+        facts |= {"duplicate_group": "named"} if key == "e" else {}
+        write_tar(tmp_path / f"{n}.tar", [Sample(key, {"mp4": b"video", "json": json.dumps(facts).encode()})])
+    rows = select(f"{tmp_path}/*.tar")
+    groups = dict(zip(rows["clip_id"].to_pylist(), rows["duplicate_group"].to_pylist(), strict=True))
+    assert groups == {"a": "a", "b": None, "c": "a", "d": None, "e": "named"}
+    for wrong in ("0f0f", ["xyz"], [1, 2, 3], ["f" * 16, "f" * 17], {"a": 1}):
+        facts = json.dumps({"phash": wrong}).encode()
+        write_tar(tmp_path / "0.tar", [Sample("a", {"mp4": b"video", "json": facts})])
+        assert select(f"{tmp_path}/0.tar")["duplicate_group"].to_pylist() == [None]
 
 
 def test_offsets_give_what_webdataset_reads(corpus):

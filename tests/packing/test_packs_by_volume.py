@@ -20,7 +20,8 @@ from pipeline.engine.build import build, session, status, with_defaults
 from pipeline.engine.settings import resolve
 from pipeline.maintenance.forget import compact, find, forget
 from pipeline.stages import pack as pack_stage
-from pipeline.stages.pack import Pack, VolumePacking, planned, write_task
+from pipeline.stages.pack import VolumePacking, planned, write_task
+from pipeline.stages.pack_notes import Pack
 from shards.corpus.packs import is_name, named_packs, pack_of, volume_of
 from shards.packing.index import read_index, read_stamp, write_index
 from shards.packing.pack import PackSettings, plan_shards, volume_batches
@@ -93,10 +94,15 @@ def test_no_shard_holds_clips_of_two_volumes(packed):
 VOLUMES_AND_SHARDS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]  # nine or six clips, at most four
 
 
-def test_new_sources_change_the_shards_of_the_open_volume_alone(corpus, tmp_path):
+def test_new_sources_change_the_shards_of_the_open_volume_alone(corpus, tmp_path, monkeypatch):
+    asked, select = [], pack_stage.select_samples
+    monkeypatch.setattr(pack_stage, "select_samples", lambda *a: asked.append(a[2]) or select(*a))
+    run_pack(corpus)
+    asked.clear()
     before, named = shard_files(corpus), shard_files(corpus, "shards/no-twos")
     more = write_sources(tmp_path / "more.jsonl", ["video-i", "video-j", "video-k"])  # unit 3, so the open volume is 3
     build_whole(corpus, more, settings=PER_UNIT)
+    assert asked == [[3]], "no other volume is looked at"
     after = shard_files(corpus)
     assert {name: after[name] for name in before} == before
     assert {volume_of(name) for name in after.keys() - before.keys()} == {3}
@@ -246,6 +252,15 @@ def test_clips_that_cannot_be_packed_are_recorded_by_volume(corpus):
     (corpus / tar).write_bytes(data)
     run_pack(corpus)
     assert ask(corpus, recorded) == [] and shard_files(corpus) == clean
+
+
+@pytest.mark.parametrize("shuffle", ["volume", "corpus"])
+def test_a_sample_of_a_volume_does_not_name_clips_of_other_volumes(corpus, shuffle):
+    """Not even its near-duplicates: when it is packed, there may be none yet."""
+    run_pack(corpus, f"pack.shuffle={shuffle}")
+    groups = ask(corpus, "SELECT count(duplicate_group) FROM catalog WHERE shard IS NOT NULL")
+    named = sum(data.count(b'"duplicate_group"') for data in shard_files(corpus).values())
+    assert groups[0][0] > 0 and named == (groups[0][0] if shuffle == "corpus" else 0)
 
 
 # -- named packs -----------------------------------------------------------------------------------------------------

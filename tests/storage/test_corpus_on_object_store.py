@@ -17,7 +17,8 @@ from pipeline.engine.registry import stage_names  # noqa: E402
 from pipeline.maintenance.forget import compact, find, forget  # noqa: E402
 from pipeline.maintenance.verify import verify_with_sandbox  # noqa: E402
 from pipeline.stages import pack as pack_stage  # noqa: E402
-from pipeline.stages.pack import Pack, planned  # noqa: E402
+from pipeline.stages.pack import planned  # noqa: E402
+from pipeline.stages.pack_notes import Pack  # noqa: E402
 from shards.packing.pack import next_paths, write_shard  # noqa: E402
 from shards.query.disk import disk_use  # noqa: E402
 from shards.query.explain import explain  # noqa: E402

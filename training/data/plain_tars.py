@@ -22,6 +22,7 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 
 from clipmill.base.errors import UserError
+from shards.corpus.near_duplicates import duplicate_groups
 from shards.packing.tar import Entry, walk
 from training.data.selection_schema import SELECTION
 
@@ -33,6 +34,7 @@ MAX_VIDEO_BYTES = 1 << 29  # of a clip, because a loader holds several; longer o
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # WebDataset: a key ends at the name's first dot
+_HASH = re.compile(r"[0-9a-f]{16}")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -104,12 +106,14 @@ def index_tars(patterns: list[str]) -> TarIndex:
     video_id   of the json, else the clip_id
     subtitle   the txt, else the json's `subtitle` or `text`
     caption    the json's `caption`, or the first of its `captions`
+    duplicate_group  of the json, else found among these tars by the json's `phash`, 3 hashes of 16 hex digits
     """
     paths = [path for pattern in patterns for path in expand(pattern)]
     with ThreadPoolExecutor(min(_THREADS, len(paths))) as pool:
         contents = list(pool.map(read_tar, paths))
     rows = [row for content in contents for row in content.rows]
     _name_clips(rows)
+    _group_duplicates(rows)
     table = pa.Table.from_pylist(rows, SELECTION).sort_by([("shard", "ascending"), ("mp4_offset", "ascending")])
     return TarIndex(table, [problem for content in contents for problem in content.problems])
 
@@ -338,7 +342,14 @@ def _row(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any] 
         "caption": _text(facts.get("caption")) or _text(first_caption),
         "texts": [text for text in map(_text, texts if isinstance(texts, list) else []) if text] or None,
         "duplicate_group": _text(facts.get("duplicate_group")),
+        "phash": _hashes(facts.get("phash")),
     }
+
+
+def _hashes(values: Any) -> list[int] | None:
+    """Return the perceptual hashes of a json; None if it has none or other ones."""
+    is_ours = isinstance(values, list) and all(isinstance(text, str) and _HASH.fullmatch(text) for text in values)
+    return [int(text, 16) for text in values] if is_ours else None
 
 
 def _facts(sample: _Sample, path: str, problems: list[Problem]) -> dict[str, Any]:
@@ -373,3 +384,13 @@ def _name_clips(rows: list[dict[str, Any]]) -> None:
                 row["clip_id"] = qualify(row)
     for row in rows:
         row["video_id"] = row["video_id"] or row["clip_id"]
+
+
+def _group_duplicates(rows: list[dict[str, Any]]) -> None:
+    """Find the near-duplicates among the clips whose json has hashes and names no group."""
+    hashed = [row for row in rows if row["phash"] and not row["duplicate_group"]]
+    columns = [[row["clip_id"] for row in hashed], [row["phash"] for row in hashed]]
+    table = pa.table(columns, pa.schema([("clip_id", pa.string()), ("phash", pa.list_(pa.uint64()))]))
+    groups = dict(zip(*duplicate_groups(table).to_pydict().values(), strict=True))
+    for row in hashed:
+        row["duplicate_group"] = groups.get(row["clip_id"])
