@@ -16,6 +16,7 @@ import pyarrow as pa
 from clipmill.base.atomic_file import atomic_path, copy_file
 from clipmill.base.settings import digest
 from clipmill.base.text import sql_identifier, sql_literal
+from shards.corpus.clip_groups import update_groups
 from shards.corpus.ledger import Ledger
 from shards.corpus.near_duplicates import duplicate_groups
 from shards.corpus.packs import MAIN, folder_of, index_files, named_packs, volume_of
@@ -26,6 +27,12 @@ from shards.storage.mirror import files_of
 from shards.storage.sealed_parquet import DamagedFile, check_parquet
 
 STORAGE_VERSION = "v1.0.0"  # of DuckDB's files
+_OWN_TABLES = {  # for publishing alone
+    # `content`: hash of what the volume's rows are made from; `grouped`: the same, of when its clips were last grouped
+    "volumes": "volume INTEGER, content VARCHAR, grouped VARCHAR",
+    "clip_groups": "volume INTEGER, clip_id VARCHAR, duplicate_group VARCHAR",
+    "shard_files": "pack VARCHAR, shard VARCHAR, num_bytes BIGINT, mtime_ns BIGINT",
+}
 
 
 def publish(ledger: Ledger, *, groups: bool = True) -> None:
@@ -38,7 +45,7 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
     connection, path, volumes = ledger.connection, ledger.root / MANIFEST_NAME, ledger.volumes()
     contents = {volume: ledger.content_of(volume) for volume in volumes}
     with atomic_path(path) as temporary:
-        kept = _copy(path, temporary) if len(volumes) > 1 else {}
+        kept = _copy(path, temporary) if len(volumes) > 1 else {}  # volume → content
         connection.execute(f"ATTACH {sql_literal(temporary)} AS manifest (STORAGE_VERSION '{STORAGE_VERSION}')")
         try:
             if not kept:
@@ -47,12 +54,11 @@ def publish(ledger: Ledger, *, groups: bool = True) -> None:
                 if kept.get(volume) != contents[volume]:
                     ledger.show(volume)
                     _write_volume(ledger, volume, groups=groups and len(volumes) == 1)
+            _note_contents(connection, contents)
             if groups and len(volumes) > 1:
-                _group_duplicates(connection)
+                update_groups(connection)
             _write_samples(ledger)
             _write_global(ledger)
-            connection.execute("DELETE FROM manifest.volumes")
-            connection.executemany("INSERT INTO manifest.volumes VALUES (?, ?)", list(contents.items()))
             connection.execute(
                 f"COMMENT ON TABLE manifest.videos IS '{_made_from(ledger) if groups else 'unfinished'}'"
             )
@@ -84,10 +90,8 @@ def _create_tables(connection: duckdb.DuckDBPyConnection) -> None:
         connection.register("columns", schema.empty_table())
         connection.execute(f"CREATE TABLE manifest.{table} AS SELECT * FROM columns")
         connection.unregister("columns")
-    connection.execute("CREATE TABLE manifest.volumes (volume INTEGER, content VARCHAR)")
-    connection.execute(
-        "CREATE TABLE manifest.shard_files (pack VARCHAR, shard VARCHAR, num_bytes BIGINT, mtime_ns BIGINT)"
-    )
+    for table, columns in _OWN_TABLES.items():
+        connection.execute(f"CREATE TABLE manifest.{table} ({columns})")
 
 
 def _write_volume(ledger: Ledger, volume: int, *, groups: bool) -> None:
@@ -107,16 +111,11 @@ def _write_volume(ledger: Ledger, volume: int, *, groups: bool) -> None:
     connection.unregister("duplicate_groups")
 
 
-def _group_duplicates(connection: duckdb.DuckDBPyConnection) -> None:
-    """Find the near-duplicates among the clips of all volumes, and change the groups that differ."""
-    hashes = connection.sql("SELECT clip_id, phash FROM manifest.clips ORDER BY clip_id").to_arrow_table()
-    connection.register("duplicate_groups", duplicate_groups(hashes))
-    connection.execute(
-        "UPDATE manifest.scores SET duplicate_group = new.duplicate_group FROM ("
-        "SELECT s.clip_id, g.duplicate_group FROM manifest.scores s LEFT JOIN duplicate_groups g USING (clip_id) "
-        "WHERE s.duplicate_group IS DISTINCT FROM g.duplicate_group) new WHERE scores.clip_id = new.clip_id"
-    )
-    connection.unregister("duplicate_groups")
+def _note_contents(connection: duckdb.DuckDBPyConnection, contents: dict[int, str]) -> None:
+    grouped = dict(connection.execute("SELECT volume, grouped FROM manifest.volumes").fetchall())
+    rows = [[volume, content, grouped.get(volume)] for volume, content in contents.items()]
+    connection.execute("DELETE FROM manifest.volumes")
+    connection.executemany("INSERT INTO manifest.volumes VALUES (?, ?, ?)", rows)
 
 
 def _write_samples(ledger: Ledger) -> None:
@@ -260,7 +259,7 @@ def view_statements() -> str:
 
 def _layout() -> str:
     tables = {table: [f"{field.name} {field.type}" for field in schema] for table, schema in MANIFEST.items()}
-    return f"layout {digest([tables, view_statements()])}"
+    return f"layout {digest([tables, _OWN_TABLES, view_statements()])}"
 
 
 def _made_from(ledger: Ledger) -> str:

@@ -1,5 +1,8 @@
 """Near-duplicate groups equal those of a brute-force search in any order; flat frames form no group."""
 
+from contextlib import contextmanager
+
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -7,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from shards.corpus import clip_groups
+from shards.corpus.manifest import _OWN_TABLES
 from shards.corpus.near_duplicates import DuplicateSettings, duplicate_groups, near_duplicate_labels
 from tests.helpers.builds import ask
 from tests.helpers.manifests import make_manifest
@@ -70,6 +75,55 @@ def test_groups_do_not_depend_on_the_order_of_the_rows(seed, random):
     table = table_of(near_hashes(seed, 40, 8, 8))
     order = random.sample(range(table.num_rows), table.num_rows)
     assert duplicate_groups(table).equals(duplicate_groups(table.take(order)))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(0, 2**32),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 12)), min_size=1, max_size=8),
+    st.integers(1, 8),
+    st.sampled_from([1, 5, 1000]),
+)
+def test_groups_that_grow_and_shrink_are_those_of_one_search(seed, changes, num_families, at_once):
+    """Each change gives a volume other clips, perhaps none; groups merge, gain members and fall apart."""
+    with duckdb.connect() as connection, patched(clip_groups, CLIPS_AT_ONCE=at_once, CLIPS_STREAMED=3):
+        connection.execute("ATTACH ':memory:' AS manifest")
+        for table, columns in {**_OWN_TABLES, "scores": "clip_id VARCHAR, duplicate_group VARCHAR"}.items():
+            connection.execute(f"CREATE TABLE manifest.{table} ({columns})")
+        connection.execute("CREATE TABLE manifest.clips (volume INTEGER, clip_id VARCHAR, phash UBIGINT[])")
+        for number, (volume, count) in enumerate(changes):
+            hashes = near_hashes(seed + number % 3, count, num_families, 8)
+            table = table_of(hashes, [f"{(n * 7 + volume) % 13:02}.{volume}.{n}" for n in range(count)])
+            for name in ("scores", "clips"):
+                ids = f"SELECT clip_id FROM manifest.clips WHERE volume = {volume}"
+                connection.execute(f"DELETE FROM manifest.{name} WHERE clip_id IN ({ids})")
+            if count:
+                connection.execute(f"INSERT INTO manifest.clips SELECT {volume}, clip_id, phash FROM 'table'")
+                connection.execute("INSERT INTO manifest.scores SELECT clip_id, NULL FROM 'table'")
+            old = connection.execute(f"SELECT grouped FROM manifest.volumes WHERE volume = {volume}").fetchall()
+            connection.execute(f"DELETE FROM manifest.volumes WHERE volume = {volume}")
+            if count or number % 2:  # else the volume is gone
+                row = [volume, str(number), old[0][0] if old else None]
+                connection.execute("INSERT INTO manifest.volumes VALUES (?, ?, ?)", row)
+            if number % 3:  # sometimes two volumes change at once
+                clip_groups.update_groups(connection)
+        clip_groups.update_groups(connection)
+        everything = connection.sql("SELECT clip_id, phash FROM manifest.clips").to_arrow_table()
+        expected = duplicate_groups(everything).to_pylist()
+        for table in ("clip_groups", "scores"):
+            found = (
+                f"SELECT clip_id, duplicate_group FROM manifest.{table} WHERE duplicate_group IS NOT NULL ORDER BY 1"
+            )
+            assert connection.sql(found).to_arrow_table().to_pylist() == expected
+        assert connection.sql("SELECT bool_and(grouped = content) FROM manifest.volumes").fetchall()[0][0] is not False
+
+
+@contextmanager
+def patched(module, **values):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(module, name, value)
+        yield
 
 
 def test_a_group_is_named_by_its_smallest_clip_and_single_clips_are_not_listed():
