@@ -88,6 +88,7 @@ class WorkingDatabase:
         self.active: int | None = None
         self._attached: dict[int, None] = {}  # the volume that was active last comes last
         self._create_index()
+        self._mending: set[int] = set()  # volumes whose merged files are being checked
         self._first_units: list[tuple[int, int]] = []  # (number of the volume's first unit, volume), in order
         self._note_volumes()
 
@@ -151,8 +152,8 @@ class WorkingDatabase:
         self._attached[volume] = None
         self.connection.execute(f"USE {name}")
 
-    def _attach(self, volume: int) -> None:
-        """Open the file of a volume. One that is torn, or of another index, begins empty and its commits are new."""
+    def _attach(self, volume: int, tries: int = 3) -> None:
+        """Open the file of a volume. One that is torn, or of another index, is filled again."""
         path, name = self.volumes_folder / f"{volume:06d}.duckdb", _catalog(volume)
         expected = dict(self._rows(f"SELECT volume, token FROM {INDEX}.volume_files")).get(volume)
         if expected and path.is_file():
@@ -167,21 +168,26 @@ class WorkingDatabase:
         _remove(path)
         token = uuid.uuid4().hex
         self._execute(f"DELETE FROM {INDEX}.volume_files WHERE volume = ?", [volume])
+        self.connection.execute(f"ATTACH {sql_literal(path)} AS {name}")
+        try:
+            self._fill_file(volume, token)
+        except BaseException as error:
+            self.connection.execute("USE ledger")
+            self.connection.execute(f"DETACH {name}")
+            merged = self._rows(f"SELECT 1 FROM {INDEX}.merged WHERE volume = ?", [volume])
+            if not (merged and isinstance(error, duckdb.Error)) or volume in self._mending or tries == 1:
+                raise
+            self._load_head(volume)  # its files may be damaged, or merged again by the corpus's writer
+            self._attach(volume, tries - 1)
+            return
+        self._execute(f"INSERT INTO {INDEX}.volume_files VALUES (?, ?)", [volume, token])  # last: it is complete
+
+    def _fill_file(self, volume: int, token: str) -> None:
+        """Create the tables of an empty file of a volume, with the rows of its commits."""
+        name = _catalog(volume)
         loose = f"SELECT name FROM {INDEX}.fragments WHERE volume = ? AND num_bytes IS NOT NULL"
         names = [row[0] for row in self._rows(loose, [volume])]
         names = [name for name in names if fragment_path(self.root, "ledger", name).is_file()]
-        self.connection.execute(f"ATTACH {sql_literal(path)} AS {name}")
-        try:
-            self._fill_file(volume, token, names)
-        except BaseException:
-            self.connection.execute("USE ledger")
-            self.connection.execute(f"DETACH {name}")
-            raise
-        self._execute(f"INSERT INTO {INDEX}.volume_files VALUES (?, ?)", [volume, token])  # last: it is complete
-
-    def _fill_file(self, volume: int, token: str, names: Sequence[str]) -> None:
-        """Create the tables of an empty file of a volume, with the rows of its commits."""
-        name = _catalog(volume)
         for table, schema in _schemas().items():
             self.connection.register("columns", schema.empty_table())
             self.connection.execute(f"CREATE TABLE {name}.{table} AS SELECT * FROM columns")
@@ -387,10 +393,12 @@ class WorkingDatabase:
             volumes = self._rows(
                 f"SELECT DISTINCT volume FROM {INDEX}.fragments WHERE name IN (SELECT name FROM removed) ORDER BY 1"
             )
-            for (volume,) in volumes:
-                self.changed(volume)  # first, so that a kill leaves no summary of rows that are gone
-                self._use(volume)
+        for (volume,) in volumes:
+            self.changed(volume)  # first, so that a kill leaves no summary of rows that are gone
+            self._use(volume)
+            with self._as_table("removed", names):
                 self._delete_rows()
+        with self._as_table("removed", names):
             self._execute(f"DELETE FROM {INDEX}.all_sources WHERE fragment IN (SELECT name FROM removed)")
             self._execute(f"DELETE FROM {INDEX}.fragments WHERE name IN (SELECT name FROM removed)")
         self._back(volumes[-1][0] if volumes else self.active)
@@ -460,9 +468,12 @@ class WorkingDatabase:
             except duckdb.Error as error:
                 self.connection.execute("ROLLBACK")
                 if isinstance(error, duckdb.BinderException):
-                    raise UserError(f"{self.root} has columns of a newer clipmill: {error}") from error
+                    raise self._is_newer(error) from error
                 raise
             self.connection.execute("COMMIT")
+
+    def _is_newer(self, error: duckdb.BinderException) -> UserError:
+        return UserError(f"{self.root} has columns of a newer clipmill: {error}")
 
     def _insert(self, table: str, paths: list[str]) -> None:
         self.connection.execute(
@@ -544,6 +555,13 @@ class WorkingDatabase:
         A damaged file is written again from this database if it has the rows; else the commits with rows in that file
         never happened.
         """
+        self._mending.add(volume)
+        try:
+            self._check_head(volume)
+        finally:
+            self._mending.discard(volume)
+
+    def _check_head(self, volume: int) -> None:
         path, lost = self.root / head_name(volume), set()
         stamp = _stamp(path)
         try:
@@ -560,7 +578,7 @@ class WorkingDatabase:
                 _check_rows(self.root / relative, num_bytes)
             except DamagedFile as error:
                 if not self.owns_corpus and stamp != _stamp(path):  # merged again since
-                    return self._load_head(volume)
+                    return self._check_head(volume)
                 self._note_damage(error)
                 if not (self.owns_corpus and self._write_rows_again(volume, relative)):
                     lost.add(table_of(relative))
@@ -572,8 +590,9 @@ class WorkingDatabase:
                 commits = {name: commit for name, commit in head.commits.items() if name not in names}
                 files = {each: size for each, size in head.files.items() if table_of(each) not in lost}
                 head = Head(commits, files)
-        self.changed(volume)
-        self._discard_file(volume)
+        if lost or head is None or head != self._head_in_index(volume):
+            self.changed(volume)
+            self._discard_file(volume)
         self._note_head(volume, head)
 
     def _note_damage(self, error: DamagedFile) -> None:
@@ -667,13 +686,17 @@ class WorkingDatabase:
         for (files,) in self._rows(f"SELECT files FROM {INDEX}.merged WHERE volume = ?", [volume]):
             for relative in files:
                 table = table_of(relative)
-                if table in _schemas():  # else of a stage whose package is not installed
+                if table not in _schemas():  # of a stage whose package is not installed
+                    continue
+                try:
                     self._execute(
                         f"INSERT INTO {table} BY NAME SELECT * EXCLUDE (commit), commit AS fragment "
                         "FROM read_parquet(?, hive_partitioning = false) WHERE commit IN "
                         f"(SELECT name FROM {INDEX}.fragments WHERE volume = ? AND num_bytes IS NULL)",
                         [str(self.root / relative), volume],
                     )
+                except duckdb.BinderException as error:
+                    raise self._is_newer(error) from error
 
     def leave_out_forgotten(self) -> None:
         """Delete the sources that have a tombstone; every query but that for failures of lists starts from sources.

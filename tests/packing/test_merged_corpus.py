@@ -50,10 +50,7 @@ def deep(root: Path) -> list:
 def test_a_build_merges_what_is_done_unless_it_is_little(whole, merged, tmp_path):
     small = Path(shutil.copytree(whole, tmp_path / "small"))
     assert not build_all(small).did_something and merged_volumes(small) == []
-    assert (
-        merged_volumes(merged) == [0]
-        and loose(merged) - {path.stem for path in merged.glob("fragments/runs/*")} == set()
-    )
+    assert merged_volumes(merged) == [0] and loose(merged) == set()
     files = merged_files(merged)
     assert not build_all(merged, *AT_ONCE).did_something and merged_files(merged) == files
     assert tables(merged)["clips"] == tables(whole)["clips"]
@@ -110,17 +107,17 @@ def test_a_forgotten_video_leaves_nothing_in_merged_files(compacted, merged):
         compacted, "SELECT clip_id, sha256, tar, mp4_offset, num_bytes FROM edited_clips"
     )
     [place] = RelocationIndex(compacted).find([bytes.fromhex(sha256)])
-    assert clip_id == "video-a.1" and place.shard == tar
-    assert read_member(compacted / tar, offset, size) == read_member(compacted / tar, place.offset, place.num_bytes)
+    data = read_member(compacted / place.shard, place.offset, place.num_bytes)
+    assert clip_id == "video-a.1" and read_member(compacted / tar, offset, size) == data
     assert deep(compacted) == []
 
 
 def test_what_remains_is_merged_again(compacted, tmp_path):
     root = Path(shutil.copytree(compacted, tmp_path / "corpus"))
     before = tables(root)
-    assert loose(root) - {path.stem for path in root.glob("fragments/runs/*")}
+    assert loose(root)
     assert not build_all(root, *AT_ONCE).did_something
-    assert not loose(root) - {path.stem for path in root.glob("fragments/runs/*")}
+    assert not loose(root)
     shutil.rmtree(root / ".clipmill")
     assert not build_all(root, *AT_ONCE).did_something and tables(root) == before and deep(root) == []
 
@@ -129,9 +126,9 @@ def test_what_remains_is_merged_again(compacted, tmp_path):
 def test_killed_while_compacting_it_ends_in_the_same_bytes(corpus, compacted):
     """Compacting is killed several times, each time before the nth file is renamed or removed."""
     forget_video(corpus, GONE)
-    for number in (25, 45, 60):
+    for number in (25, 40, 20):
         script = KILLED.format(paths=sys.path, calls=number, root=str(corpus))
         process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
-        assert process.returncode in (-signal.SIGKILL, 0), process.stderr
+        assert process.returncode == -signal.SIGKILL, process.stderr
     compact(corpus)
     assert lasting(corpus) == lasting(compacted) and traces(corpus, GONE, []) == []
