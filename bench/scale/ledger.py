@@ -12,7 +12,7 @@ bytes    of the ledger and of the manifest, per clip
 
 And for one volume of 800 videos, with the fragments of its commits:
 
-fresh    CPU milliseconds a commit of loading it without the cache, loose and merged. Gate: merged at most a tenth
+fresh    CPU milliseconds a commit of loading it without the cache, loose and merged. Gate: merged at most a fifth
 
 The corpus grows from one size to the next, since making it takes most of the time. CPU seconds are those of all threads
 of this process, which other work on the machine changes less than the wall seconds.
@@ -34,7 +34,7 @@ from shards.corpus.working_database import INDEX, remove_cache
 
 UNIT_VIDEOS, VOLUME_VIDEOS, CLIPS = 8, 2000, 10
 MOST_GROWTH = 1.5
-FRESH_VIDEOS, MOST_OF_LOOSE = 800, 0.1
+FRESH_VIDEOS, MOST_OF_LOOSE = 800, 0.2
 RUN = {"run_id": "bench", "max_attempts": 3}
 PRINTS = {stage.name: f"{stage.name}-1" for stage in registry.stages()}
 
@@ -193,7 +193,13 @@ def fresh_start(root: Path) -> tuple[int, float, float]:
     for name in names:
         of_stage = _ROWS[name.partition("-")[0]]
         rows = {table: ledger._rows_of(name, table, table_schema(table)) for table in of_stage}
-        write_commit(root, name, rows, ledger._rows_of(name, "ledger", LEDGER), [])
+        items = ledger._rows_of(name, "ledger", LEDGER)
+        for at in range(items.num_rows) if "downloads" in rows else ():  # a commit each
+            one = {"downloads": rows["downloads"].slice(at, 1)}
+            write_commit(root, f"{name}{at:x}", one, items.slice(at, 1), [])
+        if "downloads" not in rows:
+            write_commit(root, name, rows, items, [])
+    num_commits = len(list((root / "fragments" / "ledger").glob("[!.]*"))) - 1
     ledger.close()
 
     def load() -> None:
@@ -201,7 +207,7 @@ def fresh_start(root: Path) -> tuple[int, float, float]:
         ledger = Ledger(root, registry.stages())
         ledger.sync()
         ledger.activate(0)
-        assert ledger._rows("SELECT count(DISTINCT fragment) FROM ledger") == [(len(names),)]
+        assert ledger._rows("SELECT count(DISTINCT fragment) FROM ledger") == [(num_commits,)]
         ledger.close()
 
     loose = cpu_s(load, 2)
@@ -209,7 +215,7 @@ def fresh_start(root: Path) -> tuple[int, float, float]:
     ledger.sync()
     ledger.merge(0)
     ledger.close()
-    return len(names), 1000 * loose / len(names), 1000 * cpu_s(load, 2) / len(names)
+    return num_commits, 1000 * loose / num_commits, 1000 * cpu_s(load, 2) / num_commits
 
 
 def main() -> int:

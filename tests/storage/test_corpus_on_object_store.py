@@ -85,7 +85,7 @@ def test_a_merged_corpus_is_read_with_few_requests(server, machine, tmp_path):
     assert sum("fragments/" in path for method, path in server.requests if method == "GET") <= len(fragments) + 1
     assert Store.of(url).list("fragments/") == before and explain(url, "video-b.1").attempts == story.attempts
     problems = verify_with_sandbox(url, False, Console(quiet=True), deep=True)[0]
-    assert {problem.kind for problem in problems} <= {"missing-source", "missing-subtitle"}, "sources stay on the builder"
+    assert {problem.kind for problem in problems} <= {"missing-source", "missing-subtitle"}, "sources are not uploaded"
 
 
 def test_every_reader_opens_it(stored, whole):
