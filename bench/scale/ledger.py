@@ -243,7 +243,7 @@ def main() -> int:
         num_commits, loose, merged = fresh_start(Path(folder) / "fresh")
     part = merged / loose
     print(f"fresh: {num_commits:,} commits, {loose:.2f} CPU-ms each loose, {merged:.3f} merged")
-    print(f"gate {'met' if part <= MOST_OF_LOOSE else 'missed'}: merged commits cost {part:.3f} of loose ones")
+    print(f"gate {'met' if part <= MOST_OF_LOOSE else 'missed'}: a merged commit costs {part:.3f} of a loose one")
     growth = rows[-1]["derive"] / rows[0]["derive"]
     met = growth <= MOST_GROWTH
     print(
