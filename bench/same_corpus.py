@@ -5,6 +5,8 @@ from pathlib import Path
 
 import duckdb
 
+from shards.corpus.merged import merged_volumes, read_head
+
 TABLES = ("videos", "sentences", "spans", "clips", "texts", "captions", "scores", "samples")
 # The place of media before packing depends on how work was divided into tasks, which a fault changes.
 PLACES = {"clips": ("tar", "mp4_offset", "frames")}
@@ -37,6 +39,9 @@ def orphans(corpus: Path) -> list[str]:
     files = [path.relative_to(corpus) for path in corpus.rglob("*") if path.is_file()]
     files = [path for path in files if ".clipmill" not in path.parts]
     owners = {path.stem for path in (corpus / "fragments" / "ledger").glob("*.parquet")}
+    for volume in merged_volumes(corpus):
+        head = read_head(corpus, volume)
+        owners |= {*head.commits, *(Path(relative).stem for relative in head.files)}
     left = [path for path in files if any(mark in path.name for mark in TEMPORARY)]
     left += [path for path in files if path.parts[0] == "clips" and path.stem not in owners and path not in left]
     owned = [path for path in files if path.parts[0] == "fragments" and path.parts[1] in OWNED and path not in left]

@@ -10,6 +10,10 @@ publish  CPU seconds of publishing the manifest after the rows of one unit have 
 start    wall seconds of opening the ledger and finding nothing to do
 bytes    of the ledger and of the manifest, per clip
 
+And for one volume of 800 videos, with the fragments of its commits:
+
+fresh    CPU milliseconds a commit of loading it without the cache, loose and merged. Gate: merged at most a fifth
+
 The corpus grows from one size to the next, since making it takes most of the time. CPU seconds are those of all threads
 of this process, which other work on the machine changes less than the wall seconds.
 """
@@ -22,12 +26,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.engine import registry
+from shards.corpus.fragments import table_schema, write_commit
 from shards.corpus.ledger import Ledger
 from shards.corpus.manifest import publish
-from shards.corpus.working_database import INDEX
+from shards.corpus.schema import LEDGER, TABLES
+from shards.corpus.working_database import INDEX, remove_cache
 
 UNIT_VIDEOS, VOLUME_VIDEOS, CLIPS = 8, 2000, 10
 MOST_GROWTH = 1.5
+FRESH_VIDEOS, MOST_OF_LOOSE = 800, 0.2
 RUN = {"run_id": "bench", "max_attempts": 3}
 PRINTS = {stage.name: f"{stage.name}-1" for stage in registry.stages()}
 
@@ -177,6 +184,42 @@ def start(root: Path) -> float:
     return time.perf_counter() - begun
 
 
+def fresh_start(root: Path) -> tuple[int, float, float]:
+    """Return the number of commits of a volume, and CPU ms a commit of loading it loose and merged, without a cache."""
+    ledger = Ledger(root, registry.stages())
+    grow(ledger, 0, FRESH_VIDEOS)
+    tables = [table for table in ("ledger", *TABLES) if table != "sources"]
+    names = sorted({name for table in tables for (name,) in ledger._rows(f"SELECT DISTINCT fragment FROM {table}")})
+    sources = ledger._rows_of("ingest-0", "sources", table_schema("sources"))
+    write_commit(root, "ingest-0", {"sources": sources}, LEDGER.empty_table(), [])
+    for name in names:
+        of_stage = _ROWS[name.partition("-")[0]]
+        rows = {table: ledger._rows_of(name, table, table_schema(table)) for table in of_stage}
+        items = ledger._rows_of(name, "ledger", LEDGER)
+        for at in range(items.num_rows) if "downloads" in rows else ():  # a commit each
+            one = {"downloads": rows["downloads"].slice(at, 1)}
+            write_commit(root, f"{name}{at:x}", one, items.slice(at, 1), [])
+        if "downloads" not in rows:
+            write_commit(root, name, rows, items, [])
+    num_commits = len(list((root / "fragments" / "ledger").glob("[!.]*"))) - 1
+    ledger.close()
+
+    def load() -> None:
+        remove_cache(root)
+        ledger = Ledger(root, registry.stages())
+        ledger.sync()
+        ledger.activate(0)
+        assert ledger._rows("SELECT count(DISTINCT fragment) FROM ledger") == [(num_commits,)]
+        ledger.close()
+
+    loose = cpu_s(load, 2)
+    ledger = Ledger(root, registry.stages())
+    ledger.sync()
+    ledger.merge(0)
+    ledger.close()
+    return num_commits, 1000 * loose / num_commits, 1000 * cpu_s(load, 2) / num_commits
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--videos", type=int, nargs="+", default=[1000, 10_000, 100_000])
@@ -200,12 +243,16 @@ def main() -> int:
                 f"{row['start']:8.2f} {row['ledger']:8.0f} {row['manifest']:9.0f}",
                 flush=True,
             )
+        num_commits, loose, merged = fresh_start(Path(folder) / "fresh")
+    part = merged / loose
+    print(f"fresh: {num_commits:,} commits, {loose:.2f} CPU-ms each loose, {merged:.3f} merged")
+    print(f"gate {'met' if part <= MOST_OF_LOOSE else 'missed'}: a merged commit costs {part:.3f} of a loose one")
     growth = rows[-1]["derive"] / rows[0]["derive"]
     met = growth <= MOST_GROWTH
     print(
         f"gate {'met' if met else 'missed'}: deriving a unit costs {growth:.2f} times as much as in the smallest corpus"
     )
-    return 0 if met else 1
+    return 0 if met and part <= MOST_OF_LOOSE else 1
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from pipeline.editing.students import Editing, Students
 from pipeline.editing.worker import CODE_VERSION, Job, Plan, work_of
 from pipeline.engine.build import Session, session
 from pipeline.runtime.task import Outcome, Task, commit
-from shards.corpus.fragments import fragment_path
 from training.editing.boundaries import EDITS, Edited, Floats, Spans, VideoClips
 from training.editing.rounds import ROUNDS, EditBackend, Round, State, base_spans, rounds, state_after
 from training.editing.settings import EditSettings
@@ -132,9 +131,7 @@ class CorpusBackend:
             train = self.settings.train
             with pool(plan, self.options.workers, train.device, allow_open=train.allow_open_cluster) as editors:
                 jobs = self._jobs(state, editors)
-                pending = [
-                    job for job in jobs if not fragment_path(Path(root), "ledger", work_of(plan, job).name).exists()
-                ]
+                pending = [job for job in jobs if not current.ledger.has_commit(work_of(plan, job).name)]
                 for done in editors.edit(pending):
                     current.ledger.load([done.name])
             current.publish()

@@ -129,6 +129,12 @@ class Session:
             repair(self.corpus, self.ledger, rot)
             self.refresh_state()
 
+    def merge_finished(self) -> None:
+        """Merge the fragments of the volumes in which nothing is pending, while no task is running."""
+        self.refresh_state()
+        engine = self.settings.engine
+        self.ledger.merge_finished(engine.merge_commits, fsync=engine.fsync and self.corpus.store is None)
+
     def publish(self) -> None:
         self.refresh_state()
         publish(self.ledger)
@@ -277,6 +283,7 @@ def build(
         if "pack" in stages:
             with open_manifest(current.corpus.root) as connection:
                 note_packed(current.corpus, connection, named_one or Pack(MAIN, current.settings.pack), report.pack)
+        current.merge_finished()
         report.failures = current.ledger.standing_failures(current.run_id)
         num_failures = sum(count for _, _, count, _ in current.ledger.standing_failures())
         report.num_old_failures = num_failures - sum(count for _, _, count, _ in report.failures)

@@ -28,7 +28,9 @@ LOCK = "lock"
 README = """A clipmill corpus.
   corpus.yaml                 the settings it is built with
   manifest.duckdb             what is in it: open it with any DuckDB client, read-only
-  fragments/TABLE/*.parquet   what workers wrote: the source of truth, the manifest can be rebuilt from it
+  fragments/TABLE/*.parquet   what workers wrote: the source of truth, the manifest can be rebuilt from it;
+                              merged-*.parquet hold the rows of a whole volume that is done
+  fragments/merged/*.parquet  which commits of a volume are merged, and the files that hold their rows
   sources/                    downloaded videos and subtitles
   clips/*.tar                 cut clips, before packing
   shards/*.tar                WebDataset shards, each with its index beside it; shards/NAME/ has those of pack NAME

@@ -7,6 +7,7 @@ the task (stage, unit, items and their keys), so a task that runs twice writes t
 
 import hashlib
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,8 @@ from clipmill.base.errors import ItemError
 from shards.corpus.schema import LEDGER, LEDGER_COLUMNS, TABLES
 from shards.storage.mirror import files_of
 from shards.storage.sealed_parquet import DamagedFile, read_metadata, write_parquet
+
+OF_UNIT = r".+-(u\d{6,})-[0-9a-f]+"  # names of commits with items of a unit
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,23 @@ def ledger_row(
 
 def fragment_path(root: Path, table: str, name: str) -> Path:
     return root / "fragments" / table / f"{name}.parquet"
+
+
+def is_list(commit: str) -> bool:
+    """Return whether a commit holds sources, which only the lists of the user can make again."""
+    return commit.startswith("ingest-") and not commit.startswith("ingest-problems-")
+
+
+def table_of(relative: str) -> str | None:
+    """Return the table of a fragment, None for another file of a commit."""
+    folder, *rest = Path(relative).parts
+    return rest[0] if folder == "fragments" and len(rest) == 2 else None
+
+
+def unit_in(commit: str) -> str:
+    """Return the unit that a commit's name holds, "" if it holds none."""
+    found = re.fullmatch(OF_UNIT, commit)
+    return found[1] if found else ""
 
 
 def table_schema(table: str) -> pa.Schema:

@@ -396,6 +396,16 @@ class Ledger(WorkingDatabase):
                 )
             ]
 
+    def merge_finished(self, least: int, *, fsync: bool = False) -> None:
+        """Merge the commits of the volumes in which nothing is pending, and that have at least so many new ones.
+
+        Call it after `refresh_state` for all units, while no task is running.
+        """
+        unfinished = self.volumes_with_work(self.stages)
+        for volume in self.volumes_to_merge(least):
+            if volume not in unfinished:
+                self.merge(volume, fsync=fsync)
+
     def tidy(self, *, clips: bool, sources: bool) -> None:
         """Delete the clips that no row counts any more, and the copied videos whose clips are all cut.
 

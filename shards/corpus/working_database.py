@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import duckdb
@@ -23,7 +24,36 @@ import pyarrow.parquet as pq
 from clipmill.base.errors import UserError
 from clipmill.base.settings import digest
 from clipmill.base.text import sql_identifier, sql_literal
-from shards.corpus.fragments import fragment_path, outputs_of, replaced_by, table_schema, write_commit
+from shards.corpus.fragments import (
+    OF_UNIT,
+    fragment_path,
+    is_list,
+    outputs_of,
+    replaced_by,
+    table_of,
+    table_schema,
+    unit_in,
+    write_commit,
+)
+from shards.corpus.merged import (
+    FOLDER,
+    ROWS,
+    Head,
+    MergedCommit,
+    by_commit,
+    can_be_merged,
+    head_name,
+    is_same_commit,
+    merge,
+    merged_volume_of,
+    merged_volumes,
+    read_head,
+    read_rows,
+    remove_merged,
+    rows_of_head,
+    write_head,
+    write_rows,
+)
 from shards.corpus.schema import LEDGER, TABLES
 from shards.corpus.tombstones import read_tombstones, tombstone_files
 from shards.storage.local import Files
@@ -32,6 +62,7 @@ from shards.storage.sealed_parquet import DamagedFile, check_parquet
 
 INDEX = "ledger.main"  # catalog and schema of the index; `ledger` is the stem of its file
 MOST_ATTACHED = 16  # volumes whose files are open
+AGAIN = 20  # a volume is merged again when one twentieth of its commits is new, because all of it is written again
 
 
 @dataclass(frozen=True)
@@ -57,6 +88,7 @@ class WorkingDatabase:
         self.active: int | None = None
         self._attached: dict[int, None] = {}  # the volume that was active last comes last
         self._create_index()
+        self._mending: set[int] = set()  # volumes whose merged files are being checked
         self._first_units: list[tuple[int, int]] = []  # (number of the volume's first unit, volume), in order
         self._note_volumes()
 
@@ -120,8 +152,8 @@ class WorkingDatabase:
         self._attached[volume] = None
         self.connection.execute(f"USE {name}")
 
-    def _attach(self, volume: int) -> None:
-        """Open the file of a volume. One that is torn, or of another index, begins empty and its commits are new."""
+    def _attach(self, volume: int, tries: int = 3) -> None:
+        """Open the file of a volume. One that is torn, or of another index, is filled again."""
         path, name = self.volumes_folder / f"{volume:06d}.duckdb", _catalog(volume)
         expected = dict(self._rows(f"SELECT volume, token FROM {INDEX}.volume_files")).get(volume)
         if expected and path.is_file():
@@ -136,18 +168,35 @@ class WorkingDatabase:
         _remove(path)
         token = uuid.uuid4().hex
         self._execute(f"DELETE FROM {INDEX}.volume_files WHERE volume = ?", [volume])
-        names = [row[0] for row in self._rows(f"SELECT name FROM {INDEX}.fragments WHERE volume = ?", [volume])]
-        names = [name for name in names if fragment_path(self.root, "ledger", name).is_file()]
         self.connection.execute(f"ATTACH {sql_literal(path)} AS {name}")
+        try:
+            self._fill_file(volume, token)
+        except BaseException as error:
+            self.connection.execute("USE ledger")
+            self.connection.execute(f"DETACH {name}")
+            merged = self._rows(f"SELECT 1 FROM {INDEX}.merged WHERE volume = ?", [volume])
+            if not (merged and isinstance(error, duckdb.Error)) or volume in self._mending or tries == 1:
+                raise
+            self._load_head(volume)  # its files may be damaged, or merged again by the corpus's writer
+            self._attach(volume, tries - 1)
+            return
+        self._execute(f"INSERT INTO {INDEX}.volume_files VALUES (?, ?)", [volume, token])  # last: it is complete
+
+    def _fill_file(self, volume: int, token: str) -> None:
+        """Create the tables of an empty file of a volume, with the rows of its commits."""
+        name = _catalog(volume)
+        loose = f"SELECT name FROM {INDEX}.fragments WHERE volume = ? AND num_bytes IS NOT NULL"
+        names = [row[0] for row in self._rows(loose, [volume])]
+        names = [name for name in names if fragment_path(self.root, "ledger", name).is_file()]
         for table, schema in _schemas().items():
             self.connection.register("columns", schema.empty_table())
             self.connection.execute(f"CREATE TABLE {name}.{table} AS SELECT * FROM columns")
             self.connection.unregister("columns")
         self._execute(f"CREATE TABLE {name}.token AS SELECT ? AS token", [token])
-        self._execute(f"INSERT INTO {INDEX}.volume_files VALUES (?, ?)", [volume, token])
+        self.connection.execute(f"USE {name}")
         if names:
-            self.connection.execute(f"USE {name}")
             self._load_rows(names)
+        self._load_merged_rows(volume)
 
     def _load_sources(self) -> None:
         """Copy the sources of the active volume, in which the stages look for items."""
@@ -170,36 +219,75 @@ class WorkingDatabase:
         Raises UserError for a damaged commit of sources, which only their list can make again. With `replace_sources`
         it is removed like any other, because the caller is about to read lists.
         """
-        present = {file.name: file for file in _scan(self.root / "fragments" / "ledger")}
-        rows = self._rows(f"SELECT name, num_bytes, mtime_ns, outputs FROM {INDEX}.fragments")
+        active = self.active
+        # Fragments before heads: while a writer merges a volume, each commit is in one of the two lists or in both.
+        present = {
+            file.name: file for file in _scan(self.root / "fragments" / "ledger") if merged_volume_of(file.name) is None
+        }
+        loose = f"SELECT name, num_bytes, mtime_ns, outputs FROM {INDEX}.fragments WHERE num_bytes IS NOT NULL"
+        rows = self._rows(loose)
         known = {name: (size, mtime) for name, size, mtime, _ in rows}
         outputs = {name: named for name, _, _, named in rows}
         listing = _Listing(self.files)
-        whole = {}
+        whole, vanished = {}, set()
         for name, file in present.items():
             unchanged = known.get(name) == (file.num_bytes, file.mtime_ns)
             try:
                 named = outputs[name] if unchanged else self._checked_outputs(name)
+            except FileNotFoundError:  # merged or removed by the corpus's writer since
+                vanished.add(name)
+                continue
             except DamagedFile as error:  # torn by a crash, or rotten
-                self.damaged[str(error.path.relative_to(self.root))] = error.reason
+                self._note_damage(error)
                 if not (name in known and is_list(name) and listing.has_all(outputs[name])):
                     continue
                 self.rewrite(name)  # no stage can make it again
                 named, unchanged = outputs[name], True
             if listing.has_all(named):
                 whole[name] = (file, named, unchanged)
-        deleted = [name for name in known if name not in whole]
-        new = [name for name, (_, _, unchanged) in whole.items() if not unchanged]
-        lost = set(present) - set(whole)  # a commit that lacks one of its files counts as never made
+        num_merged, num_not_merged, replaced_in_heads = self._sync_merged(listing)
+        leftovers, done_again = self._merged_too(whole)
+        for name in leftovers:
+            del whole[name]
+        deleted = [name for name, *_ in self._rows(loose) if name not in whole]
+        new = [name for name, (_, _, unchanged) in whole.items() if not unchanged or name in done_again]
+        lost = set(present) - set(whole) - vanished - leftovers  # a commit that lacks one of its files was never made
         if not replace_sources:
             self._refuse_to_lose_sources(lost)
         # A writer that was killed before it cleaned up leaves the commits that it superseded.
-        replaced = {old for name in new for old in replaced_by(fragment_path(self.root, "ledger", name))} & set(whole)
+        replaced = {old for name in new for old in replaced_by(fragment_path(self.root, "ledger", name))}
+        replaced_loose = (replaced | replaced_in_heads) & set(whole)
         if self.owns_corpus:
-            self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(lost | replaced)))
-        self.forget([*deleted, *replaced])
-        self.load([name for name in new if name not in replaced])
-        return len(new), len(deleted)
+            self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in sorted(lost | replaced_loose)))
+            self._remove_leftovers(leftovers)
+        self._remove_merged([*replaced, *done_again])
+        self.forget([*deleted, *replaced_loose])
+        self.load([name for name in new if name not in replaced_loose])
+        if self.active is None and active is not None:
+            self.activate(active)
+        return len(new) + num_merged, len(deleted) + num_not_merged
+
+    def _merged_too(self, whole: Iterable[str]) -> tuple[set[str], set[str]]:
+        """Return which of these loose commits were merged too: as they are, and before they were made again."""
+        leftovers: set[str] = set()
+        done_again: set[str] = set()
+        with self._as_table("named_commits", list(whole)):
+            rows = self._rows(
+                f"SELECT volume, name FROM {INDEX}.fragments WHERE num_bytes IS NULL "
+                "AND name IN (SELECT name FROM named_commits) ORDER BY ALL"
+            )
+        for volume, of_volume in groupby(rows, key=lambda row: row[0]):
+            names = [name for _, name in of_volume]
+            merged = read_rows(self.root, read_head(self.root, volume), "ledger", names)
+            for name in names:
+                (leftovers if is_same_commit(self.root, name, merged) else done_again).add(name)
+        return leftovers, done_again
+
+    def _remove_leftovers(self, names: Iterable[str]) -> None:
+        """Delete the fragments of merged commits, which a killed writer left."""
+        outputs = {name: outputs_of(fragment_path(self.root, "ledger", name)) for name in sorted(names)}
+        self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in outputs))
+        self.files.remove(*(relative for named in outputs.values() for relative in named if table_of(relative)))
 
     def _checked_outputs(self, name: str) -> dict[str, int]:
         """Return path → size of the files of a commit after checking its fragments. Raises DamagedFile."""
@@ -231,14 +319,24 @@ class WorkingDatabase:
         owned = {
             relative for (outputs,) in self._rows(f"SELECT outputs FROM {INDEX}.fragments") for relative in outputs
         }
+        owned |= {relative for (files,) in self._rows(f"SELECT files FROM {INDEX}.merged") for relative in files}
         folders = [*(f"fragments/{table}" for table in TABLES), "clips"]
         there = [f"{folder}/{name}" for folder in folders for name in self.files.sizes(folder)]
+        ledgers = self.files.sizes("fragments/ledger")
+        there += [f"fragments/ledger/{name}" for name in ledgers if merged_volume_of(name) is not None]
         orphans = [relative for relative in there if relative not in owned]
         self.files.remove(*orphans)
         return len(orphans)
 
     def rewrite(self, name: str) -> None:
-        """Write the fragments of a commit again from the rows in this database, which were checked when loaded."""
+        """Write the fragments of a commit again from the rows in this database, which were checked when loaded.
+
+        name: the stem of a damaged file; of a merged volume its files are checked and written again.
+        """
+        merged = merged_volume_of(name)
+        if merged is not None:
+            self._load_head(merged)
+            return
         found = self._rows(f"SELECT outputs, volume FROM {INDEX}.fragments WHERE name = ?", [name])
         if not found:
             return  # not loaded: `sync` has removed it
@@ -269,18 +367,22 @@ class WorkingDatabase:
         """Return (path, bytes) of fragments in an order that depends on the seed."""
         return self._rows(
             "WITH files AS (SELECT 'fragments/ledger/' || name || '.parquet' AS path, num_bytes "
-            f"FROM {INDEX}.fragments UNION ALL SELECT o.key, o.value "
-            f"FROM (SELECT unnest(map_entries(outputs)) AS o FROM {INDEX}.fragments)) "
+            f"FROM {INDEX}.fragments WHERE num_bytes IS NOT NULL "
+            f"UNION ALL SELECT printf('{FOLDER}/merged-%06d.parquet', volume), num_bytes FROM {INDEX}.merged "
+            "UNION ALL SELECT o.key, o.value "
+            f"FROM (SELECT unnest(map_entries(outputs)) AS o FROM {INDEX}.fragments "
+            f"UNION ALL SELECT unnest(map_entries(files)) FROM {INDEX}.merged)) "
             "SELECT path, num_bytes FROM files WHERE path LIKE 'fragments/%' ORDER BY hash(path || ?) LIMIT ?",
             [seed, most],
         )
 
     def remove_commits(self, names: Sequence[str]) -> None:
         """Delete commits with their files. The ledger fragment is deleted first: a kill leaves orphans, not half."""
-        for name in names:
-            outputs = self._rows(f"SELECT outputs FROM {INDEX}.fragments WHERE name = ?", [name])[0][0]
-            self.files.remove(f"fragments/ledger/{name}.parquet")
-            self.files.remove(*outputs)
+        with self._as_table("named_commits", names):
+            rows = self._rows(f"SELECT outputs FROM {INDEX}.fragments WHERE name IN (SELECT name FROM named_commits)")
+        self._remove_merged(names)
+        self.files.remove(*(f"fragments/ledger/{name}.parquet" for name in names))
+        self.files.remove(*(relative for (outputs,) in rows for relative in outputs))
         self.forget(names)
 
     def forget(self, names: Sequence[str]) -> None:
@@ -291,10 +393,12 @@ class WorkingDatabase:
             volumes = self._rows(
                 f"SELECT DISTINCT volume FROM {INDEX}.fragments WHERE name IN (SELECT name FROM removed) ORDER BY 1"
             )
-            for (volume,) in volumes:
-                self.changed(volume)  # first, so that a kill leaves no summary of rows that are gone
-                self._use(volume)
+        for (volume,) in volumes:
+            self.changed(volume)  # first, so that a kill leaves no summary of rows that are gone
+            self._use(volume)
+            with self._as_table("removed", names):
                 self._delete_rows()
+        with self._as_table("removed", names):
             self._execute(f"DELETE FROM {INDEX}.all_sources WHERE fragment IN (SELECT name FROM removed)")
             self._execute(f"DELETE FROM {INDEX}.fragments WHERE name IN (SELECT name FROM removed)")
         self._back(volumes[-1][0] if volumes else self.active)
@@ -313,13 +417,13 @@ class WorkingDatabase:
         for name in sorted(names, key=lambda name: not is_list(name)):  # lists first: they say which units there are
             path = fragment_path(self.root, "ledger", name)
             named, stat = outputs_of(path), path.stat()
-            volume = self._load_list(name) if is_list(name) else self.volume_of(_unit_in(name))
+            volume = self._load_list(name) if is_list(name) else self.volume_of(unit_in(name))
             files.setdefault(volume, []).append((name, stat.st_size, stat.st_mtime_ns, named, volume))
         for volume, rows in files.items():
             self.changed(volume)  # first, so that a kill leaves no summary of fewer rows
             self._use(volume)
             self._load_rows([name for name, *_ in rows])
-            self.connection.executemany(f"INSERT INTO {INDEX}.fragments VALUES (?, ?, ?, ?, ?)", rows)
+            self.connection.executemany(f"INSERT INTO {INDEX}.fragments VALUES (?, ?, ?, ?, ?, NULL, NULL)", rows)
         self._back(volume)
 
     def _back(self, volume: int | None) -> None:
@@ -361,10 +465,15 @@ class WorkingDatabase:
                 self._delete_rows()
                 for table, paths in by_table.items():
                     self._insert(table, paths)
-            except duckdb.BinderException as error:
+            except duckdb.Error as error:
                 self.connection.execute("ROLLBACK")
-                raise UserError(f"{self.root} has columns of a newer clipmill: {error}") from error
+                if isinstance(error, duckdb.BinderException):
+                    raise self._is_newer(error) from error
+                raise
             self.connection.execute("COMMIT")
+
+    def _is_newer(self, error: duckdb.BinderException) -> UserError:
+        return UserError(f"{self.root} has columns of a newer clipmill: {error}")
 
     def _insert(self, table: str, paths: list[str]) -> None:
         self.connection.execute(
@@ -372,6 +481,222 @@ class WorkingDatabase:
             "FROM read_parquet(?, filename = true, hive_partitioning = false, union_by_name = true)",
             [paths],
         )
+
+    # -- merged commits -------------------------------------------------------------------------------------------
+
+    def volumes_to_merge(self, least: int) -> list[int]:
+        """Return the volumes with at least so many commits that are not merged, or that were removed since."""
+        return [
+            volume
+            for (volume,) in self._rows(
+                f"SELECT volume FROM {INDEX}.fragments LEFT JOIN {INDEX}.merged m USING (volume) GROUP BY volume "
+                "HAVING count(*) FILTER (fragments.num_bytes IS NOT NULL AND regexp_full_match(name, ?) "
+                "AND NOT starts_with(name, 'ingest-')) + coalesce(any_value(num_removed), 0) "
+                ">= greatest(?, count(*) FILTER (fragments.num_bytes IS NULL) // ?) ORDER BY 1",
+                [OF_UNIT, least, AGAIN],
+            )
+        ]
+
+    def merge(self, volume: int, *, fsync: bool = False) -> None:
+        """Merge the commits of a volume into one file per table, see `shards.corpus.merged`. No task may be running."""
+        for _ in range(2):
+            rows = self._rows(
+                f"SELECT name, outputs FROM {INDEX}.fragments WHERE volume = ? AND num_bytes IS NOT NULL", [volume]
+            )
+            names = sorted(name for name, outputs in rows if can_be_merged(name, outputs))
+            try:
+                head = merge(self.root, volume, names, fsync=fsync)
+            except DamagedFile as error:
+                self._note_damage(error)
+                self.rewrite(error.path.stem)
+            except FileNotFoundError:
+                return  # the next `sync` finds out what else the commit has lost
+            else:
+                self._note_head(volume, head)
+                return
+
+    def has_commit(self, name: str) -> bool:
+        return bool(self._rows(f"SELECT 1 FROM {INDEX}.fragments WHERE name = ?", [name]))
+
+    def _sync_merged(self, listing: "_Listing") -> tuple[int, int, set[str]]:
+        """Bring the index up to date with the heads.
+
+        Returns the numbers of commits that are new and lost, and the names of those that the new ones replace.
+        Rows are loaded when their volume is activated.
+        """
+        known = {
+            volume: row for volume, *row in self._rows(f"SELECT volume, num_bytes, mtime_ns, files FROM {INDEX}.merged")
+        }
+        num_loaded = num_forgotten = 0
+        replaced: set[str] = set()
+        for volume in sorted({*known, *merged_volumes(self.root)}):
+            *stamp, files = known.get(volume, (None, None, {}))
+            if stamp == _stamp(self.root / head_name(volume)) and listing.has_all(files):
+                continue
+            before = self._merged_in(volume)
+            self._load_head(volume)
+            after = self._merged_in(volume)
+            num_loaded += len(after.keys() - before.keys())
+            num_forgotten += len(before.keys() - after.keys())
+            replaced |= {old for old in after.values() if old}
+        with_media = f"SELECT name, outputs FROM {INDEX}.fragments WHERE num_bytes IS NULL AND cardinality(outputs) > 0"
+        lost = [name for name, outputs in self._rows(with_media) if not listing.has_all(outputs)]
+        self._remove_merged(lost)
+        return num_loaded, num_forgotten + len(lost), replaced
+
+    def _merged_in(self, volume: int) -> dict[str, str | None]:
+        """Return commit → the one that it replaces, of the merged commits of a volume."""
+        sql = f"SELECT name, replaces FROM {INDEX}.fragments WHERE volume = ? AND num_bytes IS NULL"
+        return dict(self._rows(sql, [volume]))
+
+    def _load_head(self, volume: int) -> None:
+        """Check the merged files of a volume and put its commits into the index.
+
+        A damaged file is written again from this database if it has the rows; else the commits with rows in that file
+        never happened.
+        """
+        self._mending.add(volume)
+        try:
+            self._check_head(volume)
+        finally:
+            self._mending.discard(volume)
+
+    def _check_head(self, volume: int) -> None:
+        path, lost = self.root / head_name(volume), set()
+        stamp = _stamp(path)
+        try:
+            head = read_head(self.root, volume)
+        except FileNotFoundError:
+            head = None
+        except DamagedFile as error:
+            self._note_damage(error)
+            head = self._head_in_index(volume)
+            if self.owns_corpus:
+                write_head(self.root, volume, head, fsync=True)
+        for relative, num_bytes in head.files.items() if head else ():
+            try:
+                _check_rows(self.root / relative, num_bytes)
+            except DamagedFile as error:
+                if not self.owns_corpus and stamp != _stamp(path):  # merged again since
+                    return self._check_head(volume)
+                self._note_damage(error)
+                if not (self.owns_corpus and self._write_rows_again(volume, relative)):
+                    lost.add(table_of(relative))
+        if lost:
+            names = [name for name, commit in head.commits.items() if lost & set(commit.tables)]
+            if self.owns_corpus:
+                head = remove_merged(self.root, volume, names, fsync=True)
+            else:
+                commits = {name: commit for name, commit in head.commits.items() if name not in names}
+                files = {each: size for each, size in head.files.items() if table_of(each) not in lost}
+                head = Head(commits, files)
+        if lost or head is None or head != self._head_in_index(volume):
+            self.changed(volume)
+            self._discard_file(volume)
+        self._note_head(volume, head)
+
+    def _note_damage(self, error: DamagedFile) -> None:
+        self.damaged[str(error.path.relative_to(self.root))] = error.reason
+
+    def _head_in_index(self, volume: int) -> Head | None:
+        """Return the head as it was loaded; None if it was not."""
+        found = self._rows(f"SELECT files, num_removed FROM {INDEX}.merged WHERE volume = ?", [volume])
+        rows = self._rows(
+            f"SELECT name, tables, outputs, replaces FROM {INDEX}.fragments WHERE volume = ? AND num_bytes IS NULL "
+            "ORDER BY 1",
+            [volume],
+        )
+        if not (found and rows):
+            return None
+        return Head({name: MergedCommit(tuple(tables), media, old) for name, tables, media, old in rows}, *found[0])
+
+    def _write_rows_again(self, volume: int, relative: str) -> bool:
+        """Write a damaged file of merged rows from this database; return whether it has the content that it had."""
+        table = table_of(relative)
+        known = self._rows(f"SELECT files FROM {INDEX}.merged WHERE volume = ?", [volume])
+        if not known or relative not in known[0][0] or table not in _schemas():
+            return False
+        schema = LEDGER if table == "ledger" else table_schema(table)
+        columns = ", ".join(sql_identifier(column) for column in [*schema.names, "fragment"])
+        try:
+            self._use(volume)
+            rows = self.connection.sql(
+                f"SELECT {columns} FROM {table} WHERE fragment IN (SELECT name FROM {INDEX}.fragments "
+                f"WHERE volume = {volume} AND num_bytes IS NULL) ORDER BY fragment, rowid"
+            ).to_arrow_reader(ROWS)
+            path = write_rows(self.root, volume, table, by_commit(rows, "fragment"), schema, fsync=True)
+        except duckdb.Error:  # it was to be loaded from the damaged file
+            return False
+        if str(path.relative_to(self.root)) != relative:
+            path.unlink()
+            return False
+        self.files.upload(relative)
+        return True
+
+    def _discard_file(self, volume: int) -> None:
+        """Make the file of a volume begin empty when it is opened next, with the rows of the commits in the index."""
+        if volume in self._attached:
+            self.connection.execute("USE ledger")
+            self.connection.execute(f"DETACH {_catalog(volume)}")
+            del self._attached[volume]
+        if self.active == volume:
+            self.active = None
+        self._execute(f"DELETE FROM {INDEX}.volume_files WHERE volume = ?", [volume])
+
+    def _note_head(self, volume: int, head: Head | None) -> None:
+        """Put the merged commits of a volume into the index, in place of loose ones of the same names."""
+        self.connection.register("head_commits", rows_of_head(head or Head({}, {})))
+        self.connection.execute("BEGIN")
+        self._execute(
+            f"DELETE FROM {INDEX}.fragments WHERE volume = ? "
+            "AND (num_bytes IS NULL OR name IN (SELECT commit FROM head_commits))",
+            [volume],
+        )
+        self._execute(f"DELETE FROM {INDEX}.merged WHERE volume = ?", [volume])
+        if head:
+            self._execute(
+                f"INSERT INTO {INDEX}.fragments "
+                "SELECT commit, NULL, NULL, media, ?, tables, replaces FROM head_commits",
+                [volume],
+            )
+            stamp = _stamp(self.root / head_name(volume))
+            row = [volume, *stamp, head.files, head.num_removed]
+            self._execute(f"INSERT INTO {INDEX}.merged VALUES (?, ?, ?, ?, ?)", row)
+        self.connection.execute("COMMIT")
+        self.connection.unregister("head_commits")
+
+    def _remove_merged(self, names: Sequence[str]) -> None:
+        """Make merged commits count no more; others among the names stay as they are."""
+        with self._as_table("named_commits", names):
+            rows = self._rows(
+                f"SELECT f.volume, f.name, f.num_bytes IS NULL FROM {INDEX}.fragments f "
+                f"JOIN {INDEX}.merged USING (volume) WHERE f.name IN (SELECT name FROM named_commits) ORDER BY ALL"
+            )
+        for volume, of_volume in groupby(rows, key=lambda row: row[0]):
+            of_volume = list(of_volume)
+            head = None
+            if self.owns_corpus:  # a loose commit may have an older twin in the head
+                head = remove_merged(self.root, volume, [name for _, name, _ in of_volume], fsync=True)
+            self.forget([name for _, name, is_merged in of_volume if is_merged])
+            if self.owns_corpus:
+                self._note_head(volume, head)
+
+    def _load_merged_rows(self, volume: int) -> None:
+        """Insert the rows of the merged commits of a volume into its file, which is in use and has none of them."""
+        for (files,) in self._rows(f"SELECT files FROM {INDEX}.merged WHERE volume = ?", [volume]):
+            for relative in files:
+                table = table_of(relative)
+                if table not in _schemas():  # of a stage whose package is not installed
+                    continue
+                try:
+                    self._execute(
+                        f"INSERT INTO {table} BY NAME SELECT * EXCLUDE (commit), commit AS fragment "
+                        "FROM read_parquet(?, hive_partitioning = false) WHERE commit IN "
+                        f"(SELECT name FROM {INDEX}.fragments WHERE volume = ? AND num_bytes IS NULL)",
+                        [str(self.root / relative), volume],
+                    )
+                except duckdb.BinderException as error:
+                    raise self._is_newer(error) from error
 
     def leave_out_forgotten(self) -> None:
         """Delete the sources that have a tombstone; every query but that for failures of lists starts from sources.
@@ -425,6 +750,26 @@ class WorkingDatabase:
             self.connection.execute(f"CREATE TABLE IF NOT EXISTS {INDEX}.{table} ({columns})")
 
 
+def _stamp(path: Path) -> list[int] | None:
+    """Return size and time of a file, by which a change is noticed; None if it does not exist."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _check_rows(path: Path, num_bytes: int) -> None:
+    """Raise DamagedFile if a file of merged rows is not as its head says."""
+    stamp = _stamp(path)
+    if stamp is None or stamp[0] != num_bytes:
+        raise DamagedFile(path, "it does not exist" if stamp is None else f"it has {stamp[0]:,} bytes")
+    try:
+        check_parquet(path)
+    except FileNotFoundError as error:
+        raise DamagedFile(path, "it does not exist") from error
+
+
 class _Listing:
     """The sizes of files, found by one listing per folder instead of one stat per file."""
 
@@ -454,23 +799,6 @@ def _scan(folder: Path) -> list[FragmentFile]:
     return sorted(files, key=lambda file: file.name)
 
 
-def is_list(commit: str) -> bool:
-    """Return whether a commit holds sources, which only the lists of the user can make again."""
-    return commit.startswith("ingest-") and not commit.startswith("ingest-problems-")
-
-
-def table_of(relative: str) -> str | None:
-    """Return the table of a fragment, None for another file of a commit."""
-    folder, *rest = Path(relative).parts
-    return rest[0] if folder == "fragments" and len(rest) == 2 else None
-
-
-def _unit_in(commit: str) -> str:
-    """Return the unit that a commit's name holds, "" if it holds none."""
-    found = re.fullmatch(r".+-(u\d{6,})-[0-9a-f]+", commit)
-    return found[1] if found else ""
-
-
 def _unit_number(unit: str) -> int | None:
     return int(unit[1:]) if re.fullmatch(r"u\d+", unit) else None
 
@@ -484,7 +812,11 @@ _FRAGMENT = pa.field("fragment", pa.string())
 
 # Of the index, beside `all_sources`.
 INDEX_TABLES = {
-    "fragments": "name VARCHAR, num_bytes BIGINT, mtime_ns BIGINT, outputs MAP(VARCHAR, BIGINT), volume INTEGER",
+    # num_bytes, mtime_ns: of the ledger fragment; null: the commit is merged, and `outputs` has its media alone
+    "fragments": "name VARCHAR, num_bytes BIGINT, mtime_ns BIGINT, outputs MAP(VARCHAR, BIGINT), volume INTEGER, "
+    "tables VARCHAR[], replaces VARCHAR",
+    # Of the heads of merged volumes.
+    "merged": "volume INTEGER, num_bytes BIGINT, mtime_ns BIGINT, files MAP(VARCHAR, BIGINT), num_removed BIGINT",
     "volumes": "volume INTEGER PRIMARY KEY, first_unit BIGINT",
     "volume_files": "volume INTEGER, token VARCHAR",  # a file with another token does not belong to this index
     "applied_tombstones": "name VARCHAR",  # files of tombstones whose sources are deleted from `all_sources`

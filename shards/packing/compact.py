@@ -4,7 +4,8 @@
    KEY.json whose near-duplicate group is named after a forgotten clip loses that name.
 2. Commits: written again without the forgotten rows and clips, under the name of the rest, with the name of the commit
    that they replace; then the old one is removed, its ledger fragment first. So a kill leaves the old commit, the new
-   one, or both, and a ledger that finds both takes the new one.
+   one, or both, and a ledger that finds both takes the new one. Those of a merged volume are replaced by loose commits,
+   and its files are written again without them.
 3. The fragments of `sources` come last, because only they name the units and the names to search for.
 
 Nothing here depends on the time or on earlier runs, so a second run after a kill ends in the same bytes.
@@ -26,7 +27,8 @@ import pyarrow.compute as pc
 
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import digest
-from shards.corpus.fragments import commit_name, fragment_path, outputs_of, write_commit
+from shards.corpus.fragments import commit_name, fragment_path, outputs_of, unit_in, write_commit
+from shards.corpus.merged import merge, merged_volumes, read_head, read_rows
 from shards.corpus.packs import MAIN, folder_of, index_files, named_packs, volume_of
 from shards.corpus.schema import INDEX, LEDGER, late_columns
 from shards.corpus.tombstones import hash_of, read_tombstones
@@ -348,8 +350,40 @@ def compact_commits(root: Path, forgotten: ForgottenIndex, report: CompactReport
     for name in names:
         if not name.startswith("ingest-"):
             _compact_commit(root, name, forgotten, report)
+    for volume in merged_volumes(root):
+        _compact_merged(root, volume, forgotten, report)
     for path in _fragments(root, "sources"):
         _compact_commit(root, path.stem, forgotten, report)
+
+
+def _compact_merged(root: Path, volume: int, forgotten: ForgottenIndex, report: CompactReport) -> None:
+    """Write what remains of the touched commits of a merged volume as loose ones, and its files without them.
+
+    The remains are not merged here, so that a run after a kill leaves the same files.
+    """
+    head = read_head(root, volume)
+    names = [name for name in head.commits if unit_in(name) in forgotten.units]
+    rows = {
+        table: read_rows(root, head, table, names)
+        for table in sorted({table for name in names for table in head.commits[name].tables})
+    }
+    touched = []
+    for name in names:
+        tables = {
+            table: rows[table].filter(pc.field("commit") == name).drop_columns("commit")
+            for table in head.commits[name].tables
+        }
+        if any(any(forgotten.mask(table["item_id"]).to_pylist()) for table in tables.values()):
+            touched.append(name)
+            kept = {table: _without(data, forgotten) for table, data in tables.items()}
+            ledger = kept.pop("ledger")
+            _write_in_place_of(root, name, {table: data for table, data in kept.items() if data.num_rows}, ledger)
+    if touched or head.num_removed:
+        after = merge(root, volume, (), touched, fsync=True)
+        files_of(root).remove(*(relative for name in touched for relative in head.commits[name].media))
+        report.num_commits += len(touched)
+        report.num_bytes += sum(head.files.values()) - (sum(after.files.values()) if after else 0)
+        report.num_bytes += sum(size for name in touched for size in head.commits[name].media.values())
 
 
 def _compact_commit(root: Path, name: str, forgotten: ForgottenIndex, report: CompactReport) -> None:

@@ -15,6 +15,7 @@ import duckdb
 from clipmill.base.errors import ItemError
 from clipmill.base.text import sql_identifier
 from shards.corpus.fragments import outputs_of
+from shards.corpus.merged import FOLDER, merged_volume_of, read_head
 from shards.corpus.packs import pack_of
 from shards.corpus.tombstones import FORGOTTEN
 from shards.packing.verify import Problem
@@ -61,18 +62,36 @@ def fragment_problems(root: Path, relatives: Iterable[str] | None = None) -> Ite
         relative = str(path.relative_to(root))
         try:
             num_unsealed += not check_parquet(path)
-            if path.parent.name == "ledger":
-                yield from _missing_outputs(root, relative, outputs_of(path))
+            yield from _commit_problems(root, path)
         except DamagedFile as error:
             yield _damaged(relative, error.reason)
-        except FileNotFoundError:
-            yield Problem(relative, "", "missing-file", "it was removed while it was looked at")
+        except FileNotFoundError:  # merged or removed since: what a commit lacks is found at the file that names it
+            continue
     if num_unsealed and relatives is None:
         message = f"{num_unsealed:,} fragments are of a version that wrote no checksums"
         yield Problem("fragments", "", "no-checksum", message)
 
 
-def _missing_outputs(root: Path, ledger: str, outputs: dict[str, int]) -> Iterator[Problem]:
+def _commit_problems(root: Path, path: Path) -> Iterator[Problem]:
+    """Yield the problems of the files that a ledger fragment or the head of a merged volume names."""
+    volume, before = merged_volume_of(path.name), path.stat().st_mtime_ns
+    if path.parent == root / FOLDER and volume is not None:
+        head = read_head(root, volume)
+        outputs = dict(head.files)
+        for commit in head.commits.values():
+            outputs |= commit.media
+    elif path.parent.name == "ledger" and volume is None:
+        outputs = outputs_of(path)
+    else:
+        return
+    problems = list(_missing_outputs(root, outputs))
+    if problems and path.stat().st_mtime_ns != before:  # merged again since
+        yield from _commit_problems(root, path)
+    elif problems:
+        yield from problems
+
+
+def _missing_outputs(root: Path, outputs: dict[str, int]) -> Iterator[Problem]:
     sizes = {folder: files_of(root).sizes(folder) for folder in {output.rpartition("/")[0] for output in outputs}}
     for output, num_bytes in outputs.items():
         folder, _, name = output.rpartition("/")

@@ -14,7 +14,8 @@ import duckdb
 import pyarrow.compute as pc
 
 from clipmill.base.errors import UserError
-from shards.corpus.fragments import fragment_path
+from shards.corpus.fragments import fragment_path, unit_in
+from shards.corpus.merged import read_head, read_rows
 from shards.corpus.packs import MAIN, folder_of
 from shards.corpus.schema import LEDGER
 from shards.corpus.source_ids import canonical_url, source_spellings
@@ -61,7 +62,7 @@ def explain(root: str | Path, name: str) -> Story:
             _raise_unknown(connection, name)
         story = _story_of_clip(connection, clip_id) if clip_id else _story_of_source(connection, video_id)
         story.source = _one(connection, "SELECT * FROM videos WHERE video_id = ?", video_id)
-        story.attempts = _ingested(root, video_id) + _attempts(root, story.source["unit"], clip_id or video_id)
+        story.attempts = _ingested(root, video_id) + _attempts(root, story.source, clip_id or video_id)
         story.failures = _rows(connection, _FAILURES, clip_id or video_id, video_id, f"{clip_id or video_id}.")
         run_ids = sorted({row["run_id"] for row in story.attempts})
         runs = "SELECT run_id, command, started_at, ended_at FROM runs WHERE run_id IN (SELECT unnest(?)) ORDER BY 3"
@@ -70,7 +71,7 @@ def explain(root: str | Path, name: str) -> Story:
     return story
 
 
-_READ = (MANIFEST_NAME, "fragments/forgotten/", "fragments/sources/", "fragments/ledger/")
+_READ = (MANIFEST_NAME, "fragments/forgotten/", "fragments/sources/", "fragments/ledger/", "fragments/merged/")
 
 _FAILURES = """
     SELECT stage, item_id, error_class, message, transient, attempts, "at" FROM failures
@@ -218,19 +219,22 @@ def _ingested(root: Path, video_id: str) -> list[Row]:
     return []
 
 
-def _attempts(root: Path, unit: str, item_id: str) -> list[Row]:
-    """Read from ledger fragments the attempts on a video and its parts, or a clip and its video, by time."""
-    names = sorted((root / "fragments" / "ledger").glob(f"[!.]*-{unit}-*.parquet"))
-    video_id = item_id.partition(".")[0]
+def _attempts(root: Path, source: Row, item_id: str) -> list[Row]:
+    """Read from ledgers the attempts on a video and its parts, or a clip and its video, by time."""
+    video_id, tables = item_id.partition(".")[0], {}
+    for path in sorted((root / "fragments" / "ledger").glob(f"[!.]*-{source['unit']}-*.parquet")):
+        with suppress(DamagedFile, FileNotFoundError):  # such a commit does not count, or is merged since
+            tables[path.stem] = read_parquet(path, LEDGER.names)
+    with suppress(DamagedFile, FileNotFoundError):
+        head = read_head(root, source.get("volume") or 0)
+        names = [name for name in head.commits if unit_in(name) == source["unit"] and name not in tables]
+        merged = read_rows(root, head, "ledger", names)
+        tables |= {name: merged.filter(pc.field("commit") == name).select(LEDGER.names) for name in names}
     rows = []
-    for path in names:
-        try:
-            table = read_parquet(path, LEDGER.names)
-        except DamagedFile:
-            continue  # such a commit does not count
+    for name, table in sorted(tables.items()):
         ids = table["item_id"]
         mine = pc.or_(pc.equal(ids, video_id), pc.or_(pc.equal(ids, item_id), pc.starts_with(ids, f"{item_id}.")))
-        rows += [{**row, "commit": path.stem} for row in table.filter(mine).to_pylist() if row["stage"] != "ingest"]
+        rows += [{**row, "commit": name} for row in table.filter(mine).to_pylist() if row["stage"] != "ingest"]
     return [_plain(row) for row in sorted(rows, key=lambda row: (row["at"], row["item_id"]))]
 
 

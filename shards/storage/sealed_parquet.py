@@ -10,8 +10,10 @@ Files of earlier versions have neither. They are opened, and only damage that br
 import errno
 import hashlib
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +24,7 @@ from clipmill.base.errors import UserError
 _MARK = b"\xff\xfeclipmill seal\x01"  # no text contains it: it is not UTF-8
 _SEAL_BYTES = len(_MARK) + hashlib.sha256().digest_size
 _TAIL_BYTES = 8  # length of the footer and "PAR1"
+CHUNK_BYTES = 1 << 20
 _BAD_DISK = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
 
 
@@ -41,6 +44,24 @@ def write_parquet(path: Path, table: pa.Table, *, fsync: bool = False) -> None:
     end = _footer_start(content)
     with atomic_file(path, fsync=fsync) as file:
         file.write(content[:end] + _MARK + hashlib.sha256(content).digest() + content[end:])
+
+
+def write_row_groups(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> str:
+    """Write a sealed file of any size, each table a row group; return the SHA-256 of its seal, in hex.
+
+    Only one table is in memory at a time. The file does not appear atomically: `path` is a temporary one.
+    """
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=max(1, table.num_rows))
+    with open(path, "r+b") as file:
+        content = hashlib.file_digest(file, "sha256")
+        end = _footer_start_in(file)
+        file.seek(end)
+        footer = file.read()
+        file.seek(end)
+        file.write(_MARK + content.digest() + footer)
+    return content.hexdigest()
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None, schema: pa.Schema | None = None) -> pa.Table:
@@ -86,7 +107,7 @@ def check_parquet(path: Path, schema: pa.Schema | None = None) -> bool:
 
     schema  the columns that an unsealed file may have
     """
-    if has_seal(checked_bytes(path)):
+    if _has_right_seal(path) or has_seal(checked_bytes(path)):
         return True
     table = read_parquet(path)
     try:
@@ -98,6 +119,27 @@ def check_parquet(path: Path, schema: pa.Schema | None = None) -> bool:
     return False
 
 
+def _has_right_seal(path: Path) -> bool:
+    """Return whether a file has a seal that is right, without holding the file in memory."""
+    try:
+        with open(path, "rb") as file:
+            end = _footer_start_in(file)
+            file.seek(end - _SEAL_BYTES)
+            seal = file.read(_SEAL_BYTES)
+            if not seal.startswith(_MARK):
+                return False
+            content, left = hashlib.sha256(), end - _SEAL_BYTES
+            file.seek(0)
+            while left and (chunk := file.read(min(left, CHUNK_BYTES))):
+                content.update(chunk)
+                left -= len(chunk)
+            file.seek(end)
+            content.update(file.read())
+            return seal == _MARK + content.digest()
+    except (OSError, ValueError):
+        return False  # the caller reads the file again, and says what is wrong
+
+
 def has_seal(data: bytes) -> bool:
     """Return whether a file was sealed; its seal may be wrong."""
     return _MARK in data
@@ -105,6 +147,11 @@ def has_seal(data: bytes) -> bool:
 
 def _footer_start(data: bytes) -> int:
     return len(data) - _TAIL_BYTES - int.from_bytes(data[-_TAIL_BYTES:-4], "little")
+
+
+def _footer_start_in(file: IO[bytes]) -> int:
+    size = file.seek(-_TAIL_BYTES, os.SEEK_END) + _TAIL_BYTES
+    return size - _TAIL_BYTES - int.from_bytes(file.read(4), "little")
 
 
 def _damaged(path: Path, error: Exception) -> Exception:

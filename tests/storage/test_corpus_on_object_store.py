@@ -72,6 +72,23 @@ def test_another_machine_has_nothing_to_do(stored, server):
     assert len(server.requests) <= 20, "existing files are not fetched again"
 
 
+def test_a_merged_corpus_is_read_with_few_requests(server, machine, tmp_path):
+    url, arguments = "s3://corpora/merged", {"stages": stage_names(), "recipe": None, "command": "test"}
+    build_in(url, tmp_path)
+    build(url, [], assignments=["engine.merge_commits=1"], **arguments)
+    fragments = [key for key in keys(url) if key.startswith("fragments/")]
+    merged = {key for key in fragments if "/merged-" in key}
+    assert set(fragments) - merged == {key for key in fragments if "/ingest-" in key} and len(merged) == 9
+    before, story = Store.of(url).list("fragments/"), explain(url, "video-b.1")
+    machine("another machine")
+    server.requests.clear()
+    assert not build(url, [], assignments=[], **arguments).did_something
+    assert sum("fragments/" in path for method, path in server.requests if method == "GET") <= len(fragments) + 1
+    assert Store.of(url).list("fragments/") == before and explain(url, "video-b.1").attempts == story.attempts
+    problems = verify_with_sandbox(url, False, Console(quiet=True), deep=True)[0]
+    assert {problem.kind for problem in problems} <= {"missing-source", "missing-subtitle"}, "sources are not uploaded"
+
+
 def test_every_reader_opens_it(stored, whole):
     with open_manifest(stored) as connection:
         assert connection.execute("SELECT count(*) FROM samples").fetchall() == [(24,)]

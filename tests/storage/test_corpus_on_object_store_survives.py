@@ -117,6 +117,34 @@ def test_dead_while_compacting_it_ends_the_same(lost, server, machine, stale_at_
     assert tables(for_reading(url, "manifest.duckdb")) == tables(folder)
 
 
+@pytest.mark.parametrize("method, lost", [("PUT", "/fragments/merged/"), ("DELETE", "/fragments/ledger/caption-")])
+def test_dead_while_merging_it_ends_the_same(method, lost, server, machine, stale_at_once, tmp_path):
+    """The head was not sent, or was sent and some fragments are left."""
+    arguments = {"stages": ["score"], "recipe": None, "assignments": ["engine.merge_commits=1"], "command": "test"}
+    urls = [f"s3://corpora/merged-{method.lower()}-{number}" for number in range(2)]
+    build_in(urls[0], tmp_path, NUM_VIDEOS)
+    for key in Store.of(urls[0]).list():  # the times in ledgers are the same in both
+        if not key.startswith(".clipmill/"):
+            Store.of(urls[1]).write(key, Store.of(urls[0]).read(key).data)
+    build(urls[0], [], **arguments)
+
+    def dies(asked: str, path: str) -> int | None:
+        died.append(bool(died and died[-1]) or (asked == method and lost in path))
+        return 503 if died[-1] else None
+
+    died: list[bool] = []
+    machine("second machine")
+    server.spoil = dies
+    with pytest.raises(UserError):
+        build(urls[1], [], **arguments)
+    server.spoil = lambda method, path: None
+    assert died[-1]
+    machine("another machine")
+    build(urls[1], [], **arguments)
+    ours, theirs = ({key: Store.of(url).read(key).data for key in keys(url)} for url in urls)
+    assert {key for key in ours if ours[key] != theirs.get(key)} <= {"manifest.duckdb"} and ours.keys() == theirs.keys()
+
+
 def test_a_tombstone_that_was_not_sent_goes_up_with_the_next_build(server, tmp_path):
     url = "s3://corpora/unsent"
     build_in(url, tmp_path, NUM_VIDEOS)

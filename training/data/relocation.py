@@ -68,7 +68,7 @@ class RelocationIndex:
         for path in edited:
             try:
                 rows = read_parquet(path, ["tar", "sha256", "mp4_offset", "num_bytes", "frames"]).to_pylist()
-            except DamagedFile:
+            except (DamagedFile, FileNotFoundError):  # merged since
                 continue
             for tar in dict.fromkeys(row["tar"] for row in rows):
                 of_tar = [row for row in rows if row["tar"] == tar]
