@@ -43,6 +43,8 @@ STALL_S = 8.0  # what a busy machine's own server does not take for an answer
 
 SETTINGS = (
     "ingest.unit_videos=2",
+    "ingest.volume_units=1",  # several volumes, each of which is packed and merged as soon as it is complete
+    "engine.merge_commits=6",
     "cut.short_side=96",
     "pack.shard_bytes=1000000",
     "engine.publish_every_s=0.5",
@@ -477,7 +479,7 @@ class CommitCount:
         with suppress(FileNotFoundError):
             for entry in os.scandir(self.folder):
                 with suppress(FileNotFoundError):
-                    if not entry.name.startswith("."):
+                    if not entry.name.startswith((".", "merged-")):
                         stat = entry.stat()
                         self._seen.add((entry.name, stat.st_ino, stat.st_mtime_ns))
 
