@@ -389,18 +389,23 @@ class WorkingDatabase:
         """Delete the rows of these commits. The index is changed last, so that a kill only makes this run again."""
         if not names:
             return
+        lists = any(map(is_list, names))
+        of_them = "name IN (SELECT name FROM removed)"
+        if not lists:  # else the names do not say which volumes, so all of the index is read
+            numbers = [self.volume_of(unit_in(name)) for name in names]
+            of_them += f" AND volume BETWEEN {min(numbers)} AND {max(numbers)}"
         with self._as_table("removed", names):
-            volumes = self._rows(
-                f"SELECT DISTINCT volume FROM {INDEX}.fragments WHERE name IN (SELECT name FROM removed) ORDER BY 1"
-            )
+            volumes = self._rows(f"SELECT DISTINCT volume FROM {INDEX}.fragments WHERE {of_them} ORDER BY 1")
         for (volume,) in volumes:
             self.changed(volume)  # first, so that a kill leaves no summary of rows that are gone
             self._use(volume)
             with self._as_table("removed", names):
                 self._delete_rows()
         with self._as_table("removed", names):
-            self._execute(f"DELETE FROM {INDEX}.all_sources WHERE fragment IN (SELECT name FROM removed)")
-            self._execute(f"DELETE FROM {INDEX}.fragments WHERE name IN (SELECT name FROM removed)")
+            if lists:
+                self._execute(f"DELETE FROM {INDEX}.all_sources WHERE fragment IN (SELECT name FROM removed)")
+            if volumes:
+                self._execute(f"DELETE FROM {INDEX}.fragments WHERE {of_them}")
         self._back(volumes[-1][0] if volumes else self.active)
 
     def _delete_rows(self) -> None:
