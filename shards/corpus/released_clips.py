@@ -249,7 +249,7 @@ CREATE OR REPLACE TEMP TABLE $table AS
 WITH places AS (
     SELECT i.* EXCLUDE (filename), h.tar, h.rank FROM ($indexed) i JOIN held_in h ON h.path = i.filename
     WHERE mp4_offset + mp4_bytes <= h.num_bytes AND coalesce(jpg_offset + jpg_bytes <= h.num_bytes, true)
-    UNION ALL BY NAME SELECT *, 1 << 40 AS rank FROM kept_clips
+    UNION ALL BY NAME SELECT *, 1_000_000_000 AS rank FROM kept_clips
 )
 SELECT c.item_id, c.clip_id, c.fragment, c.tar AS own_tar, p.tar, p.mp4_offset,
        list_transform(c.frames, lambda f: {time_s: f.time_s, sha256: f.sha256, "offset": p.jpg_offset,

@@ -1,12 +1,19 @@
-"""`pack.keep_clips=false`: tars of clips go once shards hold the clips, and whatever needs a clip reads it from there."""
+"""`pack.keep_clips=false`: tars of clips go once shards hold the clips; whatever needs a clip reads it there."""
 
 import hashlib
+import io
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from pipeline.engine.build import build, session
+from clipmill.base.errors import UserError
+from pipeline.engine.build import Silent, build, session, status
+from pipeline.maintenance.verify import verify_with_sandbox
 from pipeline.stages import pack as pack_stage
 from shards.packing.verify import verify
 from shards.query.sql import open_manifest
@@ -149,3 +156,161 @@ def test_new_sources_are_cut_and_released_while_others_are_in_shards(both, corpu
     pack(corpus)
     assert clips_of(corpus) == []
     assert_every_clip_is_whole(corpus, 27)
+
+
+# -- losses ----------------------------------------------------------------------------------------------------------
+
+
+def clips_in(corpus: Path, shard: str) -> set[str]:
+    return {clip_id for (clip_id,) in ask(corpus, f"SELECT clip_id FROM samples WHERE shard = '{shard}'")}
+
+
+def cut_pending(corpus: Path) -> tuple[set[str], dict[str, str]]:
+    """Return the videos that a build would cut again, and what it says of files."""
+    with session(corpus, None, [], "test", create=False) as (current, _):
+        current.refresh_state()
+        found = set()
+        for volume in current.ledger.volumes():
+            current.ledger.show(volume)
+            found |= {item["item_id"] for item in current.ledger.work("cut")}
+        return found, dict(current.ledger.damaged)
+
+
+SHARD = "000000-000001.tar"
+
+
+def test_clips_of_a_lost_shard_are_cut_again(corpus, both, tmp_path):
+    lost = {clip_id.partition(".")[0] for clip_id in clips_in(corpus, SHARD)}
+    (corpus / "shards" / SHARD).unlink()
+    pending, said = cut_pending(corpus)
+    assert pending == lost
+    assert "cut again" in said[f"shards/{SHARD}"]
+    assert_status_says_so(corpus, len(lost))
+    build_whole(corpus, write_sources(tmp_path / "same.jsonl", VIDEOS), settings=["ingest.volume_units=1"])
+    assert shards_of(corpus) == shards_of(both[1])
+    assert_every_clip_is_whole(corpus)
+    pack(corpus)
+    assert cut_pending(corpus) == (set(), {}) and clips_of(corpus) == []
+
+
+def assert_status_says_so(corpus: Path, num_videos: int) -> None:
+    found = status(corpus, [])
+    assert found.counts["cut"]["pending"] == num_videos
+    assert [problem.path for problem in found.damaged] == [f"shards/{SHARD}"]
+
+
+def test_of_a_shard_that_ends_early_only_the_rest_is_cut_again(corpus):
+    rows = ask(corpus, f"SELECT clip_id, jpg_offset FROM samples WHERE shard = '{SHARD}' ORDER BY position")
+    with open(corpus / "shards" / SHARD, "r+b") as file:
+        file.truncate(rows[-1][1])
+    assert cut_pending(corpus)[0] == {rows[-1][0].partition(".")[0]}
+
+
+def test_of_a_rotten_shard_the_other_clips_stay(corpus, tmp_path, both):
+    ((clip_id, offset),) = ask(corpus, f"SELECT clip_id, mp4_offset FROM samples WHERE shard = '{SHARD}' LIMIT 1")
+    with open(corpus / "shards" / SHARD, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
+    problems, _ = verify_with_sandbox(corpus, False, Console(file=io.StringIO()), deep=True)
+    assert [problem.kind for problem in problems if not problem.is_warning] == ["hash-mismatch"]
+    with session(corpus, None, [], "test", create=False) as (current, _):
+        current.refresh_state()
+        current.repair_damage(Silent())
+        current.ledger.show(0)
+        assert [item["item_id"] for item in current.ledger.work("cut")] == [clip_id.partition(".")[0]]
+    build_whole(corpus, write_sources(tmp_path / "same.jsonl", VIDEOS), settings=["ingest.volume_units=1"])
+    assert shards_of(corpus) == shards_of(both[1])
+    assert_every_clip_is_whole(corpus)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-20])])
+def test_a_shard_without_a_sound_index_still_has_its_clips(corpus, both, damage):
+    damage((corpus / "shards" / SHARD).with_suffix(".parquet"))
+    assert cut_pending(corpus)[0] == set()
+    pack(corpus)
+    assert shards_of(corpus) == shards_of(both[1])
+    assert_every_clip_is_whole(corpus)
+
+
+def test_a_shard_is_read_before_tars_are_deleted(both, tmp_path):
+    corpus = Path(shutil.copytree(both[0], tmp_path / "corpus"))
+    ((offset,),) = ask(corpus, f"SELECT mp4_offset FROM samples WHERE shard = '{SHARD}' LIMIT 1")
+    with open(corpus / "shards" / SHARD, "r+b") as file:
+        file.seek(offset)
+        file.write(b"\0\0\0\0")
+    pack(corpus, "pack.keep_clips=false")
+    assert len(clips_of(corpus)) == 1, "the tar with this clip's only sound bytes stays"
+    with session(corpus, None, [], "test", create=False) as (current, _):
+        current.refresh_state()
+        current.repair_damage(Silent())
+    pack(corpus)
+    assert clips_of(corpus) == [] and shards_of(corpus) == shards_of(both[1])
+
+
+def test_a_damaged_record_is_not_passed_over(corpus):
+    path = next((corpus / "fragments/released_clips").glob("*.parquet"))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match="which tars of clips were deleted"):
+        cut_pending(corpus)
+    path.unlink()
+    assert len(cut_pending(corpus)[0]) == 3, "its volume is cut again"
+
+
+def test_lost_tars_of_a_corpus_that_keeps_them_are_cut_again(both, tmp_path):
+    corpus = Path(shutil.copytree(both[0], tmp_path / "corpus"))
+    next((corpus / "clips").iterdir()).unlink()
+    assert cut_pending(corpus)[0]
+
+
+# -- killed ----------------------------------------------------------------------------------------------------------
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.packing.test_clips_are_kept_in_shards import pack
+left = int(sys.argv[2])
+def watch(event, arguments):
+    global left
+    if event in ("os.rename", "os.remove", "shutil.rmtree") and "/corpus/" in str(arguments[0]):
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+pack(Path(sys.argv[1]), *sys.argv[3:])
+print(left)
+"""
+
+
+def run_killed(corpus: Path, number: int, *assignments: str) -> bool:
+    """Pack in a process that is killed at its change number `number` of the corpus; return whether it was."""
+    command = [sys.executable, "-c", KILLED, str(corpus), str(number), *assignments]
+    process = subprocess.run(command, capture_output=True)
+    assert process.returncode in (0, -signal.SIGKILL), process.stderr.decode()
+    return process.returncode != 0
+
+
+@pytest.mark.parametrize("numbers", [(3, 12, 4), (8, 17, 9)])
+def test_killed_while_tars_are_deleted_the_next_run_ends_in_the_same_state(both, tmp_path, numbers):
+    corpus = Path(shutil.copytree(both[0], tmp_path / "corpus"))
+    for number in numbers:
+        run_killed(corpus, number, "pack.keep_clips=false")
+        assert cut_pending(corpus)[0] == set()
+        assert_every_clip_is_whole(corpus)
+    pack(corpus)
+    assert clips_of(corpus) == [] and shards_of(corpus) == shards_of(both[1])
+    assert_every_clip_is_whole(corpus)
+
+
+@pytest.mark.parametrize("assignments", [["pack.max_samples=3"], ["pack.where=clip_id NOT LIKE '%.1'"]], ids=str)
+@pytest.mark.parametrize("number", [18, 31, 44])
+def test_killed_while_shards_are_replaced_no_clip_is_lost(both, corpus, assignments, number):
+    run_killed(corpus, number, *assignments)
+    assert cut_pending(corpus)[0] == set()
+    pack(corpus, "pack.max_samples=5")  # other shards than those that wait under .next
+    assert_every_clip_is_whole(corpus)
+    pack(corpus, "pack.where=", "pack.max_samples=4")
+    assert shards_of(corpus) == shards_of(both[1]) and clips_of(corpus) == []
+    assert not (corpus / "shards/.next").exists()
