@@ -129,9 +129,9 @@ class Session:
             repair(self.corpus, self.ledger, rot)
             self.refresh_state()
 
-    def publish(self) -> None:
+    def publish(self, *, whole: bool = False) -> None:
         self.refresh_state()
-        publish(self.ledger)
+        publish(self.ledger, whole=whole)
 
     def release_clips(self, display) -> None:
         """Delete the tars of clips that are packed, unless `pack.keep_clips`; leave rotten shards to the next build."""

@@ -237,7 +237,7 @@ def compact(root: str | Path) -> CompactReport:
         private_urls.forget(forgotten.covers)
         compact_commits(corpus.root, forgotten, report, partial(packed_clips_of, current.ledger))
     with session(corpus.root, None, [], "compact", create=False, fresh=True) as (current, _):
-        current.publish()
+        current.publish(whole=True)
         corpus.files.remove(UNFINISHED)
     if corpus.store:
         shutil.rmtree(mirror_folder(corpus.store, "read"), ignore_errors=True)  # this machine's copy for readers

@@ -13,9 +13,12 @@ from rich.console import Console
 
 from clipmill.base.errors import UserError
 from pipeline.engine.build import Silent, build, session, status
+from pipeline.maintenance.forget import compact, find, forget
 from pipeline.maintenance.verify import verify_with_sandbox
 from pipeline.stages import pack as pack_stage
+from pipeline.stages.caption_frames import read_frames
 from shards.packing.verify import verify
+from shards.query.explain import explain
 from shards.query.sql import open_manifest
 from tests.helpers.builds import ask
 from tests.helpers.whole_corpus import build_whole, write_sources
@@ -314,3 +317,71 @@ def test_killed_while_shards_are_replaced_no_clip_is_lost(both, corpus, assignme
     pack(corpus, "pack.where=", "pack.max_samples=4")
     assert shards_of(corpus) == shards_of(both[1]) and clips_of(corpus) == []
     assert not (corpus / "shards/.next").exists()
+
+
+# -- readers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["caption", "score"])
+def test_stages_read_the_same_pictures_in_shards(both, tmp_path, stage):
+    """Ask for the items of a stage again, as after a changed model, and read what their rows name."""
+
+    def pictures(corpus: Path) -> dict[str, list[bytes]]:
+        found = {}
+        with session(corpus, None, [], "test", create=False) as (current, _):
+            current.refresh_state()
+            current.ledger.mark_pending(stage, [clip_id for (clip_id,) in ask(corpus, "SELECT clip_id FROM clips")])
+            current.refresh_state()
+            for volume in current.ledger.volumes():
+                current.ledger.show(volume)
+                for item in current.ledger.work(stage):
+                    frames = item["frames"] if stage == "caption" else [item["frame"]]
+                    found[item["item_id"]] = read_frames(str(corpus), [(item["tar"], frame) for frame in frames])
+        return found
+
+    kept, released = (Path(shutil.copytree(each, tmp_path / each.name)) for each in both)
+    from_shards = pictures(released)
+    assert len(from_shards) == 24 and from_shards == pictures(kept)
+    assert all(isinstance(data, bytes) for some in from_shards.values() for data in some)
+
+
+def test_a_story_names_the_shard_once(corpus):
+    story = explain(corpus, "video-a.0")
+    ((shard,),) = ask(corpus, "SELECT shard FROM samples WHERE clip_id = 'video-a.0'")
+    assert f"shards/{shard}" in {place["file"] for place in story.places}
+    assert not [place for place in story.places if place["file"].startswith("clips/")]
+    assert len([place for place in story.places if place["what"].endswith(".mp4")]) == 1
+
+
+def test_verify_deep_finds_nothing_wrong(corpus):
+    problems, _ = verify_with_sandbox(corpus, False, Console(file=io.StringIO()), deep=True)
+    assert problems == []
+
+
+# -- forgetting ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("assignments", [[], ["pack.where=clip_id NOT LIKE '%.1'"]], ids=str)
+def test_forgotten_clips_leave_nothing_in_shards_or_kept_tars(corpus, assignments):
+    if assignments:
+        pack(corpus, *assignments)
+    media = [
+        (corpus / tar).read_bytes()[offset : offset + num_bytes]
+        for tar, offset, num_bytes in ask(
+            corpus, "SELECT tar, mp4_offset, num_bytes FROM clips WHERE video_id = 'video-b'"
+        )
+    ]
+    forget(corpus, find(corpus, ["video-b"], [], None), None)
+    compact(corpus)
+    remains = [
+        path
+        for path in corpus.rglob("*")
+        if path.is_file() and any(each in path.read_bytes() for each in [b"video-b", *media])
+    ]
+    assert len(media) == 3 and remains == []
+    assert_every_clip_is_whole(corpus, 21)
+    assert all(set(of_stage) <= {"done"} for of_stage in state_of(corpus).values())
+    pack(corpus, "pack.where=")
+    assert_every_clip_is_whole(corpus, 21)
+    assert [name for name in clips_of(corpus) if name.startswith("cut-")] == []
+    assert problems_of(corpus) == []
