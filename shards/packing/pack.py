@@ -484,7 +484,7 @@ def sample_json(row: dict[str, Any]) -> bytes:
 
 def _index_line(row: dict[str, Any], plan: ShardPlan, position: int, members: dict[str, Member]) -> dict[str, Any]:
     key = sample_key(row["clip_id"])
-    line = {name: row[name] for name in INDEX.names if name in row}
+    line = {name: row[name] for name in INDEX.names if name in row and name != "mp4_offset"}  # that is the clip's
     line |= {"key": key, "shard": plan.name, "position": position, "subtitle": row["text"]}
     for extension in EXTENSIONS:
         if member := members.get(f"{key}.{extension}"):

@@ -121,6 +121,8 @@ def test_packed_again_no_clip_is_lost_and_shards_are_those_of_a_corpus_with_clip
     pack(corpus, *assignments)
     assert shards_of(corpus) == shards_of(kept)
     assert_every_clip_is_whole(corpus)
+    if assignments[0] == "pack.members=[txt]":
+        assert ask(corpus, "SELECT count(mp4_offset) FROM samples") == [(0,)], "no sample has an mp4"
     assert all(set(of_stage) <= {"done"} for of_stage in state_of(corpus).values())
     left_out = [name for name in clips_of(corpus) if not name.startswith("kept-")]
     assert left_out == []
