@@ -220,11 +220,22 @@ def sql(
     ] = None,
     format: Annotated[str, typer.Option(help="table, csv, json or parquet.")] = "table",
     table: TableOption = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Write the whole corpus, without its media, as one DuckDB file.", metavar="FILE"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the FILE of --export.")] = False,
 ) -> None:
     """Query the corpus with SQL, read-only. Works while a build is running."""
+    from shards.query.export import export as export_to
     from shards.query.prompt import prompt
     from shards.query.sql import named_tables, open_manifest, run_query
 
+    if export:
+        if query or table:
+            raise UserError(f"--export {export}: it writes the whole corpus; leave the query and --table out.")
+        typer.echo(f"{export}: {export_to(corpus, export, force=force) / 1e6:,.1f} MB")
+        return
     with open_manifest(corpus, named_tables(table or [])) as connection:
         if query is None:
             prompt(connection)

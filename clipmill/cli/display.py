@@ -20,6 +20,7 @@ from pipeline.stages.ingest.stage import IngestReport
 from pipeline.stages.pack import PACK
 from shards.corpus.folder import Corpus
 from shards.packing.deep_verify import repair_of
+from shards.packing.release import ReleaseReport
 from shards.packing.verify import Problem
 
 PLAIN_OUTPUT_INTERVAL_S = 10.0  # between progress lines where the output is not a terminal
@@ -126,6 +127,11 @@ class Terminal:
     def packing(self, done: int, total: int) -> None:
         if done == total:
             self.console.print(f"[bold]pack[/] {total:,} shards written")
+
+    def released(self, report: ReleaseReport) -> None:
+        if report.num_tars:
+            size = f"{report.num_bytes / 1e6:,.1f} MB"
+            self.console.print(f"[bold]clips[/] {report.num_tars:,} tars deleted, {size}: their clips are in shards")
 
     def finished(self, report: BuildReport, corpus: str | Path) -> None:
         if not report.did_something:

@@ -23,7 +23,7 @@ from clipmill.base.errors import UserError
 from clipmill.base.settings import load_recipe
 from pipeline.engine import registry
 from pipeline.engine.driver import Engine, EngineReport
-from pipeline.engine.repair import find_rot, repair
+from pipeline.engine.repair import find_rot, repair, write_suspects
 from pipeline.engine.settings import RECIPES, CorpusSettings, resolve
 from pipeline.engine.trust import RUNS_CODE, Trust, assigned, lines, trust_in, without_foreign_code
 from pipeline.runtime.watchdog import sweep_reports
@@ -47,8 +47,10 @@ from shards.corpus.fragments import fragment_path, sweep_temporaries
 from shards.corpus.ledger import Ledger
 from shards.corpus.manifest import MANIFEST_NAME, is_current, publish
 from shards.corpus.packs import MAIN
+from shards.corpus.released_clips import recorded_volumes
 from shards.corpus.schema import MANIFEST
 from shards.corpus.working_database import remove_cache
+from shards.packing.release import ReleaseReport, index_tars, release_clips
 from shards.packing.verify import Problem
 from shards.query.sql import open_manifest, rows_of
 from shards.storage.sealed_parquet import write_parquet
@@ -135,9 +137,22 @@ class Session:
         engine = self.settings.engine
         self.ledger.merge_finished(engine.merge_commits, fsync=engine.fsync and self.corpus.store is None)
 
-    def publish(self) -> None:
+    def publish(self, *, whole: bool = False) -> None:
         self.refresh_state()
-        publish(self.ledger)
+        publish(self.ledger, whole=whole)
+
+    def release_clips(self, display) -> None:
+        """Delete the tars of clips that are packed, unless `pack.keep_clips`; leave rotten shards to the next build."""
+        delete = not self.settings.pack.keep_clips
+        if not delete and not recorded_volumes(self.corpus.root):
+            return
+        self.refresh_state()
+        fsync = self.settings.engine.fsync or self.settings.pack.fsync
+        report = release_clips(self.ledger, self.publish, delete=delete, fsync=fsync)
+        display.released(report)
+        if report.problems:
+            display.damaged(report.problems)
+            write_suspects(self.corpus, report.problems)
 
 
 @contextmanager
@@ -192,6 +207,7 @@ def session(
         try:
             ledger.sync(replace_sources=replace_sources)
             ledger.remove_orphans()
+            index_tars(corpus.root)
             yield Session(corpus, settings, ledger, command, trust), difference(saved, resolved) if saved else []
         except UserError:
             if saved and resolved != saved and lock_owner(corpus.root, corpus.store) == corpus.lock_owner:
@@ -280,6 +296,8 @@ def build(
         # An earlier build may have been killed between packing and publishing, or a video may have been forgotten.
         if report.did_something or not is_current(current.corpus.root, current.ledger):
             current.publish()
+        if "pack" in stages and not named_one:
+            current.release_clips(display)
         if "pack" in stages:
             with open_manifest(current.corpus.root) as connection:
                 note_packed(current.corpus, connection, named_one or Pack(MAIN, current.settings.pack), report.pack)
@@ -452,6 +470,7 @@ class Silent:
     def plan(self, counts: dict, stages: Sequence[str]) -> None: ...
     def tick(self, engine: Engine) -> None: ...
     def packing(self, done: int, total: int) -> None: ...
+    def released(self, report: ReleaseReport) -> None: ...
 
     @contextmanager
     def progress(self, engine: Engine, counts: dict) -> Iterator[None]:

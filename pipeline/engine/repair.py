@@ -6,7 +6,7 @@ those files again, and at a random part of the corpus besides, bounded in bytes 
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from clipmill.base.text import sql_literal
 from shards.corpus.folder import Corpus
 from shards.corpus.ledger import Ledger
 from shards.corpus.packs import MAIN, index_files, named_packs
+from shards.corpus.released_clips import recorded_volumes
 from shards.packing.deep_verify import (
     Stored,
     clip_ranges,
@@ -25,6 +26,7 @@ from shards.packing.deep_verify import (
     video_files,
 )
 from shards.packing.index import read_index
+from shards.packing.release import index_tars
 from shards.packing.verify import Problem
 from shards.storage.sealed_parquet import DamagedFile
 
@@ -67,7 +69,7 @@ def find_rot(corpus: Corpus, ledger: Ledger, check_bytes: int, run_id: str) -> l
     return [problem for problem in dict.fromkeys(problems) if not problem.is_warning]
 
 
-def repair(corpus: Corpus, ledger: Ledger, problems: Iterable[Problem]) -> None:
+def repair(corpus: Corpus, ledger: Ledger, problems: Sequence[Problem]) -> None:
     """Make pending what the problems' files hold, or write it again from the working database. Refresh afterwards."""
     for problem in problems:
         if is_bad_fragment(problem):
@@ -78,6 +80,10 @@ def repair(corpus: Corpus, ledger: Ledger, problems: Iterable[Problem]) -> None:
             ledger.mark_pending("cut", [problem.item.partition(".")[0]])
         elif is_bad_shard(problem):
             corpus.files.remove(str(Path(problem.path).with_suffix(".parquet")))  # so that it is packed again
+    if any(is_bad_shard(problem) for problem in problems):
+        index_tars(corpus.root)  # what is whole in a shard that holds the only copy of clips is read from it
+        for volume in recorded_volumes(corpus.root):
+            ledger.relocated(volume)
     (corpus.private / SUSPECTS).unlink(missing_ok=True)
 
 

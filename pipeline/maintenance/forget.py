@@ -38,6 +38,7 @@ from shards.packing.compact import (
     remove_sources,
 )
 from shards.packing.pack import ShardPlan, select_samples, slots_of
+from shards.packing.release import compact_kept, keep_needed, packed_clips_of
 from shards.query.sql import open_manifest, rows_of, selection, video_of_url
 from shards.storage.local import MANIFEST_NAME, UNFINISHED
 from shards.storage.mirror import for_reading, mirror_folder
@@ -229,13 +230,15 @@ def compact(root: str | Path) -> CompactReport:
         forgotten = ForgottenIndex.of(corpus.root)
         with open_manifest(corpus.root) as connection:
             plans_of = partial(_plans_of, corpus.root, connection, packs_of(corpus, current.settings))
+            keep_needed(current.ledger, lambda file: file.is_in_place)
             compact_shards(corpus.root, connection, plans_of, forgotten, report)
+        compact_kept(corpus.root, forgotten.covers)
         redact(corpus.root, forgotten, report)
         remove_sources(corpus.root, forgotten, report)
         private_urls.forget(forgotten.covers)
-        compact_commits(corpus.root, forgotten, report)
+        compact_commits(corpus.root, forgotten, report, partial(packed_clips_of, current.ledger))
     with session(corpus.root, None, [], "compact", create=False, fresh=True) as (current, _):
-        current.publish()
+        current.publish(whole=True)
         corpus.files.remove(UNFINISHED)
     if corpus.store:
         shutil.rmtree(mirror_folder(corpus.store, "read"), ignore_errors=True)  # this machine's copy for readers

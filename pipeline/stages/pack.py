@@ -25,6 +25,7 @@ from shards.corpus.folder import Corpus
 from shards.corpus.fragments import fragment_path, ledger_row, write_commit
 from shards.corpus.manifest import empty_manifest, is_current
 from shards.corpus.packs import MAIN, check_name, index_files, samples_of
+from shards.corpus.released_clips import PackedFile, recorded_volumes
 from shards.corpus.schema import LEDGER
 from shards.packing.index import read_index, refresh_index
 from shards.packing.pack import (
@@ -33,6 +34,7 @@ from shards.packing.pack import (
     ShardPlan,
     clips_by_volume,
     commit_shards,
+    next_paths,
     pending_shards,
     plan_shards,
     remove_other_names,
@@ -42,6 +44,7 @@ from shards.packing.pack import (
     volume_batches,
     write_shard,
 )
+from shards.packing.release import keep_needed
 from shards.query.sql import check_selection, open_manifest, rows_of, selection
 from shards.storage.local import MANIFEST_NAME
 from shards.storage.mirror import files_of, mirror
@@ -92,6 +95,8 @@ def pack_corpus(session, display, *, write: bool, redo: bool, pack: Pack | None 
             if write:
                 with Writers(session) as writers:
                     _pack_volumes(session, connection, pack, files, only, writers, report, display, redo=redo)
+                by_volume = pack.settings.shuffle == "volume"
+                keep_needed(session.ledger, lambda f: f.pack != pack.name or ((f.volume is not None) == by_volume))
                 report.num_written += remove_other_names(root, pack.settings, pack.name)
                 _forget_failures_of_other_names(session, pack)
             report.num_refreshed = refresh_indexes(root, connection, pack, only, report.committed)
@@ -189,6 +194,9 @@ class VolumePacking:
 
     def commit(self) -> PackReport:
         """Put the shards in place, remove the volume's other ones, and record the clips that were left out."""
+        keep_needed(
+            self.session.ledger, self._stays, None if self.volume is None else [self.volume]
+        )  # before the shards that hold the only copy of a clip change
         num_placed, num_removed = commit_shards(
             self.session.corpus.root,
             self.plans,
@@ -199,6 +207,9 @@ class VolumePacking:
         )
         if self.todo or not self.plans:
             _record_failures(self.session, self.pack, self.volume, self.failures)
+        for volume in recorded_volumes(self.session.corpus.root):
+            if self.volume in (volume, None):
+                self.session.ledger.relocated(volume)
         names = {plan.name for plan in self.plans}
         return PackReport(
             num_written=num_placed + num_removed,
@@ -207,6 +218,14 @@ class VolumePacking:
             failed={self.volume} if self.failures else set(),
             planned={self.volume: _size(self.plans)},
         )
+
+    def _stays(self, file: PackedFile) -> bool:
+        """Return whether a file is in place after the commit, and has its clips then."""
+        if file.pack != self.pack.name:
+            return True
+        indexes = {next_paths(plan)[1]: plan.index for plan in self.plans}
+        root = self.session.corpus.root
+        return file.index in {index if not (root / new).exists() else new for new, index in indexes.items()}
 
 
 def planned(

@@ -117,6 +117,7 @@ def write_commit(
     replaces: str | None = None,
     *,
     fsync: bool = False,
+    released: dict[str, int] | None = None,
 ) -> None:
     """Write the fragments of one commit, the ledger's last.
 
@@ -125,6 +126,7 @@ def write_commit(
         replaces: name of a commit that this one supersedes; it stops counting when this one is complete.
         fsync: flush all that the commit rests on to the disk before the ledger fragment appears, and then that one, so
             that a power cut leaves the whole commit or none.
+        released: path → bytes of media that were deleted because shards hold their clips.
     """
     ledger_path, outputs = fragment_path(root, "ledger", name), {}
     ledger_path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,6 +139,7 @@ def write_commit(
     if fsync:
         sync_files(root, outputs)
     files_of(root).upload(*outputs)
+    outputs |= released or {}
     metadata = {"clipmill.outputs": json.dumps(outputs, sort_keys=True)}
     metadata |= {"clipmill.replaces": replaces} if replaces else {}
     write_parquet(ledger_path, ledger.cast(LEDGER).replace_schema_metadata(metadata), fsync=fsync)

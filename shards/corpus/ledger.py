@@ -17,6 +17,7 @@ from pathlib import Path
 from clipmill.base.settings import digest
 from clipmill.base.text import sql_literal
 from shards.corpus.copies import Copies
+from shards.corpus.released_clips import ReleasedClips
 from shards.corpus.stage_query import StageQuery, chosen_rows
 from shards.corpus.working_database import INDEX, WorkingDatabase
 
@@ -61,6 +62,8 @@ class Ledger(WorkingDatabase):
         self.connection.execute("CREATE TEMP TABLE once_more (stage VARCHAR, item_id VARCHAR, attempts INT)")
         self._derived = {volume for (volume,) in self._rows(f"SELECT volume FROM {INDEX}.derived")}
         self.copies = Copies(self)
+        self._use(self.volumes()[0])
+        self.released = ReleasedClips(self)
         self.activate(self.volumes()[0])
 
     # -- state ----------------------------------------------------------------------------------------------------
@@ -75,6 +78,7 @@ class Ledger(WorkingDatabase):
         not count.
         """
         self.leave_out_forgotten()
+        self.released.notice_changes()
         self.fingerprints, self._run = fingerprints, (run_id, max_attempts)
         if units is not None:
             units = frozenset(units)
@@ -107,6 +111,15 @@ class Ledger(WorkingDatabase):
             self._derived.discard(volume)
             self._execute(f"DELETE FROM {INDEX}.derived WHERE volume = ?", [volume])
 
+    def relocated(self, volume: int) -> None:
+        """Note that shards with clips of a volume have changed, so that the bytes of these may be elsewhere."""
+        self.released.loaded = None
+        self.changed(volume)
+
+    def load(self, names: Sequence[str]) -> None:
+        super().load(names)
+        self.released.made_again(names)
+
     def _is_derived(self, volume: int) -> bool:
         """Return whether the summary of a volume is that of its rows and the settings."""
         if volume not in self._derived:
@@ -132,6 +145,7 @@ class Ledger(WorkingDatabase):
             with self._as_table("named_units", sorted(scope.units)):
                 self.connection.execute("CREATE OR REPLACE TEMP TABLE scope AS SELECT name AS unit FROM named_units")
         self.copies.load(scope.volume)
+        self.released.load(scope.volume)
         for stage in self.stages.values():
             fingerprint = scope.fingerprints[stage.name]
             wanted = stage.wanted.replace("$fingerprint", sql_literal(fingerprint or ""))
@@ -173,19 +187,24 @@ class Ledger(WorkingDatabase):
         rows = 'count(*), coalesce(bit_xor(hash(fragment, item_id, key, status, attempts, epoch_us("at"))), 0)'
         ((num_rows, rows_hash),) = self._rows(f"SELECT {rows} FROM ledger")
         [sources] = self._rows("SELECT count(*), coalesce(bit_xor(hash(fragment, video_id)), 0) FROM sources")
+        [(num_packed, *packed)] = self._rows(
+            "SELECT count(*), coalesce(bit_xor(hash(clip_id, tar, mp4_offset)), 0) FROM packed_clips"
+        )
+        made_of = digest([num_rows, rows_hash, *sources, *(packed if num_packed else [])])
         made_with, of_run = self._made_with(), scope.run_id if of_run or forced else None
         self.connection.execute("BEGIN")
         for statement in statements:
             self.connection.execute(statement)
         self._execute(
             f"INSERT INTO {INDEX}.derived VALUES (?, ?, ?, ?, '')",
-            [volume, made_with, of_run, digest([num_rows, rows_hash, *sources])],
+            [volume, made_with, of_run, made_of],
         )
         self.connection.execute("COMMIT")
         self._derived.add(volume)
 
     def content_of(self, volume: int) -> str:
-        """Hash what a volume's part of the manifest is made from: its sources and other rows, the settings.
+        """Hash what a volume's part of the manifest is made from: its sources and other rows, the settings, the places
+        of clips that are in shards alone.
 
         "" if the volume has changed since it was derived.
         """
@@ -447,7 +466,10 @@ WITH tried AS (
            max(l.attempts) FILTER (l.status = 'failed' AND l.key = i.key) AS attempts,
            arg_max(l.transient, l."at") FILTER (l.status = 'failed' AND l.key = i.key) AS transient,
            bool_or(l.run_id = $run_id) FILTER (l.key = i.key) AS in_this_run
-    FROM input_$stage i LEFT JOIN (FROM ledger WHERE stage = '$stage') l ON l.item_id = i.item_id GROUP BY ALL
+    FROM input_$stage i LEFT JOIN (
+        FROM ledger WHERE stage = '$stage'
+        AND NOT (status = 'done' AND (item_id, fragment) IN (SELECT (item_id, fragment) FROM lost_cuts))
+    ) l ON l.item_id = i.item_id GROUP BY ALL
 )
 SELECT t.item_id, t.unit, t.key, t.cost, coalesce(t.attempts, 0) AS attempts,
        CASE WHEN f.item_id IS NOT NULL AND NOT coalesce(t.in_this_run, false) THEN 'pending'

@@ -35,17 +35,18 @@ _OWN_TABLES = {  # for publishing alone
 }
 
 
-def publish(ledger: Ledger, *, groups: bool = True) -> None:
+def publish(ledger: Ledger, *, groups: bool = True, whole: bool = False) -> None:
     """Write the manifest: the volumes that have changed, into a copy of the one that is there.
 
     Call `refresh_state` for all units before. A corpus of one volume is written whole, in the order of its ids.
 
     groups: False leaves out the near-duplicate groups, which take seconds for a million clips.
+    whole: write all volumes into a new file, because rows that are deleted from a copy leave their bytes in it.
     """
     connection, path, volumes = ledger.connection, ledger.root / MANIFEST_NAME, ledger.volumes()
     contents = {volume: ledger.content_of(volume) for volume in volumes}
     with atomic_path(path) as temporary:
-        kept = _copy(path, temporary) if len(volumes) > 1 else {}  # volume → content
+        kept = _copy(path, temporary) if len(volumes) > 1 and not whole else {}  # volume → content
         connection.execute(f"ATTACH {sql_literal(temporary)} AS manifest (STORAGE_VERSION '{STORAGE_VERSION}')")
         try:
             if not kept:

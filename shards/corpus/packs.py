@@ -11,6 +11,7 @@ from clipmill.base.errors import UserError
 from clipmill.base.text import sql_literal
 
 MAIN = ""  # name of the main pack
+NEXT = ".next"  # folder inside a pack's folder for shards that are complete but not yet in place
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _SHARD_FILE = re.compile(r"(?:(\d{6,})-)?\d{6,}\.(?:tar|parquet)")
 

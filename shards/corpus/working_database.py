@@ -54,6 +54,7 @@ from shards.corpus.merged import (
     write_head,
     write_rows,
 )
+from shards.corpus.released_clips import kept_tars, sizes_with_released
 from shards.corpus.schema import LEDGER, TABLES
 from shards.corpus.tombstones import read_tombstones, tombstone_files
 from shards.storage.local import Files
@@ -108,6 +109,10 @@ class WorkingDatabase:
             return 0
         at = bisect.bisect_right(self._first_units, (number, 1 << 62)) - 1
         return self._first_units[max(at, 0)][1] if self._first_units else 0
+
+    def volume_of_commit(self, name: str) -> int:
+        """Return the volume of the unit that a commit's name holds."""
+        return self.volume_of(unit_in(name))
 
     def volumes_of(self, video_ids: Iterable[str]) -> list[int]:
         """Return the volumes of these videos, in order."""
@@ -320,6 +325,7 @@ class WorkingDatabase:
             relative for (outputs,) in self._rows(f"SELECT outputs FROM {INDEX}.fragments") for relative in outputs
         }
         owned |= {relative for (files,) in self._rows(f"SELECT files FROM {INDEX}.merged") for relative in files}
+        owned |= kept_tars(self.root)
         folders = [*(f"fragments/{table}" for table in TABLES), "clips"]
         there = [f"{folder}/{name}" for folder in folders for name in self.files.sizes(folder)]
         ledgers = self.files.sizes("fragments/ledger")
@@ -354,7 +360,9 @@ class WorkingDatabase:
             for table in sorted({table_of(relative) for relative in outputs} & set(TABLES))
         }
         media = [relative for relative in outputs if table_of(relative) is None]
-        write_commit(self.root, name, tables, self._rows_of(name, "ledger", LEDGER), media, fsync=True)
+        released = {relative: outputs[relative] for relative in media if not (self.root / relative).exists()}
+        rows, media = self._rows_of(name, "ledger", LEDGER), [each for each in media if each not in released]
+        write_commit(self.root, name, tables, rows, media, fsync=True, released=released)
         self.load([name])
 
     def _rows_of(self, commit: str, table: str, schema: pa.Schema) -> pa.Table:
@@ -787,7 +795,7 @@ class _Listing:
     def _size(self, relative: str) -> int | None:
         folder, _, name = relative.rpartition("/")
         if folder not in self.folders:
-            self.folders[folder] = self.files.sizes(folder)
+            self.folders[folder] = sizes_with_released(self.files, folder)
         return self.folders[folder].get(name)
 
 

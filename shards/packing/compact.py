@@ -343,20 +343,28 @@ def _replace(root: Path, path: Path, before: pa.Table, after: pa.Table, report: 
 # -- commits --------------------------------------------------------------------------------------------------------
 
 
-def compact_commits(root: Path, forgotten: ForgottenIndex, report: CompactReport) -> None:
-    """Compact the commits of all units with forgotten videos; those of `sources` last."""
+PlacesOf = Callable[[str], dict[str, dict[str, Any]] | None]  # see `shards.packing.release.packed_clips_of`
+
+
+def compact_commits(root: Path, forgotten: ForgottenIndex, report: CompactReport, places_of: PlacesOf) -> None:
+    """Compact the commits of all units with forgotten videos; those of `sources` last.
+
+    places_of  where the clips of a commit without its tar are; those that remain get a tar again
+    """
     ledger = root / "fragments" / "ledger"
     names = sorted({path.stem for unit in forgotten.units for path in ledger.glob(f"[!.]*-{unit}-*.parquet")})
     for name in names:
         if not name.startswith("ingest-"):
-            _compact_commit(root, name, forgotten, report)
+            _compact_commit(root, name, forgotten, report, places_of)
     for volume in merged_volumes(root):
-        _compact_merged(root, volume, forgotten, report)
+        _compact_merged(root, volume, forgotten, report, places_of)
     for path in _fragments(root, "sources"):
-        _compact_commit(root, path.stem, forgotten, report)
+        _compact_commit(root, path.stem, forgotten, report, places_of)
 
 
-def _compact_merged(root: Path, volume: int, forgotten: ForgottenIndex, report: CompactReport) -> None:
+def _compact_merged(
+    root: Path, volume: int, forgotten: ForgottenIndex, report: CompactReport, places_of: PlacesOf
+) -> None:
     """Write what remains of the touched commits of a merged volume as loose ones, and its files without them.
 
     The remains are not merged here, so that a run after a kill leaves the same files.
@@ -377,6 +385,8 @@ def _compact_merged(root: Path, volume: int, forgotten: ForgottenIndex, report: 
             touched.append(name)
             kept = {table: _without(data, forgotten) for table, data in tables.items()}
             ledger = kept.pop("ledger")
+            if (places := places_of(name)) is not None:
+                kept["clips"], ledger = _at_places(kept["clips"], ledger, places)
             _write_in_place_of(root, name, {table: data for table, data in kept.items() if data.num_rows}, ledger)
     if touched or head.num_removed:
         after = merge(root, volume, (), touched, fsync=True)
@@ -386,7 +396,9 @@ def _compact_merged(root: Path, volume: int, forgotten: ForgottenIndex, report: 
         report.num_bytes += sum(size for name in touched for size in head.commits[name].media.values())
 
 
-def _compact_commit(root: Path, name: str, forgotten: ForgottenIndex, report: CompactReport) -> None:
+def _compact_commit(
+    root: Path, name: str, forgotten: ForgottenIndex, report: CompactReport, places_of: PlacesOf
+) -> None:
     path = fragment_path(root, "ledger", name)
     outputs, ledger = outputs_of(path), read_parquet(path)
     tables = {Path(output).parts[1]: read_parquet(root / output) for output in outputs if output.endswith(".parquet")}
@@ -394,12 +406,22 @@ def _compact_commit(root: Path, name: str, forgotten: ForgottenIndex, report: Co
         return
     report.num_commits += 1
     kept = {table: _without(data, forgotten) for table, data in tables.items()}
-    _write_in_place_of(
-        root, name, {table: data for table, data in kept.items() if data.num_rows}, _without(ledger, forgotten)
-    )
+    ledger = _without(ledger, forgotten)
+    there = sum(size for output, size in outputs.items() if files_of(root).has(output))
+    if (places := places_of(name)) is not None:
+        kept["clips"], ledger = _at_places(kept["clips"], ledger, places)
+    _write_in_place_of(root, name, {table: data for table, data in kept.items() if data.num_rows}, ledger)
     files_of(root).remove(str(path.relative_to(root)))
     files_of(root).remove(*outputs)
-    report.num_bytes += sum(outputs.values())
+    report.num_bytes += there
+
+
+def _at_places(clips: pa.Table, ledger: pa.Table, places: dict[str, dict[str, Any]]) -> tuple[pa.Table, pa.Table]:
+    """Return the rows of clips with their present places, without videos that have lost a clip: these are cut again."""
+    lost = {row["item_id"] for row in clips.to_pylist() if row["clip_id"] not in places}
+    rows = [row | places[row["clip_id"]] for row in clips.to_pylist() if row["item_id"] not in lost]
+    done = [row for row in ledger.to_pylist() if row["item_id"] not in lost]
+    return pa.Table.from_pylist(rows, clips.schema), pa.Table.from_pylist(done, ledger.schema)
 
 
 def _without(table: pa.Table, forgotten: ForgottenIndex) -> pa.Table:

@@ -17,6 +17,8 @@ from clipmill.base.text import sql_identifier
 from shards.corpus.fragments import outputs_of
 from shards.corpus.merged import FOLDER, merged_volume_of, read_head
 from shards.corpus.packs import pack_of
+from shards.corpus.released_clips import FOLDER as RELEASED
+from shards.corpus.released_clips import sizes_with_released
 from shards.corpus.tombstones import FORGOTTEN
 from shards.packing.verify import Problem
 from shards.storage.local import MANIFEST_NAME
@@ -46,7 +48,8 @@ def deep_problems(root: Path, connection: duckdb.DuckDBPyConnection | None) -> I
         yield from _manifest_problems(connection)
         yield from file_problems(root, video_files(connection), "changed-source")
         yield from file_problems(root, subtitle_files(root, connection), "changed-subtitle")
-        yield from file_problems(root, clip_ranges(connection), "changed-clip")
+        not_in_shards = "WHERE NOT starts_with(tar, 'shards/') ORDER BY tar, mp4_offset"  # `verify` reads those
+        yield from file_problems(root, clip_ranges(connection, rest=not_in_shards), "changed-clip")
     except duckdb.Error as error:
         yield _damaged(MANIFEST_NAME, str(error).splitlines()[0])
 
@@ -92,7 +95,8 @@ def _commit_problems(root: Path, path: Path) -> Iterator[Problem]:
 
 
 def _missing_outputs(root: Path, outputs: dict[str, int]) -> Iterator[Problem]:
-    sizes = {folder: files_of(root).sizes(folder) for folder in {output.rpartition("/")[0] for output in outputs}}
+    folders = {output.rpartition("/")[0] for output in outputs}
+    sizes = {folder: sizes_with_released(files_of(root), folder) for folder in folders}
     for output, num_bytes in outputs.items():
         folder, _, name = output.rpartition("/")
         if (found := sizes[folder].get(name)) != num_bytes:
@@ -204,7 +208,11 @@ def is_bad_shard(problem: Problem) -> bool:
 def is_bad_fragment(problem: Problem) -> bool:
     """Return whether a fragment of a commit has to be written again."""
     folder, _, rest = problem.path.partition("/")
-    return problem.kind == "damaged" and folder == "fragments" and not rest.startswith((f"{FORGOTTEN}/", "runs/"))
+    return (
+        problem.kind == "damaged"
+        and folder == "fragments"
+        and not rest.startswith((f"{FORGOTTEN}/", "runs/", f"{RELEASED.partition('/')[2]}/"))
+    )
 
 
 def repair_of(problem: Problem, corpus: str) -> str:
@@ -213,6 +221,8 @@ def repair_of(problem: Problem, corpus: str) -> str:
         return f"clipmill forget {corpus} for the same videos, then remove the file"
     if problem.path.startswith("fragments/runs/"):
         return "none: it is the record of one run; remove the file"
+    if problem.path.startswith(f"{RELEASED}/"):
+        return f"put a copy of it back, or remove it and cut its clips again: clipmill build --corpus {corpus}"
     if problem.path == "corpus.yaml":
         return f"clipmill build --recipe NAME --corpus {corpus}, with the settings of before"
     if problem.kind in ("wrong-pair", "same-caption"):

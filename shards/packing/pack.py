@@ -16,7 +16,8 @@
 With `pack.shuffle: corpus` the corpus is packed like one volume, under names without a volume. `remove_other_names`
 removes the shards of the other way, when all new ones are in place.
 
-Clips come in as rows of the manifest's `catalog`, media by byte range from `clips/*.tar`.
+Clips come in as rows of the manifest's `catalog`, media by byte range from the file that it names: a tar of clips/, or
+a shard that holds the only copy (`pack.keep_clips`). Such shards are read before others take their place.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ from pydantic import Field, field_validator
 from clipmill.base.atomic_file import sync
 from clipmill.base.errors import ItemError, UserError
 from clipmill.base.settings import Settings, digest, operational
-from shards.corpus.packs import MAIN, folder_of, is_shard_file, volume_of
+from shards.corpus.packs import MAIN, NEXT, folder_of, is_shard_file, volume_of
 from shards.corpus.schema import INDEX, late_columns, sample_key
 from shards.packing.index import FORMAT, Stamp, read_stamp, write_index
 from shards.packing.tar import Member, Sample, member_bytes, read_member, write_tar
@@ -44,7 +45,6 @@ from shards.storage.mirror import files_of
 
 Extension = Literal["mp4", "jpg", "txt", "json"]
 EXTENSIONS: tuple[Extension, ...] = ("mp4", "jpg", "txt", "json")
-NEXT = ".next"  # folder inside shards/ for shards that are complete but not yet in place
 SHARDS_AT_ONCE = 16  # shards whose rows are in memory together
 CLIPS_AT_ONCE = 500_000  # of several volumes, for which one query is made
 JSON_BYTES = 1500  # assumed size of a KEY.json when shards are planned
@@ -81,6 +81,14 @@ class PackSettings(Settings):
     # Files of a sample. A clip without words has an empty KEY.txt, because readers that infer columns from the first
     # samples need all samples alike; leave such clips out with `where: num_words > 0`.
     members: tuple[Extension, ...] = EXTENSIONS
+
+    # Keep the cut clips (clips/) after they are packed. false: a tar of clips is deleted once shards of the main pack
+    # hold every clip in it, were read back and compared, and the manifest names them. What needs a clip afterwards
+    # reads its shard; clips of a shard that is lost or damaged are cut again from their sources. A tar stays while one
+    # of its clips is not whole in a shard: pack.where leaves it out, pack.members leaves out its mp4 or jpg, or it has
+    # several caption frames (cut.caption_frames), of which a shard holds the first. A named pack does not count, and
+    # has no such choice.
+    keep_clips: bool = operational(True)
 
     # Flush shards to the disk, so that they survive a power cut and not only a kill. Off, as it is slow on some disks.
     fsync: bool = operational(False)
@@ -391,8 +399,14 @@ def commit_shards(
     if volume is None:
         files.remove_folder(f"{folder}/{NEXT}")
     else:
-        _remove_shards(root, files.list_prefix(f"{folder}/{NEXT}/{volume:06d}-"))
+        waiting = files.list_prefix(f"{folder}/{NEXT}/{volume:06d}-")
+        _remove_shards(root, [name for name in waiting if volume_of(f"{_shard_of(name)}.tar") == volume])
     return placed, len(stale)
+
+
+def _shard_of(waiting: str) -> str:
+    """Return the shard's name, without an ending, of a file under `.next`: SHARD-KEY.tar."""
+    return Path(waiting).stem.rpartition("-")[0]
 
 
 def _remove_shards(root: Path, relatives: Collection[str]) -> None:
@@ -478,7 +492,7 @@ def sample_json(row: dict[str, Any]) -> bytes:
 
 def _index_line(row: dict[str, Any], plan: ShardPlan, position: int, members: dict[str, Member]) -> dict[str, Any]:
     key = sample_key(row["clip_id"])
-    line = {name: row[name] for name in INDEX.names if name in row}
+    line = {name: row[name] for name in INDEX.names if name in row and name != "mp4_offset"}  # that is the clip's
     line |= {"key": key, "shard": plan.name, "position": position, "subtitle": row["text"]}
     for extension in EXTENSIONS:
         if member := members.get(f"{key}.{extension}"):

@@ -40,7 +40,11 @@ def disk_use(corpus: str | Path, connection: duckdb.DuckDBPyConnection) -> DiskU
         num_files, total = kinds.get(kind, (0, 0))
         kinds[kind] = num_files + 1, total + num_bytes
     kinds = {kind: kinds[kind] for kind in sorted(kinds, key=lambda kind: (_place(kind), kind))}
-    return DiskUse(kinds, {"download.keep_sources=false": _sources_to_spare(connection, sizes)})
+    freed = {
+        "download.keep_sources=false": _sources_to_spare(connection, sizes),
+        "pack.keep_clips=false": _clips_to_spare(connection, sizes),
+    }
+    return DiskUse(kinds, freed)
 
 
 def kind_of(relative: str) -> str:
@@ -70,3 +74,14 @@ def _sources_to_spare(connection: duckdb.DuckDBPyConnection, sizes: Mapping[str,
           AND video_id NOT IN (SELECT item_id FROM failures WHERE stage = 'cut')
     """)
     return sum(sizes.get(path, 0) for (path,) in rows.fetchall())
+
+
+def _clips_to_spare(connection: duckdb.DuckDBPyConnection, sizes: Mapping[str, int]) -> int:
+    """Return the bytes of the tars whose clips are all whole in shards of the main pack."""
+    rows = connection.execute("""
+        SELECT c.tar FROM clips c
+        LEFT JOIN samples s ON s.clip_id = c.clip_id AND s.mp4_offset IS NOT NULL AND s.mp4_sha256 = c.sha256
+            AND (coalesce(len(c.frames), 0) = 0 OR (len(c.frames) = 1 AND s.jpg_sha256 = c.frames[1].sha256))
+        WHERE starts_with(c.tar, 'clips/cut-') GROUP BY c.tar HAVING bool_and(s.clip_id IS NOT NULL)
+    """)
+    return sum(sizes.get(tar, 0) for (tar,) in rows.fetchall())

@@ -160,7 +160,8 @@ def _story_of_clip(connection: duckdb.DuckDBPyConnection, clip_id: str) -> Story
         if table["name"] not in _SHOWN_APART:
             rows = _rows(connection, f"SELECT * EXCLUDE (clip_id) FROM {table['name']} WHERE clip_id = ?", clip_id)
             story.stages |= {table["name"]: rows} if rows else {}
-    if tar := story.clip.get("tar"):
+    tar = story.clip.get("tar")
+    if tar and not tar.startswith("shards/"):  # else its sample is all there is
         clip = story.clip
         story.places = [_place("clip", tar, clip["mp4_offset"], clip["num_bytes"], clip["sha256"])]
         for n, frame in enumerate(clip["frames"] or ()):

@@ -57,6 +57,17 @@ def test_what_a_setting_would_free_is_what_it_frees(corpus):
     assert use.kinds["sources"][1] - after.kinds["sources"][1] == freed
 
 
+def test_deleting_packed_clips_frees_what_is_said(corpus):
+    arguments = {"recipe": None, "command": "test", "stages": ["pack"]}
+    build(corpus, [], assignments=["pack.where=video_id <> 'video-a'"], **arguments)
+    use = use_of(corpus)
+    assert 0 < use.freed["pack.keep_clips=false"] < use.kinds["clips"][1], "the tar with video-a's clips would stay"
+    build(corpus, [], assignments=["pack.keep_clips=false"], **arguments)
+    after = use_of(corpus)
+    assert use.kinds["clips"][1] - after.kinds["clips"][1] == use.freed["pack.keep_clips=false"]
+    assert after.freed["pack.keep_clips=false"] == 0
+
+
 def test_the_command_prints_them(corpus):
     output = CliRunner().invoke(app, ["stats", str(corpus)]).output
     assert "Files" in output and "fragments" in output and "download.keep_sources=false would free 40 KB" in output

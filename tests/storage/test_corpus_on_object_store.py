@@ -303,3 +303,23 @@ def test_a_named_pack_is_read_and_forgotten_on_every_machine(server, machine, tm
     assert not any(b"video-b" in Store.of(url).read(key).data for key in Store.of(url).list("shards/"))
     assert verify_with_sandbox(url, False, Console(quiet=True))[0] == []
     assert build(url, [], assignments=[], **arguments).pack.num_written == 0
+
+
+def test_clips_are_in_shards_alone_on_every_machine(server, machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_stage, "FEW_SHARDS", 1000)  # written in this process
+    url = "s3://corpora/released"
+    build_in(url, tmp_path, 3)
+    before = {key: Store.of(url).read(key).data for key in Store.of(url).list("shards/")}
+    arguments = {"stages": ["pack"], "recipe": None, "command": "test"}
+    build(url, [], assignments=["pack.keep_clips=false"], **arguments)
+    assert list(Store.of(url).list("clips/")) == []
+    machine("another machine")
+    assert {key: Store.of(url).read(key).data for key in Store.of(url).list("shards/")} == before
+    assert not build(url, [], assignments=[], **arguments).did_something
+    build(url, [], assignments=["pack.max_samples=5", "pack.where=clip_id NOT LIKE '%.1'"], **arguments)
+    assert [key.partition("-")[0] for key in Store.of(url).list("clips/")] == ["clips/kept"]
+    problems = verify_with_sandbox(url, False, Console(quiet=True), deep=True)[0]
+    assert [problem for problem in problems if not problem.is_warning] == []
+    build(url, [], assignments=["pack.max_samples=4", "pack.where="], **arguments)
+    assert {key: Store.of(url).read(key).data for key in Store.of(url).list("shards/")} == before
+    assert list(Store.of(url).list("clips/")) == []

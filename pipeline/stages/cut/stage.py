@@ -20,10 +20,13 @@ WANTED = """
     GROUP BY p.video_id, p.unit
 """
 
-# Clips whose spans have not moved since cutting, with the span's text or first reference text.
+# Clips whose spans have not moved since cutting, with the place of their bytes (`packed_clips`: of those that are in
+# shards alone) and with the span's text or first reference text.
 CURRENT_CLIPS = f"""
     CREATE OR REPLACE TEMP TABLE current_clips AS
-    SELECT r.*, coalesce(x.text, p.text) AS text,
+    SELECT r.* REPLACE (coalesce(b.tar, r.tar) AS tar, if(b.tar IS NULL, r.mp4_offset, b.mp4_offset) AS mp4_offset,
+                       if(b.tar IS NULL, r.frames, b.frames) AS frames),
+           coalesce(x.text, p.text) AS text,
            coalesce(len(regexp_extract_all(x.text, '\\S+'))::INT, p.num_words) AS num_words,
            if(x.text IS NULL, p.num_sentences, NULL) AS num_sentences,
            if(x.text IS NULL, p.align_cost, NULL) AS align_cost,
@@ -33,6 +36,7 @@ CURRENT_CLIPS = f"""
     FROM ({chosen_rows("cut", "clips")}) r
     JOIN current_spans p ON p.clip_id = r.clip_id AND p.start_s = r.span_start_s AND p.end_s = r.span_end_s
          AND coalesce(p.source_sha256 = r.source_sha256, true)
+    LEFT JOIN packed_clips b ON b.clip_id = r.clip_id AND b.fragment = r.fragment
     LEFT JOIN current_transcripts t ON t.video_id = r.video_id
     LEFT JOIN current_texts x ON x.clip_id = r.clip_id AND x.n = 0
 """
