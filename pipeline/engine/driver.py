@@ -41,6 +41,9 @@ from shards.corpus.manifest import publish
 MAX_LOST = 12  # times that a task may be lost with this process's node before that counts as a worker failure
 MAX_WAITING = 10_000  # sources that wait for their hosts before no further unit is looked at
 UNIT_WAITS_S = 30.0  # that a unit's finished downloads wait for its other ones, so that they go on in one task
+# Seconds between two questions to the ledger, in multiples of what the last one took: one about many units costs little
+# more than one about a single unit. The first number holds while cores have nothing to do, the second while they have.
+PATIENCE = (4, 20)
 MAX_WORKER_FAILURES = 3  # before the last of them a task is split into items; a task of one item then fails
 
 
@@ -107,8 +110,10 @@ class Engine:
         self.waiting = HostQueue()  # downloads that wait for their hosts
         self.downloads: dict[str, set[str]] = {}  # unit → videos that wait or are being downloaded
         self.downloaded_at: dict[str, float] = {}  # unit → first of its downloads that the ledger was not asked about
+        self.new_commits: list[str] = []  # that the ledger has not loaded
         self.order = 0
         self.published_at, self.publish_cost_s = -math.inf, 0.0
+        self.examined_at, self.examine_cost_s = -math.inf, 0.0
         self.pack = pack if pack and pack.has_own_volumes else None
         self.delivery: Delivery | None = None
         self.exhausted: list[tuple[str, str, int]] = []  # (stage, item, attempts) whose workers died too often
@@ -117,6 +122,8 @@ class Engine:
         return tuple(getattr(self.settings, stage).known_secrets(getattr(settings, stage)))
 
     def refresh_state(self, units: Sequence[str] | None = None) -> None:
+        """Derive the items of these units, None: of all, with the commits that have come since the last time."""
+        self._load_commits()
         self.ledger.refresh_state(
             self.fingerprints, units=units, run_id=self.run_id, max_attempts=self.settings.engine.max_attempts
         )
@@ -181,7 +188,9 @@ class Engine:
         examine: list[str] = []
         while waiting or examine or self.in_flight or self.waiting or self.downloaded_at or any(self.queues.values()):
             examine += waiting.take(self._room(examine))
-            self._examine(examine)
+            if examine and self._is_time_to_examine():
+                self._examine(examine)
+                examine = []
             self._start_downloads()
             for pool, queue in self.queues.items():
                 while queue and self.pools.has_room(pool):
@@ -189,10 +198,11 @@ class Engine:
                     self._start(flight)
             if not self.in_flight and (self.waiting or self.downloaded_at):
                 time.sleep(min(0.5, self.waiting.next_in_s()))
-            examine = self._collect()
+            examine = list(dict.fromkeys([*examine, *self._collect()]))
             self._publish_when_due()
             self._deliver()
             on_tick(self)
+        self._load_commits()
 
     def _room(self, examine: Sequence[str]) -> int:
         """Return how many units may be looked at besides these. A unit that only waits for downloads takes no room.
@@ -218,7 +228,7 @@ class Engine:
                 if wait_s == LOCKED_OUT:
                     error = locked_out(flight.host)
                     outcomes = [Outcome(item["item_id"], failure=error) for item in flight.task.items]
-                    self._load([commit(flight.task, outcomes, [])])
+                    self._note_commits([commit(flight.task, outcomes, [])])
                     self._download_ended(flight.task)
                 else:
                     self._start(flight)
@@ -251,6 +261,13 @@ class Engine:
             self.report.num_failed -= num_again
         return Backlog(self.ledger, [stage.name for stage in self.stages])
 
+    def _is_time_to_examine(self) -> bool:
+        """Return whether to ask the ledger now about the units that have no tasks, or to wait until they are more."""
+        if not self.in_flight and not any(self.queues.values()):
+            return True
+        cores_wait = not self.queues["cpu"] and self.pools.has_room("cpu")
+        return time.perf_counter() - self.examined_at >= PATIENCE[not cores_wait] * self.examine_cost_s
+
     def _examine(self, units: list[str]) -> None:
         """Find the pending items of these units; queue tasks of the first stage with any, for each unit."""
         started = time.perf_counter()
@@ -259,7 +276,9 @@ class Engine:
             by_volume.setdefault(self.ledger.volume_of(unit), []).append(unit)
         for of_volume in by_volume.values():
             self._examine_volume(of_volume)
-        self.report.loop_s += time.perf_counter() - started
+        self.examined_at = time.perf_counter()
+        self.examine_cost_s = self.examined_at - started
+        self.report.loop_s += self.examined_at - started
 
     def _examine_volume(self, units: list[str]) -> None:
         self.refresh_state(units)
@@ -382,7 +401,7 @@ class Engine:
             if not self.busy[unit]:
                 del self.busy[unit]
                 free.append(unit)
-        self._load(commits)
+        self._note_commits(commits)
         if self.pools.cut_off:
             self._join_again()
         return list(dict.fromkeys([*free, *self._downloaded_units()]))
@@ -411,9 +430,13 @@ class Engine:
             return [commit(task, [Outcome(item["item_id"], failure=error) for item in task.items], [])]
         return []
 
-    def _load(self, commits: list[Commit]) -> None:
-        started = time.perf_counter()
-        self.ledger.load([result.name for result in commits])
+    def _load_commits(self) -> None:
+        names, self.new_commits = self.new_commits, []
+        self.ledger.load(names)
+
+    def _note_commits(self, commits: list[Commit]) -> None:
+        """Count what was done, and let the ledger have it when it is asked next: all at once costs less."""
+        self.new_commits += [result.name for result in commits]
         for result in commits:
             progress = self.report.by_stage[result.stage]
             progress.done += result.num_done
@@ -421,7 +444,6 @@ class Engine:
             progress.seconds += result.wall_s
             self.report.num_done += result.num_done
             self.report.num_failed += result.num_failed
-        self.report.loop_s += time.perf_counter() - started
 
     def _publish_when_due(self) -> None:
         wait_s = max(self.settings.engine.publish_every_s, 20 * self.publish_cost_s)

@@ -14,13 +14,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+
 from clipmill.base.settings import digest
 from clipmill.base.text import sql_literal
 from shards.corpus.copies import Copies
 from shards.corpus.released_clips import ReleasedClips
+from shards.corpus.rows import insert_rows
 from shards.corpus.stage_query import StageQuery, chosen_rows
 from shards.corpus.working_database import INDEX, WorkingDatabase
 
+_TRIED = pa.schema([("stage", pa.string()), ("item_id", pa.string()), ("attempts", pa.int32())])
 _SUMMARY = ("counts", "standing", "without_clips", "derived")  # tables of the index
 
 
@@ -230,7 +234,7 @@ class Ledger(WorkingDatabase):
         """
         self.connection.execute("DELETE FROM once_more")
         if tried:
-            self.connection.executemany("INSERT INTO once_more VALUES (?, ?, ?)", list(tried))
+            insert_rows(self.connection, "once_more", _TRIED, tried)
             self._changed_items(item_id for _, item_id, _ in tried)
 
     def work(self, stage: str) -> list[dict]:
@@ -267,8 +271,7 @@ class Ledger(WorkingDatabase):
                 AND (d.run_id = {sql_literal(run_id)} OR d."at" > l."at")
             )
         """)
-        if rows:
-            self.connection.executemany("INSERT INTO once_more VALUES (?, ?, ?)", rows)
+        insert_rows(self.connection, "once_more", _TRIED, rows)
         return [item_id for _, item_id, _ in rows]
 
     def sources_cut(self) -> list[str]:

@@ -20,6 +20,7 @@ from shards.corpus.clip_groups import update_groups
 from shards.corpus.ledger import Ledger
 from shards.corpus.near_duplicates import duplicate_groups
 from shards.corpus.packs import MAIN, folder_of, index_files, named_packs, volume_of
+from shards.corpus.rows import insert_rows
 from shards.corpus.schema import GLOBAL_TABLES, INDEX, MANIFEST, catalog_columns
 from shards.corpus.tombstones import read_tombstones
 from shards.storage.local import MANIFEST_NAME, UNFINISHED
@@ -116,7 +117,7 @@ def _note_contents(connection: duckdb.DuckDBPyConnection, contents: dict[int, st
     grouped = dict(connection.execute("SELECT volume, grouped FROM manifest.volumes").fetchall())
     rows = [[volume, content, grouped.get(volume)] for volume, content in contents.items()]
     connection.execute("DELETE FROM manifest.volumes")
-    connection.executemany("INSERT INTO manifest.volumes VALUES (?, ?, ?)", rows)
+    insert_rows(connection, "manifest.volumes", _VOLUMES, rows)
 
 
 def _write_samples(ledger: Ledger) -> None:
@@ -174,10 +175,14 @@ def _write_samples(ledger: Ledger) -> None:
             )
         if shards and not mixed:  # else all are read again next time
             rows = [[pack, shard, *there[pack, shard]] for shard in shards]
-            connection.executemany("INSERT INTO manifest.shard_files VALUES (?, ?, ?, ?)", rows)
+            insert_rows(connection, "manifest.shard_files", _SHARD_FILES, rows)
     connection.unregister("tombstones")
 
 
+_VOLUMES = pa.schema([("volume", pa.int32()), ("content", pa.string()), ("grouped", pa.string())])
+_SHARD_FILES = pa.schema(
+    [("pack", pa.string()), ("shard", pa.string()), ("num_bytes", pa.int64()), ("mtime_ns", pa.int64())]
+)
 _KEPT = pa.schema([("pack", pa.string()), ("shard", pa.string())])
 _ONE_WAY = " QUALIFY row_number() OVER (PARTITION BY clip_id ORDER BY contains(shard, '-') DESC, shard) = 1"
 

@@ -55,6 +55,7 @@ from shards.corpus.merged import (
     write_rows,
 )
 from shards.corpus.released_clips import kept_tars, sizes_with_released
+from shards.corpus.rows import insert_rows
 from shards.corpus.schema import LEDGER, TABLES
 from shards.corpus.tombstones import read_tombstones, tombstone_files
 from shards.storage.local import Files
@@ -436,7 +437,7 @@ class WorkingDatabase:
             self.changed(volume)  # first, so that a kill leaves no summary of fewer rows
             self._use(volume)
             self._load_rows([name for name, *_ in rows])
-            self.connection.executemany(f"INSERT INTO {INDEX}.fragments VALUES (?, ?, ?, ?, ?, NULL, NULL)", rows)
+            insert_rows(self.connection, f"{INDEX}.fragments", _LOOSE, rows)
         self._back(volume)
 
     def _back(self, volume: int | None) -> None:
@@ -734,9 +735,7 @@ class WorkingDatabase:
         self.connection.unregister("to_forget")
         self._execute(f"DELETE FROM {INDEX}.applied_tombstones")
         if files:
-            self.connection.executemany(
-                f"INSERT INTO {INDEX}.applied_tombstones VALUES (?)", [[name] for name in files]
-            )
+            insert_rows(self.connection, f"{INDEX}.applied_tombstones", _NAMES, [[name] for name in files])
         self._back(active)
 
     # -- plumbing -------------------------------------------------------------------------------------------------
@@ -846,6 +845,19 @@ INDEX_TABLES = {
     # one; tidied: what `Ledger.tidy` has removed since
     "derived": "volume INTEGER, made_with VARCHAR, run_id VARCHAR, rows_hash VARCHAR, tidied VARCHAR",
 }
+
+
+# Columns that are inserted: of `fragments` for loose commits, and of `applied_tombstones`.
+_LOOSE = pa.schema(
+    [
+        ("name", pa.string()),
+        ("num_bytes", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("outputs", pa.map_(pa.string(), pa.int64())),
+        ("volume", pa.int32()),
+    ]
+)
+_NAMES = pa.schema([("name", pa.string())])
 
 
 def _schemas() -> dict[str, pa.Schema]:

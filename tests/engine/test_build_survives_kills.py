@@ -19,19 +19,19 @@ pytestmark = pytest.mark.slow
 PATIENT = "download.stall_timeout_s=3600"  # with a server that keeps it waiting
 
 
-# Runs the command, and kills its process group once the driver has loaded a number of commits.
+# Runs the command, and kills its process group once the driver has a number of commits.
 DIES = """
 import os, signal
 from clipmill.cli import app as cli
 from pipeline.engine import driver as engine
-load, num_commits = engine.Engine._load, 0
-def load_and_die(self, commits):
+note, num_commits = engine.Engine._note_commits, 0
+def note_and_die(self, commits):
     global num_commits
-    load(self, commits)
+    note(self, commits)
     num_commits += len(commits)
     if num_commits >= {num_commits}:
         os.killpg(0, signal.SIGKILL)
-engine.Engine._load = load_and_die
+engine.Engine._note_commits = note_and_die
 cli.main()
 """
 

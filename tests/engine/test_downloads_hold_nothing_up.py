@@ -93,6 +93,7 @@ def corpus(tmp_path, monkeypatch):
     corpus = FragmentCorpus(tmp_path)
     monkeypatch.setattr(engines, "fingerprints", lambda settings: corpus.fingerprints)
     monkeypatch.setattr(engines, "UNIT_WAITS_S", 0.0)
+    monkeypatch.setattr(engines, "PATIENCE", (0, 0))
     return corpus
 
 
