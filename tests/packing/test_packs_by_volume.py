@@ -399,6 +399,16 @@ def test_forgetting_changes_only_shards_with_its_clips_in_every_pack(corpus):
     assert problems_of(corpus) == []
 
 
+def test_no_sample_names_a_group_after_a_forgotten_clip(corpus):
+    run_pack(corpus, "pack.shuffle=corpus")
+    named = "SELECT duplicate_group FROM catalog WHERE duplicate_group <> clip_id AND shard IS NOT NULL"
+    (gone, _), *_ = [group.split(".") for (group,) in ask(corpus, named)]
+    assert any(f'"duplicate_group": "{gone}'.encode() in data for data in shard_files(corpus).values())
+    assert forget(corpus, find(corpus, [gone], [], None), None)
+    compact(corpus)
+    assert not any(gone.encode() in data for data in shard_files(corpus).values())
+
+
 def test_tombstones_of_earlier_versions_reserve_places_in_volume_0(corpus):
     """They hold no volume, because all sources of their time are in volume 0."""
     assert forget(corpus, find(corpus, ["video-a"], [], None), None)
