@@ -98,6 +98,8 @@ def pack_corpus(session, display, *, write: bool, redo: bool, pack: Pack | None 
                 by_volume = pack.settings.shuffle == "volume"
                 keep_needed(session.ledger, lambda f: f.pack != pack.name or ((f.volume is not None) == by_volume))
                 report.num_written += remove_other_names(root, pack.settings, pack.name)
+                for volume in recorded_volumes(root):
+                    session.ledger.relocated(volume)
                 _forget_failures_of_other_names(session, pack)
             report.num_refreshed = refresh_indexes(root, connection, pack, only, report.committed)
     report.seconds = time.perf_counter() - started
@@ -194,9 +196,11 @@ class VolumePacking:
 
     def commit(self) -> PackReport:
         """Put the shards in place, remove the volume's other ones, and record the clips that were left out."""
-        keep_needed(
-            self.session.ledger, self._stays, None if self.volume is None else [self.volume]
-        )  # before the shards that hold the only copy of a clip change
+        if self.todo:
+            self.session.corpus.files.refresh("shards")  # other machines have written them
+        # Before the shards that hold the only copy of a clip change:
+        keep_needed(self.session.ledger, self._stays, None if self.volume is None else [self.volume])
+        self._note_relocation()  # and again below: a kill between leaves no summary with the old places
         num_placed, num_removed = commit_shards(
             self.session.corpus.root,
             self.plans,
@@ -207,9 +211,7 @@ class VolumePacking:
         )
         if self.todo or not self.plans:
             _record_failures(self.session, self.pack, self.volume, self.failures)
-        for volume in recorded_volumes(self.session.corpus.root):
-            if self.volume in (volume, None):
-                self.session.ledger.relocated(volume)
+        self._note_relocation()
         names = {plan.name for plan in self.plans}
         return PackReport(
             num_written=num_placed + num_removed,
@@ -218,6 +220,11 @@ class VolumePacking:
             failed={self.volume} if self.failures else set(),
             planned={self.volume: _size(self.plans)},
         )
+
+    def _note_relocation(self) -> None:
+        for volume in recorded_volumes(self.session.corpus.root):
+            if self.volume in (volume, None):
+                self.session.ledger.relocated(volume)
 
     def _stays(self, file: PackedFile) -> bool:
         """Return whether a file is in place after the commit, and has its clips then."""

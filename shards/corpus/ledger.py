@@ -194,7 +194,11 @@ class Ledger(WorkingDatabase):
         [(num_packed, *packed)] = self._rows(
             "SELECT count(*), coalesce(bit_xor(hash(clip_id, tar, mp4_offset)), 0) FROM packed_clips"
         )
-        made_of = digest([num_rows, rows_hash, *sources, *(packed if num_packed else [])])
+        [(num_copies, copies)] = self._rows(
+            "SELECT count(*), coalesce(bit_xor(hash(video_id, ordinal, content, spans)), 0) FROM outside_copies"
+        )
+        others = [*(packed if num_packed else []), *([num_copies, copies] if num_copies else [])]
+        made_of = digest([num_rows, rows_hash, *sources, *others])
         made_with, of_run = self._made_with(), scope.run_id if of_run or forced else None
         self.connection.execute("BEGIN")
         for statement in statements:
@@ -207,8 +211,8 @@ class Ledger(WorkingDatabase):
         self._derived.add(volume)
 
     def content_of(self, volume: int) -> str:
-        """Hash what a volume's part of the manifest is made from: its sources and other rows, the settings, the places
-        of clips that are in shards alone.
+        """Hash what a volume's part of the manifest is made from: its sources and other rows, the settings, the copies
+        of its videos in other volumes, the places of clips that are in shards alone.
 
         "" if the volume has changed since it was derived.
         """

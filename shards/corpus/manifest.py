@@ -57,7 +57,8 @@ def publish(ledger: Ledger, *, groups: bool = True, whole: bool = False) -> None
                     ledger.show(volume)
                     _write_volume(ledger, volume, groups=groups and len(volumes) == 1)
             _note_contents(connection, contents)
-            if groups and len(volumes) > 1:
+            # A group may be named after a forgotten clip, which no query may show any more.
+            if len(volumes) > 1 and (groups or _has_new_tombstones(connection, ledger.root)):
                 update_groups(connection)
             _write_samples(ledger)
             _write_global(ledger)
@@ -127,9 +128,9 @@ def _write_samples(ledger: Ledger) -> None:
     `pack.shuffle` changes: the shards of the other way stay until all new ones are in place.
     """
     connection = ledger.connection
+    is_new = _has_new_tombstones(connection, ledger.root)
     connection.register("tombstones", read_tombstones(ledger.root))
-    new = "SELECT video_hash FROM tombstones EXCEPT SELECT video_hash FROM manifest.forgotten"
-    if connection.execute(new).fetchall():
+    if is_new:
         for table in ("samples", "pack_samples"):
             connection.execute(
                 f"DELETE FROM manifest.{table} WHERE video_id IN (SELECT video_id FROM (SELECT DISTINCT video_id FROM "
@@ -177,6 +178,12 @@ def _write_samples(ledger: Ledger) -> None:
             rows = [[pack, shard, *there[pack, shard]] for shard in shards]
             insert_rows(connection, "manifest.shard_files", _SHARD_FILES, rows)
     connection.unregister("tombstones")
+
+
+def _has_new_tombstones(connection: duckdb.DuckDBPyConnection, root: Path) -> bool:
+    """Return whether videos were forgotten since the manifest was published."""
+    known = {video for (video,) in connection.execute("SELECT video_hash FROM manifest.forgotten").fetchall()}
+    return not known.issuperset(read_tombstones(root)["video_hash"].to_pylist())
 
 
 _VOLUMES = pa.schema([("volume", pa.int32()), ("content", pa.string()), ("grouped", pa.string())])

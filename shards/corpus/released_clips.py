@@ -184,8 +184,11 @@ class ReleasedClips:
         self.loaded = volume
 
     def made_again(self, commits: Collection[str]) -> None:
-        """Drop the tars of these commits from the records if they exist: their clips were cut again."""
-        for name in commits:
+        """Drop the tars of these commits from the records if they exist: their clips were cut again.
+
+        Only the writer does, and not while it releases: for a reader, such a tar is one that is about to be deleted.
+        """
+        for name in commits if self.ledger.owns_corpus else ():
             tar, volume = f"clips/{name}.tar", self.ledger.volume_of_commit(name)
             if name.startswith("cut-") and record_path(self.ledger.root, volume).is_file():
                 record = read_record(self.ledger.root, volume)

@@ -587,6 +587,7 @@ class WorkingDatabase:
             head = self._head_in_index(volume)
             if self.owns_corpus:
                 write_head(self.root, volume, head, fsync=True)
+        written: dict[str, str] = {}  # damaged file → the one in its place
         for relative, num_bytes in head.files.items() if head else ():
             try:
                 _check_rows(self.root / relative, num_bytes)
@@ -594,8 +595,14 @@ class WorkingDatabase:
                 if not self.owns_corpus and stamp != _stamp(path):  # merged again since
                     return self._check_head(volume)
                 self._note_damage(error)
-                if not (self.owns_corpus and self._write_rows_again(volume, relative)):
+                again = self._write_rows_again(volume, relative) if self.owns_corpus else None
+                if again is None:
                     lost.add(table_of(relative))
+                elif again != relative:
+                    written[relative] = again
+        if written:
+            head = self._head_with(volume, head, written)
+            write_head(self.root, volume, head, fsync=True)
         if lost:
             names = [name for name, commit in head.commits.items() if lost & set(commit.tables)]
             if self.owns_corpus:
@@ -608,6 +615,14 @@ class WorkingDatabase:
             self.changed(volume)
             self._discard_file(volume)
         self._note_head(volume, head)
+
+    def _head_with(self, volume: int, head: Head, written: dict[str, str]) -> Head:
+        """Return the head with these files in place of others, and without the commits that do not count any more."""
+        known = self._merged_in(volume)
+        files = {written.get(path, path): size for path, size in head.files.items()}
+        files |= {path: (self.root / path).stat().st_size for path in written.values()}
+        commits = {name: commit for name, commit in head.commits.items() if name in known}
+        return Head(commits, files, head.num_removed + len(head.commits) - len(commits))
 
     def _note_damage(self, error: DamagedFile) -> None:
         self.damaged[str(error.path.relative_to(self.root))] = error.reason
@@ -624,12 +639,15 @@ class WorkingDatabase:
             return None
         return Head({name: MergedCommit(tuple(tables), media, old) for name, tables, media, old in rows}, *found[0])
 
-    def _write_rows_again(self, volume: int, relative: str) -> bool:
-        """Write a damaged file of merged rows from this database; return whether it has the content that it had."""
+    def _write_rows_again(self, volume: int, relative: str) -> str | None:
+        """Write a damaged file of merged rows from this database; return its path, None if the rows are not here.
+
+        Its content, and with it its name, is another one if commits in it do not count any more.
+        """
         table = table_of(relative)
         known = self._rows(f"SELECT files FROM {INDEX}.merged WHERE volume = ?", [volume])
         if not known or relative not in known[0][0] or table not in _schemas():
-            return False
+            return None
         schema = LEDGER if table == "ledger" else table_schema(table)
         columns = ", ".join(sql_identifier(column) for column in [*schema.names, "fragment"])
         try:
@@ -640,12 +658,10 @@ class WorkingDatabase:
             ).to_arrow_reader(ROWS)
             path = write_rows(self.root, volume, table, by_commit(rows, "fragment"), schema, fsync=True)
         except duckdb.Error:  # it was to be loaded from the damaged file
-            return False
-        if str(path.relative_to(self.root)) != relative:
-            path.unlink()
-            return False
-        self.files.upload(relative)
-        return True
+            return None
+        written = str(path.relative_to(self.root))
+        self.files.upload(written)
+        return written
 
     def _discard_file(self, volume: int) -> None:
         """Make the file of a volume begin empty when it is opened next, with the rows of the commits in the index."""

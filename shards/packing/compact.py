@@ -351,13 +351,13 @@ def compact_commits(root: Path, forgotten: ForgottenIndex, report: CompactReport
 
     places_of  where the clips of a commit without its tar are; those that remain get a tar again
     """
+    for volume in merged_volumes(root):
+        _compact_merged(root, volume, forgotten, report, places_of)
     ledger = root / "fragments" / "ledger"
     names = sorted({path.stem for unit in forgotten.units for path in ledger.glob(f"[!.]*-{unit}-*.parquet")})
     for name in names:
         if not name.startswith("ingest-"):
             _compact_commit(root, name, forgotten, report, places_of)
-    for volume in merged_volumes(root):
-        _compact_merged(root, volume, forgotten, report, places_of)
     for path in _fragments(root, "sources"):
         _compact_commit(root, path.stem, forgotten, report, places_of)
 
@@ -367,7 +367,8 @@ def _compact_merged(
 ) -> None:
     """Write what remains of the touched commits of a merged volume as loose ones, and its files without them.
 
-    The remains are not merged here, so that a run after a kill leaves the same files.
+    The remains are not merged here, so that a run after a kill leaves the same files. A commit that is loose, too, was
+    made again: its own rows count, so only the merged ones go.
     """
     head = read_head(root, volume)
     names = [name for name in head.commits if unit_in(name) in forgotten.units]
@@ -383,6 +384,8 @@ def _compact_merged(
         }
         if any(any(forgotten.mask(table["item_id"]).to_pylist()) for table in tables.values()):
             touched.append(name)
+            if fragment_path(root, "ledger", name).is_file():
+                continue
             kept = {table: _without(data, forgotten) for table, data in tables.items()}
             ledger = kept.pop("ledger")
             if (places := places_of(name)) is not None:
@@ -390,7 +393,8 @@ def _compact_merged(
             _write_in_place_of(root, name, {table: data for table, data in kept.items() if data.num_rows}, ledger)
     if touched or head.num_removed:
         after = merge(root, volume, (), touched, fsync=True)
-        files_of(root).remove(*(relative for name in touched for relative in head.commits[name].media))
+        alone = [name for name in touched if not fragment_path(root, "ledger", name).is_file()]
+        files_of(root).remove(*(relative for name in alone for relative in head.commits[name].media))
         report.num_commits += len(touched)
         report.num_bytes += sum(head.files.values()) - (sum(after.files.values()) if after else 0)
         report.num_bytes += sum(size for name in touched for size in head.commits[name].media.values())

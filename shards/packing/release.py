@@ -77,7 +77,7 @@ def release_clips(ledger: Ledger, publish: Callable[[], None], *, delete: bool, 
     known, done, stale, shards = _read_notes(root), [], [], set()
     for volume, tars in sorted(by_volume.items()):
         here = ledger.released.of_volume(packed, volume)
-        if known.get(str(volume)) == _made_of(ledger, volume, here):
+        if known.get(str(volume)) == _made_of(ledger, volume, here, delete):
             continue
         ledger.show(volume)
         whole, held_in = _whole_tars(ledger, volume, tars, here, report)
@@ -91,7 +91,9 @@ def release_clips(ledger: Ledger, publish: Callable[[], None], *, delete: bool, 
         if fsync and not files.store:
             sync_files(root, [MANIFEST_NAME])
         files.remove(*done, *stale)
-    notes = {str(volume): _made_of(ledger, volume, ledger.released.of_volume(packed, volume)) for volume in by_volume}
+    notes = {
+        str(volume): _made_of(ledger, volume, ledger.released.of_volume(packed, volume), delete) for volume in by_volume
+    }
     write_text(root / NOTES, json.dumps({} if report.problems else notes))
     report.num_tars, report.num_bytes = len(done), sum(sizes[tar] for tar in done)
     return report
@@ -158,8 +160,8 @@ def _record(ledger: Ledger, volume: int, tars: dict[str, int], files: Iterable[P
     return sorted(set(record.kept["tar"].to_pylist()) - set(kept["tar"].to_pylist()))
 
 
-def _made_of(ledger: Ledger, volume: int, files: Iterable[PackedFile]) -> str:
-    return digest([ledger.content_of(volume), sorted((file.tar, file.num_bytes) for file in files)])
+def _made_of(ledger: Ledger, volume: int, files: Iterable[PackedFile], delete: bool) -> str:
+    return digest([delete, ledger.content_of(volume), sorted((file.tar, file.num_bytes) for file in files)])
 
 
 def _read_notes(root: Path) -> dict[str, str]:

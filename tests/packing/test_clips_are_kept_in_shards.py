@@ -12,11 +12,13 @@ import pytest
 from rich.console import Console
 
 from clipmill.base.errors import UserError
+from pipeline.engine import registry
 from pipeline.engine.build import Silent, build, session, status
 from pipeline.maintenance.forget import compact, find, forget
 from pipeline.maintenance.verify import verify_with_sandbox
 from pipeline.stages import pack as pack_stage
 from pipeline.stages.caption_frames import read_frames
+from shards.corpus.ledger import Ledger
 from shards.packing.verify import verify
 from shards.query.explain import explain
 from shards.query.sql import open_manifest
@@ -252,6 +254,37 @@ def test_a_shard_is_read_before_tars_are_deleted(both, tmp_path):
         current.repair_damage(Silent())
     pack(corpus)
     assert clips_of(corpus) == [] and shards_of(corpus) == shards_of(both[1])
+
+
+def test_a_reader_changes_no_record_while_tars_are_about_to_be_deleted(both, corpus, tmp_path):
+    """As `status` does beside a build that has written its record and not yet deleted the tars."""
+    shutil.copytree(both[0] / "clips", corpus / "clips", dirs_exist_ok=True)
+    records = {path: path.read_bytes() for path in (corpus / "fragments/released_clips").iterdir()}
+    ledger = Ledger(corpus, registry.stages(), cache=tmp_path / "cache")
+    ledger.sync()
+    ledger.close()
+    assert records and records == {path: path.read_bytes() for path in (corpus / "fragments/released_clips").iterdir()}
+
+
+def test_turned_off_and_on_again_it_deletes_what_came_between(both, corpus, tmp_path):
+    released = clips_of(corpus)
+    more = write_sources(tmp_path / "more.jsonl", [*VIDEOS, "video-i"])  # of the last volume
+    build_whole(corpus, more, settings=["ingest.volume_units=1", "pack.keep_clips=true"])
+    pack(corpus)
+    assert clips_of(corpus) != released
+    pack(corpus, "pack.keep_clips=false")
+    assert clips_of(corpus) == released
+    assert_every_clip_is_whole(corpus, 27)
+
+
+def test_after_another_shuffle_the_manifest_names_the_shards_that_are_there(tmp_path):
+    """Of a corpus of a single volume, which nothing else makes derive again."""
+    sources = write_sources(tmp_path / "list.jsonl", VIDEOS[:3])
+    build_whole(tmp_path / "one", sources)
+    pack(tmp_path / "one", "pack.keep_clips=false")
+    for shuffle in ("corpus", "volume"):
+        pack(tmp_path / "one", f"pack.shuffle={shuffle}")
+        assert_every_clip_is_whole(tmp_path / "one", 9)
 
 
 def test_a_damaged_record_is_not_passed_over(corpus):

@@ -1,5 +1,6 @@
 """A corpus in an S3 store equals one in a folder, from any machine and for every reader."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipeline.engine.registry import stage_names  # noqa: E402
 from pipeline.maintenance.forget import compact, find, forget  # noqa: E402
 from pipeline.maintenance.verify import verify_with_sandbox  # noqa: E402
 from pipeline.stages import pack as pack_stage  # noqa: E402
-from pipeline.stages.pack import planned  # noqa: E402
+from pipeline.stages.pack import VolumePacking, planned  # noqa: E402
 from pipeline.stages.pack_notes import Pack  # noqa: E402
 from shards.packing.pack import next_paths, write_shard  # noqa: E402
 from shards.query.disk import disk_use  # noqa: E402
@@ -165,6 +166,29 @@ def test_a_node_that_has_nothing_fetches_what_it_packs(stored, whole, tmp_path):
         assert write_shard(plan, rows, node.root).failures == []
         assert (node.root / next_paths(plan)[0]).read_bytes() == (whole / "shards" / plan.name).read_bytes()
         current.corpus.files.remove_folder("shards/.next")
+
+
+def test_shards_that_another_machine_has_written_are_put_in_place(stored, whole, tmp_path):
+    """As Ray tasks do: nothing of this process has seen the files."""
+    with session(stored, None, [], "test", create=False) as (current, _), open_manifest(stored) as connection:
+        pack, files = Pack("", current.settings.pack), current.corpus.files
+        volume, plans = next(planned(current.corpus.root, connection, pack))
+        packing = VolumePacking(current, pack, volume, plans, redo=True)
+        for plan, rows, *_ in packing.tasks(connection):
+            task = tmp_path / "task.pickle"
+            task.write_bytes(pickle.dumps((plan, rows, tmp_path / "another node" / "corpus", Store.of(stored), False)))
+            subprocess.run([sys.executable, "-c", WRITE, str(task)], check=True)
+            packing.add([])
+        assert packing.commit().num_written == len(plans) > 1
+        assert not files.sizes("shards/.next")
+    assert content(stored) == content_of(whole)
+
+
+WRITE = """
+import pickle, sys
+from pipeline.stages.pack import write_task
+write_task(*pickle.load(open(sys.argv[1], "rb")))
+"""
 
 
 def test_a_forgotten_video_is_hidden_on_every_machine(server, machine, tmp_path, monkeypatch):

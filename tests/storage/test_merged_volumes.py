@@ -20,7 +20,10 @@ from shards.corpus import merged as merging
 from shards.corpus.fragments import ledger_row, table_schema, write_commit
 from shards.corpus.merged import can_be_merged, merge, merged_volumes, read_head, remove_merged
 from shards.corpus.schema import LEDGER
+from shards.corpus.tombstones import hash_of
 from shards.corpus.working_database import INDEX, WorkingDatabase
+from shards.packing import compact as compaction
+from shards.packing.compact import CompactReport, ForgottenIndex, compact_commits
 from shards.storage.local import Files
 from tests.helpers.ledgers import FragmentCorpus
 from tests.storage.test_volumes_are_one_corpus import rows
@@ -317,6 +320,71 @@ def test_a_damaged_file_is_written_again_by_who_has_loaded_it(corpus, table):
     path.unlink() if table != "merged" else path.write_bytes(b"torn")
     corpus.reopen()
     assert merged_files(corpus.root) == before and corpus.synchronised == (0, 0)
+
+
+@pytest.mark.parametrize("change", ["a retry", "a changed setting"])
+def test_it_is_written_again_without_the_commits_that_do_not_count(corpus, change):
+    merge_all(corpus)
+    if change == "a retry":
+        corpus.fail.clear()
+    else:
+        corpus.fingerprints["cut"] = "cut-2"
+    corpus.work_off()
+    corpus.refresh_state()
+    corpus.ledger.tidy(clips=True, sources=False)
+    expected = rows(corpus)
+    [path] = (corpus.root / "fragments" / "ledger").glob("merged-000000*.parquet")
+    flip(path)
+    corpus.ledger.rewrite(path.stem)
+    assert list(corpus.ledger.damaged) == [str(path.relative_to(corpus.root))]
+    for again in range(2):
+        corpus.reopen() if again else lose_cache(corpus)
+        assert corpus.ledger.damaged == {} and rows(corpus) == expected
+
+
+@pytest.fixture
+def made_again(tmp_path) -> FragmentCorpus:
+    """Make a corpus with a merged commit of failures, and the same commit made again without them."""
+    corpus = FragmentCorpus(tmp_path / "again")
+    corpus.add_sources("a", "b")
+    clips = [f"{video}.{n}" for video in "ab" for n in range(2)]
+    corpus.fail |= {f"caption:{clip}": ItemError("server-error", "503", transient=True) for clip in clips}
+    corpus.work_off()
+    [name] = {path.stem for path in fragment_paths(corpus.root, "caption-*")}
+    merge_all(corpus)
+    corpus.fail.clear()
+    corpus.work_off()
+    assert loose(corpus.root) >= {name} and name in read_head(corpus.root, 0).commits
+    yield corpus
+    corpus.ledger.close()
+
+
+def test_a_commit_made_again_survives_damage_to_its_merged_twin(made_again):
+    expected = rows(made_again)
+    [path] = (made_again.root / "fragments" / "ledger").glob("merged-000000*.parquet")
+    flip(path)
+    made_again.ledger.rewrite(path.stem)
+    assert rows(made_again) == expected and made_again.work_off() == {}
+    lose_cache(made_again)
+    assert rows(made_again) == expected and made_again.work_off() == {}
+
+
+def test_a_commit_made_again_survives_compaction(made_again, monkeypatch):
+    def write_clips(path: Path, *_) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(compaction, "write_clips", write_clips)
+    monkeypatch.setattr(compaction, "_fragments", lambda root, table: [])  # leaves the lists, which are not the point
+    captions = texts_of_b(made_again)
+    forgotten = ForgottenIndex(frozenset({hash_of("a")}), ("a",), ("u000000",))
+    compact_commits(made_again.root, forgotten, CompactReport(), lambda name: None)
+    lose_cache(made_again)
+    assert texts_of_b(made_again) == captions and len(captions) == 2
+
+
+def texts_of_b(corpus: FragmentCorpus) -> list[str]:
+    return [row["text"] for row in rows(corpus)["captions"] if row["clip_id"].startswith("b.")]
 
 
 @pytest.mark.parametrize("table", DAMAGED)

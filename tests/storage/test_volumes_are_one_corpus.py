@@ -11,6 +11,7 @@ from shards.corpus.manifest import is_current, publish
 from shards.corpus.schema import MANIFEST
 from shards.corpus.tombstones import write_tombstones
 from shards.corpus.working_database import INDEX
+from tests.helpers.builds import ask
 from tests.helpers.ledgers import FragmentCorpus, sha
 
 VIDEOS = 2  # in each unit
@@ -144,6 +145,25 @@ def test_a_copy_in_another_volume_is_found_and_lost_again(done):
     done.work_off()
     assert not [row for row in rows(done)["videos"] if row["duplicate_of"]]
     assert {row["video_id"] for row in rows(done)["clips"]} >= {"v0_0", "v2_1"}
+
+
+def test_a_late_copy_in_an_earlier_volume_changes_what_is_published(done):
+    """The clips of the other volume stop to count, although none of its rows has changed."""
+    done.bytes_of |= {"v0_0": "same", "v2_1": "same"}
+    done.fail["download:v0_0"] = ItemError("server-error", "503", transient=True)
+    done.fingerprints["download"] = "download-2"
+    done.work_off()
+    publish(done.ledger)
+    clips = "SELECT DISTINCT video_id FROM clips WHERE video_id IN ('v0_0', 'v2_1')"
+    volume = "SELECT content FROM volumes WHERE volume = (SELECT volume FROM videos WHERE video_id = 'v2_1')"
+    assert ("v2_1",) in ask(done.root, clips)
+    before = ask(done.root, volume)
+    done.fail.clear()
+    done.work_off()
+    done.refresh_state()
+    publish(done.ledger)
+    assert ask(done.root, clips) == [("v0_0",)]
+    assert ask(done.root, volume) != before, "packing plans the volume again"
 
 
 def test_the_file_of_a_volume_that_is_lost_or_torn_is_made_again(done):
