@@ -82,7 +82,7 @@ class Clock:
 
 
 class SimulatedPools:
-    """What `pipeline.engine.pools.Pools` is to the driver, for a cluster that does not exist."""
+    """Stand in for `pipeline.engine.pools.Pools`, for a cluster that does not exist."""
 
     cut_off = False
 

@@ -174,10 +174,11 @@ def test_shards_that_another_machine_has_written_are_put_in_place(stored, whole,
         pack, files = Pack("", current.settings.pack), current.corpus.files
         volume, plans = next(planned(current.corpus.root, connection, pack))
         packing = VolumePacking(current, pack, volume, plans, redo=True)
-        for plan, rows, *_ in packing.tasks(connection):
-            task = tmp_path / "task.pickle"
-            task.write_bytes(pickle.dumps((plan, rows, tmp_path / "another node" / "corpus", Store.of(stored), False)))
-            subprocess.run([sys.executable, "-c", WRITE, str(task)], check=True)
+        there = (tmp_path / "another node" / "corpus", Store.of(stored), False)
+        tasks = [(plan, rows, *there) for plan, rows, *_ in packing.tasks(connection)]
+        (tmp_path / "tasks").write_bytes(pickle.dumps(tasks))
+        subprocess.run([sys.executable, "-c", WRITE, str(tmp_path / "tasks")], check=True)
+        for _ in tasks:
             packing.add([])
         assert packing.commit().num_written == len(plans) > 1
         assert not files.sizes("shards/.next")
@@ -187,7 +188,8 @@ def test_shards_that_another_machine_has_written_are_put_in_place(stored, whole,
 WRITE = """
 import pickle, sys
 from pipeline.stages.pack import write_task
-write_task(*pickle.load(open(sys.argv[1], "rb")))
+for task in pickle.load(open(sys.argv[1], "rb")):
+    write_task(*task)
 """
 
 
