@@ -389,6 +389,8 @@ def _name_clips(rows: list[dict[str, Any]]) -> None:
 def _group_duplicates(rows: list[dict[str, Any]]) -> None:
     """Find the near-duplicates among the clips whose json has hashes and names no group."""
     hashed = [row for row in rows if row["phash"] and not row["duplicate_group"]]
+    if len(hashed) < 2:
+        return
     columns = [[row["clip_id"] for row in hashed], [row["phash"] for row in hashed]]
     table = pa.table(columns, pa.schema([("clip_id", pa.string()), ("phash", pa.list_(pa.uint64()))]))
     groups = dict(zip(*duplicate_groups(table).to_pydict().values(), strict=True))
