@@ -1,4 +1,4 @@
-"""What docs/cluster.md says of exit codes and of the systemd unit is true."""
+"""Check that exit codes and the systemd unit are as docs/cluster.md says."""
 
 import configparser
 import re

@@ -278,7 +278,7 @@ def test_turned_off_and_on_again_it_deletes_what_came_between(both, corpus, tmp_
 
 
 def test_after_another_shuffle_the_manifest_names_the_shards_that_are_there(tmp_path):
-    """Of a corpus of a single volume, which nothing else makes derive again."""
+    """The corpus has a single volume, so that no other volume makes the ledger derive its items again."""
     sources = write_sources(tmp_path / "list.jsonl", VIDEOS[:3])
     build_whole(tmp_path / "one", sources)
     pack(tmp_path / "one", "pack.keep_clips=false")

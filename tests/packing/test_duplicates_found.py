@@ -102,7 +102,7 @@ def test_groups_that_grow_and_shrink_are_those_of_one_search(seed, changes, num_
                 connection.execute("INSERT INTO manifest.scores SELECT clip_id, NULL FROM 'table'")
             old = connection.execute(f"SELECT grouped FROM manifest.volumes WHERE volume = {volume}").fetchall()
             connection.execute(f"DELETE FROM manifest.volumes WHERE volume = {volume}")
-            if count or number % 2:  # else the volume is gone
+            if count or number % 2:  # an empty volume is removed every second time
                 row = [volume, str(number), old[0][0] if old else None]
                 connection.execute("INSERT INTO manifest.volumes VALUES (?, ?, ?)", row)
             if number % 3:  # sometimes two volumes change at once
