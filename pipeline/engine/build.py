@@ -49,6 +49,7 @@ from shards.corpus.manifest import MANIFEST_NAME, is_current, publish
 from shards.corpus.packs import MAIN
 from shards.corpus.released_clips import recorded_volumes
 from shards.corpus.schema import MANIFEST
+from shards.corpus.tombstones import tombstone_files
 from shards.corpus.working_database import remove_cache
 from shards.packing.release import ReleaseReport, index_tars, release_clips
 from shards.packing.verify import Problem
@@ -268,45 +269,56 @@ def build(
         if "ingest" in stages:
             current.repair_damage(display)
         if redo or where:
-            for stage in (stage for stage in registry.stages() if stage.name in stages):
-                if where:
-                    current.ledger.mark_pending(stage.name, _items_named(current.corpus, stage, where))
-                    continue
-                for volume in current.ledger.volumes():
-                    current.ledger.show(volume)
-                    current.ledger.mark_pending(stage.name, current.ledger.items_of(stage.name))
-            current.refresh_state()
+            _mark_pending(current, stages, where)
         report.pending_before = current.ledger.counts()
         display.plan(report.pending_before, stages)
         _run_stages(current, stages, report, display)
-        if report.did_something or not is_current(current.corpus.root, current.ledger):
-            current.publish()
-        if "pack" in stages or report.engine.num_done:
-            if named_one:
-                record_pack(current.corpus, named_one)
-            writes = "pack" in stages
-            report.pack = pack_corpus(current, display, write=writes, redo=redo and writes, pack=named_one)
-            report.pack.num_written += report.engine.num_delivered
-        current.refresh_state()
-        current.ledger.tidy(
-            clips="pack" in stages or bool(report.engine.num_done), sources=not current.settings.download.keep_sources
-        )
-        if report.did_something:
-            current.record_run(ended=True)
-        # An earlier build may have been killed between packing and publishing, or a video may have been forgotten.
-        if report.did_something or not is_current(current.corpus.root, current.ledger):
-            current.publish()
-        if "pack" in stages and not named_one:
-            current.release_clips(display)
-        if "pack" in stages:
-            with open_manifest(current.corpus.root) as connection:
-                note_packed(current.corpus, connection, named_one or Pack(MAIN, current.settings.pack), report.pack)
+        _publish_and_pack(current, stages, named_one, report, display, redo=redo)
         current.merge_finished()
         report.failures = current.ledger.standing_failures(current.run_id)
         num_failures = sum(count for _, _, count, _ in current.ledger.standing_failures())
         report.num_old_failures = num_failures - sum(count for _, _, count, _ in report.failures)
         report.without_clips = current.ledger.without_clips()
     return report
+
+
+def _mark_pending(current: Session, stages: Sequence[str], where: str | None) -> None:
+    """Make the items of these stages pending that a condition names, None: all."""
+    for stage in (stage for stage in registry.stages() if stage.name in stages):
+        if where:
+            current.ledger.mark_pending(stage.name, _items_named(current.corpus, stage, where))
+            continue
+        for volume in current.ledger.volumes():
+            current.ledger.show(volume)
+            current.ledger.mark_pending(stage.name, current.ledger.items_of(stage.name))
+    current.refresh_state()
+
+
+def _publish_and_pack(
+    current: Session, stages: Sequence[str], named_one: Pack | None, report: BuildReport, display, *, redo: bool
+) -> None:
+    """Publish what the stages have made, pack it, publish where it is, and delete what is not needed any more."""
+    packs, root = "pack" in stages, current.corpus.root
+    if report.did_something or not is_current(root, current.ledger):
+        current.publish()
+    forgotten = tombstone_files(root)
+    if packs or report.engine.num_done:
+        if named_one:
+            record_pack(current.corpus, named_one)
+        report.pack = pack_corpus(current, display, write=packs, redo=redo and packs, pack=named_one)
+        report.pack.num_written += report.engine.num_delivered
+    current.refresh_state()
+    current.ledger.tidy(clips=packs or bool(report.engine.num_done), sources=not current.settings.download.keep_sources)
+    if report.did_something:
+        current.record_run(ended=True)
+    # An earlier build may have been killed between packing and publishing, or a video may have been forgotten.
+    if report.did_something or not is_current(root, current.ledger):
+        current.publish()
+    if packs and not named_one:
+        current.release_clips(display)
+    if packs and forgotten == tombstone_files(root):  # else shards may hold a video that was forgotten meanwhile
+        with open_manifest(root) as connection:
+            note_packed(current.corpus, connection, named_one or Pack(MAIN, current.settings.pack), report.pack)
 
 
 def _run_stages(current: Session, stages: Sequence[str], report: BuildReport, display) -> None:

@@ -463,8 +463,9 @@ class Engine:
 
     def _complete_volumes(self) -> list[int]:
         """Return the volumes without pending work, after `refresh_state` for all units."""
-        again = self.ledger.volumes_of({item_id.partition(".")[0] for _, item_id, _ in self.exhausted})
-        pending = {*self.ledger.volumes_with_work([stage.name for stage in self.stages]), *again}
+        pending = set(self.ledger.volumes_with_work([stage.name for stage in self.stages]))
+        if self.exhausted:  # they are tried once more at the end
+            pending.update(self.ledger.volumes_of({item_id.partition(".")[0] for _, item_id, _ in self.exhausted}))
         return [volume for volume in self.ledger.volumes() if volume not in pending]
 
 

@@ -65,7 +65,7 @@ class PackReport:
     failures: list[tuple[str, ItemError]] = field(default_factory=list)
     committed: set[str] = field(default_factory=set)  # names of the shards of all volumes that have changed
     failed: set[Volume] = field(default_factory=set)  # volumes with failures
-    planned: dict[Volume, tuple[int, int]] = field(default_factory=dict)  # volume → its shards and samples
+    planned: dict[Volume, tuple[int, int]] = field(default_factory=dict)  # or noted: volume → its shards and samples
 
     def add(self, volume: "PackReport") -> None:
         self.num_written += volume.num_written
@@ -88,6 +88,7 @@ def pack_corpus(session, display, *, write: bool, redo: bool, pack: Pack | None 
         states = states_of(session.corpus, connection, pack, files)
         notes = {} if redo else current_notes(session.corpus, states, pack)
         volumes = [volume for volume in states if volume not in notes]
+        report.planned = {volume: (note.num_shards, note.num_samples) for volume, note in notes.items()}
         report.num_shards = sum(note.num_shards for note in notes.values())
         report.num_samples = sum(note.num_samples for note in notes.values())
         if volumes:

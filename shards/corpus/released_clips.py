@@ -156,7 +156,7 @@ class ReleasedClips:
         self.ledger = ledger
         self.loaded: int | None = None  # volume of the temporary tables
         self._looked = self._filled = False
-        self._make("packed_clips", [], [], None)
+        self.find("packed_clips", [], [])
         ledger.connection.execute("CREATE OR REPLACE TEMP TABLE lost_cuts (item_id VARCHAR, fragment VARCHAR)")
 
     def notice_changes(self) -> None:
@@ -178,7 +178,7 @@ class ReleasedClips:
         record = read_record(self.ledger.root, volume)
         if record.tars or self._filled:
             files = packed_files(self.ledger.root) if record.tars else []
-            self._make("packed_clips", list(record.tars), self.of_volume(files, volume), record.kept)
+            self.find("packed_clips", list(record.tars), self.of_volume(files, volume), record.kept)
             self._note_losses(record, files)
             self._filled = bool(record.tars)
         self.loaded = volume
@@ -203,10 +203,7 @@ class ReleasedClips:
         return [file for file in files if file.volume in (volume, None)]
 
     def find(self, table: str, tars: Sequence[str], files: Sequence[PackedFile], kept: pa.Table | None = None) -> None:
-        """Make a temporary table like `packed_clips` for the clips of other tars, or of these files alone."""
-        self._make(table, tars, files, kept)
-
-    def _make(self, table: str, tars: Sequence[str], files: Sequence[PackedFile], kept: pa.Table | None) -> None:
+        """Make a temporary table of the places where the clips of these tars are: in these files, or kept."""
         connection, root = self.ledger.connection, self.ledger.root
         sound = [file for file in files if _is_sound(root / file.index)]
         held = [{"path": str(root / f.index), "tar": f.tar, "num_bytes": f.num_bytes, "rank": n} for n, f in

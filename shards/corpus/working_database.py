@@ -401,7 +401,7 @@ class WorkingDatabase:
         lists = any(map(is_list, names))
         of_them = "name IN (SELECT name FROM removed)"
         if not lists:  # else the names do not say which volumes, so all of the index is read
-            numbers = [self.volume_of(unit_in(name)) for name in names]
+            numbers = [self.volume_of_commit(name) for name in names]
             of_them += f" AND volume BETWEEN {min(numbers)} AND {max(numbers)}"
         with self._as_table("removed", names):
             volumes = self._rows(f"SELECT DISTINCT volume FROM {INDEX}.fragments WHERE {of_them} ORDER BY 1")
@@ -431,7 +431,7 @@ class WorkingDatabase:
         for name in sorted(names, key=lambda name: not is_list(name)):  # lists first: they say which units there are
             path = fragment_path(self.root, "ledger", name)
             named, stat = outputs_of(path), path.stat()
-            volume = self._load_list(name) if is_list(name) else self.volume_of(unit_in(name))
+            volume = self._load_list(name) if is_list(name) else self.volume_of_commit(name)
             files.setdefault(volume, []).append((name, stat.st_size, stat.st_mtime_ns, named, volume))
         for volume, rows in files.items():
             self.changed(volume)  # first, so that a kill leaves no summary of fewer rows

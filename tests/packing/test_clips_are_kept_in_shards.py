@@ -277,6 +277,17 @@ def test_turned_off_and_on_again_it_deletes_what_came_between(both, corpus, tmp_
     assert_every_clip_is_whole(corpus, 27)
 
 
+def test_what_was_packed_before_a_release_is_not_planned_again(both, tmp_path, monkeypatch):
+    """The release moves the places of all clips, which the shards do not depend on."""
+    corpus, calls, select = tmp_path / "corpus", [], pack_stage.select_samples
+    shutil.copytree(both[0], corpus)
+    pack(corpus)
+    monkeypatch.setattr(pack_stage, "select_samples", lambda *a: calls.append(a) or select(*a))
+    pack(corpus, "pack.keep_clips=false")
+    pack(corpus)
+    assert not calls and clips_of(corpus) == clips_of(both[1])
+
+
 def test_after_another_shuffle_the_manifest_names_the_shards_that_are_there(tmp_path):
     """The corpus has a single volume, so that no other volume makes the ledger derive its items again."""
     sources = write_sources(tmp_path / "list.jsonl", VIDEOS[:3])
