@@ -30,7 +30,7 @@ from shards.corpus.fragments import table_schema, write_commit
 from shards.corpus.ledger import Ledger
 from shards.corpus.manifest import publish
 from shards.corpus.schema import LEDGER, TABLES
-from shards.corpus.working_database import INDEX, remove_cache
+from shards.corpus.volume_files import INDEX, remove_cache
 
 UNIT_VIDEOS, VOLUME_VIDEOS, CLIPS = 8, 2000, 10
 MOST_GROWTH = 1.5
@@ -215,7 +215,7 @@ def fresh_start(root: Path) -> tuple[int, float, float]:
     loose = cpu_s(load, 2)
     ledger = Ledger(root, registry.stages())
     ledger.sync()
-    ledger.merge(0)
+    ledger.merged.merge(0)
     ledger.close()
     return num_commits, 1000 * loose / num_commits, 1000 * cpu_s(load, 2) / num_commits
 

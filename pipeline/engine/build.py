@@ -50,7 +50,7 @@ from shards.corpus.packs import MAIN
 from shards.corpus.released_clips import recorded_volumes
 from shards.corpus.schema import MANIFEST
 from shards.corpus.tombstones import tombstone_files
-from shards.corpus.working_database import remove_cache
+from shards.corpus.volume_files import remove_cache
 from shards.packing.release import ReleaseReport, index_tars, release_clips
 from shards.packing.verify import Problem
 from shards.query.sql import open_manifest, rows_of

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shards.corpus.working_database import INDEX
+from shards.corpus.volume_files import INDEX
 
 if TYPE_CHECKING:
     from shards.corpus.ledger import Ledger

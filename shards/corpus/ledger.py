@@ -22,7 +22,8 @@ from shards.corpus.copies import Copies
 from shards.corpus.released_clips import ReleasedClips
 from shards.corpus.rows import insert_rows
 from shards.corpus.stage_query import StageQuery, chosen_rows
-from shards.corpus.working_database import INDEX, WorkingDatabase
+from shards.corpus.volume_files import INDEX
+from shards.corpus.working_database import WorkingDatabase
 
 _TRIED = pa.schema([("stage", pa.string()), ("item_id", pa.string()), ("attempts", pa.int32())])
 _SUMMARY = ("counts", "standing", "without_clips", "derived")  # tables of the index
@@ -428,9 +429,9 @@ class Ledger(WorkingDatabase):
         Call it after `refresh_state` for all units, while no task is running.
         """
         unfinished = self.volumes_with_work(self.stages)
-        for volume in self.volumes_to_merge(least):
+        for volume in self.merged.volumes_to_merge(least):
             if volume not in unfinished:
-                self.merge(volume, fsync=fsync)
+                self.merged.merge(volume, fsync=fsync)
 
     def tidy(self, *, clips: bool, sources: bool) -> None:
         """Delete the clips that no row counts any more, and the copied videos whose clips are all cut.

@@ -20,7 +20,7 @@ from pipeline.maintenance.verify import verify_with_sandbox
 from shards.corpus.fragments import write_commit
 from shards.corpus.manifest import is_current
 from shards.corpus.tombstones import hash_of, read_tombstones, write_tombstones
-from shards.corpus.working_database import remove_cache
+from shards.corpus.volume_files import remove_cache
 from shards.packing.deep_verify import repair_of
 from shards.storage.sealed_parquet import DamagedFile, check_parquet, read_metadata, read_parquet, write_parquet
 from tests.helpers.builds import ask

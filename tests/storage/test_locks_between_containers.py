@@ -15,7 +15,7 @@ from clipmill.base.file_lock import is_this_system, owner_has_died, process_name
 from pipeline.engine import registry
 from shards.corpus.folder import Corpus, lock_owner
 from shards.corpus.ledger import Ledger
-from shards.corpus.working_database import remove_cache
+from shards.corpus.volume_files import remove_cache
 
 WRITES = """
 import sys

@@ -21,7 +21,8 @@ from shards.corpus.fragments import ledger_row, table_schema, write_commit
 from shards.corpus.merged import can_be_merged, merge, merged_volumes, read_head, remove_merged
 from shards.corpus.schema import LEDGER
 from shards.corpus.tombstones import hash_of
-from shards.corpus.working_database import INDEX, WorkingDatabase
+from shards.corpus.volume_files import INDEX
+from shards.corpus.working_database import WorkingDatabase
 from shards.packing import compact as compaction
 from shards.packing.compact import CompactReport, ForgottenIndex, compact_commits
 from shards.storage.local import Files
@@ -234,7 +235,7 @@ database = WorkingDatabase(Path(sys.argv[1]))
 database.sync()
 sys.addaudithook(watch)
 for volume in (0, 1):
-    database.merge(volume)
+    database.merged.merge(volume)
 print(int(sys.argv[2]) - left)
 """
 
@@ -290,7 +291,7 @@ def test_a_reader_sees_each_commit_once_at_any_moment(corpus, monkeypatch, tmp_p
 
     monkeypatch.setattr(Files, "remove", remove_half)
     corpus.refresh_state()
-    corpus.ledger.merge(0)
+    corpus.ledger.merged.merge(0)
     assert len(seen) > 9 and set(seen) == {(len(names), True, seen[0][2])}
 
 
@@ -429,5 +430,5 @@ def test_removed_commits_of_a_merged_volume_stay_removed(corpus):
     for again in range(2):
         corpus.reopen() if again else lose_cache(corpus)
         assert rows(corpus) == expected and corpus.refresh_state()["cut"] == {"done": 7, "failed": 1}
-    corpus.ledger.merge(0)
+    corpus.ledger.merged.merge(0)
     assert read_head(corpus.root, 0).num_removed == 0 and rows(corpus) == expected

@@ -10,7 +10,7 @@ from clipmill.base.errors import ItemError
 from shards.corpus.manifest import is_current, publish
 from shards.corpus.schema import MANIFEST
 from shards.corpus.tombstones import write_tombstones
-from shards.corpus.working_database import INDEX
+from shards.corpus.volume_files import INDEX
 from tests.helpers.builds import ask
 from tests.helpers.ledgers import FragmentCorpus, sha
 
@@ -197,7 +197,7 @@ def test_counts_are_of_the_units_or_of_the_whole_corpus(done):
 
 
 def test_more_volumes_than_are_kept_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("shards.corpus.working_database.MOST_ATTACHED", 2)
+    monkeypatch.setattr("shards.corpus.volume_files.MOST_ATTACHED", 2)
     corpus = FragmentCorpus(tmp_path / "corpus")
     for unit in range(5):
         corpus.add_sources(f"v{unit}", unit=f"u{unit:06d}", volume=unit)

@@ -31,7 +31,7 @@ from shards.corpus.fragments import (
 )
 from shards.corpus.schema import LEDGER
 from shards.corpus.tombstones import all_hashes, read_tombstones
-from shards.corpus.working_database import INDEX
+from shards.corpus.volume_files import INDEX
 
 INGEST = DriverStage("ingest", help="source lists → sources", settings=IngestSettings)
 
